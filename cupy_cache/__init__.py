@@ -1,0 +1,55 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Paged key/value cache operations for any framework's arrays, on the GPU and on the CPU.
+
+Modules, in dependency order (there are no cycles):
+
+* ``errors``, ``env``, ``log``
+* ``formats``, ``params``
+* ``arrays``, ``contract``
+* ``modules``, ``launch``, ``cpu``
+* ``dispatch``
+* ``ops``, ``attention``
+* everything a user calls, here
+"""
+
+from . import log
+from ._version import __version__
+from .errors import (
+    ArgumentError,
+    CaptureError,
+    CupyCacheError,
+    DeviceError,
+    DTypeError,
+    Fault,
+    FaultError,
+    KernelError,
+    MissingDependencyError,
+    NotWritableError,
+    ShapeError,
+    StrideError,
+    UnsupportedArchitectureError,
+)
+from .launch import raise_faults
+from .ops.reshape_and_cache_flash import reshape_and_cache_flash
+
+__all__ = [
+    "ArgumentError",
+    "CaptureError",
+    "CupyCacheError",
+    "DTypeError",
+    "DeviceError",
+    "Fault",
+    "FaultError",
+    "KernelError",
+    "MissingDependencyError",
+    "NotWritableError",
+    "ShapeError",
+    "StrideError",
+    "UnsupportedArchitectureError",
+    "__version__",
+    "raise_faults",
+    "reshape_and_cache_flash",
+]
+
+log.configure()

@@ -1,0 +1,144 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of one call's arrays against named sizes, with errors that say what to mend.
+
+A `Contract` is made for one new signature, filled argument by argument, and dropped: its cost is
+paid once, so it may be thorough.
+"""
+
+import math
+
+from . import arrays
+from .errors import ArgumentError, DeviceError, DTypeError, ShapeError, StrideError
+
+
+class Contract:
+    """Named sizes and the arguments checked so far.
+
+    Parameters
+    ----------
+    op : str
+        The operation's name, for messages.
+    """
+
+    def __init__(self, op):
+        self.op = op
+        self.sizes = {}
+        self._origin = {}
+        self._first = None
+
+    def shape(self, name, array, pattern):
+        """Match ``array.shape`` with ``pattern``, such as ``"num_blocks block_size heads 8"``.
+
+        A word binds a size at its first use and must agree later; ``_`` matches anything; a number
+        only itself; a pattern may end in ``...`` for any further dimensions.
+        """
+        words = pattern.split()
+        rest = words[-1] == "..."
+        fixed = words[:-1] if rest else words
+        shape = array.shape
+        if len(shape) < len(fixed) or (len(shape) > len(fixed) and not rest):
+            self._refuse_shape(name, array, words, f"{len(shape)} dimensions")
+        for word, extent in zip(fixed, shape):
+            if word == "_":
+                continue
+            expected = int(word) if word.isdigit() else self.sizes.setdefault(word, extent)
+            if expected != extent:
+                origin = self._origin.get(word, "definition")
+                self._refuse_shape(
+                    name, array, words, f"{word} = {extent} where {origin} has {expected}"
+                )
+            self._origin.setdefault(word, name)
+
+    def _refuse_shape(self, name, array, words, why):
+        expected = ", ".join(
+            f"{word}={self.sizes[word]}" if word in self._origin else word for word in words
+        )
+        raise ShapeError(
+            f"{self.op}: Invalid shape of {name}: expected [{expected}], got "
+            f"{list(array.shape)} ({why})"
+        )
+
+    def dtype(self, name, array, *allowed):
+        """Require one of the `formats.DType`\\ s ``allowed``."""
+        if array.dtype not in allowed:
+            raise DTypeError(
+                f"{self.op}: Invalid dtype of {name}: expected "
+                f"{' or '.join(d.name for d in allowed)}, got {array.dtype.name}"
+            )
+
+    def device(self, name, array):
+        """Require the same device as the first array checked."""
+        if self._first is None:
+            self._first = (name, array.device)
+        elif array.device != self._first[1]:
+            raise DeviceError(
+                f"{self.op}: Invalid device of {name}: expected {self._first[1]} like "
+                f"{self._first[0]}, got {array.device}"
+            )
+
+    def writable(self, name, array):
+        """Require memory that can be written in place, where no two elements share an address."""
+        arrays.require_writable(array, self.op, name)
+        if overlaps_itself(array):
+            raise StrideError(
+                f"{self.op}: Invalid strides of {name}: expected elements that do not share "
+                f"memory, got byte strides {list(array.strides)} for shape {list(array.shape)}"
+            )
+
+    def contiguous(self, name, array, dims=1):
+        """Require the last ``dims`` dimensions to be contiguous."""
+        if contiguous_dims(array) < min(dims, len(array.shape)):
+            raise StrideError(
+                f"{self.op}: Invalid strides of {name}: expected the last "
+                f"{f'{dims} dimensions' if dims > 1 else 'dimension'} to be contiguous, got byte "
+                f"strides {list(array.strides)} for shape {list(array.shape)} of "
+                f"{array.dtype.bytes}-byte elements"
+            )
+
+    def positive(self, name, value):
+        """Require a positive integer."""
+        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            raise ArgumentError(
+                f"{self.op}: Invalid value of {name}: expected a positive integer, got {value!r}"
+            )
+
+
+def contiguous_dims(array):
+    """How many trailing dimensions of ``array`` are laid out without gaps."""
+    step, count = array.dtype.bytes, 0
+    for extent, stride in zip(reversed(array.shape), reversed(array.strides)):
+        if extent != 1 and stride != step:
+            break
+        step *= extent
+        count += 1
+    return count
+
+
+def overlaps_itself(array):
+    """Whether two elements may share memory. Exact for layouts that nest (each stride covers the
+    whole span below it), which all permuted, sliced and packed views do; others count as
+    overlapping."""
+    if 0 in array.shape:
+        return False
+    span = array.dtype.bytes
+    for stride, extent in sorted((abs(s), e) for s, e in zip(array.strides, array.shape) if e > 1):
+        if stride < span:
+            return True
+        span += stride * (extent - 1)
+    return False
+
+
+def vector_bytes(*numbers):
+    """The widest vector, 16 bytes at most, that divides every address, stride and length given."""
+    return math.gcd(16, *numbers)
+
+
+def merge_segments(count, length, *strides):
+    """Merge ``count`` segments of ``length`` bytes into one where every stride equals the length.
+
+    Returns (count, length).
+    """
+    if count == 1 or all(stride == length for stride in strides):
+        return 1, count * length
+    return count, length

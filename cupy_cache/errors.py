@@ -1,0 +1,95 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Everything this library raises.
+
+Each class also derives from the built-in that fits, so ``except ValueError`` keeps working. A
+message has the form ``op: Invalid <what> of <argument>: expected …, got …`` and, where there is
+one, ends with the way out.
+"""
+
+
+class CupyCacheError(Exception):
+    """Base of every error raised here."""
+
+
+class ArgumentError(CupyCacheError, ValueError):
+    """An argument is wrong; nothing was written."""
+
+
+class ShapeError(ArgumentError):
+    """Wrong rank or extent."""
+
+
+class StrideError(ArgumentError):
+    """The memory of an array is not laid out as the operation needs it."""
+
+
+class DeviceError(ArgumentError):
+    """Arrays live on different devices, or on one the operation cannot use."""
+
+
+class DTypeError(CupyCacheError, TypeError):
+    """Wrong element type, or an object that is no array at all; nothing was written."""
+
+
+class NotWritableError(ArgumentError):
+    """A destination is read-only, or could only be written in a copy."""
+
+
+class MissingDependencyError(CupyCacheError, ImportError):
+    """CuPy, NVRTC or the CUDA runtime headers are needed and absent."""
+
+
+class KernelError(CupyCacheError, RuntimeError):
+    """A kernel could not be compiled, loaded or launched."""
+
+
+class UnsupportedArchitectureError(KernelError):
+    """The installed NVRTC cannot compile for this GPU."""
+
+
+class CaptureError(KernelError):
+    """A kernel met for the first time could not be loaded while a CUDA graph is captured."""
+
+
+class FaultError(CupyCacheError, IndexError):
+    """Kernels met slots, block numbers or table entries outside their bounds.
+
+    ``faults`` lists one `Fault` for each specialisation that recorded one (the first it met).
+    """
+
+    def __init__(self, faults):
+        self.faults = tuple(faults)
+        super().__init__("; ".join(str(fault) for fault in self.faults))
+
+
+class Fault:
+    """One recorded violation: it was skipped, nothing was read or written for it.
+
+    Attributes
+    ----------
+    op : str
+        The operation.
+    argument : str
+        What held the bad value.
+    row : int
+        Which token, pair or output row it belongs to.
+    value : int
+        The value found.
+    limit : int
+        The exclusive upper bound it had to obey (the lower one is 0).
+    device : str
+        Where it happened.
+    """
+
+    __slots__ = ("op", "argument", "row", "value", "limit", "device")
+
+    def __init__(self, op, argument, row, value, limit, device):
+        self.op, self.argument, self.row = op, argument, row
+        self.value, self.limit, self.device = value, limit, device
+
+    def __str__(self):
+        return (
+            f"{self.op}: {self.argument} at row {self.row} is {self.value}, "
+            f"outside 0..{self.limit - 1} ({self.device}); it was skipped"
+        )

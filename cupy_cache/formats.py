@@ -1,0 +1,114 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""The dtype table and the layout table.
+
+Legend of the layouts: NB blocks, BS slots of a block, H key/value heads, D head size, NT tokens,
+x elements in 16 bytes of the cache. A *slot* is ``block * BS + offset``: one token's place.
+"""
+
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from .errors import ArgumentError
+
+
+class DType(NamedTuple):
+    """An element type: its name (NumPy's, ml_dtypes' and torch's agree), its size in bytes, its
+    DLPack (code, bits), the NumPy dtype that computes with it and the unsigned integer dtype that
+    only carries its bits."""
+
+    name: str
+    bytes: int
+    dlpack: tuple
+    numpy: np.dtype
+    bits: np.dtype
+
+
+def _dtype(name, dlpack_code, numpy):
+    numpy = np.dtype(numpy)
+    size = numpy.itemsize
+    return DType(name, size, (dlpack_code, 8 * size), numpy, np.dtype(f"u{size}"))
+
+
+# DLPack 1.1 type codes: 0 int, 1 uint, 2 float, 4 bfloat, 6 bool, 10 float8_e4m3fn, 12 float8_e5m2.
+DTYPES = {
+    d.name: d
+    for d in (
+        _dtype("bool", 6, np.bool_),
+        _dtype("int8", 0, np.int8),
+        _dtype("int16", 0, np.int16),
+        _dtype("int32", 0, np.int32),
+        _dtype("int64", 0, np.int64),
+        _dtype("uint8", 1, np.uint8),
+        _dtype("uint16", 1, np.uint16),
+        _dtype("uint32", 1, np.uint32),
+        _dtype("uint64", 1, np.uint64),
+        _dtype("float16", 2, np.float16),
+        _dtype("float32", 2, np.float32),
+        _dtype("float64", 2, np.float64),
+        _dtype("bfloat16", 4, ml_dtypes.bfloat16),
+        _dtype("float8_e4m3fn", 10, ml_dtypes.float8_e4m3fn),
+        _dtype("float8_e5m2", 12, ml_dtypes.float8_e5m2),
+    )
+}
+BY_DLPACK = {d.dlpack: d for d in DTYPES.values()}
+
+FLOATS = tuple(DTYPES[n] for n in ("float16", "bfloat16", "float32"))
+INDICES = tuple(DTYPES[n] for n in ("int32", "int64"))
+# How an index type is spelled in a kernel's template arguments.
+INDEX_NAMES = {"int32": "int", "int64": "long long"}
+
+
+class Layout(NamedTuple):
+    """A cache layout: its name, the logical dimensions of key and value caches, the order of those
+    dimensions in memory where it differs, and who uses it."""
+
+    name: str
+    key: str
+    value: str
+    memory: str
+    used_by: str
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("NHD", "NB BS H D", "NB BS H D", "as written", "vLLM, FlashInfer, SGLang"),
+        Layout("HND", "NB BS H D", "NB BS H D", "NB H BS D", "vLLM, FlashInfer, SGLang"),
+        Layout(
+            "packed", "NB BS H D", "NB BS H D", "NB, BS, H in any order, then K|V", "vLLM 0.33 pages"
+        ),
+        Layout("x-packed", "NB H D/x BS x", "NB H D BS", "as written", "vLLM paged attention"),
+        Layout("rows", "NB BS E", "", "as written", "MLA caches"),
+    )
+}
+
+# kv_cache_dtype strings. "auto" and the names of the float types mean a raw copy: no conversion is
+# made even where the name and the element type differ, as in vLLM.
+RAW_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+
+def dtype_named(name):
+    """The `DType` called ``name`` (a string, NumPy dtype or torch dtype)."""
+    text = str(name).removeprefix("torch.")
+    if text not in DTYPES:
+        try:
+            text = np.dtype(name).name
+        except TypeError:
+            pass
+    if text not in DTYPES:
+        raise ArgumentError(
+            f"Invalid dtype: expected one of {', '.join(DTYPES)}, got {name!r}"
+        )
+    return DTYPES[text]
+
+
+def require_raw(op, kv_cache_dtype):
+    """Refuse a ``kv_cache_dtype`` that is not a raw copy."""
+    if kv_cache_dtype not in RAW_KV_CACHE_DTYPES:
+        raise ArgumentError(
+            f"{op}: Invalid value of kv_cache_dtype: expected one of "
+            f"{', '.join(RAW_KV_CACHE_DTYPES)}, got {kv_cache_dtype!r}"
+        )

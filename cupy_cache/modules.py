@@ -1,0 +1,236 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""From a ``.cu`` file and a name expression to a loaded kernel.
+
+CuPy's disk cache is keyed on the source text and the options, not on what ``-I`` reaches: with our
+headers on an include path, an edited header would keep serving the old binary. So our own includes
+are expanded into the source, once each, with ``#line`` directives. Every byte of our text is then in
+the key, no absolute path is, and compile errors still name ``kernels_cu/X.cu:LINE``.
+
+One name expression per module: about 35 ms to a first kernel, against half a second for 32.
+"""
+
+import functools
+import re
+import threading
+from pathlib import Path
+
+from . import arrays, env
+from .errors import KernelError, MissingDependencyError, UnsupportedArchitectureError
+from .log import logger
+
+# Options of every compile. CuPy adds the architecture, its own include paths and -ftz=true.
+OPTIONS = ("-std=c++17",)
+FAULT_SYMBOL = "cupy_cache_fault"
+
+_INCLUDE = re.compile(r'^\s*#\s*include\s+"(cupy_cache/[\w./]+)"')
+
+
+class Kernel:
+    """One specialisation: a source, a name expression, and the struct it takes.
+
+    Parameters
+    ----------
+    op : str
+        The operation it serves, for fault reports.
+    stem : str
+        ``kernels_cu/<stem>.cu``.
+    expression : str
+        The template instantiation, without its namespace.
+    params : params.Struct
+        Its ``Params``.
+    guarded : tuple of str
+        The arguments whose values the kernel checks, in the order of its fault numbers.
+    """
+
+    __slots__ = ("op", "stem", "expression", "params", "guarded", "struct")
+
+    def __init__(self, op, stem, expression, params, guarded=(), struct="Params"):
+        self.op, self.stem, self.params, self.guarded = op, stem, params, guarded
+        self.expression = f"cupy_cache::{expression}"
+        self.struct = f"cupy_cache::{struct}"
+
+    def source(self):
+        """The complete text to compile: headers expanded, struct checks appended."""
+        return expanded_source(self.stem) + (
+            f'#line 1 "checks of {self.stem}"\n' + self.params.asserts(self.struct)
+        )
+
+    @property
+    def key(self):
+        """What makes two kernels the same."""
+        return self.stem, self.expression
+
+    def __repr__(self):
+        return f"<Kernel {self.stem}.cu {self.expression}>"
+
+
+def kernel_dir():
+    """The folder that holds the ``.cu`` sources: CUPYCACHE_KERNEL_DIR, else the installed one (in
+    the package), else the checkout's (beside the package)."""
+    chosen = env.text(env.KERNEL_DIR)
+    package = Path(__file__).resolve().parent
+    candidates = [Path(chosen)] if chosen else [package / "kernels_cu", package.parent / "kernels_cu"]
+    for folder in candidates:
+        if (folder / "include" / "cupy_cache").is_dir():
+            return folder
+    raise KernelError(
+        f"No kernel sources in {' or '.join(map(str, candidates))}: reinstall cupy-cache, or point "
+        f"{env.KERNEL_DIR.name} at a kernels_cu folder"
+    )
+
+
+def expanded_source(stem):
+    """The text of ``<stem>.cu`` with our own headers in place of their includes."""
+    folder = kernel_dir()
+    path = folder / f"{stem}.cu"
+    stamp = tuple(sorted((str(f), f.stat().st_mtime_ns) for f in _files_of(folder, path)))
+    return _expand(folder, stem, stamp)
+
+
+def _files_of(folder, path):
+    return [path, *(folder / "include" / "cupy_cache").glob("*.cuh")]
+
+
+@functools.lru_cache(maxsize=64)
+def _expand(folder, stem, stamp):
+    del stamp  # only there so that an edited file is read again
+    return "".join(_expand_file(folder / f"{stem}.cu", f"kernels_cu/{stem}.cu", folder, set()))
+
+
+def _expand_file(path, shown, folder, seen):
+    yield f'#line 1 "{shown}"\n'
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        found = _INCLUDE.match(line)
+        if found is None:
+            if line.strip() != "#pragma once":
+                yield line + "\n"
+            else:
+                yield "\n"
+            continue
+        header = found[1]
+        if header not in seen:
+            seen.add(header)
+            yield from _expand_file(
+                folder / "include" / header, f"kernels_cu/include/{header}", folder, seen
+            )
+        yield f'#line {number + 1} "{shown}"\n'
+
+
+class Loaded:
+    """A kernel on one device: the driver's function handle, and where its fault record is."""
+
+    __slots__ = ("kernel", "device", "function", "handle", "module")
+
+    def __init__(self, kernel, device, function, module):
+        self.kernel, self.device, self.function, self.module = kernel, device, function, module
+        self.handle = function.kernel.ptr
+
+    def __repr__(self):
+        return f"<Loaded {self.kernel!r} on cuda:{self.device}>"
+
+
+_loaded = {}
+_locks = {}
+_guard = threading.Lock()
+_warming = threading.local()
+
+
+def loaded():
+    """Everything loaded so far."""
+    return tuple(_loaded.values())
+
+
+def load(kernel, device):
+    """``kernel`` on GPU ``device``, compiling it, or reading CuPy's disk cache, at first use."""
+    key = (*kernel.key, device)
+    found = _loaded.get(key)
+    if found is not None:
+        return found
+    with _guard:
+        lock = _locks.setdefault(key, threading.Lock())
+    with lock:
+        found = _loaded.get(key)
+        if found is None:
+            if env.flag(env.NO_COMPILE) and not getattr(_warming, "on", False):
+                raise KernelError(
+                    f"{kernel!r} is not loaded on cuda:{device} and {env.NO_COMPILE.name} is set: "
+                    "name this shape in warmup()"
+                )
+            found = _loaded[key] = _load(kernel, device)
+    return found
+
+
+class warming:
+    """While this is entered, the thread may load kernels whatever CUPYCACHE_NO_COMPILE says."""
+
+    def __enter__(self):
+        _warming.on = True
+
+    def __exit__(self, *exc):
+        _warming.on = False
+
+
+def _load(kernel, device):
+    cupy = arrays.import_cupy(f"{kernel.op} on cuda:{device}")
+    _require_cupy_version(cupy)
+    options = OPTIONS + (("-lineinfo",) if env.flag(env.LINEINFO) else ())
+    logger.debug("loading %s on cuda:%d", kernel, device)
+    with cupy.cuda.Device(device):
+        module = cupy.RawModule(
+            code=kernel.source(), options=options, name_expressions=(kernel.expression,)
+        )
+        try:
+            function = module.get_function(kernel.expression)
+            return Loaded(kernel, device, function, module)
+        except Exception as error:
+            raise _explain(error, kernel, device, cupy) from error
+
+
+def _require_cupy_version(cupy):
+    # 14.2 is the first whose disk cache serves name expressions.
+    if tuple(int(n) for n in re.findall(r"\d+", cupy.__version__)[:2]) < (14, 2):
+        raise MissingDependencyError(
+            f"CuPy 14.2 or newer is needed, {cupy.__version__} is installed: "
+            "pip install -U 'cupy-cache[cuda13x]' (or [cuda12x])"
+        )
+
+
+def _explain(error, kernel, device, cupy):
+    """The named error that fits what CuPy raised while compiling or loading."""
+    text = str(error)
+    lower = text.lower()
+    if "failed to find cuda headers" in lower or ("header" in lower and "nvidia-cuda-runtime" in lower):
+        return MissingDependencyError(
+            f"{kernel!r}: the CUDA runtime headers are missing: "
+            f"pip install 'cupy-cache[cuda13x]' (or [cuda12x] for CUDA 12 drivers)"
+        )
+    if isinstance(error, (ImportError, OSError)) or "libnvrtc" in lower or "nvrtc.so" in lower:
+        return MissingDependencyError(
+            f"{kernel!r}: NVRTC could not be loaded ({text}): "
+            "pip install 'cupy-cache[cuda13x]' (or [cuda12x] for CUDA 12 drivers)"
+        )
+    if "gpu-architecture" in lower or "arch" in lower and "invalid" in lower:
+        capability = cupy.cuda.Device(device).compute_capability
+        return UnsupportedArchitectureError(
+            f"{kernel!r}: this NVRTC cannot compile for compute capability {capability} of "
+            f"cuda:{device}: install a newer one, pip install -U nvidia-cuda-nvrtc ({text})"
+        )
+    return KernelError(f"{kernel!r} could not be compiled or loaded on cuda:{device}: {text}")
+
+
+def compile_cubin(kernel, architecture):
+    """``kernel`` as machine code for ``architecture`` (such as 90), with NVRTC alone: no GPU, no
+    driver. Returns (cubin bytes, mangled name)."""
+    from cupy.cuda import compiler  # its program class is private: this is its only use
+
+    program = compiler._NVRTCProgram(
+        kernel.source(), f"{kernel.stem}.cu", (), (), (kernel.expression,), "cubin"
+    )
+    options = (*OPTIONS, f"-arch=sm_{architecture}", "-ftz=true")
+    try:
+        cubin, mapping = program.compile(options)
+    except compiler.CompileException as error:
+        raise KernelError(f"{kernel!r} for sm_{architecture}: {error}") from error
+    # CuPy strips the image's last byte, a NUL; the tools that read it insist on it.
+    return cubin + b"\0", mapping[kernel.expression]

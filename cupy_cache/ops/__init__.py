@@ -1,0 +1,6 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""One module for each operation: its docstring, its contract and its plan.
+
+``ops/X.py`` belongs to ``kernels_cu/X.cu``, ``tests/test_X.py`` and ``benchmarks/bench_X.py``.
+"""

@@ -1,0 +1,77 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Parameter structs: Python's side of the one ``struct Params`` that each kernel takes by value.
+
+The driver copies exactly ``sizeof(Params)`` bytes from the host record at launch, without a check.
+So `Struct.asserts` is compiled with every kernel: a size or an offset that differs between here and
+the ``.cu`` file stops the compile, on any machine.
+"""
+
+import struct
+
+# Field types: letter of `struct`, size, spelling in C++.
+_TYPES = {
+    "ptr": ("Q", 8),
+    "i64": ("q", 8),
+    "u64": ("Q", 8),
+    "i32": ("i", 4),
+    "u32": ("I", 4),
+    "f32": ("f", 4),
+}
+
+
+class Struct:
+    """The fields of one kernel's ``Params``, in order.
+
+    Parameters
+    ----------
+    per_call : str
+        Fields written at every call, as ``"name:type name:type[count] …"``; they come first.
+    constant : str
+        Fields that a plan fixes once, in the same form.
+    """
+
+    def __init__(self, per_call, constant=""):
+        self._call, offset = _parse(per_call, 0)
+        self._constant, end = _parse(constant, offset)
+        self.size = -(-end // 8) * 8
+        self.constant_at = offset
+        self.per_call = struct.Struct("<" + "".join(f.letters for f in self._call))
+        self.constant = struct.Struct("<" + "".join(f.letters for f in self._constant))
+
+    def record(self, *constants):
+        """A zeroed record of ``size`` bytes with the constant fields filled in."""
+        record = bytearray(self.size)
+        self.constant.pack_into(record, self.constant_at, *constants)
+        return bytes(record)
+
+    def asserts(self, name):
+        """C++ that refuses to compile unless struct ``name`` has this size and these offsets."""
+        lines = [f"static_assert(sizeof({name}) == {self.size}, \"size of {name}\");"]
+        lines += [
+            f"static_assert(__builtin_offsetof({name}, {f.name}) == {f.offset}, "
+            f"\"offset of {name}::{f.name}\");"
+            for f in self._call + self._constant
+        ]
+        return "\n".join(lines) + "\n"
+
+
+class _Field:
+    __slots__ = ("name", "letters", "offset")
+
+    def __init__(self, name, letters, offset):
+        self.name, self.letters, self.offset = name, letters, offset
+
+
+def _parse(text, offset):
+    fields = []
+    for item in text.split():
+        name, kind = item.split(":")
+        kind, _, count = kind.rstrip("]").partition("[")
+        letter, size = _TYPES[kind]
+        if offset % size:
+            raise ValueError(f"field {name} would need padding before it: reorder the fields")
+        count = int(count or 1)
+        fields.append(_Field(name, letter * count, offset))
+        offset += size * count
+    return fields, offset

@@ -1,0 +1,19 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+// SPDX-License-Identifier: Apache-2.0
+// Fixed-width names. NVRTC has no <cstdint>, and its substitutes cost compile time.
+#pragma once
+
+namespace cupy_cache {
+
+using i8 = signed char;
+using i16 = short;
+using i32 = int;
+using i64 = long long;
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+static_assert(sizeof(i32) == 4 && sizeof(i64) == 8 && sizeof(void*) == 8, "an LP64 or LLP64 machine");
+
+}  // namespace cupy_cache

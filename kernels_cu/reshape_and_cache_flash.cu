@@ -1,0 +1,92 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+// SPDX-License-Identifier: Apache-2.0
+// Writes one token's keys and values into its slot of a cache indexed [block, offset, head, :].
+//
+// A token's row is kHeads segments of contiguous bytes, kKeyBytes long for keys and kValueBytes for
+// values; the host merges heads that are adjacent on both sides into one segment. A work item is
+// one vector of a key row and the vector of the value row with the same index: consecutive threads
+// take consecutive items, so both moves coalesce whatever the shape, and one slot is read for both.
+#include "cupy_cache/convert.cuh"
+#include "cupy_cache/ints.cuh"
+#include "cupy_cache/paging.cuh"
+#include "cupy_cache/vec.cuh"
+
+namespace cupy_cache {
+
+// Strides are in bytes.
+struct Params {
+  const char* key;          // [tokens, heads, kKeyBytes]
+  const char* value;        // [tokens, heads, kValueBytes]
+  char* key_cache;          // [num_blocks, kBlockSize, heads, kKeyBytes]
+  char* value_cache;        // [num_blocks, kBlockSize, heads, kValueBytes]
+  const char* slot_mapping; // [tokens]
+  i64 tokens;
+  i64 num_blocks;
+  i64 slot_stride;
+  i64 key_token_stride;
+  i64 key_head_stride;
+  i64 value_token_stride;
+  i64 value_head_stride;
+  i64 key_block_stride;
+  i64 key_offset_stride;
+  i64 key_cache_head_stride;
+  i64 value_block_stride;
+  i64 value_offset_stride;
+  i64 value_cache_head_stride;
+};
+
+constexpr u32 kSlotMapping = 1;
+
+template <int kVec, int kHeads, int kKeyBytes, int kValueBytes, int kBlockSize, typename Slot,
+          int kMaxThreads>
+__global__ void __launch_bounds__(kMaxThreads)
+    reshape_and_cache_flash(const __grid_constant__ Params p) {
+  static_assert(kKeyBytes % kVec == 0 && kValueBytes % kVec == 0, "whole vectors");
+  using Converter = Copy<kVec>;
+  constexpr int kKeyVectors = kKeyBytes / kVec;      // of one segment
+  constexpr int kValueVectors = kValueBytes / kVec;
+  constexpr int kKeyItems = kHeads * kKeyVectors;    // of one token
+  constexpr int kValueItems = kHeads * kValueVectors;
+  constexpr int kItems = kKeyItems > kValueItems ? kKeyItems : kValueItems;
+
+  const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const i64 token = static_cast<i64>(index / kItems);
+  const int item = static_cast<int>(index % kItems);
+  if (token >= p.tokens) return;
+
+  // The slot and the data are loaded together: only the stores have to wait for the slot.
+  const i64 slot =
+      static_cast<i64>(*reinterpret_cast<const Slot*>(p.slot_mapping + token * p.slot_stride));
+  const bool has_key = kKeyItems == kItems || item < kKeyItems;
+  const bool has_value = kValueItems == kItems || item < kValueItems;
+  typename Converter::Source key, value;
+  if (has_key) {
+    key = Converter::load(p.key + token * p.key_token_stride +
+                          (item / kKeyVectors) * p.key_head_stride +
+                          (item % kKeyVectors) * Converter::kSourceBytes);
+  }
+  if (has_value) {
+    value = Converter::load(p.value + token * p.value_token_stride +
+                            (item / kValueVectors) * p.value_head_stride +
+                            (item % kValueVectors) * Converter::kSourceBytes);
+  }
+  if (slot < 0) return;  // padding
+  if (!in_bounds(slot, p.num_blocks * kBlockSize, kSlotMapping, token)) return;
+  const Place<kBlockSize> place(slot);
+  if (has_key) {
+    store_streaming<kVec>(p.key_cache + place.block * p.key_block_stride +
+                              place.offset * p.key_offset_stride +
+                              (item / kKeyVectors) * p.key_cache_head_stride +
+                              (item % kKeyVectors) * kVec,
+                          Converter::convert(key));
+  }
+  if (has_value) {
+    store_streaming<kVec>(p.value_cache + place.block * p.value_block_stride +
+                              place.offset * p.value_offset_stride +
+                              (item / kValueVectors) * p.value_cache_head_stride +
+                              (item % kValueVectors) * kVec,
+                          Converter::convert(value));
+  }
+}
+
+}  // namespace cupy_cache

@@ -1,0 +1,95 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures and the rules of the three tiers: CPU backend, emulated kernels, real GPU."""
+
+import os
+import shutil
+import sys
+import zlib
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, os.path.dirname(__file__))
+
+import cupy_cache as cc
+import worlds
+from cupy_cache import env
+
+
+def _gpu_missing():
+    """Why GPU tests cannot run here; None where they can."""
+    try:
+        import cupy
+    except ImportError as error:
+        return f"CuPy cannot be imported: {error}"
+    if not cupy.cuda.is_available():
+        return "CuPy sees no CUDA GPU"
+    return None
+
+
+GPU_MISSING = _gpu_missing()
+GXX = shutil.which("g++")
+
+
+def pytest_collection_modifyitems(items):
+    if GPU_MISSING is None or env.flag(env.REQUIRE_GPU):
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=f"no GPU: {GPU_MISSING}"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = [r for r in terminalreporter.stats.get("skipped", ()) if "no GPU" in str(r.longrepr)]
+    if skipped:
+        terminalreporter.write_line(
+            f"{len(skipped)} GPU tests were skipped: {GPU_MISSING}", yellow=True
+        )
+    if GXX is None:
+        terminalreporter.write_line(
+            "THE KERNELS WERE NOT RUN: g++ is missing, so the emulated tier was skipped", red=True
+        )
+
+
+@pytest.fixture
+def rng(request):
+    """A generator whose seed changes from run to run; printed, so that a failure can be repeated
+    with CUPYCACHE_TEST_SEED."""
+    seed = int(os.environ.get("CUPYCACHE_TEST_SEED", np.random.SeedSequence().entropy % 2**32))
+    print(f"CUPYCACHE_TEST_SEED={seed}")
+    return np.random.default_rng([seed, zlib.crc32(request.node.name.encode())])
+
+
+def _emulated():
+    if GXX is None:
+        pytest.skip("g++ is missing: the kernels cannot be emulated")
+    from emulator import EmulatedWorld
+
+    return EmulatedWorld()
+
+
+_WORLDS = {
+    "numpy": worlds.NumPyWorld,
+    "torch-cpu": worlds.TorchWorld,
+    "dlpack": worlds.DLPackWorld,
+    "emulated": _emulated,
+    "cupy": worlds.CuPyWorld,
+    "torch-cuda": worlds.TorchCudaWorld,
+    "dlpack-cuda": worlds.DLPackCudaWorld,
+}
+GPU_WORLDS = ("cupy", "torch-cuda", "dlpack-cuda")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=pytest.mark.gpu) if name in GPU_WORLDS else name for name in _WORLDS
+    ]
+)
+def world(request):
+    """Each kind of array in turn; faults left by a test fail it."""
+    if "torch" in request.param or "dlpack" in request.param:
+        pytest.importorskip("torch")
+    made = _WORLDS[request.param]()
+    yield made
+    cc.raise_faults()

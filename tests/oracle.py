@@ -1,0 +1,20 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""What every operation must do, as plain loops over single elements, written from the docstrings.
+
+Nothing here is shared with the library, and nothing is fast.
+"""
+
+
+def reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping):
+    num_blocks, block_size = key_cache.shape[:2]
+    for token in range(slot_mapping.shape[0]):
+        slot = int(slot_mapping[token])
+        if slot < 0 or slot >= num_blocks * block_size:
+            continue
+        for source, cache in ((key, key_cache), (value, value_cache)):
+            for head in range(source.shape[1]):
+                for element in range(source.shape[2]):
+                    cache[slot // block_size, slot % block_size, head, element] = source[
+                        token, head, element
+                    ]

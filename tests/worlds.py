@@ -1,0 +1,212 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""The kinds of arrays that tests run an operation on, behind one small interface.
+
+A test builds its case on `Buffer`\\ s: plain byte storages in which views are described by offset,
+shape, byte strides and dtype name. A world turns a buffer's views into arrays of a framework (or
+of the emulator that runs the kernels on the CPU), and afterwards gives the bytes back. Because
+whole storages are compared, a byte written outside a view is seen as well.
+"""
+
+import numpy as np
+
+from cupy_cache import formats
+
+RNG_BYTES = 64  # bytes of random padding kept around each view
+
+
+class Spec:
+    """A view of a buffer: offset in bytes, shape, strides in bytes, dtype name."""
+
+    def __init__(self, buffer, offset, shape, strides, dtype):
+        self.buffer, self.offset = buffer, offset
+        self.shape, self.strides, self.dtype = tuple(shape), tuple(strides), dtype
+
+    @property
+    def numpy_dtype(self):
+        return formats.DTYPES[self.dtype].numpy
+
+    def on(self, storage):
+        """A NumPy view of ``storage`` (a byte array like the buffer's)."""
+        size = self.numpy_dtype.itemsize
+        raw = np.ndarray(
+            self.shape, np.dtype(f"u{size}"), storage.data, self.offset, self.strides
+        )
+        return raw.view(self.numpy_dtype) if 0 not in self.shape else raw.astype(self.numpy_dtype)
+
+    def permuted(self, *axes):
+        """The same memory with its dimensions in another order."""
+        return Spec(
+            self.buffer,
+            self.offset,
+            [self.shape[a] for a in axes],
+            [self.strides[a] for a in axes],
+            self.dtype,
+        )
+
+    def __getitem__(self, index):
+        """A basic-indexing view, as NumPy would make it."""
+        base = self.on(self.buffer.bytes)
+        view = base[index]
+        offset = view.__array_interface__["data"][0] - self.buffer.bytes.ctypes.data
+        return Spec(self.buffer, offset, view.shape, view.strides, self.dtype)
+
+
+class Buffer:
+    """Bytes with a fixed seed's random content, 16-byte aligned."""
+
+    def __init__(self, nbytes, rng, fill=None):
+        padded = np.empty(nbytes + 16, np.uint8)
+        start = -padded.ctypes.data % 16
+        self.bytes = padded[start : start + nbytes]
+        self.bytes[:] = rng.integers(0, 256, nbytes, np.uint8) if fill is None else fill
+
+    def view(self, shape, dtype, offset=0, strides=None):
+        """A `Spec`; contiguous unless byte ``strides`` are given."""
+        if strides is None:
+            size = formats.DTYPES[dtype].bytes
+            strides = [size * int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape))]
+        return Spec(self, offset, shape, strides, dtype)
+
+
+def array(rng, shape, dtype, pad=0):
+    """A contiguous view in a fresh buffer of random bytes, ``pad`` bytes from its start (which
+    decides the alignment). Float contents are random bit patterns, NaN and infinity included:
+    moving bytes must not care."""
+    nbytes = int(np.prod(shape, dtype=np.int64)) * formats.DTYPES[dtype].bytes
+    return Buffer(nbytes + pad, rng).view(shape, dtype, offset=pad)
+
+
+def of_values(values, dtype=None):
+    """A contiguous view in a fresh buffer that holds ``values`` (a NumPy array)."""
+    values = np.ascontiguousarray(values)
+    buffer = Buffer(values.nbytes, None, fill=0)
+    buffer.bytes[:] = values.reshape(-1).view(np.uint8)
+    return buffer.view(values.shape, dtype or values.dtype.name)
+
+
+class World:
+    """Makes arrays of one kind. ``on_gpu`` says which code path they take."""
+
+    name = "?"
+    on_gpu = False
+
+    def __init__(self):
+        self._made = {}
+
+    def put(self, spec):
+        """The framework's array for ``spec``; views of one buffer share memory."""
+        if spec is None:
+            return None
+        key = id(spec.buffer)
+        if key not in self._made:
+            self._made[key] = (spec.buffer, self.upload(spec.buffer.bytes))
+        return self.array(self._made[key][1], spec)
+
+    def bytes_of(self, spec):
+        """The present content of ``spec``'s whole buffer, as a fresh NumPy byte array."""
+        return self.download(self._made[id(spec.buffer)][1])
+
+    def numpy(self, result):
+        """An array that an operation returned, as NumPy."""
+        return np.asarray(result)
+
+
+class NumPyWorld(World):
+    name = "numpy"
+
+    def upload(self, raw):
+        padded = np.empty(raw.size + 16, np.uint8)
+        start = -padded.ctypes.data % 16
+        storage = padded[start : start + raw.size]
+        storage[:] = raw
+        return storage
+
+    def array(self, storage, spec):
+        return spec.on(storage)
+
+    def download(self, storage):
+        return storage.copy()
+
+
+class TorchWorld(World):
+    name = "torch-cpu"
+    device = "cpu"
+
+    def upload(self, raw):
+        import torch
+
+        storage = torch.empty(raw.size, dtype=torch.uint8, device=self.device)
+        storage.copy_(torch.from_numpy(raw))
+        return storage
+
+    def array(self, storage, spec):
+        import torch
+
+        dtype = getattr(torch, spec.dtype)
+        size = formats.DTYPES[spec.dtype].bytes
+        # torch strides and offsets are in elements, so the view starts where the spec does.
+        flat = storage[spec.offset :]
+        flat = flat[: flat.numel() // size * size].view(dtype)
+        return flat.as_strided(spec.shape, [s // size for s in spec.strides])
+
+    def download(self, storage):
+        return storage.cpu().numpy().copy()
+
+    def numpy(self, result):
+        return result.cpu().numpy()
+
+
+class TorchCudaWorld(TorchWorld):
+    name = "torch-cuda"
+    device = "cuda"
+    on_gpu = True
+
+
+class Opaque:
+    """An object that offers nothing but DLPack."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def __dlpack__(self, **options):
+        return self._array.__dlpack__(**options)
+
+    def __dlpack_device__(self):
+        return self._array.__dlpack_device__()
+
+
+class DLPackWorld(TorchWorld):
+    name = "dlpack"
+
+    def array(self, storage, spec):
+        return Opaque(super().array(storage, spec))
+
+
+class DLPackCudaWorld(TorchCudaWorld):
+    name = "dlpack-cuda"
+
+    def array(self, storage, spec):
+        return Opaque(super().array(storage, spec))
+
+
+class CuPyWorld(World):
+    name = "cupy"
+    on_gpu = True
+
+    def upload(self, raw):
+        import cupy
+
+        return cupy.asarray(raw)
+
+    def array(self, storage, spec):
+        import cupy
+
+        memory = storage.data + spec.offset
+        return cupy.ndarray(spec.shape, spec.numpy_dtype, memory, spec.strides)
+
+    def download(self, storage):
+        return storage.get()
+
+    def numpy(self, result):
+        return result.get()
