@@ -31,7 +31,9 @@ from .errors import (
     UnsupportedArchitectureError,
 )
 from .launch import raise_faults
+from .ops.copy_blocks import copy_blocks, copy_blocks_mla
 from .ops.reshape_and_cache_flash import reshape_and_cache_flash
+from .ops.swap_blocks import swap_blocks
 
 __all__ = [
     "ArgumentError",
@@ -48,8 +50,11 @@ __all__ = [
     "StrideError",
     "UnsupportedArchitectureError",
     "__version__",
+    "copy_blocks",
+    "copy_blocks_mla",
     "raise_faults",
     "reshape_and_cache_flash",
+    "swap_blocks",
 ]
 
 log.configure()

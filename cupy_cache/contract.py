@@ -71,11 +71,7 @@ class Contract:
         """Require the same device as the first array checked."""
         if self._first is None:
             self._first = (name, array.device)
-        elif array.device != self._first[1]:
-            raise DeviceError(
-                f"{self.op}: Invalid device of {name}: expected {self._first[1]} like "
-                f"{self._first[0]}, got {array.device}"
-            )
+        same_device(self.op, name, array.device, *self._first)
 
     def writable(self, name, array):
         """Require memory that can be written in place, where no two elements share an address."""
@@ -102,6 +98,14 @@ class Contract:
             raise ArgumentError(
                 f"{self.op}: Invalid value of {name}: expected a positive integer, got {value!r}"
             )
+
+
+def same_device(op, name, device, other_name, other):
+    """Require ``device`` to be ``other``, that of the argument ``other_name``."""
+    if device != other:
+        raise DeviceError(
+            f"{op}: Invalid device of {name}: expected {other} like {other_name}, got {device}"
+        )
 
 
 def contiguous_dims(array):

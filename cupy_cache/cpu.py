@@ -38,3 +38,9 @@ def reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, ro
     for source, cache in ((key, key_cache), (value, value_cache)):
         source = source[:rows]
         cache[block, offset] = source if whole else source[good]
+
+
+def copy_blocks(source, destination, pairs):
+    """Copy whole blocks between caches indexed [block, …]; pairs are checked and independent."""
+    if pairs.sources:
+        destination[pairs.destinations] = source[pairs.sources]

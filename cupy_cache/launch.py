@@ -85,8 +85,9 @@ class Launcher:
         self._free = []
         self._loaded = None
 
-    def enqueue(self, grid, threads, stream, *values):
-        """Launch with the per-call fields ``values``; zero work launches nothing."""
+    def enqueue(self, grid, threads, stream, *values, tail=b""):
+        """Launch with the per-call fields ``values`` and the bytes ``tail`` at the start of the
+        struct's tail; zero work launches nothing."""
         if not (grid[0] and grid[1] and grid[2]):
             # CuPy would round an empty grid up to one block.
             return
@@ -101,6 +102,9 @@ class Launcher:
         except IndexError:
             record = _Record(self._template)
         self._pack(record.buffer, 0, *values)
+        if tail:
+            at = self.kernel.params.tail_at
+            record.buffer[at : at + len(tail)] = tail
         try:
             driver.launch(self._loaded, grid, threads, stream, record)
         finally:
@@ -178,6 +182,27 @@ class CudaDriver:
         """Whether ``stream`` is being captured into a CUDA graph."""
         cupy = arrays.import_cupy("a stream")
         return bool(cupy.cuda.runtime.streamIsCapturing(stream)) if stream else False
+
+    def mapped_address(self, address, device):
+        """The address at which GPU ``device`` reaches this host memory; None if it is not pinned."""
+        runtime = arrays.import_cupy("host memory").cuda.runtime
+        attributes = runtime.pointerGetAttributes(address)
+        return attributes.devicePointer or None
+
+    def copy(self, destination, source, size, stream, device):
+        """Enqueue a copy by the driver: one of the copy engines, if the host memory is pinned."""
+        cupy = arrays.import_cupy("a copy")
+        runtime = cupy.cuda.runtime
+        try:
+            with cupy.cuda.Device(device):
+                runtime.memcpyAsync(destination, source, size, runtime.memcpyDefault, stream)
+        except runtime.CUDARuntimeError as error:
+            if self._capturing(stream):
+                raise CaptureError(
+                    "swap_blocks: host memory that is not pinned cannot be copied while a CUDA "
+                    f"graph is captured: pin it ({error})"
+                ) from error
+            raise KernelError(f"a copy of {size} bytes failed on cuda:{device}: {error}") from error
 
     def _capturing(self, stream):
         try:

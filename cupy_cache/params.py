@@ -29,13 +29,15 @@ class Struct:
         Fields written at every call, as ``"name:type name:type[count] …"``; they come first.
     constant : str
         Fields that a plan fixes once, in the same form.
+    tail : str
+        One last field, an array of which each call writes as much as it needs.
     """
 
-    def __init__(self, per_call, constant=""):
-        self._call, offset = _parse(per_call, 0)
-        self._constant, end = _parse(constant, offset)
+    def __init__(self, per_call, constant="", tail=""):
+        self._call, self.constant_at = _parse(per_call, 0)
+        self._constant, self.tail_at = _parse(constant, self.constant_at)
+        self._tail, end = _parse(tail, self.tail_at)
         self.size = -(-end // 8) * 8
-        self.constant_at = offset
         self.per_call = struct.Struct("<" + "".join(f.letters for f in self._call))
         self.constant = struct.Struct("<" + "".join(f.letters for f in self._constant))
 
@@ -51,7 +53,7 @@ class Struct:
         lines += [
             f"static_assert(__builtin_offsetof({name}, {f.name}) == {f.offset}, "
             f"\"offset of {name}::{f.name}\");"
-            for f in self._call + self._constant
+            for f in self._call + self._constant + self._tail
         ]
         return "\n".join(lines) + "\n"
 

@@ -1,0 +1,367 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Moving whole blocks: their geometry, the checks of a block mapping, and the copy kernel's plan.
+
+Shared by the operations that copy and swap blocks.
+"""
+
+import bisect
+import struct
+from typing import NamedTuple
+
+import numpy as np
+
+from . import arrays, contract, formats, launch, modules, params
+from .errors import ArgumentError, DeviceError, DTypeError, ShapeError, StrideError
+
+TABLE_WORDS = 480  # with the fields before, what the 4 KiB of kernel parameters hold
+MAX_THREADS = 256
+# Pairs of one launch: block numbers are packed in 32 bits, work indices are 32-bit in the kernel.
+_MAX_WORKS = 2**31 - 1
+
+
+def _tensor_fields(index):
+    sides = (f"tensors[{index}].{side}.{step}:i64" for side in ("from", "to") for step in
+             ("block", "outer", "middle"))  # fmt: skip
+    return " ".join((*sides, f"tensors[{index}].vectors:u32", f"tensors[{index}].middle_count:u32"))
+
+
+PARAMS = params.Struct(
+    per_call="pairs:i64 mapping:ptr",
+    constant=f"from_blocks:i64 to_blocks:i64 {_tensor_fields(0)} {_tensor_fields(1)} "
+    "chunks:u32 unused:u32",
+    tail=f"table:u64[{TABLE_WORDS}]",
+)
+
+
+# --- a list of layers -----------------------------------------------------------------------------
+
+
+class Layers(NamedTuple):
+    """One tensor of each layer, all alike: the facts of the first (its address replaced by the
+    alignment common to all), and every address."""
+
+    facts: arrays.Facts
+    addresses: list
+
+    def describe(self, name):
+        """The `arrays.Array` that stands for all of them."""
+        return arrays.describe(self.facts, name)
+
+
+def require_list(op, name, caches):
+    """Refuse anything but a list of arrays."""
+    if not isinstance(caches, (list, tuple)):
+        raise DTypeError(
+            f"{op}: Invalid type of {name}: expected a list of arrays, one for each layer, got "
+            f"{type(caches).__name__}"
+        )
+
+
+def read_layers(op, name, caches, stream):
+    """Read a list of equally shaped, equally laid out arrays; None where it is empty."""
+    addresses, common, first = [], 16, None
+    for index, cache in enumerate(caches):
+        fact = arrays.read(cache, f"{op}: {name}[{index}]", stream)
+        if first is None:
+            first = fact
+        elif fact[1:5] != first[1:5]:
+            _refuse_layer(op, f"{name}[{index}]", f"{name}[0]", fact, first)
+        addresses.append(fact.ptr)
+        common |= fact.ptr
+    if first is None:
+        return None
+    return Layers(first._replace(ptr=common & -common, keep=None), addresses)
+
+
+def _refuse_layer(op, name, first_name, fact, first):
+    for what, error, index in (
+        ("shape", ShapeError, 1),
+        ("dtype", DTypeError, 3),
+        ("device", DeviceError, 4),
+        ("strides", StrideError, 2),
+    ):
+        if fact[index] != first[index]:
+            raise error(
+                f"{op}: Invalid {what} of {name}: expected {first[index]} like {first_name}, got "
+                f"{fact[index]}"
+            )
+
+
+def as_numpy(cache, name):
+    """A NumPy view of an array in host memory, as unsigned integers of its element size."""
+    facts = arrays.read(cache, name)
+    array = arrays.describe(facts, name)
+    return arrays.as_numpy(array.ptr, array.shape, array.strides, array.dtype.bits)
+
+
+def stream_of(op, name, array):
+    """The stream to work on for ``array`` before it is read: the current one of its framework; None
+    on the CPU."""
+    array = arrays.view(array, f"{op}: {name}")
+    return None if array.device.kind == "cpu" else arrays.current_stream_of(array)()
+
+
+# --- what a block looks like ----------------------------------------------------------------------
+
+
+class Geometry(NamedTuple):
+    """One tensor's blocks on two sides: ``outer * middle`` runs of ``run`` contiguous bytes, with
+    (block, outer, middle) strides in bytes for each side."""
+
+    run: int
+    outer: int
+    middle: int
+    source: tuple
+    destination: tuple
+
+    @property
+    def bytes(self):
+        """Bytes of one block."""
+        return self.run * self.outer * self.middle
+
+    @property
+    def contiguous(self):
+        """Whether a block is one run on both sides."""
+        return self.outer == self.middle == 1
+
+
+def geometry(op, name, source, destination):
+    """The `Geometry` of the blocks (everything below dimension 0) of two `arrays.Array`.
+
+    Dimensions are taken in the destination's memory order and merged where they are adjacent on
+    both sides. At most two dimensions may remain around the contiguous run.
+    """
+    size = source.dtype.bytes
+    dims = [
+        (extent, s, d)
+        for extent, s, d in zip(source.shape[1:], source.strides[1:], destination.strides[1:])
+        if extent != 1
+    ]
+    dims.sort(key=lambda dim: -abs(dim[2]))
+    merged = []
+    for extent, s, d in dims:
+        if merged and merged[-1][1] == s * extent and merged[-1][2] == d * extent:
+            merged[-1] = (merged[-1][0] * extent, s, d)
+        else:
+            merged.append((extent, s, d))
+    run = size
+    if merged and merged[-1][1:] == (size, size):
+        run *= merged.pop()[0]
+    if len(merged) > 2:
+        raise StrideError(
+            f"{op}: Invalid strides of {name}: expected blocks of at most two dimensions around a "
+            f"contiguous run, got byte strides {list(source.strides)} and "
+            f"{list(destination.strides)} for shape {list(source.shape)}"
+        )
+    (outer, *outer_strides), (middle, *middle_strides) = [(1, 0, 0)] * (2 - len(merged)) + merged
+    return Geometry(
+        run,
+        outer,
+        middle,
+        (source.strides[0], outer_strides[0], middle_strides[0]),
+        (destination.strides[0], outer_strides[1], middle_strides[1]),
+    )
+
+
+# --- the mapping ----------------------------------------------------------------------------------
+
+
+class Pairs(NamedTuple):
+    """A checked mapping in host memory, as two equally long lists of block numbers."""
+
+    sources: list
+    destinations: list
+
+
+def read_mapping(op, mapping, stream=None):
+    """``block_mapping`` as `Pairs`, or as an `arrays.Array` where it is on a GPU.
+
+    A sequence of (source, destination) pairs, or an int32/int64 array [n, 2].
+    """
+    if isinstance(mapping, (list, tuple)):
+        try:
+            table = np.array(mapping, dtype=np.int64).reshape(len(mapping), 2)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ShapeError(
+                f"{op}: Invalid shape of block_mapping: expected (source, destination) pairs of "
+                f"integers, got {mapping!r:.80}"
+            ) from error
+        return Pairs(*table.T.tolist())
+    facts = arrays.read(mapping, f"{op}: block_mapping", stream)
+    array = arrays.describe(facts, f"{op}: block_mapping")
+    check = contract.Contract(op)
+    check.shape("block_mapping", array, "_ 2")
+    check.dtype("block_mapping", array, *formats.INDICES)
+    if array.device.kind == "cpu":
+        view = arrays.as_numpy(array.ptr, array.shape, array.strides, array.dtype.numpy)
+        return Pairs(*view.T.tolist())
+    check.contiguous("block_mapping", array, 2)
+    return array
+
+
+def check_pairs(op, pairs, source_blocks, destination_blocks):
+    """Refuse numbers out of range and a destination named twice."""
+    for side, numbers, limit in (
+        ("source", pairs.sources, source_blocks),
+        ("destination", pairs.destinations, destination_blocks),
+    ):
+        if numbers and not (min(numbers) >= 0 and max(numbers) < limit):
+            row = next(i for i, b in enumerate(numbers) if not 0 <= b < limit)
+            raise ArgumentError(
+                f"{op}: Invalid value of block_mapping: expected {side} blocks in 0..{limit - 1}, "
+                f"got {numbers[row]} in row {row}"
+            )
+    if len(set(pairs.destinations)) != len(pairs.destinations):
+        raise ArgumentError(
+            f"{op}: Invalid value of block_mapping: expected distinct destinations, got block "
+            f"{_first_repeated(pairs.destinations)} twice"
+        )
+
+
+def check_disjoint(op, pairs):
+    """Refuse a block that is both source and destination: pairs are copied all at once."""
+    both = set(pairs.destinations).intersection(pairs.sources)
+    if both:
+        raise ArgumentError(
+            f"{op}: Invalid value of block_mapping: expected blocks to be either source or "
+            f"destination, got block {min(both)} as both; copy in two calls"
+        )
+
+
+def check_apart(op, pairs, source, destination, source_address, destination_address):
+    """`check_disjoint` for two arrays that may share memory, whole or in part."""
+    spans = [
+        (address, array.dtype.bytes + sum(abs(s) * (e - 1) for s, e in zip(array.strides[first:],
+                                                                         array.shape[first:])))
+        for array, address in ((source, source_address), (destination, destination_address))
+        for first in (0, 1)
+    ]  # fmt: skip
+    (at, whole), (_, inner), (to, to_whole), (_, to_inner) = spans
+    if at + whole <= to or to + to_whole <= at:
+        return
+    if source_address == destination_address and source.strides == destination.strides:
+        check_disjoint(op, pairs)
+        return
+    reads = sorted(at + b * source.strides[0] for b in pairs.sources)
+    for block in pairs.destinations:
+        start = to + block * destination.strides[0]
+        near = bisect.bisect_left(reads, start - inner + 1)
+        if near < len(reads) and reads[near] < start + to_inner:
+            raise ArgumentError(
+                f"{op}: Invalid value of block_mapping: expected blocks to be either source or "
+                f"destination, got destination block {block} in memory that a source block shares"
+            )
+
+
+def _first_repeated(blocks):
+    seen = set()
+    return next(b for b in blocks if b in seen or seen.add(b))
+
+
+# --- the kernel -----------------------------------------------------------------------------------
+
+
+class CopyPlan:
+    """How blocks of one or two tensors per layer are copied by the kernel on one GPU.
+
+    Parameters
+    ----------
+    op : str
+    tensors : list of (Geometry, alignment)
+        One for each tensor of a layer; ``alignment`` covers all layers' addresses.
+    in_place : bool
+        Source and destination are the same tensors.
+    source_blocks, destination_blocks : int
+    mapping_dtype : formats.DType or None
+        None: pairs travel in the parameters. Else they are read on the device.
+    device : int
+    max_blocks : int or None
+        At most this many thread blocks (for copies that the bus limits, so that the other
+        multiprocessors stay free).
+    """
+
+    def __init__(
+        self, op, tensors, in_place, source_blocks, destination_blocks, mapping_dtype, device,
+        max_blocks=None, items=1,
+    ):  # fmt: skip
+        geometries = [g for g, _ in tensors]
+        vector = contract.vector_bytes(
+            *(a for _, a in tensors),
+            *(n for g in geometries for n in (g.run, *g.source, *g.destination)),
+        )
+        runs = [0 if g.contiguous else g.run // vector for g in geometries]
+        nested = any(g.outer > 1 for g in geometries)
+        vectors = [g.bytes // vector for g in geometries]
+        if max(vectors) > _MAX_WORKS:
+            raise ShapeError(f"{op}: blocks of {max(g.bytes for g in geometries)} bytes are too large")
+        self.op, self.count, self.in_place, self.device = op, len(tensors), in_place, device
+        self.threads = launch.block_threads(max(vectors), 1, MAX_THREADS)
+        self.chunks = launch.ceil_div(max(vectors), self.threads * items)
+        self.max_blocks = max_blocks
+        self.mapping_dtype = mapping_dtype
+        index = "void" if mapping_dtype is None else formats.INDEX_NAMES[mapping_dtype.name]
+        second = (runs * 2)[1]
+        constants = []
+        for g, n in zip(geometries * 2, vectors * 2):
+            constants += [*g.source, *g.destination, n, g.middle]
+        self.kernel = modules.Kernel(
+            op,
+            "copy_blocks",
+            f"copy_blocks<{len(tensors)}, {str(in_place).lower()}, {vector}, {runs[0]}, {second}, "
+            f"{str(nested).lower()}, {items}, {index}, {MAX_THREADS}>",
+            PARAMS,
+            guarded=() if mapping_dtype is None else ("block_mapping",),
+        )
+        self._launcher = launch.Launcher(
+            self.kernel,
+            device,
+            (source_blocks, destination_blocks, *constants[:16], self.chunks, 0),
+        )
+
+    def enqueue(self, stream, sources, destinations, pairs=None, mapping=None):
+        """Launch for all layers.
+
+        ``sources`` and ``destinations`` are addresses, layer by layer, a layer's tensors together;
+        ``pairs`` are `Pairs`, or ``mapping`` is an `arrays.Array` on the device.
+        """
+        if not self.chunks:
+            return
+        words = self.count * (1 if self.in_place else 2)
+        layers = len(sources) // self.count
+        # Room for at least half a table of pairs; more layers than that take another launch.
+        group = min(layers, TABLE_WORDS // 2 // words)
+        for first in range(0, layers, group):
+            size = min(group, layers - first)
+            table = []
+            for layer in range(first, first + size):
+                part = slice(layer * self.count, (layer + 1) * self.count)
+                table += sources[part]
+                if not self.in_place:
+                    table += destinations[part]
+            pointers = struct.pack(f"<{len(table)}Q", *table)
+            if pairs is None:
+                self._enqueue_mapped(stream, pointers, size, mapping)
+            else:
+                self._enqueue_pairs(stream, pointers, size, TABLE_WORDS - len(table), pairs)
+
+    def _enqueue_pairs(self, stream, pointers, layers, room, pairs):
+        room = min(room, _MAX_WORKS // self.chunks)
+        for first in range(0, len(pairs.sources), room):
+            part = slice(first, first + room)
+            flat = [n for pair in zip(pairs.sources[part], pairs.destinations[part]) for n in pair]
+            tail = pointers + struct.pack(f"<{len(flat)}I", *flat)
+            self._launch(stream, layers, len(flat) // 2, 0, tail)
+
+    def _enqueue_mapped(self, stream, pointers, layers, mapping):
+        room = _MAX_WORKS // self.chunks
+        step = 2 * mapping.dtype.bytes
+        for first in range(0, mapping.shape[0], room):
+            count = min(room, mapping.shape[0] - first)
+            self._launch(stream, layers, count, mapping.ptr + first * step, pointers)
+
+    def _launch(self, stream, layers, pairs, mapping, tail):
+        blocks = pairs * self.chunks
+        if self.max_blocks is not None:
+            blocks = min(blocks, max(1, self.max_blocks // layers))
+        self._launcher.enqueue((blocks, layers, 1), self.threads, stream, pairs, mapping, tail=tail)

@@ -1,0 +1,135 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+// SPDX-License-Identifier: Apache-2.0
+// Copies whole blocks, for every layer and every (source, destination) pair, in one launch: inside
+// one cache (copy_blocks) or between two (swap_blocks, where one side may be mapped host memory).
+//
+// blockIdx.y is the layer. blockIdx.x walks over (pair, chunk); a chunk is the part of a block that
+// one thread block moves at a time. Keys and values are moved by the same loop: twice the loads in
+// flight, half the address arithmetic. Layer pointers and pairs travel inside the parameter struct,
+// so there is no upload, no allocation and nothing to wait for.
+#include "cupy_cache/ints.cuh"
+#include "cupy_cache/paging.cuh"
+#include "cupy_cache/vec.cuh"
+
+namespace cupy_cache {
+
+// One side's strides, in bytes.
+struct Side {
+  i64 block;
+  i64 outer;
+  i64 middle;
+};
+
+// A block of one tensor: runs of contiguous bytes, `middle_count` of them in each outer step.
+struct Tensor {
+  Side from;
+  Side to;
+  u32 vectors;  // of one block
+  u32 middle_count;
+};
+
+constexpr int kTableWords = 480;
+
+struct Params {
+  i64 pairs;
+  const char* mapping;  // [pairs, 2] of Index on the device, if Index is not void
+  i64 from_blocks;
+  i64 to_blocks;
+  Tensor tensors[2];
+  u32 chunks;  // of one block
+  u32 unused;
+  // For each layer and tensor the source's and, unless kInPlace, the destination's address; then,
+  // if Index is void, the pairs, source in the low half of each word.
+  u64 table[kTableWords];
+};
+
+constexpr u32 kBlockMapping = 1;
+
+template <typename T>
+struct IsVoid {
+  static constexpr bool value = false;
+};
+template <>
+struct IsVoid<void> {
+  static constexpr bool value = true;
+};
+
+// Where vector `index` of a block lies. kRun is the vectors of a run; 0 means that the whole block
+// is one run, kNested that runs are laid out in two dimensions.
+template <int kVec, int kRun, bool kNested>
+__device__ __forceinline__ i64 offset_in_block(const Side& side, u32 middle_count, u32 index) {
+  if constexpr (kRun == 0) {
+    return static_cast<i64>(index) * kVec;
+  } else {
+    const u32 run = index / kRun;
+    const i64 inside = static_cast<i64>(index % kRun) * kVec;
+    if constexpr (kNested) {
+      return (run / middle_count) * side.outer + (run % middle_count) * side.middle + inside;
+    } else {
+      return run * side.middle + inside;
+    }
+  }
+}
+
+// kFirstRun and kSecondRun belong to tensors 0 and 1. kItems vectors of each tensor per thread.
+template <int kTensors, bool kInPlace, int kVec, int kFirstRun, int kSecondRun, bool kNested,
+          int kItems, typename Index, int kMaxThreads>
+__global__ void __launch_bounds__(kMaxThreads) copy_blocks(const __grid_constant__ Params p) {
+  constexpr u32 kPointers = kTensors * (kInPlace ? 1 : 2);
+  const u64* pointers = p.table + blockIdx.y * kPointers;
+  const u32 works = static_cast<u32>(p.pairs) * p.chunks;  // the host keeps this below 2^31
+
+  for (u32 work = blockIdx.x; work < works; work += gridDim.x) {
+    const u32 pair = work / p.chunks;
+    const u32 chunk = work % p.chunks;
+    i64 from, to;
+    if constexpr (IsVoid<Index>::value) {
+      const u64 packed = p.table[gridDim.y * kPointers + pair];
+      from = static_cast<i64>(packed & 0xffffffffu);
+      to = static_cast<i64>(packed >> 32);
+    } else {
+      const Index* at = reinterpret_cast<const Index*>(p.mapping) + 2 * static_cast<i64>(pair);
+      from = static_cast<i64>(at[0]);
+      to = static_cast<i64>(at[1]);
+      if (!in_bounds(from, p.from_blocks, kBlockMapping, pair)) continue;
+      if (!in_bounds(to, p.to_blocks, kBlockMapping, pair)) continue;
+    }
+
+    Vec<kVec> held[kTensors][kItems];
+    const u32 start = chunk * (blockDim.x * kItems) + threadIdx.x;
+#pragma unroll
+    for (int t = 0; t < kTensors; ++t) {
+      const Tensor& tensor = p.tensors[t];
+      const char* source =
+          reinterpret_cast<const char*>(pointers[t]) + from * tensor.from.block;
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        const u32 index = start + i * blockDim.x;
+        if (index < tensor.vectors) {
+          const i64 offset =
+              t == 0 ? offset_in_block<kVec, kFirstRun, kNested>(tensor.from, tensor.middle_count, index)
+                     : offset_in_block<kVec, kSecondRun, kNested>(tensor.from, tensor.middle_count, index);
+          held[t][i] = load_streaming<kVec>(source + offset);
+        }
+      }
+    }
+#pragma unroll
+    for (int t = 0; t < kTensors; ++t) {
+      const Tensor& tensor = p.tensors[t];
+      char* destination =
+          reinterpret_cast<char*>(pointers[kInPlace ? t : kTensors + t]) + to * tensor.to.block;
+#pragma unroll
+      for (int i = 0; i < kItems; ++i) {
+        const u32 index = start + i * blockDim.x;
+        if (index < tensor.vectors) {
+          const i64 offset =
+              t == 0 ? offset_in_block<kVec, kFirstRun, kNested>(tensor.to, tensor.middle_count, index)
+                     : offset_in_block<kVec, kSecondRun, kNested>(tensor.to, tensor.middle_count, index);
+          store_streaming<kVec>(destination + offset, held[t][i]);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace cupy_cache
