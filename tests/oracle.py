@@ -18,3 +18,18 @@ def reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping):
                     cache[slot // block_size, slot % block_size, head, element] = source[
                         token, head, element
                     ]
+
+
+def copy_blocks(caches, pairs):
+    """``caches``: any list of caches. ``pairs`` are applied from a snapshot, all at once."""
+    for cache in caches:
+        before = cache.copy()
+        for source, destination in pairs:
+            if 0 <= source < cache.shape[0] and 0 <= destination < cache.shape[0]:
+                cache[destination] = before[source]
+
+
+def swap_blocks(source, destination, pairs):
+    before = source.copy()
+    for first, second in pairs:
+        destination[second] = before[first]

@@ -12,8 +12,6 @@ import numpy as np
 
 from cupy_cache import formats
 
-RNG_BYTES = 64  # bytes of random padding kept around each view
-
 
 class Spec:
     """A view of a buffer: offset in bytes, shape, strides in bytes, dtype name."""
@@ -52,13 +50,18 @@ class Spec:
         return Spec(self.buffer, offset, view.shape, view.strides, self.dtype)
 
 
+def aligned_bytes(nbytes):
+    """An uninitialised byte array, 16-byte aligned."""
+    padded = np.empty(nbytes + 16, np.uint8)
+    start = -padded.ctypes.data % 16
+    return padded[start : start + nbytes]
+
+
 class Buffer:
     """Bytes with a fixed seed's random content, 16-byte aligned."""
 
     def __init__(self, nbytes, rng, fill=None):
-        padded = np.empty(nbytes + 16, np.uint8)
-        start = -padded.ctypes.data % 16
-        self.bytes = padded[start : start + nbytes]
+        self.bytes = aligned_bytes(nbytes)
         self.bytes[:] = rng.integers(0, 256, nbytes, np.uint8) if fill is None else fill
 
     def view(self, shape, dtype, offset=0, strides=None):
@@ -105,7 +108,26 @@ class World:
 
     def bytes_of(self, spec):
         """The present content of ``spec``'s whole buffer, as a fresh NumPy byte array."""
-        return self.download(self._made[id(spec.buffer)][1])
+        self.synchronize()
+        storage = self._made[id(spec.buffer)][1]
+        return storage.copy() if isinstance(storage, np.ndarray) else self.download(storage)
+
+    def put_on_host(self, spec, pinned=True):
+        """A NumPy array in host memory for ``spec``, pinned where this world has a GPU."""
+        key = id(spec.buffer)
+        if key not in self._made:
+            storage = self.host_storage(spec.buffer.bytes.size, pinned)
+            storage[:] = spec.buffer.bytes
+            self._made[key] = (spec.buffer, storage)
+        return spec.on(self._made[key][1])
+
+    def host_storage(self, nbytes, pinned):
+        """An uninitialised byte array in host memory."""
+        del pinned
+        return aligned_bytes(nbytes)
+
+    def synchronize(self):
+        """Wait for everything enqueued."""
 
     def numpy(self, result):
         """An array that an operation returned, as NumPy."""
@@ -116,17 +138,12 @@ class NumPyWorld(World):
     name = "numpy"
 
     def upload(self, raw):
-        padded = np.empty(raw.size + 16, np.uint8)
-        start = -padded.ctypes.data % 16
-        storage = padded[start : start + raw.size]
+        storage = aligned_bytes(raw.size)
         storage[:] = raw
         return storage
 
     def array(self, storage, spec):
         return spec.on(storage)
-
-    def download(self, storage):
-        return storage.copy()
 
 
 class TorchWorld(World):
@@ -157,7 +174,21 @@ class TorchWorld(World):
         return result.cpu().numpy()
 
 
-class TorchCudaWorld(TorchWorld):
+class _PinnedHost:
+    """Pinned host memory for the worlds on a real GPU."""
+
+    def host_storage(self, nbytes, pinned):
+        import cupyx
+
+        return cupyx.empty_pinned(nbytes, np.uint8) if pinned else aligned_bytes(nbytes)
+
+    def synchronize(self):
+        import cupy
+
+        cupy.cuda.Device().synchronize()
+
+
+class TorchCudaWorld(_PinnedHost, TorchWorld):
     name = "torch-cuda"
     device = "cuda"
     on_gpu = True
@@ -190,7 +221,7 @@ class DLPackCudaWorld(TorchCudaWorld):
         return Opaque(super().array(storage, spec))
 
 
-class CuPyWorld(World):
+class CuPyWorld(_PinnedHost, World):
     name = "cupy"
     on_gpu = True
 

@@ -1,0 +1,157 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import oracle
+import pytest
+import worlds
+
+import cupy_cache as cc
+from cupy_cache.blocks import Pairs
+from cupy_cache.ops import swap_blocks as module
+
+
+def put(world, spec, where):
+    if where == "device":
+        return world.put(spec)
+    return world.put_on_host(spec, pinned=where == "pinned")
+
+
+def expect_swapped(world, source, destination, pairs):
+    expected = {id(s.buffer): s.buffer.bytes.copy() for s in (source, destination)}
+    oracle.swap_blocks(*(s.on(expected[id(s.buffer)]) for s in (source, destination)), pairs)
+    for spec in (source, destination):
+        np.testing.assert_array_equal(world.bytes_of(spec), expected[id(spec.buffer)])
+
+
+def random_pairs(rng, source_blocks, destination_blocks, count):
+    """Any sources, distinct destinations."""
+    return np.stack(
+        [rng.integers(0, source_blocks, count), rng.permutation(destination_blocks)[:count]], axis=1
+    )
+
+
+DIRECTIONS = (
+    ("device", "device"), ("device", "pinned"), ("pinned", "device"), ("device", "pageable"),
+    ("pageable", "device"), ("pinned", "pageable"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("source_at, destination_at", DIRECTIONS)
+@pytest.mark.parametrize("kind", ["contiguous", "odd", "packed-source", "packed-both"])
+def test_every_direction(world, rng, source_at, destination_at, kind):
+    if world.name == "emulated" and "pageable" in (source_at, destination_at):
+        pytest.skip("unpinned memory goes to the driver, which is not emulated")
+    shape, dtype = ((7, 4, 3, 8), "bfloat16") if kind != "odd" else ((7, 5, 3, 7), "float16")
+    source = worlds.array(rng, shape, dtype)
+    destination = worlds.array(rng, (10, *shape[1:]), dtype, pad=2 if kind == "odd" else 0)
+    if kind.startswith("packed"):
+        source = worlds.array(rng, (7, 3, 4, 16), dtype).permuted(0, 2, 1, 3)[..., :8]
+    if kind == "packed-both":
+        destination = worlds.array(rng, (10, 4, 3, 16), dtype)[..., 8:]
+    pairs = random_pairs(rng, 7, 10, 5)
+    cc.swap_blocks(put(world, source, source_at), put(world, destination, destination_at), pairs)
+    expect_swapped(world, source, destination, pairs)
+
+
+@pytest.mark.parametrize("source_at, destination_at", DIRECTIONS[1:3])
+def test_runs_of_neighbours(world, rng, monkeypatch, source_at, destination_at):
+    """Long runs take another path than scattered blocks; both in one call."""
+    if world.name == "emulated":
+        pytest.skip("runs go to the driver's copy engines, which are not emulated")
+    monkeypatch.setattr(module, "RUN_BYTES", 4 * 256)
+    source = worlds.array(rng, (40, 256), "uint8")
+    destination = worlds.array(rng, (50, 256), "uint8")
+    pairs = [(3, 20), (4, 21), (5, 22), (6, 23), (7, 24), (0, 1), (30, 2), (31, 3), (32, 5)]
+    cc.swap_blocks(put(world, source, source_at), put(world, destination, destination_at), pairs)
+    expect_swapped(world, source, destination, pairs)
+
+
+def test_neighbours_groups_runs():
+    pairs = Pairs([3, 4, 5, 9, 8, 1, 2], [0, 1, 2, 3, 4, 7, 9])
+    assert list(module.neighbours(pairs)) == [(3, 0, 3), (9, 3, 1), (8, 4, 1), (1, 7, 1), (2, 9, 1)]
+    assert list(module.neighbours(Pairs([], []))) == []
+
+
+def test_all_layers_in_one_call(world, rng):
+    sources = [worlds.array(rng, (6, 4, 16), "float16") for _ in range(4)]
+    destinations = [worlds.array(rng, (8, 4, 16), "float16") for _ in range(4)]
+    pairs = random_pairs(rng, 6, 8, 3)
+    cc.swap_blocks(
+        [world.put(s) for s in sources], [world.put_on_host(d) for d in destinations], pairs
+    )
+    for source, destination in zip(sources, destinations):
+        expect_swapped(world, source, destination, pairs)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_block_size_in_bytes(world, rng, by_name):
+    """Arrays of any shape as rows of bytes."""
+    source = worlds.array(rng, (10, 12), "float32")  # 480 bytes: 5 blocks of 96
+    destination = worlds.array(rng, (300,), "uint8")  # 3 blocks and a rest
+    pairs = [(4, 0), (1, 2)]
+    arrays = world.put(source), world.put(destination)
+    if by_name:
+        cc.swap_blocks(*arrays, pairs, block_size_in_bytes=96)
+    else:
+        cc.swap_blocks(*arrays, 96, pairs)
+    expected = destination.buffer.bytes.copy()
+    for first, second in pairs:
+        expected[96 * second : 96 * (second + 1)] = source.buffer.bytes[96 * first : 96 * (first + 1)]
+    np.testing.assert_array_equal(world.bytes_of(destination), expected)
+
+
+def test_within_one_array(world, rng):
+    cache = worlds.array(rng, (6, 4, 8), "float16")
+    pairs = [(0, 3), (1, 5)]
+    cc.swap_blocks(world.put(cache), world.put(cache), pairs)
+    expect_swapped(world, cache, cache, pairs)
+
+
+@pytest.mark.parametrize(
+    "pairs, words",
+    [
+        ([(5, 0)], ("source", "0..4", "5")),
+        ([(0, 8)], ("destination", "0..7", "8")),
+        ([(0, 1), (2, 1)], ("1 twice",)),
+    ],
+)
+def test_bad_mappings_are_refused(world, rng, pairs, words):
+    source, destination = worlds.array(rng, (5, 8), "float32"), worlds.array(rng, (8, 8), "float32")
+    with pytest.raises(cc.ArgumentError) as caught:
+        cc.swap_blocks(world.put(source), world.put_on_host(destination), pairs)
+    for word in ("swap_blocks", *words):
+        assert word in str(caught.value)
+    expect_swapped(world, source, destination, [])
+
+
+def test_overlapping_views_are_refused(world, rng):
+    cache = worlds.array(rng, (6, 4, 8), "float16")
+    front, back = cache[:4], cache[2:]
+    with pytest.raises(cc.ArgumentError, match="shares"):
+        cc.swap_blocks(world.put(front), world.put(back), [(3, 1)])
+    with pytest.raises(cc.ArgumentError, match="block 1 as both"):
+        cc.swap_blocks(world.put(cache), world.put(cache), [(1, 2), (3, 1)])
+    cc.swap_blocks(world.put(front), world.put(back), [(0, 1)])  # block 0 over block 3: apart
+    expected = cache.buffer.bytes.copy()
+    oracle.swap_blocks(cache.on(expected), cache.on(expected), [(0, 3)])
+    np.testing.assert_array_equal(world.bytes_of(cache), expected)
+
+
+@pytest.mark.parametrize(
+    "shape, dtype, error, words",
+    [
+        ((8, 9), "float32", cc.ShapeError, ("dst", "8", "9")),
+        ((8, 8), "int32", cc.DTypeError, ("dst", "float32", "int32")),
+    ],
+)
+def test_arrays_that_do_not_match_are_refused(world, rng, shape, dtype, error, words):
+    source, destination = worlds.array(rng, (5, 8), "float32"), worlds.array(rng, shape, dtype)
+    with pytest.raises(error) as caught:
+        cc.swap_blocks(world.put(source), world.put_on_host(destination), [(0, 0)])
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_too_few_arguments():
+    with pytest.raises(TypeError, match="block_mapping"):
+        cc.swap_blocks(np.zeros((2, 2)), np.zeros((2, 2)))
