@@ -32,6 +32,7 @@ from .errors import (
 )
 from .launch import raise_faults
 from .ops.copy_blocks import copy_blocks, copy_blocks_mla
+from .ops.reshape_and_cache import reshape_and_cache
 from .ops.reshape_and_cache_flash import reshape_and_cache_flash
 from .ops.swap_blocks import swap_blocks
 
@@ -53,6 +54,7 @@ __all__ = [
     "copy_blocks",
     "copy_blocks_mla",
     "raise_faults",
+    "reshape_and_cache",
     "reshape_and_cache_flash",
     "swap_blocks",
 ]

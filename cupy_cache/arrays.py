@@ -64,6 +64,30 @@ class Array(NamedTuple):
         return (self.ptr | 16) & -(self.ptr | 16)
 
 
+class Place(NamedTuple):
+    """Where an array of a registered framework is; see `register_framework`."""
+
+    framework: str
+    device: Device
+    writable: bool
+
+
+class Framework(NamedTuple):
+    """What a further framework with arrays on a GPU brings along.
+
+    read : ``read(array)`` -> `Facts` fields, with strides in bytes, the dtype's name and a `Place`.
+    current_stream : ``current_stream(device index)`` -> the address of its current stream.
+    empty : ``empty(device, shape, dtype)`` -> an uninitialised, contiguous array.
+    """
+
+    read: object
+    current_stream: object
+    empty: object
+
+
+_FRAMEWORKS = {}
+
+
 # --- readers ------------------------------------------------------------------------------------
 
 
@@ -132,9 +156,10 @@ def reader_for(value, name):
     return reader
 
 
-def register_reader(kind, reader):
-    """Read arrays of type ``kind`` with ``reader(array) -> Facts fields``."""
-    _READERS[kind] = reader
+def register_framework(name, kind, framework):
+    """Serve arrays of type ``kind`` as ``framework`` (a `Framework` called ``name``) says."""
+    _READERS[kind] = framework.read
+    _FRAMEWORKS[name] = framework
 
 
 def _find_reader(value, name):
@@ -176,6 +201,10 @@ def describe(facts, name):
         # JAX arrays are immutable, but do not say so through DLPack.
         writable = not place.read_only and place.framework not in ("jax", "jaxlib")
         return Array(facts.ptr, facts.shape, strides, dtype, device, writable, place.framework)
+    if isinstance(place, Place):
+        dtype = _named(facts.dtype, name)
+        shape, strides = tuple(facts.shape), tuple(facts.strides)
+        return Array(facts.ptr, shape, strides, dtype, place.device, place.writable, place.framework)
     if isinstance(place, int):
         dtype = _named(facts.dtype, name)
         device = Device("cuda", place)
@@ -256,6 +285,9 @@ def current_stream_of(array):
     """A function that returns the current stream's address of the framework that owns ``array``
     (an `Array` on a GPU), on its device."""
     index = array.device.index
+    registered = _FRAMEWORKS.get(array.framework)
+    if registered is not None:
+        return lambda: registered.current_stream(index)
     if array.framework == "torch":
         torch = sys.modules["torch"]
         raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
@@ -285,8 +317,10 @@ def empty_like(value, array, shape, dtype):
 
 
 def empty(framework, device, shape, dtype):
-    """An uninitialised, contiguous array of ``framework`` ("torch", "cupy" or "numpy"; anything
-    else means CuPy on a GPU and NumPy elsewhere)."""
+    """An uninitialised, contiguous array of ``framework`` ("torch", "cupy", "numpy" or a registered
+    one; anything else means CuPy on a GPU and NumPy elsewhere)."""
+    if framework in _FRAMEWORKS:
+        return _FRAMEWORKS[framework].empty(device, shape, dtype)
     if framework == "torch":
         torch = sys.modules["torch"]
         return torch.empty(shape, dtype=getattr(torch, dtype.name), device=str(device))

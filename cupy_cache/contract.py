@@ -83,14 +83,42 @@ class Contract:
             )
 
     def contiguous(self, name, array, dims=1):
-        """Require the last ``dims`` dimensions to be contiguous."""
-        if contiguous_dims(array) < min(dims, len(array.shape)):
+        """Require the last ``dims`` dimensions to be contiguous; strides of an empty array mean
+        nothing."""
+        if 0 not in array.shape and contiguous_dims(array) < min(dims, len(array.shape)):
             raise StrideError(
                 f"{self.op}: Invalid strides of {name}: expected the last "
                 f"{f'{dims} dimensions' if dims > 1 else 'dimension'} to be contiguous, got byte "
                 f"strides {list(array.strides)} for shape {list(array.shape)} of "
                 f"{array.dtype.bytes}-byte elements"
             )
+
+    def aligned(self, name, array):
+        """Require an address and strides that are multiples of the element size."""
+        size = array.dtype.bytes
+        if 0 not in array.shape and (array.ptr % size or any(s % size for s in array.strides)):
+            raise StrideError(
+                f"{self.op}: Invalid address of {name}: expected multiples of the element size "
+                f"{size}, got an address of alignment {array.alignment} and byte strides "
+                f"{list(array.strides)}"
+            )
+
+    def writes(self, described, slot_dtypes, value_dtypes):
+        """The checks common to operations that write tokens into slots: ``described`` maps each
+        argument's name to its array, sources first, caches next, slot_mapping last."""
+        names = list(described)
+        sources, caches, slots = names[:2], names[2:4], names[4]
+        self.dtype(sources[0], described[sources[0]], *value_dtypes)
+        for name in (*sources[1:], *caches):
+            self.dtype(name, described[name], described[sources[0]].dtype)
+        self.dtype(slots, described[slots], *slot_dtypes)
+        for name, array in described.items():
+            self.device(name, array)
+        for name in (*sources, *caches):
+            self.contiguous(name, described[name])
+            self.aligned(name, described[name])
+        for name in caches:
+            self.writable(name, described[name])
 
     def positive(self, name, value):
         """Require a positive integer."""
@@ -106,6 +134,23 @@ def same_device(op, name, device, other_name, other):
         raise DeviceError(
             f"{op}: Invalid device of {name}: expected {other} like {other_name}, got {device}"
         )
+
+
+def slot_count(op):
+    """The row count of operations that write tokens: ``count(extents of key, value and
+    slot_mapping)`` is the slots, of which there may not be more than rows of data."""
+
+    def count(extents):
+        keys, values, slots = extents
+        if slots > keys or slots > values:
+            name, rows = ("key", keys) if slots > keys else ("value", values)
+            raise ShapeError(
+                f"{op}: Invalid shape of slot_mapping: expected at most {rows} slots, the rows of "
+                f"{name}, got {slots}"
+            )
+        return slots
+
+    return count
 
 
 def contiguous_dims(array):

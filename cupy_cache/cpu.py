@@ -29,15 +29,32 @@ def guarded_rows(op, argument, values, limit, padding=True):
 def reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, rows):
     """Write ``rows`` tokens into caches indexed [block, offset, head, element]."""
     num_blocks, block_size = key_cache.shape[:2]
-    slots = slot_mapping[:rows].astype(np.int64)
-    good = guarded_rows(
-        "reshape_and_cache_flash", "slot_mapping", slots, num_blocks * block_size
+    tokens, block, offset = _places(
+        "reshape_and_cache_flash", slot_mapping[:rows], num_blocks, block_size
     )
-    whole = bool(good.all())
-    block, offset = np.divmod(slots if whole else slots[good], block_size)
-    for source, cache in ((key, key_cache), (value, value_cache)):
-        source = source[:rows]
-        cache[block, offset] = source if whole else source[good]
+    key_cache[block, offset] = key[tokens]
+    value_cache[block, offset] = value[tokens]
+
+
+def reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, rows):
+    """Write ``rows`` tokens into x-packed caches: keys [block, head, d / x, offset, d % x], values
+    [block, head, d, offset]."""
+    num_blocks, heads, packs, block_size, x = key_cache.shape
+    tokens, block, offset = _places(
+        "reshape_and_cache", slot_mapping[:rows], num_blocks, block_size
+    )
+    # Indices split by slices put the token dimension first: [token, head, pack, x], [token, head, d].
+    key_cache[block, :, :, offset] = key[tokens].reshape(-1, heads, packs, x)
+    value_cache[block, :, :, offset] = value[tokens]
+
+
+def _places(op, slot_mapping, num_blocks, block_size):
+    """The tokens to write and, for each, its block and offset."""
+    slots = slot_mapping.astype(np.int64, copy=False)
+    good = guarded_rows(op, "slot_mapping", slots, num_blocks * block_size)
+    if good.all():
+        return slice(0, len(slots)), *np.divmod(slots, block_size)
+    return good.nonzero()[0], *np.divmod(slots[good], block_size)
 
 
 def copy_blocks(source, destination, pairs):

@@ -20,6 +20,20 @@ def reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping):
                     ]
 
 
+def reshape_and_cache(key, value, key_cache, value_cache, slot_mapping):
+    num_blocks, _, _, block_size, x = key_cache.shape
+    for token in range(slot_mapping.shape[0]):
+        slot = int(slot_mapping[token])
+        if slot < 0 or slot >= num_blocks * block_size:
+            continue
+        block, offset = slot // block_size, slot % block_size
+        for head in range(key.shape[1]):
+            for d in range(key.shape[2]):
+                key_cache[block, head, d // x, offset, d % x] = key[token, head, d]
+            for d in range(value.shape[2]):
+                value_cache[block, head, d, offset] = value[token, head, d]
+
+
 def copy_blocks(caches, pairs):
     """``caches``: any list of caches. ``pairs`` are applied from a snapshot, all at once."""
     for cache in caches:

@@ -3,7 +3,6 @@
 """Writing new tokens into a cache indexed [block, offset, head, element]."""
 
 from .. import contract, cpu, dispatch, formats, launch, modules, params
-from ..errors import ShapeError
 
 PARAMS = params.Struct(
     per_call="key:ptr value:ptr key_cache:ptr value_cache:ptr slot_mapping:ptr tokens:i64",
@@ -59,17 +58,6 @@ def reshape_and_cache_flash(
     OP((key, value, key_cache, value_cache, slot_mapping), (kv_cache_dtype,), stream)
 
 
-def _count(extents):
-    keys, values, slots = extents
-    if slots > keys or slots > values:
-        name, rows = ("key", keys) if slots > keys else ("value", values)
-        raise ShapeError(
-            f"reshape_and_cache_flash: Invalid shape of slot_mapping: expected at most {rows} "
-            f"slots, the rows of {name}, got {slots}"
-        )
-    return slots
-
-
 def _plan(op, described, options):
     key, value, key_cache, value_cache, slot_mapping = described
     formats.require_raw(op.name, options[0])
@@ -79,17 +67,8 @@ def _plan(op, described, options):
     check.shape("key_cache", key_cache, "num_blocks block_size num_kv_heads head_size")
     check.shape("value_cache", value_cache, "num_blocks block_size num_kv_heads head_size_v")
     check.shape("slot_mapping", slot_mapping, "_")
-    check.dtype("key", key, *formats.FLOATS)
-    for name, array in (("value", value), ("key_cache", key_cache), ("value_cache", value_cache)):
-        check.dtype(name, array, key.dtype)
-    check.dtype("slot_mapping", slot_mapping, *formats.INDICES)
-    for arg, array in zip(op.args, described):
-        check.device(arg.name, array)
-    for name, array in (("key", key), ("value", value)):
-        check.contiguous(name, array)
-    for name, array in (("key_cache", key_cache), ("value_cache", value_cache)):
-        check.contiguous(name, array)
-        check.writable(name, array)
+    named = {arg.name: array for arg, array in zip(op.args, described)}
+    check.writes(named, formats.INDICES, formats.FLOATS)
 
     bits = key.dtype.bits
     if key_cache.device.kind == "cpu":
@@ -144,5 +123,5 @@ OP = dispatch.Op(
     ),
     plan=_plan,
     destination=2,
-    count=_count,
+    count=contract.slot_count("reshape_and_cache_flash"),
 )

@@ -35,6 +35,17 @@ struct VecOf<16> {
 template <int kBytes>
 using Vec = typename VecOf<kBytes>::type;
 
+// A vector of kBytes bytes as its elements of kElement bytes.
+template <int kElement, int kBytes>
+struct Elements {
+  Vec<kElement> part[kBytes / kElement];
+
+  __device__ __forceinline__ explicit Elements(const Vec<kBytes>& vector) {
+    static_assert(sizeof(part) == sizeof(vector), "whole elements");
+    memcpy(part, &vector, sizeof(part));  // becomes register moves
+  }
+};
+
 // Streaming accesses: each byte of a cache operation is touched once, so it should not push out of
 // the L2 what the model's other kernels keep there.
 template <int kBytes>

@@ -1,0 +1,182 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+// SPDX-License-Identifier: Apache-2.0
+// Writes tokens into an x-packed cache: keys [block, head, d / x, offset, d % x], values
+// [block, head, d, offset].
+//
+// A thread block takes kTile tokens of one head. Threads run over tokens first: keys of consecutive
+// slots are then neighbours in the cache, and the transposition of the values through shared memory
+// has no bank conflicts. Where a group of 16 bytes' worth of slots is consecutive and aligned, its
+// values leave as 16-byte vectors along the offset; elsewhere element by element, which costs a
+// whole memory sector for each.
+#include "cupy_cache/ints.cuh"
+#include "cupy_cache/paging.cuh"
+#include "cupy_cache/vec.cuh"
+
+namespace cupy_cache {
+
+// Strides are in bytes.
+struct Params {
+  const char* key;           // [tokens, heads, kKeyBytes]
+  const char* value;         // [tokens, heads, kValueBytes]
+  char* key_cache;           // [num_blocks, heads, kKeyBytes / kPackBytes, kBlockSize, kPackBytes]
+  char* value_cache;         // [num_blocks, heads, kValueBytes / kElement, kBlockSize]
+  const char* slot_mapping;  // [tokens]
+  i64 tokens;
+  i64 num_blocks;
+  i64 slot_stride;
+  i64 key_token_stride;
+  i64 key_head_stride;
+  i64 value_token_stride;
+  i64 value_head_stride;
+  i64 key_block_stride;
+  i64 key_cache_head_stride;
+  i64 key_pack_stride;
+  i64 key_offset_stride;
+  i64 value_block_stride;
+  i64 value_cache_head_stride;
+  i64 value_element_stride;
+};
+
+constexpr u32 kSlotMapping = 1;
+constexpr int kTile = 16;         // tokens of a thread block
+constexpr int kChunkBytes = 512;  // of a token's head that are in flight at a time
+constexpr i64 kSkip = -1;
+
+__device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
+
+// Loads this thread's vectors of bytes [begin, begin + kBytes) of each of the tile's rows.
+template <int kVec, int kBytes, int kThreads, int kCount>
+__device__ __forceinline__ void load_rows(Vec<kVec> (&held)[kCount], const char* base,
+                                          i64 token_stride, i64 tokens_left, int begin, int end) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    const int item = i * kThreads + static_cast<int>(threadIdx.x);
+    const int token = item % kTile;
+    const int at = begin + item / kTile * kVec;
+    if (item < kTile * (kBytes / kVec) && token < tokens_left && at < end) {
+      held[i] = load_streaming<kVec>(base + token * token_stride + at);
+    }
+  }
+}
+
+// kElement is the bytes of an element, kPackBytes those of x elements. kVectorValues says that the
+// value cache's address and strides allow 16-byte stores.
+template <int kElement, int kPackBytes, int kKeyVec, int kValueVec, int kKeyBytes, int kValueBytes,
+          int kBlockSize, bool kVectorValues, typename Slot, int kThreads>
+__global__ void __launch_bounds__(kThreads)
+    reshape_and_cache(const __grid_constant__ Params p) {
+  static_assert(kKeyBytes % kPackBytes == 0 && kPackBytes % kKeyVec == 0, "whole packs");
+  constexpr int kKeyChunk = smaller(kKeyBytes, kChunkBytes);
+  constexpr int kValueChunk = smaller(kValueBytes, kChunkBytes);
+  constexpr int kKeyCount = (kTile * (kKeyChunk / kKeyVec) + kThreads - 1) / kThreads;
+  constexpr int kValueCount = (kTile * (kValueChunk / kValueVec) + kThreads - 1) / kThreads;
+  constexpr int kLargest = kKeyBytes > kValueBytes ? kKeyBytes : kValueBytes;
+
+  // Values, transposed. An odd number of words in a row spreads both accesses over all banks.
+  constexpr int kRowWords = kTile * kElement / 4 + 1;
+  constexpr int kValueElements = kValueChunk / kElement;
+  __shared__ u32 transposed[kValueElements * kRowWords];
+  char* const transposed_bytes = reinterpret_cast<char*>(transposed);
+
+  constexpr int kGroup = 16 / kElement;  // slots of a 16-byte vector
+  constexpr int kGroups = kTile / kGroup;
+  constexpr bool kMayBeAdjacent = kVectorValues && kBlockSize % kGroup == 0;
+  __shared__ i64 slots[kTile];
+  __shared__ bool adjacent[kGroups];
+
+  const i64 first = static_cast<i64>(blockIdx.x) * kTile;
+  const i64 left = p.tokens - first;
+  const int head = blockIdx.y;
+  const char* key = p.key + first * p.key_token_stride + head * p.key_head_stride;
+  const char* value = p.value + first * p.value_token_stride + head * p.value_head_stride;
+
+  if (threadIdx.x < kTile) {
+    const int token = threadIdx.x;
+    i64 slot = kSkip;
+    if (token < left) {
+      slot = static_cast<i64>(
+          *reinterpret_cast<const Slot*>(p.slot_mapping + (first + token) * p.slot_stride));
+      if (slot < 0 || !in_bounds(slot, p.num_blocks * kBlockSize, kSlotMapping, first + token)) {
+        slot = kSkip;
+      }
+    }
+    slots[token] = slot;
+  }
+
+  for (int begin = 0; begin < kLargest; begin += kChunkBytes) {
+    Vec<kKeyVec> keys[kKeyCount];
+    Vec<kValueVec> values[kValueCount];
+    load_rows<kKeyVec, kKeyChunk, kThreads>(keys, key, p.key_token_stride, left, begin, kKeyBytes);
+    load_rows<kValueVec, kValueChunk, kThreads>(values, value, p.value_token_stride, left, begin,
+                                                kValueBytes);
+    __syncthreads();  // slots are there; the last chunk's values have been read
+
+    if (kMayBeAdjacent && begin == 0 && threadIdx.x < kGroups) {
+      const i64 start = slots[threadIdx.x * kGroup];
+      bool run = start >= 0 && start % kGroup == 0;
+      for (int i = 1; i < kGroup; ++i) run = run && slots[threadIdx.x * kGroup + i] == start + i;
+      adjacent[threadIdx.x] = run;
+    }
+
+#pragma unroll
+    for (int i = 0; i < kKeyCount; ++i) {
+      const int item = i * kThreads + static_cast<int>(threadIdx.x);
+      const int token = item % kTile;
+      const int at = begin + item / kTile * kKeyVec;
+      if (item < kTile * (kKeyChunk / kKeyVec) && at < kKeyBytes && slots[token] >= 0) {
+        const Place<kBlockSize> place(slots[token]);
+        store_streaming<kKeyVec>(p.key_cache + place.block * p.key_block_stride +
+                                     head * p.key_cache_head_stride +
+                                     at / kPackBytes * p.key_pack_stride +
+                                     place.offset * p.key_offset_stride + at % kPackBytes,
+                                 keys[i]);
+      }
+    }
+
+#pragma unroll
+    for (int i = 0; i < kValueCount; ++i) {
+      const int item = i * kThreads + static_cast<int>(threadIdx.x);
+      const int token = item % kTile;
+      const int at = item / kTile * kValueVec;  // in the chunk
+      if (item < kTile * (kValueChunk / kValueVec) && token < left && begin + at < kValueBytes) {
+        const Elements<kElement, kValueVec> elements(values[i]);
+#pragma unroll
+        for (int j = 0; j < kValueVec / kElement; ++j) {
+          *reinterpret_cast<Vec<kElement>*>(transposed_bytes +
+                                            (at / kElement + j) * (kRowWords * 4) +
+                                            token * kElement) = elements.part[j];
+        }
+      }
+    }
+    __syncthreads();
+
+    const int elements_left = (kValueBytes - begin) / kElement;
+    for (int item = threadIdx.x; item < kValueElements * kGroups; item += kThreads) {
+      const int element = item / kGroups;
+      const int group = item % kGroups;
+      if (element >= elements_left) break;
+      const int start = element * kRowWords + group * 4;
+      char* const row = p.value_cache + head * p.value_cache_head_stride +
+                        (begin / kElement + element) * p.value_element_stride;
+      if (kMayBeAdjacent && adjacent[group]) {
+        const Place<kBlockSize> place(slots[group * kGroup]);
+        const uint4 vector = {transposed[start], transposed[start + 1], transposed[start + 2],
+                              transposed[start + 3]};
+        store_streaming<16>(row + place.block * p.value_block_stride + place.offset * kElement,
+                            vector);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) {
+          const i64 slot = slots[group * kGroup + i];
+          if (slot < 0) continue;
+          const Place<kBlockSize> place(slot);
+          *reinterpret_cast<Vec<kElement>*>(row + place.block * p.value_block_stride +
+                                            place.offset * kElement) =
+              *reinterpret_cast<const Vec<kElement>*>(transposed_bytes + start * 4 + i * kElement);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace cupy_cache
