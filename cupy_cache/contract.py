@@ -183,6 +183,16 @@ def vector_bytes(*numbers):
     return math.gcd(16, *numbers)
 
 
+def converting_vector_bytes(ratio, source_numbers, destination_numbers):
+    """`vector_bytes` of the destination where each of its bytes is made of ``ratio`` source bytes,
+    read in vectors of up to 16 bytes. ``ratio`` may be a fraction (1/2: one byte makes two)."""
+    width = vector_bytes(*destination_numbers)
+    source = vector_bytes(*source_numbers)
+    while width > 1 and min(16, width * ratio) > source:
+        width //= 2
+    return width
+
+
 def merge_segments(count, length, *strides):
     """Merge ``count`` segments of ``length`` bytes into one where every stride equals the length.
 

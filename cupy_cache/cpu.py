@@ -7,9 +7,43 @@ moved are viewed as unsigned integers of their size. Values outside their bounds
 recorded, exactly as on the GPU.
 """
 
+import ml_dtypes
 import numpy as np
 
 from . import launch
+
+
+def encode(values, dtype):
+    """float32 ``values`` as ``dtype`` (a `formats.DType`), returned as its bits: round to nearest,
+    ties to even, except int8, where ties go away from zero; 8-bit types saturate; an 8-bit NaN is
+    0x7f whatever its sign, and 0 in int8."""
+    if dtype.name == "int8":
+        # In float64 the half can be added exactly.
+        wide = np.clip(np.nan_to_num(values.astype(np.float64), nan=0.0), -128, 127)
+        return (np.sign(wide) * np.floor(np.abs(wide) + 0.5)).astype(np.int8).view(np.uint8)
+    if dtype.bytes > 1:
+        with np.errstate(over="ignore"):
+            return values.astype(dtype.numpy).view(dtype.bits)
+    largest = float(ml_dtypes.finfo(dtype.numpy).max)
+    bits = np.clip(values, -largest, largest).astype(dtype.numpy).view(np.uint8)
+    return np.where(np.isnan(values), np.uint8(0x7F), bits)
+
+
+def decode(bits, dtype):
+    """The float32 values of ``dtype``'s ``bits``."""
+    return bits.view(dtype.numpy).astype(np.float32)
+
+
+def quantise(bits, source, scale, stored):
+    """``bits`` of dtype ``source`` divided by ``scale`` (float32, broadcast) as ``stored`` bits."""
+    with np.errstate(all="ignore"):
+        return encode(decode(bits, source) / np.asarray(scale, np.float32), stored)
+
+
+def dequantise(bits, stored, scale, target):
+    """``bits`` of dtype ``stored`` times ``scale`` (float32, broadcast) as ``target`` bits."""
+    with np.errstate(all="ignore"):
+        return encode(decode(bits, stored) * np.asarray(scale, np.float32), target)
 
 
 def guarded_rows(op, argument, values, limit, padding=True):

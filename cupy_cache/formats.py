@@ -85,9 +85,43 @@ LAYOUTS = {
     )
 }
 
-# kv_cache_dtype strings. "auto" and the names of the float types mean a raw copy: no conversion is
-# made even where the name and the element type differ, as in vLLM.
-RAW_KV_CACHE_DTYPES = ("auto", "float16", "bfloat16", "float32")
+
+class CacheFormat(NamedTuple):
+    """What a ``kv_cache_dtype`` string means: the element type stored (None: the bytes as they
+    are) and the dtypes a cache array of it may have."""
+
+    stored: DType | None
+    storage: tuple
+
+
+def _stored(name):
+    return CacheFormat(DTYPES[name], (DTYPES[name], DTYPES["uint8"]))
+
+
+_RAW = CacheFormat(None, ())
+# "auto" and the names of the float types mean a raw copy: no conversion is made even where the name
+# and the element type differ, as in vLLM.
+CACHE_FORMATS = {
+    "auto": _RAW,
+    "float16": _RAW,
+    "bfloat16": _RAW,
+    "float32": _RAW,
+    "fp8": _stored("float8_e4m3fn"),
+    "fp8_e4m3": _stored("float8_e4m3fn"),
+    "fp8_e5m2": _stored("float8_e5m2"),
+    "int8": _stored("int8"),
+}
+RAW_KV_CACHE_DTYPES = tuple(name for name, f in CACHE_FORMATS.items() if f.stored is None)
+
+# How an element type is spelled in a kernel's template arguments (elements.cuh).
+ELEMENT_NAMES = {
+    "float32": "cupy_cache::F32",
+    "float16": "cupy_cache::F16",
+    "bfloat16": "cupy_cache::BF16",
+    "float8_e4m3fn": "cupy_cache::E4M3",
+    "float8_e5m2": "cupy_cache::E5M2",
+    "int8": "cupy_cache::I8",
+}
 
 
 def dtype_named(name):
@@ -105,10 +139,16 @@ def dtype_named(name):
     return DTYPES[text]
 
 
+def cache_format(op, kv_cache_dtype, names=tuple(CACHE_FORMATS)):
+    """The `CacheFormat` called ``kv_cache_dtype``, which must be one of ``names``."""
+    if kv_cache_dtype not in names:
+        raise ArgumentError(
+            f"{op}: Invalid value of kv_cache_dtype: expected one of {', '.join(names)}, got "
+            f"{kv_cache_dtype!r}"
+        )
+    return CACHE_FORMATS[kv_cache_dtype]
+
+
 def require_raw(op, kv_cache_dtype):
     """Refuse a ``kv_cache_dtype`` that is not a raw copy."""
-    if kv_cache_dtype not in RAW_KV_CACHE_DTYPES:
-        raise ArgumentError(
-            f"{op}: Invalid value of kv_cache_dtype: expected one of "
-            f"{', '.join(RAW_KV_CACHE_DTYPES)}, got {kv_cache_dtype!r}"
-        )
+    cache_format(op, kv_cache_dtype, RAW_KV_CACHE_DTYPES)

@@ -41,19 +41,24 @@ class Kernel:
         Its ``Params``.
     guarded : tuple of str
         The arguments whose values the kernel checks, in the order of its fault numbers.
+    converts : bool
+        It needs the element types (which bring in CUDA's fp8 header).
     """
 
-    __slots__ = ("op", "stem", "expression", "params", "guarded", "struct")
+    __slots__ = ("op", "stem", "expression", "params", "guarded", "converts")
 
-    def __init__(self, op, stem, expression, params, guarded=(), struct="Params"):
+    def __init__(self, op, stem, expression, params, guarded=(), converts=False):
         self.op, self.stem, self.params, self.guarded = op, stem, params, guarded
         self.expression = f"cupy_cache::{expression}"
-        self.struct = f"cupy_cache::{struct}"
+        self.converts = converts
 
     def source(self):
         """The complete text to compile: headers expanded, struct checks appended."""
-        return expanded_source(self.stem) + (
-            f'#line 1 "checks of {self.stem}"\n' + self.params.asserts(self.struct)
+        return (
+            ("#define CUPY_CACHE_CONVERTS\n" if self.converts else "")
+            + expanded_source(self.stem)
+            + f'#line 1 "checks of {self.stem}"\n'
+            + self.params.asserts("cupy_cache::Params")
         )
 
     @property
@@ -219,6 +224,15 @@ def _explain(error, kernel, device, cupy):
     return KernelError(f"{kernel!r} could not be compiled or loaded on cuda:{device}: {text}")
 
 
+def _cuda_includes(kernel):
+    """Where CUDA's own headers are, if the kernel needs them; CuPy finds them by itself."""
+    if not kernel.converts:
+        return ()
+    from cuda.pathfinder import find_nvidia_header_directory
+
+    return (f"-I{find_nvidia_header_directory('cudart')}",)
+
+
 def compile_cubin(kernel, architecture):
     """``kernel`` as machine code for ``architecture`` (such as 90), with NVRTC alone: no GPU, no
     driver. Returns (cubin bytes, mangled name)."""
@@ -227,7 +241,7 @@ def compile_cubin(kernel, architecture):
     program = compiler._NVRTCProgram(
         kernel.source(), f"{kernel.stem}.cu", (), (), (kernel.expression,), "cubin"
     )
-    options = (*OPTIONS, f"-arch=sm_{architecture}", "-ftz=true")
+    options = (*OPTIONS, f"-arch=sm_{architecture}", "-ftz=true", *_cuda_includes(kernel))
     try:
         cubin, mapping = program.compile(options)
     except compiler.CompileException as error:

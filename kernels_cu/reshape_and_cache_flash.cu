@@ -78,14 +78,14 @@ __global__ void __launch_bounds__(kMaxThreads)
                               place.offset * p.key_offset_stride +
                               (item / kKeyVectors) * p.key_cache_head_stride +
                               (item % kKeyVectors) * kVec,
-                          Converter::convert(key));
+                          Converter::convert(key, 1.0f));
   }
   if (has_value) {
     store_streaming<kVec>(p.value_cache + place.block * p.value_block_stride +
                               place.offset * p.value_offset_stride +
                               (item / kValueVectors) * p.value_cache_head_stride +
                               (item % kValueVectors) * kVec,
-                          Converter::convert(value));
+                          Converter::convert(value, 1.0f));
   }
 }
 
