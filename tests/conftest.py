@@ -7,13 +7,15 @@ import shutil
 import sys
 import zlib
 
+import hypothesis
 import numpy as np
 import pytest
 
 sys.path.insert(0, os.path.dirname(__file__))
 
-import cupy_cache as cc
 import worlds
+
+import cupy_cache as cc
 from cupy_cache import env
 
 
@@ -27,6 +29,14 @@ def _gpu_missing():
         return "CuPy sees no CUDA GPU"
     return None
 
+
+# Examples compile kernels, so they have no deadline; and a run depends on no other run's findings.
+# --hypothesis-profile=thorough looks longer.
+for profile, examples in (("default", 40), ("thorough", 2000)):
+    hypothesis.settings.register_profile(
+        profile, max_examples=examples, deadline=None, database=None, print_blob=True
+    )
+hypothesis.settings.load_profile("default")
 
 GPU_MISSING = _gpu_missing()
 GXX = shutil.which("g++")
@@ -83,7 +93,8 @@ GPU_WORLDS = ("cupy", "torch-cuda", "dlpack-cuda")
 
 @pytest.fixture(
     params=[
-        pytest.param(name, marks=pytest.mark.gpu) if name in GPU_WORLDS else name for name in _WORLDS
+        pytest.param(name, marks=pytest.mark.gpu) if name in GPU_WORLDS else name
+        for name in _WORLDS
     ]
 )
 def world(request):
@@ -91,5 +102,16 @@ def world(request):
     if "torch" in request.param or "dlpack" in request.param:
         pytest.importorskip("torch")
     made = _WORLDS[request.param]()
-    yield made
-    cc.raise_faults()
+    try:
+        yield made
+        cc.raise_faults()
+    finally:
+        made.close()
+
+
+@pytest.fixture(scope="session")
+def emulated_world():
+    """Makes a new emulated world, to be closed after use: for tests in which Hypothesis runs many
+    examples."""
+    _emulated().close()  # skips where kernels cannot be emulated
+    return _emulated

@@ -20,17 +20,25 @@ class Spec:
         self.buffer, self.offset = buffer, offset
         self.shape, self.strides, self.dtype = tuple(shape), tuple(strides), dtype
 
+    def __repr__(self):
+        return (
+            f"<{self.dtype} {list(self.shape)}, byte strides {list(self.strides)}, at byte "
+            f"{self.offset} of {self.buffer.bytes.size}>"
+        )
+
     @property
     def numpy_dtype(self):
         return formats.DTYPES[self.dtype].numpy
 
     def on(self, storage):
         """A NumPy view of ``storage`` (a byte array like the buffer's)."""
+        if 0 in self.shape:
+            return np.empty(self.shape, self.numpy_dtype)
         size = self.numpy_dtype.itemsize
         raw = np.ndarray(
             self.shape, np.dtype(f"u{size}"), storage.data, self.offset, self.strides
         )
-        return raw.view(self.numpy_dtype) if 0 not in self.shape else raw.astype(self.numpy_dtype)
+        return raw.view(self.numpy_dtype)
 
     def permuted(self, *axes):
         """The same memory with its dimensions in another order."""
@@ -46,7 +54,9 @@ class Spec:
         """A basic-indexing view, as NumPy would make it."""
         base = self.on(self.buffer.bytes)
         view = base[index]
-        offset = view.__array_interface__["data"][0] - self.buffer.bytes.ctypes.data
+        offset = self.offset  # of no meaning where there is no element
+        if view.size:
+            offset = view.__array_interface__["data"][0] - self.buffer.bytes.ctypes.data
         return Spec(self.buffer, offset, view.shape, view.strides, self.dtype)
 
 
@@ -105,6 +115,9 @@ class World:
         if key not in self._made:
             self._made[key] = (spec.buffer, self.upload(spec.buffer.bytes))
         return self.array(self._made[key][1], spec)
+
+    def close(self):
+        """Undo what making this world changed elsewhere."""
 
     def bytes_of(self, spec):
         """The present content of ``spec``'s whole buffer, as a fresh NumPy byte array."""
@@ -213,12 +226,18 @@ class DLPackWorld(TorchWorld):
     def array(self, storage, spec):
         return Opaque(super().array(storage, spec))
 
+    def numpy(self, result):
+        return np.asarray(result)  # of a framework that is not known, operations return NumPy's
+
 
 class DLPackCudaWorld(TorchCudaWorld):
     name = "dlpack-cuda"
 
     def array(self, storage, spec):
         return Opaque(super().array(storage, spec))
+
+    def numpy(self, result):
+        return result.get()  # CuPy's
 
 
 class CuPyWorld(_PinnedHost, World):

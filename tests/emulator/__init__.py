@@ -1,0 +1,463 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Runs the shipped kernels without a GPU, under AddressSanitizer and UBSan.
+
+The library is used as it is: `EmulatedWorld` puts an `EmulatedDriver` where `launch` has its CUDA
+driver, and hands out arrays that say they are on cuda:0. A kernel's source, the very text that
+NVRTC would get, is compiled by g++ after ``shim.h`` into a shared object, once for each
+instantiation, and cached on disk. Another process (``runner.cpp``) runs it; an access outside the
+storages, a misaligned vector, an overflow or a deadlock ends that process and is raised as
+`EmulationError`.
+"""
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import os
+import re
+import signal
+import struct
+import subprocess
+import tempfile
+import threading
+import time
+import weakref
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import worlds
+
+from cupy_cache import arrays, formats, launch, modules
+
+HERE = Path(__file__).resolve().parent
+COMPILE = (
+    *("g++", "-std=c++17", "-O1", "-g1", "-w", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
+    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+)
+SANITIZER_OPTIONS = {
+    "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:handle_abort=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+}
+KEEP_UNUSED_DAYS = 14
+PROCESSORS = 132
+
+
+class EmulationError(AssertionError):
+    """A kernel did what it must not; the text is the sanitizer's report."""
+
+
+# --- the device's memory --------------------------------------------------------------------------
+
+
+class Storage:
+    """One allocation on the emulated device, alive as long as this object. ``bytes`` shows its
+    content, and does not keep it alive."""
+
+    def __init__(self, ptr, nbytes):
+        self.ptr, self.nbytes = ptr, nbytes
+        self.bytes = np.frombuffer((ctypes.c_uint8 * nbytes).from_address(ptr), np.uint8)
+
+    def holds(self, address, size):
+        """Whether the bytes from ``address`` on are this storage's."""
+        return self.ptr <= address and address + size <= self.ptr + self.nbytes
+
+
+class Memory:
+    """A file mapped at one address in this process and in the runner's, so that pointers mean the
+    same in both. Storages never share a page, and lie far apart."""
+
+    BASE, SIZE = 0x3000_0000_0000, 2**36  # free on Linux, and outside ASan's own regions
+    PAGE, START = 4096, 256  # a storage starts as cudaMalloc's do, after a red zone
+    GAP = 16 * PAGE
+
+    def __init__(self):
+        self.fd = os.memfd_create("emulated device")
+        os.ftruncate(self.fd, self.SIZE)
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        read_write, shared_at_this_address = 3, 0x1 | 0x100000
+        if self.BASE != libc.mmap(
+            self.BASE, self.SIZE, read_write, shared_at_this_address, self.fd, 0
+        ):
+            raise MemoryError(f"the emulated device's addresses are taken: {ctypes.get_errno()}")
+        self._storages = weakref.WeakSet()
+
+    def allocate(self, nbytes):
+        """A `Storage` in the first gap that is wide enough, with unlikely content."""
+        page = self.BASE
+        for storage in self.storages():
+            if storage.ptr - page >= nbytes + self.GAP:
+                break
+            end = storage.ptr + storage.nbytes
+            page = (end + self.GAP) // self.PAGE * self.PAGE
+        if page + self.START + nbytes > self.BASE + self.SIZE:
+            raise MemoryError(f"the emulated device has no room for {nbytes} bytes")
+        storage = Storage(page + self.START, nbytes)
+        storage.bytes[:] = 0xA5
+        self._storages.add(storage)
+        return storage
+
+    def contains(self, address):
+        """Whether ``address`` belongs to the device."""
+        return self.BASE <= address < self.BASE + self.SIZE
+
+    def storages(self):
+        """Those alive, by address."""
+        return sorted(self._storages, key=lambda storage: storage.ptr)
+
+
+@functools.cache
+def memory():
+    return Memory()
+
+
+class EmulatedArray:
+    """An array on the emulated device: byte strides, a dtype's name, and nothing else."""
+
+    def __init__(self, storage, offset, shape, strides, dtype):
+        self.storage, self.offset, self.dtype = storage, offset, dtype
+        self.shape, self.strides = tuple(shape), tuple(strides)
+
+    def numpy(self):
+        """A copy of its elements."""
+        numpy = formats.DTYPES[self.dtype].numpy
+        raw = self.storage.bytes.data
+        return np.ndarray(self.shape, numpy, raw, self.offset, self.strides).copy()
+
+
+_PLACE = arrays.Place("emulated", arrays.Device("cuda", 0), True)
+
+
+def _read(array):
+    ptr = array.storage.ptr + array.offset
+    return ptr, array.shape, array.strides, array.dtype, _PLACE, None
+
+
+def _empty(device, shape, dtype):
+    like = np.empty(shape, dtype.numpy)
+    return EmulatedArray(memory().allocate(like.nbytes), 0, like.shape, like.strides, dtype.name)
+
+
+arrays.register_framework(
+    "emulated", EmulatedArray, arrays.Framework(_read, lambda index: 0, _empty)
+)
+
+
+# --- compiling ------------------------------------------------------------------------------------
+
+
+class Built(NamedTuple):
+    """A kernel's shared object, and where its __shared__ variables are in it: (offset, size)s."""
+
+    path: Path
+    shared: tuple
+
+
+def build(kernel):
+    """``kernel`` as `Built`; from the cache if the same text was compiled before."""
+    source = kernel.source()
+    command, prefix = COMPILE, '#line 1 "tests/emulator/shim.h"\n' + (HERE / "shim.h").read_text()
+    if kernel.converts:
+        headers = re.findall(r"^#include <(cuda_\w+\.h)>", source, re.MULTILINE)
+        command, prefix = (*command, *_cuda_folders()), _cuda_prefix(headers) + prefix
+    # In an unnamed namespace, variables of a template's instances are ordinary ones: otherwise ASan
+    # would put no red zones around __shared__ arrays.
+    text = f"""namespace {{
+{source}
+}}
+#line 1 "entry"
+#pragma GCC visibility push(default)
+extern "C" void emulator_kernel(const void* record) {{
+  ({kernel.expression})(*static_cast<const cupy_cache::Params*>(record));
+}}
+"""
+    if modules.FAULT_SYMBOL in source:
+        text += f'extern "C" {{ void* emulator_fault = &{modules.FAULT_SYMBOL}; }}\n'
+    included = ("-include", _precompiled(command, prefix))
+    path = _compile((*command, *included, "-shared"), text, ".so")
+    return Built(path, _find_shared(path) if "__shared__" in source else ())
+
+
+@functools.cache
+def _cuda_folders():
+    from cuda.pathfinder import find_nvidia_header_directory
+
+    # Of the headers, <nv/target> alone is not in the runtime's wheel; CuPy brings it.
+    cccl = (
+        Path(importlib.util.find_spec("cupy").origin).parent / "_core/include/cupy/_cccl/libcudacxx"
+    )
+    return "-isystem", find_nvidia_header_directory("cudart"), "-isystem", str(cccl)
+
+
+def _cuda_prefix(headers):
+    changed = (Path(_cuda_folders()[1]) / "cuda_fp8.h").stat().st_mtime_ns
+    lines = [f"#include <{header}>" for header in ("vector_functions.h", *headers)]
+    return "\n".join(("#define EMULATOR_CUDA_HEADERS", *lines, f"// {changed}", ""))
+
+
+@functools.cache
+def _precompiled(command, prefix):
+    """A header that holds ``prefix``, with its compiled form beside it (which the compiler takes
+    where it can): saves three quarters of the time where CUDA's headers are in it."""
+    compiled = _compile(command, prefix, ".h.gch", "c++-header")
+    header = compiled.with_suffix("")
+    if not header.exists():
+        header.write_text(prefix)
+    return header
+
+
+def _find_shared(path):
+    symbols = [line.split() for line in _run("nm", "--print-size", path).splitlines()]
+    # A name that starts with _ZZ is local to a function.
+    shared = [s for s in symbols if len(s) == 4 and s[2] in "bd" and s[3].startswith("_ZZ")]
+    return tuple((int(offset, 16), int(size, 16)) for offset, size, *_ in shared)
+
+
+@functools.cache
+def build_runner():
+    """The runner's path. It brings the sanitizers' code, but only kernels are instrumented."""
+    command = ("g++", "-std=c++17", "-O2", "-rdynamic")
+    libraries = ("-lasan", "-lubsan", "-ldl")
+    return _compile(command, (HERE / "runner.cpp").read_text(), ".runner", libraries=libraries)
+
+
+def _compile(command, text, suffix, language="c++", libraries=()):
+    key = "\0".join((_gxx_version(), *map(str, command), *libraries, text))
+    path = _cache() / (hashlib.sha256(key.encode()).hexdigest()[:32] + suffix)
+    if path.exists():
+        os.utime(path)  # still in use
+        return path
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        source, made = Path(folder) / "source", Path(folder) / "made"
+        source.write_text(text)
+        _run(*command, "-x", language, source, "-x", "none", "-o", made, *libraries)
+        made.replace(path)
+    return path
+
+
+def _run(*command):
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise EmulationError(f"{command[0]} failed:\n{done.stderr[:8000]}")
+    return done.stdout
+
+
+@functools.cache
+def _gxx_version():
+    return _run("g++", "--version").partition("\n")[0] + os.uname().machine
+
+
+@functools.cache
+def _cache():
+    """The folder of compiled kernels, rid of those that no run has used for a while."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(base) / "cupy_cache_emulator"
+    folder.mkdir(parents=True, exist_ok=True)
+    oldest = time.time() - KEEP_UNUSED_DAYS * 86400
+    for path in folder.glob("*.*"):
+        with contextlib.suppress(FileNotFoundError):  # another process may do the same
+            if path.stat().st_mtime < oldest:
+                path.unlink()
+    return folder
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+class Runner:
+    """The process that runs kernels; started at need, and again after a report ended it."""
+
+    TIMEOUT = 120  # seconds of one launch
+
+    def __init__(self):
+        self._process = None
+        self._lock = threading.Lock()
+
+    def run(self, built, grid, threads, record, seed):
+        """Run one launch to its end; returns the module's fault record, cleared there."""
+        with self._lock:
+            if self._process is None:
+                self._start()
+            storages = [(s.ptr, s.nbytes) for s in memory().storages()]
+            path = os.fsencode(built.path)
+            request = struct.pack(
+                "<10IQ", len(path), len(storages), len(built.shared), len(record),
+                *grid, threads, self.TIMEOUT, 0, seed,
+            )  # fmt: skip
+            pairs = [number for pair in (*storages, *built.shared) for number in pair]
+            fault = launch.FaultRecord()
+            try:
+                self._process.stdin.write(
+                    request + path + struct.pack(f"<{len(pairs)}Q", *pairs) + record
+                )
+                self._process.stdin.flush()
+            except BrokenPipeError:
+                pass  # it died; the report says why
+            if self._process.stdout.readinto(fault) != ctypes.sizeof(fault):
+                raise EmulationError(self.stop())
+            return fault
+
+    def _start(self):
+        self._stderr = tempfile.TemporaryFile()
+        self._process = subprocess.Popen(
+            [str(n) for n in (build_runner(), memory().fd, Memory.BASE, Memory.SIZE)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._stderr,
+            pass_fds=(memory().fd,), env={**os.environ, **SANITIZER_OPTIONS},
+        )  # fmt: skip
+        atexit.register(self.stop)
+
+    def stop(self):
+        """End the process; returns what it reported."""
+        atexit.unregister(self.stop)
+        process, self._process = self._process, None
+        process.communicate()
+        self._stderr.seek(0)
+        report = self._stderr.read().decode(errors="replace")
+        self._stderr.close()
+        if process.returncode == -signal.SIGALRM:
+            return f"the launch did not end within {self.TIMEOUT} s"
+        return _readable(report) or f"the process ended with status {process.returncode}"
+
+
+_runner = Runner()
+
+
+def _readable(report):
+    """A sanitizer's report without the dump of its shadow memory and the runner's frames; where an
+    address is told, the storage nearest to it is told too."""
+    report = report.partition("Shadow bytes around")[0].replace("(anonymous namespace)::", "")
+    noise = (".runner+0x", "libc.so", "emulator_kernel", "wild pointer")
+    lines = [line for line in report.splitlines() if not any(word in line for word in noise)]
+    found = re.search(r"address (0x[0-9a-f]+)", report)
+    if found:
+        at = int(found[1], 16)
+        for storage in memory().storages():
+            byte = at - storage.ptr
+            if -Memory.PAGE < byte < storage.nbytes + Memory.PAGE:
+                lines.append(f"The address is byte {byte} of a storage of {storage.nbytes} bytes.")
+    return "\n".join(lines).strip()
+
+
+class Reached:
+    """What `launch.Mark` is, for a device whose work is done when enqueueing returns."""
+
+    def reached(self):
+        return True
+
+    def hold(self, stream):
+        pass
+
+
+class EmulatedDriver:
+    """What `launch.CudaDriver` is, for the emulated device.
+
+    Parameters
+    ----------
+    seed : int
+        Decides the order in which a block's threads run.
+    """
+
+    def __init__(self, seed=0):
+        self.seed = seed
+        self.pinned = []  # storages that count as host memory
+        self._faults = {}
+
+    def load(self, kernel, device, stream):
+        return kernel, build(kernel)
+
+    def launch(self, loaded, grid, threads, stream, record):
+        kernel, built = loaded
+        self.seed += 1
+        try:
+            fault = _runner.run(built, grid, threads, record.buffer.raw, self.seed)
+        except EmulationError as error:
+            raise EmulationError(
+                f"{kernel!r}, grid {grid}, {threads} threads, seed {self.seed}:\n{error}"
+            ) from None
+        if fault.taken:
+            self._faults.setdefault(kernel.key, fault.fault(kernel, "cuda:0"))
+
+    def device_count(self):
+        return 1
+
+    def current_device(self):
+        return 0
+
+    def processors(self, device):
+        return PROCESSORS
+
+    def capturing(self, stream):
+        return False
+
+    def mark(self, stream, device):
+        return Reached()
+
+    def mapped_address(self, address, device):
+        """Storages of the emulated device serve as pinned memory too; no other memory is mapped."""
+        return address if memory().contains(address) else None
+
+    def copy(self, destination, source, size, stream, device):
+        """What the copy engines do."""
+        for at in (destination, source):
+            if memory().contains(at) and not any(s.holds(at, size) for s in memory().storages()):
+                raise EmulationError(f"a copy of {size} bytes at {at:#x} leaves its storage")
+        ctypes.memmove(destination, source, size)
+
+    @contextlib.contextmanager
+    def staging(self, size, stream, device):
+        storage = memory().allocate(size)
+        yield storage.ptr
+
+    def allocation(self, address):
+        for storage in memory().storages():
+            if storage.holds(address, 1):
+                device = arrays.CPU if storage in self.pinned else arrays.Device("cuda", 0)
+                return launch.Allocation(storage.ptr, storage.ptr + storage.nbytes, device, 0)
+        return None
+
+    def take_faults(self, device=None):
+        faults, self._faults = self._faults, {}
+        return faults.values()
+
+
+class EmulatedWorld(worlds.World):
+    """Arrays on the emulated device. While it is open, kernels run there."""
+
+    name = "emulated"
+    on_gpu = True
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.driver = EmulatedDriver(seed)
+        self._replaced, launch.driver = launch.driver, self.driver
+        launch.processors.cache_clear()
+
+    def close(self):
+        launch.driver = self._replaced
+        launch.processors.cache_clear()
+
+    def upload(self, raw):
+        storage = memory().allocate(raw.size)
+        storage.bytes[:] = raw
+        return storage
+
+    def host_storage(self, nbytes, pinned):
+        if not pinned:
+            return super().host_storage(nbytes, pinned)
+        storage = memory().allocate(nbytes)
+        self.driver.pinned.append(storage)  # its NumPy array does not keep it alive
+        return storage.bytes
+
+    def array(self, storage, spec):
+        return EmulatedArray(storage, spec.offset, spec.shape, spec.strides, spec.dtype)
+
+    def download(self, storage):
+        return storage.bytes.copy()
+
+    def numpy(self, result):
+        return result.numpy()

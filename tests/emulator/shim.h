@@ -1,0 +1,232 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+// SPDX-License-Identifier: Apache-2.0
+// CUDA C++ as plain C++17: what a kernel's source needs before it, so that g++ compiles it. The
+// thread's indices and everything that makes threads wait for each other live in runner.cpp.
+//
+// Standard headers are avoided: they would cost more than the kernel does. NVIDIA's cuda_fp16.h,
+// cuda_bf16.h and cuda_fp8.h convert on the host bit for bit. Where a source needs them, they are
+// included before this file, EMULATOR_CUDA_HEADERS is defined, and the vector types are NVIDIA's.
+
+#undef __global__
+#undef __device__
+#undef __host__
+#undef __constant__
+#undef __shared__
+#undef __forceinline__
+#undef __noinline__
+#undef __launch_bounds__
+#undef __grid_constant__
+#undef __restrict__
+#undef __align__
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+// A block's threads are fibers of one process and its blocks run one after the other.
+#define __shared__ static
+#define __forceinline__ inline __attribute__((always_inline))
+#define __noinline__ __attribute__((noinline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define __restrict__ __restrict
+#define __align__(n) __attribute__((aligned(n)))
+
+#ifndef EMULATOR_CUDA_HEADERS
+struct dim3 { unsigned x = 1, y = 1, z = 1; };
+#define EMULATOR_VECTORS(T, name, align2, align4) \
+  struct name##1 { T x; };                        \
+  struct alignas(align2) name##2 { T x, y; };     \
+  struct name##3 { T x, y, z; };                  \
+  struct alignas(align4) name##4 { T x, y, z, w; };
+EMULATOR_VECTORS(signed char, char, 2, 4)
+EMULATOR_VECTORS(unsigned char, uchar, 2, 4)
+EMULATOR_VECTORS(short, short, 4, 8)
+EMULATOR_VECTORS(unsigned short, ushort, 4, 8)
+EMULATOR_VECTORS(int, int, 8, 16)
+EMULATOR_VECTORS(unsigned int, uint, 8, 16)
+EMULATOR_VECTORS(long long, longlong, 16, 16)
+EMULATOR_VECTORS(unsigned long long, ulonglong, 16, 16)
+EMULATOR_VECTORS(float, float, 8, 16)
+EMULATOR_VECTORS(double, double, 16, 16)
+#define EMULATOR_MAKE_2_4(T, name)                                                              \
+  inline name##2 make_##name##2(T x, T y) { return {x, y}; }                                    \
+  inline name##4 make_##name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
+EMULATOR_MAKE_2_4(int, int)
+EMULATOR_MAKE_2_4(unsigned int, uint)
+EMULATOR_MAKE_2_4(float, float)
+#endif
+
+extern "C" {
+#define EMULATOR_MATH(name) float name##f(float) noexcept; double name(double) noexcept;
+EMULATOR_MATH(sqrt) EMULATOR_MATH(exp) EMULATOR_MATH(exp2) EMULATOR_MATH(log) EMULATOR_MATH(log2)
+EMULATOR_MATH(floor) EMULATOR_MATH(ceil) EMULATOR_MATH(trunc) EMULATOR_MATH(round)
+EMULATOR_MATH(rint) EMULATOR_MATH(nearbyint) EMULATOR_MATH(fabs)
+float fminf(float, float) noexcept;
+float fmaxf(float, float) noexcept;
+float fmaf(float, float, float) noexcept;
+float powf(float, float) noexcept;
+float ldexpf(float, int) noexcept;
+float copysignf(float, float) noexcept;
+void* memcpy(void*, const void*, unsigned long) noexcept;
+void* memset(void*, int, unsigned long) noexcept;
+}
+inline bool isnan(float x) { return __builtin_isnan(x); }
+inline bool isinf(float x) { return __builtin_isinf(x); }
+inline bool signbit(float x) { return __builtin_signbit(x); }
+
+// --- threads (runner.cpp) -------------------------------------------------------------------------
+
+extern "C" {
+extern uint3 threadIdx, blockIdx, blockDim, gridDim;
+// Waits for every thread of the block that has not returned.
+void emulator_sync_block();
+// Waits for the lanes of `mask`; returns what each of them gave, by lane.
+const unsigned long long* emulator_exchange(unsigned mask, unsigned long long given);
+// Reports a misuse of a warp operation and ends the process.
+[[noreturn]] void emulator_refuse(const char* why);
+}
+constexpr int warpSize = 32;
+
+inline void __syncthreads() { emulator_sync_block(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator_exchange(mask, 0); }
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+inline void __threadfence_system() {}
+
+namespace emulator {
+
+template <typename To, typename From>
+inline To bits(From from) {
+  static_assert(sizeof(To) >= sizeof(From) || sizeof(From) == 8, "lanes give at most 8 bytes");
+  To to{};
+  __builtin_memcpy(&to, &from, sizeof(To) < sizeof(From) ? sizeof(To) : sizeof(From));
+  return to;
+}
+
+inline int lane() {
+  return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % warpSize;
+}
+
+template <typename T>
+inline T shuffle(unsigned mask, T value, int source) {
+  const unsigned long long* given = emulator_exchange(mask, bits<unsigned long long>(value));
+  if (!(mask >> source & 1)) emulator_refuse("a shuffle reads a lane that is not in its mask");
+  return bits<T>(given[source]);
+}
+
+template <typename T, typename Join>
+inline T reduce(unsigned mask, T value, Join join) {
+  const unsigned long long* given = emulator_exchange(mask, bits<unsigned long long>(value));
+  T joined = value;
+  for (int i = 0; i < warpSize; ++i) {
+    if (mask >> i & 1 && i != lane()) joined = join(joined, bits<T>(given[i]));
+  }
+  return joined;
+}
+
+}  // namespace emulator
+
+template <typename T>
+inline T __shfl_sync(unsigned mask, T value, int source, int width = warpSize) {
+  return emulator::shuffle(mask, value, (emulator::lane() & ~(width - 1)) + (source & (width - 1)));
+}
+template <typename T>
+inline T __shfl_xor_sync(unsigned mask, T value, int other, int width = warpSize) {
+  const int lane = emulator::lane(), source = lane ^ other;
+  return emulator::shuffle(mask, value, source <= (lane | (width - 1)) ? source : lane);
+}
+template <typename T>
+inline T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
+  const int lane = emulator::lane(), inside = lane & (width - 1);
+  return emulator::shuffle(mask, value, inside >= static_cast<int>(delta) ? lane - delta : lane);
+}
+template <typename T>
+inline T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = warpSize) {
+  const int lane = emulator::lane(), inside = lane & (width - 1);
+  return emulator::shuffle(mask, value, inside + static_cast<int>(delta) < width ? lane + delta : lane);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const unsigned lane = predicate ? 1u << emulator::lane() : 0u;
+  return emulator::reduce(mask, lane, [](unsigned a, unsigned b) { return a | b; });
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == mask; }
+#define EMULATOR_REDUCE(name, joined)                                                        \
+  template <typename T>                                                                      \
+  inline T name(unsigned mask, T value) {                                                    \
+    return emulator::reduce(mask, value, [](T a, T b) { return static_cast<T>(joined); });   \
+  }
+EMULATOR_REDUCE(__reduce_add_sync, a + b)
+EMULATOR_REDUCE(__reduce_min_sync, a < b ? a : b)
+EMULATOR_REDUCE(__reduce_max_sync, a > b ? a : b)
+EMULATOR_REDUCE(__reduce_and_sync, a & b)
+EMULATOR_REDUCE(__reduce_or_sync, a | b)
+EMULATOR_REDUCE(__reduce_xor_sync, a ^ b)
+
+// --- memory ---------------------------------------------------------------------------------------
+
+#define EMULATOR_LOAD(name)             \
+  template <typename T>                 \
+  __forceinline__ T name(const T* at) { \
+    return *at;                         \
+  }
+EMULATOR_LOAD(__ldg) EMULATOR_LOAD(__ldca) EMULATOR_LOAD(__ldcg) EMULATOR_LOAD(__ldcs)
+EMULATOR_LOAD(__ldcv) EMULATOR_LOAD(__ldlu)
+#define EMULATOR_STORE(name)                   \
+  template <typename T>                        \
+  __forceinline__ void name(T* at, T value) {  \
+    *at = value;                               \
+  }
+EMULATOR_STORE(__stcg) EMULATOR_STORE(__stcs) EMULATOR_STORE(__stwb) EMULATOR_STORE(__stwt)
+
+// One operating-system thread runs everything, so plain reads and writes are atomic.
+#define EMULATOR_ATOMIC(name, result)      \
+  template <typename T>                    \
+  inline T name(T* at, T value) {          \
+    const T old = *at;                     \
+    *at = static_cast<T>(result);          \
+    return old;                            \
+  }
+EMULATOR_ATOMIC(atomicAdd, old + value)
+EMULATOR_ATOMIC(atomicMin, value < old ? value : old)
+EMULATOR_ATOMIC(atomicMax, value > old ? value : old)
+EMULATOR_ATOMIC(atomicOr, old | value)
+EMULATOR_ATOMIC(atomicAnd, old & value)
+EMULATOR_ATOMIC(atomicExch, value)
+template <typename T>
+inline T atomicCAS(T* at, T expected, T value) {
+  const T old = *at;
+  if (old == expected) *at = value;
+  return old;
+}
+
+// --- arithmetic -----------------------------------------------------------------------------------
+
+template <typename A, typename B>
+constexpr auto min(A a, B b) -> decltype(a + b) { return b < a ? b : a; }
+template <typename A, typename B>
+constexpr auto max(A a, B b) -> decltype(a + b) { return a < b ? b : a; }
+inline float min(float a, float b) { return fminf(a, b); }  // NaN loses, as in CUDA
+inline float max(float a, float b) { return fmaxf(a, b); }
+
+inline int __float_as_int(float x) { return emulator::bits<int>(x); }
+inline unsigned __float_as_uint(float x) { return emulator::bits<unsigned>(x); }
+inline float __int_as_float(int x) { return emulator::bits<float>(x); }
+inline float __uint_as_float(unsigned x) { return emulator::bits<float>(x); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __frcp_rn(float a) { return 1.0f / a; }
+inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
+inline float __fsqrt_rn(float a) { return sqrtf(a); }
+inline int __float2int_rn(float x) { return static_cast<int>(rintf(x)); }
+inline int __float2int_rz(float x) { return static_cast<int>(x); }
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+
+inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
+inline int __clzll(long long x) { return x ? __builtin_clzll(x) : 64; }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+inline int __ffsll(long long x) { return __builtin_ffsll(x); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }

@@ -1,0 +1,354 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""The emulator sees what it is there to see: each kernel here has one planted mistake, or none."""
+
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from cupy_cache import arrays, env, formats, launch, modules, params
+
+SOURCE = """\
+%(includes)s
+#include "cupy_cache/paging.cuh"
+#include "cupy_cache/vec.cuh"
+
+namespace cupy_cache {
+
+struct Params {
+  char* to;
+  const char* from;
+  i64 number;
+};
+
+template <int kThreads>
+__global__ void __launch_bounds__(kThreads) planted(const __grid_constant__ Params p) {
+  const int thread = threadIdx.x;
+%(body)s
+}
+
+}  // namespace cupy_cache
+"""
+PARAMS = params.Struct(per_call="to:ptr from:ptr number:i64")
+REVERSE = """
+  __shared__ int held[kThreads];
+  held[thread] = thread;
+  %s
+  reinterpret_cast<int*>(p.to)[thread] = held[kThreads - 1 - thread];
+"""
+
+
+class Bench:
+    """Runs small kernels on byte storages ``to`` and ``source`` of the emulated device."""
+
+    def __init__(self, world, folder):
+        self.world, self.folder = world, folder
+        self.kernels = {}
+
+    def storage(self, values):
+        values = np.ascontiguousarray(values)
+        return self.world.upload(values.reshape(-1).view(np.uint8))
+
+    def kernel(self, body, threads, includes="", **options):
+        text = SOURCE % {"body": body, "includes": includes}
+        stem = self.kernels.setdefault(text, f"planted{len(self.kernels)}")
+        (self.folder / f"{stem}.cu").write_text(text)
+        return modules.Kernel("planted", stem, f"planted<{threads}>", PARAMS, **options)
+
+    def run(self, body, to, source=None, number=0, threads=32, grid=(1, 1, 1), **options):
+        kernel = self.kernel(body, threads, **options)
+        at = 0 if source is None else source.ptr
+        launch.Launcher(kernel, 0).enqueue(grid, threads, 0, to.ptr, at, number)
+
+
+@pytest.fixture
+def bench(emulated_world, tmp_path, monkeypatch):
+    shutil.copytree(modules.kernel_dir() / "include", tmp_path / "include")
+    monkeypatch.setenv(env.KERNEL_DIR.name, str(tmp_path))
+    world = emulated_world()
+    yield Bench(world, tmp_path)
+    world.close()
+
+
+def caught(bench, *words, **run):
+    """The kernel's report names each of ``words``; the next launch works."""
+    from emulator import EmulationError
+
+    with pytest.raises(EmulationError) as error:
+        bench.run(**run)
+    for word in words:
+        assert word in str(error.value)
+    to = bench.storage(np.zeros(32, np.int32))
+    bench.run("  reinterpret_cast<int*>(p.to)[thread] = 7;", to)
+    assert (to.bytes.view(np.int32) == 7).all()
+
+
+class TestMistakes:
+    @pytest.mark.parametrize("nbytes", [0, 7, 4096 - 256])
+    @pytest.mark.parametrize(
+        "number, access",
+        [
+            (1, "p.to[end] = 0;"),
+            (1, "static_cast<volatile char*>(p.to)[end];"),
+            (-1, "p.to[-1] = 0;"),
+        ],
+    )
+    def test_one_byte_outside(self, bench, nbytes, number, access):
+        at = -1 if number < 0 else nbytes
+        words = (
+            "AddressSanitizer",
+            "kernels_cu/planted0.cu:",
+            f"byte {at} of a storage of {nbytes} ",
+        )
+        body = f"  const i64 end = {nbytes};\n  if (thread == 5) {access}"
+        caught(bench, *words, body=body, to=bench.storage(np.zeros(nbytes, np.uint8)))
+
+    @pytest.mark.parametrize("number", [-(2**62), -(2**30), 2**20, 2**35, 2**62])
+    def test_far_outside(self, bench, number):
+        to = bench.storage(np.zeros(64, np.uint8))
+        caught(bench, "kernels_cu/", body="  p.to[p.number] = 1;", to=to, number=number)
+
+    def test_freed(self, bench):
+        to, gone = (bench.storage(np.zeros(64, np.uint8)) for _ in range(2))
+        address = gone.ptr
+        bench.run("  p.to[thread] = 1;", gone)
+        del gone
+        body = "  reinterpret_cast<char*>(p.number)[0] = 1;"
+        caught(bench, "AddressSanitizer", "kernels_cu/", body=body, to=to, number=address)
+
+    @pytest.mark.parametrize("size", [2, 16])
+    @pytest.mark.parametrize("side", ["load", "store"])
+    def test_misaligned(self, bench, size, side):
+        load, store = (size // 2, 0) if side == "load" else (0, size // 2)
+        body = f"store_streaming<{size}>(p.to + {store}, load_streaming<{size}>(p.from + {load}));"
+        to, source = (bench.storage(np.zeros(64, np.uint8)) for _ in range(2))
+        caught(
+            bench, "misaligned", f"requires {size} byte alignment",
+            "planted0.cu", body=body, to=to, source=source,
+        )  # fmt: skip
+
+    def test_signed_overflow(self, bench):
+        to = bench.storage(np.zeros(8, np.uint8))
+        body = "  *reinterpret_cast<i64*>(p.to) = p.number * 2;"
+        caught(bench, "signed integer overflow", "planted0.cu:", body=body, to=to, number=2**62)
+
+    @pytest.mark.parametrize(
+        "access, word",
+        [
+            ("held[thread + p.number]", "out of bounds"),
+            ("(held + p.number)[thread]", "insufficient space"),
+            ("int* volatile hidden = held; hidden[thread + p.number]", "global-buffer-overflow"),
+        ],
+    )
+    def test_shared_memory_overrun(self, bench, access, word):
+        to = bench.storage(np.zeros(4 * 64, np.uint8))
+        body = REVERSE.replace("held[thread]", access) % "__syncthreads();"
+        caught(bench, word, "planted0.cu:", body=body, to=to, threads=64, number=1)
+
+    def test_stale_shared_memory(self, bench):
+        """A block does not find what the one before left."""
+        to = bench.storage(np.zeros(4 * 2 * 32, np.uint8))
+        body = """
+  __shared__ int held[kThreads];
+  reinterpret_cast<int*>(p.to)[blockIdx.x * kThreads + thread] = held[thread];
+  held[thread] = thread;
+"""
+        bench.run(body, to, grid=(2, 1, 1))
+        assert (to.bytes == 0xA5).all()
+
+    def test_missing_barrier(self, bench):
+        right = np.arange(256, dtype=np.int32)[::-1]
+        for barrier, wrong in (("__syncthreads();", 0), ("", 8)):
+            differing = 0
+            for _ in range(8):  # each launch has another order
+                to = bench.storage(np.zeros(256, np.int32))
+                bench.run(REVERSE % barrier, to, threads=256)
+                differing += not np.array_equal(to.bytes.view(np.int32), right)
+            assert differing == wrong
+
+    def test_barrier_that_not_all_reach(self, bench):
+        body = "  if (thread < 32) __syncthreads(); else if (thread < 40) __syncwarp(0xff);"
+        to = bench.storage(np.zeros(8, np.uint8))
+        bench.run(body, to, threads=64)  # threads that have returned do not count
+        body = "  if (thread == 3) __syncthreads(); else __syncwarp();"
+        caught(bench, "deadlock", "thread 3 waits at __syncthreads", body=body, to=to)
+
+    def test_shuffle_from_outside_its_mask(self, bench):
+        to = bench.storage(np.zeros(8, np.uint8))
+        body = "  if (thread < 16) __shfl_xor_sync(0xffffu, thread, 16);"
+        caught(bench, "not in its mask", "planted0.cu:", body=body, to=to)
+
+    def test_endless_loop(self, bench, monkeypatch):
+        from emulator import Runner
+
+        monkeypatch.setattr(Runner, "TIMEOUT", 1)
+        to = bench.storage(np.zeros(8, np.uint8))
+        body = "  while (*reinterpret_cast<volatile char*>(p.to) == 0) {}"
+        caught(bench, "did not end", body=body, to=to)
+
+    def test_source_that_does_not_compile(self, bench):
+        from emulator import EmulationError
+
+        with pytest.raises(EmulationError, match=r"kernels_cu/planted0.cu:\d+.*nonsense"):
+            bench.run("  nonsense;", bench.storage(np.zeros(8, np.uint8)))
+
+
+# A tile is transposed through shared memory, and each row's sum is made by shuffles.
+TRANSPOSE = """
+  constexpr int kRows = kThreads / 32;
+  __shared__ int tile[kRows][33];
+  const int row = thread / 32, lane = thread % 32;
+  const int* from = reinterpret_cast<const int*>(p.from) + blockIdx.x * kThreads;
+  int* to = reinterpret_cast<int*>(p.to) + blockIdx.x * 2 * kThreads;
+  const int mine = from[thread];
+  tile[row][lane] = mine;
+  __syncthreads();
+  to[thread] = tile[thread % kRows][thread / kRows];
+  int sum = mine;
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  __syncthreads();
+  if (lane == 0) tile[row][0] = sum;
+  __syncthreads();
+  to[kThreads + thread] = tile[row][0];
+"""
+
+
+class TestRightKernels:
+    @pytest.mark.parametrize("threads", [32, 256, 1024])
+    def test_barriers_and_shuffles(self, bench, rng, threads):
+        blocks = 3
+        values = rng.integers(-(2**20), 2**20, (blocks, threads // 32, 32), np.int32)
+        to = bench.storage(np.zeros((blocks, 2, threads), np.int32))
+        bench.run(TRANSPOSE, to, bench.storage(values), threads=threads, grid=(blocks, 1, 1))
+        got = to.bytes.view(np.int32).reshape(blocks, 2, threads)
+        np.testing.assert_array_equal(got[:, 0], values.swapaxes(1, 2).reshape(blocks, threads))
+        sums = np.repeat(values.sum(axis=2), 32, axis=1)
+        np.testing.assert_array_equal(got[:, 1], sums)
+
+    def test_warp_operations(self, bench):
+        """Against the results the CUDA C++ programming guide defines, lane by lane."""
+        body = """
+  int* to = reinterpret_cast<int*>(p.to) + thread;
+  const unsigned all = 0xffffffffu;
+  to[0 * 32] = __shfl_sync(all, thread, 35);
+  to[1 * 32] = __shfl_sync(all, thread, 3, 8);
+  to[2 * 32] = __shfl_up_sync(all, thread, 2u, 16);
+  to[3 * 32] = __shfl_down_sync(all, thread, 5u, 8);
+  to[4 * 32] = __shfl_xor_sync(all, thread, 9, 8);
+  to[5 * 32] = __ballot_sync(all, thread % 3 == 0);
+  to[6 * 32] = __any_sync(all, thread == 31) + 2 * __all_sync(all, thread < 31);
+  to[7 * 32] = __reduce_add_sync(all, thread - 40);
+  to[8 * 32] = __reduce_min_sync(all, (thread + 7) % 32 - 3) + 100 * __reduce_max_sync(all, thread);
+  if (thread < 8) to[9 * 32] = __reduce_or_sync(0xffu, 1u << thread);
+  if (thread >= 8) to[9 * 32] = __shfl_sync(0xffffff00u, thread, 9);
+"""
+        lanes = np.arange(32)
+        inside = {width: lanes % width for width in (8, 16)}
+        other = lanes ^ 9
+        expected = [
+            np.full(32, 3),
+            lanes - inside[8] + 3,
+            np.where(inside[16] >= 2, lanes - 2, lanes),
+            np.where(inside[8] + 5 < 8, lanes + 5, lanes),
+            np.where(other <= (lanes | 7), other, lanes),
+            np.full(32, np.uint32(sum(1 << i for i in range(0, 32, 3))).astype(np.int32)),
+            np.full(32, 1),
+            np.full(32, sum(range(-40, -8))),
+            np.full(32, 3100 - 3),
+            np.where(lanes < 8, 255, 9),
+        ]
+        to = bench.storage(np.zeros((len(expected), 32), np.int32))
+        bench.run(body, to)
+        np.testing.assert_array_equal(to.bytes.view(np.int32).reshape(-1, 32), expected)
+
+    def test_pointers_in_device_memory(self, bench):
+        targets = [bench.storage(np.zeros(4, np.uint8)) for _ in range(32)]
+        table = bench.storage(np.array([t.ptr for t in targets], np.uint64))
+        body = "  reinterpret_cast<char* const*>(p.from)[thread][blockIdx.x] = thread + blockIdx.x;"
+        bench.run(body, table, table, grid=(4, 1, 1))
+        for number, target in enumerate(targets):
+            assert target.bytes.tolist() == [number + block for block in range(4)]
+
+    def test_whole_grid(self, bench):
+        grid, threads = (3, 4, 5), 64
+        to = bench.storage(np.zeros((5, 4, 3, threads), np.int32))
+        body = """
+  const u32 block = (blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x;
+  reinterpret_cast<int*>(p.to)[block * blockDim.x + thread] += thread + 1;
+"""
+        bench.run(body, to, grid=grid, threads=threads)
+        got = to.bytes.view(np.int32).reshape(-1, threads)
+        np.testing.assert_array_equal(got, np.broadcast_to(np.arange(1, 65), got.shape))
+
+    def test_faults_are_taken_once(self, bench):
+        to = bench.storage(np.zeros(8, np.uint8))
+        body = "  in_bounds(thread == 9 ? p.number : 0, 5, 2, thread);"
+        bench.run(body, to, number=77, guarded=("first", "second"))
+        (fault,) = launch.driver.take_faults()
+        assert (fault.argument, fault.row, fault.value, fault.limit) == ("second", 9, 77, 5)
+        assert not launch.driver.take_faults()
+
+    def test_new_arrays(self, bench):
+        """What an operation returns is made on the device, and is not blank."""
+        device = arrays.Device("cuda", 0)
+        for shape in ((3, 5), (0, 2), 7):
+            made = arrays.empty("emulated", device, shape, formats.DTYPES["int32"])
+            seen = arrays.view(made, "made")
+            assert (seen.framework, seen.device, seen.writable) == ("emulated", device, True)
+            assert bench.world.numpy(made).shape == np.empty(shape).shape
+            assert (bench.world.numpy(made) == np.int32(-0x5A5A5A5B)).all()
+            assert arrays.current_stream_of(seen)() == 0
+
+    def test_headers_that_convert(self, bench, rng):
+        """NVIDIA's headers convert on the host: bytes as from ml_dtypes."""
+        pytest.importorskip("cuda.pathfinder")
+        values = np.concatenate([
+            rng.integers(0, 2**32, 2000, np.uint32).view(np.float32),
+            rng.normal(size=2000).astype(np.float32),
+            np.array([0.0, -0.0, 448, 464, 465, -1e9, 2**-9, 2**-10, 1.5 * 2**-10], np.float32),
+        ])  # fmt: skip
+        values = values[~np.isnan(values)]
+        values = values[: values.size // 32 * 32]
+        body = """
+  const int at = blockIdx.x * kThreads + thread;
+  const float value = reinterpret_cast<const float*>(p.from)[at];
+  reinterpret_cast<__nv_bfloat16*>(p.to)[at] = __float2bfloat16_rn(value);
+  reinterpret_cast<__half*>(p.to + p.number * 2)[at] = __float2half_rn(value);
+  reinterpret_cast<__nv_fp8_e4m3*>(p.to + p.number * 4)[at] = __nv_fp8_e4m3(value);
+  static_assert(sizeof(uint4) == 16 && alignof(uint4) == 16, "a vector");
+"""
+        includes = "".join(f"#include <cuda_{name}.h>\n" for name in ("fp16", "bf16", "fp8"))
+        count = values.size
+        to = bench.storage(np.zeros(5 * count, np.uint8))
+        bench.run(
+            body,
+            to,
+            bench.storage(values),
+            number=count,
+            grid=(count // 32, 1, 1),
+            includes=includes,
+            converts=True,
+        )
+        with np.errstate(over="ignore"):
+            expected = [values.astype(ml_dtypes.bfloat16), values.astype(np.float16)]
+            saturated = np.clip(values, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+        for at, want in zip((0, 2 * count, 4 * count), (*expected, saturated)):
+            np.testing.assert_array_equal(to.bytes[at : at + want.nbytes], want.view(np.uint8))
+
+
+def test_the_cache_follows_the_text(bench):
+    """The same text is compiled once; an edited header, and only that, compiles again."""
+    from emulator import build
+
+    def path(kernel):
+        return build(kernel).path
+
+    kernel = bench.kernel("  p.to[thread] = 1;", 32)
+    first = path(kernel)
+    compiled = first.stat().st_ino
+    assert path(kernel) == first and first.stat().st_ino == compiled
+    header = bench.folder / "include" / "cupy_cache" / "ints.cuh"
+    header.write_text(header.read_text() + "// edited\n")
+    assert path(kernel) != first
