@@ -75,7 +75,7 @@ class Place(NamedTuple):
 class Framework(NamedTuple):
     """What a further framework with arrays on a GPU brings along.
 
-    read : ``read(array)`` -> `Facts` fields, with strides in bytes, the dtype's name and a `Place`.
+    read : ``read(array)`` -> `Facts` fields: tuples, strides in bytes, a dtype's name, a `Place`.
     current_stream : ``current_stream(device index)`` -> the address of its current stream.
     empty : ``empty(device, shape, dtype)`` -> an uninitialised, contiguous array.
     """
@@ -202,9 +202,9 @@ def describe(facts, name):
         writable = not place.read_only and place.framework not in ("jax", "jaxlib")
         return Array(facts.ptr, facts.shape, strides, dtype, device, writable, place.framework)
     if isinstance(place, Place):
-        dtype = _named(facts.dtype, name)
-        shape, strides = tuple(facts.shape), tuple(facts.strides)
-        return Array(facts.ptr, shape, strides, dtype, place.device, place.writable, place.framework)
+        shape, strides, dtype = facts.shape, facts.strides, _named(facts.dtype, name)
+        device, writable, framework = place.device, place.writable, place.framework
+        return Array(facts.ptr, shape, strides, dtype, device, writable, framework)
     if isinstance(place, int):
         dtype = _named(facts.dtype, name)
         device = Device("cuda", place)
@@ -310,10 +310,9 @@ def import_cupy(why):
     return cupy
 
 
-def empty_like(value, array, shape, dtype):
-    """An uninitialised, contiguous array made by the framework of ``value`` (described by
-    ``array``) on its device. Frameworks that have no mutable arrays get CuPy's, or NumPy's."""
-    return empty(array.framework, array.device, shape, dtype)
+def makes(framework):
+    """Whether `empty` knows ``framework`` by name."""
+    return framework in ("torch", "cupy", "numpy") or framework in _FRAMEWORKS
 
 
 def empty(framework, device, shape, dtype):

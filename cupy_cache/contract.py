@@ -7,9 +7,13 @@ paid once, so it may be thorough.
 """
 
 import math
+import numbers
 
-from . import arrays
+from . import arrays, formats
 from .errors import ArgumentError, DeviceError, DTypeError, ShapeError, StrideError
+
+# What a float32 can hold without becoming zero or infinite.
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-149, 2.0**128 - 2.0**104
 
 
 class Contract:
@@ -48,7 +52,8 @@ class Contract:
                 self._refuse_shape(
                     name, array, words, f"{word} = {extent} where {origin} has {expected}"
                 )
-            self._origin.setdefault(word, name)
+            if word in self.sizes:
+                self._origin.setdefault(word, name)
 
     def _refuse_shape(self, name, array, words, why):
         expected = ", ".join(
@@ -73,9 +78,15 @@ class Contract:
             self._first = (name, array.device)
         same_device(self.op, name, array.device, *self._first)
 
-    def writable(self, name, array):
-        """Require memory that can be written in place, where no two elements share an address."""
+    def writable(self, name, array, rows=False):
+        """Require memory that can be written in place, where no two elements share an address.
+
+        ``rows``: the first dimension varies from call to call, so its stride matters even if this
+        array has a single row.
+        """
         arrays.require_writable(array, self.op, name)
+        if rows and array.shape[:1] == (1,):
+            array = array._replace(shape=(2, *array.shape[1:]))
         if overlaps_itself(array):
             raise StrideError(
                 f"{self.op}: Invalid strides of {name}: expected elements that do not share "
@@ -91,6 +102,16 @@ class Contract:
                 f"{f'{dims} dimensions' if dims > 1 else 'dimension'} to be contiguous, got byte "
                 f"strides {list(array.strides)} for shape {list(array.shape)} of "
                 f"{array.dtype.bytes}-byte elements"
+            )
+
+    def contiguous_rows(self, name, array):
+        """Require an argument of one dimension, whose extent varies from call to call, to have no
+        gaps. Its stride is part of the signature and its extent is not, so even a single element
+        must have the stride that more would need."""
+        if 0 not in array.shape and array.strides != (array.dtype.bytes,):
+            raise StrideError(
+                f"{self.op}: Invalid strides of {name}: expected a contiguous array, got byte "
+                f"strides {list(array.strides)} of {array.dtype.bytes}-byte elements"
             )
 
     def aligned(self, name, array):
@@ -112,6 +133,7 @@ class Contract:
         for name in (*sources[1:], *caches):
             self.dtype(name, described[name], described[sources[0]].dtype)
         self.dtype(slots, described[slots], *slot_dtypes)
+        self.aligned(slots, described[slots])
         for name, array in described.items():
             self.device(name, array)
         for name in (*sources, *caches):
@@ -119,6 +141,19 @@ class Contract:
             self.aligned(name, described[name])
         for name in caches:
             self.writable(name, described[name])
+
+    def scale(self, name, array, count=1):
+        """Require ``count`` float32 scales, without gaps; one may also be an array of no
+        dimensions."""
+        if array.shape != (count,) and (count != 1 or array.shape):
+            raise ShapeError(
+                f"{self.op}: Invalid shape of {name}: expected [{count}], got {list(array.shape)}"
+            )
+        self.dtype(name, array, formats.DTYPES["float32"])
+        self.device(name, array)
+        self.aligned(name, array)
+        if array.shape:
+            self.contiguous(name, array)
 
     def positive(self, name, value):
         """Require a positive integer."""
@@ -136,21 +171,38 @@ def same_device(op, name, device, other_name, other):
         )
 
 
-def slot_count(op):
-    """The row count of operations that write tokens: ``count(extents of key, value and
-    slot_mapping)`` is the slots, of which there may not be more than rows of data."""
+def slot_count(op, first="key", second="value"):
+    """What operations that write tokens count: ``count(extents of two sources and slot_mapping)``
+    is the slots alone, of which there may not be more than rows of the sources, called ``first``
+    and ``second``."""
 
     def count(extents):
-        keys, values, slots = extents
-        if slots > keys or slots > values:
-            name, rows = ("key", keys) if slots > keys else ("value", values)
+        ones, others, slots = extents
+        if slots > ones or slots > others:
+            name, rows = (first, ones) if slots > ones else (second, others)
             raise ShapeError(
                 f"{op}: Invalid shape of slot_mapping: expected at most {rows} slots, the rows of "
                 f"{name}, got {slots}"
             )
-        return slots
+        return (slots,)
 
     return count
+
+
+def split_scale(op, name, scale):
+    """A scale as (array, number): exactly one of them is not None."""
+    if scale is None or isinstance(scale, bool):
+        raise ArgumentError(
+            f"{op}: Invalid value of {name}: expected a number or a float32 array, since this "
+            f"kv_cache_dtype is scaled, got {scale}"
+        )
+    if not isinstance(scale, numbers.Real):
+        return scale, None
+    if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
+        raise ArgumentError(
+            f"{op}: Invalid value of {name}: expected a positive, finite float32, got {scale!r}"
+        )
+    return None, float(scale)
 
 
 def contiguous_dims(array):

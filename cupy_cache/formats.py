@@ -149,6 +149,12 @@ def cache_format(op, kv_cache_dtype, names=tuple(CACHE_FORMATS)):
     return CACHE_FORMATS[kv_cache_dtype]
 
 
+def is_scaled(kv_cache_dtype):
+    """Whether ``kv_cache_dtype`` names a format whose elements are converted with a scale."""
+    fmt = CACHE_FORMATS.get(kv_cache_dtype)
+    return fmt is not None and fmt.stored is not None
+
+
 def require_raw(op, kv_cache_dtype):
     """Refuse a ``kv_cache_dtype`` that is not a raw copy."""
     cache_format(op, kv_cache_dtype, RAW_KV_CACHE_DTYPES)

@@ -236,15 +236,24 @@ def _cuda_includes(kernel):
 def compile_cubin(kernel, architecture):
     """``kernel`` as machine code for ``architecture`` (such as 90), with NVRTC alone: no GPU, no
     driver. Returns (cubin bytes, mangled name)."""
+    cubin, names = compile_cubins((kernel,), architecture)
+    return cubin, names[kernel.expression]
+
+
+def compile_cubins(kernels, architecture):
+    """`compile_cubin` for several kernels of one source, which is read once. Returns (bytes of one
+    cubin, {expression: mangled name})."""
     from cupy.cuda import compiler  # its program class is private: this is its only use
 
+    first = kernels[0]
+    expressions = tuple(kernel.expression for kernel in kernels)
     program = compiler._NVRTCProgram(
-        kernel.source(), f"{kernel.stem}.cu", (), (), (kernel.expression,), "cubin"
+        first.source(), f"{first.stem}.cu", (), (), expressions, "cubin"
     )
-    options = (*OPTIONS, f"-arch=sm_{architecture}", "-ftz=true", *_cuda_includes(kernel))
+    options = (*OPTIONS, f"-arch=sm_{architecture}", "-ftz=true", *_cuda_includes(first))
     try:
-        cubin, mapping = program.compile(options)
+        cubin, names = program.compile(options)
     except compiler.CompileException as error:
-        raise KernelError(f"{kernel!r} for sm_{architecture}: {error}") from error
+        raise KernelError(f"{first!r} for sm_{architecture}: {error}") from error
     # CuPy strips the image's last byte, a NUL; the tools that read it insist on it.
-    return cubin + b"\0", mapping[kernel.expression]
+    return cubin + b"\0", names

@@ -7,18 +7,12 @@
 // one thread block moves at a time. Keys and values are moved by the same loop: twice the loads in
 // flight, half the address arithmetic. Layer pointers and pairs travel inside the parameter struct,
 // so there is no upload, no allocation and nothing to wait for.
+#include "cupy_cache/blocks.cuh"
 #include "cupy_cache/ints.cuh"
 #include "cupy_cache/paging.cuh"
 #include "cupy_cache/vec.cuh"
 
 namespace cupy_cache {
-
-// One side's strides, in bytes.
-struct Side {
-  i64 block;
-  i64 outer;
-  i64 middle;
-};
 
 // A block of one tensor: runs of contiguous bytes, `middle_count` of them in each outer step.
 struct Tensor {
@@ -44,32 +38,6 @@ struct Params {
 };
 
 constexpr u32 kBlockMapping = 1;
-
-template <typename T>
-struct IsVoid {
-  static constexpr bool value = false;
-};
-template <>
-struct IsVoid<void> {
-  static constexpr bool value = true;
-};
-
-// Where vector `index` of a block lies. kRun is the vectors of a run; 0 means that the whole block
-// is one run, kNested that runs are laid out in two dimensions.
-template <int kVec, int kRun, bool kNested>
-__device__ __forceinline__ i64 offset_in_block(const Side& side, u32 middle_count, u32 index) {
-  if constexpr (kRun == 0) {
-    return static_cast<i64>(index) * kVec;
-  } else {
-    const u32 run = index / kRun;
-    const i64 inside = static_cast<i64>(index % kRun) * kVec;
-    if constexpr (kNested) {
-      return (run / middle_count) * side.outer + (run % middle_count) * side.middle + inside;
-    } else {
-      return run * side.middle + inside;
-    }
-  }
-}
 
 // kFirstRun and kSecondRun belong to tensors 0 and 1. kItems vectors of each tensor per thread.
 template <int kTensors, bool kInPlace, int kVec, int kFirstRun, int kSecondRun, bool kNested,

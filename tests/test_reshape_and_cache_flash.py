@@ -1,11 +1,16 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
+
 import numpy as np
 import oracle
 import pytest
 import worlds
+from hypothesis import given
+from hypothesis import strategies as st
 
 import cupy_cache as cc
+from cupy_cache import formats
 
 
 def caches(rng, layout, num_blocks, block_size, heads, key_size, value_size, dtype, pad=0):
@@ -105,6 +110,58 @@ def test_no_tokens(world, rng):
     key = worlds.array(rng, (0, 2, 8), "float32")
     key_cache, value_cache = caches(rng, "NHD", 2, 4, 2, 8, 8, "float32")
     check(world, key, key, key_cache, value_cache, worlds.of_values(np.empty(0, np.int64)))
+
+
+# heads, bytes of a key head, bytes of a value head, block size: few, since each is compiled.
+SPECIALISATIONS = ((1, 32, 32, 4), (3, 24, 40, 5))
+
+
+@st.composite
+def calls(draw):
+    """The arguments of a call, as specs: everything that does not need another compile is free."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    heads, key_bytes, value_bytes, block_size = draw(st.sampled_from(SPECIALISATIONS))
+    dtype = draw(st.sampled_from([d.name for d in formats.FLOATS]))
+    key_size, value_size = (n // formats.DTYPES[dtype].bytes for n in (key_bytes, value_bytes))
+    num_blocks = draw(st.integers(1, 6))
+    layout = draw(st.sampled_from(LAYOUTS))
+    pad = draw(st.sampled_from((0, 0, 4)))  # 4: nothing is aligned to a vector
+    key_cache, value_cache = caches(
+        rng, layout, num_blocks, block_size, heads, key_size, value_size, dtype, pad
+    )
+
+    num_slots = num_blocks * block_size
+    slot_type = draw(st.sampled_from((np.int32, np.int64)))
+    limits = np.iinfo(slot_type)
+    bad = (-1, -num_slots, num_slots, num_slots + 1, 2**31, 2**62, limits.max, limits.min)
+    slot = st.integers(0, num_slots - 1) | st.sampled_from([n for n in bad if n <= limits.max])
+    slots = draw(st.lists(slot, max_size=20, unique=True))
+    every = draw(st.integers(1, 3))
+    slot_mapping = worlds.of_values(np.repeat(np.array(slots, slot_type), every))[::every]
+
+    # Rows that are not used, and other heads beside these, as in a fused projection.
+    spare, before, after = (draw(st.integers(0, 2)) for _ in range(3))
+    sources = [
+        worlds.array(rng, (len(slots) + spare, before + heads + after, size), dtype, pad)
+        for size in (key_size, value_size)
+    ]
+    key, value = (source[:, before : before + heads] for source in sources)
+    return key, value, key_cache, value_cache, slot_mapping
+
+
+@given(calls())
+def test_any_call(emulated_world, call):
+    with contextlib.closing(emulated_world()) as world:
+        check(world, *call)
+        key_cache, slot_mapping = call[2], call[4]
+        limit = key_cache.shape[0] * key_cache.shape[1]
+        slots = slot_mapping.on(slot_mapping.buffer.bytes).tolist()
+        if any(slot >= limit for slot in slots):
+            with pytest.raises(cc.FaultError) as caught:
+                cc.raise_faults()
+            (fault,) = caught.value.faults
+            assert fault.value == slots[fault.row] >= limit == fault.limit
+        cc.raise_faults()
 
 
 class TestRefusals:

@@ -6,6 +6,7 @@ import pytest
 import worlds
 
 import cupy_cache as cc
+from cupy_cache import blocks
 from cupy_cache.blocks import Pairs
 from cupy_cache.ops import swap_blocks as module
 
@@ -39,8 +40,6 @@ DIRECTIONS = (
 @pytest.mark.parametrize("source_at, destination_at", DIRECTIONS)
 @pytest.mark.parametrize("kind", ["contiguous", "odd", "packed-source", "packed-both"])
 def test_every_direction(world, rng, source_at, destination_at, kind):
-    if world.name == "emulated" and "pageable" in (source_at, destination_at):
-        pytest.skip("unpinned memory goes to the driver, which is not emulated")
     shape, dtype = ((7, 4, 3, 8), "bfloat16") if kind != "odd" else ((7, 5, 3, 7), "float16")
     source = worlds.array(rng, shape, dtype)
     destination = worlds.array(rng, (10, *shape[1:]), dtype, pad=2 if kind == "odd" else 0)
@@ -56,9 +55,7 @@ def test_every_direction(world, rng, source_at, destination_at, kind):
 @pytest.mark.parametrize("source_at, destination_at", DIRECTIONS[1:3])
 def test_runs_of_neighbours(world, rng, monkeypatch, source_at, destination_at):
     """Long runs take another path than scattered blocks; both in one call."""
-    if world.name == "emulated":
-        pytest.skip("runs go to the driver's copy engines, which are not emulated")
-    monkeypatch.setattr(module, "RUN_BYTES", 4 * 256)
+    monkeypatch.setattr(blocks, "RUN_BYTES", 4 * 256)
     source = worlds.array(rng, (40, 256), "uint8")
     destination = worlds.array(rng, (50, 256), "uint8")
     pairs = [(3, 20), (4, 21), (5, 22), (6, 23), (7, 24), (0, 1), (30, 2), (31, 3), (32, 5)]

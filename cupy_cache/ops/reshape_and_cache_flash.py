@@ -109,7 +109,7 @@ def _plan(op, described, options):
          *key_cache.strides[:3], *value_cache.strides[:3]),
     )  # fmt: skip
     items = heads * max(key_bytes, value_bytes) // vector
-    return dispatch.GpuPlan(launcher, launch.FlatShape(op.name, items, device, MAX_THREADS))
+    return dispatch.GpuPlan(launcher, launch.FlatShape(items, device, MAX_THREADS))
 
 
 OP = dispatch.Op(

@@ -9,15 +9,6 @@ from .. import arrays, blocks, contract, cpu, formats, launch
 from ..errors import DeviceError, ShapeError
 from ..log import logger
 
-# Neighbouring blocks that make at least this many bytes go to the copy engines, which alone reach
-# the bus's ceiling; scattered ones go to the kernel, which beats a driver copy per block twofold.
-RUN_BYTES = 1 << 20
-# Thread blocks of a copy over the bus: enough to fill it (8 to 16 writing, more reading, because
-# reads wait), few enough to leave the GPU to others.
-TO_HOST_BLOCKS = 16
-FROM_HOST_BLOCKS = 48
-# Within one GPU blocks are copied at the memory's speed, by a full grid.
-
 
 def swap_blocks(src, dst, *block_mapping, block_size_in_bytes=None, stream=None):
     """Copy blocks ``src[i]`` -> ``dst[j]`` for each pair (i, j) of the mapping (not an exchange).
@@ -136,9 +127,9 @@ class _SwapPlan:
         if gpu is not None:
             limit = None
             if destination.device.kind == "cpu":
-                limit = TO_HOST_BLOCKS
+                limit = blocks.TO_HOST_BLOCKS
             elif source.device.kind == "cpu":
-                limit = FROM_HOST_BLOCKS
+                limit = blocks.FROM_HOST_BLOCKS
             common = (source.ptr | destination.ptr) & -(source.ptr | destination.ptr)
             self.copy = blocks.CopyPlan(
                 "swap_blocks", [(self.geometry, common)], False, source.shape[0],
@@ -184,7 +175,7 @@ class _SwapPlan:
         """Runs (source, destination, blocks) long enough for the copy engines, and the rest."""
         if not self.dense:
             return [], pairs
-        least = launch.ceil_div(RUN_BYTES, self.geometry.bytes)
+        least = launch.ceil_div(blocks.RUN_BYTES, self.geometry.bytes)
         runs, rest = [], blocks.Pairs([], [])
         for source, destination, count in neighbours(pairs):
             if count >= least:

@@ -1,0 +1,443 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""The library's main job on real input: a language model whose keys and values live in pages.
+
+``python -m cupy_cache demo`` runs it. It is also the tutorial, to be read from top to bottom:
+
+1. arrays: the module ``xp`` is NumPy on the CPU, CuPy on a GPU;
+2. `PagedCache`: **here the library is used**, every operation that serving a model takes;
+3. `DenseCache`: the same keys and values in plain arrays, to compare with;
+4. `Decoder`: the model, a small transformer with grouped-query heads and ALiBi, random weights;
+5. `Run`: feeds tokens to the model on both caches, and compares them at every step;
+6. `search` and `demo`, which fork, free and preempt sequences.
+"""
+
+import time
+from collections import Counter, defaultdict, deque
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+import cupy_cache as cc
+
+QUERY_HEADS, KV_HEADS, HEAD_SIZE = 8, 2, 32
+WIDTH = QUERY_HEADS * HEAD_SIZE
+VOCABULARY = 256  # the model reads and writes bytes
+CHUNK = 100  # tokens of the prompt at a time; chunks end inside blocks, as they do in engines
+TOLERANCE = 1e-4  # of logits, whose standard deviation is about 1
+WEIGHTS = {  # of a layer
+    "query, key, value": (WIDTH, (QUERY_HEADS + 2 * KV_HEADS) * HEAD_SIZE),
+    "output": (WIDTH, WIDTH),
+    "up": (WIDTH, 4 * WIDTH),
+    "down": (4 * WIDTH, WIDTH),
+}
+DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "float32": np.float32}
+
+
+class Difference(Exception):
+    """The paged cache and the dense one disagree; the text says where and how."""
+
+
+# --- 1. arrays ------------------------------------------------------------------------------------
+
+
+def bits(array):
+    """The same memory as integers."""
+    return array.view(f"i{array.dtype.itemsize}")
+
+
+def poison(array):
+    """Set every bit of ``array``, which makes NaN of any float type, and return it: whoever reads
+    what nobody wrote is found out."""
+    bits(array)[...] = -1
+    return array
+
+
+def to_host(array):
+    """``array`` as NumPy's; waits for the GPU."""
+    return array if isinstance(array, np.ndarray) else array.get()
+
+
+def matmul(a, b):
+    """``a @ b``, without a BLAS: for CuPy that is cuBLAS, which this library does not bring along,
+    and NumPy's threads cost more than they save on matrices as small as these."""
+    if isinstance(a, np.ndarray):
+        return np.einsum("...ij,...jk->...ik", a, b)
+    return (a[..., :, :, None] * b[..., None, :, :]).sum(axis=-2)
+
+
+# --- 2. the paged cache: here the library is used -------------------------------------------------
+
+
+class BlockPool:
+    """Which blocks are free, and how many sequences use each of the others."""
+
+    def __init__(self, count):
+        self.free, self.users = deque(range(count)), [0] * count
+
+    def take(self):
+        """The block that has been free the longest, so that sequences move about."""
+        block = self.free.popleft()
+        self.users[block] = 1
+        return block
+
+    def drop(self, block):
+        """One user less; without any the block is free."""
+        self.users[block] -= 1
+        if not self.users[block]:
+            self.free.append(block)
+
+
+class PagedCache:
+    """Keys and values of many sequences, in blocks of ``block_size`` slots for one token each.
+
+    A layer has two arrays [num_blocks, block_size, KV_HEADS, HEAD_SIZE]. A sequence has a *block
+    table*: its blocks in order, the same in all layers. Sequences that begin alike share blocks.
+    Sequence 0 exists, and is empty; all others are forked off from one that exists.
+    """
+
+    def __init__(self, xp, layers, num_blocks, host_blocks, block_size, dtype, layout):
+        self.xp, self.block_size, self.dtype = xp, block_size, np.dtype(dtype)
+        self.tables, self.lengths, self.host_tables = {0: []}, {0: 0}, {}
+        self.pool, self.host_pool = BlockPool(num_blocks), BlockPool(host_blocks)
+
+        def caches(empty, blocks):
+            if layout == "NHD":
+                shape = blocks, block_size, KV_HEADS, HEAD_SIZE
+                return [poison(empty(shape, dtype)) for _ in range(layers)]
+            # In memory a block holds one head after the other; operations follow a view's strides.
+            shape = blocks, KV_HEADS, block_size, HEAD_SIZE
+            return [poison(empty(shape, dtype)).transpose(0, 2, 1, 3) for _ in range(layers)]
+
+        self.keys, self.values = (caches(xp.empty, num_blocks) for _ in range(2))
+        on_host = np.empty
+        if xp is not np:
+            from cupyx import empty_pinned as on_host  # pinned memory: the GPU can reach it
+        self.host_keys, self.host_values = (caches(on_host, host_blocks) for _ in range(2))
+        self.calls, self.moved = Counter(), Counter()  # of each operation: calls, bytes
+        self.row_bytes = 2 * KV_HEADS * HEAD_SIZE * self.dtype.itemsize  # a layer's key and value
+        self.block_bytes = layers * block_size * self.row_bytes
+
+    def fork(self, parent, child):
+        """Let ``child`` begin as ``parent``. Nothing is copied: they share all blocks so far."""
+        self.tables[child] = list(self.tables[parent])
+        self.lengths[child] = self.lengths[parent]
+        for block in self.tables[child]:
+            self.pool.users[block] += 1
+
+    def free(self, sequence):
+        for block in self.tables.pop(sequence):
+            self.pool.drop(block)
+
+    def extend(self, batch, counts):
+        """Begin a step in which each sequence of ``batch`` gets ``counts`` new tokens."""
+        copies, positions = [], []
+        for sequence, count in zip(batch, counts):
+            table, length = self.tables[sequence], self.lengths[sequence]
+            if length % self.block_size and self.pool.users[table[-1]] > 1:
+                # The last block has room, but others read it too: write into a copy of one's own.
+                copies.append((table[-1], self._take()))
+                self.pool.drop(table[-1])
+                table[-1] = copies[-1][1]
+            while len(table) * self.block_size < length + count:
+                table.append(self._take())
+            positions.append(np.arange(length, length + count))
+            self.lengths[sequence] += count
+        if copies:
+            cc.copy_blocks(self.keys, self.values, copies)
+            self._count("copy_blocks", len(copies) * self.block_bytes)
+
+        # The step's indices, for all layers. Tables are padded; nobody may read the padding.
+        asarray, tables = self.xp.asarray, [self.tables[sequence] for sequence in batch]
+        width = max(map(len, tables))
+        padded = [table + [-1] * (width - len(table)) for table in tables]
+        self.block_table = asarray(np.array(padded, np.int32))
+        self.ends = np.cumsum([0, *(self.lengths[s] for s in batch)], dtype=np.int32)
+        self.cu_seq_lens = asarray(self.ends)
+        starts = asarray(np.cumsum([0, *counts], dtype=np.int32))
+        positions = asarray(np.concatenate(positions))
+        self.slots = cc.slot_mapping(self.block_table, positions, starts, self.block_size)
+        self._count("slot_mapping", self.slots.nbytes)
+
+    def write(self, layer, key, value):
+        """Write the step's keys and values [new tokens, KV_HEADS, HEAD_SIZE] of one layer."""
+        cc.reshape_and_cache_flash(key, value, self.keys[layer], self.values[layer], self.slots)
+        self._count("reshape_and_cache_flash", len(key) * self.row_bytes)
+
+    def read(self, layer):
+        """All (keys, values) [tokens, KV_HEADS, HEAD_SIZE] of each sequence of the step."""
+        shape = 2, int(self.ends[-1]), KV_HEADS, HEAD_SIZE
+        rows = poison(self.xp.empty(shape, self.dtype))
+        for cache, out in zip((self.keys[layer], self.values[layer]), rows):
+            cc.gather_cache(cache, out, self.block_table, self.cu_seq_lens)
+            self._count("gather_cache", out.nbytes)
+        return [tuple(rows[:, start:end]) for start, end in zip(self.ends, self.ends[1:])]
+
+    def swap_out(self, sequence):
+        """Preempt ``sequence``: move its blocks to host memory, so that others can have them."""
+        table = self.tables[sequence]
+        host = self.host_tables[sequence] = [self.host_pool.take() for _ in table]
+        self._swap(self.keys + self.values, self.host_keys + self.host_values, table, host)
+        for block in table:
+            self.pool.drop(block)
+
+    def swap_in(self, sequence):
+        """Bring ``sequence`` back, into whatever blocks are free now."""
+        host = self.host_tables.pop(sequence)
+        table = self.tables[sequence] = [self._take() for _ in host]
+        self._swap(self.host_keys + self.host_values, self.keys + self.values, host, table)
+        for block in host:
+            self.host_pool.drop(block)
+
+    def _swap(self, sources, destinations, old, new):
+        cc.swap_blocks(sources, destinations, list(zip(old, new)))
+        self._count("swap_blocks", len(old) * self.block_bytes)
+
+    def _take(self):
+        block = self.pool.take()
+        for cache in self.keys + self.values:
+            poison(cache[block])  # what the last owner left must not pass for the next one's
+        return block
+
+    def _count(self, operation, moved):
+        self.calls[operation] += 1
+        self.moved[operation] += moved
+
+
+# --- 3. the dense cache, to compare with ----------------------------------------------------------
+
+
+class DenseCache:
+    """What `PagedCache` must give back: each sequence's keys and values in plain arrays."""
+
+    def __init__(self, xp, layers, dtype):
+        self.concatenate, nothing = xp.concatenate, xp.empty((0, KV_HEADS, HEAD_SIZE), dtype)
+        self.rows = {0: [(nothing, nothing)] * layers}  # sequence -> layers -> (keys, values)
+
+    def fork(self, parent, child):
+        self.rows[child] = list(self.rows[parent])
+
+    def free(self, sequence):
+        del self.rows[sequence]
+
+    def extend(self, batch, counts):
+        self.batch, self.starts = batch, np.cumsum([0, *counts])
+
+    def write(self, layer, key, value):
+        for sequence, start, end in zip(self.batch, self.starts, self.starts[1:]):
+            self.rows[sequence][layer] = tuple(
+                self.concatenate((old, new[start:end]))
+                for old, new in zip(self.rows[sequence][layer], (key, value))
+            )
+
+    def read(self, layer):
+        return [self.rows[sequence][layer] for sequence in self.batch]
+
+
+# --- 4. the model ---------------------------------------------------------------------------------
+
+
+class Decoder:
+    """A transformer that predicts the next byte; its weights are random, and so is its prose."""
+
+    def __init__(self, xp, layers, seed, dtype):
+        self.xp, self.dtype = xp, dtype
+        rng = np.random.default_rng(seed)
+
+        def matrix(rows, columns):
+            return xp.asarray(rng.standard_normal((rows, columns), np.float32) / rows**0.5)
+
+        self.embedding, self.head = matrix(VOCABULARY, WIDTH), matrix(WIDTH, VOCABULARY)
+        self.layers = [
+            {name: matrix(*shape) for name, shape in WEIGHTS.items()} for _ in range(layers)
+        ]
+
+    def forward(self, cache, slopes, batch, chunks):
+        """Feed each sequence of ``batch`` the tokens of its chunk.
+
+        Returns the logits [sequences, VOCABULARY] after each chunk's last token, and what the cache
+        was given: (keys, values) of each layer.
+        """
+        xp = self.xp
+        counts = [len(chunk) for chunk in chunks]
+        cache.extend(batch, counts)
+        ends, written = np.cumsum([0, *counts]), []
+        x = self.embedding[xp.asarray(np.concatenate(chunks))]
+        for index, layer in enumerate(self.layers):
+            projected = matmul(normalize(x), layer["query, key, value"])
+            heads = projected.reshape(len(x), -1, HEAD_SIZE)
+            query = heads[:, :QUERY_HEADS]
+            key, value = xp.split(heads[:, QUERY_HEADS:].astype(self.dtype), 2, axis=1)
+            cache.write(index, key, value)
+            written.append((key, value))
+            attended = [
+                self.attend(query[start:end], *keys_and_values, slopes)
+                for start, end, keys_and_values in zip(ends, ends[1:], cache.read(index))
+            ]
+            x = x + matmul(xp.concatenate(attended), layer["output"])
+            x = x + matmul(xp.maximum(matmul(normalize(x), layer["up"]), 0), layer["down"])
+        return matmul(normalize(x[xp.asarray(ends[1:] - 1)]), self.head), written
+
+    def attend(self, query, keys, values, slopes):
+        """Attention of a sequence's last n tokens, ``query`` [n, QUERY_HEADS, HEAD_SIZE], to all
+        its T tokens, ``keys`` and ``values`` [T, KV_HEADS, HEAD_SIZE]. Returns [n, WIDTH]."""
+        xp, n, total = self.xp, len(query), len(keys)
+        keys, values = keys.astype(np.float32), values.astype(np.float32)
+        # Neighbouring query heads share a key/value head: [KV_HEADS, queries of these, HEAD_SIZE].
+        query = query.transpose(1, 0, 2).reshape(KV_HEADS, -1, HEAD_SIZE)
+        scores = matmul(query, keys.transpose(1, 2, 0)) * np.float32(HEAD_SIZE**-0.5)
+        scores = scores.reshape(QUERY_HEADS, n, total)
+        distance = xp.arange(total) - xp.arange(total - n, total)[:, None]  # of a key from a query
+        scores = scores + slopes[:, None, None] * distance.astype(np.float32)
+        scores = xp.where(distance > 0, np.float32(-np.inf), scores)
+        weights = xp.exp(scores - scores.max(axis=-1, keepdims=True))
+        weights = weights / weights.sum(axis=-1, keepdims=True)
+        mixed = matmul(weights.reshape(KV_HEADS, -1, total), values.transpose(1, 0, 2))
+        return mixed.reshape(QUERY_HEADS, n, HEAD_SIZE).transpose(1, 0, 2).reshape(n, WIDTH)
+
+
+def normalize(x):
+    """Each row scaled to a root mean square of 1."""
+    return x * ((x * x).mean(axis=-1, keepdims=True) + np.float32(1e-6)) ** np.float32(-0.5)
+
+
+# --- 5. running and comparing ---------------------------------------------------------------------
+
+
+class Run:
+    """Feeds tokens to the decoder on the paged and on the dense cache, and compares at every step.
+
+    Three things must hold: the pages give back what was written, bit for bit; the logits are those
+    of the dense cache, within `TOLERANCE`; and so the tokens chosen are the same.
+    ``progress(phase, tokens)`` is told of each step.
+    """
+
+    def __init__(self, xp, decoder, paged, progress):
+        self.decoder, self.paged, self.progress = decoder, paged, progress
+        layers = len(decoder.layers)
+        self.dense, self.written = (DenseCache(xp, layers, paged.dtype) for _ in range(2))
+        self.slopes = cc.alibi_slopes(QUERY_HEADS, framework=xp.__name__)
+        published = [2.0 ** (-8 * (head + 1) / QUERY_HEADS) for head in range(QUERY_HEADS)]
+        self.published_slopes = xp.asarray(np.array(published, np.float32))
+        self.sequences = self.steps = self.compared = 0
+        self.worst = 0.0
+        self.rates = defaultdict(list)  # phase -> tokens per second of each step, paged
+
+    def fork(self, parent):
+        """A new sequence that begins as ``parent``."""
+        self.sequences += 1
+        for cache in (self.paged, self.dense, self.written):
+            cache.fork(parent, self.sequences)
+        return self.sequences
+
+    def free(self, sequence):
+        for cache in (self.paged, self.dense, self.written):
+            cache.free(sequence)
+
+    def step(self, phase, batch, chunks):
+        """Feed tokens; returns the logits with the paged cache and those with the dense one."""
+        self.steps += 1
+        where = f"step {self.steps} ({phase})"
+        start = time.perf_counter()
+        logits, written = self.decoder.forward(self.paged, self.slopes, batch, chunks)
+        logits = to_host(logits)
+        self.rates[phase].append(sum(map(len, chunks)) / (time.perf_counter() - start))
+        try:
+            cc.raise_faults()
+        except cc.FaultError as error:
+            raise Difference(f"{where}: {error}") from error
+
+        self.written.extend(batch, [len(chunk) for chunk in chunks])
+        for layer, rows in enumerate(written):
+            self.written.write(layer, *rows)
+            pairs = zip(batch, self.paged.read(layer), self.written.read(layer))
+            for sequence, got, expected in pairs:
+                at = f"{where}: layer {layer}, sequence {sequence}"
+                self._require_same_bits(f"{at}, keys", got[0], expected[0])
+                self._require_same_bits(f"{at}, values", got[1], expected[1])
+        expected, _ = self.decoder.forward(self.dense, self.published_slopes, batch, chunks)
+        expected = to_host(expected)
+        worst = float(np.abs(logits - expected).max())
+        if not worst <= TOLERANCE:  # NaN is refused too
+            raise Difference(f"{where}: logits differ by {worst:g}, more than {TOLERANCE:g}")
+        self.worst = max(self.worst, worst)
+        self.progress(phase, len(chunks[0]))
+        return logits, expected
+
+    def _require_same_bits(self, where, got, expected):
+        different = bits(got) != bits(expected)
+        count = int(different.sum())
+        if count:
+            first = tuple(np.argwhere(to_host(different))[0].tolist())
+            raise Difference(
+                f"{where}: {count} of {different.size} elements differ, the first at (token, head, "
+                f"element) {first}: wrote {to_host(expected)[first]}, read {to_host(got)[first]}"
+            )
+        self.compared += different.size
+
+
+# --- 6. decoding ----------------------------------------------------------------------------------
+
+
+class Beam(NamedTuple):
+    score: float  # sum of its tokens' log probabilities
+    sequence: int
+    tokens: list
+
+
+def search(run, phase, beams, logits, width, count):
+    """Beam search: continue ``beams``, whose last step gave ``logits``, by ``count`` tokens, and
+    keep the ``width`` best at each step; with a width of 1 that is greedy decoding.
+
+    Returns the new beams, instead of the old ones, and their logits.
+    """
+    for _ in range(count):
+        scores = np.array([[beam.score] for beam in beams])
+        totals = [scores + log_softmax(rows) for rows in logits]
+        best, expected = (np.argsort(-t, axis=None)[:width].tolist() for t in totals)
+        if best != expected:
+            raise Difference(f"after step {run.steps} ({phase}): chose {best}, not {expected}")
+        children = []
+        for parent, token in (divmod(index, VOCABULARY) for index in best):
+            sequence = run.fork(beams[parent].sequence)
+            tokens = [*beams[parent].tokens, token]
+            children.append(Beam(float(totals[0][parent, token]), sequence, tokens))
+        for beam in beams:
+            run.free(beam.sequence)  # a sequence without children gives its own blocks back
+        beams = children
+        logits = run.step(phase, [b.sequence for b in beams], [b.tokens[-1:] for b in beams])
+    return beams, logits
+
+
+def log_softmax(rows):
+    shifted = rows - rows.max(axis=-1, keepdims=True).astype(np.float64)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def demo(xp, prompt, tokens, width, layers, seed, block_size, layout, dtype, progress):
+    """Decode ``tokens`` tokens after ``prompt`` (bytes), greedily and with ``width`` beams.
+
+    Returns the `Run`, the greedy `Beam`, the list of beams, and of the greedy sequence's blocks how
+    many were swapped and how many came back elsewhere. Raises `Difference` at the first step where
+    the paged cache is not as good as a dense one.
+    """
+    whole, part = -(-len(prompt) // block_size), tokens // block_size + 2
+    # Too few for the greedy sequence and the beams together: one of them has to be preempted.
+    blocks, host_blocks, dtype = whole + width * part, whole + part, DTYPES[dtype]
+    paged = PagedCache(xp, layers, blocks, host_blocks, block_size, dtype, layout)
+    run = Run(xp, Decoder(xp, layers, seed, dtype), paged, progress)
+    for start in range(0, len(prompt), CHUNK):
+        logits = run.step("prompt", [0], [list(prompt[start : start + CHUNK])])
+
+    half = tokens // 2
+    (greedy,), later = search(run, "greedy", [Beam(0.0, run.fork(0), [])], logits, 1, half)
+    before = paged.tables[greedy.sequence]
+    paged.swap_out(greedy.sequence)
+    beams, _ = search(run, "beam search", [Beam(0.0, run.fork(0), [])], logits, width, tokens)
+    for sequence in (0, *(beam.sequence for beam in beams)):
+        run.free(sequence)
+    paged.swap_in(greedy.sequence)
+    elsewhere = sum(old != new for old, new in zip(before, paged.tables[greedy.sequence]))
+    (greedy,), _ = search(run, "greedy", [greedy], later, 1, tokens - half)
+    return run, greedy, beams, len(before), elsewhere

@@ -1,0 +1,321 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""What is installed, what operations on a GPU need, and what is missing.
+
+Nothing here needs CuPy, and nothing is left behind: the driver, NVRTC and the CUDA runtime are
+asked directly, and CuPy, whose import creates its kernel cache, is tried in another process.
+"""
+
+import ctypes
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from . import env, modules
+from ._version import __version__
+from .errors import KernelError
+
+CUPY_NEEDED = 14, 2
+OLDEST_CUDA, NEWEST_CUDA = 12, 13  # of the package's extras, cuda12x and cuda13x
+OTHER_VARIABLES = ("CUPY_CACHE_DIR", "CUPY_CACHE_IN_MEMORY", "CUDA_PATH", "CUDA_VISIBLE_DEVICES")
+_TRY_CUPY = """
+import json, os, sys
+os.environ["CUPY_CACHE_DIR"] = sys.argv[1]
+import cupy
+print(json.dumps([cupy.__version__, cupy.cuda.is_available()]))
+"""
+
+
+def collect():
+    """All there is to tell, as a dictionary that JSON can take. Its keys are stable; a version or
+    path is None where the thing is missing, and its ``problem`` then says why."""
+    facts = {
+        "cupy_cache": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in ("numpy", "ml_dtypes", "torch")},
+        "cupy": _cupy(),
+        "driver": _driver(),
+        "nvrtc": _nvrtc(),
+        "cuda_runtime": _cuda_runtime(),
+        "cuda_headers": _cuda_headers(),
+        "kernel_sources": _kernel_sources(),
+        "kernel_cache": _kernel_cache(),
+        "environment": {variable.name: env.text(variable) for variable in env.TABLE}
+        | {name: env.other(name) for name in OTHER_VARIABLES},
+    }
+    facts["missing"] = missing(facts)
+    usable = facts["cupy"]["sees_gpu"] and not facts["missing"]
+    facts["backend"] = "cupy" if usable else "numpy"
+    return facts
+
+
+# --- the parts ------------------------------------------------------------------------------------
+
+
+def _version(distribution):
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cupy():
+    """Which CuPy packages are installed, and whether the module can be imported."""
+    names = (distribution.name for distribution in importlib.metadata.distributions())
+    installed = sorted({n for n in names if n and re.fullmatch(r"cupy(-cuda\w+|-rocm[\w-]+)?", n)})
+    facts = {"installed": installed, "version": None, "sees_gpu": False, "problem": None}
+    if not installed:
+        facts["problem"] = "not installed"
+        return facts
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            tried = subprocess.run(
+                [sys.executable, "-c", _TRY_CUPY, folder],
+                capture_output=True, text=True, timeout=120, check=False,
+            )  # fmt: skip
+            facts["version"], facts["sees_gpu"] = json.loads(tried.stdout)
+        except subprocess.TimeoutExpired:
+            facts["problem"] = "importing it did not end within 120 s"
+        except ValueError:
+            lines = tried.stderr.strip().splitlines() or [f"exit status {tried.returncode}"]
+            facts["problem"] = f"it cannot be imported: {lines[-1]}"
+    return facts
+
+
+def _driver():
+    """The newest CUDA that the driver serves, and its GPUs."""
+    facts = {"cuda": None, "devices": [], "problem": None}
+    try:
+        cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError as error:
+        facts["problem"] = f"no NVIDIA driver ({error})"
+        return facts
+    number = ctypes.c_int()
+    if cuda.cuDriverGetVersion(ctypes.byref(number)) == 0:
+        facts["cuda"] = _dotted(number.value)
+    status = cuda.cuInit(0)
+    if status:
+        name = ctypes.c_char_p()
+        cuda.cuGetErrorName(status, ctypes.byref(name))
+        facts["problem"] = f"cuInit failed: {(name.value or b'').decode()} ({status})"
+        return facts
+    cuda.cuDeviceGetCount(ctypes.byref(number))
+    facts["devices"] = [_device(cuda, index) for index in range(number.value)]
+    return facts
+
+
+def _device(cuda, index):
+    device, number, memory = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
+    name = ctypes.create_string_buffer(256)
+    cuda.cuDeviceGet(ctypes.byref(device), index)
+    cuda.cuDeviceGetName(name, len(name), device)
+    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    capability = []
+    for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
+        cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+        capability.append(number.value)
+    return {
+        "index": index,
+        "name": name.value.decode(errors="replace"),
+        "compute_capability": ".".join(map(str, capability)),
+        "memory_bytes": memory.value,
+    }
+
+
+def _library(name):
+    """(Its ctypes handle, facts): CUDA's library ``name``, from wherever CuPy would take it."""
+    facts = {"version": None, "path": None, "problem": None}
+    try:
+        from cuda.pathfinder import load_nvidia_dynamic_lib
+
+        facts["path"] = load_nvidia_dynamic_lib(name).abs_path
+        return ctypes.CDLL(facts["path"]), facts
+    except (ImportError, OSError, RuntimeError) as error:
+        facts["problem"] = str(error).strip().partition("\n")[0]
+        return None, facts
+
+
+def _nvrtc():
+    library, facts = _library("nvrtc")
+    facts["architectures"] = []
+    if library is not None:
+        major, minor, count = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+        library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+        facts["version"] = f"{major.value}.{minor.value}"
+        library.nvrtcGetNumSupportedArchs(ctypes.byref(count))
+        numbers = (ctypes.c_int * count.value)()
+        library.nvrtcGetSupportedArchs(numbers)
+        facts["architectures"] = list(numbers)
+    return facts
+
+
+def _cuda_runtime():
+    library, facts = _library("cudart")
+    if library is not None:
+        number = ctypes.c_int()
+        library.cudaRuntimeGetVersion(ctypes.byref(number))
+        facts["version"] = _dotted(number.value)
+    return facts
+
+
+def _dotted(number):
+    """CUDA's 13050 as 13.5."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def _cuda_headers():
+    facts = {"path": None, "problem": None}
+    try:
+        from cuda.pathfinder import find_nvidia_header_directory
+
+        facts["path"] = find_nvidia_header_directory("cudart")
+    except (ImportError, RuntimeError) as error:
+        facts["problem"] = str(error).strip().partition("\n")[0]
+    else:
+        if facts["path"] is None:
+            facts["problem"] = "the headers of the CUDA runtime were not found"
+    return facts
+
+
+def _kernel_sources():
+    try:
+        return {"path": str(modules.kernel_dir()), "problem": None}
+    except KernelError as error:
+        return {"path": None, "problem": str(error)}
+
+
+def _kernel_cache():
+    """CuPy's folder of compiled kernels; ``files`` is None where it does not exist yet."""
+    folder = Path(env.other("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
+    facts = {"path": str(folder), "files": None, "bytes": 0}
+    if folder.is_dir():
+        with os.scandir(folder) as entries:
+            sizes = [entry.stat().st_size for entry in entries if entry.is_file()]
+        facts["files"], facts["bytes"] = len(sizes), sum(sizes)
+    return facts
+
+
+# --- what is missing ------------------------------------------------------------------------------
+
+
+def missing(facts):
+    """What a machine with these facts (of `collect`) lacks to use its GPUs: a list of
+    ``{"what": …, "command": …}``, the command None where none can help."""
+    found = []
+    if facts["kernel_sources"]["path"] is None:
+        command = "pip install --force-reinstall --no-deps cupy-cache"
+        found.append({"what": facts["kernel_sources"]["problem"], "command": command})
+    driver = facts["driver"]
+    if driver["cuda"] is None:
+        return found  # without a driver there is no GPU to serve
+    if driver["problem"] is not None:
+        return [*found, {"what": f"a working driver: {driver['problem']}", "command": None}]
+    major = int(driver["cuda"].partition(".")[0])
+    if major < OLDEST_CUDA:
+        what = f"a driver for CUDA {OLDEST_CUDA} or newer; this one serves {driver['cuda']}"
+        return [*found, {"what": what, "command": None}]
+    found += _missing_packages(facts, major)
+    newest = max(facts["nvrtc"]["architectures"], default=None)
+    for device in driver["devices"]:
+        architecture = int(device["compute_capability"].replace(".", ""))
+        if newest is not None and architecture > newest:
+            what = (
+                f"an NVRTC that compiles for {device['name']} (sm_{architecture}); "
+                f"{facts['nvrtc']['version']} knows up to sm_{newest}"
+            )
+            found.append({"what": what, "command": "pip install -U nvidia-cuda-nvrtc"})
+    return found
+
+
+def _missing_packages(facts, major):
+    """One entry for all Python packages that a driver for CUDA ``major`` needs and lacks."""
+    cupy, what = facts["cupy"], []
+    installed, extra, unfit = cupy["installed"], f"cuda{min(major, NEWEST_CUDA)}x", False
+    if len(installed) > 1:
+        unfit = True
+        what.append(f"a single CuPy: {' and '.join(installed)} exclude each other")
+    elif installed and installed != ["cupy"]:  # that one was built here, for this machine
+        built_for = re.fullmatch(r"cupy-cuda(\d+)x", installed[0])
+        unfit = built_for is None or not OLDEST_CUDA <= int(built_for[1]) <= major
+        if unfit:
+            what.append(f"CuPy for CUDA {major}: {installed[0]} is for another")
+        elif int(built_for[1]) <= NEWEST_CUDA:
+            extra = f"cuda{built_for[1]}x"  # newer drivers serve older CUDA versions too
+    if cupy["problem"] is not None:
+        what.append(f"CuPy: {cupy['problem']}")
+    elif tuple(int(n) for n in re.findall(r"\d+", cupy["version"])[:2]) < CUPY_NEEDED:
+        needed = ".".join(map(str, CUPY_NEEDED))
+        what.append(f"CuPy {needed} or newer: {cupy['version']} is installed")
+    for name, part in (("NVRTC", "nvrtc"), ("CUDA runtime headers", "cuda_headers")):
+        if facts[part]["path"] is None:
+            what.append(f"{name}: {facts[part]['problem']}")
+    if not what:
+        return []
+    command = f"pip install -U 'cupy-cache[{extra}]'"
+    if unfit or installed == ["cupy"]:  # the extra brings another, and there must be only one
+        command = f"pip uninstall -y {' '.join(installed)} && {command}"
+    return [{"what": "; ".join(what), "command": command}]
+
+
+# --- showing it -----------------------------------------------------------------------------------
+
+
+def show_config():
+    """Print versions, devices, where things are, and what is missing, for a reader."""
+    print(as_text(collect()))
+
+
+def as_text(facts):
+    """``facts`` for a reader, aligned."""
+    packages, cupy, driver = facts["packages"], facts["cupy"], facts["driver"]
+    rows = [
+        ("cupy_cache", facts["cupy_cache"]),
+        ("Python", f"{facts['python']} on {facts['platform']}"),
+        *((name, packages[name] or "not installed") for name in packages),
+        ("CuPy", cupy["problem"] or f"{cupy['version']} ({', '.join(cupy['installed'])})"),
+        ("CUDA driver", f"for CUDA {driver['cuda']}" if driver["cuda"] else driver["problem"]),
+    ]
+    if driver["cuda"] and driver["problem"]:
+        rows.append(("", driver["problem"]))
+    rows += [
+        (
+            f"GPU {device['index']}",
+            f"{device['name']}, compute capability {device['compute_capability']}, "
+            f"{device['memory_bytes'] / 2**30:.1f} GiB",
+        )
+        for device in driver["devices"]
+    ]
+    for name, part in (("CUDA runtime", "cuda_runtime"), ("NVRTC", "nvrtc")):
+        library = facts[part]
+        rows.append((name, library["problem"] or f"{library['version']}, {library['path']}"))
+    if facts["nvrtc"]["architectures"]:
+        rows.append(("", "compiles for sm_" + ", ".join(map(str, facts["nvrtc"]["architectures"]))))
+    for name, part in (("CUDA headers", "cuda_headers"), ("kernel sources", "kernel_sources")):
+        rows.append((name, facts[part]["path"] or facts[part]["problem"]))
+    cache = facts["kernel_cache"]
+    size = "does not exist yet"
+    if cache["files"] is not None:
+        size = f"{cache['files']} files, {cache['bytes'] / 2**20:.1f} MiB"
+    rows.append(("kernel cache", f"{cache['path']}: {size}"))
+    meanings = {variable.name: variable.meaning for variable in env.TABLE}
+    rows += [
+        (name, f"{value or '(empty)':<9} {meanings.get(name, '')}".rstrip())
+        for name, value in facts["environment"].items()
+        if value is not None
+    ]
+    rows.append(("operations run", "on the GPU" if facts["backend"] == "cupy" else "on the CPU"))
+    for entry in facts["missing"]:
+        rows.append(("missing", entry["what"]))
+        if entry["command"]:
+            rows.append(("", f"bring it with: {entry['command']}"))
+    if not facts["missing"]:
+        rows.append(("missing", "nothing"))
+    width = max(len(name) for name, _ in rows) + 2
+    return "\n".join(f"{name:<{width}}{value}" for name, value in rows)

@@ -1,0 +1,90 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Entries of multi-head latent attention, [kv_c | k_pe]: their checks and their kernel.
+
+Shared by the operations that write one layer and many.
+"""
+
+from . import contract, formats, modules, params
+from .errors import ShapeError
+
+MAX_LAYERS = 128  # kMaxLayers of the kernel
+MAX_THREADS = 256
+STEM = "concat_and_cache_mla"
+
+_POINTERS = "kv_c:ptr k_pe:ptr kv_cache:ptr slot_mapping:ptr scale:ptr tokens:i64"
+_FIRST_LAYER = "first_layer:i64"
+_CONSTANTS = (
+    "num_blocks:i64 kv_c_layer_stride:i64 k_pe_layer_stride:i64 slot_layer_stride:i64 "
+    "kv_c_stride:i64 k_pe_stride:i64 slot_stride:i64 block_stride:i64 offset_stride:i64 "
+    "scale_value:f32 unused:u32"
+)
+_CACHES = f"caches:u64[{MAX_LAYERS}]"
+# One struct of the kernel's: only calls for many layers say which one is the first.
+ONE_LAYER = params.Struct(_POINTERS, f"{_FIRST_LAYER} {_CONSTANTS}", _CACHES)
+MANY_LAYERS = params.Struct(f"{_POINTERS} {_FIRST_LAYER}", _CONSTANTS, _CACHES)
+
+
+def check_entries(check, described, storage):
+    """The checks of a write's arrays, whose dimensions are right already.
+
+    ``described`` has kv_c, k_pe, the cache and slot_mapping by their names, in this order.
+    ``storage`` are the dtypes that the cache may have; empty: that of ``kv_c``.
+    """
+    kv_c, k_pe, kv_cache, _ = described.values()
+    cache_name = list(described)[2]
+    entry = kv_c.shape[-1] + k_pe.shape[-1]
+    if kv_cache.shape[-1] != entry:
+        raise ShapeError(
+            f"{check.op}: Invalid shape of {cache_name}: expected entries of {kv_c.shape[-1]} + "
+            f"{k_pe.shape[-1]} elements like kv_c and k_pe, got {list(kv_cache.shape)}"
+        )
+    check.dtype("kv_c", kv_c, *formats.FLOATS)
+    check.dtype(cache_name, kv_cache, *(storage or (kv_c.dtype,)))
+    check_arrays(check, described)
+
+
+def check_arrays(check, described):
+    """What holds for every entry format: devices, and how the memory is laid out."""
+    kv_c, k_pe, kv_cache, slot_mapping = described.values()
+    *_, cache_name, slots_name = described
+    check.positive("block_size", kv_cache.shape[-2])
+    check.dtype("k_pe", k_pe, kv_c.dtype)
+    check.dtype(slots_name, slot_mapping, *formats.INDICES)
+    for name, array in described.items():
+        check.device(name, array)
+        check.aligned(name, array)
+        if name != slots_name:
+            check.contiguous(name, array)
+    check.writable(cache_name, kv_cache)
+
+
+def entry_kernel(op, caches, kv_c, k_pe, kv_cache, stored, slot_dtype, params_struct):
+    """The kernel that writes entries, and its work items for each of them.
+
+    ``caches`` names an enumerator of the kernel's ``Caches``; ``stored`` is the cache's element
+    type, None where bytes are copied.
+    """
+    size = kv_cache.dtype.bytes
+    latent, rope = kv_c.shape[-1] * size, k_pe.shape[-1] * size
+    sources = [a for a in (kv_c, k_pe) if a.shape[-1]]
+    vector = contract.converting_vector_bytes(
+        kv_c.dtype.bytes // size,
+        [n for a in sources for n in (a.ptr, *a.strides[:-1])],
+        (latent, rope, kv_cache.ptr, *kv_cache.strides[:-1]),
+    )
+    if stored is None:
+        converter = f"cupy_cache::Copy<{vector}>"
+    else:
+        types = f"{formats.ELEMENT_NAMES[kv_c.dtype.name]}, {formats.ELEMENT_NAMES[stored.name]}"
+        converter = f"cupy_cache::Quantise<{types}, {vector}>"
+    kernel = modules.Kernel(
+        op,
+        STEM,
+        f"concat_and_cache_mla<{converter}, cupy_cache::Caches::{caches}, {vector}, {latent}, "
+        f"{rope}, {kv_cache.shape[-2]}, {formats.INDEX_NAMES[slot_dtype.name]}, {MAX_THREADS}>",
+        params_struct,
+        guarded=("slot_mapping",),
+        converts=stored is not None,
+    )
+    return kernel, (latent + rope) // vector

@@ -1,0 +1,187 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Writing new tokens into one layer's cache of multi-head latent attention."""
+
+import functools
+
+from .. import contract, cpu, dispatch, formats, launch, mla, modules
+from ..errors import ArgumentError
+
+FLOAT32 = formats.DTYPES["float32"]
+FP8_DS_MLA = "fp8_ds_mla"
+DS_LATENT, DS_ROPE, DS_ENTRY_BYTES = 512, 64, 656
+DS_SOURCES = tuple(formats.DTYPES[name] for name in ("float16", "bfloat16"))
+DS_STORAGE = tuple(d for d in formats.DTYPES.values() if d.bytes == 1 and d.name != "bool")
+DS_THREADS_PER_TOKEN = 40  # four groups of 8 for the tiles, one for the rope
+SCALE_RULES = ("power_of_two", "amax")
+
+
+def concat_and_cache_mla(
+    kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype="auto", scale=None, skip_scale=False, *,
+    scale_rule="power_of_two", stream=None,
+):  # fmt: skip
+    """Write one step's compressed keys and values into their slots of a paged MLA cache.
+
+    The entry of token ``t`` is ``kv_c[t]`` followed by ``k_pe[t]``. It goes to block
+    ``slot_mapping[t] // block_size`` at offset ``slot_mapping[t] % block_size``. The number of
+    tokens is ``slot_mapping.shape[0]``; ``kv_c`` and ``k_pe`` may have more rows (padding of a CUDA
+    graph), which are ignored.
+
+    Parameters
+    ----------
+    kv_c : array [num_tokens, kv_lora_rank]
+        float16, bfloat16 or float32; the last dimension contiguous, the stride of the rows free.
+    k_pe : array [num_tokens, qk_rope_head_dim]
+        Like ``kv_c``. May have no columns.
+    kv_cache : array [num_blocks, block_size, kv_lora_rank + qk_rope_head_dim]
+        Written in place; strides are free except the last. Of the same dtype as ``kv_c`` for a raw
+        copy; otherwise of the 8-bit dtype stored, or uint8. For "fp8_ds_mla" [num_blocks,
+        block_size, 656] of uint8 or any other 8-bit dtype.
+    slot_mapping : int64 or int32 array [num_slots]
+        Negative slots are padding and skipped. Slots past the cache are skipped and recorded (see
+        `raise_faults`). Where a slot occurs twice, which token stays is not defined.
+    kv_cache_dtype : str
+        "auto", "float16", "bfloat16" or "float32": a raw copy. "fp8" or "fp8_e4m3", "fp8_e5m2",
+        "int8": value / scale, rounded and saturated. "fp8_ds_mla": see Notes.
+    scale : float, or float32 array of one element
+        What a stored element is multiplied with to give the value; for both parts. An array is read
+        on its device. Used by the 8-bit dtypes only.
+    skip_scale : bool
+        Take 1.0 for ``scale``.
+    scale_rule : {"power_of_two", "amax"}
+        Of "fp8_ds_mla" alone; see Notes.
+    stream : optional
+        Where to enqueue; by default the current stream of the framework that owns ``kv_cache``.
+
+    Raises
+    ------
+    ArgumentError, ShapeError, StrideError, DTypeError, DeviceError, NotWritableError
+        Before anything is written.
+
+    Notes
+    -----
+    Names, order and bytes are those of vLLM's cache operation of the same name.
+
+    **fp8_ds_mla** is the entry of DeepSeek V3.2's sparse attention. Bytes 0 to 511 are ``kv_c``
+    (512 columns) as e4m3, value / scale, in four tiles of 128; bytes 512 to 527 the four tiles'
+    scales, float32, little-endian; bytes 528 to 655 ``k_pe`` (64 columns) as it is, or zeros where
+    it has no columns. Inputs are float16 or bfloat16, and a reader must know which: the rope part
+    keeps their bits. float32 is refused, since the rope part has 16 bits for an element.
+
+    With ``a`` the largest absolute value of a tile, its scale is ``2 ** ceil(log2(max(a / 448,
+    1e-4)))`` ("power_of_two", vLLM 0.33) or ``max(a / 448, 2 ** -126)`` ("amax", vLLM 0.11);
+    readers take either. The power is exact, found from the bits of the quotient. vLLM takes the
+    logarithm in float32, which could round down to an integer just above a power of two; but ``a``
+    has at most 11 significant bits and 448 is 7 * 64, so ``a / 448`` is a power of two or at least
+    one part in 2047 away from it, and both ways give the same bytes for every input. NaN does not
+    count for ``a`` and is stored as 0x7f; an infinite value makes its tile's scale infinite.
+    """
+    array = number = None
+    if formats.is_scaled(kv_cache_dtype):
+        scale = 1.0 if skip_scale else scale
+        array, number = contract.split_scale("concat_and_cache_mla", "scale", scale)
+    OP((kv_c, k_pe, kv_cache, slot_mapping, array), (kv_cache_dtype, number, scale_rule), stream)
+
+
+def _plan(op, described, options):
+    kv_c, k_pe, kv_cache, slot_mapping, scale = described
+    kv_cache_dtype, number, scale_rule = options
+    if scale_rule not in SCALE_RULES:
+        raise ArgumentError(
+            f"{op.name}: Invalid value of scale_rule: expected {' or '.join(SCALE_RULES)}, got "
+            f"{scale_rule!r}"
+        )
+    check = contract.Contract(op.name)
+    check.shape("slot_mapping", slot_mapping, "_")
+    if kv_cache_dtype == FP8_DS_MLA:
+        return _plan_fp8_ds_mla(check, described, scale_rule)
+    names = (*formats.CACHE_FORMATS, FP8_DS_MLA)
+    fmt = formats.cache_format(op.name, kv_cache_dtype, names)
+    check.shape("kv_c", kv_c, "_ kv_lora_rank")
+    check.shape("k_pe", k_pe, "_ qk_rope_head_dim")
+    check.shape("kv_cache", kv_cache, "num_blocks block_size _")
+    mla.check_entries(check, _named(described), fmt.storage)
+    if scale is not None:
+        check.scale("scale", scale)
+
+    if kv_cache.device.kind == "cpu":
+        run = functools.partial(
+            cpu.concat_and_cache_mla, source=kv_c.dtype, stored=fmt.stored, number=number
+        )
+        return _cpu_plan(run, described)
+
+    kernel, items = mla.entry_kernel(
+        op.name, "kOne", kv_c, k_pe, kv_cache, fmt.stored, slot_mapping.dtype, mla.ONE_LAYER
+    )
+    return _gpu_plan(kernel, items, described, number or 0.0)
+
+
+def _plan_fp8_ds_mla(check, described, scale_rule):
+    kv_c, k_pe, kv_cache, slot_mapping, _ = described
+    check.shape("kv_c", kv_c, f"_ {DS_LATENT}")
+    check.shape("k_pe", k_pe, f"_ {DS_ROPE if k_pe.shape[-1:] != (0,) else 0}")
+    check.shape("kv_cache", kv_cache, f"num_blocks block_size {DS_ENTRY_BYTES}")
+    check.dtype("kv_c", kv_c, *DS_SOURCES)
+    check.dtype("kv_cache", kv_cache, *DS_STORAGE)
+    mla.check_arrays(check, _named(described))
+
+    power_of_two, rope = scale_rule == "power_of_two", k_pe.shape[1] > 0
+    if kv_cache.device.kind == "cpu":
+        run = functools.partial(
+            cpu.concat_and_cache_fp8_ds_mla, source=kv_c.dtype, power_of_two=power_of_two
+        )
+        return _cpu_plan(run, described)
+
+    source_vector = contract.vector_bytes(
+        *(n for a in ((kv_c, k_pe) if rope else (kv_c,)) for n in (a.ptr, a.strides[0]))
+    )
+    cache_vector = contract.vector_bytes(kv_cache.ptr, *kv_cache.strides[:2])
+    kernel = modules.Kernel(
+        check.op,
+        mla.STEM,
+        f"concat_and_cache_fp8_ds_mla<{formats.ELEMENT_NAMES[kv_c.dtype.name]}, "
+        f"{str(power_of_two).lower()}, {source_vector}, {cache_vector}, {str(rope).lower()}, "
+        f"{kv_cache.shape[1]}, {formats.INDEX_NAMES[slot_mapping.dtype.name]}, {mla.MAX_THREADS}>",
+        mla.ONE_LAYER,
+        guarded=("slot_mapping",),
+        converts=True,
+    )
+    return _gpu_plan(kernel, DS_THREADS_PER_TOKEN, described, 0.0)
+
+
+def _named(described):
+    """The arrays but for the scale, by their names."""
+    return {arg.name: array for arg, array in zip(OP.args[:4], described)}
+
+
+def _cpu_plan(run, described):
+    kv_c, k_pe, kv_cache, slot_mapping, _ = described
+    bits = (a.dtype.bits for a in (kv_c, k_pe, kv_cache))
+    return dispatch.CpuPlan(run, (*bits, slot_mapping.dtype.numpy, FLOAT32.numpy))
+
+
+def _gpu_plan(kernel, items, described, number):
+    kv_c, k_pe, kv_cache, slot_mapping, _ = described
+    device = kv_cache.device.index
+    launcher = launch.Launcher(
+        kernel,
+        device,
+        (0, kv_cache.shape[0], 0, 0, 0, kv_c.strides[0], k_pe.strides[0], slot_mapping.strides[0],
+         *kv_cache.strides[:2], number, 0),
+    )  # fmt: skip
+    return dispatch.GpuPlan(launcher, launch.FlatShape(items, device, mla.MAX_THREADS))
+
+
+OP = dispatch.Op(
+    "concat_and_cache_mla",
+    args=(
+        dispatch.Arg("kv_c", rows=True),
+        dispatch.Arg("k_pe", rows=True),
+        dispatch.Arg("kv_cache"),
+        dispatch.Arg("slot_mapping", rows=True),
+        dispatch.Arg("scale", optional=True),
+    ),
+    plan=_plan,
+    destination=2,
+    count=contract.slot_count("concat_and_cache_mla", "kv_c", "k_pe"),
+)

@@ -1,0 +1,175 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""From tokens' positions to their slots in a paged cache."""
+
+import functools
+
+from .. import arrays, contract, cpu, dispatch, formats, launch, modules, params
+from ..errors import ArgumentError, ShapeError
+
+PARAMS = params.Struct(
+    per_call="block_table:ptr positions:ptr query_start_loc:ptr out:ptr "
+    "slots:i64 requests:i64 tokens:i64",
+    constant="table_stride:i64 position_stride:i64 position_limit:i64 block_limit:i64 "
+    "block_size:i64 cp_world_size:i64 cp_rank:i64 cp_interleave:i64",
+)
+MAX_THREADS = 256
+INT64 = formats.DTYPES["int64"]
+LARGEST = 2**63 - 1
+
+
+def slot_mapping(
+    block_table, positions, query_start_loc, block_size, *, out=None,
+    cp_world_size=1, cp_rank=0, cp_interleave=1, stream=None,
+):  # fmt: skip
+    """Compute the slot of each token of a step.
+
+    Token ``t`` belongs to the request ``b`` with ``query_start_loc[b] <= t < query_start_loc[b +
+    1]``. With ``p = positions[t]``, its slot is ``block_table[b, p // block_size] * block_size +
+    p % block_size``. Tokens that no request owns get -1, which writing operations take as padding.
+
+    Under context parallelism a table entry stands for one block on each of ``cp_world_size`` ranks,
+    and runs of ``cp_interleave`` tokens are dealt to the ranks in turn. With ``V = block_size *
+    cp_world_size`` and ``v = p % V``, the token is this rank's where ``v // cp_interleave %
+    cp_world_size == cp_rank``; its slot is then ``block_table[b, p // V] * block_size + v //
+    (cp_world_size * cp_interleave) * cp_interleave + v % cp_interleave``. Other ranks' tokens
+    get -1.
+
+    Parameters
+    ----------
+    block_table : int32 or int64 array [B, W]
+        Block numbers of each request; the last dimension contiguous.
+    positions : int32 or int64 array [num_tokens]
+        The position of each token in its sequence; any stride.
+    query_start_loc : int32 or int64 array [B + 1]
+        Where each request's tokens start, and where the last one's end; never descending;
+        contiguous.
+    block_size : int
+        Slots of a block on one rank.
+    out : int64 array [at least num_tokens], optional
+        Written in place, all of it: -1 where there is no token. Contiguous.
+    cp_world_size, cp_rank, cp_interleave : int
+        The number of context-parallel ranks, this one's, and the tokens of a run, which must divide
+        ``block_size`` where there is more than one rank.
+    stream : optional
+        Where to enqueue; by default the current stream of the framework that owns ``out``, or else
+        ``positions``.
+
+    Returns
+    -------
+    int64 array [num_tokens]
+        ``out`` where it was given; otherwise a new array of the framework of ``positions``, on its
+        device (of CuPy or NumPy where that framework's arrays cannot be written).
+
+    Raises
+    ------
+    ArgumentError, ShapeError, StrideError, DTypeError, DeviceError, NotWritableError
+        Before anything is written.
+
+    Notes
+    -----
+    Nothing synchronises. The slot is -1, and a fault is recorded under the token's number (see
+    `raise_faults`), where a position is negative or its page not below W (argument ``positions``),
+    or where a table entry that is used is negative or so large that its slots might not fit 64 bits
+    (argument ``block_table``).
+
+    The formulas are those of vLLM's block tables.
+    """
+    if stream is not None:
+        stream = arrays.stream_pointer(stream)
+    if out is None:
+        array = arrays.describe(arrays.read(positions, "positions", stream), "positions")
+        out = arrays.empty(array.framework, array.device, array.shape[:1], INT64)
+    options = (block_size, cp_world_size, cp_rank, cp_interleave)
+    OP((block_table, positions, query_start_loc, out), options, stream)
+    return out
+
+
+def _plan(op, described, options):
+    table, positions, starts, out = described
+    block_size, world, rank, interleave = options
+    check = contract.Contract(op.name)
+    check.positive("block_size", block_size)
+    check.positive("cp_world_size", world)
+    check.positive("cp_interleave", interleave)
+    if not (isinstance(rank, int) and 0 <= rank < world):
+        raise ArgumentError(
+            f"{op.name}: Invalid value of cp_rank: expected an integer in 0..{world - 1}, got "
+            f"{rank!r}"
+        )
+    if world > 1 and block_size % interleave:
+        raise ArgumentError(
+            f"{op.name}: Invalid value of cp_interleave: expected a divisor of block_size = "
+            f"{block_size}, got {interleave}"
+        )
+    if block_size * world > LARGEST:
+        raise ArgumentError(
+            f"{op.name}: Invalid value of block_size: expected block_size * cp_world_size below "
+            f"2**63, got {block_size} * {world}"
+        )
+    check.shape("block_table", table, "_ table_width")
+    named = {arg.name: array for arg, array in zip(op.args, described)}
+    for name in ("positions", "query_start_loc", "out"):
+        check.shape(name, named[name], "_")
+    check.dtype("out", out, INT64)
+    for name, array in named.items():
+        check.dtype(name, array, *formats.INDICES)
+        check.device(name, array)
+        check.aligned(name, array)
+    check.contiguous("block_table", table)
+    check.contiguous_rows("query_start_loc", starts)
+    check.contiguous_rows("out", out)
+    check.writable("out", out)
+
+    if out.device.kind == "cpu":
+        run = functools.partial(
+            cpu.slot_mapping, block_size=block_size, world=world, rank=rank, interleave=interleave
+        )
+        return dispatch.CpuPlan(run, tuple(array.dtype.numpy for array in described))
+
+    index = ", ".join(formats.INDEX_NAMES[a.dtype.name] for a in (table, positions, starts))
+    kernel = modules.Kernel(
+        op.name,
+        op.name,
+        f"slot_mapping<{str(world > 1).lower()}, {index}, {MAX_THREADS}>",
+        PARAMS,
+        guarded=("positions", "block_table"),
+    )
+    device = out.device.index
+    launcher = launch.Launcher(
+        kernel,
+        device,
+        (table.strides[0], positions.strides[0],
+         min(check.sizes["table_width"] * block_size * world, LARGEST), LARGEST // block_size,
+         block_size, world, rank, interleave),
+    )  # fmt: skip
+    return dispatch.GpuPlan(launcher, launch.FlatShape(1, device, MAX_THREADS))
+
+
+def _count(extents):
+    requests, tokens, bounds, slots = extents
+    if bounds != requests + 1:
+        raise ShapeError(
+            f"slot_mapping: Invalid shape of query_start_loc: expected [{requests + 1}], one more "
+            f"than the rows of block_table, got [{bounds}]"
+        )
+    if slots < tokens:
+        raise ShapeError(
+            f"slot_mapping: Invalid shape of out: expected at least {tokens} entries, as many as "
+            f"positions, got [{slots}]"
+        )
+    return slots, requests, tokens
+
+
+OP = dispatch.Op(
+    "slot_mapping",
+    args=(
+        dispatch.Arg("block_table", rows=True),
+        dispatch.Arg("positions", rows=True),
+        dispatch.Arg("query_start_loc", rows=True),
+        dispatch.Arg("out", rows=True),
+    ),
+    plan=_plan,
+    destination=3,
+    count=_count,
+)

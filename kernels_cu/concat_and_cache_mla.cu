@@ -1,0 +1,221 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+// SPDX-License-Identifier: Apache-2.0
+// Writes the entries [kv_c | k_pe] of multi-head latent attention into their slots of caches indexed
+// [block, offset, :], for one layer or for many.
+//
+// blockIdx.y is the layer. A work item is one vector of an entry: consecutive threads take
+// consecutive items and several entries share a block, so loads and stores coalesce whatever the
+// sizes. The fp8_ds_mla entry, whose scales depend on the values, has a kernel of its own below.
+#include "cupy_cache/convert.cuh"
+#include "cupy_cache/ints.cuh"
+#include "cupy_cache/paging.cuh"
+#include "cupy_cache/vec.cuh"
+
+namespace cupy_cache {
+
+constexpr int kMaxLayers = 128;
+
+// Strides are in bytes.
+struct Params {
+  const char* kv_c;          // [layers, tokens, latent]
+  const char* k_pe;          // [layers, tokens, rope]
+  char* kv_cache;            // [num_blocks, kBlockSize, latent + rope], or see Caches
+  const char* slot_mapping;  // [layers, tokens]
+  const float* scale;        // [layers], or null: scale_value is used
+  i64 tokens;
+  i64 first_layer;  // the one of blockIdx.y = 0
+  i64 num_blocks;
+  i64 kv_c_layer_stride;
+  i64 k_pe_layer_stride;
+  i64 slot_layer_stride;
+  i64 kv_c_stride;
+  i64 k_pe_stride;
+  i64 slot_stride;
+  i64 block_stride;
+  i64 offset_stride;
+  float scale_value;
+  u32 unused;
+  u64 caches[kMaxLayers];
+};
+
+constexpr u32 kSlotMapping = 1;
+
+// Where a layer's cache is.
+enum class Caches {
+  kOne,       // Params::kv_cache; there is one layer
+  kTable,     // in Params::caches, by blockIdx.y
+  kPointers,  // Params::kv_cache points to the addresses of all layers' caches
+};
+
+template <Caches kCaches>
+__device__ __forceinline__ char* cache_of(const Params& p, i64 layer) {
+  if constexpr (kCaches == Caches::kOne) {
+    return p.kv_cache;
+  } else if constexpr (kCaches == Caches::kTable) {
+    return reinterpret_cast<char*>(p.caches[blockIdx.y]);
+  } else {
+    return reinterpret_cast<char*>(reinterpret_cast<const u64*>(p.kv_cache)[layer]);
+  }
+}
+
+// The host chose kVec for the alignment of everything it knows, which addresses that are read on the
+// device are not part of.
+template <Caches kCaches, int kVec>
+__device__ __forceinline__ void store_entry(char* at, const Vec<kVec>& vector) {
+  if (kCaches == Caches::kPointers && reinterpret_cast<u64>(at) % kVec) {
+    const Elements<1, kVec> bytes(vector);
+#pragma unroll
+    for (int i = 0; i < kVec; ++i) at[i] = static_cast<char>(bytes.part[i]);
+  } else {
+    store_streaming<kVec>(at, vector);
+  }
+}
+
+// The address of a token's entry; null for padding and for slots past the cache.
+template <int kBlockSize>
+__device__ __forceinline__ char* entry_at(const Params& p, char* cache, i64 slot, i64 row) {
+  if (slot < 0) return nullptr;
+  if (!in_bounds(slot, p.num_blocks * kBlockSize, kSlotMapping, row)) return nullptr;
+  const Place<kBlockSize> place(slot);
+  return cache + place.block * p.block_stride + place.offset * p.offset_stride;
+}
+
+// Converter makes vectors of kVec bytes of the cache; kLatentBytes and kRopeBytes are of the cache.
+template <typename Converter, Caches kCaches, int kVec, int kLatentBytes, int kRopeBytes,
+          int kBlockSize, typename Slot, int kMaxThreads>
+__global__ void __launch_bounds__(kMaxThreads)
+    concat_and_cache_mla(const __grid_constant__ Params p) {
+  static_assert(kLatentBytes % kVec == 0 && kRopeBytes % kVec == 0, "whole vectors");
+  constexpr int kLatentItems = kLatentBytes / kVec;
+  constexpr int kItems = kLatentItems + kRopeBytes / kVec;  // of one entry
+
+  const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const i64 token = static_cast<i64>(index / kItems);
+  const int item = static_cast<int>(index % kItems);
+  if (token >= p.tokens) return;
+  const i64 layer = kCaches == Caches::kOne ? 0 : p.first_layer + blockIdx.y;
+
+  // The slot and the data are loaded together: only the store has to wait for the slot.
+  const i64 slot = static_cast<i64>(*reinterpret_cast<const Slot*>(
+      p.slot_mapping + layer * p.slot_layer_stride + token * p.slot_stride));
+  const char* from =
+      item < kLatentItems
+          ? p.kv_c + layer * p.kv_c_layer_stride + token * p.kv_c_stride +
+                item * Converter::kSourceBytes
+          : p.k_pe + layer * p.k_pe_layer_stride + token * p.k_pe_stride +
+                (item - kLatentItems) * Converter::kSourceBytes;
+  const typename Converter::Source source = Converter::load(from);
+  const float scale = p.scale ? p.scale[layer] : p.scale_value;
+
+  char* const entry = entry_at<kBlockSize>(p, cache_of<kCaches>(p, layer), slot,
+                                           layer * p.tokens + token);
+  if (entry) {
+    store_entry<kCaches, kVec>(entry + item * kVec, Converter::convert(source, scale));
+  }
+}
+
+#ifdef CUPY_CACHE_CONVERTS
+
+// kBytes bytes, moved in vectors of kVec.
+template <int kVec, int kBytes>
+struct Run {
+  Vec<kVec> parts[kBytes / kVec];
+
+  static __device__ __forceinline__ Run load(const char* at) {
+    Run run;
+#pragma unroll
+    for (int i = 0; i < kBytes / kVec; ++i) run.parts[i] = load_streaming<kVec>(at + i * kVec);
+    return run;
+  }
+  template <typename T>
+  static __device__ __forceinline__ void store(char* at, const T& value) {
+    static_assert(sizeof(T) == kBytes && sizeof(Run) == kBytes, "all of it");
+    Run run;
+    memcpy(&run, &value, kBytes);
+#pragma unroll
+    for (int i = 0; i < kBytes / kVec; ++i) store_streaming<kVec>(at + i * kVec, run.parts[i]);
+  }
+};
+
+// The scale of a tile whose largest absolute value is `largest`.
+template <bool kPowerOfTwo>
+__device__ __forceinline__ float tile_scale(float largest) {
+  const float wanted = divide(largest, 448.0f);
+  if constexpr (kPowerOfTwo) {
+    // The smallest power of two that is not below: a mantissa that is not zero carries into the
+    // exponent. Infinity stays what it is.
+    const u32 bits = __float_as_uint(fmaxf(wanted, 1e-4f));
+    return __uint_as_float((bits + 0x007fffffu) & 0xff800000u);
+  } else {
+    return fmaxf(wanted, 1.17549435e-38f);  // the smallest normal number
+  }
+}
+
+// An fp8_ds_mla entry of 656 bytes: 512 values as e4m3, in four tiles with a scale each; the four
+// scales; 64 elements of 16 bits as they are (zeros where !kRope).
+//
+// Eight threads share a tile, 16 values each, and find its largest value by shuffles. A token's fifth
+// group of eight copies the rope. Groups never straddle a warp, and leave as a whole. kVec is the
+// alignment of the sources, kCacheVec that of the cache.
+template <typename Element, bool kPowerOfTwo, int kVec, int kCacheVec, bool kRope, int kBlockSize,
+          typename Slot, int kMaxThreads>
+__global__ void __launch_bounds__(kMaxThreads)
+    concat_and_cache_fp8_ds_mla(const __grid_constant__ Params p) {
+  constexpr int kTiles = 4;
+  constexpr int kGroup = 8;  // threads
+  constexpr int kValues = 16;  // of a thread
+  constexpr int kScalesAt = kTiles * kGroup * kValues;
+  constexpr int kRopeAt = kScalesAt + kTiles * 4;
+  constexpr int kElement = 2;
+
+  const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int lane = static_cast<int>(index % kGroup);
+  const int group = static_cast<int>(index / kGroup % (kTiles + 1));
+  const i64 token = static_cast<i64>(index / (kGroup * (kTiles + 1)));
+  if (token >= p.tokens) return;
+
+  const i64 slot =
+      static_cast<i64>(*reinterpret_cast<const Slot*>(p.slot_mapping + token * p.slot_stride));
+  if (group == kTiles) {
+    using Rope = Run<kVec, 16>;
+    Rope rope{};
+    if (kRope) rope = Rope::load(p.k_pe + token * p.k_pe_stride + lane * 16);
+    char* const entry = entry_at<kBlockSize>(p, p.kv_cache, slot, token);
+    if (entry) Run<kCacheVec, 16>::store(entry + kRopeAt + lane * 16, rope);
+    return;
+  }
+
+  const int first = (group * kGroup + lane) * kValues;  // of this thread's values
+  const auto loaded =
+      Run<kVec, kValues * kElement>::load(p.kv_c + token * p.kv_c_stride + first * kElement);
+  char* const entry = entry_at<kBlockSize>(p, p.kv_cache, slot, token);
+  if (!entry) return;
+
+  typename Element::Bits bits[kValues];
+  memcpy(bits, &loaded, sizeof(bits));
+  float values[kValues];
+  float largest = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) {
+    values[i] = Element::decode(bits[i]);
+    largest = fmaxf(largest, fabsf(values[i]));  // passes over NaN
+  }
+  const u32 members = 0xffu << (threadIdx.x % 32 / kGroup * kGroup);
+#pragma unroll
+  for (int other = kGroup / 2; other > 0; other /= 2) {
+    largest = fmaxf(largest, __shfl_xor_sync(members, largest, other));
+  }
+  const float scale = tile_scale<kPowerOfTwo>(largest);
+
+  E4M3::Bits stored[kValues];
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) stored[i] = E4M3::encode(divide(values[i], scale));
+  Run<kCacheVec, kValues>::store(entry + first, stored);
+  if (lane == 0) {
+    Run<(kCacheVec < 4 ? kCacheVec : 4), 4>::store(entry + kScalesAt + group * 4, scale);
+  }
+}
+
+#endif  // CUPY_CACHE_CONVERTS
+
+}  // namespace cupy_cache

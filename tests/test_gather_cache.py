@@ -1,0 +1,428 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import oracle
+import pytest
+import worlds
+
+import cupy_cache as cc
+
+
+def cache(rng, layout, num_blocks, block_size, inner, dtype, pad=0):
+    """A cache view [NB, BS, *inner] in the memory order of ``layout``."""
+    if layout == "NHD":
+        return worlds.array(rng, (num_blocks, block_size, *inner), dtype, pad)
+    if layout == "HND":
+        heads, *rest = inner
+        stored = worlds.array(rng, (num_blocks, heads, block_size, *rest), dtype, pad)
+        return stored.permuted(0, 2, 1, *range(3, 2 + len(inner)))
+    if layout == "packed":  # the second half of K|V entries, in pages that lie between others
+        heads, size = inner
+        return worlds.array(rng, (num_blocks, 2, block_size, heads, 2 * size), dtype, pad)[
+            :, 1, ..., size:
+        ]
+    # Entries in pages of a pool of several layers, with bytes of another use after each entry.
+    (size,) = inner
+    return worlds.array(rng, (num_blocks, 3, block_size, size + 3), dtype, pad)[:, 1, :, :size]
+
+
+def gather(world, src, dst, *indices):
+    """Run on ``world``; compare the whole storages and the recorded faults with the oracle's."""
+    specs = [s for s in (src, dst, *indices) if s is not None]
+    cc.gather_cache(*(world.put(s) for s in (src, dst, *indices)))
+    expected = {id(s.buffer): s.buffer.bytes.copy() for s in specs}
+    faults = oracle.gather_cache(
+        *(s and s.on(expected[id(s.buffer)]) for s in (src, dst, *indices))
+    )
+    for spec in specs:
+        np.testing.assert_array_equal(world.bytes_of(spec), expected[id(spec.buffer)])
+    check_faults(faults)
+
+
+def check_faults(expected):
+    """The first violation met is recorded; on a GPU any may be the first."""
+    try:
+        cc.raise_faults()
+        recorded = ()
+    except cc.FaultError as error:
+        recorded = error.faults
+    assert bool(recorded) == bool(expected)
+    for fault in recorded:
+        assert fault.op == "gather_cache"
+        assert (fault.row, fault.argument, fault.value, fault.limit) in expected
+
+
+def sequences(rng, count, width, block_size, num_blocks, with_starts):
+    """Tables, row bounds and starts of ``count`` sequences that fit; some are empty, and the
+    entries that no row needs are poisoned."""
+    starts = rng.integers(0, width * block_size, count)
+    if not with_starts:
+        starts[:] = 0
+    lengths = rng.integers(0, width * block_size - starts + 1)
+    lengths[rng.random(count) < 0.3] = 0
+    table = rng.integers(0, num_blocks, (count, width))
+    page = np.arange(width)
+    first, last = starts // block_size, (starts + lengths - 1) // block_size
+    unused = (page < first[:, None]) | (page > last[:, None]) | (lengths == 0)[:, None]
+    table[unused] = -7
+    return table, np.concatenate([[0], np.cumsum(lengths)]), starts if with_starts else None
+
+
+# layout, inner dimensions, block size, dtype, pad, types of table, lengths and starts
+CASES = (
+    ("NHD", (576,), 64, "bfloat16", 0, "int32", "int32", "int32"),
+    ("NHD", (656,), 16, "uint8", 0, "int32", "int32", None),
+    ("NHD", (132,), 8, "uint8", 4, "int64", "int32", None),
+    ("NHD", (5,), 3, "int8", 1, "int64", "int64", "int64"),  # single bytes, an odd number of them
+    ("NHD", (1,), 1, "float16", 0, "int32", "int64", "int32"),
+    ("NHD", (8, 128), 16, "float16", 0, "int32", "int32", "int64"),
+    ("HND", (8, 128), 16, "bfloat16", 0, "int32", "int32", None),
+    ("HND", (3, 46), 7, "float16", 2, "int64", "int32", "int32"),
+    ("HND", (2, 3, 4, 5), 4, "float32", 0, "int32", "int32", "int32"),
+    ("packed", (4, 24), 8, "float8_e4m3fn", 0, "int32", "int32", None),
+    ("pool", (12,), 8, "float64", 0, "int32", "int32", "int32"),
+    ("pool", (40,), 5, "float8_e5m2", 0, "int32", "int32", None),
+)
+
+
+@pytest.mark.parametrize("layout, inner, block_size, dtype, pad, table, lengths, starts", CASES)
+def test_every_layout(
+    world, rng, layout, inner, block_size, dtype, pad, table, lengths, starts
+):  # fmt: skip
+    num_blocks, width = 6, 3
+    numbers = sequences(rng, 5, width, block_size, num_blocks, starts is not None)
+    rows = int(numbers[1][-1]) + 3  # three more than the sequences fill
+    gather(
+        world,
+        cache(rng, layout, num_blocks, block_size, inner, dtype, pad),
+        worlds.array(rng, (rows, *inner), dtype, pad),
+        *(
+            None if n is None else worlds.of_values(n.astype(t))
+            for n, t in zip(numbers, (table, lengths, starts))
+        ),
+    )
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+def test_strided_rows_tables_and_starts(world, rng, layout):
+    """Rows and heads cut from a wider workspace, a table in a wider one, starts in a column."""
+    table, bounds, starts = sequences(rng, 4, 2, 8, 5, True)
+    wide = worlds.array(rng, (int(bounds[-1]) + 1, 6, 16), "bfloat16")
+    gather(
+        world,
+        cache(rng, layout, 5, 8, (4, 16), "bfloat16"),
+        wide[:, 1:5],
+        worlds.of_values(np.hstack([table, np.full((4, 3), 2**62)]))[:, :2],
+        worlds.of_values(bounds),
+        worlds.of_values(np.stack([starts, np.full(4, -1)], axis=1))[:, 0],
+    )
+
+
+def test_the_stride_of_a_single_start_is_kept(world, rng):
+    """One sequence and then several with the same strides, which share a plan."""
+    src = cache(rng, "NHD", 4, 4, (8,), "float32")
+    for count in (1, 3):
+        columns = np.full((count, 2), -5)
+        columns[:, 0] = np.arange(count)
+        gather(
+            world,
+            src,
+            worlds.array(rng, (2 * count, 8), "float32"),
+            worlds.of_values(rng.integers(0, 4, (count, 2))),
+            worlds.of_values(2 * np.arange(count + 1)),
+            worlds.of_values(columns)[:, 0],
+        )
+
+
+@pytest.mark.parametrize("first, rows", [(3, 9), (0, 4), (20, 9), (-2, 9)])
+def test_rows_outside_the_sequences_are_untouched(world, rng, first, rows):
+    """Sequences that start after the first row, or end after the last, or begin before it."""
+    gather(
+        world,
+        cache(rng, "NHD", 4, 4, (8,), "float32"),
+        worlds.array(rng, (rows, 8), "float32"),
+        worlds.of_values(rng.integers(0, 4, (2, 2))),
+        worlds.of_values(np.array([first, first + 4, first + 5])),
+    )
+
+
+@pytest.mark.parametrize("rows, count", [(0, 2), (5, 0), (0, 0)])
+def test_nothing_to_do(world, rng, rows, count):
+    gather(
+        world,
+        cache(rng, "NHD", 4, 4, (8,), "float32"),
+        worlds.array(rng, (rows, 8), "float32"),
+        worlds.array(rng, (count, 2), "int32"),
+        worlds.of_values(np.zeros(count + 1, np.int32)),
+        worlds.of_values(np.zeros(count, np.int32)),
+    )
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8), (4, 4, 0)])
+def test_empty_caches(world, rng, shape):
+    """No blocks: every block number is out of range. No bytes in a row: nothing is moved."""
+    table = np.zeros((1, 1), np.int64)
+    gather(
+        world,
+        worlds.array(rng, shape, "float32"),
+        worlds.array(rng, (3, shape[2]), "float32"),
+        worlds.of_values(table),
+        worlds.of_values(np.array([0, 2])),
+    )
+
+
+BAD = (-(2**63), -(2**31), -1, 2**31, 2**32 + 1, 2**62, 2**63 - 1)
+
+
+@pytest.mark.parametrize("kind", ["block", "page", "start"])
+def test_values_out_of_range_are_skipped_and_recorded(world, rng, kind):
+    table, bounds, starts = rng.integers(0, 4, (3, 2)), np.array([0, 5, 8, 16]), np.zeros(3, int)
+    bad = int(rng.choice(BAD))
+    if kind == "block":
+        table[1, 0] = rng.choice([4, bad])
+    elif kind == "start":
+        starts[1] = rng.choice([8, bad])
+    else:  # one page more than the table has
+        bounds[2:] += 6
+    src = cache(rng, "NHD", 4, 4, (8,), "float32")
+    dst = worlds.array(rng, (int(bounds[-1]), 8), "float32")
+    gather(world, src, dst, *map(worlds.of_values, (table, bounds, starts)))
+
+
+@pytest.mark.parametrize("bad", [-(2**31), -1, 4, 2**31 - 1])
+def test_int32_values_out_of_range(world, rng, bad):
+    table = rng.integers(0, 4, (2, 2)).astype(np.int32)
+    table[1, 1] = bad
+    gather(
+        world,
+        cache(rng, "NHD", 4, 4, (8,), "float32"),
+        worlds.array(rng, (14, 8), "float32"),
+        worlds.of_values(table),
+        worlds.of_values(np.array([0, 7, 14], np.int32)),
+        worlds.of_values(np.array([min(bad, 0), 1], np.int32)),
+    )
+
+
+@pytest.mark.parametrize("with_starts", [False, True])
+def test_lengths_that_make_no_sense_stay_inside(world, rng, with_starts):
+    """What is written is not defined, but nothing outside the arrays is touched."""
+    wild = [*BAD, 0, 3, 9, 12]
+    specs = [
+        cache(rng, "NHD", 4, 4, (8,), "float32"),
+        worlds.array(rng, (12, 8), "float32"),
+        worlds.of_values(rng.integers(0, 4, (5, 2))),
+        worlds.of_values(rng.choice(wild, 6)),
+        worlds.of_values(rng.choice(wild, 5)) if with_starts else None,
+    ]
+    cc.gather_cache(*map(world.put, specs))
+    for spec in specs:
+        if spec is not None and spec is not specs[1]:
+            np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
+    try:
+        cc.raise_faults()
+    except cc.FaultError:
+        pass
+
+
+# layout, inner dimensions, block size, dtype, pad, types of table, lengths and starts
+POOL = (
+    ("NHD", (24,), 4, "bfloat16", 0, "int64", "int64", "int64"),
+    ("HND", (3, 5), 3, "uint8", 0, "int32", "int32", "int32"),
+    ("packed", (2, 8), 1, "float16", 2, "int64", "int32", None),
+)
+
+
+@st.composite
+def batches(draw):
+    """A specialisation, the table, the bounds and the starts of a batch, more rows than that, and a
+    seed for the contents."""
+    case = draw(st.sampled_from(POOL))
+    *_, table_type, bounds_type, starts_type = case
+    block_size = case[2]
+    count, width = draw(st.integers(0, 5)), draw(st.integers(0, 4))
+    num_blocks = draw(st.integers(1, 6))
+
+    def numbers(shape, good, dtype):
+        limits = np.iinfo(dtype)
+        wild = st.sampled_from([b for b in BAD if limits.min <= b <= limits.max])
+        n = int(np.prod(shape))
+        value = st.one_of(good, good, good, wild) if draw(st.booleans()) else good
+        drawn = draw(st.lists(value, min_size=n, max_size=n))
+        return np.array(drawn, dtype).reshape(shape)
+
+    table = numbers((count, width), st.integers(0, num_blocks - 1), table_type)
+    starts = None
+    if starts_type:
+        starts = numbers((count,), st.integers(0, width * block_size), starts_type)
+    lengths = draw(st.lists(st.integers(0, 3 * block_size), min_size=count, max_size=count))
+    bounds = np.cumsum([draw(st.integers(-2, 4)), *lengths]).astype(bounds_type)
+    rows = max(int(bounds[-1]) + draw(st.integers(-2, 3)), 0)
+    return case, num_blocks, table, bounds, starts, rows, draw(st.integers(0, 2**32))
+
+
+@hypothesis.given(batch=batches())
+def test_any_batch(emulated_world, batch):
+    (layout, inner, block_size, dtype, pad, *_), num_blocks, *numbers, rows, seed = batch
+    rng = np.random.default_rng(seed)
+    world = emulated_world()
+    try:
+        gather(
+            world,
+            cache(rng, layout, num_blocks, block_size, inner, dtype, pad),
+            worlds.array(rng, (rows, *inner), dtype, pad),
+            *(None if n is None else worlds.of_values(n) for n in numbers),
+        )
+    finally:
+        world.close()
+
+
+@pytest.mark.parametrize("library", ["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
+def test_offsets_past_32_bits(rng, library):
+    """D17: rows beyond 2 GiB of dst, read from a block beyond 4 GiB of the cache."""
+    xp = pytest.importorskip(library)
+    src = xp.zeros((2**32 // (64 * 1152) + 2, 64, 1152), np.uint8)
+    dst = xp.zeros((2**31 // 1152 + 10, 1152), np.uint8)
+    block, row = src.shape[0] - 1, dst.shape[0] - 9
+    tokens = xp.asarray(rng.integers(0, 256, (8, 1152), np.uint8))
+    src[block, 56:] = tokens
+    cc.gather_cache(
+        src, dst, xp.asarray([[block]]), xp.asarray([row, row + 8]), xp.asarray([56])
+    )
+    assert (dst[row : row + 8] == tokens).all()
+    assert not dst[row - 100 : row].any() and not dst[row + 8 :].any()
+
+
+class TestRefusals:
+    """Each mistake raises a named error that tells the argument, and writes nothing."""
+
+    @pytest.fixture
+    def arguments(self, rng):
+        return {
+            "src_cache": cache(rng, "NHD", 4, 4, (2, 8), "float32"),
+            "dst": worlds.array(rng, (5, 2, 8), "float32"),
+            "block_table": worlds.of_values(rng.integers(0, 4, (2, 2))),
+            "cu_seq_lens": worlds.of_values(np.array([0, 3, 5])),
+            "seq_starts": worlds.of_values(np.array([1, 2])),
+        }
+
+    def refused(self, world, arguments, error, *words):
+        with pytest.raises(error) as caught:
+            cc.gather_cache(*map(world.put, arguments.values()))
+        assert issubclass(error, cc.CupyCacheError)
+        for word in ("gather_cache", *words):
+            assert word in str(caught.value)
+        for spec in arguments.values():
+            np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
+
+    @pytest.mark.parametrize(
+        "name, shape, words",
+        [
+            ("src_cache", (4, 4), ("2 dimensions",)),
+            ("src_cache", (4, 0, 2, 8), ("at least one slot",)),
+            ("dst", (5, 16), ("2 dimensions",)),
+            ("dst", (5, 2, 9), ("inner_2 = 9", "src_cache", "8")),
+            ("dst", (5, 2, 8, 1), ("4 dimensions",)),
+            ("block_table", (2,), ("1 dimensions",)),
+            ("block_table", (3, 2), ("cu_seq_lens",)),
+            ("cu_seq_lens", (2, 1), ("2 dimensions",)),
+            ("cu_seq_lens", (), ()),
+            ("cu_seq_lens", (2,), ("[3]", "[2]")),
+            ("cu_seq_lens", (0,), ("[3]", "[0]")),
+            ("seq_starts", (2, 1), ("2 dimensions",)),
+            ("seq_starts", (3,), ("[2]", "[3]")),
+        ],
+    )
+    def test_shape(self, world, arguments, rng, name, shape, words):
+        arguments[name] = worlds.array(rng, shape, arguments[name].dtype)
+        self.refused(world, arguments, cc.ShapeError, name, *words)
+
+    @pytest.mark.parametrize(
+        "name, dtype, expected",
+        [
+            ("dst", "float16", "float32"),
+            ("block_table", "int16", "int32 or int64"),
+            ("cu_seq_lens", "float32", "int32 or int64"),
+            ("seq_starts", "uint8", "int32 or int64"),
+        ],
+    )
+    def test_dtype(self, world, arguments, rng, name, dtype, expected):
+        arguments[name] = worlds.array(rng, arguments[name].shape, dtype)
+        self.refused(world, arguments, cc.DTypeError, name, dtype, expected)
+
+    @pytest.mark.parametrize("name", ["src_cache", "dst", "block_table", "cu_seq_lens"])
+    def test_gaps_in_the_last_dimension(self, world, arguments, rng, name):
+        spec = arguments[name]
+        wide = worlds.array(rng, (*spec.shape[:-1], 2 * spec.shape[-1]), spec.dtype)
+        arguments[name] = wide[..., ::2]
+        self.refused(world, arguments, cc.StrideError, name, "contiguous")
+
+    def test_a_single_bound_with_a_gap(self, world, arguments, rng):
+        """The next call might bring more of them with the same stride."""
+        arguments["block_table"] = worlds.of_values(np.zeros((0, 2), np.int64))
+        arguments["seq_starts"] = worlds.of_values(np.zeros(0, np.int64))
+        arguments["cu_seq_lens"] = worlds.of_values(np.zeros(1, np.int64))
+        arguments["cu_seq_lens"].strides = (16,)
+        self.refused(world, arguments, cc.StrideError, "cu_seq_lens", "contiguous")
+
+    def test_more_than_one_dimension_with_gaps(self, world, arguments, rng):
+        arguments["src_cache"] = worlds.array(rng, (4, 4, 3, 2, 8), "float32")
+        arguments["dst"] = worlds.array(rng, (5, 3, 5, 16), "float32")[:, :, 1::2, :8]
+        self.refused(world, arguments, cc.StrideError, "dst", "one inner dimension")
+
+    def test_overlapping_rows(self, world, arguments):
+        arguments["dst"].strides = (0, *arguments["dst"].strides[1:])
+        self.refused(world, arguments, cc.StrideError, "dst", "share")
+
+    @pytest.mark.parametrize("name", ["src_cache", "dst", "block_table", "cu_seq_lens"])
+    def test_none(self, world, arguments, name):
+        put = {n: world.put(s) for n, s in arguments.items()} | {name: None}
+        with pytest.raises(cc.DTypeError, match=name):
+            cc.gather_cache(**put)
+
+
+def unaligned(values, by):
+    """The same numbers, ``by`` bytes after an aligned address."""
+    values = np.ascontiguousarray(values)
+    buffer = worlds.Buffer(values.nbytes + by, None, fill=0)
+    buffer.bytes[by:] = values.reshape(-1).view(np.uint8)
+    return buffer.view(values.shape, values.dtype.name, offset=by)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "emulated"])
+@pytest.mark.parametrize("name", ["block_table", "cu_seq_lens", "seq_starts"])
+def test_unaligned_indices_are_refused(rng, emulated_world, kind, name):
+    world = worlds.NumPyWorld() if kind == "numpy" else emulated_world()
+    arguments = {
+        "src_cache": cache(rng, "NHD", 4, 4, (8,), "float32"),
+        "dst": worlds.array(rng, (5, 8), "float32"),
+        "block_table": unaligned(rng.integers(0, 4, (2, 2)), 4 * (name == "block_table")),
+        "cu_seq_lens": unaligned(np.array([0, 3, 5]), 4 * (name == "cu_seq_lens")),
+        "seq_starts": unaligned(np.array([1, 2]), 4 * (name == "seq_starts")),
+    }
+    try:
+        with pytest.raises(cc.StrideError, match=f"{name}.*multiples"):
+            cc.gather_cache(*map(world.put, arguments.values()))
+    finally:
+        world.close()
+
+
+def test_read_only_rows_are_refused(rng):
+    frozen = np.zeros((2, 8), np.float32)
+    frozen.flags.writeable = False
+    src, table = np.zeros((1, 4, 8), np.float32), np.zeros((1, 1), np.int32)
+    with pytest.raises(cc.NotWritableError, match="dst"):
+        cc.gather_cache(src, frozen, table, np.array([0, 2]))
+
+
+@pytest.mark.gpu
+def test_arrays_on_different_devices_are_refused(rng):
+    import cupy
+
+    src = cupy.zeros((1, 4, 8), np.float32)
+    table, bounds = cupy.zeros((1, 1), np.int32), cupy.array([0, 2])
+    with pytest.raises(cc.DeviceError, match=r"dst.*cuda:0.*cpu"):
+        cc.gather_cache(src, np.zeros((2, 8), np.float32), table, bounds)
+    with pytest.raises(cc.DeviceError, match="block_table"):
+        cc.gather_cache(src, cupy.zeros((2, 8), np.float32), table.get(), bounds)

@@ -1,0 +1,270 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""What only a real GPU shows: graph capture, streams, threads, no waiting, large caches, the binary
+cache."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+
+import cases
+import numpy as np
+import pytest
+import worlds
+
+import cupy_cache as cc
+from cupy_cache import launch, modules
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture
+def cupy():
+    return pytest.importorskip("cupy")
+
+
+@pytest.fixture(params=cases.CASES)
+def case(request, rng):
+    return cases.CASES[request.param](rng)
+
+
+def test_torch_graph(torch, case):
+    """Captured once, nothing runs; replayed, everything does."""
+    warm, world = worlds.TorchCudaWorld(), worlds.TorchCudaWorld()
+    case.call(warm)
+    call = case.bind(world)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for spec in case.written:
+        np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
+    graph.replay()
+    case.check(world)
+    cc.raise_faults()
+
+
+def test_cupy_graph(cupy, case):
+    warm, world = worlds.CuPyWorld(), worlds.CuPyWorld()
+    case.call(warm)
+    call = case.bind(world)
+    cupy.cuda.Device().synchronize()
+    stream = cupy.cuda.Stream(non_blocking=True)
+    with stream:
+        stream.begin_capture()
+        call()
+        graph = stream.end_capture()
+    for spec in case.written:
+        np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
+    graph.launch(stream)
+    stream.synchronize()
+    case.check(world)
+
+
+def test_nothing_waits(torch, case):
+    """The call returns while the stream is still busy with what came before."""
+    world = worlds.TorchCudaWorld()
+    case.call(worlds.TorchCudaWorld())  # compiled and loaded
+    call = case.bind(world)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(2_000_000_000)  # about a second
+    done = torch.cuda.Event()
+    done.record()
+    call()
+    assert not done.query(), "the call waited for the device"
+    torch.cuda.synchronize()
+    case.check(world)
+
+
+def test_current_stream_of_the_framework(torch, case):
+    """Work goes behind what the caller's own stream holds: here, the data's arrival."""
+    world = worlds.TorchCudaWorld()
+    case.call(worlds.TorchCudaWorld())
+    call = case.bind(world)
+    device_specs = [s for s in case.specs if s not in case.on_host]
+    first = device_specs[0]
+    storage = world._made[id(first.buffer)][1]
+    good = storage.clone()
+    storage.fill_(0)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        storage.copy_(good)
+        call()
+    side.synchronize()
+    case.check(world)
+
+
+def test_stream_argument(cupy, rng):
+    """``stream=`` takes CuPy's and torch's streams and addresses."""
+    torch = pytest.importorskip("torch")
+    for stream in (cupy.cuda.Stream(non_blocking=True), torch.cuda.Stream()):
+        for given in (stream, launch.arrays.stream_pointer(stream)):
+            world, case = worlds.CuPyWorld(), cases.CASES["reshape_and_cache_flash"](rng)
+            put = case.put(world)
+            cupy.cuda.Device().synchronize()
+            cc.reshape_and_cache_flash(*put, stream=given)
+            stream.synchronize()
+            case.check(world)
+
+
+def test_from_a_new_thread(case):
+    """A thread that never touched CUDA has no context of its own yet."""
+    world, failure = worlds.CuPyWorld(), []
+
+    def run():
+        try:
+            case.call(world)
+        except BaseException as error:
+            failure.append(error)
+
+    case.put(world)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert not failure, failure
+    case.check(world)
+
+
+def test_many_threads_share_plans(torch, rng):
+    """Threads that launch the same plan must not mix up their parameters."""
+    made = [cases.CASES["reshape_and_cache_flash"](rng) for _ in range(8)]
+    used = [worlds.TorchCudaWorld() for _ in made]
+    calls = [case.bind(world) for case, world in zip(made, used)]
+    torch.cuda.synchronize()
+    threads = [threading.Thread(target=lambda c=c: [c() for _ in range(200)]) for c in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for case, world in zip(made, used):
+        case.check(world)
+
+
+@pytest.mark.multi_gpu
+def test_device_of_the_array(cupy, case):
+    """Work goes to the array's device, whatever device is current."""
+    if cupy.cuda.runtime.getDeviceCount() < 2:
+        pytest.skip("one GPU only")
+    world = worlds.CuPyWorld()
+    with cupy.cuda.Device(1):
+        put = case.bind(world)
+    with cupy.cuda.Device(0):
+        put()
+    with cupy.cuda.Device(1):
+        case.check(world)
+
+
+def test_a_shape_met_first_inside_a_capture(torch, rng):
+    """It is loaded there, or the error says what to do; either way nothing is written wrongly."""
+    world = worlds.TorchCudaWorld()
+    heads, size = 3, int(rng.integers(200, 300)) * 2  # a specialisation nobody else asks for
+    specs = [
+        worlds.array(rng, (4, heads, size), "float16"),
+        worlds.array(rng, (4, heads, size), "float16"),
+        worlds.array(rng, (2, 4, heads, size), "float16"),
+        worlds.array(rng, (2, 4, heads, size), "float16"),
+        worlds.of_values(np.array([7, 0, 3, 5])),
+    ]
+    case = cases.Case(
+        specs, specs[2:4], cc.reshape_and_cache_flash, cases.oracle.reshape_and_cache_flash
+    )
+    call = case.bind(world)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    except cc.CaptureError as error:
+        assert "warmup" in str(error)
+        return
+    graph.replay()
+    case.check(world)
+
+
+def test_caches_above_four_gigabytes(torch, rng):
+    """2^31 elements and 2^32 bytes are passed by the blocks used here."""
+    if torch.cuda.mem_get_info()[0] < 14 << 30:
+        pytest.skip("less than 14 GiB of GPU memory free")
+    block_size, heads, size = 16, 8, 128
+    num_blocks = (5 << 30) // (block_size * heads * size * 2)
+    shape = (num_blocks, block_size, heads, size)
+    key_cache, value_cache = (
+        torch.full(shape, -1.0, dtype=torch.bfloat16, device="cuda") for _ in range(2)
+    )
+    slots = [num_blocks * block_size - 1, 0, (num_blocks - 2) * block_size + 5]
+    key, value = (torch.randn(3, heads, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    mapping = torch.tensor(slots, device="cuda")
+    cc.reshape_and_cache_flash(key, value, key_cache, value_cache, mapping)
+    for cache, source in ((key_cache, key), (value_cache, value)):
+        rows = cache.view(-1, heads, size)
+        assert torch.equal(rows[slots], source)
+        assert int((rows != -1).any(-1).any(-1).sum()) == 3
+    first, last = 1, num_blocks - 1
+    cc.copy_blocks([key_cache], [value_cache], [(last, first)])
+    for cache in (key_cache, value_cache):
+        assert torch.equal(cache[first], cache[last])
+    host = torch.empty(2, *shape[1:], dtype=torch.bfloat16, pin_memory=True)
+    cc.swap_blocks(key_cache, host, [(last, 0), (num_blocks - 2, 1)])
+    torch.cuda.synchronize()
+    assert torch.equal(host, key_cache[[last, num_blocks - 2]].cpu())
+    cc.raise_faults()
+
+
+_EDITED = """
+import numpy as np, cupy, cupy_cache as cc
+key = cupy.ones((1, 1, 8), np.float32)
+key_cache, value_cache = cupy.zeros((1, 1, 1, 8), np.float32), cupy.zeros((1, 1, 1, 8), np.float32)
+cc.reshape_and_cache_flash(key, key, key_cache, value_cache, cupy.zeros(1, np.int64))
+print(float(key_cache.sum()))
+"""
+
+
+def test_an_edited_header_is_compiled_again(tmp_path):
+    """CuPy's disk cache does not look into included files: ours must be in the key."""
+    folder = tmp_path / "kernels_cu"
+    shutil.copytree(modules.kernel_dir(), folder)
+
+    def run():
+        done = subprocess.run(
+            [sys.executable, "-c", _EDITED],
+            env={
+                **os.environ,
+                "CUPYCACHE_KERNEL_DIR": str(folder),
+                "CUPY_CACHE_DIR": str(tmp_path / "cache"),
+            },
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        return float(done.stdout)
+
+    assert run() == 8.0
+    header = folder / "include" / "cupy_cache" / "vec.cuh"
+    text = header.read_text()
+    edited = text.replace("  __stcs(", "  if (false) __stcs(")
+    assert edited != text
+    header.write_text(edited)
+    assert run() == 0.0
+
+
+def test_debug_mode_raises_after_the_call(monkeypatch, rng):
+    monkeypatch.setattr(launch, "debug", True)
+    case = cases.CASES["reshape_and_cache_flash"](rng)
+    case.specs[4].on(case.specs[4].buffer.bytes)[3] = 80
+    with pytest.raises(cc.FaultError, match="slot_mapping at row 3 is 80"):
+        case.call(worlds.CuPyWorld())
+
+
+def test_no_compile_refuses_new_shapes(monkeypatch, cupy):
+    monkeypatch.setenv("CUPYCACHE_NO_COMPILE", "1")
+    key = cupy.ones((1, 3, 18), np.float32)
+    cache = cupy.zeros((1, 5, 3, 18), np.float32)
+    with pytest.raises(cc.KernelError, match="warmup"):
+        cc.reshape_and_cache_flash(key, key, cache, cache.copy(), cupy.zeros(1, np.int64))
