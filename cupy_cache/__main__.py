@@ -18,7 +18,7 @@ import numpy as np
 
 from . import demo, info
 from ._version import __version__
-from .errors import KernelError, MissingDependencyError
+from .errors import FaultError, KernelError, MissingDependencyError
 
 PROMPT = 400  # bytes of the input that the demo reads, at most
 
@@ -133,19 +133,16 @@ def _demo(args):
         f"prompt: {len(prompt)} bytes of {name}",
         flush=True,
     )
-    progress = Progress(
-        {"prompt": len(prompt), "greedy": args.tokens, "beam search": args.tokens}, sys.stderr
-    )
+    totals = {"prompt": len(prompt), "greedy": args.tokens, "beam search": args.tokens}
     try:
-        run, greedy, beams, preempted, elsewhere = demo.demo(
-            xp, prompt, args.tokens, args.beams, args.layers, args.seed, args.block_size,
-            args.layout, args.dtype, progress,
-        )  # fmt: skip
-    except demo.Difference as difference:
-        progress.close()
+        with Progress(totals, sys.stderr) as progress:
+            run, greedy, beams, preempted, elsewhere = demo.demo(
+                xp, prompt, args.tokens, args.beams, args.layers, args.seed, args.block_size,
+                args.layout, args.dtype, progress,
+            )  # fmt: skip
+    except (demo.Difference, FaultError) as difference:
         print(f"DIFFERENCE: {difference}", file=sys.stderr)
         return 1
-    progress.close()
     print(f"greedy: {bytes(greedy.tokens)}")
     for beam in beams:
         print(f"beam, log probability {beam.score:.2f}: {bytes(beam.tokens)}")
@@ -231,9 +228,11 @@ class Progress:
             self.last = time.monotonic()
             print(text, file=self.stream, flush=True)
 
-    def close(self):
-        """Leave the line behind."""
-        if self.terminal:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        if self.terminal:  # leave no half line behind
             self.stream.write("\r\x1b[K")
             self.stream.flush()
 

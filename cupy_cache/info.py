@@ -138,8 +138,15 @@ def _library(name):
         facts["path"] = load_nvidia_dynamic_lib(name).abs_path
         return ctypes.CDLL(facts["path"]), facts
     except (ImportError, OSError, RuntimeError) as error:
-        facts["problem"] = str(error).strip().partition("\n")[0]
+        facts["problem"] = _not_found(error)
         return None, facts
+
+
+def _not_found(error):
+    """Why cuda.pathfinder, which CuPy brings along, did not find something, in one line."""
+    if isinstance(error, ImportError):
+        return "not found, for want of cuda-pathfinder"
+    return str(error).strip().partition("\n")[0]
 
 
 def _nvrtc():
@@ -177,7 +184,7 @@ def _cuda_headers():
 
         facts["path"] = find_nvidia_header_directory("cudart")
     except (ImportError, RuntimeError) as error:
-        facts["problem"] = str(error).strip().partition("\n")[0]
+        facts["problem"] = _not_found(error)
     else:
         if facts["path"] is None:
             facts["problem"] = "the headers of the CUDA runtime were not found"
@@ -316,6 +323,7 @@ def as_text(facts):
         if entry["command"]:
             rows.append(("", f"bring it with: {entry['command']}"))
     if not facts["missing"]:
-        rows.append(("missing", "nothing"))
+        lacking = "nothing" if driver["cuda"] else "nothing without an NVIDIA driver"
+        rows.append(("missing", lacking))
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import importlib.metadata
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -68,8 +69,9 @@ def check_report(capsys, dtype, layout):
     assert lines["slot_mapping"] == [f"{steps:,}", f"{written * 8:,}"]
     swapped = -(-(23 + tokens // 2) // block_size)
     assert lines["swap_blocks"] == ["2", f"{2 * swapped * block_size * row:,}"]
-    assert f"swapped out and in: {swapped} blocks, {swapped} of them into other" in report
-    assert int(lines["copy_blocks"][0]) > 2
+    moved = re.search(rf"swapped out and in: {swapped} blocks, (\d+) of them into other", report)
+    assert 0 < int(moved[1]) <= swapped
+    assert int(lines["copy_blocks"][0]) >= 2  # for the greedy sequence and for the beams
     assert f"{dtype}, {layout}" in report
     assert report.count("\nbeam, ") == beams
     assert f"OK: {steps} steps" in report
@@ -113,7 +115,7 @@ def test_as_a_command_on_the_readme(tmp_path):
     assert "README" in done.stdout and "\nOK: " in done.stdout
 
 
-# --- the shipped kernels do the main job too --------------------------------------------------------
+# --- the shipped kernels do the main job too ------------------------------------------------------
 
 
 @pytest.fixture
@@ -163,7 +165,7 @@ def test_pages_agree_with_emulated_kernels(file, kernels, layout):
     assert len(kernels) == 5
 
 
-# --- it tells a broken cache ------------------------------------------------------------------------
+# --- it tells a broken cache ----------------------------------------------------------------------
 
 
 def nothing(*arguments):
@@ -229,9 +231,9 @@ def reversed_slopes(alibi_slopes):
 @pytest.mark.parametrize(
     "operation, broken, words",
     [
-        ("copy_blocks", lambda op: nothing, ("beam search", "keys", "nan")),
-        ("copy_blocks", only_keys, ("beam search", "values", "nan")),
-        ("copy_blocks", not_the_last_layer, ("beam search", "layer 1", "keys", "nan")),
+        ("copy_blocks", lambda op: nothing, ("step 2 (greedy)", "keys", "nan")),
+        ("copy_blocks", only_keys, ("step 2 (greedy)", "values", "nan")),
+        ("copy_blocks", not_the_last_layer, ("step 2 (greedy)", "layer 1", "keys", "nan")),
         ("slot_mapping", one_off, ("step 1 (prompt)", "layer 0", "(0, 0, 0)", "nan")),
         ("slot_mapping", far_off, ("step 1 (prompt)", "reshape_and_cache_flash", "slot_mapping")),
         ("slot_mapping", backwards, ("step 1 (prompt)", "keys")),
@@ -277,7 +279,7 @@ def test_another_choice_is_found(file, capsys, monkeypatch):
     assert "DIFFERENCE: after step" in error and "chose" in error
 
 
-# --- the model and the search are what they say -----------------------------------------------------
+# --- the model and the search are what they say ---------------------------------------------------
 
 
 def test_attention_is_grouped_causal_and_biased(rng):
@@ -297,9 +299,7 @@ def test_attention_is_grouped_causal_and_biased(rng):
                 for t in range(position + 1)
             ]
             weights = np.exp(scores) / np.exp(scores).sum()
-            expected = sum(
-                w * values[t, head // 4].astype(np.float64) for t, w in enumerate(weights)
-            )
+            expected = weights @ values[: position + 1, head // 4].astype(np.float64)
             np.testing.assert_allclose(got[i, head], expected, rtol=1e-4, atol=1e-5)
 
 
@@ -375,7 +375,7 @@ def test_all_blocks_come_back(rng):
         assert not any(pool.users)
 
 
-# --- the command line -------------------------------------------------------------------------------
+# --- the command line -----------------------------------------------------------------------------
 
 
 def refused(capsys, *arguments, backend="numpy"):
@@ -481,17 +481,16 @@ def test_progress_is_one_line_on_a_terminal_and_lines_elsewhere():
     totals = {"prompt": 4, "greedy": 2}
     shown = {}
     for stream in (Terminal(), io.StringIO()):
-        progress = command_line.Progress(totals, stream)
-        for phase in ("prompt", "prompt", "greedy", "greedy"):
-            progress(phase, 2 if phase == "prompt" else 1)
-        progress.close()
+        with command_line.Progress(totals, stream) as progress:
+            for phase in ("prompt", "prompt", "greedy", "greedy"):
+                progress(phase, 2 if phase == "prompt" else 1)
         shown[type(stream)] = stream.getvalue()
     assert shown[Terminal].count("\r") == 5 and "\n" not in shown[Terminal]
     assert "100% greedy: 2 of 2 tokens" in shown[Terminal]
     assert shown[io.StringIO] == "prompt: 4 of 4 tokens\ngreedy: 2 of 2 tokens\n"
 
 
-# --- the examples run -------------------------------------------------------------------------------
+# --- the examples run -----------------------------------------------------------------------------
 
 EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.py"))
 

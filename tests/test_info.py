@@ -1,0 +1,358 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+import ctypes
+import importlib.metadata
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import cupy_cache as cc
+from cupy_cache import __main__ as command_line
+from cupy_cache import env, info
+
+KEYS = {
+    "cupy_cache", "python", "platform", "packages", "cupy", "driver", "nvrtc", "cuda_runtime",
+    "cuda_headers", "kernel_sources", "kernel_cache", "environment", "missing", "backend",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def facts():
+    return info.collect()
+
+
+def test_json(capsys, facts):
+    assert command_line.main(["info", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told) == KEYS
+    assert told == facts
+    assert told["cupy_cache"] == cc.__version__
+    assert told["packages"]["numpy"] == np.__version__
+    assert set(told["environment"]) >= {variable.name for variable in env.TABLE}
+
+
+def test_text(capsys, facts):
+    assert command_line.main(["info"]) == 0
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
+    assert f"numpy {np.__version__}".split() in [line.split() for line in lines]
+    for word in ("NVRTC", "CUDA headers", "kernel cache", facts["kernel_sources"]["path"]):
+        assert word in shown
+    # Aligned: every value starts in the same column.
+    column = lines[0].index(cc.__version__)
+    assert all(line[column - 1] == " " and line[column] != " " for line in lines)
+
+
+def test_no_framework_is_imported():
+    """Not CuPy either: importing it creates its kernel cache."""
+    code = (
+        "import sys; from cupy_cache import info; info.collect(); "
+        "print(sorted({'torch', 'cupy', 'cupyx'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_environment(monkeypatch):
+    monkeypatch.setenv("CUPYCACHE_DEBUG", "1")
+    monkeypatch.setenv("CUPY_CACHE_DIR", "somewhere")
+    told = info.collect()
+    assert told["environment"]["CUPYCACHE_DEBUG"] == "1"
+    assert told["environment"]["CUPY_CACHE_DIR"] == told["kernel_cache"]["path"] == "somewhere"
+    shown = info.as_text(told)
+    assert env.DEBUG.meaning in shown and "CUPY_CACHE_DIR" in shown
+
+
+def test_the_kernel_cache_is_measured_and_not_made(tmp_path, monkeypatch):
+    folder = tmp_path / "kernels"
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(folder))
+    told = info.collect()
+    assert told["kernel_cache"] == {"path": str(folder), "files": None, "bytes": 0}
+    assert not folder.exists()
+    assert "does not exist yet" in info.as_text(told)
+    folder.mkdir()
+    for name, size in (("a.cubin", 10), ("b.cubin", 32)):
+        (folder / name).write_bytes(bytes(size))
+    assert info.collect()["kernel_cache"] == {"path": str(folder), "files": 2, "bytes": 42}
+
+
+def test_no_kernel_sources(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUPYCACHE_KERNEL_DIR", str(tmp_path))
+    told = info.collect()
+    assert told["kernel_sources"]["path"] is None
+    assert str(tmp_path) in told["missing"][0]["what"]
+
+
+# --- the parts, where something is missing or broken ----------------------------------------------
+
+
+class Distribution:
+    def __init__(self, name):
+        self.name = name
+
+
+def test_without_cupy(monkeypatch, capsys):
+    names = ["numpy", "cupy-cache", None]  # None: what a broken installation is called
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: map(Distribution, names))
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", None)
+    told = info.collect()
+    assert told["cupy"]["problem"] == "not installed" and told["cupy"]["version"] is None
+    for part in ("nvrtc", "cuda_runtime", "cuda_headers"):
+        assert told[part]["path"] is None and "cuda-pathfinder" in told[part]["problem"]
+    assert told["backend"] == "numpy"
+    assert "not installed" in info.as_text(told)
+
+
+def test_cupy_that_cannot_be_imported(tmp_path, monkeypatch):
+    (tmp_path / "cupy.py").write_text("raise OSError('its library is torn')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    names = ["cupy-cuda13x"]
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: map(Distribution, names))
+    told = info._cupy()
+    assert told["installed"] == names and told["version"] is None
+    assert told["problem"] == "it cannot be imported: OSError: its library is torn"
+
+
+def test_cupy_that_does_not_end(monkeypatch):
+    def run(command, **options):
+        raise subprocess.TimeoutExpired(command, options["timeout"])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    names = ["cupy-cuda13x"]
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: map(Distribution, names))
+    assert "did not end" in info._cupy()["problem"]
+
+
+def test_libraries_that_cannot_be_found(monkeypatch):
+    pathfinder = pytest.importorskip("cuda.pathfinder")
+
+    def not_found(name):
+        raise pathfinder.DynamicLibNotFoundError(f"no lib{name}.so\nlooked here\nand there")
+
+    monkeypatch.setattr(pathfinder, "load_nvidia_dynamic_lib", not_found)
+    monkeypatch.setattr(pathfinder, "find_nvidia_header_directory", lambda name: None)
+    assert info._nvrtc() == {
+        "version": None, "path": None, "problem": "no libnvrtc.so", "architectures": [],
+    }  # fmt: skip
+    assert info._cuda_runtime()["problem"] == "no libcudart.so"
+    assert "not found" in info._cuda_headers()["problem"]
+
+
+def test_libraries_that_are_there():
+    """Those that the test extra brings."""
+    pytest.importorskip("cuda.pathfinder")
+    nvrtc, runtime = info._nvrtc(), info._cuda_runtime()
+    assert 90 in nvrtc["architectures"]
+    assert nvrtc["version"].split(".")[0] == runtime["version"].split(".")[0]
+    assert info._cuda_headers()["path"]
+
+
+def test_no_driver(monkeypatch):
+    def cannot(name):
+        raise OSError(f"{name}: no such file")
+
+    monkeypatch.setattr(ctypes, "CDLL", cannot)
+    told = info._driver()
+    assert told["cuda"] is None and told["devices"] == []
+    assert "no NVIDIA driver" in told["problem"]
+
+
+# With the real functions' types: a wrong call from Python would be seen.
+DRIVER = """
+#include <cstdio>
+#include <cstring>
+extern "C" {
+int cuDriverGetVersion(int* version) { *version = 12080; return 0; }
+int cuInit(unsigned flags) { return flags ? 1 : STATUS; }
+int cuGetErrorName(int status, const char** name) { *name = "CUDA_ERROR_TORN"; return 0; }
+int cuDeviceGetCount(int* count) { *count = 2; return 0; }
+int cuDeviceGet(int* device, int index) { *device = 70 + index; return 0; }
+int cuDeviceGetName(char* name, int size, int device) {
+  std::snprintf(name, size, "GPU called %d", device);
+  return 0;
+}
+int cuDeviceTotalMem_v2(std::size_t* bytes, int device) {
+  *bytes = static_cast<std::size_t>(device) << 30;
+  return 0;
+}
+int cuDeviceGetAttribute(int* value, int attribute, int device) {
+  *value = attribute == 75 ? 8 : attribute == 76 ? device - 61 : -1;
+  return 0;
+}
+}
+"""
+
+
+@pytest.fixture
+def driver(tmp_path, monkeypatch):
+    """Builds a driver library whose initialisation gives ``status``."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is missing: no driver can be built")
+
+    def build(status):
+        path = tmp_path / "driver.so"
+        command = [
+            "g++",
+            f"-DSTATUS={status}",
+            "-shared",
+            "-fPIC",
+            "-x",
+            "c++",
+            "-",
+            "-o",
+            str(path),
+        ]
+        subprocess.run(command, input=DRIVER, text=True, check=True)
+        real = ctypes.CDLL
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: real(str(path)))
+
+    return build
+
+
+def test_driver_and_devices(driver):
+    driver(status=0)
+    assert info._driver() == {
+        "cuda": "12.8",
+        "problem": None,
+        "devices": [
+            {
+                "index": index,
+                "name": f"GPU called {70 + index}",
+                "compute_capability": f"8.{9 + index}",
+                "memory_bytes": (70 + index) << 30,
+            }
+            for index in (0, 1)
+        ],
+    }
+
+
+def test_a_driver_that_does_not_start(driver):
+    driver(status=999)
+    told = info._driver()
+    assert told["devices"] == [] and told["cuda"] == "12.8"
+    assert told["problem"] == "cuInit failed: CUDA_ERROR_TORN (999)"
+
+
+# --- what is missing ------------------------------------------------------------------------------
+
+
+def machine(cuda="13.0", capability="9.0", cupy=("cupy-cuda13x",), version="14.2.0"):
+    """The facts of a machine that lacks nothing, unless the arguments say otherwise."""
+    device = {"index": 0, "name": "GPU", "compute_capability": capability, "memory_bytes": 2**36}
+    there = {"version": "13.0", "path": "there", "problem": None}
+    return {
+        "cupy_cache": "1", "python": "3", "platform": "Linux",
+        "packages": {"numpy": "2", "ml_dtypes": "1", "torch": None},
+        "cupy": {
+            "installed": list(cupy),
+            "version": version if cupy else None,
+            "sees_gpu": bool(cupy),
+            "problem": None if cupy else "not installed",
+        },
+        "driver": {"cuda": cuda, "devices": [device], "problem": None},
+        "nvrtc": {**there, "architectures": [75, 90, 100]},
+        "cuda_runtime": there, "cuda_headers": there, "kernel_sources": there,
+        "kernel_cache": {"path": "cache", "files": 3, "bytes": 2**20},
+        "environment": {"CUPYCACHE_DEBUG": "0", "CUDA_PATH": None},
+        "backend": "cupy",
+    }  # fmt: skip
+
+
+def commands(facts):
+    facts["missing"] = info.missing(facts)
+    shown = info.as_text(facts)
+    for entry in facts["missing"]:
+        assert entry["what"] in shown and (entry["command"] or "") in shown
+    return [entry["command"] for entry in facts["missing"]]
+
+
+@pytest.mark.parametrize(
+    "cuda, cupy",
+    [
+        ("13.0", ["cupy-cuda13x"]),
+        ("13.2", ["cupy-cuda12x"]),
+        ("12.4", ["cupy-cuda12x"]),
+        ("14.1", ["cupy-cuda13x"]),
+        ("14.1", ["cupy-cuda14x"]),
+        ("12.4", ["cupy"]),
+    ],
+)
+def test_nothing_is_missing(cuda, cupy):
+    facts = machine(cuda, cupy=cupy)
+    assert commands(facts) == []
+    shown = info.as_text(facts)
+    assert shown.split()[-2:] == ["missing", "nothing"] and "on the GPU" in shown
+    assert "GPU, compute capability 9.0, 64.0 GiB" in shown
+
+
+@pytest.mark.parametrize(
+    "facts, command",
+    [
+        (machine("13.0", cupy=[]), "pip install -U 'cupy-cache[cuda13x]'"),
+        (machine("12.9", cupy=[]), "pip install -U 'cupy-cache[cuda12x]'"),
+        (machine("14.0", cupy=[]), "pip install -U 'cupy-cache[cuda13x]'"),
+        (machine("12.9"), "pip uninstall -y cupy-cuda13x && pip install -U 'cupy-cache[cuda12x]'"),
+        (
+            machine(cupy=["cupy-cuda11x"]),
+            "pip uninstall -y cupy-cuda11x && pip install -U 'cupy-cache[cuda13x]'",
+        ),
+        (
+            machine(cupy=["cupy-rocm-7-0"]),
+            "pip uninstall -y cupy-rocm-7-0 && pip install -U 'cupy-cache[cuda13x]'",
+        ),
+        (
+            machine(cupy=["cupy-cuda12x", "cupy-cuda13x"]),
+            "pip uninstall -y cupy-cuda12x cupy-cuda13x && pip install -U 'cupy-cache[cuda13x]'",
+        ),
+        (machine(version="14.1.0"), "pip install -U 'cupy-cache[cuda13x]'"),
+        (machine(cupy=["cupy-cuda12x"], version="13.6.0"), "pip install -U 'cupy-cache[cuda12x]'"),
+        (
+            machine(cupy=["cupy"], version="13.0.0b1"),
+            "pip uninstall -y cupy && pip install -U 'cupy-cache[cuda13x]'",
+        ),
+        (machine(capability="12.0"), "pip install -U nvidia-cuda-nvrtc"),
+        (machine(cuda="11.8"), None),
+    ],
+)
+def test_one_command_brings_what_is_missing(facts, command):
+    assert commands(facts) == [command]
+
+
+@pytest.mark.parametrize("part", ["nvrtc", "cuda_headers"])
+def test_nvrtc_or_headers_are_missing(part):
+    facts = machine()
+    facts[part] = {
+        "path": None,
+        "version": None,
+        "problem": "not where it was",
+        "architectures": [],
+    }
+    assert commands(facts) == ["pip install -U 'cupy-cache[cuda13x]'"]
+    assert "not where it was" in facts["missing"][0]["what"]
+
+
+def test_several_things_take_one_command():
+    facts = machine("12.2", cupy=[])
+    for part in ("nvrtc", "cuda_headers"):
+        facts[part] = {"path": None, "version": None, "problem": "absent", "architectures": []}
+    assert commands(facts) == ["pip install -U 'cupy-cache[cuda12x]'"]
+    what = facts["missing"][0]["what"]
+    assert "CuPy: not installed" in what and "NVRTC" in what and "headers" in what
+
+
+def test_without_a_driver_nothing_is_missing():
+    facts = machine(cupy=[])
+    facts["driver"] = {"cuda": None, "devices": [], "problem": "no NVIDIA driver"}
+    assert commands(facts) == []
+    assert "nothing without an NVIDIA driver" in info.as_text(facts)
+
+
+def test_a_driver_that_does_not_start_is_told():
+    facts = machine()
+    facts["driver"] = {"cuda": "13.0", "devices": [], "problem": "cuInit failed"}
+    assert commands(facts) == [None]
+    assert "cuInit failed" in facts["missing"][0]["what"]
