@@ -121,7 +121,7 @@ stages=("${@:-all}")
 
 wanted info && stage info 60 30 bash -c info
 wanted tests && stage tests "$LIMIT_TESTS" 40 \
-  "$PYTHON" -m pytest tests -m gpu -q --color=no --maxfail=20
+  "$PYTHON" -m pytest tests -m gpu -q --color=no --maxfail=20 --everything
 wanted memcheck && stage memcheck "$LIMIT_MEMCHECK" 20 bash -c 'sanitized memcheck'
 wanted racecheck && stage racecheck "$LIMIT_RACECHECK" 20 bash -c 'sanitized racecheck'
 wanted bench && stage bench "$LIMIT_BENCH" 40 bash -c bench

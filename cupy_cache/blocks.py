@@ -5,7 +5,8 @@
 Shared by the operations that copy and swap blocks.
 """
 
-import bisect
+import functools
+import operator
 import struct
 from typing import NamedTuple
 
@@ -76,22 +77,19 @@ def read_layers(op, name, caches, stream, suffix=""):
     if not caches:
         return None
     first = arrays.read(caches[0], f"{op}: {name}[0]{suffix}", stream)
-    like_first = first[1:5]
-    addresses, common = [first.ptr], 16 | first.ptr
-    # This runs for every layer at every call: one microsecond each.
-    kind = type(caches[0])
-    reader = arrays.reader_for(caches[0], name)
-    foreign = reader in arrays.FOREIGN
-    for index in range(1, len(caches)):
-        cache = caches[index]
-        if foreign or type(cache) is not kind:
-            fact = arrays.read(cache, f"{op}: {name}[{index}]{suffix}", stream)
-        else:
-            fact = reader(cache)
-        if fact[1:5] != like_first:
+    kinds = set(map(type, caches))
+    if len(kinds) == 1 and arrays.all_torch([arrays.reader_for(caches[0], name)]):
+        addresses, strides, metas = arrays.read_torch_tensors(caches)
+        alike = strides.count(strides[0]) == metas.count(metas[0]) == len(caches)
+    else:
+        facts = [arrays.read(c, f"{op}: {name}[{i}]{suffix}", stream) for i, c in enumerate(caches)]
+        addresses = [fact.ptr for fact in facts]
+        alike = all(fact[1:5] == first[1:5] for fact in facts)
+    if not alike:
+        for index, cache in enumerate(caches):
+            fact = arrays.read(cache, name, stream)
             _refuse_layer(op, f"{name}[{index}]{suffix}", f"{name}[0]{suffix}", fact, first)
-        addresses.append(fact[0])
-        common |= fact[0]
+    common = functools.reduce(operator.or_, addresses, 16)
     return Layers(first._replace(ptr=common & -common, keep=None), addresses)
 
 
@@ -217,13 +215,15 @@ def read_mapping(op, mapping, stream=None):
     """
     if isinstance(mapping, (list, tuple)):
         try:
-            table = as_integers(mapping).reshape(len(mapping), 2)
-        except (ValueError, TypeError, OverflowError) as error:
+            return Pairs(
+                [operator.index(source) for source, _ in mapping],
+                [operator.index(destination) for _, destination in mapping],
+            )
+        except (ValueError, TypeError) as error:
             raise ShapeError(
                 f"{op}: Invalid shape of block_mapping: expected (source, destination) pairs of "
                 f"integers, got {mapping!r:.80}"
             ) from error
-        return Pairs(*table.T.tolist())
     facts = arrays.read(mapping, f"{op}: block_mapping", stream)
     array = arrays.describe(facts, f"{op}: block_mapping")
     check = contract.Contract(op)
@@ -234,6 +234,67 @@ def read_mapping(op, mapping, stream=None):
         return Pairs(*view.T.tolist())
     check.contiguous("block_mapping", array, 2)
     return array
+
+
+class Numbers(NamedTuple):
+    """Blocks or slots chosen: ``host`` is NumPy's int64 array, or ``device`` an `arrays.Array`."""
+
+    name: str
+    host: np.ndarray | None
+    device: arrays.Array | None
+
+    @property
+    def count(self):
+        return len(self.host) if self.device is None else self.device.shape[0]
+
+
+def read_numbers(op, name, numbers, stream):
+    """A sequence of integers, or an int32 or int64 array [n] anywhere, as `Numbers`."""
+    if isinstance(numbers, (list, tuple, range)):
+        try:
+            table = as_integers(numbers)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise DTypeError(
+                f"{op}: Invalid type of {name}: expected integers, got {numbers!r:.80}"
+            ) from error
+        if table.ndim != 1:
+            raise ShapeError(
+                f"{op}: Invalid shape of {name}: expected one dimension, got {list(table.shape)}"
+            )
+        return Numbers(name, table, None)
+    array = arrays.describe(arrays.read(numbers, f"{op}: {name}", stream), f"{op}: {name}")
+    check = contract.Contract(op)
+    check.shape(name, array, "_")
+    check.dtype(name, array, *formats.INDICES)
+    if array.device.kind == "cpu":
+        view = arrays.as_numpy(array.ptr, array.shape, array.strides, array.dtype.numpy)
+        return Numbers(name, view.astype(np.int64), None)
+    check.aligned(name, array)
+    return Numbers(name, None, array)
+
+
+def check_numbers(op, numbers, limit, *, padding, distinct):
+    """Refuse numbers in host memory that are out of range or, if ``distinct``, repeated. Negative
+    ones are allowed if they are ``padding``."""
+    host = numbers.host
+    if not len(host):
+        return
+    if int(host.max()) >= limit or (int(host.min()) < 0 and not padding):
+        bad = (host >= limit) | ((host < 0) & (not padding))
+        row = int(np.argmax(bad))
+        raise ArgumentError(
+            f"{op}: Invalid value of {numbers.name}: expected "
+            f"{'padding or ' if padding else ''}numbers in 0..{limit - 1}, got {host[row]} in row "
+            f"{row}"
+        )
+    if distinct:
+        used = np.sort(host[host >= 0]) if padding else np.sort(host)
+        again = used[1:][used[1:] == used[:-1]]
+        if len(again):
+            raise ArgumentError(
+                f"{op}: Invalid value of {numbers.name}: expected distinct destinations, got "
+                f"{again[0]} twice"
+            )
 
 
 def as_integers(values):
@@ -278,29 +339,45 @@ def check_disjoint(op, pairs):
         )
 
 
-def check_apart(op, pairs, source, destination, source_address, destination_address):
-    """`check_disjoint` for two arrays that may share memory, whole or in part."""
-    spans = [
-        (address, array.dtype.bytes + sum(abs(s) * (e - 1) for s, e in zip(array.strides[first:],
-                                                                         array.shape[first:])))
-        for array, address in ((source, source_address), (destination, destination_address))
-        for first in (0, 1)
-    ]  # fmt: skip
-    (at, whole), (_, inner), (to, to_whole), (_, to_inner) = spans
-    if at + whole <= to or to + to_whole <= at:
+def check_apart(op, pairs, source, destination, sources, destinations):
+    """`check_disjoint` for layers, at the addresses ``sources`` and ``destinations``, each of which
+    may share memory with any other, whole or in part."""
+    if 0 in source.shape:
         return
-    if source_address == destination_address and source.strides == destination.strides:
+    alike = source.strides == destination.strides
+    if alike and sources == destinations:
         check_disjoint(op, pairs)
         return
-    reads = sorted(at + b * source.strides[0] for b in pairs.sources)
-    for block in pairs.destinations:
-        start = to + block * destination.strides[0]
-        near = bisect.bisect_left(reads, start - inner + 1)
-        if near < len(reads) and reads[near] < start + to_inner:
+    (from_low, from_high), (to_low, to_high) = extent(source), extent(destination)
+    if max(sources) + from_high <= min(destinations) + to_low:
+        return
+    if max(destinations) + to_high <= min(sources) + from_low:
+        return
+    of, to = np.array(sources)[:, None], np.array(destinations)
+    near = (to + to_low < of + from_high) & (of + from_low < to + to_high)
+    reads, read_size = _places(source, pairs.sources)
+    writes, write_size = _places(destination, pairs.destinations)
+    for layer in np.flatnonzero(near.any(axis=1)):
+        others = to[near[layer]]
+        if alike and (others == of[layer]).any():
+            check_disjoint(op, pairs)
+            others = others[others != of[layer]]
+        starts = np.sort((others[:, None] + writes).reshape(-1))
+        ends = np.append(starts + write_size, np.iinfo(np.int64).max)
+        at = np.searchsorted(ends, of[layer] + reads, side="right")
+        hit = np.append(starts, np.iinfo(np.int64).max)[at] < of[layer] + reads + read_size
+        if hit.any():
             raise ArgumentError(
                 f"{op}: Invalid value of block_mapping: expected blocks to be either source or "
-                f"destination, got destination block {block} in memory that a source block shares"
+                f"destination, got source block {pairs.sources[int(np.argmax(hit))]} of layer "
+                f"{layer} in memory that a destination block shares"
             )
+
+
+def _places(array, numbers):
+    """Where blocks lie from the address of ``array`` on, and how many bytes one spans."""
+    low, high = extent(array._replace(shape=(1, *array.shape[1:])))
+    return np.array(numbers) * array.strides[0] + low, high - low
 
 
 def _first_repeated(blocks):
@@ -382,12 +459,13 @@ class CopyPlan:
         group = min(layers, TABLE_WORDS // 2 // words)
         for first in range(0, layers, group):
             size = min(group, layers - first)
-            table = []
-            for layer in range(first, first + size):
-                part = slice(layer * self.count, (layer + 1) * self.count)
-                table += sources[part]
-                if not self.in_place:
-                    table += destinations[part]
+            end = first + size
+            table = sources[first * self.count : end * self.count]
+            if not self.in_place:
+                table = []
+                for layer in range(first, end):
+                    part = slice(layer * self.count, (layer + 1) * self.count)
+                    table += sources[part] + destinations[part]
             pointers = struct.pack(f"<{len(table)}Q", *table)
             if pairs is None:
                 self._enqueue_mapped(stream, pointers, size, mapping)

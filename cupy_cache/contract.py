@@ -124,23 +124,42 @@ class Contract:
                 f"{list(array.strides)}"
             )
 
-    def writes(self, described, slot_dtypes, value_dtypes):
-        """The checks common to operations that write tokens into slots: ``described`` maps each
-        argument's name to its array, sources first, caches next, slot_mapping last."""
+    def writes(self, described, fmt):
+        """The checks common to operations that write keys and values into slots.
+
+        Parameters
+        ----------
+        described : dict
+            key, value, key_cache, value_cache and slot_mapping by their names, in this order; their
+            shapes are right already.
+        fmt : formats.CacheFormat
+            Of the caches.
+
+        Returns
+        -------
+        formats.DType or None
+            What elements are converted to; None where bytes are copied.
+        """
         names = list(described)
         sources, caches, slots = names[:2], names[2:4], names[4]
-        self.dtype(sources[0], described[sources[0]], *value_dtypes)
-        for name in (*sources[1:], *caches):
-            self.dtype(name, described[name], described[sources[0]].dtype)
-        self.dtype(slots, described[slots], *slot_dtypes)
-        self.aligned(slots, described[slots])
+        source = described[sources[0]].dtype
+        if fmt.stored is not None:
+            self.dtype(sources[0], described[sources[0]], *formats.FLOATS, fmt.stored)
+        stored, storage = formats.conversion(fmt, source)
+        self.dtype(sources[1], described[sources[1]], source)
+        for name in caches:
+            self.dtype(name, described[name], *storage)
+        self.dtype(slots, described[slots], *formats.INDICES)
+        for size in ("block_size", "head_size", "head_size_v"):
+            self.positive(size, self.sizes[size])
         for name, array in described.items():
             self.device(name, array)
+            self.aligned(name, array)
         for name in (*sources, *caches):
             self.contiguous(name, described[name])
-            self.aligned(name, described[name])
         for name in caches:
             self.writable(name, described[name])
+        return stored
 
     def scale(self, name, array, count=1):
         """Require ``count`` float32 scales, without gaps; one may also be an array of no
@@ -154,6 +173,26 @@ class Contract:
         self.aligned(name, array)
         if array.shape:
             self.contiguous(name, array)
+
+    def head_scale(self, name, array, heads):
+        """Require one float32 scale, or one for each of the heads.
+
+        Returns
+        -------
+        int
+            The bytes from one head's scale to the next one's; 0 where one is for all, and for None.
+        """
+        if array is None:
+            return 0
+        if array.shape not in ((), (1,), (heads,)):
+            raise ShapeError(
+                f"{self.op}: Invalid shape of {name}: expected [1], or [{heads}] for one scale a "
+                f"head, got {list(array.shape)}"
+            )
+        self.dtype(name, array, formats.DTYPES["float32"])
+        self.device(name, array)
+        self.aligned(name, array)
+        return array.strides[0] if array.shape == (heads,) and heads > 1 else 0
 
     def positive(self, name, value):
         """Require a positive integer."""
@@ -203,6 +242,16 @@ def split_scale(op, name, scale):
             f"{op}: Invalid value of {name}: expected a positive, finite float32, got {scale!r}"
         )
     return None, float(scale)
+
+
+def split_scales(op, kv_cache_dtype, k_scale, v_scale):
+    """The scales of keys and values as (arrays, numbers): for each, exactly one of array and number
+    is not None. For a raw copy, which has no scales, the arrays are left out."""
+    if not formats.is_scaled(kv_cache_dtype):
+        return (), (None, None)
+    k_array, k_number = split_scale(op, "k_scale", 1.0 if k_scale is None else k_scale)
+    v_array, v_number = split_scale(op, "v_scale", 1.0 if v_scale is None else v_scale)
+    return (k_array, v_array), (k_number, v_number)
 
 
 def contiguous_dims(array):

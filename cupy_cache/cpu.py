@@ -7,6 +7,8 @@ moved are viewed as unsigned integers of their size. Values outside their bounds
 recorded, exactly as on the GPU.
 """
 
+import math
+
 import ml_dtypes
 import numpy as np
 
@@ -15,15 +17,16 @@ from . import formats, launch
 
 def encode(values, dtype):
     """float32 ``values`` as ``dtype`` (a `formats.DType`), returned as its bits: round to nearest,
-    ties to even, except int8, where ties go away from zero; 8-bit types saturate; an 8-bit NaN is
-    0x7f whatever its sign, and 0 in int8."""
+    ties to even, except int8, where ties go away from zero; 8-bit types saturate; a NaN has all bits
+    but the sign set, whatever its own are, and is 0 in int8."""
     if dtype.name == "int8":
         # In float64 the half can be added exactly.
         wide = np.clip(np.nan_to_num(values.astype(np.float64), nan=0.0), -128, 127)
         return (np.sign(wide) * np.floor(np.abs(wide) + 0.5)).astype(np.int8).view(np.uint8)
     if dtype.bytes > 1:
         with np.errstate(over="ignore"):
-            return values.astype(dtype.numpy).view(dtype.bits)
+            bits = values.astype(dtype.numpy).view(dtype.bits)
+        return np.where(np.isnan(values), dtype.bits.type(2 ** (8 * dtype.bytes - 1) - 1), bits)
     largest = float(ml_dtypes.finfo(dtype.numpy).max)
     bits = np.clip(values, -largest, largest).astype(dtype.numpy).view(np.uint8)
     return np.where(np.isnan(values), np.uint8(0x7F), bits)
@@ -61,26 +64,65 @@ def guarded_rows(op, argument, values, limit, padding=True, rows=None):
     return good
 
 
-def reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping, rows):
+def _as_stored(rows, source, stored, scale, number):
+    """``rows`` [token, head, element] of dtype ``source`` as they are stored: divided by ``scale``
+    (one, or one for each head) or else by ``number``; as they are where ``stored`` is None."""
+    if stored is None:
+        return rows
+    return quantise(rows, source, number if scale is None else scale.reshape(-1, 1), stored)
+
+
+def reshape_and_cache_flash(
+    key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale, rows, *,
+    source, stored, numbers,
+):  # fmt: skip
     """Write ``rows`` tokens into caches indexed [block, offset, head, element]."""
     num_blocks, block_size = key_cache.shape[:2]
     tokens, block, offset = _places(
         "reshape_and_cache_flash", slot_mapping[:rows], num_blocks, block_size
     )
-    key_cache[block, offset] = key[tokens]
-    value_cache[block, offset] = value[tokens]
+    key_cache[block, offset] = _as_stored(key[tokens], source, stored, k_scale, numbers[0])
+    value_cache[block, offset] = _as_stored(value[tokens], source, stored, v_scale, numbers[1])
 
 
-def reshape_and_cache(key, value, key_cache, value_cache, slot_mapping, rows):
+def reshape_and_cache_flash_per_token_head(
+    key, value, key_cache, value_cache, k_scale_cache, v_scale_cache, slot_mapping, rows, *,
+    source, stored,
+):  # fmt: skip
+    """Write ``rows`` tokens into caches indexed [block, offset, head, element], and the scale that
+    each row was given."""
+    tokens, block, offset = _places(
+        "reshape_and_cache_flash_per_token_head", slot_mapping[:rows], *key_cache.shape[:2]
+    )
+    sides = (key, key_cache, k_scale_cache), (value, value_cache, v_scale_cache)
+    for data, cache, scale_cache in sides:
+        values = decode(data[tokens], source)
+        scales = _largest(values) / np.float32(formats.LARGEST[stored.name])
+        scales = np.maximum(scales, np.float32(1e-6))
+        with np.errstate(all="ignore"):
+            inverses = np.float32(1.0) / scales
+            cache[block, offset] = encode(values * inverses[..., np.newaxis], stored)
+        scale_cache[block, offset] = scales
+
+
+def reshape_and_cache(
+    key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale, rows, *,
+    source, stored, numbers,
+):  # fmt: skip
     """Write ``rows`` tokens into x-packed caches: keys [block, head, d / x, offset, d % x], values
-    [block, head, d, offset]."""
+    [block, head, d, offset] or, interleaved, [block, head, offset / x, d, offset % x]."""
     num_blocks, heads, packs, block_size, x = key_cache.shape
     tokens, block, offset = _places(
         "reshape_and_cache", slot_mapping[:rows], num_blocks, block_size
     )
+    keys = _as_stored(key[tokens], source, stored, k_scale, numbers[0])
+    values = _as_stored(value[tokens], source, stored, v_scale, numbers[1])
     # Indices split by slices put the token dimension first: [token, head, pack, x], [token, head, d].
-    key_cache[block, :, :, offset] = key[tokens].reshape(-1, heads, packs, x)
-    value_cache[block, :, :, offset] = value[tokens]
+    key_cache[block, :, :, offset] = keys.reshape(-1, heads, packs, x)
+    if value_cache.ndim == 5:
+        value_cache[block, :, offset // x, :, offset % x] = values
+    else:
+        value_cache[block, :, :, offset] = values
 
 
 def concat_and_cache_mla(
@@ -109,20 +151,75 @@ def concat_and_cache_fp8_ds_mla(
     tokens, block, offset = _places(
         "concat_and_cache_mla", slot_mapping[:rows], *kv_cache.shape[:2]
     )
-    tiles = decode(kv_c[tokens], source).reshape(-1, 4, 128)
-    scales = np.fmax.reduce(np.abs(tiles), axis=-1, initial=0.0) / np.float32(448.0)
+    tiles = kv_c[tokens].reshape(-1, 4, 128)
+    largest = np.fmax.reduce(np.abs(decode(tiles, source)), axis=-1, initial=0.0)
+    scales = largest / np.float32(448.0)
     if power_of_two:
-        # The smallest power of two that is not below: a mantissa that is not zero carries into the
-        # exponent. Infinity stays what it is.
-        bits = np.maximum(scales, np.float32(1e-4)).view(np.uint32)
-        scales = ((bits + np.uint32(0x007FFFFF)) & np.uint32(0xFF800000)).view(np.float32)
+        scales = _power_of_two_from(np.maximum(scales, np.float32(1e-4)))
     else:
         scales = np.maximum(scales, np.finfo(np.float32).tiny)
-    with np.errstate(all="ignore"):
-        values = encode(tiles / scales[..., np.newaxis], formats.DTYPES["float8_e4m3fn"])
-    kv_cache[block, offset, :512] = values.reshape(-1, 512)
+    codes = quantise(tiles, source, scales[..., np.newaxis], formats.DTYPES["float8_e4m3fn"])
+    kv_cache[block, offset, :512] = codes.reshape(-1, 512)
     kv_cache[block, offset, 512:528] = scales.astype("<f4").view(np.uint8)
     kv_cache[block, offset, 528:] = k_pe[tokens].view(np.uint8) if k_pe.shape[-1] else 0
+
+
+def indexer_k_quant_and_cache(
+    k, kv_cache, slot_mapping, rows, *, source, quant_block_size, power_of_two, exponents
+):
+    """Write ``rows`` keys and their scales; see kernels_cu/indexer_k_quant_and_cache.cu."""
+    tokens, block, offset = _places(
+        "indexer_k_quant_and_cache", slot_mapping[:rows], *kv_cache.shape[:2]
+    )
+    keys = k[tokens].reshape(-1, k.shape[1] // quant_block_size, quant_block_size)
+    largest = np.maximum(_largest(decode(keys, source)), np.float32(1e-4))
+    scales = largest / np.float32(448.0)
+    if power_of_two:
+        scales = _power_of_two_from(scales)
+    words = scales.view(np.uint32)
+    if exponents:
+        words = (words >> np.uint32(23)) * np.uint32(0x01010101)
+    values, scale_bytes = _indexer_parts(kv_cache, k.shape[1])
+    codes = quantise(keys, source, scales[..., np.newaxis], formats.DTYPES["float8_e4m3fn"])
+    values[block, offset] = codes.reshape(-1, k.shape[1])
+    scale_bytes[block, offset] = words.astype("<u4").view(np.uint8)
+
+
+def cp_gather_indexer_k_quant_cache(
+    kv_cache, dst_k, dst_scale, block_table, cu_seq_lens, rows, sequences
+):
+    """Copy keys and scales of the cache that the operation above writes to the ``rows``."""
+    del sequences
+    row, block, offset = _gathered(
+        "cp_gather_indexer_k_quant_cache", kv_cache.shape[:2], block_table, cu_seq_lens, None, rows
+    )
+    values, scale_bytes = _indexer_parts(kv_cache, dst_k.shape[1])
+    dst_k[row] = values[block, offset]
+    dst_scale[row] = np.ascontiguousarray(scale_bytes[block, offset]).view(dst_scale.dtype)
+
+
+def _indexer_parts(kv_cache, head_size):
+    """The keys and the scales of an indexer's cache, both [block, offset, byte]."""
+    num_blocks, block_size, width = kv_cache.shape
+    pages = kv_cache.reshape(num_blocks, block_size * width)  # a view: pages have no gaps inside
+    keys, scales = np.split(pages, [block_size * head_size], axis=1)
+    return (
+        keys.reshape(num_blocks, block_size, head_size),
+        scales.reshape(num_blocks, block_size, width - head_size),
+    )
+
+
+def _largest(values):
+    """The largest absolute value along the last dimension; NaN does not count."""
+    # A signalling NaN would win in np.fmax.
+    return np.max(np.abs(values), axis=-1, initial=0.0, where=~np.isnan(values))
+
+
+def _power_of_two_from(values):
+    """The smallest powers of two that are not below positive normal float32 ``values``."""
+    # A mantissa that is not zero carries into the exponent. Infinity stays what it is.
+    bits = values.view(np.uint32) + np.uint32(0x007FFFFF)
+    return (bits & np.uint32(0xFF800000)).view(np.float32)
 
 
 def _places(op, slot_mapping, num_blocks, block_size, first_row=0):
@@ -134,6 +231,13 @@ def _places(op, slot_mapping, num_blocks, block_size, first_row=0):
     if good.all():
         return slice(0, len(slots)), *np.divmod(slots, block_size)
     return good.nonzero()[0], *np.divmod(slots[good], block_size)
+
+
+def convert_fp8(output, input, scale, *, source, target, number):
+    """Convert ``source`` elements to ``target`` ones, one of which is an fp8 type."""
+    scale = number if scale is None else scale.reshape(())
+    convert = quantise if target.bytes == 1 else dequantise
+    output[...] = convert(input, source, scale, target)
 
 
 def pack(cache, index, packed, rows):
@@ -164,10 +268,68 @@ def alibi_slopes(first, count, power, step):
     return np.exp2(-step * steps).astype(np.float32)
 
 
-def gather_cache(src_cache, dst, block_table, cu_seq_lens, seq_starts, rows, sequences):
-    """Copy tokens of a cache indexed [block, offset, ...] to the ``rows`` of ``dst``."""
-    op = "gather_cache"
-    num_blocks, block_size = src_cache.shape[:2]
+def alibi_bias(slopes, query_positions, key_positions, out, dtype, sqrt, causal):
+    """Write the bits of the bias of ``dtype`` to ``out``; see kernels_cu/alibi_bias.cu."""
+    queries, keys = (p.astype(np.int64) for p in (query_positions, key_positions))
+    canonical = dtype.bits.type((1 << 8 * dtype.bytes - 1) - 1)
+    with np.errstate(all="ignore"):
+        ahead = keys - queries[:, np.newaxis]
+        offset = ahead.astype(np.float32)
+        if sqrt:
+            offset = np.where(ahead > 0, np.float32(0), -np.sqrt(np.abs(offset)))
+        for head, slope in enumerate(slopes):  # one at a time: temporaries stay small
+            values = slope * offset
+            if causal:
+                values = np.where(ahead > 0, np.float32(-np.inf), values)
+            out[head] = np.where(np.isnan(values), canonical, encode(values, dtype))
+
+
+def gather_cache(
+    src_cache, dst, block_table, cu_seq_lens, seq_starts, scale, rows, sequences, *,
+    axes, stored, number, target,
+):  # fmt: skip
+    """Copy tokens of a cache to the ``rows`` of ``dst``; ``axes`` say where they are.
+
+    ``stored`` is None where bytes are copied; else elements are multiplied by ``scale``, or by
+    ``number`` where that is None.
+    """
+    del sequences
+    cache = src_cache.transpose(0, *axes.slots, *axes.token)
+    slots = cache.shape[1 : 1 + len(axes.slots)]
+    row, block, offset = _gathered(
+        "gather_cache", (cache.shape[0], math.prod(slots)), block_table, cu_seq_lens, seq_starts,
+        rows,
+    )  # fmt: skip
+    tokens = cache[(block, *np.unravel_index(offset, slots))].reshape(len(row), *dst.shape[1:])
+    if stored is not None:
+        tokens = dequantise(tokens, stored, number if scale is None else scale, target)
+    dst[row] = tokens
+
+
+def gather_fp8_ds_mla(
+    src_cache, dst, block_table, workspace_starts, seq_starts, scale, rows, sequences, *,
+    op, rope, target,
+):  # fmt: skip
+    """Convert entries of 656 bytes; see kernels_cu/gather_cache.cu."""
+    del scale, sequences
+    bounds = np.append(workspace_starts, rows)
+    row, block, offset = _gathered(
+        op, src_cache.shape[:2], block_table, bounds, seq_starts, rows
+    )
+    latent, scales, rope_bytes = np.split(src_cache[block, offset], (512, 528), axis=1)
+    scales = np.ascontiguousarray(scales).view("<f4")[..., np.newaxis]
+    tiles = latent.reshape(-1, 4, 128)
+    dst[row, :512] = dequantise(tiles, formats.DTYPES["float8_e4m3fn"], scales, target).reshape(
+        -1, 512
+    )
+    bits = np.ascontiguousarray(rope_bytes).view(rope.bits)
+    dst[row, 512:] = bits if rope is target else dequantise(bits, rope, 1.0, target)
+
+
+def _gathered(op, slots, block_table, cu_seq_lens, seq_starts, rows):
+    """The rows that are written and, for each, the block and the offset that it is read from.
+    ``slots`` are the number of blocks and the size of one."""
+    num_blocks, block_size = slots
     width = block_table.shape[1]
     row, sequence = _owners(cu_seq_lens, rows)
     position = row - cu_seq_lens[sequence]
@@ -180,20 +342,30 @@ def gather_cache(src_cache, dst, block_table, cu_seq_lens, seq_starts, rows, seq
     row, sequence, page, offset = row[good], sequence[good], page[good], offset[good]
     block = block_table[sequence, page].astype(np.int64)
     good = guarded_rows(op, "block_table", block, num_blocks, padding=False, rows=row)
-    dst[row[good]] = src_cache[block[good], offset[good]]
+    return row[good], block[good], offset[good]
 
 
 def slot_mapping(
     block_table, positions, query_start_loc, out, slots, requests, tokens, *,
-    block_size, world, rank, interleave,
+    block_size, world, rank, interleave, op="slot_mapping", table_name="block_table",
+    idx_mapping=None, first_row=0,
 ):  # fmt: skip
-    """Write the slot of each token to ``out``, and -1 where there is none."""
-    op = "slot_mapping"
+    """Write the slot of each token to ``out``, and -1 where there is none. Tokens are counted from
+    ``first_row`` in faults."""
+    del slots, requests
     out[...] = -1
     token, request = _owners(query_start_loc, tokens)
+    if idx_mapping is not None:
+        request = idx_mapping[request].astype(np.int64)
+        good = guarded_rows(
+            op, "idx_mapping", request, block_table.shape[0], rows=token + first_row
+        )
+        token, request = token[good], request[good]
     position = positions[token].astype(np.int64)
     limit = min(block_table.shape[1] * block_size * world, 2**63 - 1)
-    good = guarded_rows(op, "positions", position, limit, padding=False, rows=token)
+    good = guarded_rows(
+        op, "positions", position, limit, padding=False, rows=token + first_row
+    )
     page, inside = np.divmod(position, block_size * world)
     run, of_run = np.divmod(inside, interleave)
     good &= run % world == rank
@@ -201,7 +373,7 @@ def slot_mapping(
     offset = (run // world * interleave + of_run)[good]
     block = block_table[request, page].astype(np.int64)
     limit = (2**63 - 1) // block_size  # the slots of blocks below fit 64 bits
-    good = guarded_rows(op, "block_table", block, limit, padding=False, rows=token)
+    good = guarded_rows(op, table_name, block, limit, padding=False, rows=token + first_row)
     out[token[good]] = block[good] * block_size + offset[good]
 
 
@@ -209,7 +381,8 @@ def _owners(starts, rows):
     """The rows below ``rows`` that belong to a segment, starts[i] <= row < starts[i + 1], and the
     index i of each; arbitrary valid ones where ``starts`` descend."""
     starts = starts.astype(np.int64, copy=False)
-    row = np.arange(max(int(starts[0]), 0), min(int(starts[-1]), rows))
+    end = max(min(int(starts[-1]), rows), 0)
+    row = np.arange(min(max(int(starts[0]), 0), end), end)
     owner = np.searchsorted(starts, row, side="right") - 1
     owned = (owner >= 0) & (owner < len(starts) - 1)
     return row[owned], owner[owned]

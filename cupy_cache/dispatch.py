@@ -20,6 +20,8 @@ MAX_PLANS = 1024
 
 # The facts of an optional argument that is absent.
 _NOTHING = (0, (None,), None, None, None, None)
+# In place of readers: `arrays.read_torch_tensors` reads them all.
+_TORCH = object()
 
 
 def _read_nothing(value):
@@ -73,99 +75,138 @@ class Op:
         None. Checks everything that the signature decides and raises before anything is written.
     destination : int
         Index of the argument that decides device and stream.
-    count : callable
-        ``count(extents)`` -> a tuple of integers that the kernel gets at every call: the rows to
-        process, then whatever else it needs of the first extents of the ``rows`` arguments, which
-        come in order (None where absent); raises where they do not fit each other.
+    count : callable, optional
+        ``count(extents, *numbers)`` -> a tuple of integers that the kernel gets at every call: the
+        rows to process, then whatever else it needs of the call's numbers and of the first extents
+        of the ``rows`` arguments, which come in order (None where absent); raises where they do not
+        fit each other. None where the plan decides everything: the shape is then asked for one row.
     """
 
-    def __init__(self, name, args, plan, destination, count):
+    def __init__(self, name, args, plan, destination, count=None):
         self.name, self.args, self.destination = name, args, destination
         self._make, self._count = plan, count
-        self._rows = tuple(arg.rows for arg in args)
+        self._rows = tuple(index for index, arg in enumerate(args) if arg.rows)
         self._readers = {}
         self._plans = OrderedDict()
         self._lock = threading.Lock()
 
-    def __call__(self, objects, options=(), stream=None):
-        """Run on ``objects``, one for each `Arg`; ``options`` is hashable and given to the plan."""
+    def __call__(self, objects, options=(), stream=None, numbers=()):
+        """Run on ``objects``, one for each `Arg`; ``options`` is hashable and given to the plan.
+        Optional arguments at the end may be left out, which costs less than None. ``numbers``
+        change from call to call and go to ``count``."""
         if stream is not None and type(stream) is not int:
             stream = arrays.stream_pointer(stream)
+        objects = self._without_absent(objects) if objects[-1] is None else objects
         # From here to the launch every statement runs at every call: a microsecond is ten of them.
         try:
             readers = self._readers[tuple(map(type, objects))]
         except KeyError:
             readers = self._find_readers(objects)
-        if readers is None:  # some array comes through a protocol that must know the stream
-            if stream is None:
-                stream = self._stream_for(objects[self.destination])
-            facts = [arrays.read(v, a.name, stream) if v is not None else _NOTHING
-                     for v, a in zip(objects, self.args)]  # fmt: skip
+        if readers is _TORCH:
+            pointers, strides, metas = arrays.read_torch_tensors(objects)
         else:
-            facts = [read(value) for read, value in zip(readers, objects)]
-        key, extents, alignment = [options], [], 0
-        for (ptr, shape, strides, dtype, place, _), rows in zip(facts, self._rows):
-            if rows:
-                if not shape:
-                    self._refuse_scalar(facts)
-                extents.append(shape[0])
-                shape = shape[1:]
-            alignment = alignment << 4 | ptr & 15
-            key += shape, strides, dtype, place
-        key.append(alignment)
-        key = tuple(key)
+            facts, stream = self._read(readers, objects, stream)
+            pointers = [fact[0] for fact in facts]
+            strides = [fact[2] for fact in facts]
+            metas = [(fact[1], fact[3], fact[4]) for fact in facts]
+        whole, extents, alignment = metas.copy(), [], 0
+        for index in self._rows:
+            if index >= len(metas):
+                extents.append(None)
+                continue
+            shape, dtype, place = metas[index]
+            if not shape:
+                self._refuse_scalar(index)
+            extents.append(shape[0])
+            metas[index] = shape[1:], dtype, place
+        for pointer in pointers:
+            alignment = alignment << 4 | pointer & 15
+        key = (options, alignment, *strides, *metas)
         entry = self._plans.get(key)
         if entry is None:
-            entry = self._remember(key, facts, options)
+            entry = self._remember(key, pointers, whole, strides, options)
         plan, current_stream = entry
-        counts = self._count(extents)
-        if not counts[0]:
-            return
+        if self._count is None:
+            rows, counts = 1, ()
+        else:
+            counts = self._count(extents, *numbers)
+            rows = counts[0]
+            if not rows:
+                return
         if current_stream is None:
-            self._run_cpu(plan, facts, counts)
+            self._run_cpu(plan, pointers, whole, strides, counts)
             return
         if stream is None:
             stream = current_stream()
-        grid, threads = plan.shape(counts[0])
-        plan.launcher.enqueue(grid, threads, stream, *[fact[0] for fact in facts], *counts)
+        grid, threads = plan.shape(rows)
+        if len(pointers) < len(self.args):
+            pointers += [0] * (len(self.args) - len(pointers))
+        plan.launcher.enqueue(grid, threads, stream, *pointers, *counts)
+
+    def _without_absent(self, objects):
+        """``objects`` without the optional ones at the end that are None."""
+        count = len(objects)
+        while count and objects[count - 1] is None and self.args[count - 1].optional:
+            count -= 1
+        return tuple(objects[:count])
+
+    def _read(self, readers, objects, stream):
+        """The facts of all arguments, and the stream, which protocols must know."""
+        if readers is not None:
+            return [read(value) for read, value in zip(readers, objects)], stream
+        if stream is None:
+            stream = self._stream_for(objects[self.destination])
+        facts = [
+            _NOTHING if value is None and arg.optional else arrays.read(value, arg.name, stream)
+            for value, arg in zip(objects, self.args)
+        ]
+        return facts, stream
 
     def _find_readers(self, objects):
-        """One reader for each argument, remembered by the arguments' types; None where one of them
-        must be read through a protocol."""
+        """One reader for each argument, remembered by the arguments' types; `_TORCH` where all are
+        torch's, None where one of them must be read through a protocol."""
         readers = tuple(
             _read_nothing if value is None and arg.optional else arrays.reader_for(value, arg.name)
             for value, arg in zip(objects, self.args)
         )
         if any(reader in arrays.FOREIGN for reader in readers):
             readers = None
+        elif arrays.all_torch(readers):
+            readers = _TORCH
         self._readers[tuple(map(type, objects))] = readers
         return readers
 
-    def _refuse_scalar(self, facts):
-        name = next(a.name for a, fact in zip(self.args, facts) if a.rows and not fact[1])
+    def _refuse_scalar(self, index):
         raise ShapeError(
-            f"{self.name}: Invalid shape of {name}: expected at least one dimension, got a scalar"
+            f"{self.name}: Invalid shape of {self.args[index].name}: expected at least one "
+            "dimension, got a scalar"
         )
 
     def plan(self, described, options=()):
         """The plan for `arrays.Array` descriptions (None where absent), not remembered."""
         return self._make(self, described, options)
 
-    def _remember(self, key, facts, options):
+    def _describe(self, pointers, metas, strides):
+        absent = (None,) * (len(self.args) - len(pointers))
         described = tuple(
             None
-            if fact is _NOTHING
-            else arrays.describe(arrays.Facts(*fact), f"{self.name}: {arg.name}")
-            for fact, arg in zip(facts, self.args)
+            if place is None
+            else arrays.describe(
+                arrays.Facts(ptr, shape, step, dtype, place), f"{self.name}: {arg.name}"
+            )
+            for arg, ptr, (shape, dtype, place), step in zip(self.args, pointers, metas, strides)
         )
+        return described + absent
+
+    def _remember(self, key, pointers, metas, strides, options):
+        described = self._describe(pointers, metas, strides)
         plan = self.plan(described, options)
         stream = None
         if isinstance(plan, GpuPlan):
             stream = arrays.current_stream_of(described[self.destination])
-        rows = [array for arg, array in zip(self.args, described) if arg.rows and array is not None]
-        if any(array.shape[:1] == (0,) for array in rows):
-            # The strides of an array without rows were not checked: they must not vouch for one
-            # that has rows, and else the same signature.
+        if any(described[i] is not None and described[i].shape[0] == 0 for i in self._rows):
+            # The strides of an empty array were not checked: they must not vouch for a full one,
+            # which has the same signature if only its rows are missing.
             return plan, stream
         with self._lock:
             while len(self._plans) >= MAX_PLANS:
@@ -173,10 +214,10 @@ class Op:
             self._plans[key] = plan, stream
         return plan, stream
 
-    def _run_cpu(self, plan, facts, counts):
+    def _run_cpu(self, plan, pointers, metas, strides, counts):
         views = [
-            None if fact is _NOTHING else arrays.as_numpy(fact[0], fact[1], _byte_strides(fact), dtype)
-            for fact, dtype in zip(facts, plan.dtypes)
+            None if array is None else arrays.as_numpy(array.ptr, array.shape, array.strides, dtype)
+            for array, dtype in zip(self._describe(pointers, metas, strides), plan.dtypes)
         ]
         plan.run(*views, *counts)
 
@@ -185,10 +226,6 @@ class Op:
         if array.device.kind == "cpu":
             return None
         return arrays.current_stream_of(array)()
-
-
-def _byte_strides(fact):
-    return arrays.describe(arrays.Facts(*fact), "").strides
 
 
 def require_array(op, name, value):

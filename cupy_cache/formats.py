@@ -3,7 +3,8 @@
 """The dtype table and the layout table.
 
 Legend of the layouts: NB blocks, BS slots of a block, H key/value heads, D head size, NT tokens,
-x elements in 16 bytes of the cache. A *slot* is ``block * BS + offset``: one token's place.
+x elements in 16 bytes of the cache, E entry size, Q elements that share a scale. A *slot* is
+``block * BS + offset``: one token's place.
 """
 
 from typing import NamedTuple
@@ -57,6 +58,8 @@ BY_DLPACK = {d.dlpack: d for d in DTYPES.values()}
 
 FLOATS = tuple(DTYPES[n] for n in ("float16", "bfloat16", "float32"))
 INDICES = tuple(DTYPES[n] for n in ("int32", "int64"))
+# What caches that hold more than elements of one type may be declared as.
+BYTES = tuple(d for d in DTYPES.values() if d.bytes == 1 and d.name != "bool")
 # How an index type is spelled in a kernel's template arguments.
 INDEX_NAMES = {"int32": "int", "int64": "long long"}
 
@@ -82,7 +85,33 @@ LAYOUTS = {
         ),
         Layout("x-packed", "NB H D/x BS x", "NB H D BS", "as written", "vLLM paged attention"),
         Layout("rows", "NB BS E", "", "as written", "MLA caches"),
+        Layout(
+            "indexer", "NB BS D+4D/Q", "", "NB, BS D, BS 4D/Q: a block's keys, then its scales",
+            "vLLM, SGLang: sparse attention"
+        ),
     )
+}
+
+
+class CacheAxes(NamedTuple):
+    """Where the tokens of a single cache are: the names of its dimensions, the axes that together
+    run over the slots of a block, and those of a token's elements (None: all that follow). The
+    first axis is the blocks."""
+
+    dims: str
+    slots: tuple
+    token: tuple | None
+
+
+_SLOTS_FIRST = CacheAxes("num_blocks block_size ...", (1,), None)
+CACHE_AXES = {
+    "NHD": _SLOTS_FIRST,
+    "HND": _SLOTS_FIRST,
+    "packed": _SLOTS_FIRST,
+    "rows": _SLOTS_FIRST,
+    "x-packed-key": CacheAxes("num_blocks num_kv_heads _ block_size x", (3,), (1, 2, 4)),
+    "x-packed-value": CacheAxes("num_blocks num_kv_heads head_size block_size", (3,), (1, 2)),
+    "interleaved-value": CacheAxes("num_blocks num_kv_heads _ head_size x", (2, 4), (1, 3)),
 }
 
 
@@ -111,7 +140,17 @@ CACHE_FORMATS = {
     "fp8_e5m2": _stored("float8_e5m2"),
     "int8": _stored("int8"),
 }
-RAW_KV_CACHE_DTYPES = tuple(name for name, f in CACHE_FORMATS.items() if f.stored is None)
+# The same where scales are found for each token and head and kept beside the cache; first our names,
+# then vLLM's.
+PER_TOKEN_HEAD_FORMATS = {
+    "int8": _stored("int8"),
+    "fp8": _stored("float8_e4m3fn"),
+    "fp8_e4m3": _stored("float8_e4m3fn"),
+    "int8_per_token_head": _stored("int8"),
+    "fp8_per_token_head": _stored("float8_e4m3fn"),
+}
+# What the largest magnitude becomes that a scale is found from.
+LARGEST = {"int8": 127, "float8_e4m3fn": 448}
 
 # How an element type is spelled in a kernel's template arguments (elements.cuh).
 ELEMENT_NAMES = {
@@ -139,22 +178,56 @@ def dtype_named(name):
     return DTYPES[text]
 
 
-def cache_format(op, kv_cache_dtype, names=tuple(CACHE_FORMATS)):
-    """The `CacheFormat` called ``kv_cache_dtype``, which must be one of ``names``."""
+def cache_format(
+    op, kv_cache_dtype, names=None, argument="kv_cache_dtype", table=CACHE_FORMATS
+):  # fmt: skip
+    """The `CacheFormat` called ``kv_cache_dtype`` in ``table``, which must be one of ``names`` (by
+    default all of them); ``argument`` is what the caller calls it."""
+    names = tuple(table) if names is None else names
     if kv_cache_dtype not in names:
         raise ArgumentError(
-            f"{op}: Invalid value of kv_cache_dtype: expected one of {', '.join(names)}, got "
+            f"{op}: Invalid value of {argument}: expected one of {', '.join(names)}, got "
             f"{kv_cache_dtype!r}"
         )
-    return CACHE_FORMATS[kv_cache_dtype]
+    return table[kv_cache_dtype]
+
+
+def conversion(fmt, source):
+    """What becomes of ``source`` elements in a cache of format ``fmt``.
+
+    Returns
+    -------
+    stored : DType or None
+        What they are converted to; None where their bytes are copied, as elements that are of the
+        stored type already are.
+    storage : tuple of DType
+        The dtypes that the cache may have.
+    """
+    if fmt.stored is not None:
+        return (None if source == fmt.stored else fmt.stored), fmt.storage
+    if source not in BYTES:
+        return None, (source,)
+    carrier = DTYPES["uint8"]
+    return None, (BYTES if source == carrier else (source, carrier))
+
+
+def quantiser(source, stored, vector_bytes):
+    """How the converter is spelled (convert.cuh) that makes vectors of ``vector_bytes`` of a cache:
+    from ``source`` elements to ``stored`` ones, or by copying where ``stored`` is None."""
+    if stored is None:
+        return f"cupy_cache::Copy<{vector_bytes}>"
+    types = f"{ELEMENT_NAMES[source.name]}, {ELEMENT_NAMES[stored.name]}"
+    return f"cupy_cache::Quantise<{types}, {vector_bytes}>"
+
+
+def dequantiser(stored, target, vector_bytes):
+    """How the converter is spelled that makes vectors of ``vector_bytes`` of ``target`` elements,
+    from ``stored`` ones."""
+    types = f"{ELEMENT_NAMES[stored.name]}, {ELEMENT_NAMES[target.name]}"
+    return f"cupy_cache::Dequantise<{types}, {vector_bytes}>"
 
 
 def is_scaled(kv_cache_dtype):
     """Whether ``kv_cache_dtype`` names a format whose elements are converted with a scale."""
     fmt = CACHE_FORMATS.get(kv_cache_dtype)
     return fmt is not None and fmt.stored is not None
-
-
-def require_raw(op, kv_cache_dtype):
-    """Refuse a ``kv_cache_dtype`` that is not a raw copy."""
-    cache_format(op, kv_cache_dtype, RAW_KV_CACHE_DTYPES)

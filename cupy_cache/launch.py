@@ -29,6 +29,8 @@ WARP = 32
 MAX_THREADS = 1024
 MAX_GRID_X = 2**31 - 1
 MAX_GRID_YZ = 65535
+# The index of a GPU that is not there: arrays on it are only described, launches raise `Noted`.
+NOWHERE = -1
 
 # Whether to wait and raise after every call; asking the environment each time would cost 0.5 us.
 debug = env.flag(env.DEBUG)
@@ -72,7 +74,15 @@ class FlatShape:
 @functools.lru_cache(maxsize=64)
 def processors(device):
     """How many multiprocessors GPU ``device`` has."""
-    return driver.processors(device)
+    return 1 if device == NOWHERE else driver.processors(device)
+
+
+class Noted(Exception):
+    """A launch on the GPU that is not there: ``kernel`` is the one that it needs."""
+
+    def __init__(self, kernel):
+        super().__init__(kernel)
+        self.kernel = kernel
 
 
 class Launcher:
@@ -105,17 +115,18 @@ class Launcher:
                 "launch can take; split the call"
             )
         if self._loaded is None:
+            if self.device == NOWHERE:
+                raise Noted(self.kernel)
             self._loaded = driver.load(self.kernel, self.device, stream)
         # A record in use by one thread must not be repacked by another: take one, put it back.
         # The driver copies it before launching returns.
         try:
             record = self._free.pop()
         except IndexError:
-            record = _Record(self._template)
+            record = _Record(self._template, self.kernel.params.tail_at)
         self._pack(record.buffer, 0, *values)
         if tail:
-            at = self.kernel.params.tail_at
-            record.buffer[at : at + len(tail)] = tail
+            ctypes.memmove(record.tail, tail, len(tail))
         try:
             driver.launch(self._loaded, grid, threads, stream, record)
         finally:
@@ -127,10 +138,11 @@ class Launcher:
 class _Record:
     """A parameter struct's bytes and the array of one pointer that the driver wants."""
 
-    __slots__ = ("buffer", "address", "_pointers")
+    __slots__ = ("_pointers", "address", "buffer", "tail")
 
-    def __init__(self, template):
+    def __init__(self, template, tail_at):
         self.buffer = ctypes.create_string_buffer(template, len(template))
+        self.tail = ctypes.addressof(self.buffer) + tail_at
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
         self.address = ctypes.addressof(self._pointers)
 
@@ -194,6 +206,10 @@ class CudaDriver:
     def processors(self, device):
         cupy = arrays.import_cupy(f"cuda:{device}")
         return cupy.cuda.Device(device).attributes["MultiProcessorCount"]
+
+    def current_stream(self, framework, device):
+        """The current stream of a framework on an `arrays.Device`, where no array on it tells."""
+        return arrays.current_stream_of(arrays.Array(0, (), (), None, device, True, framework))()
 
     def capturing(self, stream):
         """Whether ``stream`` is being captured into a CUDA graph."""
@@ -294,7 +310,8 @@ class CudaDriver:
 
 class Allocation(NamedTuple):
     """Memory that CUDA knows, ``start <= address < end``: on a GPU, or pinned where ``device`` is
-    the CPU. A GPU reaches it at the address plus ``shift``."""
+    the CPU. A GPU reaches it at the address plus ``shift``. Where CUDA does not tell how much
+    memory there is, both ends are the address that was asked for."""
 
     start: int
     end: int
@@ -324,16 +341,14 @@ class _PointerAttributes(ctypes.Structure):
 
     def allocation(self, address):
         """The `Allocation`, if there is one."""
-        if not self.memory_type or not self.device_pointer:
+        start, end = self.start, self.start + self.size
+        if not start <= address < end:
+            start = end = address
+        if self.memory_type == self._HOST and self.device_pointer:
+            return Allocation(start, end, arrays.CPU, self.device_pointer - address)
+        if self.memory_type in (0, self._HOST):
             return None
-        end = self.start + self.size
-        if not self.start <= address < end:
-            raise KernelError(
-                f"CUDA says that {address:#x} is in {self.start:#x} to {end:#x}, which it is not"
-            )
-        on_host = self.memory_type == self._HOST
-        device = arrays.CPU if on_host else arrays.Device("cuda", self.ordinal)
-        return Allocation(self.start, end, device, self.device_pointer - address)
+        return Allocation(start, end, arrays.Device("cuda", self.ordinal), 0)
 
 
 class Mark:

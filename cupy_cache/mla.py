@@ -11,6 +11,8 @@ from .errors import ShapeError
 MAX_LAYERS = 128  # kMaxLayers of the kernel
 MAX_THREADS = 256
 STEM = "concat_and_cache_mla"
+# The fp8_ds_mla entry.
+DS_LATENT, DS_ROPE, DS_ENTRY_BYTES = 512, 64, 656
 
 _POINTERS = "kv_c:ptr k_pe:ptr kv_cache:ptr slot_mapping:ptr scale:ptr tokens:i64"
 _FIRST_LAYER = "first_layer:i64"

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Chosen items, whole blocks or the tokens of single slots, of all layers: their numbers, where
-each lies in one contiguous buffer, and the plan that moves them.
+"""Chosen items, whole blocks or the tokens of single slots, of all layers: where each lies in one
+contiguous buffer, and the plan that moves them.
 
 Shared by the operations that pack, unpack and zero.
 """
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from . import arrays, blocks, contract, cpu, formats, launch, modules, params
-from .errors import ArgumentError, DTypeError, ShapeError
+from .errors import ArgumentError, ShapeError
 from .log import logger
 
 # A packed buffer in host memory that is not pinned goes through a buffer of this size on the GPU.
@@ -24,12 +24,15 @@ MAX_THREADS = 256
 _MAX_WORKS = 2**31 - 1  # work indices are 32-bit in the kernel
 _MAX_PACKED_NUMBER = 2**31  # numbers in the parameters are 32-bit, negative ones padding
 
-_TENSOR_FIELDS = ("cache.block", "cache.outer", "cache.middle", "slot", "packed", "middle_count")
+_TENSOR = (
+    "cache.block:i64 cache.outer:i64 cache.middle:i64 slot:i64 packed:i64 vectors:u32 "
+    "middle_count:u32"
+)
 PARAMS = params.Struct(
     per_call="packed[0]:ptr packed[1]:ptr index:ptr index_stride:i64 items:i64 first:i64 "
     "layer_stride:i64",
-    constant="limit:i64 "
-    + " ".join(f"tensors[{t}].{field}:i64" for t in (0, 1) for field in _TENSOR_FIELDS),
+    constant="limit:i64 vectors:i64 "
+    + " ".join(f"tensors[{t}].{field}" for t in (0, 1) for field in _TENSOR.split()),
     tail=f"table:u64[{blocks.TABLE_WORDS}]",
 )
 
@@ -48,17 +51,20 @@ UNPACK = Move("kUnpack", True, "packed")
 ZERO = Move("kZero", True, None)
 
 
-def move(op, move, caches, numbers, stream, buffer=None, layout="layer_first", *, by_slot=False):
+def run(op, move, caches, numbers, stream, buffer=None, layout="layer_first", *, by_slot=False):
     """Check everything, then do it: what the operations are.
 
     ``numbers`` are slots if ``by_slot``, else blocks.
     """
+    lists = _tensor_lists(op, caches)
     if stream is not None:
         stream = arrays.stream_pointer(stream)
     else:
-        stream = _stream_of(op, caches, buffer if move is PACK else None, move.buffer)
-    tensors = read_caches(op, caches, stream)
-    numbers = _read_numbers(op, "slot_mapping" if by_slot else "block_ids", numbers, stream)
+        stream = blocks.stream_of(op, move.buffer, buffer) if move is PACK else None
+        if stream is None and lists:
+            stream = blocks.stream_of(op, "caches[0]", lists[0][0])
+    tensors = _read_tensors(op, lists, stream)
+    numbers = blocks.read_numbers(op, "slot_mapping" if by_slot else "block_ids", numbers, stream)
     if move.buffer is not None:
         buffer = _read_buffer(op, move.buffer, buffer, stream, written=move is PACK)
     if not tensors:
@@ -66,13 +72,13 @@ def move(op, move, caches, numbers, stream, buffer=None, layout="layer_first", *
     plan = plan_of(
         op, move, tuple(t.facts for t in tensors), len(tensors[0].addresses), by_slot, layout,
         None if numbers.device is None else numbers.device.dtype,
-        1 if buffer is None else buffer.array.alignment,
+        16 if buffer is None else buffer.array.alignment,
         buffer is not None and buffer.device.kind == "cpu",
     )  # fmt: skip
     if numbers.device is not None:
         contract.same_device(op, numbers.name, numbers.device.device, "caches", plan.device)
     else:
-        _check_numbers(op, numbers, plan.limit, padding=by_slot, distinct=move is UNPACK)
+        blocks.check_numbers(op, numbers, plan.limit, padding=by_slot, distinct=move is UNPACK)
     addresses = [layer.addresses for layer in tensors]
     if buffer is not None:
         _check_buffer(op, buffer, numbers.count, plan, addresses)
@@ -81,9 +87,10 @@ def move(op, move, caches, numbers, stream, buffer=None, layout="layer_first", *
 
 def item_bytes(op, caches, by_slot):
     """The bytes of one block, or token, in all layers together."""
-    tensors = read_caches(op, caches, _stream_of(op, caches))
-    if not tensors:
+    lists = _tensor_lists(op, caches)
+    if not lists:
         return 0
+    tensors = _read_tensors(op, lists, blocks.stream_of(op, "caches[0]", lists[0][0]))
     facts, layers = tuple(t.facts for t in tensors), len(tensors[0].addresses)
     return plan_of(op, PACK, facts, layers, by_slot, LAYOUTS[0], None, 1, False).item_bytes
 
@@ -91,15 +98,15 @@ def item_bytes(op, caches, by_slot):
 # --- the caches -----------------------------------------------------------------------------------
 
 
-def read_caches(op, caches, stream):
-    """``caches``, a list with one array or one tuple of arrays for each layer, as a tuple of
-    `blocks.Layers`: one for each tensor of a layer. Empty where there are no layers."""
+def _tensor_lists(op, caches):
+    """``caches``, a list with one array or one tuple of arrays for each layer, as a list with all
+    layers' arrays for each tensor of a layer. Empty where there are no layers."""
     blocks.require_list(op, "caches", caches)
     if not caches:
-        return ()
+        return []
     first = caches[0]
     if not isinstance(first, (list, tuple)):
-        return (blocks.read_layers(op, "caches", caches, stream),)
+        return [caches]
     for index, layer in enumerate(caches):
         if not isinstance(layer, (list, tuple)) or not 1 <= len(layer) == len(first) <= 2:
             got = f"{len(layer)}" if isinstance(layer, (list, tuple)) else type(layer).__name__
@@ -107,84 +114,16 @@ def read_caches(op, caches, stream):
                 f"{op}: Invalid length of caches[{index}]: expected an array, or one or two of "
                 f"them like caches[0], got {got}"
             )
+    return list(zip(*caches))
+
+
+def _read_tensors(op, lists, stream):
+    """`_tensor_lists` as a tuple of `blocks.Layers`."""
+    suffixes = ("",) if len(lists) == 1 else ("[0]", "[1]")
     return tuple(
-        blocks.read_layers(op, "caches", tensor, stream, f"[{t}]")
-        for t, tensor in enumerate(zip(*caches))
+        blocks.read_layers(op, "caches", tensors, stream, suffix)
+        for tensors, suffix in zip(lists, suffixes)
     )
-
-
-def _stream_of(op, caches, buffer=None, name=None):
-    """The stream to work on: the current one of the framework that owns the buffer, if that is on a
-    GPU, else of the one that owns the caches; None on the CPU."""
-    stream = None if buffer is None else blocks.stream_of(op, name, buffer)
-    if stream is None and isinstance(caches, (list, tuple)) and caches:
-        first = caches[0][0] if isinstance(caches[0], (list, tuple)) and caches[0] else caches[0]
-        stream = blocks.stream_of(op, "caches[0]", first)
-    return stream
-
-
-# --- the numbers of the items ---------------------------------------------------------------------
-
-
-class Numbers(NamedTuple):
-    """The items chosen: ``host`` is an int64 array of NumPy's, or ``device`` an `arrays.Array`."""
-
-    name: str
-    host: np.ndarray | None
-    device: arrays.Array | None
-
-    @property
-    def count(self):
-        return len(self.host) if self.device is None else self.device.shape[0]
-
-
-def _read_numbers(op, name, numbers, stream):
-    """A sequence of integers, or an int32 or int64 array [n] anywhere, as `Numbers`."""
-    if isinstance(numbers, (list, tuple, range)):
-        try:
-            table = blocks.as_integers(numbers)
-        except (ValueError, TypeError, OverflowError) as error:
-            raise DTypeError(
-                f"{op}: Invalid type of {name}: expected integers, got {numbers!r:.80}"
-            ) from error
-        if table.ndim != 1:
-            raise ShapeError(
-                f"{op}: Invalid shape of {name}: expected one dimension, got {list(table.shape)}"
-            )
-        return Numbers(name, table, None)
-    array = arrays.describe(arrays.read(numbers, f"{op}: {name}", stream), f"{op}: {name}")
-    check = contract.Contract(op)
-    check.shape(name, array, "_")
-    check.dtype(name, array, *formats.INDICES)
-    if array.device.kind == "cpu":
-        view = arrays.as_numpy(array.ptr, array.shape, array.strides, array.dtype.numpy)
-        return Numbers(name, view.astype(np.int64), None)
-    check.aligned(name, array)
-    return Numbers(name, None, array)
-
-
-def _check_numbers(op, numbers, limit, *, padding, distinct):
-    """Refuse numbers in host memory that are out of range or, if ``distinct``, repeated. Negative
-    ones are allowed if they are ``padding``."""
-    host = numbers.host
-    if not len(host):
-        return
-    if int(host.max()) >= limit or (int(host.min()) < 0 and not padding):
-        bad = (host >= limit) | ((host < 0) & (not padding))
-        row = int(np.argmax(bad))
-        raise ArgumentError(
-            f"{op}: Invalid value of {numbers.name}: expected "
-            f"{'padding or ' if padding else ''}numbers in 0..{limit - 1}, got {host[row]} in row "
-            f"{row}"
-        )
-    if distinct:
-        used = np.sort(host[host >= 0]) if padding else np.sort(host)
-        again = used[1:][used[1:] == used[:-1]]
-        if len(again):
-            raise ArgumentError(
-                f"{op}: Invalid value of {numbers.name}: expected distinct destinations, got "
-                f"{again[0]} twice"
-            )
 
 
 # --- the buffer -----------------------------------------------------------------------------------
@@ -321,7 +260,7 @@ class Plan:
             (tensor.strides[dense], tensor.strides[1] if self.by_slot else 0)
             for tensor in self.tensors
         ]
-        block_size = 0 if not self.by_slot else 1 if dense else self.block_size
+        block_size = 0 if not self.by_slot else 1 if dense else max(self.block_size, 1)
         vector = contract.vector_bytes(
             buffer_alignment,
             *(fact.ptr for fact in facts),
@@ -339,19 +278,21 @@ class Plan:
         self.kernel = modules.Kernel(
             self.op,
             "pack_blocks",
-            f"pack_blocks<cupy_cache::Move::{self.move.name}, {len(vectors)}, {vector}, "
-            f"{vectors[0]}, {vectors[-1]}, {runs[0]}, {runs[-1]}, {str(nested).lower()}, "
-            f"{block_size}, {blocks.ITEMS}, {index}, {MAX_THREADS}>",
+            f"pack_blocks<cupy_cache::Move::{self.move.name}, {len(vectors)}, {vector}, {runs[0]}, "
+            f"{runs[-1]}, {str(nested).lower()}, {block_size}, {blocks.ITEMS}, {index}, "
+            f"{MAX_THREADS}>",
             PARAMS,
             guarded=() if index_dtype is None else (argument,),
         )
-        constants = [self.limit]
-        for (block, slot), g, packed in zip(
-            strides * 2, self.geometries * 2, self.packed_strides * 2
-        ):
-            constants += [block, *g.source[1:], slot, packed, g.middle]
+        constants = [
+            (block, *g.source[1:], slot, packed, count, g.middle)
+            for (block, slot), g, packed, count in zip(
+                strides, self.geometries, self.packed_strides, vectors
+            )
+        ]
+        first, second = (constants * 2)[:2]
         self._launcher = launch.Launcher(
-            self.kernel, self.device.index, tuple(constants[: 1 + 2 * len(_TENSOR_FIELDS)])
+            self.kernel, self.device.index, (self.limit, self.vectors, *first, *second)
         )
 
     def places(self, address, count):

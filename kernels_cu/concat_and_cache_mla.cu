@@ -10,6 +10,7 @@
 #include "cupy_cache/ints.cuh"
 #include "cupy_cache/paging.cuh"
 #include "cupy_cache/vec.cuh"
+#include "cupy_cache/warp.cuh"
 
 namespace cupy_cache {
 
@@ -21,7 +22,7 @@ struct Params {
   const char* k_pe;          // [layers, tokens, rope]
   char* kv_cache;            // [num_blocks, kBlockSize, latent + rope], or see Caches
   const char* slot_mapping;  // [layers, tokens]
-  const float* scale;        // [layers], or null: scale_value is used
+  const char* scale;         // float32 [layers], or null: scale_value is used
   i64 tokens;
   i64 first_layer;  // the one of blockIdx.y = 0
   i64 num_blocks;
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(kMaxThreads)
           : p.k_pe + layer * p.k_pe_layer_stride + token * p.k_pe_stride +
                 (item - kLatentItems) * Converter::kSourceBytes;
   const typename Converter::Source source = Converter::load(from);
-  const float scale = p.scale ? p.scale[layer] : p.scale_value;
+  const float scale = scale_of(p.scale, sizeof(float), static_cast<int>(layer), p.scale_value);
 
   char* const entry = entry_at<kBlockSize>(p, cache_of<kCaches>(p, layer), slot,
                                            layer * p.tokens + token);
@@ -127,13 +128,9 @@ struct Run {
     for (int i = 0; i < kBytes / kVec; ++i) run.parts[i] = load_streaming<kVec>(at + i * kVec);
     return run;
   }
-  template <typename T>
-  static __device__ __forceinline__ void store(char* at, const T& value) {
-    static_assert(sizeof(T) == kBytes && sizeof(Run) == kBytes, "all of it");
-    Run run;
-    memcpy(&run, &value, kBytes);
+  __device__ __forceinline__ void store(char* at) const {
 #pragma unroll
-    for (int i = 0; i < kBytes / kVec; ++i) store_streaming<kVec>(at + i * kVec, run.parts[i]);
+    for (int i = 0; i < kBytes / kVec; ++i) store_streaming<kVec>(at + i * kVec, parts[i]);
   }
 };
 
@@ -142,10 +139,7 @@ template <bool kPowerOfTwo>
 __device__ __forceinline__ float tile_scale(float largest) {
   const float wanted = divide(largest, 448.0f);
   if constexpr (kPowerOfTwo) {
-    // The smallest power of two that is not below: a mantissa that is not zero carries into the
-    // exponent. Infinity stays what it is.
-    const u32 bits = __float_as_uint(fmaxf(wanted, 1e-4f));
-    return __uint_as_float((bits + 0x007fffffu) & 0xff800000u);
+    return power_of_two_from(fmaxf(wanted, 1e-4f));
   } else {
     return fmaxf(wanted, 1.17549435e-38f);  // the smallest normal number
   }
@@ -162,11 +156,11 @@ template <typename Element, bool kPowerOfTwo, int kVec, int kCacheVec, bool kRop
 __global__ void __launch_bounds__(kMaxThreads)
     concat_and_cache_fp8_ds_mla(const __grid_constant__ Params p) {
   constexpr int kTiles = 4;
-  constexpr int kGroup = 8;  // threads
+  constexpr int kGroup = 8;    // threads
   constexpr int kValues = 16;  // of a thread
   constexpr int kScalesAt = kTiles * kGroup * kValues;
   constexpr int kRopeAt = kScalesAt + kTiles * 4;
-  constexpr int kElement = 2;
+  constexpr int kElement = sizeof(typename Element::Bits);
 
   const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int lane = static_cast<int>(index % kGroup);
@@ -177,11 +171,11 @@ __global__ void __launch_bounds__(kMaxThreads)
   const i64 slot =
       static_cast<i64>(*reinterpret_cast<const Slot*>(p.slot_mapping + token * p.slot_stride));
   if (group == kTiles) {
-    using Rope = Run<kVec, 16>;
+    using Rope = Run<(kVec < kCacheVec ? kVec : kCacheVec), 16>;
     Rope rope{};
     if (kRope) rope = Rope::load(p.k_pe + token * p.k_pe_stride + lane * 16);
     char* const entry = entry_at<kBlockSize>(p, p.kv_cache, slot, token);
-    if (entry) Run<kCacheVec, 16>::store(entry + kRopeAt + lane * 16, rope);
+    if (entry) rope.store(entry + kRopeAt + lane * 16);
     return;
   }
 
@@ -191,28 +185,23 @@ __global__ void __launch_bounds__(kMaxThreads)
   char* const entry = entry_at<kBlockSize>(p, p.kv_cache, slot, token);
   if (!entry) return;
 
-  typename Element::Bits bits[kValues];
-  memcpy(bits, &loaded, sizeof(bits));
   float values[kValues];
+  decode_all<Element>(loaded, values);
   float largest = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) {
-    values[i] = Element::decode(bits[i]);
-    largest = fmaxf(largest, fabsf(values[i]));  // passes over NaN
-  }
-  const u32 members = 0xffu << (threadIdx.x % 32 / kGroup * kGroup);
-#pragma unroll
-  for (int other = kGroup / 2; other > 0; other /= 2) {
-    largest = fmaxf(largest, __shfl_xor_sync(members, largest, other));
-  }
-  const float scale = tile_scale<kPowerOfTwo>(largest);
+  for (int i = 0; i < kValues; ++i) largest = fmaxf(largest, fabsf(values[i]));  // NaN loses
+  const float scale = tile_scale<kPowerOfTwo>(group_max<kGroup>(largest));
 
-  E4M3::Bits stored[kValues];
+  const typename DivideFor<Element, E4M3>::type divide_by_scale(scale);
 #pragma unroll
-  for (int i = 0; i < kValues; ++i) stored[i] = E4M3::encode(divide(values[i], scale));
-  Run<kCacheVec, kValues>::store(entry + first, stored);
+  for (int i = 0; i < kValues; ++i) values[i] = divide_by_scale(values[i]);
+  Run<kCacheVec, kValues> stored;
+  encode_all<E4M3>(values, stored);
+  stored.store(entry + first);
   if (lane == 0) {
-    Run<(kCacheVec < 4 ? kCacheVec : 4), 4>::store(entry + kScalesAt + group * 4, scale);
+    Run<(kCacheVec < 4 ? kCacheVec : 4), 4> bytes;
+    memcpy(&bytes, &scale, sizeof(scale));
+    bytes.store(entry + kScalesAt + group * 4);
   }
 }
 

@@ -20,7 +20,8 @@ struct Tensor {
   Side cache;   // of a block; for slots, its runs are those of one token
   i64 slot;     // from slot to slot of a block
   i64 packed;   // from item to item in the buffer, where an item's bytes are contiguous
-  i64 middle_count;
+  u32 vectors;  // of an item
+  u32 middle_count;
 };
 
 constexpr int kTableWords = 480;
@@ -33,6 +34,7 @@ struct Params {
   i64 first;         // the item's row in the caller's list, for faults
   i64 layer_stride;  // from layer to layer in the buffer
   i64 limit;         // the blocks, or slots, that there are
+  i64 vectors;       // of an item of the tensor that has more
   Tensor tensors[2];
   // The address of each layer's tensors; then, if Index is void, the items' numbers, two in a word.
   u64 table[kTableWords];
@@ -52,16 +54,15 @@ __device__ __forceinline__ i64 number_of(const Params& p, u32 item) {
   }
 }
 
-// kFirst and kSecond are the vectors of an item of tensors 0 and 1, kFirstRun and kSecondRun those
-// of a run in it. kBlockSize 0: items are blocks; else they are slots, of which negative ones are
-// padding. kItems work items per thread.
-template <Move kMove, int kTensors, int kVec, int kFirst, int kSecond, int kFirstRun, int kSecondRun,
-          bool kNested, int kBlockSize, int kItems, typename Index, int kMaxThreads>
+// kFirstRun and kSecondRun belong to tensors 0 and 1. kBlockSize 0: items are blocks; else they are
+// slots, of which negative ones are padding. kItems work items per thread.
+template <Move kMove, int kTensors, int kVec, int kFirstRun, int kSecondRun, bool kNested,
+          int kBlockSize, int kItems, typename Index, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) pack_blocks(const __grid_constant__ Params p) {
-  constexpr u32 kVectors = kTensors == 2 && kSecond > kFirst ? kSecond : kFirst;
   const u64* caches = p.table + blockIdx.y * kTensors;
   const i64 layer = blockIdx.y * p.layer_stride;
-  const u32 works = static_cast<u32>(p.items) * kVectors;  // the host keeps this below 2^31
+  const u32 vectors = static_cast<u32>(p.vectors);
+  const u32 works = static_cast<u32>(p.items) * vectors;  // the host keeps this below 2^31
   const u32 step = gridDim.x * blockDim.x * kItems;
 
   const auto in_cache = [&](int t, i64 number, u32 index) {
@@ -73,14 +74,14 @@ __global__ void __launch_bounds__(kMaxThreads) pack_blocks(const __grid_constant
       const Place<kBlockSize> place(number);
       at += place.block * tensor.cache.block + place.offset * tensor.slot;
     }
-    const u32 middle_count = static_cast<u32>(tensor.middle_count);
-    return at + (t == 0 ? offset_in_block<kVec, kFirstRun, kNested>(tensor.cache, middle_count, index)
-                        : offset_in_block<kVec, kSecondRun, kNested>(tensor.cache, middle_count, index));
+    const u32 middles = tensor.middle_count;
+    return at + (t == 0 ? offset_in_block<kVec, kFirstRun, kNested>(tensor.cache, middles, index)
+                        : offset_in_block<kVec, kSecondRun, kNested>(tensor.cache, middles, index));
   };
   const auto in_buffer = [&](int t, u32 item, u32 index) {
     return p.packed[t] + layer + item * p.tensors[t].packed + static_cast<i64>(index) * kVec;
   };
-  const auto has = [](int t, u32 index) { return index < (t == 0 ? kFirst : kSecond); };
+  const auto has = [&](int t, u32 index) { return index < p.tensors[t].vectors; };
 
   for (u32 start = blockIdx.x * (blockDim.x * kItems) + threadIdx.x; start < works; start += step) {
     i64 number[kItems];
@@ -88,13 +89,13 @@ __global__ void __launch_bounds__(kMaxThreads) pack_blocks(const __grid_constant
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const u32 work = start + i * blockDim.x;
-      number[i] = work < works ? number_of<kTensors, Index>(p, work / kVectors) : -1;
+      number[i] = work < works ? number_of<kTensors, Index>(p, work / vectors) : -1;
     }
     if constexpr (kMove == Move::kUnpack) {  // only the stores have to wait for the numbers
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         const u32 work = start + i * blockDim.x;
-        const u32 item = work / kVectors, index = work % kVectors;
+        const u32 item = work / vectors, index = work % vectors;
 #pragma unroll
         for (int t = 0; t < kTensors; ++t) {
           if (work < works && has(t, index)) {
@@ -108,13 +109,13 @@ __global__ void __launch_bounds__(kMaxThreads) pack_blocks(const __grid_constant
       for (int i = 0; i < kItems; ++i) {
         const u32 work = start + i * blockDim.x;
         if (work >= works || (kBlockSize > 0 && number[i] < 0)) continue;
-        if (!in_bounds(number[i], p.limit, kIndices, p.first + work / kVectors)) number[i] = -1;
+        if (!in_bounds(number[i], p.limit, kIndices, p.first + work / vectors)) number[i] = -1;
       }
     }
     if constexpr (kMove == Move::kPack) {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
-        const u32 index = (start + i * blockDim.x) % kVectors;
+        const u32 index = (start + i * blockDim.x) % vectors;
 #pragma unroll
         for (int t = 0; t < kTensors; ++t) {
           if (number[i] >= 0 && has(t, index)) {
@@ -126,7 +127,7 @@ __global__ void __launch_bounds__(kMaxThreads) pack_blocks(const __grid_constant
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const u32 work = start + i * blockDim.x;
-      const u32 item = work / kVectors, index = work % kVectors;
+      const u32 item = work / vectors, index = work % vectors;
 #pragma unroll
       for (int t = 0; t < kTensors; ++t) {
         if (number[i] < 0 || !has(t, index)) continue;

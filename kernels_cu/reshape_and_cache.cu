@@ -1,13 +1,14 @@
 // SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 // SPDX-License-Identifier: Apache-2.0
 // Writes tokens into an x-packed cache: keys [block, head, d / x, offset, d % x], values
-// [block, head, d, offset].
+// [block, head, d, offset] or, interleaved, [block, head, offset / x, d, offset % x].
 //
 // A thread block takes kTile tokens of one head. Threads run over tokens first: keys of consecutive
 // slots are then neighbours in the cache, and the transposition of the values through shared memory
 // has no bank conflicts. Where a group of 16 bytes' worth of slots is consecutive and aligned, its
 // values leave as 16-byte vectors along the offset; elsewhere element by element, which costs a
-// whole memory sector for each.
+// whole memory sector for each. What is converted is converted before the transposition.
+#include "cupy_cache/convert.cuh"
 #include "cupy_cache/ints.cuh"
 #include "cupy_cache/paging.cuh"
 #include "cupy_cache/vec.cuh"
@@ -16,11 +17,13 @@ namespace cupy_cache {
 
 // Strides are in bytes.
 struct Params {
-  const char* key;           // [tokens, heads, kKeyBytes]
-  const char* value;         // [tokens, heads, kValueBytes]
+  const char* key;           // [tokens, heads, :]
+  const char* value;         // [tokens, heads, :]
   char* key_cache;           // [num_blocks, heads, kKeyBytes / kPackBytes, kBlockSize, kPackBytes]
-  char* value_cache;         // [num_blocks, heads, kValueBytes / kElement, kBlockSize]
+  char* value_cache;         // [num_blocks, heads, kBlockSize / kSlots, kValueBytes / kElement, kSlots]
   const char* slot_mapping;  // [tokens]
+  const char* k_scale;       // [heads] of float, or null: k_scale_value
+  const char* v_scale;       // [heads] of float, or null: v_scale_value
   i64 tokens;
   i64 num_blocks;
   i64 slot_stride;
@@ -34,38 +37,48 @@ struct Params {
   i64 key_offset_stride;
   i64 value_block_stride;
   i64 value_cache_head_stride;
+  i64 value_slots_stride;
   i64 value_element_stride;
+  i64 k_scale_stride;
+  i64 v_scale_stride;
+  float k_scale_value;
+  float v_scale_value;
 };
 
 constexpr u32 kSlotMapping = 1;
 constexpr int kTile = 16;         // tokens of a thread block
-constexpr int kChunkBytes = 512;  // of a token's head that are in flight at a time
+constexpr int kChunkBytes = 512;  // of a token's head in the cache that are in flight at a time
 constexpr i64 kSkip = -1;
 
 __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
-// Loads this thread's vectors of bytes [begin, begin + kBytes) of each of the tile's rows.
-template <int kVec, int kBytes, int kThreads, int kCount>
-__device__ __forceinline__ void load_rows(Vec<kVec> (&held)[kCount], const char* base,
-                                          i64 token_stride, i64 tokens_left, int begin, int end) {
+// Loads what becomes this thread's vectors of bytes [begin, begin + kBytes) of each of the tile's rows.
+template <typename Converter, int kVec, int kBytes, int kThreads, int kCount>
+__device__ __forceinline__ void load_rows(typename Converter::Source (&held)[kCount],
+                                          const char* base, i64 token_stride, i64 tokens_left,
+                                          int begin, int end) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int item = i * kThreads + static_cast<int>(threadIdx.x);
     const int token = item % kTile;
     const int at = begin + item / kTile * kVec;
     if (item < kTile * (kBytes / kVec) && token < tokens_left && at < end) {
-      held[i] = load_streaming<kVec>(base + token * token_stride + at);
+      held[i] = Converter::load(base + token * token_stride + at / kVec * Converter::kSourceBytes);
     }
   }
 }
 
-// kElement is the bytes of an element, kPackBytes those of x elements. kVectorValues says that the
-// value cache's address and strides allow 16-byte stores.
-template <int kElement, int kPackBytes, int kKeyVec, int kValueVec, int kKeyBytes, int kValueBytes,
-          int kBlockSize, bool kVectorValues, typename Slot, int kThreads>
+// Keys and Values are the converters of both, to vectors of kKeyVec and kValueVec bytes of the cache.
+// kElement is the bytes of an element there, kPackBytes those of x elements, and kSlots the slots that
+// lie together in the value cache: all of a block, or x where it is interleaved. kVectorValues says
+// that the value cache's address and strides allow 16-byte stores.
+template <typename Keys, typename Values, int kElement, int kPackBytes, int kKeyVec, int kValueVec,
+          int kKeyBytes, int kValueBytes, int kBlockSize, int kSlots, bool kVectorValues,
+          typename Slot, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     reshape_and_cache(const __grid_constant__ Params p) {
   static_assert(kKeyBytes % kPackBytes == 0 && kPackBytes % kKeyVec == 0, "whole packs");
+  static_assert(kBlockSize % kSlots == 0, "whole groups of slots");
   constexpr int kKeyChunk = smaller(kKeyBytes, kChunkBytes);
   constexpr int kValueChunk = smaller(kValueBytes, kChunkBytes);
   constexpr int kKeyCount = (kTile * (kKeyChunk / kKeyVec) + kThreads - 1) / kThreads;
@@ -80,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
 
   constexpr int kGroup = 16 / kElement;  // slots of a 16-byte vector
   constexpr int kGroups = kTile / kGroup;
-  constexpr bool kMayBeAdjacent = kVectorValues && kBlockSize % kGroup == 0;
+  constexpr bool kMayBeAdjacent = kVectorValues && kSlots % kGroup == 0;
   __shared__ i64 slots[kTile];
   __shared__ bool adjacent[kGroups];
 
@@ -89,6 +102,8 @@ __global__ void __launch_bounds__(kThreads)
   const int head = blockIdx.y;
   const char* key = p.key + first * p.key_token_stride + head * p.key_head_stride;
   const char* value = p.value + first * p.value_token_stride + head * p.value_head_stride;
+  const float k_scale = scale_of(p.k_scale, p.k_scale_stride, head, p.k_scale_value);
+  const float v_scale = scale_of(p.v_scale, p.v_scale_stride, head, p.v_scale_value);
 
   if (threadIdx.x < kTile) {
     const int token = threadIdx.x;
@@ -104,11 +119,12 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   for (int begin = 0; begin < kLargest; begin += kChunkBytes) {
-    Vec<kKeyVec> keys[kKeyCount];
-    Vec<kValueVec> values[kValueCount];
-    load_rows<kKeyVec, kKeyChunk, kThreads>(keys, key, p.key_token_stride, left, begin, kKeyBytes);
-    load_rows<kValueVec, kValueChunk, kThreads>(values, value, p.value_token_stride, left, begin,
-                                                kValueBytes);
+    typename Keys::Source keys[kKeyCount];
+    typename Values::Source values[kValueCount];
+    load_rows<Keys, kKeyVec, kKeyChunk, kThreads>(keys, key, p.key_token_stride, left, begin,
+                                                  kKeyBytes);
+    load_rows<Values, kValueVec, kValueChunk, kThreads>(values, value, p.value_token_stride, left,
+                                                        begin, kValueBytes);
     __syncthreads();  // slots are there; the last chunk's values have been read
 
     if (kMayBeAdjacent && begin == 0 && threadIdx.x < kGroups) {
@@ -129,7 +145,7 @@ __global__ void __launch_bounds__(kThreads)
                                      head * p.key_cache_head_stride +
                                      at / kPackBytes * p.key_pack_stride +
                                      place.offset * p.key_offset_stride + at % kPackBytes,
-                                 keys[i]);
+                                 Keys::convert(keys[i], k_scale));
       }
     }
 
@@ -139,7 +155,7 @@ __global__ void __launch_bounds__(kThreads)
       const int token = item % kTile;
       const int at = item / kTile * kValueVec;  // in the chunk
       if (item < kTile * (kValueChunk / kValueVec) && token < left && begin + at < kValueBytes) {
-        const Elements<kElement, kValueVec> elements(values[i]);
+        const Elements<kElement, kValueVec> elements(Values::convert(values[i], v_scale));
 #pragma unroll
         for (int j = 0; j < kValueVec / kElement; ++j) {
           *reinterpret_cast<Vec<kElement>*>(transposed_bytes +
@@ -158,20 +174,21 @@ __global__ void __launch_bounds__(kThreads)
       const int start = element * kRowWords + group * 4;
       char* const row = p.value_cache + head * p.value_cache_head_stride +
                         (begin / kElement + element) * p.value_element_stride;
+      const auto at = [&](i64 slot) {
+        const Place<kBlockSize> place(slot);
+        const i64 before = kSlots == kBlockSize ? 0 : place.offset / kSlots * p.value_slots_stride;
+        return row + place.block * p.value_block_stride + before + place.offset % kSlots * kElement;
+      };
       if (kMayBeAdjacent && adjacent[group]) {
-        const Place<kBlockSize> place(slots[group * kGroup]);
         const uint4 vector = {transposed[start], transposed[start + 1], transposed[start + 2],
                               transposed[start + 3]};
-        store_streaming<16>(row + place.block * p.value_block_stride + place.offset * kElement,
-                            vector);
+        store_streaming<16>(at(slots[group * kGroup]), vector);
       } else {
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
           const i64 slot = slots[group * kGroup + i];
           if (slot < 0) continue;
-          const Place<kBlockSize> place(slot);
-          *reinterpret_cast<Vec<kElement>*>(row + place.block * p.value_block_stride +
-                                            place.offset * kElement) =
+          *reinterpret_cast<Vec<kElement>*>(at(slot)) =
               *reinterpret_cast<const Vec<kElement>*>(transposed_bytes + start * 4 + i * kElement);
         }
       }

@@ -15,11 +15,13 @@ namespace cupy_cache {
 
 // Strides are in bytes.
 struct Params {
-  const char* key;          // [tokens, heads, kKeyBytes]
-  const char* value;        // [tokens, heads, kValueBytes]
-  char* key_cache;          // [num_blocks, kBlockSize, heads, kKeyBytes]
-  char* value_cache;        // [num_blocks, kBlockSize, heads, kValueBytes]
-  const char* slot_mapping; // [tokens]
+  const char* key;           // [tokens, heads, :]
+  const char* value;         // [tokens, heads, :]
+  char* key_cache;           // [num_blocks, kBlockSize, heads, kKeyBytes]
+  char* value_cache;         // [num_blocks, kBlockSize, heads, kValueBytes]
+  const char* slot_mapping;  // [tokens]
+  const char* k_scale;       // [heads] of float, or null: k_scale_value
+  const char* v_scale;       // [heads] of float, or null: v_scale_value
   i64 tokens;
   i64 num_blocks;
   i64 slot_stride;
@@ -33,16 +35,20 @@ struct Params {
   i64 value_block_stride;
   i64 value_offset_stride;
   i64 value_cache_head_stride;
+  i64 k_scale_stride;
+  i64 v_scale_stride;
+  float k_scale_value;
+  float v_scale_value;
 };
 
 constexpr u32 kSlotMapping = 1;
 
-template <int kVec, int kHeads, int kKeyBytes, int kValueBytes, int kBlockSize, typename Slot,
-          int kMaxThreads>
+// Converter makes vectors of kVec bytes of the caches, of which kKeyBytes and kValueBytes are too.
+template <typename Converter, int kVec, int kHeads, int kKeyBytes, int kValueBytes, int kBlockSize,
+          typename Slot, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads)
     reshape_and_cache_flash(const __grid_constant__ Params p) {
   static_assert(kKeyBytes % kVec == 0 && kValueBytes % kVec == 0, "whole vectors");
-  using Converter = Copy<kVec>;
   constexpr int kKeyVectors = kKeyBytes / kVec;      // of one segment
   constexpr int kValueVectors = kValueBytes / kVec;
   constexpr int kKeyItems = kHeads * kKeyVectors;    // of one token
@@ -54,38 +60,42 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int item = static_cast<int>(index % kItems);
   if (token >= p.tokens) return;
 
-  // The slot and the data are loaded together: only the stores have to wait for the slot.
   const i64 slot =
       static_cast<i64>(*reinterpret_cast<const Slot*>(p.slot_mapping + token * p.slot_stride));
   const bool has_key = kKeyItems == kItems || item < kKeyItems;
   const bool has_value = kValueItems == kItems || item < kValueItems;
   typename Converter::Source key, value;
+  float k_scale, v_scale;
   if (has_key) {
-    key = Converter::load(p.key + token * p.key_token_stride +
-                          (item / kKeyVectors) * p.key_head_stride +
+    const int head = item / kKeyVectors;
+    key = Converter::load(p.key + token * p.key_token_stride + head * p.key_head_stride +
                           (item % kKeyVectors) * Converter::kSourceBytes);
+    k_scale = scale_of(p.k_scale, p.k_scale_stride, head, p.k_scale_value);
   }
   if (has_value) {
-    value = Converter::load(p.value + token * p.value_token_stride +
-                            (item / kValueVectors) * p.value_head_stride +
+    const int head = item / kValueVectors;
+    value = Converter::load(p.value + token * p.value_token_stride + head * p.value_head_stride +
                             (item % kValueVectors) * Converter::kSourceBytes);
+    v_scale = scale_of(p.v_scale, p.v_scale_stride, head, p.v_scale_value);
   }
-  if (slot < 0) return;  // padding
-  if (!in_bounds(slot, p.num_blocks * kBlockSize, kSlotMapping, token)) return;
+  // Negative slots are padding. There is no return before the stores: the compiler would move the
+  // loads behind it, and they would wait for the slot.
+  const bool valid =
+      slot >= 0 && in_bounds(slot, p.num_blocks * kBlockSize, kSlotMapping, token);
   const Place<kBlockSize> place(slot);
-  if (has_key) {
+  if (valid && has_key) {
     store_streaming<kVec>(p.key_cache + place.block * p.key_block_stride +
                               place.offset * p.key_offset_stride +
                               (item / kKeyVectors) * p.key_cache_head_stride +
                               (item % kKeyVectors) * kVec,
-                          Converter::convert(key, 1.0f));
+                          Converter::convert(key, k_scale));
   }
-  if (has_value) {
+  if (valid && has_value) {
     store_streaming<kVec>(p.value_cache + place.block * p.value_block_stride +
                               place.offset * p.value_offset_stride +
                               (item / kValueVectors) * p.value_cache_head_stride +
                               (item % kValueVectors) * kVec,
-                          Converter::convert(value, 1.0f));
+                          Converter::convert(value, v_scale));
   }
 }
 

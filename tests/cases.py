@@ -7,11 +7,15 @@ A case is made by ``CASES[name](rng)``: a `Case` whose `call(world)` runs the op
 arrays and whose `expect(storages)` does the same with plain loops on NumPy copies.
 """
 
+import functools
+
+import ml_dtypes
 import numpy as np
 import oracle
 import worlds
 
 import cupy_cache as cc
+from cupy_cache import arrays
 
 
 class Case:
@@ -67,6 +71,45 @@ def _x_packed(rng):
         worlds.of_values(np.arange(19)),
     ]
     return Case(specs, specs[2:4], cc.reshape_and_cache, oracle.reshape_and_cache)
+
+
+def _mla_write(rng, kv_cache_dtype="auto"):
+    entries = kv_cache_dtype == "fp8_ds_mla"
+    dtype = "bfloat16" if kv_cache_dtype == "auto" else "uint8"
+    specs = [
+        worlds.of_values(rng.normal(size=(9, 512)).astype(ml_dtypes.bfloat16)),
+        worlds.of_values(rng.normal(size=(9, 64)).astype(ml_dtypes.bfloat16)),
+        worlds.array(rng, (5, 16, 656 if entries else 576), dtype),
+        worlds.of_values(rng.permutation(80)[:9]),
+        worlds.of_values(np.array([0.25], np.float32)),
+    ]
+
+    def run(kv_c, k_pe, kv_cache, slots, scale):
+        cc.concat_and_cache_mla(kv_c, k_pe, kv_cache, slots, kv_cache_dtype, scale)
+
+    def expected(kv_c, k_pe, kv_cache, slots, scale):
+        if entries:
+            oracle.concat_and_cache_fp8_ds_mla(kv_c, k_pe, kv_cache, slots, "power_of_two")
+        else:
+            stored = oracle.STORED.get(kv_cache_dtype)
+            oracle.concat_and_cache_mla(kv_c, k_pe, kv_cache, slots, scale[0], stored)
+
+    return Case(specs, specs[2:3], run, expected)
+
+
+def _mla_writes(rng):
+    caches = [worlds.array(rng, (5, 16, 40), "bfloat16") for _ in range(3)]
+    sources = [worlds.array(rng, (3, 9, size), "bfloat16") for size in (32, 8)]
+    slots = worlds.of_values(np.stack([rng.permutation(80)[:9] for _ in caches]))
+
+    def run(kv_c, k_pe, slots, *caches):
+        cc.concat_and_cache_mla_grouped(kv_c, k_pe, list(caches), slots)
+
+    def expected(kv_c, k_pe, slots, *caches):
+        for layer in zip(kv_c, k_pe, caches, slots):
+            oracle.concat_and_cache_mla(*layer)
+
+    return Case([*sources, slots, *caches], caches, run, expected)
 
 
 _PAIRS = [(0, 4), (2, 5), (0, 1)]
@@ -136,6 +179,106 @@ def _gather(rng):
     return Case(specs, specs[1:2], cc.gather_cache, oracle.gather_cache)
 
 
+def _sequences(rng):
+    return [
+        worlds.of_values(rng.integers(0, 6, (3, 2)).astype(np.int32)),
+        worlds.of_values(np.array([0, 17, 17, 35], np.int32)),
+        worlds.of_values(np.array([3, 0, 14], np.int32)),
+    ]
+
+
+def _cp_gather(rng):
+    specs = [
+        worlds.array(rng, (6, 16, 576), "bfloat16"),
+        worlds.array(rng, (40, 576), "bfloat16"),
+        *_sequences(rng),
+    ]
+
+    def run(src, dst, table, bounds, starts):
+        cc.cp_gather_cache(src, dst, table, bounds, 3, starts)
+
+    return Case(specs, specs[1:2], run, oracle.gather_cache)
+
+
+def _gather_numbers(rng):
+    codes = rng.integers(0, 0x7F, (6, 16, 48)).astype(np.uint8)  # none is NaN
+    specs = [
+        worlds.of_values(codes),
+        worlds.array(rng, (40, 48), "bfloat16"),
+        *_sequences(rng),
+        worlds.of_values(np.array([0.75], np.float32)),
+    ]
+
+    def run(src, dst, table, bounds, starts, scale):
+        cc.gather_and_maybe_dequant_cache(
+            src, dst, table, bounds, None, 33, "fp8", scale, starts
+        )
+
+    def expected(src, dst, table, bounds, starts, scale):
+        def token(block, offset):
+            return [
+                oracle.dequantise(byte, scale[0], "float8_e4m3fn", dst.dtype)
+                for byte in src[block, offset]
+            ]
+
+        oracle.gather_cache(src, dst, table, bounds, starts, rows=33, token=token)
+
+    return Case(specs, specs[1:2], run, expected)
+
+
+def _gather_entries(rng):
+    entries = rng.integers(0, 0x7F, (6, 16, 656)).astype(np.uint8)  # none is NaN
+    scales = np.array([0.5, 1.0, 0.1, 3.0], np.float32)
+    entries[..., 512:528] = scales.view(np.uint8)
+    table, bounds, starts = _sequences(rng)
+    bounds = worlds.of_values(np.array([0, 17, 17], np.int32))
+    specs = [
+        worlds.of_values(entries), worlds.array(rng, (35, 576), "bfloat16"), table, bounds, starts
+    ]  # fmt: skip
+
+    def run(src, dst, table, bounds, starts):
+        cc.cp_gather_and_upconvert_fp8_kv_cache(src, dst, table, bounds, 3, starts)
+
+    def expected(src, dst, table, bounds, starts):
+        def token(block, offset):
+            return oracle.fp8_ds_mla_token(src[block, offset], dst.dtype, dst.dtype)
+
+        bounds = [*bounds, len(dst)]
+        oracle.gather_cache(src, dst, table, bounds, starts, token=token)
+
+    return Case(specs, specs[1:2], run, expected)
+
+
+def _indexer_write(rng):
+    specs = [
+        worlds.of_values(rng.normal(size=(19, 128)).astype(np.float16)),
+        worlds.array(rng, (5, 16, 132), "uint8"),
+        worlds.of_values(rng.permutation(80)[:19]),
+    ]
+    return Case(
+        specs,
+        specs[1:2],
+        lambda *args: cc.indexer_k_quant_and_cache(*args, 128, "ue8m0"),
+        lambda *args: oracle.indexer_k_quant_and_cache(*args, 128, "ue8m0"),
+    )
+
+
+def _indexer_gather(rng):
+    specs = [
+        worlds.array(rng, (6, 16, 132), "uint8"),
+        worlds.array(rng, (40, 128), "uint8"),
+        worlds.array(rng, (40, 4), "uint8"),
+        worlds.of_values(rng.integers(0, 6, (3, 2)).astype(np.int32)),
+        worlds.of_values(np.array([0, 17, 17, 35], np.int32)),
+    ]
+    return Case(
+        specs,
+        specs[1:3],
+        cc.cp_gather_indexer_k_quant_cache,
+        lambda *args: oracle.cp_gather_indexer_k_quant_cache(*args, 128),
+    )
+
+
 def _slot_mapping(rng):
     specs = [
         worlds.of_values(rng.integers(0, 1000, (3, 2)).astype(np.int32)),
@@ -149,6 +292,24 @@ def _slot_mapping(rng):
         lambda table, positions, starts, out: cc.slot_mapping(table, positions, starts, 16, out=out),
         lambda table, positions, starts, out: oracle.slot_mapping(table, positions, starts, 16, out),
     )
+
+
+def _slot_groups(rng):
+    specs = [
+        *(worlds.of_values(rng.integers(0, 1000, (4, n)).astype(np.int32)) for n in (2, 4)),
+        worlds.of_values(np.array([3, -1, 0], np.int32)),
+        worlds.of_values(rng.integers(0, 32, 9)),
+        worlds.of_values(np.array([0, 4, 5, 9], np.int32)),
+        worlds.array(rng, (2, 12), "int64"),
+    ]
+
+    def run(first, second, *step):
+        cc.slot_mapping_groups([first, second], *step[:3], [16, 8], out=step[3])
+
+    def expected(first, second, *step):
+        oracle.slot_mapping_groups([first, second], *step[:3], [16, 8], step[3])
+
+    return Case(specs, specs[5:], run, expected)
 
 
 def _slopes(rng):
@@ -170,16 +331,109 @@ def _placed(rng):
     return Case([spec], [spec], lambda out: cc.place_slopes(slopes, out=out), expected)
 
 
+def _bias(rng):
+    specs = [
+        worlds.of_values(np.array([0.5, 0.25, 0.75], np.float32)),
+        worlds.of_values(rng.integers(0, 99, 4)),
+        worlds.of_values(rng.integers(0, 99, 24)),
+        worlds.array(rng, (3, 4, 24), "bfloat16"),
+    ]
+    return Case(
+        specs,
+        specs[3:],
+        lambda *args: cc.alibi_bias(*args[:3], out=args[3], causal=True),
+        lambda *args: oracle.alibi_bias(*args, causal=True),
+    )
+
+
+def _layers(specs):
+    """Two layers of keys and values."""
+    return [(specs[0], specs[1]), (specs[2], specs[3])]
+
+
+def _pack(rng, by_slot=False, layout="layer_first", on_host=False):
+    specs = [worlds.array(rng, (6, 16, 2, 64), "uint16") for _ in range(4)]
+    out = worlds.array(rng, (2 * 2 * 3 * 16 * 256,), "uint8")
+    numbers = [70, -1, 3] if by_slot else [4, 0, 4]
+    pack = cc.pack_tokens if by_slot else cc.pack_blocks
+    return Case(
+        [*specs, out],
+        [out],
+        lambda *args: pack(_layers(args), numbers, args[4], layout=layout),
+        lambda *args: oracle.pack(_layers(args), numbers, args[4], layout, by_slot),
+        on_host=[out] if on_host else (),
+    )
+
+
+def _unpack(rng, by_slot=False, layout="layer_first", on_host=False):
+    specs = [worlds.array(rng, (6, 16, 2, 64), "uint16") for _ in range(4)]
+    packed = worlds.array(rng, (2 * 2 * 3 * 16 * 256,), "uint8")
+    numbers = worlds.of_values(np.array([70, -1, 3] if by_slot else [4, 0, 5]))
+    unpack = cc.unpack_tokens if by_slot else cc.unpack_blocks
+    return Case(
+        [*specs, packed, numbers],
+        specs,
+        lambda *args: unpack(args[4], _layers(args), args[5], layout=layout),
+        lambda *args: oracle.unpack(args[4], _layers(args), args[5], layout, by_slot),
+        on_host=[packed] if on_host else (),
+    )
+
+
+def _zero(rng):
+    specs = [worlds.array(rng, (6, 16, 2, 64), "bfloat16") for _ in range(4)]
+    return Case(
+        specs,
+        specs,
+        lambda *args: cc.zero_blocks(_layers(args), [4, 1]),
+        lambda *args: oracle.zero_blocks(args, [4, 1]),
+    )
+
+
+def _ranges(rng):
+    specs = [worlds.array(rng, (20000,), "uint8") for _ in range(2)]
+    starts, sizes = np.array([[0, 9000, 17], [10000, 1, 9500]]), np.array([8192, 5000, 16])
+
+    def call(*made):
+        addresses = (arrays.view(array, "array").ptr for array in made)
+        cc.swap_blocks_batch(*(a + s for a, s in zip(addresses, starts)), sizes)
+
+    def expected(source, destination):
+        for of, to, size in zip(*starts, sizes):
+            for byte in range(size):
+                destination[to + byte] = source[of + byte]
+
+    return Case(specs, specs[1:], call, expected)
+
+
 CASES = {
     "reshape_and_cache_flash": _flash,
     "reshape_and_cache": _x_packed,
+    "concat_and_cache_mla": _mla_write,
+    "concat_and_cache_mla-fp8": functools.partial(_mla_write, kv_cache_dtype="fp8"),
+    "concat_and_cache_mla-fp8_ds_mla": functools.partial(_mla_write, kv_cache_dtype="fp8_ds_mla"),
+    "concat_and_cache_mla_grouped": _mla_writes,
     "copy_blocks": _copy,
     "copy_blocks-device": _copy_by_device_mapping,
     "copy_blocks_mla": _copy_mla,
     "swap_blocks-out": _swap_out,
     "swap_blocks-in": _swap_in,
+    "swap_blocks_batch": _ranges,
+    "pack_blocks": _pack,
+    "pack_blocks-out": functools.partial(_pack, layout="page_first", on_host=True),
+    "pack_tokens": functools.partial(_pack, by_slot=True, layout="page_first"),
+    "unpack_blocks": _unpack,
+    "unpack_blocks-in": functools.partial(_unpack, layout="page_first", on_host=True),
+    "unpack_tokens": functools.partial(_unpack, by_slot=True, layout="page_first"),
+    "zero_blocks": _zero,
     "gather_cache": _gather,
+    "cp_gather_cache": _cp_gather,
+    "gather_and_maybe_dequant_cache": _gather_numbers,
+    "cp_gather_and_upconvert_fp8_kv_cache": _gather_entries,
+    "indexer_k_quant_and_cache": _indexer_write,
+    "cp_gather_indexer_k_quant_cache": _indexer_gather,
     "slot_mapping": _slot_mapping,
+    "slot_mapping_groups": _slot_groups,
+    "alibi_bias": _bias,
     "alibi_slopes": _slopes,
     "place_slopes": _placed,
 }

@@ -42,12 +42,42 @@ GPU_MISSING = _gpu_missing()
 GXX = shutil.which("g++")
 
 
-def pytest_collection_modifyitems(items):
+# Of each test's parameter combinations on each kind of array, this many run by default, chosen by
+# their names, so always the same; --everything runs all. A single combination is quick, but there
+# are more than ten thousand.
+SAMPLE = 3
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--everything", action="store_true", help="run every combination of test parameters"
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--everything"):
+        _keep_sample(config, items)
     if GPU_MISSING is None or env.flag(env.REQUIRE_GPU):
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=f"no GPU: {GPU_MISSING}"))
+
+
+def _keep_sample(config, items):
+    groups = {}
+    for item in items:
+        world = item.callspec.params.get("world") if hasattr(item, "callspec") else None
+        groups.setdefault((item.nodeid.partition("[")[0], world), []).append(item)
+    kept = {
+        item
+        for group in groups.values()
+        for item in sorted(group, key=lambda item: zlib.crc32(item.nodeid.encode()))[:SAMPLE]
+    }
+    named = any("::" in argument for argument in config.args)
+    if not named and len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = [item for item in items if item in kept]
 
 
 def pytest_terminal_summary(terminalreporter):

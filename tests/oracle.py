@@ -12,21 +12,62 @@ import ml_dtypes
 import numpy as np
 
 
-def reshape_and_cache_flash(key, value, key_cache, value_cache, slot_mapping):
+def written(values, token, head, scale, stored):
+    """What is stored of a row: for ``stored`` None the elements, else the bytes of each value
+    divided by ``scale`` (one number, or one for each head)."""
+    row = values[token, head]
+    if stored is None:
+        return row
+    scale = np.asarray(scale, np.float32).reshape(-1)
+    return [quantise(x, scale[head % len(scale)], stored) for x in row]
+
+
+def reshape_and_cache_flash(
+    key, value, key_cache, value_cache, slot_mapping, k_scale=1.0, v_scale=1.0, stored=None
+):
+    """The caches are uint8 if ``stored`` (the name of an 8-bit type) is given."""
     num_blocks, block_size = key_cache.shape[:2]
     for token in range(slot_mapping.shape[0]):
         slot = int(slot_mapping[token])
         if slot < 0 or slot >= num_blocks * block_size:
             continue
-        for source, cache in ((key, key_cache), (value, value_cache)):
+        for source, cache, scale in ((key, key_cache, k_scale), (value, value_cache, v_scale)):
             for head in range(source.shape[1]):
-                for element in range(source.shape[2]):
-                    cache[slot // block_size, slot % block_size, head, element] = source[
-                        token, head, element
-                    ]
+                for element, x in enumerate(written(source, token, head, scale, stored)):
+                    cache[slot // block_size, slot % block_size, head, element] = x
 
 
-def reshape_and_cache(key, value, key_cache, value_cache, slot_mapping):
+def reshape_and_cache_flash_per_token_head(
+    key, value, key_cache, value_cache, k_scale_cache, v_scale_cache, slot_mapping, stored
+):
+    """The caches of elements are uint8."""
+    num_blocks, block_size = key_cache.shape[:2]
+    largest_code = np.float32({"int8": 127, "float8_e4m3fn": 448}[stored])
+    for token in range(slot_mapping.shape[0]):
+        slot = int(slot_mapping[token])
+        if slot < 0 or slot >= num_blocks * block_size:
+            continue
+        place = slot // block_size, slot % block_size
+        for source, cache, scale_cache in (
+            (key, key_cache, k_scale_cache), (value, value_cache, v_scale_cache)
+        ):  # fmt: skip
+            for head in range(source.shape[1]):
+                row = [np.float32(x) for x in source[token, head]]
+                with np.errstate(all="ignore"):
+                    largest = max([abs(x) for x in row if x == x], default=np.float32(0))
+                    scale = max(largest / largest_code, np.float32(1e-6))
+                    inverse = np.float32(1) / scale
+                    products = [x * inverse for x in row]
+                scale_cache[*place, head] = scale
+                for element, product in enumerate(products):
+                    cache[*place, head, element] = quantise(product, 1.0, stored)
+
+
+def reshape_and_cache(
+    key, value, key_cache, value_cache, slot_mapping, k_scale=1.0, v_scale=1.0, stored=None
+):
+    """The caches are uint8 if ``stored`` is given; the values interleaved if their cache has five
+    dimensions."""
     num_blocks, _, _, block_size, x = key_cache.shape
     for token in range(slot_mapping.shape[0]):
         slot = int(slot_mapping[token])
@@ -34,10 +75,13 @@ def reshape_and_cache(key, value, key_cache, value_cache, slot_mapping):
             continue
         block, offset = slot // block_size, slot % block_size
         for head in range(key.shape[1]):
-            for d in range(key.shape[2]):
-                key_cache[block, head, d // x, offset, d % x] = key[token, head, d]
-            for d in range(value.shape[2]):
-                value_cache[block, head, d, offset] = value[token, head, d]
+            for d, element in enumerate(written(key, token, head, k_scale, stored)):
+                key_cache[block, head, d // x, offset, d % x] = element
+            for d, element in enumerate(written(value, token, head, v_scale, stored)):
+                if value_cache.ndim == 5:
+                    value_cache[block, head, offset // x, d, offset % x] = element
+                else:
+                    value_cache[block, head, d, offset] = element
 
 
 def copy_blocks(caches, pairs):
@@ -55,13 +99,19 @@ def swap_blocks(source, destination, pairs):
         destination[second] = before[first]
 
 
-def gather_cache(src_cache, dst, block_table, cu_seq_lens, seq_starts=None):
-    """Returns the faults to expect: (row, argument, value, limit)."""
-    num_blocks, block_size = src_cache.shape[:2]
+def gather_cache(
+    src_cache, dst, block_table, cu_seq_lens, seq_starts=None, *,
+    rows=None, block_size=None, token=None,
+):  # fmt: skip
+    """``rows``: only the first; ``token(block, offset)``: what a row becomes. Returns the faults to
+    expect: (row, argument, value, limit)."""
+    num_blocks = src_cache.shape[0]
+    block_size = block_size or src_cache.shape[1]
+    token = token or (lambda block, offset: src_cache[block, offset])
     width = block_table.shape[1]
     faults = []
-    for row in range(dst.shape[0]):
-        for b in range(block_table.shape[0]):
+    for row in range(dst.shape[0] if rows is None else rows):
+        for b in range(len(cu_seq_lens) - 1):
             if not int(cu_seq_lens[b]) <= row < int(cu_seq_lens[b + 1]):
                 continue
             start = 0 if seq_starts is None else int(seq_starts[b])
@@ -73,8 +123,59 @@ def gather_cache(src_cache, dst, block_table, cu_seq_lens, seq_starts=None):
             elif not 0 <= int(block_table[b, page]) < num_blocks:
                 faults.append((row, "block_table", int(block_table[b, page]), num_blocks))
             else:
-                dst[row] = src_cache[int(block_table[b, page]), offset]
+                dst[row] = token(int(block_table[b, page]), offset)
     return faults
+
+
+def packed_token(cache, block, offset, layout):
+    """The token [head][element] of a single cache whose slots are not its second dimension."""
+    if layout == "x-packed-key":
+        _, heads, packs, _, x = cache.shape
+        return [
+            [cache[block, h, d // x, offset, d % x] for d in range(packs * x)] for h in range(heads)
+        ]
+    if layout == "x-packed-value":
+        _, heads, size, _ = cache.shape
+        return [[cache[block, h, d, offset] for d in range(size)] for h in range(heads)]
+    _, heads, _, size, x = cache.shape  # interleaved-value
+    return [
+        [cache[block, h, offset // x, d, offset % x] for d in range(size)] for h in range(heads)
+    ]
+
+
+def stored_value(byte, stored):
+    """What the byte of an 8-bit element means, by the definitions of its type."""
+    byte = int(byte)
+    if stored == "int8":
+        return float(byte - 256 if byte > 127 else byte)
+    exponents, mantissas = {"float8_e4m3fn": (4, 3), "float8_e5m2": (5, 2)}[stored]
+    sign = -1.0 if byte > 127 else 1.0
+    exponent, mantissa = byte >> mantissas & (1 << exponents) - 1, byte & (1 << mantissas) - 1
+    bias = (1 << exponents - 1) - 1
+    if stored == "float8_e4m3fn" and byte & 0x7F == 0x7F:
+        return math.nan
+    if stored == "float8_e5m2" and exponent == 31:
+        return math.nan if mantissa else sign * math.inf
+    if exponent == 0:
+        return sign * math.ldexp(mantissa, 1 - bias - mantissas)
+    return sign * math.ldexp((1 << mantissas) + mantissa, exponent - bias - mantissas)
+
+
+def dequantise(byte, scale, stored, target):
+    """``stored * scale`` as an element of the NumPy dtype ``target``."""
+    with np.errstate(all="ignore"):
+        return (np.float32(stored_value(byte, stored)) * np.float32(scale)).astype(target)
+
+
+def fp8_ds_mla_token(entry, target, rope):
+    """The 576 numbers of an entry of 656 bytes."""
+    scales = struct.unpack("<4f", entry[512:528].tobytes())
+    latent = [
+        dequantise(entry[i], scales[i // 128], "float8_e4m3fn", target) for i in range(512)
+    ]
+    numbers = [entry[at : at + 2].tobytes() for at in range(528, 656, 2)]
+    with np.errstate(all="ignore"):
+        return [*latent, *(np.frombuffer(n, rope)[0].astype(target) for n in numbers)]
 
 
 def slot_mapping(
@@ -106,6 +207,38 @@ def slot_mapping(
     return faults
 
 
+def slot_mapping_groups(
+    block_tables, idx_mapping, positions, query_start_loc, block_sizes, out, enabled=None,
+    sharded=None, world=1, rank=0, interleave=1,
+):  # fmt: skip
+    """Group by group and token by token. Returns the faults to expect: (row, argument, value,
+    limit)."""
+    faults = []
+    for g, table in enumerate(block_tables):
+        out[g] = -1
+        if enabled is not None and not enabled[g]:
+            continue
+        ranks = (world, rank, interleave) if sharded is None or sharded[g] else (1, 0, 1)
+        for b in range(len(query_start_loc) - 1):
+            row = b if idx_mapping is None else int(idx_mapping[b])
+            for token in range(positions.shape[0]):
+                if row < 0 or not query_start_loc[b] <= token < query_start_loc[b + 1]:
+                    continue
+                number = g * positions.shape[0] + token
+                if row >= len(table):
+                    faults.append((number, "idx_mapping", row, len(table)))
+                    continue
+                slot = np.zeros(1, np.int64)
+                found = slot_mapping(
+                    table[row : row + 1], positions[token : token + 1], [0, 1], block_sizes[g],
+                    slot, *ranks,
+                )  # fmt: skip
+                faults += [(number, name.replace("block_table", "block_tables"), *rest)
+                           for _, name, *rest in found]  # fmt: skip
+                out[g, token] = slot[0]
+    return faults
+
+
 def alibi_slopes(num_heads, max_bias=8.0):
     """The rule published with the ALiBi paper: a geometric series for a power of two of heads; for
     others that of the power of two below, then every other one of the series for twice as many."""
@@ -129,6 +262,31 @@ def mpt_slopes(num_heads, max_bias=8.0):
     if above != num_heads:
         slopes = (slopes[1::2] + slopes[0::2])[:num_heads]
     return slopes
+
+
+def alibi_bias(slopes, query_positions, key_positions, out, sqrt=False, causal=False):
+    """float64 holds the products of two float32 exactly, so each step rounds once."""
+    with np.errstate(all="ignore"):
+        for head in range(len(slopes)):
+            for i in range(len(query_positions)):
+                for j in range(len(key_positions)):
+                    ahead = int(key_positions[j]) - int(query_positions[i])
+                    offset = np.float32(ahead)
+                    if sqrt:
+                        offset = np.float32(0.0 if ahead > 0 else -math.sqrt(abs(ahead)))
+                    bias = np.float32(float(slopes[head]) * float(offset))
+                    if causal and ahead > 0:
+                        bias = np.float32(-math.inf)
+                    out[head, i, j] = bias.astype(out.dtype)
+
+
+# What the names of 8-bit cache formats store.
+STORED = {
+    "fp8": "float8_e4m3fn",
+    "fp8_e4m3": "float8_e4m3fn",
+    "fp8_e5m2": "float8_e5m2",
+    "int8": "int8",
+}
 
 
 def concat_and_cache_mla(kv_c, k_pe, kv_cache, slot_mapping, scale=1.0, stored=None):
@@ -163,6 +321,25 @@ def quantise(value, scale, stored):
     return int(clamped.astype(getattr(ml_dtypes, stored)).view(np.uint8))
 
 
+def codes(values, scale, stored):
+    """`quantise` of a whole array, another way: the code of the nearest number that the type has;
+    half way between two that with the even code, or in int8 the larger one."""
+    with np.errstate(all="ignore"):
+        quotients = np.asarray(values).astype(np.float32) / np.float32(scale)
+    numbers = [stored_value(code, stored) for code in range(128)]
+    numbers = np.array([x for x in numbers if math.isfinite(x)] + [128.0] * (stored == "int8"))
+    middles = (numbers[1:] + numbers[:-1]) / 2
+    magnitudes = np.minimum(np.abs(np.nan_to_num(quotients).astype(np.float64)), numbers[-1])
+    below = np.searchsorted(middles, magnitudes)
+    tied = np.append(middles, np.inf)[below] == magnitudes
+    nearest = below + tied * (1 if stored == "int8" else below % 2)
+    negative = np.signbit(quotients)
+    if stored == "int8":
+        nearest = np.where(negative, -nearest, np.minimum(nearest, 127))
+        return np.where(np.isnan(quotients), 0, nearest).astype(np.uint8)
+    return np.where(np.isnan(quotients), 0x7F, nearest | negative << 7).astype(np.uint8)
+
+
 def fp8_ds_mla_scale(largest, rule):
     """The float32 scale of a tile with this largest absolute value."""
     wanted = np.float32(largest) / np.float32(448)
@@ -184,7 +361,7 @@ def concat_and_cache_fp8_ds_mla(kv_c, k_pe, kv_cache, slot_mapping, rule):
         entry = kv_cache[slot // block_size, slot % block_size]
         for tile in range(4):
             values = kv_c[token, tile * 128 : (tile + 1) * 128]
-            largest = max([abs(float(v)) for v in values if not np.isnan(v)], default=0.0)
+            largest = max([abs(float(v)) for v in values if v == v], default=0.0)
             scale = fp8_ds_mla_scale(largest, rule)
             for at, value in enumerate(values):
                 entry[tile * 128 + at] = quantise(value, scale, "float8_e4m3fn")
@@ -207,20 +384,20 @@ def packed_order(num_layers, num_tensors, count, layout):
                     yield layer, tensor, item
 
 
-def _elements(array):
+def _elements(shape):
     """The indices of every element, last dimension fastest."""
     indices = [()]
-    for extent in array.shape:
+    for extent in shape:
         indices = [(*index, i) for index in indices for i in range(extent)]
     return indices
 
 
 def _chosen(tensor, number, by_slot):
-    """The view of a block, or of a slot's token; None where it is padding or there is none."""
+    """The index of a block, or of a slot's token; None where it is padding or there is none."""
     if by_slot:
         block, offset = int(number) // tensor.shape[1], int(number) % tensor.shape[1]
-        return tensor[block, offset] if 0 <= int(number) < tensor.shape[0] * tensor.shape[1] else None
-    return tensor[int(number)] if 0 <= int(number) < tensor.shape[0] else None
+        return (block, offset) if 0 <= block < tensor.shape[0] else None
+    return (int(number),) if 0 <= int(number) < tensor.shape[0] else None
 
 
 def pack(layers, numbers, buffer, layout, by_slot=False):
@@ -228,32 +405,111 @@ def pack(layers, numbers, buffer, layout, by_slot=False):
     at = 0
     for layer, t, item in packed_order(len(layers), len(layers[0]), len(numbers), layout):
         tensor = layers[layer][t]
-        view = _chosen(tensor, numbers[item], by_slot)
-        for index in _elements(tensor[0, 0] if by_slot else tensor[0]):
+        where = _chosen(tensor, numbers[item], by_slot)
+        for index in _elements(tensor.shape[1 + by_slot :]):
             size = tensor.dtype.itemsize
-            if view is not None:
-                buffer[at : at + size] = list(view[index].tobytes())
+            if where is not None:
+                buffer[at : at + size] = list(tensor[(*where, *index)].tobytes())
             at += size
-    return at
 
 
 def unpack(buffer, layers, numbers, layout, by_slot=False):
     at = 0
     for layer, t, item in packed_order(len(layers), len(layers[0]), len(numbers), layout):
         tensor = layers[layer][t]
-        view = _chosen(tensor, numbers[item], by_slot)
-        for index in _elements(tensor[0, 0] if by_slot else tensor[0]):
+        where = _chosen(tensor, numbers[item], by_slot)
+        for index in _elements(tensor.shape[1 + by_slot :]):
             size = tensor.dtype.itemsize
-            if view is not None:
-                element = view[(*index, ...)]  # a view, of no dimensions
-                element[()] = buffer[at : at + size].view(tensor.dtype)[0]
+            if where is not None:
+                (tensor[(*where, *index)],) = buffer[at : at + size].view(tensor.dtype)
             at += size
-    return at
 
 
 def zero_blocks(caches, numbers):
     for cache in caches:
         for number in numbers:
             if 0 <= int(number) < cache.shape[0]:
-                for index in _elements(cache[0]):
+                for index in _elements(cache.shape[1:]):
                     cache[(int(number), *index)] = 0
+
+
+def indexer_scale(largest, scales):
+    """The float32 scale of a quant block with this largest absolute value, and its four bytes;
+    ``scales`` is "float32", "ue8m0" or "mxfp8"."""
+    scale = max(np.float32(largest), np.float32(1e-4)) / np.float32(448)
+    if scales != "float32" and not math.isinf(scale):
+        power = 0
+        while math.ldexp(1.0, power) < scale:
+            power += 1
+        while math.ldexp(1.0, power - 1) >= scale:
+            power -= 1
+        scale = np.float32(math.ldexp(1.0, power))
+        if scales == "mxfp8":
+            return scale, [power + 127] * 4
+    if scales == "mxfp8":
+        return scale, [255] * 4  # UE8M0 has no infinity, only NaN
+    return scale, list(struct.pack("<f", scale))
+
+
+def indexer_places(kv_cache, block, offset, head_size, quant_block_size):
+    """Where, inside ``kv_cache[block]`` as flat bytes, the key and the scales of a slot begin, and
+    how many bytes of scales there are."""
+    block_size = kv_cache.shape[1]
+    scale_bytes = 4 * (head_size // quant_block_size)
+    return offset * head_size, block_size * head_size + offset * scale_bytes, scale_bytes
+
+
+def indexer_k_quant_and_cache(k, kv_cache, slot_mapping, quant_block_size, scales):
+    """``kv_cache`` is uint8. Returns the slots past the cache, faults to expect: (token, slot)."""
+    num_blocks, block_size, width = kv_cache.shape
+    faults = []
+    for token in range(slot_mapping.shape[0]):
+        slot = int(slot_mapping[token])
+        if slot >= num_blocks * block_size:
+            faults.append((token, slot))
+        if not 0 <= slot < num_blocks * block_size:
+            continue
+        block, offset = slot // block_size, slot % block_size
+        size = k.shape[1]
+        key_at, scale_at, _ = indexer_places(kv_cache, block, offset, size, quant_block_size)
+        for first in range(0, size, quant_block_size):
+            values = k[token, first : first + quant_block_size]
+            largest = max([abs(float(v)) for v in values if v == v], default=0.0)
+            scale, scale_bytes = indexer_scale(largest, scales)
+            for i, value in enumerate(values):
+                at = key_at + first + i
+                code = quantise(value, scale, "float8_e4m3fn")
+                kv_cache[block, at // width, at % width] = code
+            for i, byte in enumerate(scale_bytes):
+                at = scale_at + first // quant_block_size * 4 + i
+                kv_cache[block, at // width, at % width] = byte
+    return faults
+
+
+def cp_gather_indexer_k_quant_cache(
+    kv_cache, dst_k, dst_scale, block_table, cu_seq_lens, quant_block_size
+):
+    """All of bytes but the indices. Returns the faults to expect: (row, value, limit)."""
+    num_blocks, block_size, width = kv_cache.shape
+    faults = []
+    for row in range(dst_k.shape[0]):
+        for b in range(block_table.shape[0]):
+            if not int(cu_seq_lens[b]) <= row < int(cu_seq_lens[b + 1]):
+                continue
+            page, offset = divmod(row - int(cu_seq_lens[b]), block_size)
+            if page >= block_table.shape[1]:
+                faults.append((row, page, block_table.shape[1]))
+                continue
+            block = int(block_table[b, page])
+            if not 0 <= block < num_blocks:
+                faults.append((row, block, num_blocks))
+                continue
+            key_at, scale_at, scale_bytes = indexer_places(
+                kv_cache, block, offset, dst_k.shape[1], quant_block_size
+            )
+            for i in range(dst_k.shape[1]):
+                dst_k[row, i] = kv_cache[block, (key_at + i) // width, (key_at + i) % width]
+            for i in range(scale_bytes):
+                at = scale_at + i
+                dst_scale[row, i] = kv_cache[block, at // width, at % width]
+    return faults

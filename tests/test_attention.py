@@ -276,7 +276,7 @@ class Mark:
 
 
 @pytest.fixture
-def gpu(emulated_world, monkeypatch):
+def gpu(emulated_world):
     """The emulated device, with streams that a test controls. ``slopes(**more)`` asks for them on
     it; `launches` holds the streams of the launches so far."""
     world = emulated_world()
@@ -302,8 +302,7 @@ def gpu(emulated_world, monkeypatch):
         def slopes(**more):
             return cc.alibi_slopes(12, framework="emulated", **more)
 
-    driver = Driver()
-    monkeypatch.setattr(launch, "driver", driver)
+    driver = launch.driver = Driver()  # until the world is closed
     yield driver
     world.close()
 

@@ -7,7 +7,7 @@ import pytest
 
 import cupy_cache as cc
 
-NO_OPERATION = {"raise_faults", "show_config", "warmup"}
+NO_OPERATION = {"packed_size", "raise_faults", "show_config", "warmup"}
 
 
 @pytest.mark.parametrize("name", cases.CASES)

@@ -6,7 +6,7 @@ import pytest
 import worlds
 
 import cupy_cache as cc
-from cupy_cache import blocks
+from cupy_cache import blocks, launch
 
 
 def layers(rng, count, kind, num_blocks, dtype):
@@ -102,6 +102,73 @@ def test_more_pairs_and_layers_than_one_launch_takes(world, rng, monkeypatch):
     expect_copied(world, keys + values, pairs)
 
 
+@pytest.mark.parametrize("where", ["host", "device-int32"])
+def test_more_than_65535_pairs(emulated_world, rng, where):
+    """D14: a peer has the pairs in a grid dimension that ends at 65535."""
+    world, count = emulated_world(), 65536 + 11
+    try:
+        cache = worlds.array(rng, (2 * count, 1), "uint8")
+        pairs = disjoint_pairs(rng, 2 * count, count)
+        cc.copy_blocks_mla([world.put(cache)], mapping(world, pairs, where))
+        expect_copied(world, [cache], pairs)
+    finally:
+        world.close()
+
+
+def test_nothing_but_launches(emulated_world, rng, monkeypatch):
+    """D15: no table is uploaded and nothing waits, wherever the mapping is."""
+    world = emulated_world()
+    used = set()
+
+    class Watched:
+        def __getattr__(self, name):
+            used.add(name)
+            return getattr(world.driver, name)
+
+    try:
+        monkeypatch.setattr(launch, "driver", Watched())
+        keys, values = layers(rng, 20, "contiguous", 9, "float16")
+        pairs = disjoint_pairs(rng, 9, 4)
+        for where in ("list", "device-int64"):
+            given = mapping(world, pairs, where)
+            cc.copy_blocks([world.put(k) for k in keys], [world.put(v) for v in values], given)
+        expect_copied(world, keys + values, pairs)
+        assert used <= {"load", "launch", "processors"}
+    finally:
+        monkeypatch.undo()
+        world.close()
+
+
+def test_offsets_beyond_32_bits(emulated_world, rng):
+    """Of a view that starts 2**33 bytes below the storages that hold the two blocks it is used
+    for."""
+    from emulator import EmulatedArray
+
+    world = emulated_world()
+    try:
+        made = [world.upload(rng.integers(0, 256, 40, np.uint8)) for _ in range(2)]
+        source, destination = sorted(made, key=lambda storage: storage.ptr)
+        step = destination.ptr - source.ptr
+        first = 2**33 // step
+        cache = EmulatedArray(source, -first * step, (first + 2, 40), (step, 1), "uint8")
+        pair = np.array([[first, first + 1]])
+        for given in (pair, world.put(worlds.of_values(pair))):
+            destination.bytes[:] = 0
+            cc.copy_blocks_mla([cache], given)
+            np.testing.assert_array_equal(destination.bytes, source.bytes)
+    finally:
+        world.close()
+
+
+def test_values_wider_than_keys_are_copied_whole(world, rng):
+    """S7: a peer counts tiles by the first tensor, and truncates wider ones."""
+    for widths in ((8, 1024), (1024, 8)):
+        keys, values = ([worlds.array(rng, (6, 2, n), "float16") for _ in range(2)] for n in widths)
+        pairs = disjoint_pairs(rng, 6, 3)
+        cc.copy_blocks([world.put(k) for k in keys], [world.put(v) for v in values], pairs)
+        expect_copied(world, keys + values, pairs)
+
+
 def test_nothing_to_copy(world, rng):
     keys, values = layers(rng, 2, "contiguous", 4, "float16")
     cc.copy_blocks([world.put(k) for k in keys], [world.put(v) for v in values], [])
@@ -138,11 +205,15 @@ def test_device_mapping_out_of_range_is_skipped_and_recorded(world, rng):
         ([(0, 1, 2)], ("pairs",)),
         ([0, 1], ("pairs",)),
         ([(0, "x")], ("pairs",)),
+        ([(0, 1.5)], ("pairs",)),
+        ([(0, 2**63)], ("destination", "9223372036854775808")),
         (np.zeros((2, 3), np.int64), ("block_mapping", "[2, 3]")),
         (np.zeros((2, 2), np.float32), ("block_mapping", "float32")),
     ],
 )
 def test_bad_host_mappings_are_refused(world, rng, pairs, words):
+    """D13, among others: pairs are copied all at once, so a block that is both source and
+    destination would race."""
     keys, values = layers(rng, 2, "contiguous", 6, "float32")
     with pytest.raises(cc.CupyCacheError) as caught:
         cc.copy_blocks([world.put(k) for k in keys], [world.put(v) for v in values], pairs)
@@ -178,6 +249,7 @@ def test_bad_host_mappings_are_refused(world, rng, pairs, words):
     ],
 )  # fmt: skip
 def test_layers_that_do_not_match_are_refused(world, rng, change, error, words):
+    """S7: among others, rows of another width in one layer."""
     keys, values = change(rng, *layers(rng, 2, "contiguous", 6, "float32"))
     with pytest.raises(error) as caught:
         cc.copy_blocks([world.put(k) for k in keys], [world.put(v) for v in values], [(0, 1)])
@@ -187,5 +259,5 @@ def test_layers_that_do_not_match_are_refused(world, rng, change, error, words):
 
 
 def test_a_stacked_array_is_no_list():
-    with pytest.raises(cc.DTypeError, match="key_caches.*list.*ndarray"):
+    with pytest.raises(cc.DTypeError, match=r"key_caches.*list.*ndarray"):
         cc.copy_blocks(np.zeros((2, 3, 4)), np.zeros((2, 3, 4)), [(0, 1)])

@@ -309,7 +309,7 @@ class TestRightKernels:
             rng.normal(size=2000).astype(np.float32),
             np.array([0.0, -0.0, 448, 464, 465, -1e9, 2**-9, 2**-10, 1.5 * 2**-10], np.float32),
         ])  # fmt: skip
-        values = values[~np.isnan(values)]
+        values = values[values.view(np.uint32) << 1 <= 0xFF000000]  # no NaN
         values = values[: values.size // 32 * 32]
         body = """
   const int at = blockIdx.x * kThreads + thread;

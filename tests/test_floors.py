@@ -9,8 +9,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 import cupy_cache
 from cupy_cache import modules
 
@@ -25,11 +23,12 @@ FLOORS = (
     ("formats", "params"),
     ("arrays", "contract"),
     ("modules", "launch", "cpu"),
-    ("dispatch", "blocks", "mla", "packing"),
+    ("dispatch", "blocks", "mla", "packing", "gathering", "indexer", "slots"),
     ("ops.*", "attention"),
-    ("warmup", "kv_cache", "torch_ops", "__init__"),
+    ("specialisations", "warmup", "kv_cache", "torch_ops", "__init__"),
     ("info", "demo", "__main__"),
 )
+SHARED_ROOMS = FLOORS[4]
 RANK = {name: rank for rank, name in enumerate(name for floor in FLOORS for name in floor)}
 MAY_IMPORT_TORCH = {"torch_ops"}
 MAX_LINES = 500
@@ -50,9 +49,13 @@ OPERATIONS = [name for name in MODULES if name.startswith("ops.")]
 KERNELS = sorted(modules.kernel_dir().glob("*.cu"))
 
 
+def text_of(name):
+    return SOURCES[name].read_text(encoding="utf-8")
+
+
 @functools.cache
 def tree(name):
-    return ast.parse(SOURCES[name].read_text(encoding="utf-8"))
+    return ast.parse(text_of(name))
 
 
 def nodes(name, at_import=False):
@@ -101,15 +104,18 @@ def rank(name):
     return RANK[key]
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_imports_go_downwards(name):
-    upwards = [other for other in own_imports(name) if rank(other) >= rank(name)]
-    assert not upwards, f"{name} imports {', '.join(upwards)}, which do not stand below it"
+def test_imports_go_downwards():
+    assert not [
+        f"{name} imports {other}, which does not stand below it"
+        for name in MODULES
+        for other in own_imports(name)
+        if rank(other) >= rank(name)
+    ]
 
 
 def test_imports_are_seen():
     """The rule above would hold for anything if no import were found."""
-    assert set(own_imports("warmup")) >= {"arrays", "errors", "ops.copy_blocks"}
+    assert set(own_imports("specialisations")) >= {"arrays", "errors", "ops.copy_blocks"}
     assert set(own_imports("ops.copy_blocks")) >= {"arrays", "blocks", "errors"}
     assert "ops.swap_blocks" in set(own_imports("__init__"))
 
@@ -123,16 +129,16 @@ def test_only_env_reads_the_environment():
     assert [name for name in MODULES if any(map(reads, nodes(name)))] == ["env"]
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_frameworks_are_not_imported_for_the_user(name):
+def test_frameworks_are_not_imported_for_the_user():
     """torch by nobody but torch_ops; CuPy only inside functions, when a GPU is about to be used."""
     frameworks = {"torch", "jax", "cupy", "cupyx", "cupy_backends", "cuda"}
-    allowed = {"torch"} if name in MAY_IMPORT_TORCH else set()
-    assert not frameworks & set(outside_packages(name, at_import=True)) - allowed
-    assert not {"torch", "jax"} & set(outside_packages(name)) - allowed
-    calls = {node.func.id for node in nodes(name)
-             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}  # fmt: skip
-    assert not calls & {"__import__", "import_module"}
+    for name in MODULES:
+        allowed = {"torch"} if name in MAY_IMPORT_TORCH else set()
+        assert not frameworks & set(outside_packages(name, at_import=True)) - allowed, name
+        assert not {"torch", "jax"} & set(outside_packages(name)) - allowed, name
+        calls = {node.func.id for node in nodes(name)
+                 if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}  # fmt: skip
+        assert not calls & {"__import__", "import_module"}, name
 
 
 def test_importing_the_package_imports_no_framework():
@@ -147,29 +153,27 @@ def test_importing_the_package_imports_no_framework():
     assert not done.stdout.split()
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_an_operation_has_its_kernel_and_its_test(name):
+def test_an_operation_has_its_kernel_and_its_test():
     """A kernel of the same stem, or one that a room shares among operations; and a test."""
-    stem = name.removeprefix("ops.")
-    sharing = [
-        room for room in own_imports(name)
-        if room in FLOORS[4] and "modules.Kernel(" in SOURCES[room].read_text(encoding="utf-8")
-    ]  # fmt: skip
-    assert stem in {path.stem for path in KERNELS} or sharing
-    assert (TESTS / f"test_{stem}.py").is_file()
+    stems = {path.stem for path in KERNELS}
+    rooms = {room for room in SHARED_ROOMS if "modules.Kernel(" in text_of(room)}
+    for name in OPERATIONS:
+        stem = name.removeprefix("ops.")
+        assert stem in stems or rooms & set(own_imports(name)), f"{name} has no kernel"
+        assert (TESTS / f"test_{stem}.py").is_file(), f"{name} has no test of its name"
 
 
-@pytest.mark.parametrize("path", KERNELS, ids=lambda path: path.stem)
-def test_a_kernel_is_used_and_has_one_struct(path):
+def test_a_kernel_is_used_and_has_one_struct():
     """By the operation of its stem or, by name, by another module."""
-    users = [
-        name
-        for name, source in SOURCES.items()
-        if "modules.Kernel(" in (text := source.read_text(encoding="utf-8"))
-        and (name == f"ops.{path.stem}" or f'"{path.stem}"' in text)
-    ]
-    assert users
-    assert len(re.findall(r"^struct Params \{", path.read_text(), re.MULTILINE)) == 1
+    for path in KERNELS:
+        assert [
+            name
+            for name in SOURCES
+            if "modules.Kernel(" in text_of(name)
+            and (name == f"ops.{path.stem}" or f'"{path.stem}"' in text_of(name))
+        ], f"{path.name} is not used"
+        text = path.read_text(encoding="utf-8")
+        assert len(re.findall(r"^struct Params \{", text, re.MULTILINE)) == 1, path.name
 
 
 def test_every_file_has_its_licence():

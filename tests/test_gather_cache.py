@@ -1,73 +1,20 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
+import functools
+
 import hypothesis
-import hypothesis.strategies as st
 import numpy as np
 import oracle
 import pytest
 import worlds
+from gathers import BAD, batches, cache, check, refused, sequences, typed
 
 import cupy_cache as cc
 
 
-def cache(rng, layout, num_blocks, block_size, inner, dtype, pad=0):
-    """A cache view [NB, BS, *inner] in the memory order of ``layout``."""
-    if layout == "NHD":
-        return worlds.array(rng, (num_blocks, block_size, *inner), dtype, pad)
-    if layout == "HND":
-        heads, *rest = inner
-        stored = worlds.array(rng, (num_blocks, heads, block_size, *rest), dtype, pad)
-        return stored.permuted(0, 2, 1, *range(3, 2 + len(inner)))
-    if layout == "packed":  # the second half of K|V entries, in pages that lie between others
-        heads, size = inner
-        return worlds.array(rng, (num_blocks, 2, block_size, heads, 2 * size), dtype, pad)[
-            :, 1, ..., size:
-        ]
-    # Entries in pages of a pool of several layers, with bytes of another use after each entry.
-    (size,) = inner
-    return worlds.array(rng, (num_blocks, 3, block_size, size + 3), dtype, pad)[:, 1, :, :size]
-
-
-def gather(world, src, dst, *indices):
+def gather(world, *specs):
     """Run on ``world``; compare the whole storages and the recorded faults with the oracle's."""
-    specs = [s for s in (src, dst, *indices) if s is not None]
-    cc.gather_cache(*(world.put(s) for s in (src, dst, *indices)))
-    expected = {id(s.buffer): s.buffer.bytes.copy() for s in specs}
-    faults = oracle.gather_cache(
-        *(s and s.on(expected[id(s.buffer)]) for s in (src, dst, *indices))
-    )
-    for spec in specs:
-        np.testing.assert_array_equal(world.bytes_of(spec), expected[id(spec.buffer)])
-    check_faults(faults)
-
-
-def check_faults(expected):
-    """The first violation met is recorded; on a GPU any may be the first."""
-    try:
-        cc.raise_faults()
-        recorded = ()
-    except cc.FaultError as error:
-        recorded = error.faults
-    assert bool(recorded) == bool(expected)
-    for fault in recorded:
-        assert fault.op == "gather_cache"
-        assert (fault.row, fault.argument, fault.value, fault.limit) in expected
-
-
-def sequences(rng, count, width, block_size, num_blocks, with_starts):
-    """Tables, row bounds and starts of ``count`` sequences that fit; some are empty, and the
-    entries that no row needs are poisoned."""
-    starts = rng.integers(0, width * block_size, count)
-    if not with_starts:
-        starts[:] = 0
-    lengths = rng.integers(0, width * block_size - starts + 1)
-    lengths[rng.random(count) < 0.3] = 0
-    table = rng.integers(0, num_blocks, (count, width))
-    page = np.arange(width)
-    first, last = starts // block_size, (starts + lengths - 1) // block_size
-    unused = (page < first[:, None]) | (page > last[:, None]) | (lengths == 0)[:, None]
-    table[unused] = -7
-    return table, np.concatenate([[0], np.cumsum(lengths)]), starts if with_starts else None
+    check(world, specs, cc.gather_cache, oracle.gather_cache)
 
 
 # layout, inner dimensions, block size, dtype, pad, types of table, lengths and starts
@@ -98,10 +45,7 @@ def test_every_layout(
         world,
         cache(rng, layout, num_blocks, block_size, inner, dtype, pad),
         worlds.array(rng, (rows, *inner), dtype, pad),
-        *(
-            None if n is None else worlds.of_values(n.astype(t))
-            for n, t in zip(numbers, (table, lengths, starts))
-        ),
+        *typed(numbers, (table, lengths, starts)),
     )
 
 
@@ -117,6 +61,17 @@ def test_strided_rows_tables_and_starts(world, rng, layout):
         worlds.of_values(np.hstack([table, np.full((4, 3), 2**62)]))[:, :2],
         worlds.of_values(bounds),
         worlds.of_values(np.stack([starts, np.full(4, -1)], axis=1))[:, 0],
+    )
+
+
+def test_two_dimensions_with_gaps(world, rng):
+    table, bounds, starts = sequences(rng, 3, 2, 4, 4, True)
+    wide = worlds.array(rng, (int(bounds[-1]) + 1, 3, 5, 16), "bfloat16")
+    gather(
+        world,
+        cache(rng, "NHD", 4, 4, (3, 2, 8), "bfloat16"),
+        wide[:, :, 1::2, :8],
+        *(worlds.of_values(n) for n in (table, bounds, starts)),
     )
 
 
@@ -173,9 +128,6 @@ def test_empty_caches(world, rng, shape):
     )
 
 
-BAD = (-(2**63), -(2**31), -1, 2**31, 2**32 + 1, 2**62, 2**63 - 1)
-
-
 @pytest.mark.parametrize("kind", ["block", "page", "start"])
 def test_values_out_of_range_are_skipped_and_recorded(world, rng, kind):
     table, bounds, starts = rng.integers(0, 4, (3, 2)), np.array([0, 5, 8, 16]), np.zeros(3, int)
@@ -226,45 +178,17 @@ def test_lengths_that_make_no_sense_stay_inside(world, rng, with_starts):
         pass
 
 
-# layout, inner dimensions, block size, dtype, pad, types of table, lengths and starts
+# layout, inner dimensions, dtype, pad, block size, types of table, lengths and starts
 POOL = (
-    ("NHD", (24,), 4, "bfloat16", 0, "int64", "int64", "int64"),
-    ("HND", (3, 5), 3, "uint8", 0, "int32", "int32", "int32"),
-    ("packed", (2, 8), 1, "float16", 2, "int64", "int32", None),
+    ("NHD", (24,), "bfloat16", 0, 4, "int64", "int64", "int64"),
+    ("HND", (3, 5), "uint8", 0, 3, "int32", "int32", "int32"),
+    ("packed", (2, 8), "float16", 2, 1, "int64", "int32", None),
 )
 
 
-@st.composite
-def batches(draw):
-    """A specialisation, the table, the bounds and the starts of a batch, more rows than that, and a
-    seed for the contents."""
-    case = draw(st.sampled_from(POOL))
-    *_, table_type, bounds_type, starts_type = case
-    block_size = case[2]
-    count, width = draw(st.integers(0, 5)), draw(st.integers(0, 4))
-    num_blocks = draw(st.integers(1, 6))
-
-    def numbers(shape, good, dtype):
-        limits = np.iinfo(dtype)
-        wild = st.sampled_from([b for b in BAD if limits.min <= b <= limits.max])
-        n = int(np.prod(shape))
-        value = st.one_of(good, good, good, wild) if draw(st.booleans()) else good
-        drawn = draw(st.lists(value, min_size=n, max_size=n))
-        return np.array(drawn, dtype).reshape(shape)
-
-    table = numbers((count, width), st.integers(0, num_blocks - 1), table_type)
-    starts = None
-    if starts_type:
-        starts = numbers((count,), st.integers(0, width * block_size), starts_type)
-    lengths = draw(st.lists(st.integers(0, 3 * block_size), min_size=count, max_size=count))
-    bounds = np.cumsum([draw(st.integers(-2, 4)), *lengths]).astype(bounds_type)
-    rows = max(int(bounds[-1]) + draw(st.integers(-2, 3)), 0)
-    return case, num_blocks, table, bounds, starts, rows, draw(st.integers(0, 2**32))
-
-
-@hypothesis.given(batch=batches())
+@hypothesis.given(batch=batches(POOL))
 def test_any_batch(emulated_world, batch):
-    (layout, inner, block_size, dtype, pad, *_), num_blocks, *numbers, rows, seed = batch
+    (layout, inner, dtype, pad, block_size, *_), num_blocks, *numbers, rows, seed = batch
     rng = np.random.default_rng(seed)
     world = emulated_world()
     try:
@@ -276,6 +200,167 @@ def test_any_batch(emulated_world, batch):
         )
     finally:
         world.close()
+
+
+def packed_cache(rng, layout, num_blocks, heads, size, block_size, x, dtype, pad=0):
+    """One cache of an x-packed pair."""
+    shape = {
+        "x-packed-key": (num_blocks, heads, size // x, block_size, x),
+        "x-packed-value": (num_blocks, heads, size, block_size),
+        "interleaved-value": (num_blocks, heads, block_size // x, size, x),
+    }[layout]
+    return worlds.array(rng, shape, dtype, pad)
+
+
+def gather_packed(world, layout, block_size, *specs):
+    def expect(src, *arrays):
+        def token(block, offset):
+            return oracle.packed_token(src, block, offset, layout)
+
+        return oracle.gather_cache(src, *arrays, block_size=block_size, token=token)
+
+    def call(*arrays):
+        cc.gather_cache(*arrays, layout=layout)
+
+    check(world, specs, call, expect)
+
+
+PACKED = ("x-packed-key", "x-packed-value", "interleaved-value")
+
+
+class TestPackedLayouts:
+    """The caches of `reshape_and_cache`, read back."""
+
+    @pytest.mark.parametrize("layout", PACKED)
+    @pytest.mark.parametrize(
+        "heads, size, block_size, x, dtype, pad, table, lengths, starts",
+        [
+            (4, 32, 16, 8, "bfloat16", 0, "int32", "int32", "int32"),
+            (3, 12, 8, 4, "float32", 4, "int64", "int32", None),
+            (2, 9, 15, 3, "float16", 2, "int64", "int64", "int64"),  # an odd x, unaligned
+            (1, 32, 32, 16, "float8_e4m3fn", 0, "int32", "int64", "int32"),
+            (2, 1, 1, 1, "int8", 1, "int32", "int32", "int64"),
+            (1, 3, 4, 1, "float64", 0, "int32", "int32", None),
+        ],
+    )
+    def test_every_shape(
+        self, world, rng, layout, heads, size, block_size, x, dtype, pad, table, lengths, starts
+    ):  # fmt: skip
+        numbers = sequences(rng, 4, 2, block_size, 5, starts is not None)
+        gather_packed(
+            world,
+            layout,
+            block_size,
+            packed_cache(rng, layout, 5, heads, size, block_size, x, dtype, pad),
+            worlds.array(rng, (int(numbers[1][-1]) + 2, heads, size), dtype, pad),
+            *typed(numbers, (table, lengths, starts)),
+        )
+
+    @pytest.mark.parametrize("layout", PACKED)
+    def test_strided_caches_and_rows(self, world, rng, layout):
+        """Every second block and some heads of a larger cache; keys or values of K|V rows."""
+        numbers = sequences(rng, 3, 2, 8, 4, True)
+        wide = packed_cache(rng, layout, 8, 5, 16, 8, 4, "bfloat16")
+        rows = worlds.array(rng, (int(numbers[1][-1]) + 1, 2, 32), "bfloat16")
+        indices = typed(numbers, ("int32",) * 3)
+        gather_packed(world, layout, 8, wide[::2, 1:3], rows[:, :, 16:], *indices)
+
+    def test_values_without_adjacent_elements(self, world, rng):
+        """No dimension of a value cache has to be contiguous."""
+        numbers = sequences(rng, 3, 2, 8, 4, True)
+        wide = packed_cache(rng, "x-packed-value", 4, 2, 6, 16, 1, "float16")
+        rows = worlds.array(rng, (int(numbers[1][-1]), 2, 6), "float16")
+        gather_packed(world, "x-packed-value", 8, wide[..., ::2], rows,
+                      *typed(numbers, ("int64",) * 3))  # fmt: skip
+
+    def test_what_a_write_stored(self, world, rng):
+        """Tokens of one sequence, there and back."""
+        heads, size, block_size, x = 2, 16, 8, 8
+        key, value = (worlds.array(rng, (13, heads, size), "float16") for _ in range(2))
+        keys = packed_cache(rng, "x-packed-key", 4, heads, size, block_size, x, "float16")
+        values = packed_cache(rng, "x-packed-value", 4, heads, size, block_size, x, "float16")
+        blocks = rng.permutation(4)[:2]
+        token = np.arange(13)
+        slots = worlds.of_values(blocks[token // block_size] * block_size + token % block_size)
+        put = [world.put(s) for s in (key, value, keys, values, slots)]
+        cc.reshape_and_cache(*put)
+        indices = [world.put(worlds.of_values(n)) for n in (blocks[None], np.array([0, 13]))]
+        for src, wanted, layout in (
+            (put[2], key, "x-packed-key"), (put[3], value, "x-packed-value")
+        ):  # fmt: skip
+            rows = worlds.array(rng, (13, heads, size), "float16")
+            cc.gather_cache(src, world.put(rows), *indices, layout=layout)
+            np.testing.assert_array_equal(world.bytes_of(rows), wanted.buffer.bytes)
+
+    # layout, dtype, pad, block size, types of table, lengths and starts
+    POOL = (
+        ("x-packed-key", "bfloat16", 0, 4, "int64", "int64", "int64"),
+        ("x-packed-value", "uint8", 0, 6, "int32", "int32", "int32"),
+        ("interleaved-value", "float16", 2, 6, "int64", "int32", None),
+    )
+
+    @hypothesis.given(batch=batches(POOL))
+    def test_any_batch(self, emulated_world, batch):
+        (layout, dtype, pad, block_size, *_), num_blocks, *numbers, rows, seed = batch
+        rng = np.random.default_rng(seed)
+        world = emulated_world()
+        try:
+            gather_packed(
+                world,
+                layout,
+                block_size,
+                packed_cache(rng, layout, num_blocks, 2, 6, block_size, 2, dtype, pad),
+                worlds.array(rng, (rows, 2, 6), dtype, pad),
+                *(None if n is None else worlds.of_values(n) for n in numbers),
+            )
+        finally:
+            world.close()
+
+    @pytest.mark.parametrize(
+        "layout, shape, words",
+        [
+            ("x-packed-key", (4, 2, 2, 8), ("4 dimensions",)),
+            ("x-packed-key", (4, 3, 2, 8, 8), ("num_kv_heads", "dst")),
+            ("x-packed-key", (4, 2, 3, 8, 8), ("16 / 8", "3")),
+            ("x-packed-key", (4, 2, 2, 0, 8), ("at least one slot",)),
+            ("x-packed-value", (4, 2, 2, 8, 8), ("5 dimensions",)),
+            ("x-packed-value", (4, 2, 15, 8), ("head_size",)),
+            ("interleaved-value", (4, 2, 1, 15, 8), ("head_size",)),
+            ("interleaved-value", (4, 2, 0, 16, 8), ("at least one slot",)),
+        ],
+    )
+    def test_shapes_that_do_not_fit(self, world, rng, layout, shape, words):
+        specs = [
+            worlds.array(rng, shape, "float16"),
+            worlds.array(rng, (5, 2, 16), "float16"),
+            worlds.of_values(np.zeros((1, 1), np.int64)),
+            worlds.of_values(np.array([0, 5])),
+        ]
+        refused(
+            world, lambda *a: cc.gather_cache(*a, layout=layout), specs, cc.ShapeError,
+            "gather_cache", *words,
+        )  # fmt: skip
+
+    def test_packs_with_gaps(self, world, rng):
+        specs = [
+            worlds.array(rng, (4, 2, 2, 8, 16), "float16")[..., ::2],
+            worlds.array(rng, (5, 2, 16), "float16"),
+            worlds.of_values(np.zeros((1, 1), np.int64)),
+            worlds.of_values(np.array([0, 5])),
+        ]
+        call = functools.partial(cc.gather_cache, layout="x-packed-key")
+        refused(world, call, specs, cc.StrideError, "src_cache", "contiguous")
+
+    def test_names(self, rng):
+        """All layouts in which a block's slots are the second dimension are one."""
+        src = rng.integers(0, 256, (3, 4, 5), np.uint8)
+        arguments = np.array([[2, 0]]), np.array([0, 6])
+        for name in ("NHD", "HND", "packed", "rows"):
+            dst = np.zeros((6, 5), np.uint8)
+            cc.gather_cache(src, dst, *arguments, layout=name)
+            np.testing.assert_array_equal(dst, np.concatenate([src[2], src[0, :2]]))
+        with pytest.raises(cc.ArgumentError, match=r"layout.*x-packed-key.*'x-packed'"):
+            cc.gather_cache(src, dst, *arguments, layout="x-packed")
 
 
 @pytest.mark.parametrize("library", ["numpy", pytest.param("cupy", marks=pytest.mark.gpu)])
@@ -308,13 +393,7 @@ class TestRefusals:
         }
 
     def refused(self, world, arguments, error, *words):
-        with pytest.raises(error) as caught:
-            cc.gather_cache(*map(world.put, arguments.values()))
-        assert issubclass(error, cc.CupyCacheError)
-        for word in ("gather_cache", *words):
-            assert word in str(caught.value)
-        for spec in arguments.values():
-            np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
+        refused(world, cc.gather_cache, arguments.values(), error, "gather_cache", *words)
 
     @pytest.mark.parametrize(
         "name, shape, words",
@@ -366,10 +445,10 @@ class TestRefusals:
         arguments["cu_seq_lens"].strides = (16,)
         self.refused(world, arguments, cc.StrideError, "cu_seq_lens", "contiguous")
 
-    def test_more_than_one_dimension_with_gaps(self, world, arguments, rng):
-        arguments["src_cache"] = worlds.array(rng, (4, 4, 3, 2, 8), "float32")
-        arguments["dst"] = worlds.array(rng, (5, 3, 5, 16), "float32")[:, :, 1::2, :8]
-        self.refused(world, arguments, cc.StrideError, "dst", "one inner dimension")
+    def test_more_than_two_dimensions_with_gaps(self, world, arguments, rng):
+        arguments["src_cache"] = worlds.array(rng, (4, 4, 2, 3, 2, 8), "float32")
+        arguments["dst"] = worlds.array(rng, (5, 2, 4, 5, 16), "float32")[:, :, 1:, 1::2, :8]
+        self.refused(world, arguments, cc.StrideError, "dst", "two inner dimensions")
 
     def test_overlapping_rows(self, world, arguments):
         arguments["dst"].strides = (0, *arguments["dst"].strides[1:])

@@ -6,6 +6,7 @@ import pytest
 import worlds
 
 import cupy_cache as cc
+from cupy_cache import formats
 
 
 def caches(rng, num_blocks, heads, key_size, value_size, block_size, x, dtype, pad=0):
@@ -58,6 +59,142 @@ def test_every_shape(
         *caches(rng, num_blocks, heads, key_size, value_size, block_size, x, dtype, pad),
         worlds.of_values(mapping),
     )
+
+
+# --- interleaved values, quantised caches ---------------------------------------------------------
+
+
+def run(world, specs, kv_cache_dtype="auto", k_scale=None, v_scale=None, interleaved=False):
+    """Like `check`. Scales are numbers, None or specs."""
+    scales = [world.put(s) if isinstance(s, worlds.Spec) else s for s in (k_scale, v_scale)]
+    put = [world.put(s) for s in specs]
+    cc.reshape_and_cache(*put, kv_cache_dtype, *scales, interleaved)
+    expected = {id(s.buffer): s.buffer.bytes.copy() for s in specs}
+    views = [s.on(expected[id(s.buffer)]) for s in specs]
+    stored = oracle.STORED.get(kv_cache_dtype)
+    if stored:
+        views[2:4] = (view.view(np.uint8) for view in views[2:4])
+    numbers = [
+        s.on(s.buffer.bytes) if isinstance(s, worlds.Spec) else 1.0 if s is None else s
+        for s in (k_scale, v_scale)
+    ]
+    oracle.reshape_and_cache(*views, *numbers, stored)
+    for spec in specs:
+        np.testing.assert_array_equal(world.bytes_of(spec), expected[id(spec.buffer)])
+
+
+def interleaved_caches(rng, num_blocks, heads, key_size, value_size, block_size, x, dtype, pad=0):
+    return (
+        worlds.array(rng, (num_blocks, heads, key_size // x, block_size, x), dtype, pad),
+        worlds.array(rng, (num_blocks, heads, block_size // x, value_size, x), dtype, pad),
+    )
+
+
+def mapping_of(rng, slots, num_slots, tokens):
+    """Slots at random or one after the other, with padding among them."""
+    mapping = np.arange(num_slots) if slots == "consecutive" else rng.permutation(num_slots)
+    mapping = mapping[:tokens]
+    mapping[rng.random(len(mapping)) < 0.05] = -5
+    return worlds.of_values(mapping.astype(rng.choice(["int32", "int64"])))
+
+
+@pytest.mark.parametrize("slots", ["random", "consecutive"])
+@pytest.mark.parametrize(
+    "heads, key_size, value_size, block_size, x, dtype, pad",
+    [
+        (4, 128, 128, 16, 8, "bfloat16", 0),
+        (3, 40, 24, 32, 4, "float32", 0),
+        (2, 24, 17, 24, 8, "float16", 0),
+        (5, 15, 9, 10, 5, "float16", 2),  # an odd x, unaligned
+        (2, 32, 300, 64, 16, "int8", 0),
+        (1, 1, 1, 1, 1, "float32", 4),
+    ],
+)
+def test_interleaved_values(
+    world, rng, slots, heads, key_size, value_size, block_size, x, dtype, pad
+):  # fmt: skip
+    num_blocks = -(-64 // block_size)
+    tokens = int(rng.integers(1, 40))
+    specs = (
+        worlds.array(rng, (tokens, heads, key_size), dtype, pad),
+        worlds.array(rng, (tokens, heads, value_size), dtype, pad),
+        *interleaved_caches(rng, num_blocks, heads, key_size, value_size, block_size, x, dtype, pad),
+        mapping_of(rng, slots, num_blocks * block_size, tokens),
+    )
+    run(world, specs, interleaved=True)
+
+
+# kv_cache_dtype, interleaved, heads, key size, value size, block size, x, source dtype, pad
+QUANTISED = (
+    ("fp8", False, 4, 128, 128, 16, 16, "bfloat16", 0),
+    ("fp8_e5m2", True, 4, 64, 128, 32, 16, "float16", 0),
+    ("int8", False, 3, 32, 17, 7, 16, "float32", 0),  # no group of slots divides the block
+    ("int8", True, 3, 48, 33, 16, 16, "bfloat16", 0),
+    ("fp8", True, 2, 15, 9, 10, 5, "float16", 1),  # an odd x, unaligned
+    ("fp8_e5m2", False, 1, 1, 1, 1, 1, "float32", 3),
+    ("fp8_e4m3", False, 2, 1040, 528, 16, 16, "bfloat16", 0),  # more than one chunk
+)
+
+
+@pytest.mark.parametrize("slots", ["random", "consecutive"])
+@pytest.mark.parametrize(
+    "kv_cache_dtype, interleaved, heads, key_size, value_size, block_size, x, dtype, pad", QUANTISED
+)
+def test_quantised(
+    world, rng, slots, kv_cache_dtype, interleaved, heads, key_size, value_size, block_size, x,
+    dtype, pad,
+):  # fmt: skip
+    num_blocks = -(-64 // block_size)
+    tokens = int(rng.integers(1, 20)) if key_size > 200 else int(rng.integers(1, 40))
+    stored = str(rng.choice([oracle.STORED[kv_cache_dtype], "uint8"]))
+    sources = [
+        worlds.array(rng, (tokens, heads, n), dtype, pad * formats.DTYPES[dtype].bytes)
+        for n in (key_size, value_size)
+    ]
+    for source in sources:  # rows of ordinary numbers among those of random bits
+        view = source.on(source.buffer.bytes)
+        view[::2] = rng.normal(size=view[::2].shape) * 2.0 ** rng.integers(-9, 9)
+    make = interleaved_caches if interleaved else caches
+    specs = (
+        *sources,
+        *make(rng, num_blocks, heads, key_size, value_size, block_size, x, stored, pad),
+        mapping_of(rng, slots, num_blocks * block_size, tokens),
+    )
+    per_head = worlds.of_values((2.0 ** rng.uniform(-8, 8, heads)).astype(np.float32))
+    scales = [per_head, float(2.0 ** rng.uniform(-8, 8)), None, per_head[:1]]
+    chosen = [scales[i] for i in rng.integers(0, len(scales), 2)]
+    run(world, specs, kv_cache_dtype, *chosen, interleaved)
+
+
+def test_already_quantised(world, rng):
+    """Elements of the stored type are copied; scales mean nothing to them."""
+    mapping = worlds.of_values(np.arange(20))
+    specs = (
+        *(worlds.array(rng, (20, 2, 32), "float8_e4m3fn") for _ in range(2)),
+        *caches(rng, 2, 2, 32, 32, 16, 16, "uint8"),
+        mapping,
+    )
+    cc.reshape_and_cache(*(world.put(s) for s in specs), "fp8", 0.3, 0.3)
+    expected = [s.buffer.bytes.copy() for s in specs]
+    views = [s.on(b) for s, b in zip(specs, expected)]
+    oracle.reshape_and_cache(*(v.view(np.uint8) for v in views[:4]), views[4])
+    for spec, want in zip(specs, expected):
+        np.testing.assert_array_equal(world.bytes_of(spec), want)
+
+
+def test_interleaved_blocks_that_x_does_not_divide_are_refused(world, rng):
+    """D2: block_size % x slots of each block would have no place."""
+    key = worlds.array(rng, (2, 3, 16), "float16")
+    specs = (
+        key, key,
+        worlds.array(rng, (2, 3, 2, 12, 8), "float16"),
+        worlds.array(rng, (2, 3, 1, 16, 8), "float16"),
+        worlds.of_values(np.arange(2)),
+    )  # fmt: skip
+    with pytest.raises(cc.ShapeError, match="value_cache.*block_size / x = 12 / 8"):
+        cc.reshape_and_cache(*(world.put(s) for s in specs), interleaved_v=True)
+    for spec in specs:
+        np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
 
 
 def test_slots_past_the_cache_are_skipped_and_recorded(world, rng):

@@ -106,6 +106,208 @@ def test_strided_sources_and_slots(world, rng):
     check(world, key, value, key_cache, value_cache, slots)
 
 
+# --- quantised caches -----------------------------------------------------------------------------
+
+
+def check_quantised(world, specs, kv_cache_dtype, k_scale=None, v_scale=None):
+    """Like `check`. Scales are numbers, None or specs."""
+    scales = [world.put(s) if isinstance(s, worlds.Spec) else s for s in (k_scale, v_scale)]
+    cc.reshape_and_cache_flash(*(world.put(s) for s in specs), kv_cache_dtype, *scales)
+    expected = {id(s.buffer): s.buffer.bytes.copy() for s in specs}
+    views = [s.on(expected[id(s.buffer)]) for s in specs]
+    views[2:4] = (view.view(np.uint8) for view in views[2:4])
+    oracle.reshape_and_cache_flash(
+        *views, *map(scale_values, (k_scale, v_scale)), oracle.STORED[kv_cache_dtype]
+    )
+    for spec in specs:
+        np.testing.assert_array_equal(world.bytes_of(spec), expected[id(spec.buffer)])
+
+
+def scale_values(scale):
+    """A scale argument as the oracle takes it."""
+    if isinstance(scale, worlds.Spec):
+        return scale.on(scale.buffer.bytes)
+    return 1.0 if scale is None else scale
+
+
+def values(rng, shape, dtype, pad=0):
+    """Rows of ordinary numbers of many magnitudes, and rows of random bits: infinities, NaN and
+    subnormals among them."""
+    spec = worlds.array(rng, shape, dtype, pad)
+    view = spec.on(spec.buffer.bytes)
+    ordinary = rng.normal(size=shape) * 2.0 ** rng.integers(-12, 12, (*shape[:2], 1))
+    view[...] = np.where(rng.random((*shape[:2], 1)) < 0.7, ordinary.astype(view.dtype), view)
+    return spec
+
+
+def scale(rng, heads):
+    """A scale in each of the forms in which it may be given."""
+    numbers = (2.0 ** rng.uniform(-8, 8, heads)).astype(np.float32)
+    kind = rng.integers(5)
+    if kind == 0:
+        return float(numbers[0])
+    if kind == 1:
+        return worlds.of_values(numbers[:1])
+    if kind == 2:
+        return worlds.of_values(numbers[:1])[0, ...]
+    if kind == 3:
+        return worlds.of_values(np.repeat(numbers, 3))[::3]
+    return worlds.of_values(numbers)
+
+
+# heads, key head size, value head size, block size, source dtype, pad in the cache and the sources
+QUANTISED = (
+    (8, 128, 128, 16, "bfloat16", 0),
+    (1, 1, 1, 1, "float32", 0),  # D4: fewer than 32 elements in a row
+    (3, 7, 10, 5, "float16", 1),  # D4 too, and no address is aligned
+    (13, 46, 46, 16, "bfloat16", 0),  # rows that are not a multiple of 16 bytes
+    (2, 24, 40, 8, "float16", 0),  # D5: key and value head sizes differ
+    (4, 512, 64, 3, "float32", 0),
+    (128, 64, 64, 4, "bfloat16", 0),  # more vectors than a block has threads
+)
+
+
+# Not every format with each of them, but every one with each shape and with each layout.
+SOME_FORMATS = [
+    (("fp8", "fp8_e5m2", "int8")[(i + j) % 3], layout, *shape)
+    for i, shape in enumerate(QUANTISED)
+    for j, layout in enumerate(LAYOUTS)
+]
+
+
+@pytest.mark.parametrize(
+    "kv_cache_dtype, layout, heads, key_size, value_size, block_size, dtype, pad", SOME_FORMATS
+)
+def test_quantised_layouts(
+    world, rng, kv_cache_dtype, layout, heads, key_size, value_size, block_size, dtype, pad
+):  # fmt: skip
+    """D3: the caches' strides are their own. D5, D6: so are head sizes, and e5m2 is e5m2."""
+    num_blocks, tokens = 5, int(min(4 * block_size, rng.integers(1, 6)))
+    bytes_of_source = formats.DTYPES[dtype].bytes
+    stored = str(rng.choice([oracle.STORED[kv_cache_dtype], "uint8"]))
+    specs = (
+        values(rng, (tokens + 2, heads, key_size), dtype, pad * bytes_of_source),
+        values(rng, (tokens, heads, value_size), dtype, pad * bytes_of_source),
+        *caches(rng, layout, num_blocks, block_size, heads, key_size, value_size, stored, pad),
+        worlds.of_values(slots_for(rng, num_blocks * block_size, tokens)),
+    )
+    check_quantised(world, specs, kv_cache_dtype, scale(rng, heads), scale(rng, heads))
+
+
+def one_row(rng, rows, stored="uint8"):
+    """The arguments of a call that writes ``rows`` (each [heads, elements]) to slots in order."""
+    rows = worlds.of_values(rows, None if rows.dtype.name in formats.DTYPES else "bfloat16")
+    tokens, heads, size = rows.shape
+    caches = [worlds.array(rng, (tokens, 1, heads, size), stored) for _ in range(2)]
+    return rows, rows, *caches, worlds.of_values(np.arange(tokens))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kv_cache_dtype", ["fp8_e4m3", "fp8_e5m2", "int8"])
+def test_every_bit_pattern(world, rng, dtype, kv_cache_dtype):
+    """All values of 16 bits, with one scale a head, extreme ones too."""
+    scales = np.concatenate([
+        [1.0, 0.1, 1.0 - 2.0**-24, 3e4, 2.0**-149, 2.0**-126, 2.0**-64, 2.0**64, 3e38, np.inf],
+        [0.0, -1.5, np.nan, 1e-6], 2.0 ** rng.uniform(-20, 20, 18),
+    ]).astype(np.float32)  # fmt: skip
+    every = np.arange(2**16, dtype=np.uint16)
+    rows = every.reshape(128, 1, 512).repeat(len(scales), axis=1)
+    specs = one_row(rng, rows.view(formats.DTYPES[dtype].numpy))
+    put = [world.put(worlds.of_values(s)) for s in (scales, scales[::-1].copy())]
+    cc.reshape_and_cache_flash(*(world.put(s) for s in specs), kv_cache_dtype, *put)
+    for spec, order in ((specs[2], scales), (specs[3], scales[::-1])):
+        got = world.bytes_of(spec).reshape(128, len(scales), 512)
+        for head, number in enumerate(order):
+            expected = oracle.codes(
+                every.view(formats.DTYPES[dtype].numpy), number, oracle.STORED[kv_cache_dtype]
+            )
+            np.testing.assert_array_equal(got[:, head].reshape(-1), expected)
+
+
+def test_float32_values(world, rng):
+    """Neighbours of the boundaries between codes, with scales whose quotients round there."""
+    boundaries = np.concatenate([
+        (np.arange(16, 32) * 2.0 ** np.arange(-21, 12)[:, np.newaxis]).ravel(),
+        np.arange(256) - 127.5, np.arange(64, 128) / 4096,
+    ])  # fmt: skip
+    significands = [2**24 - 1, 2**23 + 1, 14 * 2**20 - 3, 9 * 2**20 + 1]
+    scales = np.array([s * 2.0**-26 for s in significands], np.float32)
+    near = (boundaries * scales[:, None]).astype(np.float32)
+    steps = np.arange(-3, 4, dtype=np.int32)
+    rows = (near.view(np.int32)[..., None] + steps).astype(np.int32).view(np.float32)
+    extremes = rng.integers(0, 2**32, (len(scales), 200), np.uint32).view(np.float32)
+    rows = np.concatenate([rows.reshape(len(scales), -1), extremes], axis=1)
+    for kv_cache_dtype in ("fp8", "fp8_e5m2", "int8"):
+        specs = one_row(rng, rows[np.newaxis])
+        check_quantised(world, specs, kv_cache_dtype, worlds.of_values(scales), 1e30)
+
+
+def test_worked_bytes(world, rng):
+    """Bytes that were worked out elsewhere."""
+    tie = [17.0, 18.0, 2.0**-10, 3 * 2.0**-10, 0.5, 1000.0, -np.inf, np.nan, -0.0]
+    cases = (
+        ("fp8", 1.0, tie, [0x58, 0x59, 0x00, 0x02, 0x30, 0x7E, 0xFE, 0x7F, 0x80]),
+        ("fp8_e4m3", 0.1, [1.0], [0x52]),
+        ("fp8", 0.25, [-3.0], [0xD4]),
+        ("fp8_e5m2", 1.0, [10.0, 61440.0, np.inf], [0x49, 0x7B, 0x7B]),
+        ("int8", 2.0, [5.0, -5.0, 1e9, -255.0, -1e9, np.nan], [3, 0xFD, 0x7F, 0x80, 0x80, 0]),
+    )
+    for kv_cache_dtype, number, numbers, expected in cases:
+        specs = one_row(rng, np.array([[numbers]], np.float32))
+        put = [world.put(s) for s in specs]
+        cc.reshape_and_cache_flash(*put, kv_cache_dtype, number, v_scale=number)
+        assert world.bytes_of(specs[2]).tolist() == expected
+        assert world.bytes_of(specs[3]).tolist() == expected
+
+
+def test_scales_left_out(world, rng):
+    """None is 1.0, for each of the two."""
+    specs = one_row(rng, rng.normal(size=(3, 2, 16)).astype(np.float32))
+    check_quantised(world, specs, "fp8")
+    check_quantised(world, specs, "int8", v_scale=worlds.of_values(np.array([0.01], np.float32)))
+
+
+def test_one_scale_array_for_all_heads(world, rng):
+    """An array may have one element in memory for all heads."""
+    number = worlds.of_values(np.array([0.37], np.float32))
+    number.shape, number.strides = (2,), (0,)
+    specs = one_row(rng, rng.normal(size=(3, 2, 16)).astype(np.float16))
+    check_quantised(world, specs, "fp8", number, number)
+
+
+@pytest.mark.parametrize(
+    "dtype, cache_dtype, kv_cache_dtype",
+    [
+        ("float8_e4m3fn", "float8_e4m3fn", "auto"),
+        ("float8_e5m2", "uint8", "auto"),
+        ("uint8", "int8", "bfloat16"),
+        ("int8", "int8", "auto"),
+        ("int64", "int64", "auto"),
+        ("bool", "bool", "auto"),
+        ("float8_e4m3fn", "uint8", "fp8"),  # already what is stored
+        ("float8_e5m2", "float8_e5m2", "fp8_e5m2"),
+        ("int8", "uint8", "int8"),
+    ],
+)
+def test_raw_copies_of_other_dtypes(world, rng, dtype, cache_dtype, kv_cache_dtype):
+    """Bytes are copied as they are; the scales of these calls mean nothing."""
+    specs = (
+        worlds.array(rng, (6, 3, 10), dtype),
+        worlds.array(rng, (6, 3, 32), dtype),
+        *caches(rng, "NHD", 4, 4, 3, 10, 32, cache_dtype),
+        worlds.of_values(slots_for(rng, 16, 5)),
+    )
+    if dtype == "bool":  # two bytes are no bool
+        for spec in specs[:4]:
+            spec.buffer.bytes[:] &= 1
+    cc.reshape_and_cache_flash(*(world.put(s) for s in specs), kv_cache_dtype, 0.5, 0.5)
+    expected = {id(s.buffer): s.buffer.bytes.copy() for s in specs}
+    views = [s.on(expected[id(s.buffer)]) for s in specs]
+    oracle.reshape_and_cache_flash(*(v.view(f"u{v.itemsize}") for v in views[:4]), views[4])
+    for spec in specs:
+        np.testing.assert_array_equal(world.bytes_of(spec), expected[id(spec.buffer)])
+
+
 def test_no_tokens(world, rng):
     key = worlds.array(rng, (0, 2, 8), "float32")
     key_cache, value_cache = caches(rng, "NHD", 2, 4, 2, 8, 8, "float32")
@@ -220,6 +422,57 @@ class TestRefusals:
 
     def test_kv_cache_dtype(self, world, arguments):
         self.refused(world, arguments, cc.ArgumentError, "kv_cache_dtype", kv_cache_dtype="fp9")
+
+    def test_source_of_a_quantised_cache(self, world, arguments, rng):
+        for name in ("key", "value"):
+            arguments[name] = worlds.array(rng, (5, 2, 8), "int16")
+        self.refused(world, arguments, cc.DTypeError, "key", "bfloat16", "int16",
+                     kv_cache_dtype="fp8")  # fmt: skip
+
+    def test_dtype_of_a_quantised_cache(self, world, arguments, rng):
+        self.refused(world, arguments, cc.DTypeError, "key_cache", "float8_e4m3fn", "uint8",
+                     "float32", kv_cache_dtype="fp8")  # fmt: skip
+        for name in ("key_cache", "value_cache"):
+            arguments[name] = worlds.array(rng, (3, 4, 2, 8), "float8_e5m2")
+        self.refused(world, arguments, cc.DTypeError, "key_cache", "float8_e4m3fn", "float8_e5m2",
+                     kv_cache_dtype="fp8_e4m3")  # fmt: skip
+
+    @pytest.mark.parametrize("number", [0.0, -1.0, float("nan"), float("inf"), 1e-46, 1e39, True])
+    def test_scale_numbers(self, world, arguments, number):
+        self.refused(world, arguments, cc.ArgumentError, "v_scale", kv_cache_dtype="fp8",
+                     v_scale=number)  # fmt: skip
+
+    @pytest.mark.parametrize(
+        "shape, dtype, error",
+        [
+            ((3,), "float32", cc.ShapeError),
+            ((1, 1), "float32", cc.ShapeError),
+            ((0,), "float32", cc.ShapeError),
+            ((2,), "float64", cc.DTypeError),
+        ],
+    )
+    def test_scale_arrays(self, world, arguments, rng, shape, dtype, error):
+        for name in ("key_cache", "value_cache"):
+            arguments[name] = worlds.array(rng, (3, 4, 2, 8), "int8")
+        self.refused(world, arguments, error, "k_scale", kv_cache_dtype="int8",
+                     k_scale=world.put(worlds.array(rng, shape, dtype)))  # fmt: skip
+
+    def test_scale_on_the_host(self, world, arguments, rng):
+        if not world.on_gpu:
+            pytest.skip("everything is on the host")
+        for name in ("key_cache", "value_cache"):
+            arguments[name] = worlds.array(rng, (3, 4, 2, 8), "int8")
+        self.refused(world, arguments, cc.DeviceError, "k_scale", "cpu", kv_cache_dtype="int8",
+                     k_scale=np.ones(1, np.float32))  # fmt: skip
+
+    @pytest.mark.parametrize("empty", ["block_size", "head_size"])
+    def test_empty_dimensions(self, world, arguments, rng, empty):
+        size, block_size = (0, 4) if empty == "head_size" else (8, 0)
+        for name in ("key", "value"):
+            arguments[name] = worlds.array(rng, (5, 2, size), "float32")
+        for name in ("key_cache", "value_cache"):
+            arguments[name] = worlds.array(rng, (3, block_size, 2, size), "float32")
+        self.refused(world, arguments, cc.ArgumentError, empty)
 
     def test_not_an_array(self, world, arguments):
         arguments["key"] = [[1.0]]

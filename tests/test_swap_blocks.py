@@ -63,6 +63,16 @@ def test_runs_of_neighbours(world, rng, monkeypatch, source_at, destination_at):
     expect_swapped(world, source, destination, pairs)
 
 
+@pytest.mark.parametrize("source_at, destination_at", DIRECTIONS[:3])
+def test_more_blocks_than_thread_blocks(world, rng, source_at, destination_at):
+    """Over the bus few thread blocks run, each of which takes many turns."""
+    source = worlds.array(rng, (150, 24), "uint8")
+    destination = worlds.array(rng, (160, 24), "uint8")
+    pairs = random_pairs(rng, 150, 160, 130)
+    cc.swap_blocks(put(world, source, source_at), put(world, destination, destination_at), pairs)
+    expect_swapped(world, source, destination, pairs)
+
+
 def test_neighbours_groups_runs():
     pairs = Pairs([3, 4, 5, 9, 8, 1, 2], [0, 1, 2, 3, 4, 7, 9])
     assert list(module.neighbours(pairs)) == [(3, 0, 3), (9, 3, 1), (8, 4, 1), (1, 7, 1), (2, 9, 1)]
@@ -132,6 +142,48 @@ def test_overlapping_views_are_refused(world, rng):
     expected = cache.buffer.bytes.copy()
     oracle.swap_blocks(cache.on(expected), cache.on(expected), [(0, 3)])
     np.testing.assert_array_equal(world.bytes_of(cache), expected)
+
+
+def test_layers_that_share_memory_with_other_layers_are_refused(world, rng):
+    """D13: all layers are copied at once, so one may not be read where another is written."""
+    first, second = (worlds.array(rng, (6, 4, 8), "float16") for _ in range(2))
+    one, other = world.put(first), world.put(second)
+    with pytest.raises(cc.ArgumentError, match="block 3 as both"):
+        cc.swap_blocks([one, other], [other, one], [(3, 1), (2, 3)])
+    with pytest.raises(cc.ArgumentError, match=r"dst.*twice.*layer 1"):
+        cc.swap_blocks([one, other], [one, one], [(3, 1)])
+    for spec in (first, second):
+        np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
+    # An exchange of different blocks shares nothing, nor do the layers of one pool.
+    cc.swap_blocks([one, other], [other, one], [(3, 1), (2, 5)])
+    expected = {id(s.buffer): s.buffer.bytes.copy() for s in (first, second)}
+    views = [s.on(expected[id(s.buffer)]) for s in (first, second)]
+    before = [view.copy() for view in views]
+    for source, destination in zip(before, reversed(views)):
+        oracle.swap_blocks(source, destination, [(3, 1), (2, 5)])
+    for spec in (first, second):
+        np.testing.assert_array_equal(world.bytes_of(spec), expected[id(spec.buffer)])
+
+
+def test_layers_of_one_pool(world, rng):
+    """Blocks of different layers lie between each other."""
+    pool = worlds.array(rng, (6, 3, 4, 8), "float16")
+    layers = [world.put(pool[:, layer]) for layer in range(3)]
+    cc.swap_blocks(layers, layers, [(0, 3), (4, 1)])
+    expected = pool.buffer.bytes.copy()
+    oracle.swap_blocks(pool.on(expected), pool.on(expected), [(0, 3), (4, 1)])
+    np.testing.assert_array_equal(world.bytes_of(pool), expected)
+    cc.swap_blocks(layers[:2], layers[1:], [(5, 0)])  # layers 1 and 2 are written, 0 and 1 read
+    view = pool.on(expected)
+    view[0, 1:] = view[5, :2].copy()
+    np.testing.assert_array_equal(world.bytes_of(pool), expected)
+    with pytest.raises(cc.ArgumentError, match="block 5 as both"):
+        cc.swap_blocks(layers[:2], layers[1:], [(5, 0), (2, 5)])
+    halves = [world.put(pool[:4, layer]) for layer in (0, 1)]
+    others = [world.put(pool[2:, layer]) for layer in (2, 1)]
+    with pytest.raises(cc.ArgumentError, match="source block 3 of layer 1 in memory"):
+        cc.swap_blocks(halves, others, [(0, 3), (3, 1)])
+    np.testing.assert_array_equal(world.bytes_of(pool), expected)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
 import io
+import re
 import threading
 
 import numpy as np
@@ -9,69 +10,149 @@ import worlds
 
 import cupy_cache as cc
 from cupy_cache import arrays, attention, launch, modules
-from cupy_cache.warmup import specialisations
+from cupy_cache.specialisations import specialisations
 
 HEADS, SIZE, BLOCK = 4, 64, 16
-LAYOUTS = ("NHD", "HND", "packed", "x-packed", "rows")
+LAYOUTS = ("NHD", "HND", "packed", "x-packed", "rows", "indexer")
 
 
-def call_everything(world, rng, layout, index, value_size):
-    """Every operation once, as a model would, on whatever arrays ``world`` makes."""
+class Calls:
+    """Every operation as a model would call it, on whatever arrays ``world`` makes."""
 
-    def make(*shape, dtype="bfloat16"):
-        return worlds.array(rng, shape, dtype)
+    TOKENS, BLOCKS = 5, 6
 
-    def numbers(*values):
-        return world.put(worlds.of_values(np.array(values, index)))
+    def __init__(self, world, rng, layout, index, value_size, kv_cache_dtype):
+        self.world, self.rng, self.layout, self.index = world, rng, layout, index
+        self.value_size, self.kv_cache_dtype = value_size, kv_cache_dtype
+        self.stored = "uint8" if kv_cache_dtype == "fp8" else "bfloat16"
 
-    tokens, blocks = 5, 6
-    key, value = make(tokens, HEADS, SIZE), make(tokens, HEADS, value_size)
-    slots = numbers(*range(tokens))
-    if layout == "rows":
-        caches = [make(blocks, BLOCK, HEADS * SIZE)]
-    elif layout == "x-packed":
-        caches = [make(blocks, HEADS, SIZE // 8, BLOCK, 8), make(blocks, HEADS, value_size, BLOCK)]
-    elif layout == "NHD":
-        caches = [make(blocks, BLOCK, HEADS, size) for size in (SIZE, value_size)]
-    elif layout == "HND":
-        by_head = [make(blocks, HEADS, BLOCK, size) for size in (SIZE, value_size)]
-        caches = [cache.permuted(0, 2, 1, 3) for cache in by_head]
-    else:
-        inner = (HEADS, BLOCK) if layout == "packed-HND" else (BLOCK, HEADS)
-        pages = make(blocks, *inner, SIZE + value_size)
-        if layout == "packed-HND":
-            pages = pages.permuted(0, 2, 1, 3)
-        caches = [pages[..., :SIZE], pages[..., SIZE:]]
-    put = [world.put(cache) for cache in caches]
-    if layout == "x-packed":
-        cc.reshape_and_cache(world.put(key), world.put(value), *put, slots)
-    elif layout != "rows":
-        cc.reshape_and_cache_flash(world.put(key), world.put(value), *put, slots)
-    for mapping in ([(0, 1)], world.put(worlds.of_values(np.array([[0, 1]], index)))):
-        if layout == "rows":
-            cc.copy_blocks_mla(put, mapping)
-        else:
-            cc.copy_blocks(put[:1], put[1:], mapping)
-    table, bounds = world.put(worlds.of_values(np.array([[0, 1]], index))), numbers(0, tokens)
-    if layout != "x-packed":
-        for cache, given in zip(caches, put):
-            rows = world.put(make(tokens, *cache.shape[2:]))
-            cc.gather_cache(given, rows, table, bounds, numbers(3))
-    out = world.put(worlds.array(rng, (tokens,), "int64"))
-    cc.slot_mapping(table, numbers(*range(tokens)), bounds, BLOCK, out=out)
-    for cache, given in zip(caches, put):
-        cc.swap_blocks(given, world.put(make(*cache.shape)), [(0, 1)])
-    cc.alibi_slopes(HEADS, framework="emulated")
-    cc.place_slopes([0.5], framework="emulated")
+    def make(self, *shape, dtype="bfloat16"):
+        return self.world.put(worlds.array(self.rng, shape, dtype))
+
+    def numbers(self, values):
+        return self.world.put(worlds.of_values(np.array(values, self.index)))
+
+    def caches(self):
+        """Of one layer, as specs."""
+        sizes = SIZE, self.value_size
+        shapes = {
+            "rows": [(BLOCK, SIZE)],
+            "x-packed": [(HEADS, SIZE // 8, BLOCK, 8), (HEADS, self.value_size, BLOCK)],
+            "NHD": [(BLOCK, HEADS, size) for size in sizes],
+            "HND": [(HEADS, BLOCK, size) for size in sizes],
+            "packed-NHD": [(BLOCK, HEADS, sum(sizes))],
+            "packed-HND": [(HEADS, BLOCK, sum(sizes))],
+        }[self.layout]
+        if self.layout == "x-packed" and self.stored == "uint8":
+            shapes[0] = (HEADS, SIZE // 16, BLOCK, 16)
+        caches = [worlds.array(self.rng, (self.BLOCKS, *s), self.stored) for s in shapes]
+        if "HND" in self.layout:
+            caches = [cache.permuted(0, 2, 1, 3) for cache in caches]
+        if "packed-" in self.layout:
+            caches = [caches[0][..., :SIZE], caches[0][..., SIZE:]]
+        return caches
+
+    def run(self):
+        specs = self.caches()
+        caches = [self.world.put(spec) for spec in specs]
+        slots = self.numbers(range(self.TOKENS))
+        self.write(caches, slots)
+        self.copy(specs, caches)
+        self.read(specs, caches)
+        self.move([tuple(caches)], None if self.layout == "x-packed" else slots)
+        slopes = cc.alibi_slopes(HEADS, framework="emulated")
+        cc.place_slopes([0.5], framework="emulated")
+        for dtype in ("float32", "bfloat16"):
+            for keys in (16, 5):
+                cc.alibi_bias(slopes, self.numbers([3]), self.numbers(range(keys)), dtype=dtype)
+
+    def write(self, caches, slots):
+        key, value = (self.make(self.TOKENS, HEADS, size) for size in (SIZE, self.value_size))
+        step = *caches, slots, self.kv_cache_dtype
+        if self.layout == "rows":
+            self.write_entries(*caches, slots)
+            return
+        write = cc.reshape_and_cache if self.layout == "x-packed" else cc.reshape_and_cache_flash
+        write(key, value, *step, 0.5, 0.5)
+        write(key, value, *step, *(self.make(HEADS, dtype="float32") for _ in "kv"))
+
+    def write_entries(self, cache, slots):
+        def entries(*layers):
+            sizes = self.value_size, SIZE - self.value_size
+            return [self.make(*layers, self.TOKENS, size) for size in sizes]
+
+        cc.concat_and_cache_mla(*entries(), cache, slots, self.kv_cache_dtype, 0.5)
+        addresses = self.world.put(worlds.of_values(np.array([arrays.view(cache, "").ptr])))
+        scales = self.make(1, dtype="float32") if self.kv_cache_dtype == "fp8" else None
+        geometry = BLOCK, BLOCK * SIZE, SIZE
+        for where in ([cache], addresses):
+            cc.concat_and_cache_mla_grouped(
+                *entries(1), where, self.numbers([range(self.TOKENS)]), *geometry, scales,
+                self.kv_cache_dtype, num_blocks=self.BLOCKS,
+            )  # fmt: skip
+
+    def copy(self, specs, caches):
+        for mapping in ([(0, 1)], self.numbers([[0, 1]])):
+            if self.layout == "rows":
+                cc.copy_blocks_mla(caches, mapping)
+            else:
+                cc.copy_blocks(caches[:1], caches[1:], mapping)
+        for spec, cache in zip(specs, caches):
+            cc.swap_blocks(cache, self.make(*spec.shape, dtype=self.stored), [(0, 1)])
+
+    def read(self, specs, caches):
+        table, bounds = self.numbers([[0, 1]]), self.numbers([0, self.TOKENS])
+        cc.slot_mapping(table, self.numbers(range(self.TOKENS)), bounds, BLOCK)
+        for rows in (None, self.numbers([0])):
+            step = rows, self.numbers(range(self.TOKENS)), bounds, [BLOCK, BLOCK]
+            cc.slot_mapping_groups([table, table], *step)
+        if self.layout == "x-packed":
+            for cache, size, side in zip(caches, (SIZE, self.value_size), ("key", "value")):
+                rows = self.make(self.TOKENS, HEADS, size, dtype=self.stored)
+                cc.gather_cache(cache, rows, table, bounds, layout=f"x-packed-{side}")
+            return
+        for spec, cache in zip(specs, caches):
+            rows, numbers = (
+                self.make(self.TOKENS, *spec.shape[2:], dtype=dtype)
+                for dtype in (self.stored, "bfloat16")
+            )
+            cc.gather_cache(cache, rows, table, bounds, self.numbers([3]))
+            cc.cp_gather_cache(cache, rows, table, bounds, 1)
+            step = table, bounds, None, self.TOKENS, self.kv_cache_dtype, 0.5
+            cc.gather_and_maybe_dequant_cache(cache, numbers, *step)
+
+    def move(self, caches, slots):
+        """``slots`` None: whole blocks only."""
+        buffer = self.make(6 * BLOCK * HEADS * SIZE * 4, dtype="uint8")
+        for chosen in ([1], self.numbers([1])):
+            cc.pack_blocks(caches, chosen, buffer)
+            cc.unpack_blocks(buffer, caches, chosen)
+            cc.zero_blocks(caches, chosen)
+        for chosen in () if slots is None else ([1, 2], slots):
+            cc.pack_tokens(caches, chosen, buffer)
+            cc.unpack_tokens(buffer, caches, chosen)
 
 
+@pytest.mark.parametrize("kv_cache_dtype", ("auto", "fp8"))
 @pytest.mark.parametrize("value_size", (SIZE, 48))
-@pytest.mark.parametrize("index", ("int32", "int64"))
-@pytest.mark.parametrize("layout", ("NHD", "HND", "packed-NHD", "packed-HND", "x-packed", "rows"))
-def test_calls_find_all_their_kernels_warm(
-    emulated_world, monkeypatch, rng, layout, index, value_size
-):
+def test_calls_find_all_their_kernels_warm(emulated_world, rng, value_size, kv_cache_dtype):
     """What real calls load is among what is warmed up for their shape."""
+    for layout in ("NHD", "HND", "packed-NHD", "packed-HND", "x-packed", "rows"):
+        for index in ("int32", "int64"):
+            arguments = layout, index, value_size, kv_cache_dtype
+            needed = needed_by(emulated_world, rng, arguments)
+            named = [layout.partition("-")[0] if "packed-" in layout else layout]
+            warm = specialisations(
+                HEADS, SIZE, BLOCK, layouts=named, head_size_v=value_size, index_dtypes=[index],
+                kv_cache_dtype=kv_cache_dtype,
+            )  # fmt: skip
+            missing = {kernel.key for kernel in needed} - {kernel.key for kernel in warm}
+            assert not missing, arguments
+            assert {kernel.stem for kernel in needed} >= {"copy_blocks", "slot_mapping"}
+
+
+def needed_by(emulated_world, rng, arguments):
+    """The kernels that `Calls` load."""
     needed = set()
 
     class Driver(launch.CudaDriver):
@@ -94,23 +175,33 @@ def test_calls_find_all_their_kernels_warm(
             return 132
 
     world = emulated_world()
-    monkeypatch.setattr(launch, "driver", Driver())
+    launch.driver = Driver()  # until the world is closed
     try:
-        call_everything(world, rng, layout, index, value_size)
+        Calls(world, rng, *arguments).run()
     finally:
         world.close()
-    named = [layout.partition("-")[0] if "packed-" in layout else layout]
-    warm = specialisations(
-        HEADS, SIZE, BLOCK, layouts=named, head_size_v=value_size, index_dtypes=[index]
-    )
-    missing = {kernel.key for kernel in needed} - {kernel.key for kernel in warm}
-    assert not missing
-    assert {kernel.stem for kernel in needed} >= {"copy_blocks", "slot_mapping", "alibi_slopes"}
+    return needed
 
 
 def test_each_kernel_once():
     kernels = list(specialisations(8, 128, 16, layouts=LAYOUTS, index_dtypes=("int32", "int64")))
     assert len({kernel.key for kernel in kernels}) == len(kernels)
+
+
+def test_sparse_attention():
+    """Entries of DeepSeek V3.2, and its indexer's keys."""
+    kernels = list(
+        specialisations(
+            1, 576, 64, layouts=("rows",), head_size_v=512, kv_cache_dtype="fp8_ds_mla",
+            ops=("concat_and_cache_mla", "cp_gather_and_upconvert_fp8_kv_cache"),
+        )
+    )  # fmt: skip
+    found = {re.match(r"cupy_cache::(\w+)", kernel.expression)[1] for kernel in kernels}
+    assert found == {"concat_and_cache_fp8_ds_mla", "gather_fp8_ds_mla"}
+    indexer = specialisations(1, 128, 64, layouts=("indexer",))
+    assert {kernel.stem for kernel in indexer} >= {
+        "indexer_k_quant_and_cache", "cp_gather_indexer_k_quant_cache"
+    }  # fmt: skip
 
 
 def test_dtypes_of_one_width_share_their_kernels():
@@ -197,7 +288,7 @@ def test_progress(gpu, monkeypatch):
         ({"block_size": -1}, cc.ArgumentError, ("block_size", "-1")),
         ({"head_size_v": 0}, cc.ArgumentError, ("head_size_v",)),
         ({"dtype": "float12"}, cc.ArgumentError, ("dtype", "float12")),
-        ({"dtype": "int32"}, cc.DTypeError, ("dtype", "int32")),
+        ({"kv_cache_dtype": "fp9"}, cc.ArgumentError, ("kv_cache_dtype", "'fp9'", "fp8_e5m2")),
         ({"layouts": ("NHD", "NDH")}, cc.ArgumentError, ("layouts", "'NDH'", "HND")),
         ({"layouts": "NHD"}, cc.ArgumentError, ("layouts", "sequence", "'NHD'")),
         ({"index_dtypes": ("int16",)}, cc.ArgumentError, ("index_dtypes", "'int16'")),
@@ -219,11 +310,6 @@ def test_refused_where_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr(launch.driver, "device_count", lambda: 0, raising=False)
     with pytest.raises(cc.DeviceError, match="expected a GPU"):
         cc.warmup(8, 128, 16)
-
-
-def test_no_specialisation_depends_on_the_device():
-    keys = [[k.key for k in specialisations(8, 128, 16, device=device)] for device in (0, 3)]
-    assert keys[0] == keys[1]
 
 
 @pytest.mark.gpu

@@ -6,12 +6,11 @@ import functools
 
 from .. import contract, cpu, dispatch, formats, launch, mla, modules
 from ..errors import ArgumentError
+from ..mla import DS_ENTRY_BYTES, DS_LATENT, DS_ROPE
 
 FLOAT32 = formats.DTYPES["float32"]
 FP8_DS_MLA = "fp8_ds_mla"
-DS_LATENT, DS_ROPE, DS_ENTRY_BYTES = 512, 64, 656
 DS_SOURCES = tuple(formats.DTYPES[name] for name in ("float16", "bfloat16"))
-DS_STORAGE = tuple(d for d in formats.DTYPES.values() if d.bytes == 1 and d.name != "bool")
 DS_THREADS_PER_TOKEN = 40  # four groups of 8 for the tiles, one for the rope
 SCALE_RULES = ("power_of_two", "amax")
 
@@ -122,7 +121,7 @@ def _plan_fp8_ds_mla(check, described, scale_rule):
     check.shape("k_pe", k_pe, f"_ {DS_ROPE if k_pe.shape[-1:] != (0,) else 0}")
     check.shape("kv_cache", kv_cache, f"num_blocks block_size {DS_ENTRY_BYTES}")
     check.dtype("kv_c", kv_c, *DS_SOURCES)
-    check.dtype("kv_cache", kv_cache, *DS_STORAGE)
+    check.dtype("kv_cache", kv_cache, *formats.BYTES)
     mla.check_arrays(check, _named(described))
 
     power_of_two, rope = scale_rule == "power_of_two", k_pe.shape[1] > 0

@@ -65,7 +65,7 @@ def pack_blocks(caches, block_ids, out, *, layout="layer_first", stream=None):
     >>> pack_blocks(layers, ids, buffer)
     >>> torch.distributed.send(buffer, dst=1)
     """
-    packing.move("pack_blocks", packing.PACK, caches, block_ids, stream, out, layout)
+    packing.run("pack_blocks", packing.PACK, caches, block_ids, stream, out, layout)
 
 
 def unpack_blocks(packed, caches, block_ids, *, layout="layer_first", stream=None):
@@ -87,7 +87,7 @@ def unpack_blocks(packed, caches, block_ids, *, layout="layer_first", stream=Non
     ArgumentError
         Or one of its kinds, before anything is written.
     """
-    packing.move("unpack_blocks", packing.UNPACK, caches, block_ids, stream, packed, layout)
+    packing.run("unpack_blocks", packing.UNPACK, caches, block_ids, stream, packed, layout)
 
 
 def pack_tokens(caches, slot_mapping, out, *, layout="layer_first", stream=None):
@@ -112,7 +112,7 @@ def pack_tokens(caches, slot_mapping, out, *, layout="layer_first", stream=None)
     ArgumentError
         Or one of its kinds, before anything is written.
     """
-    packing.move(
+    packing.run(
         "pack_tokens", packing.PACK, caches, slot_mapping, stream, out, layout, by_slot=True
     )
 
@@ -136,7 +136,7 @@ def unpack_tokens(packed, caches, slot_mapping, *, layout="layer_first", stream=
     ArgumentError
         Or one of its kinds, before anything is written.
     """
-    packing.move(
+    packing.run(
         "unpack_tokens", packing.UNPACK, caches, slot_mapping, stream, packed, layout, by_slot=True
     )
 

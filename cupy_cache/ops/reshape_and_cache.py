@@ -2,127 +2,177 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing new tokens into an x-packed cache."""
 
+import functools
+
 from .. import contract, cpu, dispatch, formats, launch, modules, params
 from ..errors import ShapeError
 
+NAME = "reshape_and_cache"
 PARAMS = params.Struct(
-    per_call="key:ptr value:ptr key_cache:ptr value_cache:ptr slot_mapping:ptr tokens:i64",
+    per_call="key:ptr value:ptr key_cache:ptr value_cache:ptr slot_mapping:ptr k_scale:ptr "
+    "v_scale:ptr tokens:i64",
     constant="num_blocks:i64 slot_stride:i64 "
     "key_token_stride:i64 key_head_stride:i64 value_token_stride:i64 value_head_stride:i64 "
     "key_block_stride:i64 key_cache_head_stride:i64 key_pack_stride:i64 key_offset_stride:i64 "
-    "value_block_stride:i64 value_cache_head_stride:i64 value_element_stride:i64",
+    "value_block_stride:i64 value_cache_head_stride:i64 value_slots_stride:i64 "
+    "value_element_stride:i64 "
+    "k_scale_stride:i64 v_scale_stride:i64 k_scale_value:f32 v_scale_value:f32",
 )
 TILE = 16  # kTile of the kernel
-THREADS = 256
+MAX_THREADS = 256
+SCALES = formats.DTYPES["float32"].numpy
 
 
 def reshape_and_cache(
     key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype="auto",
-    k_scale=None, v_scale=None, *, stream=None,
+    k_scale=None, v_scale=None, interleaved_v=False, *, stream=None,
 ):  # fmt: skip
     """Write one step's keys and values into their slots of an x-packed paged cache.
 
     The layout of vLLM's first paged-attention kernels: with x elements in 16 bytes, element ``d``
     of head ``h`` of the token in slot ``b * block_size + o`` is at ``key_cache[b, h, d // x, o,
-    d % x]`` and ``value_cache[b, h, d, o]``.
+    d % x]`` and ``value_cache[b, h, d, o]``, or, interleaved, ``value_cache[b, h, o // x, d,
+    o % x]``.
 
     Parameters
     ----------
     key : array [num_tokens, num_kv_heads, head_size]
-        float16, bfloat16 or float32; the last dimension contiguous. Rows beyond the slots are
-        ignored.
+        float16, bfloat16 or float32, or already of the 8-bit dtype that ``kv_cache_dtype`` stores,
+        which is then copied; for a raw copy any dtype. The last dimension contiguous. Rows beyond
+        the slots are ignored.
     value : array [num_tokens, num_kv_heads, head_size_v]
         Like ``key``; its head size may differ.
     key_cache : array [num_blocks, num_kv_heads, head_size / x, block_size, x]
-        Written in place; same dtype as ``key``; last dimension contiguous, other strides free. x is
-        whatever the array says.
+        Written in place; of the dtype of ``key`` for a raw copy, otherwise of the 8-bit dtype
+        stored; uint8 may stand for any 8-bit dtype. Last dimension contiguous, other strides free.
+        x is whatever the array says.
     value_cache : array [num_blocks, num_kv_heads, head_size_v, block_size]
-        Likewise.
+        Likewise. With ``interleaved_v`` [num_blocks, num_kv_heads, block_size / x, head_size_v, x].
     slot_mapping : int64 or int32 array [num_slots]
         Negative slots are padding and skipped. Slots past the cache are skipped and recorded (see
         `raise_faults`). Where a slot occurs twice, which token stays is not defined.
     kv_cache_dtype : str
-        "auto", "float16", "bfloat16" or "float32": a raw copy.
-    k_scale, v_scale : None
-        Used by quantised caches only; a raw copy ignores them.
+        "auto", "float16", "bfloat16" or "float32": a raw copy, whichever of these the name is.
+        "fp8" or "fp8_e4m3", "fp8_e5m2", "int8": quantised as by `reshape_and_cache_flash`.
+    k_scale, v_scale : float, or float32 array [1], [num_kv_heads] or of no dimensions, optional
+        What a stored element is multiplied with to give the value: one number, or one for each
+        head. An array is read on its device. None is 1.0. A raw copy ignores them.
+    interleaved_v : bool
+        Whether the value cache is interleaved.
     stream : optional
         Where to enqueue; by default the current stream of the framework that owns ``key_cache``.
 
     Raises
     ------
-    ShapeError, StrideError, DTypeError, DeviceError, NotWritableError
+    ArgumentError, ShapeError, StrideError, DTypeError, DeviceError, NotWritableError
         Before anything is written.
 
     Notes
     -----
     Names, order and meaning are those of vLLM's cache operation of the same name.
     """
-    del k_scale, v_scale
-    OP((key, value, key_cache, value_cache, slot_mapping), (kv_cache_dtype,), stream)
+    arrays, numbers = contract.split_scales(NAME, kv_cache_dtype, k_scale, v_scale)
+    objects = (key, value, key_cache, value_cache, slot_mapping, *arrays)
+    OP(objects, (kv_cache_dtype, *numbers, bool(interleaved_v)), stream)
 
 
 def _plan(op, described, options):
-    key, value, key_cache, value_cache, slot_mapping = described
-    formats.require_raw(op.name, options[0])
+    key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale = described
+    kv_cache_dtype, *numbers, interleaved = options
+    fmt = formats.cache_format(op.name, kv_cache_dtype)
     check = contract.Contract(op.name)
     check.shape("key", key, "_ num_kv_heads head_size")
     check.shape("value", value, "_ num_kv_heads head_size_v")
     check.shape("key_cache", key_cache, "num_blocks num_kv_heads _ block_size x")
-    check.shape("value_cache", value_cache, "num_blocks num_kv_heads head_size_v block_size")
+    _check_packs(check, "key_cache", key_cache, "head_size")
+    if interleaved:
+        check.shape("value_cache", value_cache, "num_blocks num_kv_heads _ head_size_v x")
+        _check_packs(check, "value_cache", value_cache, "block_size")
+    else:
+        check.shape("value_cache", value_cache, "num_blocks num_kv_heads head_size_v block_size")
     check.shape("slot_mapping", slot_mapping, "_")
+    stored = check.writes({a.name: x for a, x in zip(op.args[:5], described)}, fmt)
     size = check.sizes
-    if key_cache.shape[2] * size["x"] != size["head_size"]:
-        raise ShapeError(
-            f"{op.name}: Invalid shape of key_cache: expected head_size / x = "
-            f"{size['head_size']} / {size['x']} in dimension 2, got {key_cache.shape[2]}"
-        )
-    named = {arg.name: array for arg, array in zip(op.args, described)}
-    check.writes(named, formats.INDICES, formats.FLOATS)
+    heads = size["num_kv_heads"]
+    scale_steps = (
+        check.head_scale("k_scale", k_scale, heads),
+        check.head_scale("v_scale", v_scale, heads),
+    )
 
-    bits = key.dtype.bits
     if key_cache.device.kind == "cpu":
-        dtypes = (bits, bits, bits, bits, slot_mapping.dtype.numpy)
-        return dispatch.CpuPlan(cpu.reshape_and_cache, dtypes)
+        run = functools.partial(
+            cpu.reshape_and_cache, source=key.dtype, stored=stored, numbers=numbers
+        )
+        bits = (array.dtype.bits for array in described[:4])
+        return dispatch.CpuPlan(run, (*bits, slot_mapping.dtype.numpy, SCALES, SCALES))
 
-    element = key.dtype.bytes
+    element = key_cache.dtype.bytes
+    ratio = key.dtype.bytes // element
     key_bytes, value_bytes = size["head_size"] * element, size["head_size_v"] * element
     pack = size["x"] * element
-    key_vector = contract.vector_bytes(
-        pack, key.ptr, key_cache.ptr, *key.strides[:2], *key_cache.strides[:4]
+    key_vector = contract.converting_vector_bytes(
+        ratio,
+        (key.ptr, *key.strides[:2]),
+        (pack, key_cache.ptr, *key_cache.strides[:4]),
     )
-    value_vector = contract.vector_bytes(value_bytes, value.ptr, *value.strides[:2])
-    vector_values = contract.vector_bytes(value_cache.ptr, *value_cache.strides[:3]) == 16
+    value_vector = contract.converting_vector_bytes(
+        ratio, (value.ptr, *value.strides[:2]), (value_bytes,)
+    )
+    slots = size["x"] if interleaved else size["block_size"]
+    block_stride, head_stride, *middle, _ = value_cache.strides
+    slots_stride, element_stride = middle if interleaved else (0, *middle)
+    vector_values = 16 == contract.vector_bytes(
+        value_cache.ptr, block_stride, head_stride, slots_stride, element_stride
+    )
+    # A thread for each vector of a tile, up to the most.
+    vectors = TILE * max(key_bytes // key_vector, value_bytes // value_vector)
+    threads = launch.block_threads(vectors, 1, MAX_THREADS)
     index = formats.INDEX_NAMES[slot_mapping.dtype.name]
     kernel = modules.Kernel(
         op.name,
         op.name,
-        f"reshape_and_cache<{element}, {pack}, {key_vector}, {value_vector}, {key_bytes}, "
-        f"{value_bytes}, {size['block_size']}, {str(vector_values).lower()}, {index}, {THREADS}>",
+        f"reshape_and_cache<{formats.quantiser(key.dtype, stored, key_vector)}, "
+        f"{formats.quantiser(key.dtype, stored, value_vector)}, {element}, {pack}, {key_vector}, "
+        f"{value_vector}, {key_bytes}, {value_bytes}, {size['block_size']}, {slots}, "
+        f"{str(vector_values).lower()}, {index}, {threads}>",
         PARAMS,
         guarded=("slot_mapping",),
+        converts=stored is not None,
     )
     launcher = launch.Launcher(
         kernel,
         key_cache.device.index,
         (size["num_blocks"], slot_mapping.strides[0], *key.strides[:2], *value.strides[:2],
-         *key_cache.strides[:4], *value_cache.strides[:3]),
+         *key_cache.strides[:4], block_stride, head_stride, slots_stride, element_stride,
+         *scale_steps, *(number or 0.0 for number in numbers)),
     )  # fmt: skip
-    heads = size["num_kv_heads"]
     return dispatch.GpuPlan(
-        launcher, lambda tokens: ((launch.ceil_div(tokens, TILE), heads, 1), THREADS)
+        launcher, lambda tokens: ((launch.ceil_div(tokens, TILE), heads, 1), threads)
     )
 
 
+def _check_packs(check, name, cache, whole):
+    """Require dimension 2 of ``cache`` to hold all packs of x of the size called ``whole``."""
+    size, x = check.sizes[whole], check.sizes["x"]
+    if cache.shape[2] * x != size:
+        raise ShapeError(
+            f"{check.op}: Invalid shape of {name}: expected {whole} / x = {size} / {x} in "
+            f"dimension 2, got {cache.shape[2]}"
+        )
+
+
 OP = dispatch.Op(
-    "reshape_and_cache",
+    NAME,
     args=(
         dispatch.Arg("key", rows=True),
         dispatch.Arg("value", rows=True),
         dispatch.Arg("key_cache"),
         dispatch.Arg("value_cache"),
         dispatch.Arg("slot_mapping", rows=True),
+        dispatch.Arg("k_scale", optional=True),
+        dispatch.Arg("v_scale", optional=True),
     ),
     plan=_plan,
     destination=2,
-    count=contract.slot_count("reshape_and_cache"),
+    count=contract.slot_count(NAME),
 )

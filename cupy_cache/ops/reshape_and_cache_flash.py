@@ -2,16 +2,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing new tokens into a cache indexed [block, offset, head, element]."""
 
+import functools
+
 from .. import contract, cpu, dispatch, formats, launch, modules, params
 
+NAME = "reshape_and_cache_flash"
 PARAMS = params.Struct(
-    per_call="key:ptr value:ptr key_cache:ptr value_cache:ptr slot_mapping:ptr tokens:i64",
+    per_call="key:ptr value:ptr key_cache:ptr value_cache:ptr slot_mapping:ptr k_scale:ptr "
+    "v_scale:ptr tokens:i64",
     constant="num_blocks:i64 slot_stride:i64 "
     "key_token_stride:i64 key_head_stride:i64 value_token_stride:i64 value_head_stride:i64 "
     "key_block_stride:i64 key_offset_stride:i64 key_cache_head_stride:i64 "
-    "value_block_stride:i64 value_offset_stride:i64 value_cache_head_stride:i64",
+    "value_block_stride:i64 value_offset_stride:i64 value_cache_head_stride:i64 "
+    "k_scale_stride:i64 v_scale_stride:i64 k_scale_value:f32 v_scale_value:f32",
 )
 MAX_THREADS = 256
+SCALES = formats.DTYPES["float32"].numpy
 
 
 def reshape_and_cache_flash(
@@ -27,101 +33,125 @@ def reshape_and_cache_flash(
     Parameters
     ----------
     key : array [num_tokens, num_kv_heads, head_size]
-        float16, bfloat16 or float32; the last dimension contiguous.
+        float16, bfloat16 or float32, or already of the 8-bit dtype that ``kv_cache_dtype`` stores,
+        which is then copied; for a raw copy any dtype. The last dimension contiguous.
     value : array [num_tokens, num_kv_heads, head_size_v]
         Like ``key``; its head size may differ.
     key_cache : array [num_blocks, block_size, num_kv_heads, head_size]
-        Written in place; same dtype as ``key``. Strides are free except the last: NHD, HND as a
-        permuted view, and views of one packed K|V page all work.
+        Written in place; of the dtype of ``key`` for a raw copy, otherwise of the 8-bit dtype
+        stored; uint8 may stand for any 8-bit dtype. Strides are free except the last: NHD, HND as
+        a permuted view, and views of one packed K|V page all work.
     value_cache : array [num_blocks, block_size, num_kv_heads, head_size_v]
         Likewise, with strides of its own.
     slot_mapping : int64 or int32 array [num_slots]
         Negative slots are padding and skipped. Slots past the cache are skipped and recorded (see
         `raise_faults`). Where a slot occurs twice, which token stays is not defined.
     kv_cache_dtype : str
-        "auto", "float16", "bfloat16" or "float32": a raw copy.
-    k_scale, v_scale : None
-        Used by quantised caches only; a raw copy ignores them.
+        "auto", "float16", "bfloat16" or "float32": a raw copy, whichever of these the name is.
+        "fp8" or "fp8_e4m3", "fp8_e5m2", "int8": see Notes.
+    k_scale, v_scale : float, or float32 array [1], [num_kv_heads] or of no dimensions, optional
+        What a stored element is multiplied with to give the value: one number, or one for each
+        head. An array is read on its device. None is 1.0. A raw copy ignores them.
     stream : optional
         Where to enqueue; by default the current stream of the framework that owns ``key_cache``.
 
     Raises
     ------
-    ShapeError, StrideError, DTypeError, DeviceError, NotWritableError
+    ArgumentError, ShapeError, StrideError, DTypeError, DeviceError, NotWritableError
         Before anything is written.
 
     Notes
     -----
+    An element of an 8-bit cache is the float32 quotient value / scale, correctly rounded, rounded
+    again to the stored type: e4m3 and e5m2 to nearest, ties to even; int8 to nearest, ties away
+    from zero. What is larger than the largest number becomes that, infinities too; a NaN becomes
+    0x7f, in int8 0.
+
     Names, order and meaning are those of vLLM's cache operation of the same name.
     """
-    del k_scale, v_scale
-    OP((key, value, key_cache, value_cache, slot_mapping), (kv_cache_dtype,), stream)
+    arrays, numbers = contract.split_scales(NAME, kv_cache_dtype, k_scale, v_scale)
+    objects = (key, value, key_cache, value_cache, slot_mapping, *arrays)
+    OP(objects, (kv_cache_dtype, *numbers), stream)
 
 
 def _plan(op, described, options):
-    key, value, key_cache, value_cache, slot_mapping = described
-    formats.require_raw(op.name, options[0])
+    key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale = described
+    kv_cache_dtype, *numbers = options
+    fmt = formats.cache_format(op.name, kv_cache_dtype)
     check = contract.Contract(op.name)
     check.shape("key", key, "_ num_kv_heads head_size")
     check.shape("value", value, "_ num_kv_heads head_size_v")
     check.shape("key_cache", key_cache, "num_blocks block_size num_kv_heads head_size")
     check.shape("value_cache", value_cache, "num_blocks block_size num_kv_heads head_size_v")
     check.shape("slot_mapping", slot_mapping, "_")
-    named = {arg.name: array for arg, array in zip(op.args, described)}
-    check.writes(named, formats.INDICES, formats.FLOATS)
-
-    bits = key.dtype.bits
-    if key_cache.device.kind == "cpu":
-        dtypes = (bits, bits, bits, bits, slot_mapping.dtype.numpy)
-        return dispatch.CpuPlan(cpu.reshape_and_cache_flash, dtypes)
-
-    size = check.sizes
-    heads, key_bytes = contract.merge_segments(
-        size["num_kv_heads"], size["head_size"] * key.dtype.bytes, key.strides[1], key_cache.strides[2]
+    stored = check.writes({a.name: x for a, x in zip(op.args[:5], described)}, fmt)
+    heads = check.sizes["num_kv_heads"]
+    scale_steps = (
+        check.head_scale("k_scale", k_scale, heads),
+        check.head_scale("v_scale", v_scale, heads),
     )
-    value_heads, value_bytes = contract.merge_segments(
-        size["num_kv_heads"], size["head_size_v"] * key.dtype.bytes,
-        value.strides[1], value_cache.strides[2],
-    )  # fmt: skip
-    if heads != value_heads:  # only one side's heads are adjacent: keep both apart
-        heads = size["num_kv_heads"]
-        key_bytes = size["head_size"] * key.dtype.bytes
-        value_bytes = size["head_size_v"] * key.dtype.bytes
-    vector = contract.vector_bytes(
-        key_bytes, value_bytes,
-        *(a.ptr for a in (key, value, key_cache, value_cache)),
-        *(s for a in (key, value, key_cache, value_cache) for s in a.strides[:-1]),
+
+    if key_cache.device.kind == "cpu":
+        run = functools.partial(
+            cpu.reshape_and_cache_flash, source=key.dtype, stored=stored, numbers=numbers
+        )
+        bits = (array.dtype.bits for array in described[:4])
+        return dispatch.CpuPlan(run, (*bits, slot_mapping.dtype.numpy, SCALES, SCALES))
+
+    size, element = check.sizes, key_cache.dtype.bytes
+    sides = (size["head_size"], key, key_cache), (size["head_size_v"], value, value_cache)
+    rows = [_segments(heads, width, source, cache) for width, source, cache in sides]
+    if rows[0][0] != rows[1][0] or any(scale_steps):
+        # Only one side's heads are adjacent, or each has a scale of its own: keep them apart.
+        rows = [(heads, size["head_size"]), (heads, size["head_size_v"])]
+    segments = rows[0][0]
+    key_bytes, value_bytes = (width * element for _, width in rows)
+    vector = contract.converting_vector_bytes(
+        key.dtype.bytes // element,
+        [n for a in (key, value) for n in (a.ptr, *a.strides[:-1])],
+        [key_bytes, value_bytes,
+         *(n for a in (key_cache, value_cache) for n in (a.ptr, *a.strides[:-1]))],
     )  # fmt: skip
     index = formats.INDEX_NAMES[slot_mapping.dtype.name]
     kernel = modules.Kernel(
         op.name,
         op.name,
-        f"reshape_and_cache_flash<{vector}, {heads}, {key_bytes}, {value_bytes}, "
-        f"{size['block_size']}, {index}, {MAX_THREADS}>",
+        f"reshape_and_cache_flash<{formats.quantiser(key.dtype, stored, vector)}, {vector}, "
+        f"{segments}, {key_bytes}, {value_bytes}, {size['block_size']}, {index}, {MAX_THREADS}>",
         PARAMS,
         guarded=("slot_mapping",),
+        converts=stored is not None,
     )
     device = key_cache.device.index
     launcher = launch.Launcher(
         kernel,
         device,
         (size["num_blocks"], slot_mapping.strides[0], *key.strides[:2], *value.strides[:2],
-         *key_cache.strides[:3], *value_cache.strides[:3]),
+         *key_cache.strides[:3], *value_cache.strides[:3], *scale_steps,
+         *(number or 0.0 for number in numbers)),
     )  # fmt: skip
-    items = heads * max(key_bytes, value_bytes) // vector
+    items = segments * max(key_bytes, value_bytes) // vector
     return dispatch.GpuPlan(launcher, launch.FlatShape(items, device, MAX_THREADS))
 
 
+def _segments(heads, width, source, cache):
+    """A token's row as (segments, elements of a segment)."""
+    strides = source.strides[1] // source.dtype.bytes, cache.strides[2] // cache.dtype.bytes
+    return contract.merge_segments(heads, width, *strides)
+
+
 OP = dispatch.Op(
-    "reshape_and_cache_flash",
+    NAME,
     args=(
         dispatch.Arg("key", rows=True),
         dispatch.Arg("value", rows=True),
         dispatch.Arg("key_cache"),
         dispatch.Arg("value_cache"),
         dispatch.Arg("slot_mapping", rows=True),
+        dispatch.Arg("k_scale", optional=True),
+        dispatch.Arg("v_scale", optional=True),
     ),
     plan=_plan,
     destination=2,
-    count=contract.slot_count("reshape_and_cache_flash"),
+    count=contract.slot_count(NAME),
 )

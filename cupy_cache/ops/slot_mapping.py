@@ -4,18 +4,17 @@
 
 import functools
 
-from .. import arrays, contract, cpu, dispatch, formats, launch, modules, params
-from ..errors import ArgumentError, ShapeError
+from .. import arrays, contract, cpu, dispatch, formats, launch, modules, params, slots
+from ..errors import ShapeError
 
 PARAMS = params.Struct(
     per_call="block_table:ptr positions:ptr query_start_loc:ptr out:ptr "
     "slots:i64 requests:i64 tokens:i64",
-    constant="table_stride:i64 position_stride:i64 position_limit:i64 block_limit:i64 "
+    constant="position_stride:i64 table_stride:i64 position_limit:i64 block_limit:i64 "
     "block_size:i64 cp_world_size:i64 cp_rank:i64 cp_interleave:i64",
 )
 MAX_THREADS = 256
 INT64 = formats.DTYPES["int64"]
-LARGEST = 2**63 - 1
 
 
 def slot_mapping(
@@ -89,25 +88,9 @@ def _plan(op, described, options):
     table, positions, starts, out = described
     block_size, world, rank, interleave = options
     check = contract.Contract(op.name)
-    check.positive("block_size", block_size)
-    check.positive("cp_world_size", world)
-    check.positive("cp_interleave", interleave)
-    if not (isinstance(rank, int) and 0 <= rank < world):
-        raise ArgumentError(
-            f"{op.name}: Invalid value of cp_rank: expected an integer in 0..{world - 1}, got "
-            f"{rank!r}"
-        )
-    if world > 1 and block_size % interleave:
-        raise ArgumentError(
-            f"{op.name}: Invalid value of cp_interleave: expected a divisor of block_size = "
-            f"{block_size}, got {interleave}"
-        )
-    if block_size * world > LARGEST:
-        raise ArgumentError(
-            f"{op.name}: Invalid value of block_size: expected block_size * cp_world_size below "
-            f"2**63, got {block_size} * {world}"
-        )
-    check.shape("block_table", table, "_ table_width")
+    slots.check_ranks(check, world, rank, interleave)
+    slots.check_block_size(check, "block_size", block_size, world, interleave)
+    check.shape("block_table", table, "_ _")
     named = {arg.name: array for arg, array in zip(op.args, described)}
     for name in ("positions", "query_start_loc", "out"):
         check.shape(name, named[name], "_")
@@ -139,10 +122,8 @@ def _plan(op, described, options):
     launcher = launch.Launcher(
         kernel,
         device,
-        (table.strides[0], positions.strides[0],
-         min(check.sizes["table_width"] * block_size * world, LARGEST), LARGEST // block_size,
-         block_size, world, rank, interleave),
-    )  # fmt: skip
+        (positions.strides[0], *slots.geometry(table, block_size, world, rank, interleave)),
+    )
     return dispatch.GpuPlan(launcher, launch.FlatShape(1, device, MAX_THREADS))
 
 

@@ -6,7 +6,7 @@ import functools
 import math
 
 from .. import arrays, blocks, contract, cpu, formats, launch
-from ..errors import DeviceError, ShapeError
+from ..errors import ArgumentError, DeviceError, ShapeError
 from ..log import logger
 
 
@@ -29,7 +29,8 @@ def swap_blocks(src, dst, *block_mapping, block_size_in_bytes=None, stream=None)
         Blocks may have gaps between and inside them.
     block_mapping : sequence of (source, destination), or int32 or int64 array [num_pairs, 2]
         In host memory. Checked before anything is written: numbers in range, no destination twice
-        and, where ``src`` and ``dst`` share memory, no block both source and destination.
+        and, where ``src`` and ``dst`` share memory, no block both source and destination, in
+        whichever layers.
     block_size_in_bytes : int, optional
         See above; may also be given by name.
     stream : optional
@@ -70,10 +71,22 @@ def swap_blocks(src, dst, *block_mapping, block_size_in_bytes=None, stream=None)
         )
     plan = _plan(source.facts, destination.facts, block_size_in_bytes)
     blocks.check_pairs(op, pairs, plan.source.shape[0], plan.destination.shape[0])
-    if plan.may_share:
-        for addresses in zip(source.addresses, destination.addresses):
-            blocks.check_apart(op, pairs, plan.source, plan.destination, *addresses)
+    _check_written_once(op, source.addresses, destination.addresses)
+    if plan.may_share and pairs.sources:
+        blocks.check_apart(
+            op, pairs, plan.source, plan.destination, source.addresses, destination.addresses
+        )
     plan.run(source.addresses, destination.addresses, pairs, stream)
+
+
+def _check_written_once(op, sources, destinations):
+    """Refuse an array that two different layers are to be copied to."""
+    if len(set(zip(sources, destinations))) != len(set(destinations)):
+        layer = next(i for i, to in enumerate(destinations) if to in destinations[:i])
+        raise ArgumentError(
+            f"{op}: Invalid value of dst: expected every array once, got one twice, again in layer "
+            f"{layer}"
+        )
 
 
 def _as_list(value):

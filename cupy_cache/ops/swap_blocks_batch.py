@@ -9,6 +9,7 @@ import numpy as np
 
 from .. import arrays, blocks, contract, formats, launch, modules, params
 from ..errors import ArgumentError, DeviceError, MissingDependencyError
+from ..log import logger
 
 MAX_RANGES = 160  # kRanges of the kernel: what the 4 KiB of kernel parameters hold
 CHUNK_BYTES = 8192  # that one thread block copies at a time
@@ -42,7 +43,7 @@ def swap_blocks_batch(src_ptrs, dst_ptrs, sizes, is_src_access_order_any=False, 
         Taken for compatibility: sources are read in the stream's order, as if it were False.
     stream : optional
         Where to enqueue; by default the current stream of the framework that owns ``dst_ptrs``
-        (CuPy's for NumPy arrays), on the GPU of the first address that is on one.
+        (CuPy's for NumPy arrays), on a GPU that has a destination, or else a source.
 
     Raises
     ------
@@ -78,8 +79,11 @@ def swap_blocks_batch(src_ptrs, dst_ptrs, sizes, is_src_access_order_any=False, 
         return
     device = on_gpu[0]
     if stream is None:
-        owner = arrays.Array(0, (), (), None, device, True, framework)
-        stream = arrays.current_stream_of(owner)()
+        stream = launch.driver.current_stream(framework, device)
+    if _PAGEABLE in (*from_sides.all, *to_sides.all):
+        logger.warning(
+            "%s: host memory is not pinned; the driver stages each copy, and may wait", op
+        )
     joined = _join(sources, destinations, counts, from_sides, to_sides)
     _copy(device, stream, from_sides, to_sides, *joined)
 
@@ -180,10 +184,9 @@ def _locate(op, name, addresses, sizes):
     at = asked = 0
     while at < len(order):
         found = launch.driver.allocation(int(starts[at]))
-        if found is None:
-            side, behind = _PAGEABLE, at + 1
-        else:
-            side = _Side(found.device, found.shift)
+        side = _PAGEABLE if found is None else _Side(found.device, found.shift)
+        behind = at + 1
+        if found is not None and found.end > starts[at]:
             behind = int(np.searchsorted(starts, found.end))
             _check_inside(op, name, found, int(ends[at:behind].max()))
         if side not in sides:

@@ -29,4 +29,4 @@ def zero_blocks(caches, block_ids, *, stream=None):
     ArgumentError
         Or one of its kinds, before anything is written.
     """
-    packing.move("zero_blocks", packing.ZERO, caches, block_ids, stream)
+    packing.run("zero_blocks", packing.ZERO, caches, block_ids, stream)

@@ -391,6 +391,9 @@ class EmulatedDriver:
     def processors(self, device):
         return PROCESSORS
 
+    def current_stream(self, framework, device):
+        return 0
+
     def capturing(self, stream):
         return False
 

@@ -71,6 +71,11 @@ void* memcpy(void*, const void*, unsigned long) noexcept;
 void* memset(void*, int, unsigned long) noexcept;
 }
 inline bool isnan(float x) { return __builtin_isnan(x); }
+// CUDA handles signalling NaN as quiet; in the C library they win.
+inline float emulator_fminf(float a, float b) { return a != a ? b : b != b ? a : fminf(a, b); }
+inline float emulator_fmaxf(float a, float b) { return a != a ? b : b != b ? a : fmaxf(a, b); }
+#define fminf emulator_fminf
+#define fmaxf emulator_fmaxf
 inline bool isinf(float x) { return __builtin_isinf(x); }
 inline bool signbit(float x) { return __builtin_signbit(x); }
 

@@ -16,6 +16,11 @@
 
 namespace cupy_cache {
 
+// The scale of a head: one of those on the device, `stride` bytes apart, or else a number.
+__device__ __forceinline__ float scale_of(const char* scales, i64 stride, int head, float number) {
+  return scales ? *reinterpret_cast<const float*>(scales + head * stride) : number;
+}
+
 // The bytes as they are.
 template <int kBytes>
 struct Copy {
@@ -152,6 +157,12 @@ template <typename To>
 struct DivideFor<F32, To> {
   using type = Divide;
 };
+
+// The smallest power of two that is not below a positive normal value: a mantissa that is not zero
+// carries into the exponent. Infinity stays what it is.
+__device__ __forceinline__ float power_of_two_from(float value) {
+  return __uint_as_float((__float_as_uint(value) + 0x007fffffu) & 0xff800000u);
+}
 
 template <typename From, typename To, int kBytes>
 using Quantise = Convert<From, To, typename DivideFor<From, To>::type, kBytes>;

@@ -15,8 +15,8 @@
 
 namespace cupy_cache {
 
-// A type of kExponent and kMantissa bits whose largest code is kLargest: float -> bits without a
-// sign, of the magnitude's bits.
+// Encodes a magnitude, given by a float's bits, in a type of kExponent and kMantissa bits; what is
+// larger than the code kLargest becomes that.
 template <int kExponent, int kMantissa, u32 kLargest>
 __device__ __forceinline__ u32 encode_magnitude(u32 magnitude) {
   constexpr int kDropped = 23 - kMantissa;
@@ -92,72 +92,54 @@ struct BF16 {
   }
 };
 
-struct E4M3 {
+// kLargest is the code of the largest number.
+template <int kExponent, int kMantissa, u32 kLargest>
+struct FP8 {
   using Bits = u8;
 
   static __device__ __forceinline__ float decode(Bits bits) {
+    if constexpr (kExponent == 5) {
+      return F16::decode(static_cast<u16>(bits << 8));  // the upper half of a half
+    } else {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-    u32 halves;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<u16>(bits)));
-    return F16::decode(static_cast<u16>(halves));
+      u32 halves;
+      asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<u16>(bits)));
+      return F16::decode(static_cast<u16>(halves));
 #else
-    // As a half, whose exponent has one bit more: smaller by a factor of 2^8.
-    const u32 half = (bits & 0x80u) << 8 | (bits & 0x7fu) << 7;
-    return (bits & 0x7fu) == 0x7fu ? __uint_as_float(0x7fffffffu)
-                                   : F16::decode(static_cast<u16>(half)) * 256.0f;
+      // As a half, whose exponent has one bit more: smaller by a factor of 2^8.
+      const u32 half = (bits & 0x80u) << 8 | (bits & 0x7fu) << 7;
+      const float value = F16::decode(static_cast<u16>(half)) * 256.0f;
+      return (bits & 0x7fu) == 0x7fu ? __uint_as_float(0x7fffffffu) : value;
 #endif
+    }
   }
 
   static __device__ __forceinline__ Bits encode(float value) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
     return static_cast<Bits>(encode_pair(value, 0.0f));
 #else
-    if (value != value) return 0x7f;
     const u32 bits = __float_as_uint(value);
-    return static_cast<Bits>(encode_magnitude<4, 3, 0x7e>(bits & 0x7fffffffu) |
-                             (bits >> 24 & 0x80u));
+    const u32 code = encode_magnitude<kExponent, kMantissa, kLargest>(bits & 0x7fffffffu);
+    return static_cast<Bits>(value != value ? 0x7fu : code | (bits >> 24 & 0x80u));
 #endif
   }
 
   static __device__ __forceinline__ u16 encode_pair(float low, float high) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
     u16 pair;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    if constexpr (kExponent == 5) {
+      asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    } else {
+      asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    }
     return pair;
 #else
     return static_cast<u16>(encode(low) | encode(high) << 8);
 #endif
   }
 };
-
-struct E5M2 {
-  using Bits = u8;
-
-  static __device__ __forceinline__ float decode(Bits bits) {
-    return F16::decode(static_cast<u16>(bits << 8));  // the upper half of a half
-  }
-
-  static __device__ __forceinline__ Bits encode(float value) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-    return static_cast<Bits>(encode_pair(value, 0.0f));
-#else
-    if (value != value) return 0x7f;
-    const u32 bits = __float_as_uint(value);
-    return static_cast<Bits>(encode_magnitude<5, 2, 0x7b>(bits & 0x7fffffffu) |
-                             (bits >> 24 & 0x80u));
-#endif
-  }
-
-  static __device__ __forceinline__ u16 encode_pair(float low, float high) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-    u16 pair;
-    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-    return pair;
-#else
-    return static_cast<u16>(encode(low) | encode(high) << 8);
-#endif
-  }
-};
+using E4M3 = FP8<4, 3, 0x7e>;
+using E5M2 = FP8<5, 2, 0x7b>;
 
 struct I8 {
   using Bits = u8;

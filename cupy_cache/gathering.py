@@ -1,0 +1,255 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Reading the pages of sequences back into rows: the checks, the kernel and the counts.
+
+Shared by the operations that differ in their arguments and in what a row is made of.
+"""
+
+import functools
+import math
+import numbers
+from typing import NamedTuple
+
+from . import contract, cpu, dispatch, formats, launch, modules, params
+from .errors import ArgumentError, ShapeError, StrideError
+
+STEM = "gather_cache"
+# One struct of both kernels: the arguments are those of `op`, in order.
+PARAMS = params.Struct(
+    per_call="src_cache:ptr dst:ptr block_table:ptr cu_seq_lens:ptr seq_starts:ptr scale:ptr "
+    "rows:i64 sequences:i64",
+    constant="num_blocks:i64 table_width:i64 table_tokens:i64 table_stride:i64 start_stride:i64 "
+    "src_block_stride:i64 src_group_stride:i64 src_offset_stride:i64 "
+    "src_outer_stride:i64 src_head_stride:i64 "
+    "dst_row_stride:i64 dst_outer_stride:i64 dst_head_stride:i64 scale_value:f32 unused:u32",
+)
+GUARDED = ("seq_starts", "block_table")
+MAX_THREADS = 256
+VECTORS = 2  # that a thread moves
+
+
+def op(name, plan, count, bounds="cu_seq_lens"):
+    """The `dispatch.Op` of an operation; ``bounds`` is what it calls the sequences' first rows.
+    ``count`` gets the rows of dst, block_table, ``bounds`` and seq_starts."""
+    return dispatch.Op(
+        name,
+        args=(
+            dispatch.Arg("src_cache"),
+            dispatch.Arg("dst", rows=True),
+            dispatch.Arg("block_table", rows=True),
+            dispatch.Arg(bounds, rows=True),
+            dispatch.Arg("seq_starts", rows=True, optional=True),
+            dispatch.Arg("scale", optional=True),
+        ),
+        plan=plan,
+        destination=1,
+        count=count,
+    )
+
+
+# --- checks ---------------------------------------------------------------------------------------
+
+
+def check_arrays(check, op, described):
+    """What holds for every operation, once the dimensions of cache and rows are known to be right:
+    devices, indices, and how the memory is laid out."""
+    src, dst, table, bounds, starts, _ = described
+    indices = {op.args[2].name: table, op.args[3].name: bounds}
+    check.shape("block_table", table, "_ table_width")
+    check.shape(op.args[3].name, bounds, "_")
+    if starts is not None:
+        check.shape("seq_starts", starts, "_")
+        indices["seq_starts"] = starts
+    for name, array in {"src_cache": src, "dst": dst, **indices}.items():
+        check.device(name, array)
+    for name, array in indices.items():
+        check.dtype(name, array, *formats.INDICES)
+        check.aligned(name, array)
+    check.contiguous("dst", dst)
+    check.contiguous("block_table", table)
+    check.contiguous_rows(op.args[3].name, bounds)
+    check.writable("dst", dst, rows=True)
+
+
+def check_block_size(check, src, block_size):
+    """Refuse blocks without slots."""
+    if not block_size:
+        raise ShapeError(
+            f"{check.op}: Invalid shape of src_cache: expected blocks of at least one slot, got "
+            f"{list(src.shape)}"
+        )
+
+
+def check_sequences(op, sequences, table_rows, starts):
+    """Require a row of block_table and a start (where there are any) for each sequence."""
+    for name, got in (("block_table", table_rows), ("seq_starts", starts)):
+        if got is not None and got < sequences:
+            raise ShapeError(
+                f"{op}: Invalid shape of {name}: expected rows for {sequences} sequences, got {got}"
+            )
+
+
+def whole_number(op, name, value):
+    """``value`` as an int that is not negative."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+        raise ArgumentError(
+            f"{op}: Invalid value of {name}: expected an integer of at least 0, got {value!r}"
+        )
+    return int(value)
+
+
+def _check_layout(check, src, dst, layout):
+    """The `formats.CacheAxes` of ``layout``, which the shapes of cache and rows agree with."""
+    axes = formats.CACHE_AXES.get(layout)
+    if axes is None:
+        raise ArgumentError(
+            f"{check.op}: Invalid value of layout: expected one of "
+            f"{', '.join(formats.CACHE_AXES)}, got {layout!r}"
+        )
+    if axes.token is None:
+        check.shape("src_cache", src, "num_blocks block_size _ ...")
+        inner = " ".join(f"inner_{i}" for i in range(1, len(src.shape) - 1))
+        check.shape("src_cache", src, f"num_blocks block_size {inner}")
+        check.shape("dst", dst, f"_ {inner}")
+        return axes._replace(token=tuple(range(2, len(src.shape))))
+    check.shape("src_cache", src, axes.dims)
+    check.shape("dst", dst, "_ num_kv_heads head_size")
+    got = math.prod(src.shape[axis] for axis in axes.token[1:])
+    if got != dst.shape[2]:
+        raise ShapeError(
+            f"{check.op}: Invalid shape of src_cache: expected head_size / x = {dst.shape[2]} / "
+            f"{src.shape[-1]} in dimension 2 like dst, got {src.shape[2]}"
+        )
+    return axes
+
+
+# --- rows of tokens -------------------------------------------------------------------------------
+
+
+def plan(op, described, layout="NHD", kv_cache_dtype="auto", number=None):
+    """The plan of an operation whose rows are the cache's tokens: as they are, or their elements
+    times ``number``, or times the argument scale where that is None."""
+    src, dst, *_, scale = described
+    check = contract.Contract(op.name)
+    fmt = formats.cache_format(op.name, kv_cache_dtype)
+    axes = _check_layout(check, src, dst, layout)
+    block_size = math.prod(src.shape[axis] for axis in axes.slots)
+    check_block_size(check, src, block_size)
+    if fmt.stored is None:
+        check.dtype("dst", dst, src.dtype)
+    else:
+        check.dtype("src_cache", src, *fmt.storage)
+        check.dtype("dst", dst, *formats.FLOATS)
+    check_arrays(check, op, described)
+    if axes.token[-1] == len(src.shape) - 1:
+        check.contiguous("src_cache", src)
+    if fmt.stored is not None:
+        check.aligned("dst", dst)
+    if scale is not None:
+        check.scale("scale", scale)
+    shape = _row_shape(check, src, dst, axes)
+
+    if dst.device.kind == "cpu":
+        run = functools.partial(
+            cpu.gather_cache, axes=axes, stored=fmt.stored, number=number, target=dst.dtype
+        )
+        return cpu_plan(run, described)
+    converter = "cupy_cache::Copy<{}>"
+    if fmt.stored is not None:
+        names = (formats.ELEMENT_NAMES[d.name] for d in (fmt.stored, dst.dtype))
+        converter = f"cupy_cache::Dequantise<{', '.join(names)}, {{}}>"
+    group = src.shape[axes.slots[-1]]
+    group_stride, offset_stride = (src.strides[axes.slots[0]], src.strides[axes.slots[-1]])
+    if len(axes.slots) == 1:
+        group_stride = 0
+    vector = contract.converting_vector_bytes(
+        src.dtype.bytes / dst.dtype.bytes,
+        (shape.length * src.dtype.bytes, src.ptr, src.strides[0], group_stride, offset_stride,
+         *shape.src_strides),
+        (shape.length * dst.dtype.bytes, dst.ptr, dst.strides[0], *shape.dst_strides),
+    )  # fmt: skip
+    length = shape.length * dst.dtype.bytes
+    row_vectors = shape.outer * shape.heads * length // vector
+    per_thread = min(VECTORS, max(row_vectors, 1))
+    kernel = modules.Kernel(
+        STEM,  # a raw copy is one kernel for several operations
+        STEM,
+        f"gather_cache<{converter.format(vector)}, {vector}, {shape.outer}, {shape.heads}, "
+        f"{length}, {block_size}, {group}, {index_names(described)}, {per_thread}, {MAX_THREADS}>",
+        PARAMS,
+        guarded=GUARDED,
+        converts=fmt.stored is not None,
+    )
+    strides = (src.strides[0], group_stride, offset_stride, *shape.src_strides,
+               dst.strides[0], *shape.dst_strides)  # fmt: skip
+    items = launch.ceil_div(row_vectors, per_thread)
+    return gpu_plan(kernel, items, described, block_size, strides, number or 0.0)
+
+
+class _RowShape(NamedTuple):
+    """A row as ``outer * heads`` segments of ``length`` elements without gaps; the byte strides of
+    the first two on both sides."""
+
+    outer: int
+    heads: int
+    length: int
+    src_strides: tuple
+    dst_strides: tuple
+
+
+def _row_shape(check, src, dst, axes):
+    """Inner dimensions are merged, from the last on, where they are adjacent on both sides."""
+    extents = [src.shape[axis] for axis in axes.token]
+    if 0 in extents:
+        return _RowShape(1, 1, 0, (0, 0), (0, 0))
+    src_strides, dst_strides = [src.strides[axis] for axis in axes.token], [*dst.strides[1:]]
+    if len(dst_strides) < len(extents):  # the cache splits the rows' last dimension
+        dst_strides.insert(-1, extents[-1] * dst_strides[-1])
+    # (extent, stride in src, stride in dst), elements first
+    merged = [(1, src.dtype.bytes, dst.dtype.bytes)]
+    for extent, s, d in zip(*(reversed(x) for x in (extents, src_strides, dst_strides))):
+        count, s_inner, d_inner = merged[-1]
+        if extent == 1:
+            continue
+        if (s, d) == (s_inner * count, d_inner * count):
+            merged[-1] = (count * extent, s_inner, d_inner)
+        else:
+            merged.append((extent, s, d))
+    if len(merged) > 3:
+        raise StrideError(
+            f"{check.op}: Invalid strides of dst: expected at most two inner dimensions around a "
+            f"contiguous run, got byte strides {list(src.strides)} of src_cache and "
+            f"{list(dst.strides)} for shape {list(dst.shape)}"
+        )
+    (length, _, _), heads, outer = (*merged, (1, 0, 0), (1, 0, 0))[:3]
+    return _RowShape(outer[0], heads[0], length, (outer[1], heads[1]), (outer[2], heads[2]))
+
+
+# --- plans ----------------------------------------------------------------------------------------
+
+
+def index_names(described):
+    """The index types of block table, bounds and starts, as a kernel's template arguments."""
+    _, _, table, bounds, starts, _ = described
+    return ", ".join(formats.INDEX_NAMES[(a or bounds).dtype.name] for a in (table, bounds, starts))
+
+
+def cpu_plan(run, described):
+    """The plan of a function of `cpu`."""
+    src, dst, *indices, _ = described
+    dtypes = (src.dtype.bits, dst.dtype.bits, *(a and a.dtype.numpy for a in indices))
+    return dispatch.CpuPlan(run, (*dtypes, formats.DTYPES["float32"].numpy))
+
+
+def gpu_plan(kernel, items, described, block_size, strides, number=0.0):
+    """The plan of a kernel with ``items`` threads for each row; ``strides`` are the struct's, from
+    src_block_stride on."""
+    src, dst, table, _, starts, _ = described
+    width, device = table.shape[1], dst.device.index
+    launcher = launch.Launcher(
+        kernel,
+        device,
+        (src.shape[0], width, min(width * block_size, 2**63 - 1), table.strides[0],
+         starts.strides[0] if starts else 0, *strides, number, 0),
+    )  # fmt: skip
+    return dispatch.GpuPlan(launcher, launch.FlatShape(items, device, MAX_THREADS))

@@ -1,0 +1,131 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Reading fp8_ds_mla entries of sequences back into rows of numbers."""
+
+import functools
+
+from .. import contract, cpu, formats, gathering, mla, modules
+from ..errors import ArgumentError
+
+NAME = "cp_gather_and_upconvert_fp8_kv_cache"
+ROPE_DTYPES = ("bfloat16", "float16")
+
+
+def cp_gather_and_upconvert_fp8_kv_cache(
+    src_cache, dst, block_table, workspace_starts, batch_size, seq_starts=None, *,
+    rope_dtype=None, stream=None,
+):  # fmt: skip
+    """Read the fp8_ds_mla entries of several sequences out of a paged cache, as numbers, into rows.
+
+    Sequence ``b < batch_size`` owns the rows ``workspace_starts[b] <= r < workspace_starts[b + 1]``
+    of ``dst``; the last one those up to the end of ``dst``. Rows below ``workspace_starts[0]`` are
+    left as they are. With ``p = seq_starts[b] + r - workspace_starts[b]``, row ``r`` is made of the
+    entry ``src_cache[block_table[b, p // block_size], p % block_size]``.
+
+    Parameters
+    ----------
+    src_cache : array [num_blocks, block_size, 656]
+        Of uint8 or any other 8-bit dtype; strides are free except the last dimension's.
+    dst : array [num_rows, 576]
+        Written in place; bfloat16, float16 or float32. The last dimension contiguous, the stride of
+        the rows free.
+    block_table : int32 or int64 array [at least batch_size, W]
+        Block numbers of each sequence; the last dimension contiguous.
+    workspace_starts : int32 or int64 array [batch_size]
+        Where each sequence's rows start in ``dst``; never descending; contiguous.
+    batch_size : int
+        The number of sequences.
+    seq_starts : int32 or int64 array [at least batch_size], optional
+        The position in its sequence, in tokens, from which each sequence is read; any value. By
+        default 0.
+    rope_dtype : {"bfloat16", "float16"}, optional
+        What the entries were written from, which decides what the 16 bits of their rope part mean.
+        By default the dtype of ``dst``, or bfloat16 where that is float32.
+    stream : optional
+        Where to enqueue; by default the current stream of the framework that owns ``dst``.
+
+    Raises
+    ------
+    ArgumentError, ShapeError, StrideError, DTypeError, DeviceError, NotWritableError
+        Before anything is written.
+
+    Notes
+    -----
+    The entry is that of `concat_and_cache_mla` with "fp8_ds_mla". Columns 0 to 511 of a row are its
+    e4m3 elements times the float32 scale of their tile of 128, rounded to nearest even; columns 512
+    to 575 are the rope part, whose bits are copied where ``dst`` has ``rope_dtype``. Where a number
+    is converted, a NaN stays a NaN; which one is not defined.
+
+    A row that would be read from outside the table or the cache is skipped and recorded (see
+    `raise_faults`) as by `gather_cache`.
+
+    Names, order and meaning are those of vLLM's cache operation of the same name, but for its
+    reading of rows from host memory (the arguments ``host_cache``, ``host_row_ids`` and
+    ``device_row_ids``), which is not offered.
+    """
+    batch_size = gathering.whole_number(NAME, "batch_size", batch_size)
+    arrays = src_cache, dst, block_table, workspace_starts, seq_starts
+    OP(arrays, (rope_dtype,), stream, (batch_size,))
+
+
+def _plan(op, described, options):
+    src, dst, *_ = described
+    (rope_dtype,) = options
+    check = contract.Contract(op.name)
+    check.shape("src_cache", src, f"num_blocks block_size {mla.DS_ENTRY_BYTES}")
+    check.shape("dst", dst, f"_ {mla.DS_LATENT + mla.DS_ROPE}")
+    block_size = src.shape[1]
+    gathering.check_block_size(check, src, block_size)
+    check.dtype("src_cache", src, *formats.BYTES)
+    check.dtype("dst", dst, *formats.FLOATS)
+    gathering.check_arrays(check, op, described)
+    check.contiguous("src_cache", src)
+    check.aligned("dst", dst)
+    if rope_dtype is None:
+        rope_dtype = dst.dtype.name if dst.dtype.bytes == 2 else "bfloat16"
+    if rope_dtype not in ROPE_DTYPES:
+        raise ArgumentError(
+            f"{op.name}: Invalid value of rope_dtype: expected {' or '.join(ROPE_DTYPES)}, got "
+            f"{rope_dtype!r}"
+        )
+    if dst.device.kind == "cpu":
+        run = functools.partial(
+            cpu.gather_fp8_ds_mla, op=op.name, rope=formats.DTYPES[rope_dtype], target=dst.dtype
+        )
+        return gathering.cpu_plan(run, described)
+
+    vector = contract.vector_bytes(dst.ptr, dst.strides[0])
+    source_vector = contract.vector_bytes(src.ptr, *src.strides[:2])
+    target, rope = (formats.ELEMENT_NAMES[name] for name in (dst.dtype.name, rope_dtype))
+    converters = [
+        f"cupy_cache::Dequantise<cupy_cache::E4M3, {target}, {vector}>",
+        f"cupy_cache::Copy<{vector}>"
+        if rope == target
+        else f"cupy_cache::Dequantise<{rope}, {target}, {vector}>",
+    ]
+    kernel = modules.Kernel(
+        op.name,
+        gathering.STEM,
+        f"gather_fp8_ds_mla<{', '.join(converters)}, {vector}, {source_vector}, {block_size}, "
+        f"{gathering.index_names(described)}, {gathering.VECTORS}, {gathering.MAX_THREADS}>",
+        gathering.PARAMS,
+        guarded=gathering.GUARDED,
+        converts=True,
+    )
+    strides = (src.strides[0], 0, src.strides[1], 0, 0, dst.strides[0], 0, 0)
+    items = dst.shape[1] * dst.dtype.bytes // (vector * gathering.VECTORS)
+    return gathering.gpu_plan(kernel, items, described, block_size, strides)
+
+
+def _count(extents, batch_size):
+    rows, table_rows, starts_of_rows, starts = extents
+    if starts_of_rows != batch_size:
+        raise ArgumentError(
+            f"{NAME}: Invalid value of batch_size: expected {starts_of_rows}, the length of "
+            f"workspace_starts, got {batch_size}"
+        )
+    gathering.check_sequences(NAME, batch_size, table_rows, starts)
+    return rows if batch_size else 0, batch_size
+
+
+OP = gathering.op(NAME, _plan, _count, bounds="workspace_starts")

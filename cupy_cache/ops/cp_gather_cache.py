@@ -1,0 +1,69 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Gathering the pages of sequences into contiguous rows, with vLLM's arguments."""
+
+from .. import gathering
+from ..errors import ArgumentError
+
+
+def cp_gather_cache(
+    src_cache, dst, block_table, cu_seq_lens, batch_size, seq_starts=None, *, stream=None
+):
+    """Copy the tokens of several sequences out of a paged cache into contiguous rows.
+
+    `gather_cache` with vLLM's order of arguments. Sequence ``b < batch_size`` owns the rows
+    ``cu_seq_lens[b] <= r < cu_seq_lens[b + 1]`` of ``dst``; other rows are left as they are. With
+    ``p = seq_starts[b] + r - cu_seq_lens[b]``, row ``r`` becomes
+    ``src_cache[block_table[b, p // block_size], p % block_size]``.
+
+    Parameters
+    ----------
+    src_cache : array [num_blocks, block_size, ...]
+        As for `gather_cache`.
+    dst : array [num_rows, ...]
+        As for `gather_cache`.
+    block_table : int32 or int64 array [at least batch_size, W]
+        Block numbers of each sequence; the last dimension contiguous.
+    cu_seq_lens : int32 or int64 array [batch_size + 1]
+        Where each sequence's rows start in ``dst``, and where the last one's end; never
+        descending; contiguous.
+    batch_size : int
+        The number of sequences.
+    seq_starts : int32 or int64 array [at least batch_size], optional
+        The position in its sequence, in tokens, from which each sequence is read; any value. By
+        default 0.
+    stream : optional
+        Where to enqueue; by default the current stream of the framework that owns ``dst``.
+
+    Raises
+    ------
+    ArgumentError, ShapeError, StrideError, DTypeError, DeviceError, NotWritableError
+        Before anything is written.
+
+    Notes
+    -----
+    Values out of range are skipped and recorded as by `gather_cache`, under its name, since the
+    kernel is the same.
+
+    Names, order and meaning are those of vLLM's cache operation of the same name. Elements may have
+    any size, and offsets into ``dst`` are not limited to 31 bits.
+    """
+    batch_size = gathering.whole_number("cp_gather_cache", "batch_size", batch_size)
+    arrays = src_cache, dst, block_table, cu_seq_lens, seq_starts
+    OP(arrays, (), stream, (batch_size,))
+
+
+def _count(extents, batch_size):
+    rows, table_rows, bounds, starts = extents
+    if bounds != batch_size + 1:
+        raise ArgumentError(
+            f"cp_gather_cache: Invalid value of batch_size: expected {bounds - 1}, one less than "
+            f"the {bounds} bounds in cu_seq_lens, got {batch_size}"
+        )
+    gathering.check_sequences("cp_gather_cache", batch_size, table_rows, starts)
+    return rows, batch_size
+
+
+OP = gathering.op(
+    "cp_gather_cache", lambda op, described, options: gathering.plan(op, described), _count
+)

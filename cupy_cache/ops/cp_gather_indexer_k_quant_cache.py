@@ -1,0 +1,155 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Gathering the quantised keys of sequences, and their scales, from an indexer's cache."""
+
+from .. import contract, cpu, dispatch, formats, indexer, launch, modules, params
+from ..errors import ShapeError
+
+PARAMS = params.Struct(
+    per_call="kv_cache:ptr dst_k:ptr dst_scale:ptr block_table:ptr cu_seq_lens:ptr "
+    "rows:i64 sequences:i64",
+    constant="num_blocks:i64 table_width:i64 table_stride:i64 block_stride:i64 k_stride:i64 "
+    "scale_stride:i64",
+)
+VECTORS = 2  # of a key and of its scales that a thread moves: they pay for its binary search
+
+
+def cp_gather_indexer_k_quant_cache(
+    kv_cache, dst_k, dst_scale, block_table, cu_seq_lens, *, stream=None
+):
+    """Copy the quantised keys and the scales of several sequences into contiguous rows.
+
+    Sequence ``b`` owns the rows ``cu_seq_lens[b] <= r < cu_seq_lens[b + 1]``. With ``p = r -
+    cu_seq_lens[b]``, row ``r`` gets the key and the scales at block ``block_table[b, p //
+    block_size]`` and offset ``p % block_size``. Rows below ``cu_seq_lens[0]`` and from
+    ``cu_seq_lens[B]`` on are left as they are.
+
+    Parameters
+    ----------
+    kv_cache : array [num_blocks, block_size, head_size + 4 * head_size / quant_block_size]
+        As `indexer_k_quant_and_cache` writes it; of uint8 or any other 8-bit dtype.
+    dst_k : array [num_rows, head_size]
+        Written in place; of any 8-bit dtype. The last dimension contiguous, the stride of the rows
+        free.
+    dst_scale : array [num_rows, 4 * head_size / quant_block_size]
+        Likewise; or [num_rows, head_size / quant_block_size] of float32. The bytes of the scales
+        are copied as they are, whatever their format. The quant block size follows from this shape.
+    block_table : int32 or int64 array [B, W]
+        Block numbers of each sequence; the last dimension contiguous.
+    cu_seq_lens : int32 or int64 array [B + 1]
+        Where each sequence's rows start, and where the last one's end; never descending;
+        contiguous.
+    stream : optional
+        Where to enqueue; by default the current stream of the framework that owns ``dst_k``.
+
+    Raises
+    ------
+    ShapeError, StrideError, DTypeError, DeviceError, NotWritableError
+        Before anything is written.
+
+    Notes
+    -----
+    A row that would be read from outside the table or the cache is skipped and recorded (see
+    `raise_faults`) under its number, with the argument ``block_table``: where the page is not below
+    W (the value recorded is the page) or the block number is outside 0..num_blocks - 1.
+
+    Names, order and bytes are those of vLLM's operation of the same name.
+    """
+    OP((kv_cache, dst_k, dst_scale, block_table, cu_seq_lens), (), stream)
+
+
+def _plan(op, described, options):
+    del options
+    kv_cache, dst_k, dst_scale, table, lengths = described
+    check = contract.Contract(op.name)
+    check.shape("dst_k", dst_k, "_ head_size")
+    check.shape("dst_scale", dst_scale, "_ _")
+    check.shape("block_table", table, "_ table_width")
+    check.shape("cu_seq_lens", lengths, "_")
+    check.dtype("dst_k", dst_k, *formats.BYTES)
+    check.dtype("dst_scale", dst_scale, *formats.BYTES, formats.DTYPES["float32"])
+    head_size, scale_bytes = dst_k.shape[1], dst_scale.shape[1] * dst_scale.dtype.bytes
+    check.positive("head_size", head_size)
+    scales, rest = divmod(scale_bytes, indexer.SCALE_BYTES)
+    if rest or not scales or head_size % scales:
+        raise ShapeError(
+            f"{op.name}: Invalid shape of dst_scale: expected scales of {indexer.SCALE_BYTES} "
+            f"bytes, as many as a divisor of the head size {head_size}, got "
+            f"{list(dst_scale.shape)} of {dst_scale.dtype.name}"
+        )
+    indexer.check_cache(check, kv_cache, head_size, scales)
+    for name, array in (("dst_k", dst_k), ("dst_scale", dst_scale)):
+        check.device(name, array)
+        check.contiguous(name, array)
+        check.aligned(name, array)
+        check.writable(name, array, rows=True)
+    for name, array in (("block_table", table), ("cu_seq_lens", lengths)):
+        check.device(name, array)
+        check.dtype(name, array, *formats.INDICES)
+        check.aligned(name, array)
+    check.contiguous("block_table", table)
+    check.contiguous_rows("cu_seq_lens", lengths)
+
+    if kv_cache.device.kind == "cpu":
+        bits = (a.dtype.bits for a in (kv_cache, dst_k, dst_scale))
+        dtypes = (*bits, table.dtype.numpy, lengths.dtype.numpy)
+        return dispatch.CpuPlan(cpu.cp_gather_indexer_k_quant_cache, dtypes)
+
+    num_blocks, block_size, _ = kv_cache.shape
+    block_stride = kv_cache.strides[0]
+    vector = contract.vector_bytes(
+        head_size, kv_cache.ptr, block_stride, dst_k.ptr, dst_k.strides[0]
+    )
+    scale_vector = contract.vector_bytes(
+        scale_bytes, kv_cache.ptr, block_stride, block_size * head_size, dst_scale.ptr,
+        dst_scale.strides[0],
+    )  # fmt: skip
+    most = max(head_size // vector, scale_bytes // scale_vector)
+    threads = launch.ceil_div(most, VECTORS)
+    index = [formats.INDEX_NAMES[a.dtype.name] for a in (table, lengths)]
+    kernel = modules.Kernel(
+        op.name,
+        op.name,
+        f"cp_gather_indexer_k_quant_cache<{vector}, {scale_vector}, {head_size}, {scale_bytes}, "
+        f"{threads}, {block_size}, {', '.join(index)}, {indexer.MAX_THREADS}>",
+        PARAMS,
+        guarded=("block_table",),
+    )
+    device = kv_cache.device.index
+    launcher = launch.Launcher(
+        kernel,
+        device,
+        (num_blocks, check.sizes["table_width"], table.strides[0], block_stride, dst_k.strides[0],
+         dst_scale.strides[0]),
+    )  # fmt: skip
+    return dispatch.GpuPlan(launcher, launch.FlatShape(threads, device, indexer.MAX_THREADS))
+
+
+def _count(extents):
+    rows, scale_rows, sequences, bounds = extents
+    if scale_rows != rows:
+        raise ShapeError(
+            f"cp_gather_indexer_k_quant_cache: Invalid shape of dst_scale: expected {rows} rows, "
+            f"as many as dst_k has, got {scale_rows}"
+        )
+    if bounds != sequences + 1:
+        raise ShapeError(
+            f"cp_gather_indexer_k_quant_cache: Invalid shape of cu_seq_lens: expected "
+            f"[{sequences + 1}], one more than the rows of block_table, got [{bounds}]"
+        )
+    return rows, sequences
+
+
+OP = dispatch.Op(
+    "cp_gather_indexer_k_quant_cache",
+    args=(
+        dispatch.Arg("kv_cache"),
+        dispatch.Arg("dst_k", rows=True),
+        dispatch.Arg("dst_scale", rows=True),
+        dispatch.Arg("block_table", rows=True),
+        dispatch.Arg("cu_seq_lens", rows=True),
+    ),
+    plan=_plan,
+    destination=1,
+    count=_count,
+)

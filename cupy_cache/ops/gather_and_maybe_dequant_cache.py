@@ -1,0 +1,89 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Gathering the pages of sequences into contiguous rows of numbers."""
+
+from .. import contract, formats, gathering
+from ..errors import ArgumentError, ShapeError
+
+NAME = "gather_and_maybe_dequant_cache"
+
+
+def gather_and_maybe_dequant_cache(
+    src_cache, dst, block_table, cu_seq_lens, token_to_seq, num_tokens, kv_cache_dtype, scale,
+    seq_starts=None, *, stream=None,
+):  # fmt: skip
+    """Read the tokens of several sequences out of a paged cache, as numbers, into contiguous rows.
+
+    Sequence ``b`` owns the rows ``cu_seq_lens[b] <= r < cu_seq_lens[b + 1]`` of ``dst``, as far as
+    they are below ``num_tokens``; other rows are left as they are. With ``p = seq_starts[b] + r -
+    cu_seq_lens[b]``, row ``r`` becomes ``src_cache[block_table[b, p // block_size], p %
+    block_size]``, times ``scale`` where ``kv_cache_dtype`` is scaled.
+
+    Parameters
+    ----------
+    src_cache : array [num_blocks, block_size, ...]
+        One or more dimensions follow the first two, of any size. Strides are free except the last
+        dimension's, which is contiguous. Of any supported dtype for a raw copy; otherwise of the
+        8-bit dtype stored, or uint8.
+    dst : array [at least num_tokens, ...]
+        Written in place; inner dimensions of ``src_cache``, strides as free as there. Of the dtype
+        of ``src_cache`` for a raw copy; otherwise float16, bfloat16 or float32.
+    block_table : int32 or int64 array [at least B, W]
+        Block numbers of each sequence; the last dimension contiguous.
+    cu_seq_lens : int32 or int64 array [B + 1]
+        Where each sequence's rows start in ``dst``, and where the last one's end; never
+        descending; contiguous.
+    token_to_seq : ignored
+        It has its place in vLLM's order of arguments.
+    num_tokens : int
+        Rows from here on are not written.
+    kv_cache_dtype : str
+        "auto", "float16", "bfloat16" or "float32": a raw copy. "fp8" or "fp8_e4m3", "fp8_e5m2",
+        "int8": stored * scale, in float32, rounded to nearest even.
+    scale : float, or float32 array of one element
+        An array is read on its device. Used by the 8-bit dtypes only.
+    seq_starts : int32 or int64 array [at least B], optional
+        The position in its sequence, in tokens, from which each sequence is read; any value, not
+        only multiples of the block size. By default 0.
+    stream : optional
+        Where to enqueue; by default the current stream of the framework that owns ``dst``.
+
+    Raises
+    ------
+    ArgumentError, ShapeError, StrideError, DTypeError, DeviceError, NotWritableError
+        Before anything is written.
+
+    Notes
+    -----
+    Values out of range are skipped and recorded as by `gather_cache`, under its name, since the
+    kernel is the same. A stored NaN gives a NaN; which one is not defined.
+
+    Names, order and meaning are those of vLLM's cache operation of the same name (0.33).
+    """
+    del token_to_seq
+    num_tokens = gathering.whole_number(NAME, "num_tokens", num_tokens)
+    array = number = None
+    if formats.is_scaled(kv_cache_dtype):
+        array, number = contract.split_scale(NAME, "scale", scale)
+    arrays = src_cache, dst, block_table, cu_seq_lens, seq_starts, array
+    OP(arrays, ("NHD", kv_cache_dtype, number), stream, (num_tokens,))
+
+
+def _count(extents, num_tokens):
+    rows, table_rows, bounds, starts = extents
+    if not bounds:
+        raise ShapeError(
+            f"{NAME}: Invalid shape of cu_seq_lens: expected at least the end of the rows, got [0]"
+        )
+    if num_tokens > rows:
+        raise ArgumentError(
+            f"{NAME}: Invalid value of num_tokens: expected at most {rows}, the rows of dst, got "
+            f"{num_tokens}"
+        )
+    gathering.check_sequences(NAME, bounds - 1, table_rows, starts)
+    return num_tokens, bounds - 1
+
+
+OP = gathering.op(
+    NAME, lambda op, described, options: gathering.plan(op, described, *options), _count
+)

@@ -1,0 +1,455 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels that a model's shape needs.
+
+Which kernel a call needs is decided by its operation alone. So the operations are called here as
+the model's engine would call them, with arrays that are only described, on a GPU that is not there,
+where a launch tells its kernel instead. To add an operation, write its calls beside the others and
+name them in `OPERATIONS`.
+"""
+
+import itertools
+import math
+from typing import NamedTuple
+
+from . import arrays, attention, formats, launch
+from .errors import ArgumentError
+from .ops.alibi_bias import alibi_bias
+from .ops.concat_and_cache_mla import DS_ENTRY_BYTES, FP8_DS_MLA, SCALE_RULES, concat_and_cache_mla
+from .ops.concat_and_cache_mla_grouped import concat_and_cache_mla_grouped
+from .ops.convert_fp8 import convert_fp8
+from .ops.copy_blocks import copy_blocks, copy_blocks_mla
+from .ops.cp_gather_and_upconvert_fp8_kv_cache import cp_gather_and_upconvert_fp8_kv_cache
+from .ops.cp_gather_cache import cp_gather_cache
+from .ops.cp_gather_indexer_k_quant_cache import cp_gather_indexer_k_quant_cache
+from .ops.gather_and_maybe_dequant_cache import gather_and_maybe_dequant_cache
+from .ops.gather_cache import gather_cache
+from .ops.indexer_k_quant_and_cache import indexer_k_quant_and_cache
+from .ops.pack_blocks import pack_blocks, pack_tokens, unpack_blocks, unpack_tokens
+from .ops.reshape_and_cache import reshape_and_cache
+from .ops.reshape_and_cache_flash import reshape_and_cache_flash
+from .ops.slot_mapping import slot_mapping
+from .ops.slot_mapping_groups import slot_mapping_groups
+from .ops.swap_blocks import swap_blocks
+from .ops.swap_blocks_batch import KERNEL as SWAP_BLOCKS_BATCH
+from .ops.zero_blocks import zero_blocks
+
+# Extents that no kernel depends on: blocks of a cache, rows of everything else.
+BLOCKS, ROWS = 1024, 64
+QUANT_BLOCK = 128  # elements of an indexer's key that share a scale, where it divides them
+FLOAT32, INT64, UINT8 = (formats.DTYPES[name] for name in ("float32", "int64", "uint8"))
+
+
+def specialisations(
+    num_kv_heads, head_size, block_size, dtype="bfloat16", *, layouts=("NHD",), head_size_v=None,
+    kv_cache_dtype="auto", index_dtypes=("int64",), ops=None,
+):  # fmt: skip
+    """The kernels that `warmup` loads for the same arguments, each once, as `modules.Kernel`\\ s.
+
+    Needs no GPU.
+    """
+    for name, given, allowed in (
+        ("layouts", layouts, formats.LAYOUTS),
+        ("index_dtypes", index_dtypes, formats.INDEX_NAMES),
+        ("ops", OPERATIONS if ops is None else ops, OPERATIONS),
+        ("kv_cache_dtype", [kv_cache_dtype], [*formats.CACHE_FORMATS, FP8_DS_MLA]),
+    ):
+        whole = isinstance(given, str)  # its items would be letters
+        unknown = [given] if whole else [item for item in given if item not in allowed]
+        if unknown:
+            raise ArgumentError(
+                f"warmup: Invalid value of {name}: expected some of {', '.join(allowed)}, got "
+                f"{unknown[0]!r}{' instead of a sequence' if whole else ''}"
+            )
+    dtype = formats.dtype_named(dtype)
+    stored = UINT8
+    if kv_cache_dtype != FP8_DS_MLA:
+        stored = formats.CACHE_FORMATS[kv_cache_dtype].stored or dtype
+    model = Model(
+        num_kv_heads, head_size, head_size if head_size_v is None else head_size_v, block_size,
+        dtype, kv_cache_dtype, stored, tuple(layouts),
+        tuple(formats.DTYPES[name] for name in index_dtypes),
+    )  # fmt: skip
+    seen = set()
+    for name in OPERATIONS if ops is None else ops:
+        for kernel in map(_kernel_of, OPERATIONS[name](model)):
+            if kernel.key not in seen:
+                seen.add(kernel.key)
+                yield kernel
+
+
+def _kernel_of(call):
+    """The kernel that a call, (function, its arguments …), launches."""
+    function, *arguments = call
+    try:
+        function(*arguments)
+    except launch.Noted as noted:
+        return noted.kernel
+    raise AssertionError(f"{function.__name__} launched nothing")
+
+
+# --- arrays that are only described ---------------------------------------------------------------
+
+
+class Described:
+    """An array of which there is only a description."""
+
+    def __init__(self, shape, strides, dtype, address=None):
+        self.shape, self.strides, self.dtype = tuple(shape), tuple(strides), dtype
+        # Far apart, and aligned as an allocator's addresses are.
+        self.address = next(_addresses) << 40 if address is None else address
+
+    def permuted(self, *axes):
+        """The same memory with its dimensions in another order."""
+        shape, strides = ([x[axis] for axis in axes] for x in (self.shape, self.strides))
+        return Described(shape, strides, self.dtype, self.address)
+
+    def split(self, size):
+        """The first ``size`` and the other elements of the last dimension."""
+        *outer, last = self.shape
+        offset = size * self.dtype.bytes
+        return (
+            Described((*outer, size), self.strides, self.dtype, self.address),
+            Described((*outer, last - size), self.strides, self.dtype, self.address + offset),
+        )
+
+    def dense(self):
+        """An array of the same shape and order of dimensions without gaps."""
+        strides, step = {}, self.dtype.bytes
+        for axis in sorted(range(len(self.shape)), key=lambda axis: self.strides[axis]):
+            strides[axis] = step
+            step *= self.shape[axis]
+        return Described(self.shape, [strides[axis] for axis in sorted(strides)], self.dtype)
+
+
+def described(shape, dtype):
+    """A contiguous array."""
+    strides = [dtype.bytes * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    return Described(shape, strides, dtype)
+
+
+_addresses = itertools.count(1)
+_PLACE = arrays.Place("described", arrays.Device("cuda", launch.NOWHERE), True)
+
+
+def _read(array):
+    return array.address, array.shape, array.strides, array.dtype.name, _PLACE, None
+
+
+arrays.register_framework(
+    "described",
+    Described,
+    arrays.Framework(_read, lambda index: 0, lambda device, shape, dtype: described(shape, dtype)),
+)
+
+
+class Model(NamedTuple):
+    """What a model's calls are like. Caches are of the element type ``stored``."""
+
+    heads: int
+    key_size: int
+    value_size: int
+    block_size: int
+    dtype: formats.DType
+    kv_cache_dtype: str
+    stored: formats.DType
+    layouts: tuple
+    index_dtypes: tuple
+
+    def numbers(self, *shape):
+        """Slots, blocks or positions, of each index type."""
+        return [described(shape, dtype) for dtype in self.index_dtypes]
+
+    def tokens(self):
+        """A step's keys and values."""
+        sizes = self.key_size, self.value_size
+        return [described((ROWS, self.heads, size), self.dtype) for size in sizes]
+
+    def entries(self, *layers):
+        """A step's latent and rope parts of entries."""
+        sizes = self.value_size, max(self.key_size - self.value_size, 0)
+        return [described((*layers, ROWS, size), self.dtype) for size in sizes]
+
+    def scales(self):
+        """Scales of keys and of values: for all heads, and for each."""
+        if formats.is_scaled(self.kv_cache_dtype):
+            return (1.0, 1.0), [described((self.heads,), FLOAT32) for _ in "kv"]
+        return ((None, None),)
+
+    def cache(self, *block):
+        """A contiguous cache of blocks like this."""
+        return described((BLOCKS, *block), self.stored)
+
+    def pairs(self):
+        """Key and value cache [NB, BS, H, D] in each of the layouts with these dimensions."""
+        sizes = self.key_size, self.value_size
+        if "NHD" in self.layouts:
+            yield [self.cache(self.block_size, self.heads, size) for size in sizes]
+        if "HND" in self.layouts:
+            by_head = [self.cache(self.heads, self.block_size, size) for size in sizes]
+            yield [cache.permuted(0, 2, 1, 3) for cache in by_head]
+        if "packed" in self.layouts:
+            yield self.cache(self.block_size, self.heads, sum(sizes)).split(self.key_size)
+            by_head = self.cache(self.heads, self.block_size, sum(sizes))
+            yield by_head.permuted(0, 2, 1, 3).split(self.key_size)
+
+    def x_packed(self):
+        """Key cache [NB, H, D/x, BS, x], and value cache [NB, H, D, BS] or [NB, H, BS/x, D, x],
+        and whether it is the latter."""
+        x = 16 // self.stored.bytes
+        if "x-packed" in self.layouts and self.key_size % x == 0:
+            keys = self.cache(self.heads, self.key_size // x, self.block_size, x)
+            yield keys, self.cache(self.heads, self.value_size, self.block_size), False
+            if self.block_size % x == 0:
+                yield keys, self.cache(self.heads, self.block_size // x, self.value_size, x), True
+
+    def rows(self):
+        """A cache [NB, BS, E] that keeps one entry for each token."""
+        if "rows" in self.layouts:
+            size = DS_ENTRY_BYTES if self.kv_cache_dtype == FP8_DS_MLA else self.key_size
+            yield self.cache(self.block_size, size)
+
+    def indexer(self):
+        """A cache of quantised keys and their scales, and the elements that share one."""
+        if "indexer" in self.layouts:
+            quant = QUANT_BLOCK if self.key_size % QUANT_BLOCK == 0 else self.key_size
+            size = self.key_size + 4 * self.key_size // quant
+            yield described((BLOCKS, self.block_size, size), UINT8), quant
+
+    def pages(self):
+        """A cache whose blocks hold K|V, taken as one."""
+        if "packed" in self.layouts:
+            yield self.cache(self.block_size, self.heads * (self.key_size + self.value_size))
+
+    def single(self):
+        """Caches of which a layer has only one."""
+        yield from (*self.rows(), *self.pages(), *(cache for cache, _ in self.indexer()))
+
+    def layers(self, by_slot=False):
+        """A layer's caches, in every layout; or in those where a slot has a place of its own."""
+        yield from self.pairs()
+        yield from ([cache] for cache in (*self.rows(), *self.pages()))
+        if not by_slot:
+            yield from (caches for *caches, _ in self.x_packed())
+            yield from ([cache] for cache, _ in self.indexer())
+
+
+# --- the calls ------------------------------------------------------------------------------------
+
+
+def _flash(model):
+    for caches in model.pairs():
+        for slots, scales in itertools.product(model.numbers(ROWS), model.scales()):
+            step = *model.tokens(), *caches, slots, model.kv_cache_dtype
+            yield reshape_and_cache_flash, *step, *scales
+
+
+def _x_packed(model):
+    for *caches, interleaved in model.x_packed():
+        for slots, scales in itertools.product(model.numbers(ROWS), model.scales()):
+            step = *model.tokens(), *caches, slots, model.kv_cache_dtype
+            yield reshape_and_cache, *step, *scales, interleaved
+
+
+def _mla(model):
+    for cache, slots in itertools.product(model.rows(), model.numbers(ROWS)):
+        for rule in SCALE_RULES:
+            def write(*step, rule=rule):
+                concat_and_cache_mla(*step, scale_rule=rule)
+
+            yield write, *model.entries(), cache, slots, model.kv_cache_dtype, 1.0
+
+
+def _mla_grouped(model):
+    if model.kv_cache_dtype == FP8_DS_MLA:
+        return
+    scales = described((1,), FLOAT32) if formats.is_scaled(model.kv_cache_dtype) else None
+
+    def write(caches, slots, entry=None):
+        block = None if entry is None else entry * model.block_size
+        concat_and_cache_mla_grouped(
+            *model.entries(1), caches, slots, model.block_size, block, entry, scales,
+            model.kv_cache_dtype, num_blocks=BLOCKS,
+        )  # fmt: skip
+
+    for cache, slots in itertools.product(model.rows(), model.numbers(1, ROWS)):
+        yield write, [cache], slots
+        yield write, described((1,), INT64), slots, cache.shape[2]
+
+
+def _sequences(model):
+    """Block table and bounds of each index type."""
+    return zip(model.numbers(ROWS, ROWS), model.numbers(ROWS + 1))
+
+
+def _gathers(model):
+    """Caches of which a row is a token's elements, and such rows."""
+    for cache in (*itertools.chain(*model.pairs()), *model.rows()):
+        yield cache, described((ROWS, *cache.shape[2:]), model.stored)
+
+
+def _gather(model):
+    for (cache, rows), sequences in itertools.product(_gathers(model), _sequences(model)):
+        yield gather_cache, cache, rows, *sequences
+    for keys, values, interleaved in model.x_packed():
+        value_layout = "interleaved-value" if interleaved else "x-packed-value"
+        for cache, size, layout in (
+            (keys, model.key_size, "x-packed-key"), (values, model.value_size, value_layout),
+        ):  # fmt: skip
+            def gather(*step, layout=layout):
+                gather_cache(*step, layout=layout)
+
+            rows = described((ROWS, model.heads, size), model.stored)
+            for sequences in _sequences(model):
+                yield gather, cache, rows, *sequences
+
+
+def _cp_gather(model):
+    for (cache, rows), sequences in itertools.product(_gathers(model), _sequences(model)):
+        yield cp_gather_cache, cache, rows, *sequences, ROWS
+
+
+def _dequant_gather(model):
+    if model.kv_cache_dtype == FP8_DS_MLA:
+        return
+    for (cache, rows), sequences in itertools.product(_gathers(model), _sequences(model)):
+        numbers = described(rows.shape, model.dtype)
+        step = cache, numbers, *sequences, None, ROWS, model.kv_cache_dtype, 1.0
+        yield gather_and_maybe_dequant_cache, *step
+
+
+def _upconvert(model):
+    if model.kv_cache_dtype != FP8_DS_MLA:
+        return
+    rows = described((ROWS, sum(part.shape[1] for part in model.entries())), model.dtype)
+    for cache in model.rows():
+        for table, starts in zip(model.numbers(ROWS, ROWS), model.numbers(ROWS)):
+            yield cp_gather_and_upconvert_fp8_kv_cache, cache, rows, table, starts, ROWS
+
+
+def _converts(model):
+    """Of whole caches without gaps, there and back."""
+    if model.stored.name.startswith("float8"):
+        values, stored = (described((ROWS, 16), dtype) for dtype in (model.dtype, model.stored))
+        yield convert_fp8, stored, values, 1.0, model.kv_cache_dtype
+        yield convert_fp8, values, stored, 1.0, model.kv_cache_dtype
+
+
+def _indexer(model):
+    keys = described((ROWS, model.key_size), model.dtype)
+    for (cache, quant), slots in itertools.product(model.indexer(), model.numbers(ROWS)):
+        for scales in ("fp8", "ue8m0", "mxfp8"):
+            yield indexer_k_quant_and_cache, keys, cache, slots, quant, scales
+
+
+def _indexer_gather(model):
+    for (cache, _), sequences in itertools.product(model.indexer(), _sequences(model)):
+        keys = described((ROWS, model.key_size), UINT8)
+        scales = described((ROWS, cache.shape[2] - model.key_size), UINT8)
+        yield cp_gather_indexer_k_quant_cache, cache, keys, scales, *sequences
+
+
+def _slots(model):
+    def compute(ranks, *step):
+        slot_mapping(*step, model.block_size, cp_world_size=ranks)
+
+    for table, bounds in _sequences(model):
+        for ranks, positions in itertools.product((1, 2), model.numbers(ROWS)):
+            yield compute, ranks, table, positions, bounds
+
+
+def _slot_groups(model):
+    def compute(ranks, table, *step):
+        slot_mapping_groups([table], *step, [model.block_size], cp_world_size=ranks)
+
+    for table, bounds in _sequences(model):
+        for ranks, positions in itertools.product((1, 2), model.numbers(ROWS)):
+            for idx in model.numbers(ROWS):
+                yield compute, ranks, table, idx, positions, bounds
+
+
+def _biases(model):
+    def compute(dtype, keys, *step):
+        alibi_bias(*step, described((keys,), step[1].dtype), dtype=dtype)
+
+    slopes = described((model.heads,), FLOAT32)
+    for dtype, queries in itertools.product(formats.FLOATS, model.numbers(ROWS)):
+        for keys in (ROWS, ROWS + 1):  # rows that are multiples of 16 bytes, and others
+            yield compute, dtype.name, keys, slopes, queries
+
+
+def _copies(model):
+    for caches in model.layers():
+        if len(caches) == 2:
+            for mapping in ([(0, 1)], *model.numbers(ROWS, 2)):
+                yield copy_blocks, *([cache] for cache in caches), mapping
+
+
+def _mla_copies(model):
+    for cache in model.single():
+        for mapping in ([(0, 1)], *model.numbers(ROWS, 2)):
+            yield copy_blocks_mla, [cache], mapping
+
+
+def _swaps(model):
+    """To host memory and back, and within the GPU, it is the same kernel. The other side has no
+    gaps, and its dimensions in the cache's order or as they are written."""
+    for cache in itertools.chain(*model.layers()):
+        for other in (cache.dense(), described(cache.shape, cache.dtype)):
+            yield swap_blocks, cache, other, [(0, 1)]
+
+
+def _moves(function, by_slot=False):
+    """The calls of an operation that packs, unpacks or zeroes."""
+
+    def calls(model):
+        for caches in model.layers(by_slot):
+            size = sum(ROWS * math.prod(cache.shape[1:]) * cache.dtype.bytes for cache in caches)
+            buffer = described((size,), UINT8)
+            for chosen in ([0], *model.numbers(ROWS)):
+                if function is zero_blocks:
+                    yield function, [caches], chosen
+                elif function in (unpack_blocks, unpack_tokens):
+                    yield function, buffer, [caches], chosen
+                else:
+                    yield function, [caches], chosen, buffer
+
+    return calls
+
+
+def _launches(*kernels):
+    """The calls of what needs the same kernels always."""
+
+    def note(kernel):
+        raise launch.Noted(kernel)
+
+    return lambda model: ((note, kernel) for kernel in kernels)
+
+
+OPERATIONS = {
+    "alibi_bias": _biases,
+    "alibi_slopes": _launches(attention.ALIBI),
+    "concat_and_cache_mla": _mla,
+    "concat_and_cache_mla_grouped": _mla_grouped,
+    "convert_fp8": _converts,
+    "copy_blocks": _copies,
+    "copy_blocks_mla": _mla_copies,
+    "cp_gather_and_upconvert_fp8_kv_cache": _upconvert,
+    "cp_gather_cache": _cp_gather,
+    "cp_gather_indexer_k_quant_cache": _indexer_gather,
+    "gather_and_maybe_dequant_cache": _dequant_gather,
+    "gather_cache": _gather,
+    "indexer_k_quant_and_cache": _indexer,
+    "pack_blocks": _moves(pack_blocks),
+    "pack_tokens": _moves(pack_tokens, by_slot=True),
+    "place_slopes": _launches(attention.PLACE),
+    "reshape_and_cache": _x_packed,
+    "reshape_and_cache_flash": _flash,
+    "slot_mapping": _slots,
+    "slot_mapping_groups": _slot_groups,
+    "swap_blocks": _swaps,
+    "swap_blocks_batch": _launches(SWAP_BLOCKS_BATCH),
+    "unpack_blocks": _moves(unpack_blocks),
+    "unpack_tokens": _moves(unpack_tokens, by_slot=True),
+    "zero_blocks": _moves(zero_blocks),
+}

@@ -1,0 +1,80 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+// SPDX-License-Identifier: Apache-2.0
+// The bias of attention with linear biases (ALiBi) for a block of query and key positions.
+//
+// blockIdx.x walks over the vectors of a row of keys, blockIdx.y over the queries, blockIdx.z over the
+// heads: no divisions. What depends on the positions alone is computed once for all heads of a thread.
+#include "cupy_cache/elements.cuh"
+#include "cupy_cache/ints.cuh"
+#include "cupy_cache/vec.cuh"
+
+namespace cupy_cache {
+
+// Strides are in bytes.
+struct Params {
+  const char* slopes;           // [heads] of float
+  const char* query_positions;  // [queries] of Query
+  const char* key_positions;    // [keys] of Key
+  char* out;                    // [heads, queries, keys] of T, keys contiguous
+  i64 heads;
+  i64 queries;
+  i64 keys;
+  i64 slope_stride;
+  i64 query_stride;
+  i64 key_stride;
+  i64 out_head_stride;
+  i64 out_query_stride;
+  u32 causal;  // keys behind their query get -infinity
+  u32 root;    // the bias grows with the square root of the distance
+};
+
+// T is an element type of elements.cuh; kVec are the bytes of a vector of them.
+template <typename T, int kVec, typename Query, typename Key, int kMaxThreads>
+__global__ void __launch_bounds__(kMaxThreads) alibi_bias(const __grid_constant__ Params p) {
+  using Bits = typename T::Bits;
+  constexpr int kCount = kVec / static_cast<int>(sizeof(Bits));
+  const i64 first = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * kCount;
+  if (first >= p.keys) return;
+  const i64 left = p.keys - first;  // a row's last vector may be a part of one
+
+  for (i64 query = blockIdx.y; query < p.queries; query += gridDim.y) {
+    const i64 query_position = static_cast<i64>(
+        *reinterpret_cast<const Query*>(p.query_positions + query * p.query_stride));
+    float offset[kCount] = {};
+    u32 masked = 0;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (i >= left) continue;
+      const i64 key_position = static_cast<i64>(
+          *reinterpret_cast<const Key*>(p.key_positions + (first + i) * p.key_stride));
+      // Unsigned, so that positions without sense may wrap round.
+      const i64 ahead = static_cast<i64>(static_cast<u64>(key_position) - query_position);
+      offset[i] = static_cast<float>(ahead);
+      if (p.root) offset[i] = ahead > 0 ? 0.0f : -__fsqrt_rn(fabsf(offset[i]));
+      if (p.causal && ahead > 0) masked |= 1u << i;
+    }
+    for (i64 head = blockIdx.z; head < p.heads; head += gridDim.z) {
+      const float slope = *reinterpret_cast<const float*>(p.slopes + head * p.slope_stride);
+      Bits bits[kCount];
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const bool hidden = masked >> i & 1;
+        bits[i] = T::encode(hidden ? __uint_as_float(0xff800000u) : multiply(slope, offset[i]));
+      }
+      char* at = p.out + head * p.out_head_stride + query * p.out_query_stride +
+                 first * static_cast<i64>(sizeof(Bits));
+      if (left >= kCount) {
+        Vec<kVec> vector;
+        memcpy(&vector, bits, sizeof(vector));  // becomes register moves
+        *reinterpret_cast<Vec<kVec>*>(at) = vector;
+      } else {
+#pragma unroll
+        for (int i = 0; i < kCount; ++i) {
+          if (i < left) reinterpret_cast<Bits*>(at)[i] = bits[i];
+        }
+      }
+    }
+  }
+}
+
+}  // namespace cupy_cache

@@ -1,0 +1,64 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+// SPDX-License-Identifier: Apache-2.0
+// Converts all elements of an array to another type.
+//
+// The host merges dimensions that are adjacent on both sides. What remains is a run of elements that
+// is contiguous on both sides (maybe a single element) and up to kMaxDims dimensions around it, in
+// the order of the output's memory: consecutive threads write consecutive vectors.
+#include "cupy_cache/convert.cuh"
+#include "cupy_cache/ints.cuh"
+#include "cupy_cache/vec.cuh"
+
+namespace cupy_cache {
+
+constexpr int kMaxDims = 5;
+
+// Strides are in bytes; dimensions are outermost first.
+struct Params {
+  char* output;
+  const char* input;
+  const float* scale;  // or null: scale_value
+  i64 vectors;
+  i64 run_vectors;
+  i64 extents[kMaxDims];
+  i64 output_strides[kMaxDims];
+  i64 input_strides[kMaxDims];
+  float scale_value;
+  u32 unused;
+};
+
+// Converter makes vectors of kVec bytes of the output. kDims dimensions surround the run; Index holds
+// the number of vectors.
+template <typename Converter, int kVec, int kDims, typename Index, int kMaxThreads>
+__global__ void __launch_bounds__(kMaxThreads) convert_fp8(const __grid_constant__ Params p) {
+  static_assert(kDims <= kMaxDims, "dimensions that Params holds");
+  const u64 thread = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (thread >= static_cast<u64>(p.vectors)) return;
+
+  Index rest = static_cast<Index>(thread);
+  char* to = p.output;
+  const char* from = p.input;
+  if constexpr (kDims > 0) {
+    const Index run = static_cast<Index>(p.run_vectors);
+    const Index inside = rest % run;
+    to += static_cast<i64>(inside) * kVec;
+    from += static_cast<i64>(inside) * Converter::kSourceBytes;
+    rest /= run;
+#pragma unroll
+    for (int d = kDims - 1; d >= 0; --d) {
+      const Index extent = static_cast<Index>(p.extents[d]);
+      const i64 at = static_cast<i64>(d > 0 ? rest % extent : rest);
+      to += at * p.output_strides[d];
+      from += at * p.input_strides[d];
+      if (d > 0) rest /= extent;
+    }
+  } else {
+    to += static_cast<i64>(rest) * kVec;
+    from += static_cast<i64>(rest) * Converter::kSourceBytes;
+  }
+  const typename Converter::Source source = Converter::load(from);
+  const float scale = p.scale ? *p.scale : p.scale_value;
+  store_streaming<kVec>(to, Converter::convert(source, scale));
+}
+
+}  // namespace cupy_cache

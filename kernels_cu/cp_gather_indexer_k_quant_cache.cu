@@ -1,0 +1,93 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+// SPDX-License-Identifier: Apache-2.0
+// Gathers the quantised keys of several sequences, and their scales, from the cache of a
+// sparse-attention indexer, whose blocks hold first the keys of all slots, then the scales of all
+// slots.
+//
+// kRowThreads threads share a row. Each moves vectors of the key and of the scales with the same
+// indices, and finds its row's sequence by a binary search of its own, in lines that its neighbours
+// read too.
+#include "cupy_cache/ints.cuh"
+#include "cupy_cache/paging.cuh"
+#include "cupy_cache/vec.cuh"
+
+namespace cupy_cache {
+
+// Strides are in bytes.
+struct Params {
+  const char* kv_cache;     // [num_blocks], blocks as below
+  char* dst_k;              // [rows, kKeyBytes]
+  char* dst_scale;          // [rows, kScaleBytes]
+  const char* block_table;  // [sequences, table_width] of Block
+  const char* cu_seq_lens;  // [sequences + 1] of Length
+  i64 rows;
+  i64 sequences;
+  i64 num_blocks;
+  i64 table_width;
+  i64 table_stride;
+  i64 block_stride;
+  i64 k_stride;
+  i64 scale_stride;
+};
+
+constexpr u32 kBlockTable = 1;
+
+// kBytes bytes, moved in vectors of kVec by kThreads threads; this is one thread's share.
+template <int kVec, int kBytes, int kThreads>
+struct Share {
+  static_assert(kBytes % kVec == 0, "whole vectors");
+  static constexpr int kVectors = kBytes / kVec;
+  static constexpr int kHeld = (kVectors + kThreads - 1) / kThreads;
+  Vec<kVec> held[kHeld];
+
+  static __device__ __forceinline__ bool has(int vector) {
+    return kVectors % kThreads == 0 || vector < kVectors;
+  }
+  __device__ __forceinline__ void load(const char* from, int thread) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int vector = thread + i * kThreads;
+      if (has(vector)) held[i] = load_streaming<kVec>(from + vector * kVec);
+    }
+  }
+  __device__ __forceinline__ void store(char* to, int thread) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int vector = thread + i * kThreads;
+      if (has(vector)) store_streaming<kVec>(to + vector * kVec, held[i]);
+    }
+  }
+};
+
+// A block of the cache is [kBlockSize, kKeyBytes], then [kBlockSize, kScaleBytes].
+template <int kKeyVec, int kScaleVec, int kKeyBytes, int kScaleBytes, int kRowThreads,
+          int kBlockSize, typename Block, typename Length, int kMaxThreads>
+__global__ void __launch_bounds__(kMaxThreads)
+    cp_gather_indexer_k_quant_cache(const __grid_constant__ Params p) {
+  const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const i64 row = static_cast<i64>(index / kRowThreads);
+  const int thread = static_cast<int>(index % kRowThreads);
+  if (row >= p.rows) return;
+
+  const Length* const lengths = reinterpret_cast<const Length*>(p.cu_seq_lens);
+  const i64 sequence = find_segment(lengths, p.sequences, row);
+  if (sequence < 0 || sequence == p.sequences) return;
+  // Unsigned, because the lengths may hold anything.
+  const u64 position = static_cast<u64>(row) - static_cast<u64>(lengths[sequence]);
+  const Place<kBlockSize> place(static_cast<i64>(position));
+  if (!in_bounds(place.block, p.table_width, kBlockTable, row)) return;
+  const i64 block = static_cast<i64>(reinterpret_cast<const Block*>(
+      p.block_table + sequence * p.table_stride)[place.block]);
+  if (!in_bounds(block, p.num_blocks, kBlockTable, row)) return;
+
+  const char* const from = p.kv_cache + block * p.block_stride;
+  const i64 offset = place.offset;
+  Share<kKeyVec, kKeyBytes, kRowThreads> key;
+  Share<kScaleVec, kScaleBytes, kRowThreads> scales;
+  key.load(from + offset * kKeyBytes, thread);
+  scales.load(from + static_cast<i64>(kBlockSize) * kKeyBytes + offset * kScaleBytes, thread);
+  key.store(p.dst_k + row * p.k_stride, thread);
+  scales.store(p.dst_scale + row * p.scale_stride, thread);
+}
+
+}  // namespace cupy_cache

@@ -1,0 +1,139 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+// SPDX-License-Identifier: Apache-2.0
+// Writes one token's keys and values into its slot of a cache of 8-bit elements indexed
+// [block, offset, head, :], with scales of its own for each token and head beside it.
+//
+// kLanes neighbouring lanes share a row, the elements of one token's head, of the keys and of the
+// values: each loads its vectors, a shuffle finds the largest value, and the same registers are
+// converted. Everything is read once.
+#include "cupy_cache/convert.cuh"
+#include "cupy_cache/ints.cuh"
+#include "cupy_cache/paging.cuh"
+#include "cupy_cache/vec.cuh"
+#include "cupy_cache/warp.cuh"
+
+namespace cupy_cache {
+
+// Strides are in bytes.
+struct Params {
+  const char* key;           // [tokens, heads, kKeySize]
+  const char* value;         // [tokens, heads, kValueSize]
+  char* key_cache;           // [num_blocks, kBlockSize, heads, kKeySize]
+  char* value_cache;         // [num_blocks, kBlockSize, heads, kValueSize]
+  char* k_scale_cache;       // [num_blocks, kBlockSize, heads] of float
+  char* v_scale_cache;       // likewise
+  const char* slot_mapping;  // [tokens]
+  i64 tokens;
+  i64 num_blocks;
+  i64 slot_stride;
+  i64 key_token_stride;
+  i64 key_head_stride;
+  i64 value_token_stride;
+  i64 value_head_stride;
+  i64 key_block_stride;
+  i64 key_offset_stride;
+  i64 key_cache_head_stride;
+  i64 value_block_stride;
+  i64 value_offset_stride;
+  i64 value_cache_head_stride;
+  i64 k_scale_block_stride;
+  i64 k_scale_offset_stride;
+  i64 k_scale_head_stride;
+  i64 v_scale_block_stride;
+  i64 v_scale_offset_stride;
+  i64 v_scale_head_stride;
+};
+
+constexpr u32 kSlotMapping = 1;
+
+#ifdef CUPY_CACHE_CONVERTS
+
+// A lane's part of a row of kSize elements of type From, which become elements of type To.
+template <typename From, typename To, int kVec, int kSize, int kLanes>
+struct Row {
+  static_assert(kSize % kVec == 0 && sizeof(typename To::Bits) == 1, "whole vectors of bytes");
+  // The scale is multiplied: it is given as its inverse.
+  using Converter = Convert<From, To, Multiply, kVec>;
+  static constexpr int kVectors = kSize / kVec;
+  static constexpr int kHeld = (kVectors + kLanes - 1) / kLanes;
+
+  typename Converter::Source held[kHeld];
+
+  static __device__ __forceinline__ bool has(int vector) {
+    return kVectors % kLanes == 0 || vector < kVectors;
+  }
+  __device__ __forceinline__ void load(const char* from, int lane) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int vector = lane + i * kLanes;
+      if (has(vector)) held[i] = Converter::load(from + vector * Converter::kSourceBytes);
+    }
+  }
+  // The largest magnitude of the whole row, for all its lanes; NaN does not count.
+  __device__ __forceinline__ float largest(int lane) const {
+    float found = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (!has(lane + i * kLanes)) continue;
+      float values[kVec];
+      decode_all<From>(held[i], values);
+#pragma unroll
+      for (float value : values) found = fmaxf(found, fabsf(value));
+    }
+    return group_max<kLanes>(found);
+  }
+  __device__ __forceinline__ void store(char* to, int lane, float inverse) const {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      const int vector = lane + i * kLanes;
+      if (has(vector)) {
+        store_streaming<kVec>(to + vector * kVec, Converter::convert(held[i], inverse));
+      }
+    }
+  }
+};
+
+// kVec elements are converted at a time. kLargest is what the largest magnitude of a row becomes.
+template <typename From, typename To, int kLargest, int kVec, int kLanes, int kHeads, int kKeySize,
+          int kValueSize, int kBlockSize, typename Slot, int kMaxThreads>
+__global__ void __launch_bounds__(kMaxThreads)
+    reshape_and_cache_flash_per_token_head(const __grid_constant__ Params p) {
+  const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const int lane = static_cast<int>(index % kLanes);
+  const int head = static_cast<int>(index / kLanes % kHeads);
+  const i64 token = static_cast<i64>(index / (kLanes * kHeads));
+  if (token >= p.tokens) return;  // the whole group
+
+  const i64 slot =
+      static_cast<i64>(*reinterpret_cast<const Slot*>(p.slot_mapping + token * p.slot_stride));
+  Row<From, To, kVec, kKeySize, kLanes> key;
+  Row<From, To, kVec, kValueSize, kLanes> value;
+  key.load(p.key + token * p.key_token_stride + head * p.key_head_stride, lane);
+  value.load(p.value + token * p.value_token_stride + head * p.value_head_stride, lane);
+
+  // Found before the slot is looked at, so that loads do not wait for it.
+  const float k_scale = fmaxf(divide(key.largest(lane), kLargest), 1e-6f);
+  const float v_scale = fmaxf(divide(value.largest(lane), kLargest), 1e-6f);
+  if (slot < 0) return;  // padding
+  if (!in_bounds(slot, p.num_blocks * kBlockSize, kSlotMapping, token)) return;
+
+  const Place<kBlockSize> place(slot);
+  key.store(p.key_cache + place.block * p.key_block_stride + place.offset * p.key_offset_stride +
+                head * p.key_cache_head_stride,
+            lane, divide(1.0f, k_scale));
+  value.store(p.value_cache + place.block * p.value_block_stride +
+                  place.offset * p.value_offset_stride + head * p.value_cache_head_stride,
+              lane, divide(1.0f, v_scale));
+  if (lane == 0) {
+    *reinterpret_cast<float*>(p.k_scale_cache + place.block * p.k_scale_block_stride +
+                              place.offset * p.k_scale_offset_stride +
+                              head * p.k_scale_head_stride) = k_scale;
+    *reinterpret_cast<float*>(p.v_scale_cache + place.block * p.v_scale_block_stride +
+                              place.offset * p.v_scale_offset_stride +
+                              head * p.v_scale_head_stride) = v_scale;
+  }
+}
+
+#endif  // CUPY_CACHE_CONVERTS
+
+}  // namespace cupy_cache

@@ -1,0 +1,306 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import oracle
+import pytest
+import worlds
+
+import cupy_cache as cc
+
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def values(numbers, dtype="int64"):
+    return worlds.of_values(np.asarray(numbers, dtype))
+
+
+def compute(world, slopes, queries, keys, out=None, **options):
+    """Run on ``world``, into ``out`` or a new array; compare with the oracle bit for bit (where the
+    slopes are numbers). Returns the bias."""
+    specs = [s for s in (slopes, queries, keys, out) if s is not None]
+    result = cc.alibi_bias(*map(world.put, (slopes, queries, keys)), out=world.put(out), **options)
+    expected = {id(s.buffer): s.buffer.bytes.copy() for s in specs}
+    given = [s.on(expected[id(s.buffer)]) for s in (slopes, queries, keys)]
+    wanted = options.pop("dtype", None)
+    if out is None:
+        dtype = worlds.formats.DTYPES[wanted or "float32"].numpy
+        bias = np.zeros([len(g) for g in given], dtype)
+    else:
+        bias = out.on(expected[id(out.buffer)])
+    oracle.alibi_bias(*given, bias, **options)
+    if out is None:
+        world.synchronize()
+        result = as_numpy(world, result)
+        assert result.dtype == bias.dtype and result.shape == bias.shape
+        np.testing.assert_array_equal(bits(result), bits(bias))
+    for spec in specs:
+        np.testing.assert_array_equal(world.bytes_of(spec), expected[id(spec.buffer)])
+    return bias
+
+
+def as_numpy(world, result):
+    """NumPy has no bfloat16 of its own for torch to convert to."""
+    if str(result.dtype) == "torch.bfloat16":
+        import torch
+
+        return world.numpy(result.view(torch.uint16)).view(worlds.formats.DTYPES["bfloat16"].numpy)
+    return world.numpy(result)
+
+
+def bits(array):
+    return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sqrt", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_worked_values(world, sqrt, causal, dtype):
+    """Slopes 1/2 and 1/4, a query at 4, keys at 0, 3, 4 and 8; squares, so that roots are exact."""
+    out = worlds.of_values(np.zeros((2, 1, 4), worlds.formats.DTYPES[dtype].numpy))
+    options = {"sqrt": sqrt, "causal": causal}
+    bias = compute(
+        world, values([0.5, 0.25], "float32"), values([4]), values([0, 3, 4, 8]), out, **options
+    )
+    ahead = -np.inf if causal else 0.0 if sqrt else 4.0
+    row = np.array([-2.0 if sqrt else -4.0, -1.0, 0.0, ahead])
+    assert bias[:, 0].astype(float).tolist() == [(0.5 * row).tolist(), (0.25 * row).tolist()]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("index", [("int32", "int64"), ("int64", "int32"), ("int64", "int64")])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 40), (2, 3, 33), (5, 2, 300), (4, 9, 7)])
+def test_every_dtype(world, rng, dtype, index, shape):
+    heads, rows, columns = shape
+    slopes = (2.0 ** -rng.uniform(0, 8, heads)).astype(np.float32)
+    queries, keys = (rng.integers(0, 10**6, n).astype(t) for n, t in zip((rows, columns), index))
+    specs = worlds.of_values(slopes), worlds.of_values(queries), worlds.of_values(keys)
+    for options in ({}, {"sqrt": True}, {"causal": True}, {"sqrt": True, "causal": True}):
+        compute(world, *specs, worlds.array(rng, shape, dtype), **options)
+
+
+@pytest.mark.parametrize("dtype", [None, *DTYPES])
+def test_a_new_array(world, rng, dtype):
+    slopes = values(rng.normal(size=3), "float32")
+    compute(world, slopes, values(range(4)), values(range(9)), dtype=dtype)
+
+
+def test_out_is_returned(world):
+    slopes, queries, keys = map(world.put, (values([1], "float32"), values([0]), values([0, 1])))
+    out = world.put(values(np.zeros((1, 1, 2)), "float32"))
+    assert cc.alibi_bias(slopes, queries, keys, out=out) is out
+    assert cc.alibi_bias(slopes, queries, keys, out=out, dtype="float32") is out
+
+
+def test_the_result_is_of_the_framework_of_the_query_positions():
+    torch = pytest.importorskip("torch")
+    slopes, *positions = values([0.5], "float32"), values([2]), values([0])
+    for world, kind in (
+        (worlds.NumPyWorld(), np.ndarray),
+        (worlds.TorchWorld(), torch.Tensor),
+        (worlds.DLPackWorld(), np.ndarray),
+    ):
+        result = cc.alibi_bias(
+            slopes.on(slopes.buffer.bytes), *map(world.put, positions), dtype="bfloat16"
+        )
+        assert type(result) is kind
+        assert result.tolist() == [[[-1.0]]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("pad", [0, 4, 16])
+def test_views_of_a_larger_array(world, rng, dtype, pad):
+    """Rows padded to a multiple, as attention needs them; heads in the middle; unaligned starts."""
+    padded, shifted = (worlds.array(rng, (6, 9, 40), dtype, pad) for _ in range(2))
+    slopes = values(rng.normal(size=3), "float32")
+    queries, keys = values(rng.integers(0, 50, 7)), values(rng.integers(0, 50, 33))
+    compute(world, slopes, queries, keys, padded[2:5, 1:8, :33], causal=True)
+    compute(world, slopes, queries, keys, shifted[::2, :7, 7:], sqrt=True)
+    by_query = worlds.array(rng, (7, 3, 33), dtype, pad).permuted(1, 0, 2)
+    compute(world, slopes, queries, keys, by_query)
+
+
+def test_strided_inputs(world, rng):
+    slopes = values(rng.normal(size=(4, 3)), "float32")[:, 1]
+    queries, keys = values(rng.integers(0, 50, 12))[::3], values(rng.integers(0, 50, (9, 2)))[:, 0]
+    compute(world, slopes, queries, keys, causal=True)
+    compute(world, slopes[::-1] if isinstance(world, worlds.NumPyWorld) else slopes, queries, keys)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_numbers_at_the_edges(world, rng, dtype):
+    """Slopes that are subnormal, huge, infinite or zero of either sign; differences that float32
+    rounds; products that overflow, underflow and lie between two numbers of the dtype."""
+    slopes = [0.0, -0.0, 1e-45, -1e-40, 2.0**-149, 1e-38, 3e38, -3e38, 1.0, -1.0, 1 / 3, 2.0**-24]
+    queries = [0, 2**24, 2**24 + 1, -(2**31), 2**62, 5]
+    keys = [1, 2**24 + 1, 2**31, 2**62, -(2**62), 2**25 + 1, 65519, 65520, 0, 5, 2049, 257]
+    specs = values(slopes, "float32"), values(queries), values(keys)
+    for options in ({}, {"sqrt": True}, {"causal": True}, {"sqrt": True, "causal": True}):
+        shape = len(slopes), len(queries), len(keys)
+        compute(world, *specs, worlds.array(rng, shape, dtype), **options)
+
+
+@pytest.mark.parametrize("dtype, one", [("float32", 4), ("float16", 2), ("bfloat16", 2)])
+def test_nan_and_infinite_slopes(world, dtype, one):
+    """NaN has all bits but the sign set, whatever NaN the slope is; infinity times 0 is one."""
+    specs = values([np.nan, -np.nan, np.inf], "float32"), values([1]), values([0, 1, 2])
+    bias = as_numpy(world, cc.alibi_bias(*map(world.put, specs), dtype=dtype, causal=True))
+    nan = 2 ** (8 * one - 1) - 1
+    assert (bits(bias)[:2, 0, :2] == nan).all() and bits(bias)[2, 0, 1] == nan
+    assert bias[2, 0, 0] == -np.inf and (bias[:, 0, 2] == -np.inf).all()
+
+
+def test_forms_of_other_attention(world):
+    """slope * k_pos, and the form that ends with 0."""
+    slopes, keys = values([0.5], "float32"), values(range(5))
+    for query, row in ((0, [0, 0.5, 1, 1.5, 2]), (4, [-2, -1.5, -1, -0.5, 0])):
+        bias = compute(world, slopes, values([query]), keys)
+        assert bias.tolist() == [[row]]
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 3, 0), (0, 0, 0)])
+def test_nothing_to_do(world, rng, shape):
+    specs = [worlds.array(rng, (n,), t) for n, t in zip(shape, ("float32", "int64", "int32"))]
+    compute(world, *specs)
+    compute(world, *specs, worlds.array(rng, shape, "float16"))
+
+
+@pytest.mark.parametrize("shape", [(1, 70000, 1), (70000, 1, 1)])
+def test_more_than_one_dimension_of_a_grid_holds(rng, shape):
+    """On NumPy only in size; the emulated kernel's grid is checked by its strides below."""
+    slopes, queries, keys = np.ones(shape[0], np.float32), np.arange(shape[1]), np.zeros(1, int)
+    bias = cc.alibi_bias(slopes, queries, keys)
+    np.testing.assert_array_equal(bias[0, :, 0], -np.arange(shape[1], dtype=np.float32))
+
+
+def test_a_grid_that_must_stride(world, rng, monkeypatch):
+    """Queries and heads beyond what one launch's grid has, were the grid that small."""
+    monkeypatch.setattr(cc.launch, "MAX_GRID_YZ", 2)
+    specs = values(rng.normal(size=5), "float32"), values(range(7)), values(range(40))
+    compute(world, *specs, worlds.array(rng, (5, 7, 40), "float16"), causal=True)
+
+
+@st.composite
+def biases(draw):
+    index = st.sampled_from(["int32", "int64"])
+    position = st.one_of(st.integers(0, 100), st.integers(-(2**31), 2**31 - 1))
+    slope = st.floats(width=32, allow_nan=False, allow_infinity=False)
+    slopes = np.array(draw(st.lists(slope, max_size=4)), np.float32)
+    queries, keys = (
+        np.array(draw(st.lists(position, max_size=n)), draw(index)) for n in (4, 20)
+    )
+    flags = {"sqrt": draw(st.booleans()), "causal": draw(st.booleans())}
+    padding = draw(st.tuples(*[st.integers(0, 2)] * 3))
+    return (slopes, queries, keys), padding, draw(st.sampled_from(DTYPES)), flags
+
+
+@hypothesis.given(drawn=biases())
+def test_any_bias(emulated_world, drawn):
+    numbers, padding, dtype, flags = drawn
+    shape = [len(n) for n in numbers]
+    whole = [n + p for n, p in zip(shape, padding)]
+    out = worlds.array(np.random.default_rng(0), whole, dtype)
+    out = out[tuple(slice(p, p + n) for n, p in zip(shape, padding))]
+    world = emulated_world()
+    try:
+        compute(world, *map(worlds.of_values, numbers), out, **flags)
+    finally:
+        world.close()
+
+
+class TestRefusals:
+    """Each mistake raises a named error that tells the argument, and writes nothing."""
+
+    @pytest.fixture
+    def arguments(self):
+        return {
+            "slopes": values([0.5, 0.25], "float32"),
+            "query_positions": values([0, 1, 2]),
+            "key_positions": values([0, 1, 2, 3]),
+            "out": values(np.full((2, 3, 4), 7), "float32"),
+        }
+
+    def refused(self, world, arguments, error, *words, **options):
+        put = {n: world.put(s) for n, s in arguments.items()}
+        with pytest.raises(error) as caught:
+            cc.alibi_bias(**put, **options)
+        assert issubclass(error, cc.CupyCacheError)
+        for word in ("alibi_bias", *words):
+            assert word in str(caught.value)
+        for spec in arguments.values():
+            np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
+
+    @pytest.mark.parametrize(
+        "name, shape, words",
+        [
+            ("slopes", (2, 1), ("2 dimensions",)),
+            ("slopes", (3,), ("num_heads",)),
+            ("query_positions", (), ("0 dimensions",)),
+            ("key_positions", (4, 1), ("2 dimensions",)),
+            ("out", (2, 3), ("2 dimensions",)),
+            ("out", (3, 3, 4), ("num_heads",)),
+            ("out", (2, 4, 4), ("num_queries",)),
+            ("out", (2, 3, 5), ("num_keys",)),
+        ],
+    )
+    def test_shape(self, world, arguments, rng, name, shape, words):
+        arguments[name] = worlds.array(rng, shape, arguments[name].dtype)
+        self.refused(world, arguments, cc.ShapeError, *words)
+
+    @pytest.mark.parametrize(
+        "name, dtype, expected",
+        [
+            ("slopes", "float16", "float32"),
+            ("query_positions", "float32", "int32 or int64"),
+            ("key_positions", "int16", "int32 or int64"),
+            ("out", "int32", "float16 or bfloat16 or float32"),
+            ("out", "float64", "float32"),
+        ],
+    )
+    def test_dtype(self, world, arguments, rng, name, dtype, expected):
+        arguments[name] = worlds.array(rng, arguments[name].shape, dtype)
+        self.refused(world, arguments, cc.DTypeError, name, dtype, expected)
+
+    @pytest.mark.parametrize("dtype", ["float64", "int8", "float8_e4m3fn", "nonsense", 3])
+    def test_dtype_of_the_result(self, world, arguments, dtype):
+        put = {n: world.put(s) for n, s in arguments.items() if n != "out"}
+        with pytest.raises(cc.ArgumentError, match="dtype"):
+            cc.alibi_bias(**put, dtype=dtype)
+
+    def test_dtype_other_than_that_of_out(self, world, arguments):
+        self.refused(
+            world, arguments, cc.DTypeError, "out", "float16", "float32", dtype="float16"
+        )
+
+    def test_gaps_in_rows(self, world, arguments, rng):
+        arguments["out"] = worlds.array(rng, (2, 3, 8), "float32")[..., ::2]
+        self.refused(world, arguments, cc.StrideError, "out", "contiguous")
+
+    def test_shared_elements_of_out(self, world, arguments):
+        arguments["out"].strides = (0, 16, 4)
+        self.refused(world, arguments, cc.StrideError, "out")
+
+    @pytest.mark.parametrize("name", ["slopes", "query_positions", "key_positions"])
+    def test_none(self, world, arguments, name):
+        put = {n: world.put(s) for n, s in arguments.items()} | {name: None}
+        with pytest.raises(cc.DTypeError, match=name):
+            cc.alibi_bias(**put)
+
+
+def test_read_only_out_is_refused():
+    out = np.zeros((1, 1, 1), np.float32)
+    out.flags.writeable = False
+    with pytest.raises(cc.NotWritableError, match="out"):
+        cc.alibi_bias(np.ones(1, np.float32), np.array([0]), np.array([0]), out=out)
+
+
+def test_devices_must_agree(emulated_world):
+    world = emulated_world()
+    try:
+        with pytest.raises(cc.DeviceError, match="key_positions"):
+            cc.alibi_bias(
+                world.put(values([1], "float32")), world.put(values([0])), np.array([0])
+            )
+    finally:
+        world.close()

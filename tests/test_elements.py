@@ -1,0 +1,157 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""The element types and the division of convert.cuh, compiled for this machine: what would take too
+many launches to go through."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import oracle
+import pytest
+
+from cupy_cache import env, formats, modules
+
+SOURCE = """
+#define CUPY_CACHE_CONVERTS
+#include "cupy_cache/convert.cuh"
+using namespace cupy_cache;
+
+template <typename T>
+void decode(int count, const void* bits, float* values) {
+  const auto* from = static_cast<const typename T::Bits*>(bits);
+  for (int i = 0; i < count; ++i) values[i] = T::decode(from[i]);
+}
+template <typename T>
+void encode(int count, const float* values, void* bits) {
+  auto* to = static_cast<typename T::Bits*>(bits);
+  for (int i = 0; i < count; ++i) to[i] = T::encode(values[i]);
+}
+template <typename T>
+void encode_pairs(int count, const float* values, void* bits) {
+  auto* to = static_cast<u16*>(bits);
+  for (int i = 0; i < count / 2; ++i) to[i] = T::encode_pair(values[2 * i], values[2 * i + 1]);
+}
+
+extern "C" {
+#define EXPORT(T)                                                                          \\
+  void decode_##T(int n, const void* bits, float* to) { decode<T>(n, bits, to); }          \\
+  void encode_##T(int n, const float* values, void* to) { encode<T>(n, values, to); }
+EXPORT(F16) EXPORT(BF16) EXPORT(E4M3) EXPORT(E5M2) EXPORT(I8)
+#define EXPORT_PAIRS(T) \\
+  void encode_pairs_##T(int n, const float* values, void* to) { encode_pairs<T>(n, values, to); }
+EXPORT_PAIRS(E4M3) EXPORT_PAIRS(E5M2) EXPORT_PAIRS(I8)
+
+// For scales of the significands given and all values of 11 bits: how often the short quotient is
+// not the IEEE one while one of them has at most 8 significant bits, as boundaries of codes have.
+long wrong_boundaries(int count, const int* significands) {
+  long wrong = 0;
+  for (int i = 0; i < count; ++i) {
+    const float scale = static_cast<float>(significands[i]);
+    const DivideShort divide_short(scale);
+    int found = 0;
+    for (int value = 1 << 10; value < 1 << 11; ++value) {
+      const float numerator = static_cast<float>(value);
+      const u32 quick = __float_as_uint(divide_short(numerator));
+      const u32 exact = __float_as_uint(numerator / scale);
+      found += (quick != exact) & (((quick & 0xffff) == 0) | ((exact & 0xffff) == 0));
+    }
+    wrong += found;
+  }
+  return wrong;
+}
+}
+"""
+BITS = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "E4M3", "float8_e5m2": "E5M2",
+        "int8": "I8"}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory):
+    """The functions above."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is missing")
+    folder = tmp_path_factory.mktemp("native")
+    shutil.copytree(modules.kernel_dir() / "include", folder / "include")
+    (folder / "native.cu").write_text(SOURCE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(env.KERNEL_DIR.name, str(folder))
+        text = modules.expanded_source("native")
+    shim = (Path(__file__).parent / "emulator" / "shim.h").read_text()
+    (folder / "native.cpp").write_text(shim + text)
+    command = "g++ -std=c++17 -O3 -march=native -ffp-contract=off -fPIC -shared -w".split()
+    subprocess.run([*command, "native.cpp", "-o", "native.so"], cwd=folder, check=True)
+    return ctypes.CDLL(str(folder / "native.so"))
+
+
+def run(function, count, given, made):
+    """``function(count, given, made)``; returns ``made``."""
+    function(count, *(ctypes.c_void_p(a.ctypes.data) for a in (given, made)))
+    return made
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_every_code_is_decoded(native, name):
+    dtype = formats.DTYPES[name]
+    codes = np.arange(2 ** (8 * dtype.bytes)).astype(dtype.bits)
+    values = run(native[f"decode_{BITS[name]}"], codes.size, codes, np.empty(codes.size, np.float32))
+    if dtype.bytes == 1:
+        expected = np.array([oracle.stored_value(code, name) for code in codes], np.float32)
+    else:
+        expected = codes.view(dtype.numpy).astype(np.float32)
+    nan = np.isnan(expected)
+    np.testing.assert_array_equal(np.isnan(values), nan)
+    np.testing.assert_array_equal(values[~nan].view(np.uint32), expected[~nan].view(np.uint32))
+
+
+def floats(rng, name):
+    """Random floats, and all boundaries between the codes of ``name`` with their neighbours."""
+    dtype = formats.DTYPES[name]
+    codes = np.arange(2 ** (8 * dtype.bytes)).astype(dtype.bits).view(dtype.numpy)
+    with np.errstate(all="ignore"):
+        numbers = np.unique(codes.astype(np.float64))
+        numbers = numbers[np.isfinite(numbers)]
+        middles = ((numbers[1:] + numbers[:-1]) / 2).astype(np.float32)
+        last = 2 * numbers[-1] - numbers[-2]
+        edges = np.concatenate([numbers, middles, [last, -last], -middles]).astype(np.float32)
+    near = (edges.view(np.int32)[:, np.newaxis] + np.arange(-2, 3)).astype(np.int32)
+    bits = rng.integers(0, 2**32, 10**6, np.uint32)
+    return np.concatenate([near.reshape(-1).view(np.float32), bits.view(np.float32)])
+
+
+@pytest.mark.parametrize("name", BITS)
+def test_floats_are_encoded(native, rng, name):
+    dtype, values = formats.DTYPES[name], floats(rng, name)
+    values = values[: values.size // 2 * 2]
+    made = run(native[f"encode_{BITS[name]}"], values.size, values, np.empty(values.size, dtype.bits))
+    if dtype.bytes == 1:
+        expected = oracle.codes(values, 1.0, name)
+        pairs = np.empty_like(made)
+        run(native[f"encode_pairs_{BITS[name]}"], values.size, values, pairs)
+        np.testing.assert_array_equal(pairs, expected)
+    else:
+        with np.errstate(all="ignore"):
+            expected = values.astype(dtype.numpy).view(dtype.bits)
+        expected[np.isnan(values)] = 0x7FFF
+    np.testing.assert_array_equal(made, expected)
+
+
+def wrong_boundaries(native, significands):
+    significands = np.ascontiguousarray(significands, np.int32)
+    native.wrong_boundaries.restype = ctypes.c_long
+    return native.wrong_boundaries(significands.size, ctypes.c_void_p(significands.ctypes.data))
+
+
+def test_short_division_where_it_is_hardest(native):
+    """Quotients that lie next to the middle of two floats of few bits need such scales."""
+    close = (np.arange(64, 129) << 17)[:, np.newaxis] + np.arange(-64, 65)
+    assert wrong_boundaries(native, close[(close >= 2**23) & (close < 2**24)]) == 0
+
+
+@pytest.mark.slow
+def test_short_division_for_every_significand(native):
+    """With the exponents, which only shift, this is every scale and every 16-bit value."""
+    for first in range(2**23, 2**24, 2**20):
+        assert wrong_boundaries(native, np.arange(first, first + 2**20)) == 0

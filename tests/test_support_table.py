@@ -1,0 +1,153 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""docs/support.md is what its generator makes, and marks nothing that does not run."""
+
+import importlib.util
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import cupy_cache as cc
+from cupy_cache import arrays, specialisations
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def table():
+    path = ROOT / "docs" / "make_support_table.py"
+    spec = importlib.util.spec_from_file_location("make_support_table", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_file_is_up_to_date(table):
+    expected = table.page()
+    assert table.FILE.read_text(encoding="utf-8") == expected, (
+        "run python docs/make_support_table.py"
+    )
+
+
+def test_every_operation_is_in_the_table(table):
+    assert {op for op in specialisations.OPERATIONS if op in cc.__all__} <= set(table.operations())
+
+
+def test_every_operation_has_the_tests_that_it_names(table):
+    for op in table.operations():
+        path = ROOT / table.test_module(op)
+        assert op in path.read_text(encoding="utf-8"), f"{path.name} does not name {op}"
+
+
+class Memory:
+    """Gives the arrays that `specialisations` only describes real memory, full of random bytes, by
+    NumPy or CuPy. Numbers of blocks, slots and the like count up."""
+
+    SIZE = 600_000
+    FEW = 4  # elements: caches and keys of integers have more
+
+    def __init__(self, xp, rng, device):
+        self.xp, self.place = xp, arrays.Place("real", device, True)
+        self._random = rng.integers(0, 256, self.SIZE, np.uint8)
+        self.buffers = {}
+
+    def forget(self):
+        """Start anew."""
+        self.buffers.clear()
+
+    def written(self):
+        """Whether any byte is no longer what it was."""
+        pairs = reversed(self.buffers.values())  # destinations come late
+        return any(not np.array_equal(self._host(buffer), was) for buffer, was in pairs)
+
+    def _host(self, buffer):
+        return buffer if self.xp is np else buffer.get()
+
+    def read(self, array):
+        number, offset = divmod(array.address, 1 << 40)
+        steps = sum(s * (n - 1) for s, n in zip(array.strides, array.shape))
+        assert 0 <= offset and offset + steps + array.dtype.bytes <= self.SIZE
+        if number not in self.buffers:
+            self.buffers[number] = self._filled(number, array)
+        buffer = self.buffers[number][0]
+        address = buffer.ctypes.data if self.xp is np else buffer.data.ptr
+        dtype = array.dtype.name
+        return address + offset, array.shape, array.strides, dtype, self.place, None
+
+    def _filled(self, number, array):
+        content = np.roll(self._random, number % 1009)
+        few = np.prod(array.shape) <= self.FEW
+        if few and array.dtype.name in ("int32", "int64"):
+            dtype = array.dtype.numpy
+            view = np.ndarray(array.shape, dtype, content.data, 0, array.strides)
+            view[...] = np.arange(view.size).reshape(view.shape)
+            if view.size == 1:  # of what has addresses
+                scratch = self.xp.array(self._random)  # a copy
+                self.buffers[-number] = scratch, self._random
+                view[...] = scratch.ctypes.data if self.xp is np else scratch.data.ptr
+        buffer = content.copy() if self.xp is np else self.xp.asarray(content)
+        return buffer, content
+
+
+def few(dtypes):
+    """Where every dtype is taken, one of each size: bytes are moved."""
+    return [d for d in dtypes if len(dtypes) <= 4 or d in ("uint8", "bfloat16", "float32", "int64")]
+
+
+def run_all(table, monkeypatch, memory, dtypes_of):
+    """Make every marked call; for the first name of a raw copy with each of ``dtypes_of(dtypes)``,
+    for the others with a few."""
+
+    class Real(specialisations.Described):
+        pass
+
+    framework = arrays.Framework(
+        memory.read,
+        lambda index: 0,
+        lambda device, shape, dtype: specialisations.described(shape, dtype),
+    )
+    marked = list(table.combinations())  # before anything is replaced
+    monkeypatch.setattr(arrays, "_READERS", dict(arrays._READERS))
+    monkeypatch.setattr(arrays, "_FRAMEWORKS", dict(arrays._FRAMEWORKS))
+    arrays.register_framework("real", Real, framework)
+    monkeypatch.setattr(specialisations, "Described", Real)
+    monkeypatch.setattr(specialisations, "BLOCKS", 8)
+    monkeypatch.setattr(specialisations, "ROWS", 2)
+    keys = itertools.count()
+    called = set()
+
+    def run(call):
+        function, *arguments = call
+        memory.forget()
+        function(*arguments)
+        called.add(current)
+        assert memory.written(), f"nothing was written: {current}"
+        cc.raise_faults()
+        return SimpleNamespace(key=next(keys))
+
+    monkeypatch.setattr(specialisations, "_kernel_of", run)
+    for op, layout, names, dtypes in marked:
+        for name in names:
+            for dtype in dtypes_of(dtypes) if name == "auto" else few(dtypes):
+                current = op, layout, name, dtype
+                shape, named = table.arguments(layout, dtype, name)
+                list(specialisations.specialisations(*shape, **named, ops=[op]))
+                assert current in called
+    return called
+
+
+def test_every_marked_call_runs_on_the_cpu(table, monkeypatch, rng):
+    memory = Memory(np, rng, arrays.CPU)
+    called = run_all(table, monkeypatch, memory, lambda dtypes: dtypes)
+    assert {op for op, *_ in called} >= {"reshape_and_cache_flash", "gather_cache", "swap_blocks"}
+
+
+@pytest.mark.gpu
+def test_every_marked_call_runs_on_a_gpu(table, monkeypatch, rng):
+    import cupy
+
+    memory = Memory(cupy, rng, arrays.Device("cuda", cupy.cuda.Device().id))
+    run_all(table, monkeypatch, memory, few)
