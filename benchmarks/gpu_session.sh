@@ -33,6 +33,9 @@ BENCH=${BENCH:-"benchmarks/bench_limits.py benchmarks/bench_reshape_and_cache_fl
   benchmarks/bench_ablation.py benchmarks/bench_slot_mapping.py benchmarks/bench_attention.py
   benchmarks/bench_start.py"}
 
+# Compiling takes longest, so the tests share the cores where pytest-xdist is there.
+PARALLEL=$("$PYTHON" -c 'import xdist; print("-n 12")' 2>/dev/null)
+
 export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
 export CUPYCACHE_REQUIRE_GPU=1
@@ -121,7 +124,7 @@ stages=("${@:-all}")
 
 wanted info && stage info 60 30 bash -c info
 wanted tests && stage tests "$LIMIT_TESTS" 40 \
-  "$PYTHON" -m pytest tests -m gpu -q --color=no --maxfail=20 --everything
+  "$PYTHON" -m pytest tests -m gpu -q --color=no --maxfail=20 --everything $PARALLEL
 wanted memcheck && stage memcheck "$LIMIT_MEMCHECK" 20 bash -c 'sanitized memcheck'
 wanted racecheck && stage racecheck "$LIMIT_RACECHECK" 20 bash -c 'sanitized racecheck'
 wanted bench && stage bench "$LIMIT_BENCH" 40 bash -c bench

@@ -17,8 +17,8 @@ from . import formats, launch
 
 def encode(values, dtype):
     """float32 ``values`` as ``dtype`` (a `formats.DType`), returned as its bits: round to nearest,
-    ties to even, except int8, where ties go away from zero; 8-bit types saturate; a NaN has all bits
-    but the sign set, whatever its own are, and is 0 in int8."""
+    ties to even, except int8, where ties go away from zero; 8-bit types saturate; a NaN has all
+    bits but the sign set, whatever its own are, and is 0 in int8."""
     if dtype.name == "int8":
         # In float64 the half can be added exactly.
         wide = np.clip(np.nan_to_num(values.astype(np.float64), nan=0.0), -128, 127)
@@ -117,7 +117,7 @@ def reshape_and_cache(
     )
     keys = _as_stored(key[tokens], source, stored, k_scale, numbers[0])
     values = _as_stored(value[tokens], source, stored, v_scale, numbers[1])
-    # Indices split by slices put the token dimension first: [token, head, pack, x], [token, head, d].
+    # Indices split by slices put the token first: [token, head, pack, x], [token, head, d].
     key_cache[block, :, :, offset] = keys.reshape(-1, heads, packs, x)
     if value_cache.ndim == 5:
         value_cache[block, :, offset // x, :, offset % x] = values

@@ -140,8 +140,8 @@ CACHE_FORMATS = {
     "fp8_e5m2": _stored("float8_e5m2"),
     "int8": _stored("int8"),
 }
-# The same where scales are found for each token and head and kept beside the cache; first our names,
-# then vLLM's.
+# The same where scales are found for each token and head and kept beside the cache; first our
+# names, then vLLM's.
 PER_TOKEN_HEAD_FORMATS = {
     "int8": _stored("int8"),
     "fp8": _stored("float8_e4m3fn"),

@@ -28,6 +28,7 @@ from .ops.indexer_k_quant_and_cache import indexer_k_quant_and_cache
 from .ops.pack_blocks import pack_blocks, pack_tokens, unpack_blocks, unpack_tokens
 from .ops.reshape_and_cache import reshape_and_cache
 from .ops.reshape_and_cache_flash import reshape_and_cache_flash
+from .ops.reshape_and_cache_flash_per_token_head import reshape_and_cache_flash_per_token_head
 from .ops.slot_mapping import slot_mapping
 from .ops.slot_mapping_groups import slot_mapping_groups
 from .ops.swap_blocks import swap_blocks
@@ -244,6 +245,15 @@ def _flash(model):
             yield reshape_and_cache_flash, *step, *scales
 
 
+def _per_token_head(model):
+    if model.kv_cache_dtype not in formats.PER_TOKEN_HEAD_FORMATS:
+        return
+    for caches, slots in itertools.product(model.pairs(), model.numbers(ROWS)):
+        scales = [described((BLOCKS, model.block_size, model.heads), FLOAT32) for _ in "kv"]
+        step = *model.tokens(), *caches, *scales, slots, model.kv_cache_dtype
+        yield reshape_and_cache_flash_per_token_head, *step
+
+
 def _x_packed(model):
     for *caches, interleaved in model.x_packed():
         for slots, scales in itertools.product(model.numbers(ROWS), model.scales()):
@@ -445,6 +455,7 @@ OPERATIONS = {
     "place_slopes": _launches(attention.PLACE),
     "reshape_and_cache": _x_packed,
     "reshape_and_cache_flash": _flash,
+    "reshape_and_cache_flash_per_token_head": _per_token_head,
     "slot_mapping": _slots,
     "slot_mapping_groups": _slot_groups,
     "swap_blocks": _swaps,

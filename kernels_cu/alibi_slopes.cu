@@ -21,8 +21,9 @@ __global__ void __launch_bounds__(kMaxThreads) alibi_slopes(const __grid_constan
   const i64 head = p.first + index;
   const i64 steps = head < p.power ? 2 * (head + 1) : 2 * (head - p.power) + 1;
 
-  // 2^-exponent as 2^-fraction * 2^-whole: powers of two come out exact, and the error stays that of
-  // exp2f near 0 however large max_bias is. The product is exact: the host keeps exponents below 127.
+  // 2^-exponent as 2^-fraction * 2^-whole: powers of two come out exact, and the error stays that
+  // of exp2f near 0 however large max_bias is. The product is exact: the host keeps exponents
+  // below 127.
   const double exponent = p.step * static_cast<double>(steps);
   const double whole = rint(exponent);
   const float fraction = static_cast<float>(exponent - whole);

@@ -3,11 +3,10 @@
 // Writes tokens into an x-packed cache: keys [block, head, d / x, offset, d % x], values
 // [block, head, d, offset] or, interleaved, [block, head, offset / x, d, offset % x].
 //
-// A thread block takes kTile tokens of one head. Threads run over tokens first: keys of consecutive
-// slots are then neighbours in the cache, and the transposition of the values through shared memory
-// has no bank conflicts. Where a group of 16 bytes' worth of slots is consecutive and aligned, its
-// values leave as 16-byte vectors along the offset; elsewhere element by element, which costs a
-// whole memory sector for each. What is converted is converted before the transposition.
+// A thread block takes kTile tokens of one head; values are transposed through shared memory. Where
+// a group of 16 bytes' worth of slots is consecutive and aligned, its values leave as 16-byte vectors
+// along the offset; elsewhere element by element, which costs a whole memory sector for each. What is
+// converted is converted before the transposition.
 #include "cupy_cache/convert.cuh"
 #include "cupy_cache/ints.cuh"
 #include "cupy_cache/paging.cuh"
@@ -52,6 +51,25 @@ constexpr i64 kSkip = -1;
 
 __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
+// Which token of the tile, and which of its row's kVectors vectors, an item is. Where it can be, a
+// warp takes 4 tokens by 8 vectors, so that loads and stores both are runs of 64 bytes and more: on
+// an H100 1 to 3 % faster with consecutive slots, 5 % with random ones, than 16 tokens by 2.
+template <int kVectors>
+struct Item {
+  int token;
+  int vector;
+
+  __device__ __forceinline__ explicit Item(int item) {
+    if constexpr (kVectors % 8 == 0) {
+      token = (item & 3) | (item >> 5 & 3) << 2;
+      vector = (item >> 2 & 7) | item >> 7 << 3;
+    } else {
+      token = item % kTile;
+      vector = item / kTile;
+    }
+  }
+};
+
 // Loads what becomes this thread's vectors of bytes [begin, begin + kBytes) of each of the tile's rows.
 template <typename Converter, int kVec, int kBytes, int kThreads, int kCount>
 __device__ __forceinline__ void load_rows(typename Converter::Source (&held)[kCount],
@@ -59,11 +77,12 @@ __device__ __forceinline__ void load_rows(typename Converter::Source (&held)[kCo
                                           int begin, int end) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const int item = i * kThreads + static_cast<int>(threadIdx.x);
-    const int token = item % kTile;
-    const int at = begin + item / kTile * kVec;
-    if (item < kTile * (kBytes / kVec) && token < tokens_left && at < end) {
-      held[i] = Converter::load(base + token * token_stride + at / kVec * Converter::kSourceBytes);
+    const int number = i * kThreads + static_cast<int>(threadIdx.x);
+    const Item<kBytes / kVec> item(number);
+    const int at = begin + item.vector * kVec;
+    if (number < kTile * (kBytes / kVec) && item.token < tokens_left && at < end) {
+      held[i] = Converter::load(base + item.token * token_stride +
+                                at / kVec * Converter::kSourceBytes);
     }
   }
 }
@@ -136,11 +155,11 @@ __global__ void __launch_bounds__(kThreads)
 
 #pragma unroll
     for (int i = 0; i < kKeyCount; ++i) {
-      const int item = i * kThreads + static_cast<int>(threadIdx.x);
-      const int token = item % kTile;
-      const int at = begin + item / kTile * kKeyVec;
-      if (item < kTile * (kKeyChunk / kKeyVec) && at < kKeyBytes && slots[token] >= 0) {
-        const Place<kBlockSize> place(slots[token]);
+      const int number = i * kThreads + static_cast<int>(threadIdx.x);
+      const Item<kKeyChunk / kKeyVec> item(number);
+      const int at = begin + item.vector * kKeyVec;
+      if (number < kTile * (kKeyChunk / kKeyVec) && at < kKeyBytes && slots[item.token] >= 0) {
+        const Place<kBlockSize> place(slots[item.token]);
         store_streaming<kKeyVec>(p.key_cache + place.block * p.key_block_stride +
                                      head * p.key_cache_head_stride +
                                      at / kPackBytes * p.key_pack_stride +
@@ -151,16 +170,17 @@ __global__ void __launch_bounds__(kThreads)
 
 #pragma unroll
     for (int i = 0; i < kValueCount; ++i) {
-      const int item = i * kThreads + static_cast<int>(threadIdx.x);
-      const int token = item % kTile;
-      const int at = item / kTile * kValueVec;  // in the chunk
-      if (item < kTile * (kValueChunk / kValueVec) && token < left && begin + at < kValueBytes) {
+      const int number = i * kThreads + static_cast<int>(threadIdx.x);
+      const Item<kValueChunk / kValueVec> item(number);
+      const int at = item.vector * kValueVec;  // in the chunk
+      if (number < kTile * (kValueChunk / kValueVec) && item.token < left &&
+          begin + at < kValueBytes) {
         const Elements<kElement, kValueVec> elements(Values::convert(values[i], v_scale));
 #pragma unroll
         for (int j = 0; j < kValueVec / kElement; ++j) {
           *reinterpret_cast<Vec<kElement>*>(transposed_bytes +
                                             (at / kElement + j) * (kRowWords * 4) +
-                                            token * kElement) = elements.part[j];
+                                            item.token * kElement) = elements.part[j];
         }
       }
     }

@@ -405,8 +405,41 @@ def _ranges(rng):
     return Case(specs, specs[1:], call, expected)
 
 
+def _convert(rng):
+    specs = [
+        worlds.array(rng, (7, 33), "uint8"),
+        worlds.of_values(rng.standard_normal((7, 33)).astype(np.float16)),
+    ]
+
+    def expected(output, source):
+        for index in np.ndindex(*output.shape):
+            output[index] = oracle.quantise(source[index], 0.25, "float8_e4m3fn")
+
+    return Case(specs, specs[:1], lambda out, source: cc.convert_fp8(out, source, 0.25), expected)
+
+
+def _per_token_head(rng):
+    specs = [
+        worlds.of_values(rng.standard_normal((9, 4, 64)).astype(np.float16)),
+        worlds.of_values(rng.standard_normal((9, 4, 64)).astype(np.float16)),
+        worlds.array(rng, (5, 16, 4, 64), "uint8"),
+        worlds.array(rng, (5, 16, 4, 64), "uint8"),
+        worlds.array(rng, (5, 16, 4), "float32"),
+        worlds.array(rng, (5, 16, 4), "float32"),
+        worlds.of_values(rng.permutation(80)[:9]),
+    ]
+    return Case(
+        specs,
+        specs[2:6],
+        lambda *args: cc.reshape_and_cache_flash_per_token_head(*args, "fp8"),
+        lambda *args: oracle.reshape_and_cache_flash_per_token_head(*args, "float8_e4m3fn"),
+    )
+
+
 CASES = {
     "reshape_and_cache_flash": _flash,
+    "convert_fp8": _convert,
+    "reshape_and_cache_flash_per_token_head": _per_token_head,
     "reshape_and_cache": _x_packed,
     "concat_and_cache_mla": _mla_write,
     "concat_and_cache_mla-fp8": functools.partial(_mla_write, kv_cache_dtype="fp8"),

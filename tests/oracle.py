@@ -58,9 +58,9 @@ def reshape_and_cache_flash_per_token_head(
                     scale = max(largest / largest_code, np.float32(1e-6))
                     inverse = np.float32(1) / scale
                     products = [x * inverse for x in row]
-                scale_cache[*place, head] = scale
+                scale_cache[(*place, head)] = scale
                 for element, product in enumerate(products):
-                    cache[*place, head, element] = quantise(product, 1.0, stored)
+                    cache[(*place, head, element)] = quantise(product, 1.0, stored)
 
 
 def reshape_and_cache(
@@ -273,7 +273,7 @@ def alibi_bias(slopes, query_positions, key_positions, out, sqrt=False, causal=F
                     ahead = int(key_positions[j]) - int(query_positions[i])
                     offset = np.float32(ahead)
                     if sqrt:
-                        offset = np.float32(0.0 if ahead > 0 else -math.sqrt(abs(ahead)))
+                        offset = np.float32(0.0 if ahead > 0 else -math.sqrt(abs(float(offset))))
                     bias = np.float32(float(slopes[head]) * float(offset))
                     if causal and ahead > 0:
                         bias = np.float32(-math.inf)

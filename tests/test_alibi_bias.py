@@ -133,7 +133,7 @@ def test_numbers_at_the_edges(world, rng, dtype):
     """Slopes that are subnormal, huge, infinite or zero of either sign; differences that float32
     rounds; products that overflow, underflow and lie between two numbers of the dtype."""
     slopes = [0.0, -0.0, 1e-45, -1e-40, 2.0**-149, 1e-38, 3e38, -3e38, 1.0, -1.0, 1 / 3, 2.0**-24]
-    queries = [0, 2**24, 2**24 + 1, -(2**31), 2**62, 5]
+    queries = [0, 2**24, 2**24 + 1, -(2**31), 2**62, 5, 16843555]
     keys = [1, 2**24 + 1, 2**31, 2**62, -(2**62), 2**25 + 1, 65519, 65520, 0, 5, 2049, 257]
     specs = values(slopes, "float32"), values(queries), values(keys)
     for options in ({}, {"sqrt": True}, {"causal": True}, {"sqrt": True, "causal": True}):

@@ -41,7 +41,9 @@ def convert(world, output, source, scale=1.0, kind="fp8"):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_byte(world, rng, dtype, kind):
     """NaN among them, and products that are subnormal or too large in float16."""
-    source = worlds.of_values(np.arange(256, dtype=np.uint8), str(rng.choice(["uint8", KINDS[kind]])))
+    source = worlds.of_values(
+        np.arange(256, dtype=np.uint8), str(rng.choice(["uint8", KINDS[kind]]))
+    )
     for scale in (*SCALES, worlds.of_values(np.array([2.0**-17], np.float32))):
         convert(world, worlds.array(rng, (256,), dtype), source, scale, kind)
 

@@ -44,23 +44,27 @@ EXPORT(F16) EXPORT(BF16) EXPORT(E4M3) EXPORT(E5M2) EXPORT(I8)
   void encode_pairs_##T(int n, const float* values, void* to) { encode_pairs<T>(n, values, to); }
 EXPORT_PAIRS(E4M3) EXPORT_PAIRS(E5M2) EXPORT_PAIRS(I8)
 
-// For scales of the significands given and all values of 11 bits: how often the short quotient is
-// not the IEEE one while one of them has at most 8 significant bits, as boundaries of codes have.
-long wrong_boundaries(int count, const int* significands) {
+// With scales of these significands and values of 11 bits: how many quotients are not the IEEE ones
+// while one of the two has at most 8 significant bits, as boundaries of codes have.
+long wrong_for_short_values(int count, const int* significands) {
   long wrong = 0;
   for (int i = 0; i < count; ++i) {
     const float scale = static_cast<float>(significands[i]);
-    const DivideShort divide_short(scale);
+    const DivideToCode divide(scale);
     int found = 0;
     for (int value = 1 << 10; value < 1 << 11; ++value) {
       const float numerator = static_cast<float>(value);
-      const u32 quick = __float_as_uint(divide_short(numerator));
+      const u32 quick = __float_as_uint(divide(numerator));
       const u32 exact = __float_as_uint(numerator / scale);
       found += (quick != exact) & (((quick & 0xffff) == 0) | ((exact & 0xffff) == 0));
     }
     wrong += found;
   }
   return wrong;
+}
+
+void quotients(int count, const float* values, const float* scales, float* made) {
+  for (int i = 0; i < count; ++i) made[i] = DivideToCode(scales[i])(values[i]);
 }
 }
 """
@@ -96,7 +100,9 @@ def run(function, count, given, made):
 def test_every_code_is_decoded(native, name):
     dtype = formats.DTYPES[name]
     codes = np.arange(2 ** (8 * dtype.bytes)).astype(dtype.bits)
-    values = run(native[f"decode_{BITS[name]}"], codes.size, codes, np.empty(codes.size, np.float32))
+    values = run(
+        native[f"decode_{BITS[name]}"], codes.size, codes, np.empty(codes.size, np.float32)
+    )
     if dtype.bytes == 1:
         expected = np.array([oracle.stored_value(code, name) for code in codes], np.float32)
     else:
@@ -125,7 +131,9 @@ def floats(rng, name):
 def test_floats_are_encoded(native, rng, name):
     dtype, values = formats.DTYPES[name], floats(rng, name)
     values = values[: values.size // 2 * 2]
-    made = run(native[f"encode_{BITS[name]}"], values.size, values, np.empty(values.size, dtype.bits))
+    made = run(
+        native[f"encode_{BITS[name]}"], values.size, values, np.empty(values.size, dtype.bits)
+    )
     if dtype.bytes == 1:
         expected = oracle.codes(values, 1.0, name)
         pairs = np.empty_like(made)
@@ -138,20 +146,46 @@ def test_floats_are_encoded(native, rng, name):
     np.testing.assert_array_equal(made, expected)
 
 
-def wrong_boundaries(native, significands):
+def wrong_for_short_values(native, significands):
     significands = np.ascontiguousarray(significands, np.int32)
-    native.wrong_boundaries.restype = ctypes.c_long
-    return native.wrong_boundaries(significands.size, ctypes.c_void_p(significands.ctypes.data))
+    native.wrong_for_short_values.restype = ctypes.c_long
+    return native.wrong_for_short_values(
+        significands.size, ctypes.c_void_p(significands.ctypes.data)
+    )
 
 
-def test_short_division_where_it_is_hardest(native):
-    """Quotients that lie next to the middle of two floats of few bits need such scales."""
-    close = (np.arange(64, 129) << 17)[:, np.newaxis] + np.arange(-64, 65)
-    assert wrong_boundaries(native, close[(close >= 2**23) & (close < 2**24)]) == 0
+def close_to_multiples(power):
+    """Significands of 24 bits within 64 of a multiple of ``2**power``."""
+    close = np.arange(2**23, 2**24 + 1, 2**power)[:, np.newaxis] + np.arange(-64, 65)
+    return close[(close >= 2**23) & (close < 2**24)]
+
+
+def test_division_of_short_values_where_it_is_hardest(native):
+    assert wrong_for_short_values(native, close_to_multiples(17)) == 0
 
 
 @pytest.mark.slow
-def test_short_division_for_every_significand(native):
+def test_division_of_every_short_value(native):
     """With the exponents, which only shift, this is every scale and every 16-bit value."""
     for first in range(2**23, 2**24, 2**20):
-        assert wrong_boundaries(native, np.arange(first, first + 2**20)) == 0
+        assert wrong_for_short_values(native, np.arange(first, first + 2**20)) == 0
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
+def test_division_of_float32_where_it_is_hardest(native, name):
+    """A quotient next to the middle of two floats, one of them a boundary t * 2**k of codes with
+    16 <= t <= 32, needs a scale this close to a multiple of 2**20."""
+    scales = close_to_multiples(20).astype(np.float32)[:, np.newaxis]
+    near = (scales * np.arange(16, 33, dtype=np.float32)).view(np.int32)
+    values = (near[..., np.newaxis] + np.arange(-4, 5)).astype(np.int32).view(np.float32)
+    scales = np.broadcast_to(scales[..., np.newaxis], values.shape).copy()
+    made = np.empty_like(values)
+    pointers = (ctypes.c_void_p(array.ctypes.data) for array in (values, scales, made))
+    native.quotients(values.size, *pointers)
+    exact = values / scales
+    close = made != exact
+    assert 0 < close.sum() < values.size / 1000
+    for exponent in range(-23, 14):
+        factor = np.float32(2.0**exponent)
+        got, expected = (oracle.codes(x[close] * factor, 1.0, name) for x in (made, exact))
+        np.testing.assert_array_equal(got, expected)

@@ -118,7 +118,9 @@ def test_interleaved_values(
     specs = (
         worlds.array(rng, (tokens, heads, key_size), dtype, pad),
         worlds.array(rng, (tokens, heads, value_size), dtype, pad),
-        *interleaved_caches(rng, num_blocks, heads, key_size, value_size, block_size, x, dtype, pad),
+        *interleaved_caches(
+            rng, num_blocks, heads, key_size, value_size, block_size, x, dtype, pad
+        ),
         mapping_of(rng, slots, num_blocks * block_size, tokens),
     )
     run(world, specs, interleaved=True)

@@ -130,7 +130,9 @@ def test_every_bit_pattern(world, rng, kv_cache_dtype, dtype):
     with np.errstate(all="ignore"):
         numbers = rows.astype(np.float32)
         largest = np.where(np.isnan(numbers), 0, np.abs(numbers)).max(axis=-1)
-        scales = np.maximum(largest / np.float32(127 if stored == "int8" else 448), np.float32(1e-6))
+        scales = np.maximum(
+            largest / np.float32(127 if stored == "int8" else 448), np.float32(1e-6)
+        )
         products = numbers * (np.float32(1) / scales)[..., np.newaxis]
     expected = oracle.codes(products, 1.0, stored).reshape(-1)
     for spec in specs[2:4]:
@@ -142,7 +144,9 @@ def test_every_bit_pattern(world, rng, kv_cache_dtype, dtype):
 
 def test_worked_rows(world, rng):
     """Rows whose scale is a power of two, or the smallest one, worked out by hand."""
-    rows = np.array([[[127.0, -63.5, 2.5, -2.5, 0.49]], [[0.0, -0.0, 5e-7, -1e-9, 1e-30]]], np.float32)
+    rows = np.array(
+        [[[127.0, -63.5, 2.5, -2.5, 0.49]], [[0.0, -0.0, 5e-7, -1e-9, 1e-30]]], np.float32
+    )
     specs = (
         worlds.of_values(rows), worlds.of_values(rows * 2),
         *separate(rng, 2, 1, 1, 5, 5, "int8"),
@@ -161,7 +165,12 @@ def test_worked_rows(world, rng):
 def test_values_come_back(world, rng):
     """A stored element times its scale is within half a step of the value."""
     source = worlds.of_values(rng.normal(size=(6, 4, 64)).astype(np.float32) * 100)
-    specs = (source, source, *separate(rng, 6, 1, 4, 64, 64, "int8"), worlds.of_values(np.arange(6)))
+    specs = (
+        source,
+        source,
+        *separate(rng, 6, 1, 4, 64, 64, "int8"),
+        worlds.of_values(np.arange(6)),
+    )
     cc.reshape_and_cache_flash_per_token_head(*(world.put(s) for s in specs), "int8")
     codes = world.bytes_of(specs[2]).view(np.int8).reshape(6, 4, 64)
     scales = world.bytes_of(specs[4]).view(np.float32).reshape(6, 4, 1)

@@ -139,6 +139,7 @@ def run_all(table, monkeypatch, memory, dtypes_of):
     return called
 
 
+@pytest.mark.slow
 def test_every_marked_call_runs_on_the_cpu(table, monkeypatch, rng):
     memory = Memory(np, rng, arrays.CPU)
     called = run_all(table, monkeypatch, memory, lambda dtypes: dtypes)

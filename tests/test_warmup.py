@@ -75,6 +75,11 @@ class Calls:
         write = cc.reshape_and_cache if self.layout == "x-packed" else cc.reshape_and_cache_flash
         write(key, value, *step, 0.5, 0.5)
         write(key, value, *step, *(self.make(HEADS, dtype="float32") for _ in "kv"))
+        if self.layout != "x-packed" and self.stored == "uint8":
+            shape = self.BLOCKS, BLOCK, HEADS
+            scales = [self.make(*shape, dtype="float32") for _ in "kv"]
+            step = *caches, *scales, slots, self.kv_cache_dtype
+            cc.reshape_and_cache_flash_per_token_head(key, value, *step)
 
     def write_entries(self, cache, slots):
         def entries(*layers):

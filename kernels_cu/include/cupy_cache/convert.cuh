@@ -112,23 +112,22 @@ struct Divide {
   __device__ __forceinline__ float operator()(float value) const { return divide(value, scale); }
 };
 
-// The same for values of at most 11 significant bits (float16, bfloat16) that become 8-bit codes: not
-// always the IEEE quotient, but always its code. It costs three instructions, an IEEE division some
-// twenty, with which fast memory is not kept busy.
+// The same for quotients that become 8-bit codes: not always the IEEE quotient, but always its code,
+// from float32 to int8 excepted. It costs three instructions, an IEEE division some twenty, with
+// which fast memory is not kept busy.
 //
 // 1 / scale is high, rounded towards zero, plus low, off by 2^-46 of it at most. So the result is a
 // quotient off by less than 2^-45 of itself, then rounded once. This can differ from the IEEE quotient
 // only where the exact one is that close to the middle of two floats, and so can its code only where
-// one of those two is a boundary of codes, a number of 8 bits at most. No scale and no value of 11
-// bits come that close but for a scale of 24 ones and a power of two, where the error is on the right
-// side (low is a product with the nearest reciprocal, not with high). A test tries every pair of
-// significands.
-struct DivideShort {
+// one of those two is a boundary of codes: a number of at most 5 bits in fp8, 8 bits in int8. The tests
+// go through all significands for which that could be: all there are for values of 11 bits (float16,
+// bfloat16); for others the scales of which 24 bits are within 64 of a multiple of 2^20.
+struct DivideToCode {
   float shift;  // a power of two that keeps everything clear of the smallest and largest floats
   float high;
   float low;
 
-  __device__ __forceinline__ explicit DivideShort(float scale) {
+  __device__ __forceinline__ explicit DivideToCode(float scale) {
     const float magnitude = fabsf(scale);
     shift = magnitude < 0x1p-64f ? 0x1p64f : magnitude < 0x1p64f ? 1.0f : 0x1p-64f;
     const float divisor = multiply(scale, shift);
@@ -139,7 +138,8 @@ struct DivideShort {
       high = __uint_as_float(__float_as_uint(high) - 1);
       rest = __fmaf_rn(-divisor, high, 1.0f);
     }
-    // Of the sign of high and never 0 alone, so that zeros and infinities divide as they should.
+    // Of the sign of high and never 0 alone, so that zeros and infinities divide as they should. A
+    // product with the nearest reciprocal, not with high: that decides the closest cases.
     low = rest > 0.0f ? rest * nearest : high * 0x1p-48f;
   }
   __device__ __forceinline__ float operator()(float value) const {
@@ -151,10 +151,10 @@ struct DivideShort {
 template <typename From, typename To>
 struct DivideFor {
   static_assert(sizeof(typename To::Bits) == 1, "only codes of 8 bits are sure to be right");
-  using type = DivideShort;
+  using type = DivideToCode;
 };
-template <typename To>
-struct DivideFor<F32, To> {
+template <>
+struct DivideFor<F32, I8> {
   using type = Divide;
 };
 
