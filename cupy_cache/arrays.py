@@ -4,8 +4,8 @@
 
 Two steps, because one of them runs on every call:
 
-* a *reader* (`reader_for`) tells an array's `Facts` in the framework's own terms, as cheaply as that
-  framework allows; facts without the pointer are hashable and make a plan's signature;
+* a *reader* (`reader_for`) tells an array's `Facts` in the framework's own terms, as cheaply as
+  that framework allows; facts without the pointer are hashable and make a plan's signature;
 * `describe` turns facts into an `Array`, once per signature.
 
 torch, CuPy and NumPy arrays are read through their attributes (a few tenths of a microsecond each,

@@ -248,9 +248,7 @@ def _fill(values, framework, device, out, stream):
     found = _remembered.get(key)
     if found is not None and found.mark is None:
         return found.array
-    wanted = arrays.Array(
-        0, (values.count,), (FLOAT32.bytes,), FLOAT32, device, True, framework
-    )
+    wanted = arrays.Array(0, (values.count,), (FLOAT32.bytes,), FLOAT32, device, True, framework)
     if device.kind == "cuda":
         return _on_gpu(values, wanted, key, found, stream)
     made = _make(wanted)

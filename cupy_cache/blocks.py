@@ -420,7 +420,9 @@ class CopyPlan:
         nested = any(g.outer > 1 for g in geometries)
         vectors = [g.bytes // vector for g in geometries]
         if max(vectors) > _MAX_WORKS:
-            raise ShapeError(f"{op}: blocks of {max(g.bytes for g in geometries)} bytes are too large")
+            raise ShapeError(
+                f"{op}: blocks of {max(g.bytes for g in geometries)} bytes are too large"
+            )
         self.op, self.count, self.in_place, self.device = op, len(tensors), in_place, device
         self.threads = launch.block_threads(launch.ceil_div(max(vectors), ITEMS), 1, MAX_THREADS)
         self.chunks = launch.ceil_div(max(vectors), self.threads * ITEMS)

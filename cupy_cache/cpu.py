@@ -313,9 +313,7 @@ def gather_fp8_ds_mla(
     """Convert entries of 656 bytes; see kernels_cu/gather_cache.cu."""
     del scale, sequences
     bounds = np.append(workspace_starts, rows)
-    row, block, offset = _gathered(
-        op, src_cache.shape[:2], block_table, bounds, seq_starts, rows
-    )
+    row, block, offset = _gathered(op, src_cache.shape[:2], block_table, bounds, seq_starts, rows)
     latent, scales, rope_bytes = np.split(src_cache[block, offset], (512, 528), axis=1)
     scales = np.ascontiguousarray(scales).view("<f4")[..., np.newaxis]
     tiles = latent.reshape(-1, 4, 128)
@@ -363,9 +361,7 @@ def slot_mapping(
         token, request = token[good], request[good]
     position = positions[token].astype(np.int64)
     limit = min(block_table.shape[1] * block_size * world, 2**63 - 1)
-    good = guarded_rows(
-        op, "positions", position, limit, padding=False, rows=token + first_row
-    )
+    good = guarded_rows(op, "positions", position, limit, padding=False, rows=token + first_row)
     page, inside = np.divmod(position, block_size * world)
     run, of_run = np.divmod(inside, interleave)
     good &= run % world == rank

@@ -82,7 +82,7 @@ class Fault:
         Where it happened.
     """
 
-    __slots__ = ("op", "argument", "row", "value", "limit", "device")
+    __slots__ = ("argument", "device", "limit", "op", "row", "value")
 
     def __init__(self, op, argument, row, value, limit, device):
         self.op, self.argument, self.row = op, argument, row

@@ -81,13 +81,20 @@ LAYOUTS = {
         Layout("NHD", "NB BS H D", "NB BS H D", "as written", "vLLM, FlashInfer, SGLang"),
         Layout("HND", "NB BS H D", "NB BS H D", "NB H BS D", "vLLM, FlashInfer, SGLang"),
         Layout(
-            "packed", "NB BS H D", "NB BS H D", "NB, BS, H in any order, then K|V", "vLLM 0.33 pages"
+            "packed",
+            "NB BS H D",
+            "NB BS H D",
+            "NB, BS, H in any order, then K|V",
+            "vLLM 0.33 pages",
         ),
         Layout("x-packed", "NB H D/x BS x", "NB H D BS", "as written", "vLLM paged attention"),
         Layout("rows", "NB BS E", "", "as written", "MLA caches"),
         Layout(
-            "indexer", "NB BS D+4D/Q", "", "NB, BS D, BS 4D/Q: a block's keys, then its scales",
-            "vLLM, SGLang: sparse attention"
+            "indexer",
+            "NB BS D+4D/Q",
+            "",
+            "NB, BS D, BS 4D/Q: a block's keys, then its scales",
+            "vLLM, SGLang: sparse attention",
         ),
     )
 }
@@ -172,9 +179,7 @@ def dtype_named(name):
         except TypeError:
             pass
     if text not in DTYPES:
-        raise ArgumentError(
-            f"Invalid dtype: expected one of {', '.join(DTYPES)}, got {name!r}"
-        )
+        raise ArgumentError(f"Invalid dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
     return DTYPES[text]
 
 

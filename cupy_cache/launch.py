@@ -221,7 +221,7 @@ class CudaDriver:
         return Mark(stream, device)
 
     def mapped_address(self, address, device):
-        """The address at which GPU ``device`` reaches this host memory; None if it is not pinned."""
+        """The address at which GPU ``device`` reaches this host memory; None if not pinned."""
         runtime = arrays.import_cupy("host memory").cuda.runtime
         attributes = runtime.pointerGetAttributes(address)
         return attributes.devicePointer or None
@@ -299,9 +299,7 @@ class CudaDriver:
                 raw = loaded.module.get_global(modules.FAULT_SYMBOL)
                 record = FaultRecord()
                 size = ctypes.sizeof(record)
-                runtime.memcpy(
-                    ctypes.addressof(record), raw.ptr, size, runtime.memcpyDeviceToHost
-                )
+                runtime.memcpy(ctypes.addressof(record), raw.ptr, size, runtime.memcpyDeviceToHost)
                 if record.taken:
                     runtime.memset(raw.ptr, 0, size)
                     runtime.deviceSynchronize()

@@ -16,7 +16,9 @@ def configure():
     if not level:
         return
     if not isinstance(logging.getLevelName(level), int):
-        raise ValueError(f"Invalid value of {env.LOGLEVEL.name}: expected a level name, got {level!r}")
+        raise ValueError(
+            f"Invalid value of {env.LOGLEVEL.name}: expected a level name, got {level!r}"
+        )
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logger.addHandler(handler)

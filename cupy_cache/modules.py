@@ -4,8 +4,8 @@
 
 CuPy's disk cache is keyed on the source text and the options, not on what ``-I`` reaches: with our
 headers on an include path, an edited header would keep serving the old binary. So our own includes
-are expanded into the source, once each, with ``#line`` directives. Every byte of our text is then in
-the key, no absolute path is, and compile errors still name ``kernels_cu/X.cu:LINE``.
+are expanded into the source, once each, with ``#line`` directives. Every byte of our text is then
+in the key, no absolute path is, and compile errors still name ``kernels_cu/X.cu:LINE``.
 
 One name expression per module: about 35 ms to a first kernel, against half a second for 32.
 """
@@ -45,7 +45,7 @@ class Kernel:
         It needs the element types (which bring in CUDA's fp8 header).
     """
 
-    __slots__ = ("op", "stem", "expression", "params", "guarded", "converts")
+    __slots__ = ("converts", "expression", "guarded", "op", "params", "stem")
 
     def __init__(self, op, stem, expression, params, guarded=(), converts=False):
         self.op, self.stem, self.params, self.guarded = op, stem, params, guarded
@@ -75,7 +75,9 @@ def kernel_dir():
     the package), else the checkout's (beside the package)."""
     chosen = env.text(env.KERNEL_DIR)
     package = Path(__file__).resolve().parent
-    candidates = [Path(chosen)] if chosen else [package / "kernels_cu", package.parent / "kernels_cu"]
+    candidates = (
+        [Path(chosen)] if chosen else [package / "kernels_cu", package.parent / "kernels_cu"]
+    )
     for folder in candidates:
         if (folder / "include" / "cupy_cache").is_dir():
             return folder
@@ -125,7 +127,7 @@ def _expand_file(path, shown, folder, seen):
 class Loaded:
     """A kernel on one device: the driver's function handle, and where its fault record is."""
 
-    __slots__ = ("kernel", "device", "function", "handle", "module")
+    __slots__ = ("device", "function", "handle", "kernel", "module")
 
     def __init__(self, kernel, device, function, module):
         self.kernel, self.device, self.function, self.module = kernel, device, function, module
@@ -205,7 +207,9 @@ def _explain(error, kernel, device, cupy):
     """The named error that fits what CuPy raised while compiling or loading."""
     text = str(error)
     lower = text.lower()
-    if "failed to find cuda headers" in lower or ("header" in lower and "nvidia-cuda-runtime" in lower):
+    if "failed to find cuda headers" in lower or (
+        "header" in lower and "nvidia-cuda-runtime" in lower
+    ):
         return MissingDependencyError(
             f"{kernel!r}: the CUDA runtime headers are missing: "
             f"pip install 'cupy-cache[cuda13x]' (or [cuda12x] for CUDA 12 drivers)"
@@ -215,7 +219,7 @@ def _explain(error, kernel, device, cupy):
             f"{kernel!r}: NVRTC could not be loaded ({text}): "
             "pip install 'cupy-cache[cuda13x]' (or [cuda12x] for CUDA 12 drivers)"
         )
-    if "gpu-architecture" in lower or "arch" in lower and "invalid" in lower:
+    if "gpu-architecture" in lower or ("arch" in lower and "invalid" in lower):
         capability = cupy.cuda.Device(device).compute_capability
         return UnsupportedArchitectureError(
             f"{kernel!r}: this NVRTC cannot compile for compute capability {capability} of "

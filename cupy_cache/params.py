@@ -66,7 +66,7 @@ class Struct:
 
 
 class _Field:
-    __slots__ = ("name", "letters", "offset")
+    __slots__ = ("letters", "name", "offset")
 
     def __init__(self, name, letters, offset):
         self.name, self.letters, self.offset = name, letters, offset

@@ -264,6 +264,7 @@ def _x_packed(model):
 def _mla(model):
     for cache, slots in itertools.product(model.rows(), model.numbers(ROWS)):
         for rule in SCALE_RULES:
+
             def write(*step, rule=rule):
                 concat_and_cache_mla(*step, scale_rule=rule)
 
@@ -306,6 +307,7 @@ def _gather(model):
         for cache, size, layout in (
             (keys, model.key_size, "x-packed-key"), (values, model.value_size, value_layout),
         ):  # fmt: skip
+
             def gather(*step, layout=layout):
                 gather_cache(*step, layout=layout)
 

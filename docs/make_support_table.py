@@ -156,8 +156,10 @@ def page():
         ),
         moving=_table(
             ["Operation", *formats.LAYOUTS],
-            [[f"`{op}`", *(cells.get((op, layout), [""])[0] for layout in formats.LAYOUTS)]
-             for op in moving],
+            [
+                [f"`{op}`", *(cells.get((op, layout), [""])[0] for layout in formats.LAYOUTS)]
+                for op in moving
+            ],
         ),
         frameworks=_table(
             ["Operation", *kinds, "Tests"],

@@ -104,8 +104,9 @@ __global__ void __launch_bounds__(kThreads)
   constexpr int kValueCount = (kTile * (kValueChunk / kValueVec) + kThreads - 1) / kThreads;
   constexpr int kLargest = kKeyBytes > kValueBytes ? kKeyBytes : kValueBytes;
 
-  // Values, transposed. An odd number of words in a row spreads both accesses over all banks.
-  constexpr int kRowWords = kTile * kElement / 4 + 1;
+  // Values, transposed. An odd number of words in a row spreads both accesses over all banks;
+  // elements of 8 bytes must stay aligned.
+  constexpr int kRowWords = kTile * kElement / 4 + (kElement > 4 ? kElement / 4 : 1);
   constexpr int kValueElements = kValueChunk / kElement;
   __shared__ u32 transposed[kValueElements * kRowWords];
   char* const transposed_bytes = reinterpret_cast<char*>(transposed);

@@ -3,11 +3,12 @@
 """One small, ordinary call of every operation: for tests of what all have in common (graph capture,
 streams, threads). What each operation does is tested in its own file.
 
-A case is made by ``CASES[name](rng)``: a `Case` whose `call(world)` runs the operation on the world's
-arrays and whose `expect(storages)` does the same with plain loops on NumPy copies.
+A case is made by ``CASES[name](rng)``: a `Case` whose `call(world)` runs the operation on the
+world's arrays and whose `expected()` does the same with plain loops on NumPy copies.
 """
 
 import functools
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -210,9 +211,7 @@ def _gather_numbers(rng):
     ]
 
     def run(src, dst, table, bounds, starts, scale):
-        cc.gather_and_maybe_dequant_cache(
-            src, dst, table, bounds, None, 33, "fp8", scale, starts
-        )
+        cc.gather_and_maybe_dequant_cache(src, dst, table, bounds, None, 33, "fp8", scale, starts)
 
     def expected(src, dst, table, bounds, starts, scale):
         def token(block, offset):
@@ -289,8 +288,12 @@ def _slot_mapping(rng):
     return Case(
         specs,
         specs[3:],
-        lambda table, positions, starts, out: cc.slot_mapping(table, positions, starts, 16, out=out),
-        lambda table, positions, starts, out: oracle.slot_mapping(table, positions, starts, 16, out),
+        lambda table, positions, starts, out: cc.slot_mapping(
+            table, positions, starts, 16, out=out
+        ),
+        lambda table, positions, starts, out: oracle.slot_mapping(
+            table, positions, starts, 16, out
+        ),
     )
 
 
@@ -395,7 +398,10 @@ def _ranges(rng):
 
     def call(*made):
         addresses = (arrays.view(array, "array").ptr for array in made)
-        cc.swap_blocks_batch(*(a + s for a, s in zip(addresses, starts)), sizes)
+        numbers = [*(a + s for a, s in zip(addresses, starts)), sizes]
+        if type(made[0]).__module__ == "torch":  # whose current stream is taken
+            numbers = [sys.modules["torch"].from_numpy(n) for n in numbers]
+        cc.swap_blocks_batch(*numbers)
 
     def expected(source, destination):
         for of, to, size in zip(*starts, sizes):
@@ -470,4 +476,3 @@ CASES = {
     "alibi_slopes": _slopes,
     "place_slopes": _placed,
 }
-

@@ -49,9 +49,7 @@ def sequences(rng, count, width, block_size, num_blocks, with_starts):
 
 def typed(numbers, dtypes):
     """Specs of table, bounds and starts in these index types."""
-    return [
-        None if n is None else worlds.of_values(n.astype(t)) for n, t in zip(numbers, dtypes)
-    ]
+    return [None if n is None else worlds.of_values(n.astype(t)) for n, t in zip(numbers, dtypes)]
 
 
 @st.composite

@@ -170,9 +170,7 @@ def dequantise(byte, scale, stored, target):
 def fp8_ds_mla_token(entry, target, rope):
     """The 576 numbers of an entry of 656 bytes."""
     scales = struct.unpack("<4f", entry[512:528].tobytes())
-    latent = [
-        dequantise(entry[i], scales[i // 128], "float8_e4m3fn", target) for i in range(512)
-    ]
+    latent = [dequantise(entry[i], scales[i // 128], "float8_e4m3fn", target) for i in range(512)]
     numbers = [entry[at : at + 2].tobytes() for at in range(528, 656, 2)]
     with np.errstate(all="ignore"):
         return [*latent, *(np.frombuffer(n, rope)[0].astype(target) for n in numbers)]

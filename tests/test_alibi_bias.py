@@ -187,9 +187,7 @@ def biases(draw):
     position = st.one_of(st.integers(0, 100), st.integers(-(2**31), 2**31 - 1))
     slope = st.floats(width=32, allow_nan=False, allow_infinity=False)
     slopes = np.array(draw(st.lists(slope, max_size=4)), np.float32)
-    queries, keys = (
-        np.array(draw(st.lists(position, max_size=n)), draw(index)) for n in (4, 20)
-    )
+    queries, keys = (np.array(draw(st.lists(position, max_size=n)), draw(index)) for n in (4, 20))
     flags = {"sqrt": draw(st.booleans()), "causal": draw(st.booleans())}
     padding = draw(st.tuples(*[st.integers(0, 2)] * 3))
     return (slopes, queries, keys), padding, draw(st.sampled_from(DTYPES)), flags
@@ -269,9 +267,7 @@ class TestRefusals:
             cc.alibi_bias(**put, dtype=dtype)
 
     def test_dtype_other_than_that_of_out(self, world, arguments):
-        self.refused(
-            world, arguments, cc.DTypeError, "out", "float16", "float32", dtype="float16"
-        )
+        self.refused(world, arguments, cc.DTypeError, "out", "float16", "float32", dtype="float16")
 
     def test_gaps_in_rows(self, world, arguments, rng):
         arguments["out"] = worlds.array(rng, (2, 3, 8), "float32")[..., ::2]
@@ -299,8 +295,6 @@ def test_devices_must_agree(emulated_world):
     world = emulated_world()
     try:
         with pytest.raises(cc.DeviceError, match="key_positions"):
-            cc.alibi_bias(
-                world.put(values([1], "float32")), world.put(values([0])), np.array([0])
-            )
+            cc.alibi_bias(world.put(values([1], "float32")), world.put(values([0])), np.array([0]))
     finally:
         world.close()

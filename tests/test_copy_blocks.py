@@ -237,7 +237,10 @@ def test_bad_host_mappings_are_refused(world, rng, pairs, words):
             ("key_caches[1]",),
         ),
         (
-            lambda rng, k, v: ([k[0], worlds.array(rng, (6, 4, 8, 3), "float32").permuted(0, 1, 3, 2)], v),
+            lambda rng, k, v: (
+                [k[0], worlds.array(rng, (6, 4, 8, 3), "float32").permuted(0, 1, 3, 2)],
+                v,
+            ),
             cc.StrideError,
             ("key_caches[1]",),
         ),

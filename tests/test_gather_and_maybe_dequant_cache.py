@@ -38,9 +38,7 @@ def gather(world, specs, kv_cache_dtype, scale, num_tokens):
             flat = [oracle.dequantise(byte, value, stored, dst.dtype) for byte in entry.reshape(-1)]
             return np.array(flat, dst.dtype).reshape(entry.shape)
 
-        return oracle.gather_cache(
-            src, dst, table, bounds, starts, rows=num_tokens, token=token
-        )
+        return oracle.gather_cache(src, dst, table, bounds, starts, rows=num_tokens, token=token)
 
     check(world, specs, call, expect, converted=dst if stored else None)
 
@@ -165,8 +163,10 @@ def test_strided_rows(world, rng):
     """Rows and heads cut from a wider workspace."""
     numbers = sequences(rng, 3, 2, 4, 4, True)
     wide = worlds.array(rng, (int(numbers[1][-1]) + 1, 6, 16), "bfloat16")
-    specs = cache(rng, "HND", 4, 4, (4, 8), "uint8"), wide[:, 1:5, 8:], *typed(
-        numbers, ("int64",) * 3
+    specs = (
+        cache(rng, "HND", 4, 4, (4, 8), "uint8"),
+        wide[:, 1:5, 8:],
+        *typed(numbers, ("int64",) * 3),
     )
     gather(world, specs, "fp8", 0.5, wide.shape[0])
 

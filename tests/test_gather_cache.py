@@ -372,9 +372,7 @@ def test_offsets_past_32_bits(rng, library):
     block, row = src.shape[0] - 1, dst.shape[0] - 9
     tokens = xp.asarray(rng.integers(0, 256, (8, 1152), np.uint8))
     src[block, 56:] = tokens
-    cc.gather_cache(
-        src, dst, xp.asarray([[block]]), xp.asarray([row, row + 8]), xp.asarray([56])
-    )
+    cc.gather_cache(src, dst, xp.asarray([[block]]), xp.asarray([row, row + 8]), xp.asarray([56]))
     assert (dst[row : row + 8] == tokens).all()
     assert not dst[row - 100 : row].any() and not dst[row + 8 :].any()
 

@@ -201,7 +201,9 @@ def test_caches_above_four_gigabytes(torch, rng):
         torch.full(shape, -1.0, dtype=torch.bfloat16, device="cuda") for _ in range(2)
     )
     slots = [num_blocks * block_size - 1, 0, (num_blocks - 2) * block_size + 5]
-    key, value = (torch.randn(3, heads, size, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    key, value = (
+        torch.randn(3, heads, size, dtype=torch.bfloat16, device="cuda") for _ in range(2)
+    )
     mapping = torch.tensor(slots, device="cuda")
     cc.reshape_and_cache_flash(key, value, key_cache, value_cache, mapping)
     for cache, source in ((key_cache, key), (value_cache, value)):

@@ -34,6 +34,7 @@ SHAPES = (
     (1, 1, 1, 1, 1, "float32", 4),
     (2, 520, 264, 16, 8, "bfloat16", 0),  # a head of more than one chunk, keys longer than values
     (40, 128, 128, 16, 8, "bfloat16", 0),  # D1: more groups of x than 512 threads
+    (2, 40, 24, 16, 2, "int64", 0),  # raw copies take every dtype
 )
 
 

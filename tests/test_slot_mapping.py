@@ -167,9 +167,7 @@ def test_strided_positions_and_tables(world, rng):
 @pytest.mark.parametrize("first", [-2, 0, 2])
 def test_tokens_that_no_request_owns(world, first):
     """Before the first request, and requests that begin before the first token."""
-    compute(
-        world, values([[1], [2]]), values([0, 1, 2, 3, 0]), values([first, first + 2, 4]), 4
-    )
+    compute(world, values([[1], [2]]), values([0, 1, 2, 3, 0]), values([first, first + 2, 4]), 4)
 
 
 @pytest.mark.parametrize("tokens, count", [(0, 2), (3, 0), (0, 0)])

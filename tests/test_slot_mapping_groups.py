@@ -133,9 +133,7 @@ def test_groups_are_as_slot_mapping_has_them(world, rng):
     slots = compute(world, tables, idx, positions, bounds, [16, 8])
     for table, size, row in zip(tables, [16, 8], slots):
         chosen = table.on(table.buffer.bytes)[rows]
-        single = cc.slot_mapping(
-            chosen, *(s.on(s.buffer.bytes) for s in (positions, bounds)), size
-        )
+        single = cc.slot_mapping(chosen, *(s.on(s.buffer.bytes) for s in (positions, bounds)), size)
         np.testing.assert_array_equal(single, row)
 
 
@@ -400,9 +398,7 @@ class TestRefusals:
             wide = worlds.array(rng, (*shape[:-1], 2 * shape[-1]), "int64")[..., ::2]
             self.refused(world, {**kept, name: wide}, cc.StrideError, name, "contiguous")
         tables = [kept["block_tables"][0], worlds.array(rng, (3, 4), "int64")[:, ::2]]
-        self.refused(
-            world, {**kept, "block_tables": tables}, cc.StrideError, "block_tables[1]"
-        )
+        self.refused(world, {**kept, "block_tables": tables}, cc.StrideError, "block_tables[1]")
 
     @pytest.mark.parametrize("stride", [0, 40])
     def test_rows_of_out_that_share_memory(self, world, arguments, stride):
@@ -411,9 +407,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("bad", [0, -4, 1.5, "16", None])
     def test_block_size(self, world, arguments, bad):
-        self.refused(
-            world, arguments, cc.ArgumentError, "block_sizes[1]", block_sizes=[4, bad]
-        )
+        self.refused(world, arguments, cc.ArgumentError, "block_sizes[1]", block_sizes=[4, bad])
 
     @pytest.mark.parametrize(
         "name, options",

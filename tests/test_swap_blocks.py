@@ -103,7 +103,9 @@ def test_block_size_in_bytes(world, rng, by_name):
         cc.swap_blocks(*arrays, 96, pairs)
     expected = destination.buffer.bytes.copy()
     for first, second in pairs:
-        expected[96 * second : 96 * (second + 1)] = source.buffer.bytes[96 * first : 96 * (first + 1)]
+        expected[96 * second : 96 * (second + 1)] = source.buffer.bytes[
+            96 * first : 96 * (first + 1)
+        ]
     np.testing.assert_array_equal(world.bytes_of(destination), expected)
 
 

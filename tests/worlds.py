@@ -35,9 +35,7 @@ class Spec:
         if 0 in self.shape:
             return np.empty(self.shape, self.numpy_dtype)
         size = self.numpy_dtype.itemsize
-        raw = np.ndarray(
-            self.shape, np.dtype(f"u{size}"), storage.data, self.offset, self.strides
-        )
+        raw = np.ndarray(self.shape, np.dtype(f"u{size}"), storage.data, self.offset, self.strides)
         return raw.view(self.numpy_dtype)
 
     def permuted(self, *axes):
@@ -78,7 +76,9 @@ class Buffer:
         """A `Spec`; contiguous unless byte ``strides`` are given."""
         if strides is None:
             size = formats.DTYPES[dtype].bytes
-            strides = [size * int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape))]
+            strides = [
+                size * int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape))
+            ]
         return Spec(self, offset, shape, strides, dtype)
 
 

@@ -237,9 +237,7 @@ class _Plan:
             PARAMS,
             guarded=("positions", "block_tables", "idx_mapping"),
         )
-        self.launcher = launch.Launcher(
-            kernel, device, (idx.strides[0], positions.strides[0])
-        )
+        self.launcher = launch.Launcher(kernel, device, (idx.strides[0], positions.strides[0]))
 
     def run(self, facts, count, requests, tokens, stride, stream):
         if not count:

@@ -155,7 +155,9 @@ class _SwapPlan:
             return
         if self.gpu is None:
             for addresses in zip(sources, destinations):
-                cpu.copy_blocks(*map(self._numpy, (self.source, self.destination), addresses), pairs)
+                cpu.copy_blocks(
+                    *map(self._numpy, (self.source, self.destination), addresses), pairs
+                )
         elif self.source.device == self.destination.device:
             self.copy.enqueue(stream, sources, destinations, pairs=pairs)
         else:

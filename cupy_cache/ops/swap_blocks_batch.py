@@ -289,8 +289,10 @@ def _cut(sources, destinations, sizes, pieces):
     of = np.repeat(np.arange(len(sizes)), pieces)
     number = np.arange(len(of)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     offset = number * MAX_RANGE_BYTES
-    return sources[of] + offset, destinations[of] + offset, np.minimum(
-        sizes[of] - offset, MAX_RANGE_BYTES
+    return (
+        sources[of] + offset,
+        destinations[of] + offset,
+        np.minimum(sizes[of] - offset, MAX_RANGE_BYTES),
     )
 
 
