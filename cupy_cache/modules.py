@@ -42,7 +42,7 @@ class Kernel:
     guarded : tuple of str
         The arguments whose values the kernel checks, in the order of its fault numbers.
     converts : bool
-        It needs the element types (which bring in CUDA's fp8 header).
+        It needs the element types (elements.cuh).
     """
 
     __slots__ = ("converts", "expression", "guarded", "op", "params", "stem")

@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Converts all elements of an array to another type.
 //
-// The host merges dimensions that are adjacent on both sides. What remains is a run of elements that
-// is contiguous on both sides (maybe a single element) and up to kMaxDims dimensions around it, in
-// the order of the output's memory: consecutive threads write consecutive vectors.
+// The host merges dimensions that are adjacent on both sides. What remains is a run of elements
+// that is contiguous on both sides (maybe a single element) and up to kMaxDims dimensions around
+// it, in the order of the output's memory: consecutive threads write consecutive vectors.
 #include "cupy_cache/convert.cuh"
 #include "cupy_cache/ints.cuh"
 #include "cupy_cache/vec.cuh"
@@ -27,8 +27,8 @@ struct Params {
   u32 unused;
 };
 
-// Converter makes vectors of kVec bytes of the output. kDims dimensions surround the run; Index holds
-// the number of vectors.
+// Converter makes vectors of kVec bytes of the output. kDims dimensions surround the run; Index
+// holds the number of vectors.
 template <typename Converter, int kVec, int kDims, typename Index, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) convert_fp8(const __grid_constant__ Params p) {
   static_assert(kDims <= kMaxDims, "dimensions that Params holds");

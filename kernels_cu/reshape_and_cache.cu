@@ -4,9 +4,9 @@
 // [block, head, d, offset] or, interleaved, [block, head, offset / x, d, offset % x].
 //
 // A thread block takes kTile tokens of one head; values are transposed through shared memory. Where
-// a group of 16 bytes' worth of slots is consecutive and aligned, its values leave as 16-byte vectors
-// along the offset; elsewhere element by element, which costs a whole memory sector for each. What is
-// converted is converted before the transposition.
+// a group of 16 bytes' worth of slots is consecutive and aligned, its values leave as 16-byte
+// vectors along the offset; elsewhere element by element, which costs a whole memory sector for
+// each. What is converted is converted before the transposition.
 #include "cupy_cache/convert.cuh"
 #include "cupy_cache/ints.cuh"
 #include "cupy_cache/paging.cuh"
@@ -19,7 +19,8 @@ struct Params {
   const char* key;           // [tokens, heads, :]
   const char* value;         // [tokens, heads, :]
   char* key_cache;           // [num_blocks, heads, kKeyBytes / kPackBytes, kBlockSize, kPackBytes]
-  char* value_cache;         // [num_blocks, heads, kBlockSize / kSlots, kValueBytes / kElement, kSlots]
+  // [num_blocks, heads, kBlockSize / kSlots, kValueBytes / kElement, kSlots]
+  char* value_cache;
   const char* slot_mapping;  // [tokens]
   const char* k_scale;       // [heads] of float, or null: k_scale_value
   const char* v_scale;       // [heads] of float, or null: v_scale_value
@@ -70,7 +71,8 @@ struct Item {
   }
 };
 
-// Loads what becomes this thread's vectors of bytes [begin, begin + kBytes) of each of the tile's rows.
+// Loads what becomes this thread's vectors of bytes [begin, begin + kBytes) of each of the tile's
+// rows.
 template <typename Converter, int kVec, int kBytes, int kThreads, int kCount>
 __device__ __forceinline__ void load_rows(typename Converter::Source (&held)[kCount],
                                           const char* base, i64 token_stride, i64 tokens_left,
@@ -87,10 +89,10 @@ __device__ __forceinline__ void load_rows(typename Converter::Source (&held)[kCo
   }
 }
 
-// Keys and Values are the converters of both, to vectors of kKeyVec and kValueVec bytes of the cache.
-// kElement is the bytes of an element there, kPackBytes those of x elements, and kSlots the slots that
-// lie together in the value cache: all of a block, or x where it is interleaved. kVectorValues says
-// that the value cache's address and strides allow 16-byte stores.
+// Keys and Values are the converters of both, to vectors of kKeyVec and kValueVec bytes of the
+// cache. kElement is the bytes of an element there, kPackBytes those of x elements, and kSlots the
+// slots that lie together in the value cache: all of a block, or x where it is interleaved.
+// kVectorValues says that the value cache's address and strides allow 16-byte stores.
 template <typename Keys, typename Values, int kElement, int kPackBytes, int kKeyVec, int kValueVec,
           int kKeyBytes, int kValueBytes, int kBlockSize, int kSlots, bool kVectorValues,
           typename Slot, int kThreads>

@@ -112,16 +112,17 @@ struct Divide {
   __device__ __forceinline__ float operator()(float value) const { return divide(value, scale); }
 };
 
-// The same for quotients that become 8-bit codes: not always the IEEE quotient, but always its code,
-// from float32 to int8 excepted. It costs three instructions, an IEEE division some twenty, with
-// which fast memory is not kept busy.
+// The same for quotients that become 8-bit codes: not always the IEEE quotient, but always its
+// code, from float32 to int8 excepted. It costs three instructions, an IEEE division some twenty,
+// with which fast memory is not kept busy.
 //
 // 1 / scale is high, rounded towards zero, plus low, off by 2^-46 of it at most. So the result is a
-// quotient off by less than 2^-45 of itself, then rounded once. This can differ from the IEEE quotient
-// only where the exact one is that close to the middle of two floats, and so can its code only where
-// one of those two is a boundary of codes: a number of at most 5 bits in fp8, 8 bits in int8. The tests
-// go through all significands for which that could be: all there are for values of 11 bits (float16,
-// bfloat16); for others the scales of which 24 bits are within 64 of a multiple of 2^20.
+// quotient off by less than 2^-45 of itself, then rounded once. This can differ from the IEEE
+// quotient only where the exact one is that close to the middle of two floats, and so can its code
+// only where one of those two is a boundary of codes: a number of at most 5 bits in fp8, 8 bits in
+// int8. The tests go through all significands for which that could be: all there are for values of
+// 11 bits (float16, bfloat16); for others the scales of which 24 bits are within 64 of a multiple
+// of 2^20.
 struct DivideToCode {
   float shift;  // a power of two that keeps everything clear of the smallest and largest floats
   float high;

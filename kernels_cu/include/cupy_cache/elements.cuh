@@ -7,8 +7,8 @@
 // encoded with all bits but the sign set, whatever its sign, and as 0 in an I8.
 //
 // CUDA's own headers would make the first call of a kernel several times slower: compiling them
-// takes longer than compiling the kernel. Where the machine has no instruction for a conversion, and
-// where a host compiler reads this, integer arithmetic does it, with the same results.
+// takes longer than compiling the kernel. Where the machine has no instruction for a conversion,
+// and where a host compiler reads this, integer arithmetic does it, with the same results.
 #pragma once
 
 #include "cupy_cache/ints.cuh"
@@ -24,8 +24,8 @@ __device__ __forceinline__ u32 encode_magnitude(u32 magnitude) {
   constexpr u32 kSmallestNormal = static_cast<u32>(127 - kBias + 1) << 23;
   // Adding the float whose last place is the type's smallest subnormal rounds to multiples of it.
   constexpr u32 kAligning = static_cast<u32>(127 + 23 + 1 - kBias - kMantissa) << 23;
-  const u32 subnormal =
-      __float_as_uint(__fadd_rn(__uint_as_float(magnitude), __uint_as_float(kAligning))) - kAligning;
+  const float aligned = __fadd_rn(__uint_as_float(magnitude), __uint_as_float(kAligning));
+  const u32 subnormal = __float_as_uint(aligned) - kAligning;
   const u32 half_less_one = (1u << (kDropped - 1)) - 1 + (magnitude >> kDropped & 1);
   const u32 normal = ((magnitude + half_less_one) >> kDropped) -
                      (static_cast<u32>(127 - kBias) << kMantissa);
@@ -176,8 +176,8 @@ struct I8 {
 #endif
 };
 
-// IEEE division, subnormal operands and results included. Compiled kernels run with -ftz=true, which
-// the plain operator obeys; a quotient must be the same on every backend.
+// IEEE division, subnormal operands and results included. Compiled kernels run with -ftz=true,
+// which the plain operator obeys; a quotient must be the same on every backend.
 __device__ __forceinline__ float divide(float a, float b) {
 #ifdef __CUDA_ARCH__
   float quotient;
