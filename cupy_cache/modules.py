@@ -207,9 +207,11 @@ def _explain(error, kernel, device, cupy):
     """The named error that fits what CuPy raised while compiling or loading."""
     text = str(error)
     lower = text.lower()
-    if "failed to find cuda headers" in lower or (
-        "header" in lower and "nvidia-cuda-runtime" in lower
-    ):
+    # CuPy says that it found no headers; or NVRTC that one of CuPy's includes could not be opened.
+    ours = "kernels_cu/" in text
+    if (
+        "header" in lower and "cuda" in lower and not ours
+    ) or "could not open source file" in lower:
         return MissingDependencyError(
             f"{kernel!r}: the CUDA runtime headers are missing: "
             f"pip install 'cupy-cache[cuda13x]' (or [cuda12x] for CUDA 12 drivers)"

@@ -32,7 +32,7 @@ def _gpu_missing():
 
 # Examples compile kernels, so they have no deadline; and a run depends on no other run's findings.
 # --hypothesis-profile=thorough looks longer.
-for profile, examples in (("default", 40), ("thorough", 2000)):
+for profile, examples in (("default", 25), ("thorough", 2000)):
     hypothesis.settings.register_profile(
         profile, max_examples=examples, deadline=None, database=None, print_blob=True
     )
@@ -45,7 +45,7 @@ GXX = shutil.which("g++")
 # Of each test's parameter combinations on each kind of array, this many run by default, chosen by
 # their names, so always the same; --everything runs all. A single combination is quick, but there
 # are more than ten thousand.
-SAMPLE = 3
+SAMPLE = 2
 
 
 def pytest_addoption(parser):
