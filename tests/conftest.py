@@ -34,7 +34,12 @@ def _gpu_missing():
 # --hypothesis-profile=thorough looks longer.
 for profile, examples in (("default", 25), ("thorough", 2000)):
     hypothesis.settings.register_profile(
-        profile, max_examples=examples, deadline=None, database=None, print_blob=True
+        profile,
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        derandomize="CUPYCACHE_TEST_SEED" in os.environ,
     )
 hypothesis.settings.load_profile("default")
 
