@@ -6,10 +6,11 @@ Modules, in dependency order (there are no cycles):
 
 * ``errors``, ``env``, ``log``
 * ``formats``, ``params``
-* ``arrays``, ``contract``
+* ``torch_tensors``, ``arrays``, ``contract``
 * ``modules``, ``launch``, ``cpu``
 * ``dispatch``
 * ``ops``, ``attention``
+* ``kv_cache``, ``warmup``
 * everything a user calls, here
 """
 
@@ -31,6 +32,7 @@ from .errors import (
     StrideError,
     UnsupportedArchitectureError,
 )
+from .kv_cache import PagedKVCache
 from .launch import raise_faults
 from .ops.alibi_bias import alibi_bias
 from .ops.concat_and_cache_mla import concat_and_cache_mla
@@ -71,6 +73,7 @@ __all__ = [
     "KernelError",
     "MissingDependencyError",
     "NotWritableError",
+    "PagedKVCache",
     "ShapeError",
     "StrideError",
     "UnsupportedArchitectureError",

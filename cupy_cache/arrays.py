@@ -14,7 +14,6 @@ here: CuPy's importer refuses fp8 and forgets the read-only flag. Nothing is eve
 """
 
 import ctypes
-import operator
 import sys
 from typing import NamedTuple
 
@@ -96,24 +95,8 @@ def _read_torch(tensor):
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, None
 
 
-_META = operator.attrgetter("shape", "dtype", "device")
-
-
-def read_torch_tensors(tensors):
-    """Addresses, strides and (shape, dtype, device) of several torch tensors, as three lists.
-
-    The loops run in C: half the time of calling `_read_torch` for each.
-    """
-    kind = sys.modules["torch"].Tensor
-    return (
-        list(map(kind.data_ptr, tensors)),
-        list(map(kind.stride, tensors)),
-        list(map(_META, tensors)),
-    )
-
-
 def all_torch(readers):
-    """Whether `read_torch_tensors` can do the work of all these readers."""
+    """Whether `torch_tensors.read` can do the work of all these readers."""
     return all(reader is _read_torch for reader in readers)
 
 
@@ -201,6 +184,11 @@ def _find_reader(value, name):
         f"Invalid type of {name}: expected an array (torch, CuPy, NumPy, or anything with "
         f"__dlpack__ or __cuda_array_interface__), got {type(value).__name__}"
     )
+
+
+def is_foreign(value, name):
+    """Whether ``value`` is read through a protocol, which must know the stream."""
+    return reader_for(value, name) in FOREIGN
 
 
 def read(value, name, stream=None):

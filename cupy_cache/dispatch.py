@@ -8,19 +8,22 @@ of dimensions declared as rows (the tokens of a step) are not part of the signat
 every step and are checked at every call.
 """
 
+import sys
 import threading
 from collections import OrderedDict
 from typing import NamedTuple
 
-from . import arrays, launch
+from . import arrays, launch, torch_tensors
 from .errors import DTypeError, ShapeError
 
 MAX_PLANS = 1024
+MAX_REPEATS = 4  # signatures, of one number of arguments and one choice of options
+MAX_LAUNCHES = 256  # of one signature: combinations of extents whose launch shape is remembered
 
 
 # The facts of an optional argument that is absent.
 _NOTHING = (0, (None,), None, None, None, None)
-# In place of readers: `arrays.read_torch_tensors` reads them all.
+# In place of readers: `torch_tensors.read` reads them all.
 _TORCH = object()
 
 
@@ -61,6 +64,103 @@ class CpuPlan(NamedTuple):
     dtypes: tuple
 
 
+class _Repeat(NamedTuple):
+    """A signature of torch tensors on a GPU that came again.
+
+    same : see `torch_tensors.same_as`. alignment : the addresses' low bits.
+    launches : {(*first extents of the rows arguments, *numbers): (grid, threads, the parameters
+    behind the pointers given), None where there is nothing to do}.
+    """
+
+    same: object
+    alignment: int
+    plan: GpuPlan
+    current_stream: object
+    launches: dict
+
+
+class _Repeats:
+    """The latest signatures that came again, for some of an operation's arguments.
+
+    A call that fits one of them is compared with it in C++, and nothing is asked of its tensors but
+    their addresses and the extents of their rows: what an engine does at every layer and step.
+
+    Parameters
+    ----------
+    op : Op
+    given : sequence of int
+        The indices of the arguments that are given at each call.
+    fixed : list, optional
+        The addresses of all arguments up to the last present one, of which those given are
+        replaced; by default all of them are given.
+    """
+
+    def __init__(self, op, given, fixed=None):
+        self._op, self._given, self._fixed = op, given, fixed
+        self._rows = [place for place, index in enumerate(given) if op.args[index].rows]
+        self._absent = len(op.args) - (len(given) if fixed is None else len(fixed))
+        self._known = ()
+        self._address = sys.modules["torch"].Tensor.data_ptr
+
+    def run(self, tensors, numbers, stream):
+        """Run on ``tensors``, those given; False, with nothing done, if they fit no signature."""
+        for repeat in self._known:
+            if repeat.same(*tensors):
+                addresses = list(map(self._address, tensors))
+                alignment = 0
+                for address in addresses:
+                    alignment = alignment << 4 | address & 15
+                if alignment == repeat.alignment:
+                    break
+        else:
+            return False
+        key = (*[tensors[place].shape[0] for place in self._rows], *numbers)
+        try:
+            shape = repeat.launches[key]
+        except KeyError:
+            shape = self._shape(repeat, key, numbers)
+        if shape is None:
+            return True
+        grid, threads, after = shape
+        if self._fixed is not None:
+            given, addresses = addresses, self._fixed.copy()
+            for index, address in zip(self._given, given):
+                addresses[index] = address
+        stream = repeat.current_stream() if stream is None else stream
+        repeat.plan.launcher.send(grid, threads, stream, (*addresses, *after))
+        return True
+
+    def _shape(self, repeat, key, numbers):
+        """What a new combination of extents makes of the launch, remembered."""
+        count, plan = self._op.count, repeat.plan
+        rows, counts = 1, ()
+        if count is not None:
+            extents = list(key[: len(self._rows)])
+            extents += [None] * (sum(arg.rows for arg in self._op.args) - len(extents))
+            counts = count(extents, *numbers)
+            rows = counts[0]
+        shape = None
+        if rows:
+            grid, threads = plan.shape(rows)
+            if plan.launcher.has_work(grid):
+                shape = grid, threads, (0,) * self._absent + counts
+        if len(repeat.launches) >= MAX_LAUNCHES:
+            repeat.launches.clear()
+        repeat.launches[key] = shape
+        return shape
+
+    def learn(self, tensors, plan, current_stream):
+        """Know the signature of ``tensors`` from now on."""
+        same = torch_tensors.same_as(tensors, self._rows)
+        if same is None:
+            return
+        alignment = 0
+        for tensor in tensors:
+            alignment = alignment << 4 | self._address(tensor) & 15
+        repeat = _Repeat(same, alignment, plan, current_stream, {})
+        self._known = (repeat, *self._known[: MAX_REPEATS - 1])
+
+
 class Op:
     """An operation on arrays.
 
@@ -83,11 +183,12 @@ class Op:
     """
 
     def __init__(self, name, args, plan, destination, count=None):
-        self.name, self.args, self.destination = name, args, destination
-        self._make, self._count = plan, count
+        self.name, self.args, self.destination, self.count = name, args, destination, count
+        self._make = plan
         self._rows = tuple(index for index, arg in enumerate(args) if arg.rows)
         self._readers = {}
         self._plans = OrderedDict()
+        self._repeats = {}
         self._lock = threading.Lock()
 
     def __call__(self, objects, options=(), stream=None, numbers=()):
@@ -98,12 +199,22 @@ class Op:
             stream = arrays.stream_pointer(stream)
         objects = self._without_absent(objects) if objects[-1] is None else objects
         # From here to the launch every statement runs at every call: a microsecond is ten of them.
+        repeats = self._repeats.get((options, len(objects)))
+        if repeats is not None and repeats.run(objects, numbers, stream):
+            return
+        again = self.run(objects, options, stream, numbers)
+        if again is not None:
+            self._learn(repeats, objects, options, again)
+
+    def run(self, objects, options, stream, numbers):
+        """Run by reading every array. Returns what the plan's memory holds, (plan, current stream),
+        where the signature is not new and all arrays are torch's on a GPU; else None."""
         try:
             readers = self._readers[tuple(map(type, objects))]
         except KeyError:
             readers = self._find_readers(objects)
         if readers is _TORCH:
-            pointers, strides, metas = arrays.read_torch_tensors(objects)
+            pointers, strides, metas = torch_tensors.read(objects)
         else:
             facts, stream = self._read(readers, objects, stream)
             pointers = [fact[0] for fact in facts]
@@ -122,26 +233,35 @@ class Op:
         for pointer in pointers:
             alignment = alignment << 4 | pointer & 15
         key = (options, alignment, *strides, *metas)
-        entry = self._plans.get(key)
+        known = entry = self._plans.get(key)
         if entry is None:
             entry = self._remember(key, pointers, whole, strides, options)
         plan, current_stream = entry
-        if self._count is None:
+        if self.count is None:
             rows, counts = 1, ()
         else:
-            counts = self._count(extents, *numbers)
+            counts = self.count(extents, *numbers)
             rows = counts[0]
-            if not rows:
-                return
+        if not rows:
+            return None
         if current_stream is None:
             self._run_cpu(plan, pointers, whole, strides, counts)
-            return
+            return None
         if stream is None:
             stream = current_stream()
         grid, threads = plan.shape(rows)
         if len(pointers) < len(self.args):
             pointers += [0] * (len(self.args) - len(pointers))
         plan.launcher.enqueue(grid, threads, stream, *pointers, *counts)
+        return known if readers is _TORCH else None
+
+    def _learn(self, repeats, objects, options, again):
+        if repeats is None:
+            if len(self._repeats) >= MAX_PLANS:
+                self._repeats.clear()
+            repeats = _Repeats(self, range(len(objects)))
+            self._repeats[options, len(objects)] = repeats
+        repeats.learn(objects, *again)
 
     def _without_absent(self, objects):
         """``objects`` without the optional ones at the end that are None."""
@@ -226,6 +346,50 @@ class Op:
         if array.device.kind == "cpu":
             return None
         return arrays.current_stream_of(array)()
+
+
+class Bound:
+    """An operation with its last arrays and its options given once: an engine's caches.
+
+    The arrays are kept alive. Their memory must stay where it is, and their shapes as they are: of
+    torch tensors on a GPU, the addresses that they had at first are used.
+
+    Parameters
+    ----------
+    op : Op
+    fixed : dict
+        {name of an argument: array}.
+    options : tuple
+        As for a call of ``op``.
+    """
+
+    def __init__(self, op, fixed, options=()):
+        self._op, self._options = op, options
+        names = [arg.name for arg in op.args]
+        count = 1 + max(
+            index for index, arg in enumerate(op.args) if arg.name in fixed or not arg.optional
+        )
+        self._objects = [fixed.get(name) for name in names[:count]]
+        self._given = [index for index in range(count) if names[index] not in fixed]
+        self._repeats = None
+
+    def __call__(self, *objects, stream=None):
+        """Run on the other arrays, in the order of the operation's arguments."""
+        if stream is not None and type(stream) is not int:
+            stream = arrays.stream_pointer(stream)
+        repeats = self._repeats
+        if repeats is not None and repeats.run(objects, (), stream):
+            return
+        everything = self._objects.copy()
+        for index, value in zip(self._given, objects, strict=True):
+            everything[index] = value
+        again = self._op.run(everything, self._options, stream, ())
+        if again is None:
+            return
+        if repeats is None:
+            fixed = torch_tensors.addresses(everything)
+            repeats = self._repeats = _Repeats(self._op, self._given, fixed)
+        repeats.learn(objects, *again)
 
 
 def require_array(op, name, value):

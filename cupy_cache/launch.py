@@ -106,14 +106,21 @@ class Launcher:
     def enqueue(self, grid, threads, stream, *values, tail=b""):
         """Launch with the per-call fields ``values`` and the bytes ``tail`` at the start of the
         struct's tail; zero work launches nothing."""
+        if self.has_work(grid):
+            self.send(grid, threads, stream, values, tail)
+
+    def has_work(self, grid):
+        """Whether there is anything to launch; raises where it is more than one launch takes."""
         x, y, z = grid
-        if not (x and y and z):
-            return
         if x > MAX_GRID_X or y > MAX_GRID_YZ or z > MAX_GRID_YZ:
             raise ShapeError(
                 f"{self.kernel.op}: the work needs a grid of {x} x {y} x {z} blocks, more than one "
                 "launch can take; split the call"
             )
+        return bool(x and y and z)
+
+    def send(self, grid, threads, stream, values, tail=b""):
+        """`enqueue` for a grid of which `has_work` is known."""
         if self._loaded is None:
             if self.device == NOWHERE:
                 raise Noted(self.kernel)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import arrays, blocks, contract, cpu, formats, launch, modules, params
+from . import arrays, block_numbers, blocks, contract, cpu, formats, launch, modules, params
 from .errors import ArgumentError, ShapeError
 from .log import logger
 
@@ -64,7 +64,7 @@ def run(op, move, caches, numbers, stream, buffer=None, layout="layer_first", *,
         if stream is None and lists:
             stream = blocks.stream_of(op, "caches[0]", lists[0][0])
     tensors = _read_tensors(op, lists, stream)
-    numbers = blocks.read_numbers(op, "slot_mapping" if by_slot else "block_ids", numbers, stream)
+    numbers = block_numbers.read(op, "slot_mapping" if by_slot else "block_ids", numbers, stream)
     if move.buffer is not None:
         buffer = _read_buffer(op, move.buffer, buffer, stream, written=move is PACK)
     if not tensors:
@@ -78,7 +78,7 @@ def run(op, move, caches, numbers, stream, buffer=None, layout="layer_first", *,
     if numbers.device is not None:
         contract.same_device(op, numbers.name, numbers.device.device, "caches", plan.device)
     else:
-        blocks.check_numbers(op, numbers, plan.limit, padding=by_slot, distinct=move is UNPACK)
+        block_numbers.check(op, numbers, plan.limit, padding=by_slot, distinct=move is UNPACK)
     addresses = [layer.addresses for layer in tensors]
     if buffer is not None:
         _check_buffer(op, buffer, numbers.count, plan, addresses)

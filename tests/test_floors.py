@@ -21,9 +21,9 @@ CHECKOUT = TESTS.parent
 FLOORS = (
     ("errors", "env", "log", "_version"),
     ("formats", "params"),
-    ("arrays", "contract"),
+    ("torch_tensors", "arrays", "contract"),
     ("modules", "launch", "cpu"),
-    ("dispatch", "blocks", "mla", "packing", "gathering", "indexer", "slots"),
+    ("dispatch", "block_numbers", "blocks", "mla", "packing", "gathering", "indexer", "slots"),
     ("ops.*", "attention"),
     ("specialisations", "warmup", "kv_cache", "torch_ops", "__init__"),
     ("info", "demo", "__main__"),

@@ -51,6 +51,15 @@ def test_torch_graph(torch, case):
     cc.raise_faults()
 
 
+def test_again_and_again(torch, case):
+    """From the third call on, a known signature of torch tensors goes a shorter way."""
+    for _ in range(4):
+        world = worlds.TorchCudaWorld()
+        case.call(world)
+        case.check(world)
+    cc.raise_faults()
+
+
 def test_cupy_graph(cupy, case):
     warm, world = worlds.CuPyWorld(), worlds.CuPyWorld()
     case.call(warm)

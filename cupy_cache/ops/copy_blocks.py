@@ -36,8 +36,9 @@ def copy_blocks(key_caches, value_caches, block_mapping, *, stream=None):
     ArgumentError
         Or one of its kinds, before anything is written.
     """
-    _copy("copy_blocks", {"key_caches": key_caches, "value_caches": value_caches}, block_mapping,
-          stream)  # fmt: skip
+    lists = {"key_caches": key_caches, "value_caches": value_caches}
+    stream = None if stream is None else arrays.stream_pointer(stream)
+    Layers("copy_blocks", lists, stream).copy(block_mapping, stream)
 
 
 def copy_blocks_mla(kv_caches, block_mapping, *, stream=None):
@@ -51,46 +52,96 @@ def copy_blocks_mla(kv_caches, block_mapping, *, stream=None):
     block_mapping, stream
         As for `copy_blocks`.
     """
-    _copy("copy_blocks_mla", {"kv_caches": kv_caches}, block_mapping, stream)
+    stream = None if stream is None else arrays.stream_pointer(stream)
+    Layers("copy_blocks_mla", {"kv_caches": kv_caches}, stream).copy(block_mapping, stream)
 
 
-def _copy(op, lists, block_mapping, stream):
-    for name, caches in lists.items():
-        blocks.require_list(op, name, caches)
-    name, caches = next(iter(lists.items()))
-    if stream is not None:
-        stream = arrays.stream_pointer(stream)
-    elif caches:
-        stream = blocks.stream_of(op, f"{name}[0]", caches[0])
-    layers = {name: blocks.read_layers(op, name, caches, stream) for name, caches in lists.items()}
-    counts = {len(x.addresses) if x else 0 for x in layers.values()}
-    if len(counts) > 1:
-        raise ShapeError(
-            f"{op}: Invalid length of value_caches: expected as many layers as key_caches, got "
-            f"{len(lists['value_caches'])} where there are {len(lists['key_caches'])}"
-        )
-    mapping = blocks.read_mapping(op, block_mapping, stream)
-    if counts == {0}:
-        return
-    names = tuple(layers)
-    on_host = isinstance(mapping, blocks.Pairs)
-    dtype = None if on_host else mapping.dtype
-    num_blocks, device, plan = _plan(op, names, tuple(x.facts for x in layers.values()), dtype)
-    if on_host:
-        blocks.check_pairs(op, mapping, num_blocks, num_blocks)
-        blocks.check_disjoint(op, mapping)
-    else:
-        contract.same_device(op, "block_mapping", mapping.device, names[0], device)
-    if plan is None:
+class Layers:
+    """The caches of all layers, read and checked once: what `copy_blocks` does for one call, a
+    `PagedKVCache` keeps.
+
+    Parameters
+    ----------
+    op : str
+        The operation's name, for messages.
+    lists : dict
+        {name: list of arrays}: one list for each tensor of a layer.
+    stream : int, optional
+        See `copy_blocks`.
+    """
+
+    def __init__(self, op, lists, stream=None):
         for name, caches in lists.items():
+            blocks.require_list(op, name, caches)
+        self._op, self._lists = op, lists
+        self._first, caches = next(iter(lists.items()))
+        if caches and stream is None and arrays.is_foreign(caches[0], f"{op}: {self._first}[0]"):
+            stream = blocks.stream_of(op, f"{self._first}[0]", caches[0])
+        layers = [blocks.read_layers(op, name, caches, stream) for name, caches in lists.items()]
+        counts = {len(x.addresses) if x else 0 for x in layers}
+        if len(counts) > 1:
+            raise ShapeError(
+                f"{op}: Invalid length of value_caches: expected as many layers as key_caches, got "
+                f"{len(lists['value_caches'])} where there are {len(lists['key_caches'])}"
+            )
+        self.count = counts.pop()
+        self._facts = tuple(x.facts for x in layers) if self.count else ()
+        addresses = [a for layer in zip(*(x.addresses for x in layers if x)) for a in layer]
+        self._addresses, self._table, self._plans = addresses, None, {}
+        self._current_stream = _current_stream(self._facts[0]) if self.count else None
+
+    @property
+    def dimensions(self):
+        """Of the first list's arrays."""
+        return len(self._facts[0].shape)
+
+    def check(self):
+        """Raise what copying would raise, whatever the pairs."""
+        if self.count:
+            self._plan(None)
+
+    def _plan(self, mapping_dtype):
+        if mapping_dtype not in self._plans:
+            plan = _plan(self._op, tuple(self._lists), self._facts, mapping_dtype)
+            self._plans[mapping_dtype] = plan
+        return self._plans[mapping_dtype]
+
+    def copy(self, block_mapping, stream=None):
+        """Copy the blocks of ``block_mapping`` within every layer."""
+        op = self._op
+        if stream is not None:
+            stream = arrays.stream_pointer(stream)
+        elif self._current_stream is not None:
+            stream = self._current_stream()
+        mapping = blocks.read_mapping(op, block_mapping, stream)
+        if not self.count:
+            return
+        on_host = isinstance(mapping, blocks.Pairs)
+        dtype = None if on_host else mapping.dtype
+        num_blocks, device, plan = self._plan(dtype)
+        if on_host:
+            blocks.check_pairs(op, mapping, num_blocks, num_blocks)
+            blocks.check_disjoint(op, mapping)
+        else:
+            contract.same_device(op, "block_mapping", mapping.device, self._first, device)
+        if plan is None:
+            self._copy_on_cpu(mapping)
+            return
+        if self._table is None:
+            self._table = plan.table(self._addresses, self._addresses)
+        plan.enqueue(stream, self._table, *((mapping,) if on_host else (None, mapping)))
+
+    def _copy_on_cpu(self, mapping):
+        for name, caches in self._lists.items():
             for index, cache in enumerate(caches):
-                cpu.copy_blocks(*[blocks.as_numpy(cache, f"{op}: {name}[{index}]")] * 2, mapping)
-        return
-    addresses = [a for layer in zip(*(x.addresses for x in layers.values())) for a in layer]
-    if on_host:
-        plan.enqueue(stream, addresses, addresses, pairs=mapping)
-    else:
-        plan.enqueue(stream, addresses, addresses, mapping=mapping)
+                view = blocks.as_numpy(cache, f"{self._op}: {name}[{index}]")
+                cpu.copy_blocks(view, view, mapping)
+
+
+@functools.lru_cache(maxsize=256)
+def _current_stream(facts):
+    array = arrays.describe(facts, "the first layer")
+    return None if array.device.kind == "cpu" else arrays.current_stream_of(array)
 
 
 @functools.lru_cache(maxsize=256)

@@ -159,7 +159,7 @@ class _SwapPlan:
                     *map(self._numpy, (self.source, self.destination), addresses), pairs
                 )
         elif self.source.device == self.destination.device:
-            self.copy.enqueue(stream, sources, destinations, pairs=pairs)
+            self.copy.enqueue(stream, self.copy.table(sources, destinations), pairs)
         else:
             self._over_the_bus(sources, destinations, pairs, stream)
 
@@ -178,10 +178,8 @@ class _SwapPlan:
             return
         runs, scattered = self._split(pairs)
         if scattered.sources:
-            if to_host:
-                self.copy.enqueue(stream, sources, mapped, pairs=scattered)
-            else:
-                self.copy.enqueue(stream, mapped, destinations, pairs=scattered)
+            sides = (sources, mapped) if to_host else (mapped, destinations)
+            self.copy.enqueue(stream, self.copy.table(*sides), scattered)
         for layer in zip(sources, destinations):
             for run in runs:
                 self._copy_run(*layer, *run, stream)

@@ -1,0 +1,242 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""What is sent to the driver where a signature of torch tensors comes again: the short way past the
+plans must send what the long way sends, and refuse what it refuses."""
+
+import numpy as np
+import pytest
+
+import cupy_cache as cc
+from cupy_cache import arrays, blocks, dispatch, launch, torch_tensors
+from cupy_cache.ops import reshape_and_cache_flash as flash
+
+torch = pytest.importorskip("torch")
+WARM = 3  # calls after which a signature is known
+
+
+class Recorder:
+    """A driver that notes launches: (grid, threads, stream, bytes of the parameters)."""
+
+    def __init__(self):
+        self.launches = []
+
+    def load(self, kernel, device, stream):
+        del device, stream
+        return kernel
+
+    def launch(self, loaded, grid, threads, stream, record):
+        self.launches.append((loaded.expression, grid, threads, stream, bytes(record.buffer)))
+
+    def processors(self, device):
+        del device
+        return 132
+
+    def take(self):
+        taken, self.launches = self.launches, []
+        return taken
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """CPU tensors count as on a GPU, whose driver only notes what it is told."""
+    describe, recorder = arrays.describe, Recorder()
+
+    def on_gpu(facts, name):
+        return describe(facts, name)._replace(device=arrays.Device("cuda", 0))
+
+    monkeypatch.setattr(arrays, "describe", on_gpu)
+    monkeypatch.setattr(arrays, "current_stream_of", lambda array: lambda: 77)
+    monkeypatch.setattr(launch, "driver", recorder)
+    # Plans made for this GPU must not outlive it.
+    monkeypatch.setattr(flash.OP, "_plans", type(flash.OP._plans)())
+    monkeypatch.setattr(flash.OP, "_repeats", {})
+    monkeypatch.setattr(blocks, "_known_lists", {})
+    cached = launch.processors, cc.ops.copy_blocks._plan, cc.ops.copy_blocks._current_stream
+    for function in cached:
+        function.cache_clear()
+    yield recorder
+    for function in cached:
+        function.cache_clear()
+
+
+def tensors(tokens=5, slots=None, heads=3, size=8, dtype=torch.float16, shift=0):
+    """key, value, key_cache, value_cache, slot_mapping; rows start ``shift`` elements late."""
+
+    def rows(count):
+        flat = torch.zeros(count * heads * size + 64, dtype=dtype)
+        start = -(flat.data_ptr() // flat.element_size()) % 8 + shift
+        return flat[start : start + count * heads * size].view(count, heads, size)
+
+    def cache():
+        flat = torch.zeros(6 * 4 * heads * size + 64, dtype=dtype)
+        start = -(flat.data_ptr() // flat.element_size()) % 8
+        return flat[start : start + 24 * heads * size].view(6, 4, heads, size)
+
+    return rows(tokens), rows(tokens), cache(), cache(), torch.arange(slots or tokens)
+
+
+def fields(record):
+    """The per-call fields of the kernel's parameters."""
+    return flash.PARAMS.per_call.unpack_from(record)
+
+
+def expected_fields(given):
+    return (*(t.data_ptr() for t in given), 0, 0, len(given[4]))
+
+
+def long_way(recorder, call, monkeypatch):
+    """What is sent where nothing is remembered."""
+    with monkeypatch.context() as patch:
+        patch.setattr(flash.OP, "_plans", type(flash.OP._plans)())
+        patch.setattr(flash.OP, "_repeats", {})
+        recorder.take()
+        call()
+        return recorder.take()
+
+
+def test_other_tensors_of_a_known_signature(recorder, monkeypatch):
+    made = [tensors(n) for n in (5, 5, 5, 7, 1, 300, 7)]
+    for given in made:
+        cc.reshape_and_cache_flash(*given)
+        (sent,) = recorder.take()
+        assert fields(sent[-1]) == expected_fields(given)
+        again = long_way(recorder, lambda g=given: cc.reshape_and_cache_flash(*g), monkeypatch)
+        assert again == [sent]
+    (repeats,) = flash.OP._repeats.values()
+    assert len(repeats._known) == 1  # else this test has shown nothing
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"dtype": torch.float32}, {"heads": 4}, {"size": 16}, {"shift": 1}, {"slots": 3},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_another_signature_after_a_known_one(recorder, monkeypatch, other):
+    given, changed = tensors(), tensors(**other)
+    for _ in range(WARM):
+        cc.reshape_and_cache_flash(*given)
+    for _ in range(WARM):
+        recorder.take()
+        cc.reshape_and_cache_flash(*changed)
+        (sent,) = recorder.take()
+        assert fields(sent[-1]) == expected_fields(changed)
+        call = lambda: cc.reshape_and_cache_flash(*changed)  # noqa: E731
+        assert long_way(recorder, call, monkeypatch) == [sent]
+
+
+def test_strides_of_a_known_shape(recorder, monkeypatch):
+    """The same shapes as a view of wider rows."""
+    given = tensors()
+    for _ in range(WARM):
+        cc.reshape_and_cache_flash(*given)
+    wide = torch.zeros((5, 3, 16), dtype=torch.float16)
+    for _ in range(WARM):
+        recorder.take()
+        call = lambda: cc.reshape_and_cache_flash(wide[..., :8], *given[1:])  # noqa: E731
+        call()
+        (sent,) = recorder.take()
+        assert long_way(recorder, call, monkeypatch) == [sent]
+
+
+def test_what_is_refused_stays_refused(recorder):
+    given = tensors()
+    for _ in range(WARM):
+        cc.reshape_and_cache_flash(*given)
+    recorder.take()
+    with pytest.raises(cc.ShapeError, match="slot_mapping"):
+        cc.reshape_and_cache_flash(*given[:4], torch.arange(6))
+    with pytest.raises(cc.DTypeError, match="slot_mapping"):
+        cc.reshape_and_cache_flash(*given[:4], given[4].float())
+    with pytest.raises(cc.ShapeError, match="value"):
+        cc.reshape_and_cache_flash(given[0], given[1][..., :4], *given[2:])
+    assert not recorder.take()
+
+
+def test_no_tokens_and_streams(recorder):
+    given = tensors()
+    for _ in range(WARM):
+        cc.reshape_and_cache_flash(*given)
+    recorder.take()
+    cc.reshape_and_cache_flash(*given[:4], torch.arange(0))
+    assert not recorder.take()
+    cc.reshape_and_cache_flash(*given)
+    cc.reshape_and_cache_flash(*given, stream=5)
+    assert [sent[3] for sent in recorder.take()] == [77, 5]
+
+
+def test_one_object_given_twice(recorder):
+    """torch's comparison always refuses it: the long way every time."""
+    key, _, *rest = tensors()
+    for _ in range(WARM + 1):
+        cc.reshape_and_cache_flash(key, key, *rest)
+        (sent,) = recorder.take()
+        assert fields(sent[-1]) == expected_fields((key, key, *rest))
+
+
+def test_more_signatures_than_are_known(recorder):
+    made = [tensors(heads=n) for n in range(1, dispatch.MAX_REPEATS + 3)]
+    for _ in range(WARM):
+        for given in made:
+            cc.reshape_and_cache_flash(*given)
+            (sent,) = recorder.take()
+            assert fields(sent[-1]) == expected_fields(given)
+
+
+def test_bound_to_its_caches(recorder):
+    key, value, *caches, slots = tensors()
+    cache = cc.PagedKVCache(*([c] for c in caches))
+    for tokens in (5, 5, 5, 2, 5):
+        given = key[:tokens], value[:tokens], *caches, slots[:tokens]
+        cache.write(0, *given[:2], given[-1])
+        (sent,) = recorder.take()
+        assert fields(sent[-1]) == expected_fields(given)
+
+
+def test_without_the_comparison(recorder, monkeypatch):
+    """A torch that has none, or changed it."""
+    monkeypatch.setattr(torch_tensors, "_tensor_guards", lambda: None)
+    given = tensors()
+    for _ in range(WARM):
+        cc.reshape_and_cache_flash(*given)
+        (sent,) = recorder.take()
+        assert fields(sent[-1]) == expected_fields(given)
+
+
+def test_a_comparison_that_lies_is_not_used(monkeypatch):
+    class Lies:
+        def __init__(self, *tensors, **shapes):
+            del tensors, shapes
+
+        def check(self, *tensors):
+            del tensors
+            return True
+
+    torch_tensors._tensor_guards.cache_clear()
+    assert torch_tensors._tensor_guards() is not None  # else nothing here was tested
+    torch_tensors._tensor_guards.cache_clear()
+    monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", Lies)
+    assert torch_tensors._tensor_guards() is None
+    torch_tensors._tensor_guards.cache_clear()
+
+
+def test_lists_of_layers(recorder):
+    """`copy_blocks` with a known list, a changed layer in it, and other tensors of its kind."""
+
+    def layers(count=3, blocks=8):
+        return [torch.zeros((blocks, 4, 3, 8), dtype=torch.float16) for _ in range(count)]
+
+    pairs = [(1, 3), (2, 7)]
+    for keys, values in [(layers(), layers()) for _ in range(3)]:
+        cc.copy_blocks(keys, values, pairs)
+        (sent,) = recorder.take()
+        words = np.frombuffer(sent[-1], np.uint64)[blocks.PARAMS.tail_at // 8 :]
+        pointers = [t.data_ptr() for layer in zip(keys, values) for t in layer]
+        assert words[:8].tolist() == [*pointers, 3 << 32 | 1, 7 << 32 | 2]
+    with pytest.raises(cc.ShapeError, match=r"key_caches\[1\]"):
+        cc.copy_blocks([keys[0], torch.zeros((8, 4, 3, 16)).half(), keys[2]], values, pairs)
+    with pytest.raises(cc.ArgumentError, match="expected destination blocks in 0..7, got 8"):
+        cc.copy_blocks(keys, values, [(1, 8)])
+    assert not recorder.take()

@@ -1,0 +1,187 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+import numpy as np
+import oracle
+import pytest
+import worlds
+
+import cupy_cache as cc
+
+BLOCKS, BLOCK_SIZE, HEADS, SIZE = 7, 4, 3, 8
+
+
+def write_case(rng, kind, dtype="float32"):
+    """(key, value, slots) views of one step."""
+    tokens = int(rng.integers(1, 9))
+    if kind == "rows":
+        rows = [worlds.of_values(rng.standard_normal((tokens, n)).astype(dtype)) for n in (16, 8)]
+    else:
+        rows = [
+            worlds.of_values(rng.standard_normal((tokens, HEADS, SIZE)).astype(dtype))
+            for _ in range(2)
+        ]
+    slots = rng.permutation(BLOCKS * BLOCK_SIZE)[:tokens].astype(np.int64)
+    slots[rng.random(tokens) < 0.2] = -1
+    return *rows, worlds.of_values(slots)
+
+
+def caches(rng, kind, dtype, count=3):
+    shape = {
+        "flash": [(BLOCKS, BLOCK_SIZE, HEADS, SIZE)] * 2,
+        "x-packed": [(BLOCKS, HEADS, SIZE // 4, BLOCK_SIZE, 4), (BLOCKS, HEADS, SIZE, BLOCK_SIZE)],
+        "rows": [(BLOCKS, BLOCK_SIZE, 24)],
+    }[kind]
+    return [[worlds.array(rng, s, dtype) for _ in range(count)] for s in shape]
+
+
+def put(world, lists):
+    return [[world.put(spec) for spec in specs] for specs in lists]
+
+
+def expected_write(kind, storage, lists, layer, key, value, slots, scales):
+    """The oracle's write into copies of the caches' bytes."""
+    views = [specs[layer].on(storage[id(specs[layer].buffer)]) for specs in lists]
+    rows = [spec.on(spec.buffer.bytes) for spec in (key, value, slots)]
+    if kind == "rows":
+        oracle.concat_and_cache_mla(rows[0], rows[1], views[0], rows[2])
+    elif kind == "x-packed":
+        oracle.reshape_and_cache(*rows[:2], *views, rows[2])
+    else:
+        oracle.reshape_and_cache_flash(*rows[:2], *views, rows[2], *scales)
+
+
+@pytest.mark.parametrize("kind", ["flash", "x-packed", "rows"])
+@pytest.mark.parametrize("through", ["write", "writer"])
+def test_writes_again_and_again(world, rng, kind, through):
+    """Steps of different length in every layer: the same signature comes again."""
+    lists = caches(rng, kind, "float32")
+    cache = cc.PagedKVCache(*put(world, lists))
+    assert len(cache) == 3
+    storage = {id(s.buffer): s.buffer.bytes.copy() for specs in lists for s in specs}
+    for _ in range(4):
+        for layer in range(3):
+            case = write_case(rng, kind)
+            given = [world.put(spec) for spec in case]
+            if through == "write":
+                cache.write(layer, *given)
+            else:
+                cache.writer(layer)(*given)
+            expected_write(kind, storage, lists, layer, *case, ())
+    for specs in lists:
+        for spec in specs:
+            np.testing.assert_array_equal(world.bytes_of(spec), storage[id(spec.buffer)])
+
+
+@pytest.mark.parametrize("scales", ["numbers", "arrays", "lists", "one-array"])
+def test_scales_of_each_layer(world, rng, scales):
+    """What each layer's own call writes."""
+    lists = caches(rng, "flash", "uint8", 2)
+    numbers = [[float(n) for n in rng.uniform(0.5, 4, 2)] for _ in range(2)]
+    if scales in ("numbers", "one-array"):
+        numbers = [[n[0], n[0]] for n in numbers]
+
+    def as_given(side):
+        values = [worlds.of_values(np.array([n], np.float32)) for n in numbers[side]]
+        if scales == "numbers":
+            return numbers[side][0]
+        if scales == "one-array":
+            return world.put(values[0])
+        return [world.put(v) for v in values] if scales == "arrays" else numbers[side]
+
+    cache = cc.PagedKVCache(
+        *put(world, lists), kv_cache_dtype="fp8", k_scales=as_given(0), v_scales=as_given(1)
+    )
+    other = [[worlds.Buffer(s.buffer.bytes.size, rng).view(s.shape, s.dtype) for s in specs]
+             for specs in lists]  # fmt: skip
+    for specs, copies in zip(lists, other):
+        for spec, copy in zip(specs, copies):
+            copy.buffer.bytes[:] = spec.buffer.bytes
+    for layer in range(2):
+        for _ in range(3):
+            case = [world.put(spec) for spec in write_case(rng, "flash")]
+            cache.write(layer, *case)
+            k_scale, v_scale = (numbers[side][layer] for side in range(2))
+            cc.reshape_and_cache_flash(
+                *case[:2], *(world.put(copies[layer]) for copies in other), case[2], "fp8",
+                np.float32(k_scale).item(), np.float32(v_scale).item(),
+            )  # fmt: skip
+    for specs, copies in zip(lists, other):
+        for spec, copy in zip(specs, copies):
+            np.testing.assert_array_equal(world.bytes_of(spec), world.bytes_of(copy))
+
+
+@pytest.mark.parametrize("kind", ["flash", "x-packed", "rows"])
+@pytest.mark.parametrize("where", ["list", "host", "device-int64"])
+def test_copies_again_and_again(world, rng, kind, where):
+    lists = caches(rng, kind, "float16")
+    cache = cc.PagedKVCache(*put(world, lists))
+    expected = {id(s.buffer): s.buffer.bytes.copy() for specs in lists for s in specs}
+    for count in (2, 1, 3, 0):
+        numbers = rng.permutation(BLOCKS)
+        pairs = np.stack([numbers[:count], numbers[count : 2 * count]], 1).astype(np.int64)
+        if where == "list":
+            mapping = [tuple(map(int, pair)) for pair in pairs]
+        else:
+            mapping = pairs if where == "host" else world.put(worlds.of_values(pairs))
+        cache.copy_blocks(mapping)
+        oracle.copy_blocks([s.on(expected[id(s.buffer)]) for specs in lists for s in specs], pairs)
+    for specs in lists:
+        for spec in specs:
+            np.testing.assert_array_equal(world.bytes_of(spec), expected[id(spec.buffer)])
+
+
+@pytest.mark.parametrize("kind", ["flash", "rows"])
+def test_swaps_with_another(world, rng, kind):
+    gpu, host = caches(rng, kind, "float16"), caches(rng, kind, "float16")
+    here = cc.PagedKVCache(*put(world, gpu))
+    there = cc.PagedKVCache(*[[world.put_on_host(s) for s in specs] for specs in host])
+    out, back = [(1, 5), (2, 0)], [(5, 3)]
+    here.swap_blocks(there, out)
+    world.synchronize()
+    there.swap_blocks(here, back)
+    for specs, others in zip(gpu, host):
+        for spec, other in zip(specs, others):
+            first, second = (s.on(s.buffer.bytes.copy()) for s in (spec, other))
+            first, second = first.copy(), second.copy()
+            for i, j in out:
+                second[j] = first[i]
+            for i, j in back:
+                first[j] = second[i]
+            np.testing.assert_array_equal(
+                world.bytes_of(spec), np.ascontiguousarray(first).view(np.uint8).reshape(-1)
+            )
+
+
+def test_refusals(world, rng):
+    keys, values = caches(rng, "flash", "float32")
+    with pytest.raises(cc.ShapeError, match="value_caches"):
+        cc.PagedKVCache(*put(world, [keys, values[:2]]))
+    with pytest.raises(cc.ArgumentError, match="k_scales"):
+        cc.PagedKVCache(*put(world, [keys, values]), k_scales=[1.0, 2.0])
+    with pytest.raises(cc.DTypeError, match="key_caches"):
+        cc.PagedKVCache(world.put(keys[0]), world.put(values[0]))
+    odd = [*keys[:2], worlds.array(rng, (BLOCKS, BLOCK_SIZE, HEADS, SIZE + 1), "float32")]
+    with pytest.raises(cc.ShapeError, match=r"key_caches\[2\]"):
+        cc.PagedKVCache(*put(world, [odd, values]))
+    cache = cc.PagedKVCache(*put(world, [keys, values]))
+    key, value, slots = (world.put(spec) for spec in write_case(rng, "flash"))
+    for _ in range(3):
+        cache.write(0, key, value, slots)
+    written = [world.bytes_of(s) for s in (*keys, *values)]
+    wrong = world.put(worlds.array(rng, (9, HEADS, SIZE + 1), "float32"))
+    with pytest.raises(cc.ShapeError, match="value"):
+        cache.write(0, key, wrong, slots)
+    many = world.put(worlds.of_values(np.zeros(10, np.int64)))
+    with pytest.raises(cc.ShapeError, match="slot_mapping"):
+        cache.write(0, key, value, many)
+    with pytest.raises(cc.ArgumentError, match="block_mapping"):
+        cache.copy_blocks([(0, BLOCKS)])
+    for spec, before in zip((*keys, *values), written):
+        np.testing.assert_array_equal(world.bytes_of(spec), before)
+
+
+def test_no_layers(world):
+    del world
+    cache = cc.PagedKVCache([], [])
+    cache.copy_blocks([(0, 1)])
+    assert len(cache) == 0
