@@ -5,8 +5,6 @@
 import functools
 from typing import NamedTuple
 
-import pytest
-
 from . import suite, timing
 
 pytestmark = suite.marks
@@ -23,7 +21,7 @@ class Case(NamedTuple):
 CASES = [Case(heads, remembered) for remembered in (True, False) for heads in (32, 112)]
 
 
-def _make(case):
+def make(case):
     op = suite.require("alibi_slopes")
     import torch
 
@@ -58,19 +56,6 @@ def _make(case):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=CASES, ids=suite.ids(CASES))
-def load(request):
-    yield from suite.opened(_make(request.param))
-
-
-WHO = suite.contenders("torch", "torch through the CPU")
-
-
-@pytest.mark.parametrize("who", WHO)
-def test_device(benchmark, load, who):
-    suite.measure_device(benchmark, load, who)
-
-
-@pytest.mark.parametrize("who", WHO)
-def test_host(benchmark, load, who):
-    suite.measure_host(benchmark, load, who)
+load, test_device, test_host = suite.benchmarks(
+    CASES, make, suite.contenders("torch", "torch through the CPU")
+)

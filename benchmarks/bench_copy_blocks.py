@@ -5,7 +5,7 @@
 import functools
 from typing import NamedTuple
 
-import pytest
+import cupy_cache as cc
 
 from . import peers, suite, timing
 
@@ -30,7 +30,7 @@ else:
     CASES = [Case(1, 2), Case(8, 2), Case(64, 2)]
 
 
-def _make(case):
+def make(case):
     op = suite.require("copy_blocks")
     import torch
 
@@ -51,6 +51,8 @@ def _make(case):
         mapping = pairs[i] if case.mapping == "host" else on_device[i]
         return functools.partial(op, key_caches, value_caches, mapping)
 
+    bound = cc.PagedKVCache(key_caches, value_caches)
+
     def torch_copy(i):
         source, destination = on_device[i, :, 0].clone(), on_device[i, :, 1].clone()
 
@@ -64,6 +66,7 @@ def _make(case):
 
     contenders = {
         suite.OURS: ours,
+        "bound": lambda i: functools.partial(bound.copy_blocks, *ours(i).args[2:]),
         # 128 launches a call: four calls still fit the launch queue.
         "torch": suite.Contender(torch_copy, batch=4 if timing.on_gpu() else None),
         "triton": lambda i: peers.triton_copy_blocks(key_caches, value_caches, on_device[i]),
@@ -78,19 +81,6 @@ def _make(case):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=CASES, ids=suite.ids(CASES))
-def load(request):
-    yield from suite.opened(_make(request.param))
-
-
-WHO = suite.contenders("torch", "triton", "vllm")
-
-
-@pytest.mark.parametrize("who", WHO)
-def test_device(benchmark, load, who):
-    suite.measure_device(benchmark, load, who)
-
-
-@pytest.mark.parametrize("who", WHO)
-def test_host(benchmark, load, who):
-    suite.measure_host(benchmark, load, who)
+load, test_device, test_host = suite.benchmarks(
+    CASES, make, suite.contenders("bound", "torch", "triton", "vllm")
+)

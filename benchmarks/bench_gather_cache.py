@@ -5,8 +5,6 @@
 import functools
 from typing import NamedTuple
 
-import pytest
-
 from . import peers, suite, timing
 
 pytestmark = suite.marks
@@ -36,16 +34,14 @@ else:
              Case(1024, 8, (8, 128), "HND")]  # fmt: skip
 
 
-def _make(case):
+def make(case):
     op = suite.require("gather_cache")
     import torch
 
     device = timing.device()
     moved = 2 * case.rows * torch.Size(case.row).numel() * 2
     sets = timing.sets_for(moved)
-    length = case.rows // case.sequences
-    width = -(-length // BLOCK_SIZE)
-    num_blocks = max(sets * case.sequences * width, 4096 if timing.on_gpu() else 1024)
+    num_blocks, tables, starts = suite.pages_for(sets, case.rows, case.sequences, BLOCK_SIZE)
     if case.layout == "HND":
         heads, size = case.row
         storage = torch.randn((num_blocks, heads, BLOCK_SIZE, size), device=device,
@@ -55,25 +51,18 @@ def _make(case):
         source = torch.randn((num_blocks, BLOCK_SIZE, *case.row), device=device,
                              dtype=torch.bfloat16)  # fmt: skip
     results = torch.empty((sets, case.rows, *case.row), device=device, dtype=torch.bfloat16)
-    tables = torch.randperm(num_blocks, device=device)[: sets * case.sequences * width]
-    tables = tables.to(torch.int32).view(sets, case.sequences, width)
-    starts = torch.arange(case.sequences + 1, device=device, dtype=torch.int32) * length
 
     def arguments(i):
         return source, results[i], tables[i], starts
 
     def torch_gather(i):
-        position = torch.arange(length, device=device)
-        block = tables[i].long()[:, position // BLOCK_SIZE].flatten()
-        offset = (position % BLOCK_SIZE).repeat(case.sequences)
+        slots, result = peers.torch_slots_of_rows(tables[i], case.rows, BLOCK_SIZE), results[i]
         if case.layout != "HND":
-            flat = source.flatten(0, 1)
-            slots = block * BLOCK_SIZE + offset
-            return functools.partial(torch.index_select, flat, 0, slots, out=results[i])
-        result = results[i]
+            return functools.partial(torch.index_select, source.flatten(0, 1), 0, slots, out=result)
+        _, index = peers.torch_index(slots, source)
 
         def call():
-            result.copy_(source[block, offset])
+            result.copy_(source[index])
 
         return call
 
@@ -89,19 +78,6 @@ def _make(case):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=CASES, ids=suite.ids(CASES))
-def load(request):
-    yield from suite.opened(_make(request.param))
-
-
-WHO = suite.contenders("torch", "triton", "vllm")
-
-
-@pytest.mark.parametrize("who", WHO)
-def test_device(benchmark, load, who):
-    suite.measure_device(benchmark, load, who)
-
-
-@pytest.mark.parametrize("who", WHO)
-def test_host(benchmark, load, who):
-    suite.measure_host(benchmark, load, who)
+load, test_device, test_host = suite.benchmarks(
+    CASES, make, suite.contenders("torch", "triton", "vllm")
+)

@@ -6,8 +6,6 @@
 import functools
 from typing import NamedTuple
 
-import pytest
-
 from . import peers, suite, timing
 
 pytestmark = suite.marks
@@ -19,54 +17,59 @@ class Case(NamedTuple):
     tokens: int
     slots: str
     dtype: str = "bfloat16"
+    stored: str = "auto"
 
     def __str__(self):
-        return f"{self.tokens} tokens, {HEADS}x{SIZE} {self.dtype}, {self.slots} slots"
+        to = "" if self.stored == "auto" else f" to {self.stored}"
+        return f"{self.tokens} tokens, {HEADS}x{SIZE} {self.dtype}{to}, {self.slots} slots"
 
 
 if timing.on_gpu():
     CASES = [
         *(Case(n, "random") for n in (1, 64, 256, 1024, 16384)),
         *(Case(n, "consecutive") for n in (256, 4096, 16384, 65536)),
-        Case(16384, "consecutive", "float32"),
+        *(Case(n, "consecutive", "float32") for n in (16384, 65536)),
+        *(Case(n, "consecutive", stored="fp8") for n in (16384, 65536)),
     ]
 else:
-    CASES = [Case(1, "random"), Case(1024, "random"), Case(1024, "consecutive")]
+    CASES = [Case(1, "random"), Case(1024, "random"), Case(1024, "consecutive"),
+             Case(1024, "consecutive", stored="fp8")]  # fmt: skip
 
 
-def _make(case):
+def make(case):
     op = suite.require("reshape_and_cache")
     import torch
 
     dtype, device = getattr(torch, case.dtype), timing.device()
-    x = 16 // dtype.itemsize
-    moved = 4 * case.tokens * HEADS * SIZE * dtype.itemsize
+    raw = case.stored == "auto"
+    kept = dtype if raw else torch.uint8
+    x = 16 // kept.itemsize
+    moved = 2 * case.tokens * HEADS * SIZE * (dtype.itemsize + kept.itemsize)
     sets = timing.sets_for(moved)
-    least = 65536 if timing.on_gpu() else 4096
-    num_blocks = max(sets * case.tokens, least) // BLOCK_SIZE
+    num_blocks, slots = suite.slots_for(sets, case.tokens, BLOCK_SIZE, case.slots)
     shape = (sets, case.tokens, HEADS, SIZE)
     keys, values = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
     caches = [
-        torch.empty((num_blocks, HEADS, SIZE // x, BLOCK_SIZE, x), dtype=dtype, device=device),
-        torch.empty((num_blocks, HEADS, SIZE, BLOCK_SIZE), dtype=dtype, device=device),
+        torch.empty((num_blocks, HEADS, SIZE // x, BLOCK_SIZE, x), dtype=kept, device=device),
+        torch.empty((num_blocks, HEADS, SIZE, BLOCK_SIZE), dtype=kept, device=device),
     ]
-    order = torch.randperm if case.slots == "random" else torch.arange
-    slots = order(num_blocks * BLOCK_SIZE, device=device)[: sets * case.tokens]
-    slots = slots.view(sets, case.tokens)
+    scales = [torch.full((1,), scale, device=device) for scale in (0.03, 0.04)]
+    stored = () if raw else (case.stored, *scales)
 
     def arguments(i):
         return keys[i], values[i], *caches, slots[i]
 
-    contenders = {
-        suite.OURS: lambda i: functools.partial(op, *arguments(i)),
-        "torch": lambda i: torch_write(*arguments(i)),
-        "triton": lambda i: peers.triton_write_packed(*arguments(i)),
-        "vllm": lambda i: peers.vllm_write_packed(*arguments(i)),
-    }
+    contenders = {suite.OURS: lambda i: functools.partial(op, *arguments(i), *stored)}
+    if raw:
+        contenders |= {
+            "torch": lambda i: torch_write(*arguments(i)),
+            "triton": lambda i: peers.triton_write_packed(*arguments(i)),
+            "vllm": lambda i: peers.vllm_write_packed(*arguments(i)),
+        }
     return suite.Workload(
         "reshape_and_cache", str(case), contenders, caches, moved, sets,
         tokens=case.tokens, dtype=case.dtype, layout="x-packed",
-        extra={"heads": HEADS, "head_size": SIZE, "slots": case.slots},
+        extra={"heads": HEADS, "head_size": SIZE, "slots": case.slots, "stored": case.stored},
     )  # fmt: skip
 
 
@@ -82,19 +85,6 @@ def torch_write(key, value, key_cache, value_cache, slots):
     return call
 
 
-@pytest.fixture(scope="module", params=CASES, ids=suite.ids(CASES))
-def load(request):
-    yield from suite.opened(_make(request.param))
-
-
-WHO = suite.contenders("torch", "triton", "vllm")
-
-
-@pytest.mark.parametrize("who", WHO)
-def test_device(benchmark, load, who):
-    suite.measure_device(benchmark, load, who)
-
-
-@pytest.mark.parametrize("who", WHO)
-def test_host(benchmark, load, who):
-    suite.measure_host(benchmark, load, who)
+load, test_device, test_host = suite.benchmarks(
+    CASES, make, suite.contenders("torch", "triton", "vllm")
+)

@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 import pytest
 
+import cupy_cache as cc
+
 from . import peers, suite, timing
+from .baselines import compiled_op
 
 pytestmark = suite.marks
 BLOCK_SIZE = 16
@@ -20,6 +23,7 @@ class Case(NamedTuple):
     dtype: str = "bfloat16"
     layout: str = "NHD"
     slots: str = "random"
+    blocks: int | None = None  # of the cache; None: enough for all sets
 
     def __str__(self):
         return (
@@ -45,39 +49,37 @@ else:
              Case(1024, layout="HND"), Case(1024, slots="consecutive")]  # fmt: skip
 
 
-def _make(case):
+def make(case):
     op = suite.require("reshape_and_cache_flash")
     import torch
 
     dtype, device = getattr(torch, case.dtype), timing.device()
     moved = 4 * case.tokens * case.heads * case.size * dtype.itemsize  # keys, values; read, written
     sets = timing.sets_for(moved)
-    # One large cache: each set writes slots of its own, scattered over it.
-    least = 65536 if timing.on_gpu() else 4096
-    num_blocks = max(sets * case.tokens, least) // BLOCK_SIZE
+    if case.blocks is not None:
+        sets = min(sets, case.blocks * BLOCK_SIZE // case.tokens)
+    num_blocks, slots = suite.slots_for(sets, case.tokens, BLOCK_SIZE, case.slots, case.blocks)
     shape = (sets, case.tokens, case.heads, case.size)
     keys, values = (torch.randn(shape, dtype=dtype, device=device) for _ in range(2))
-    if case.layout == "NHD":
-        storages = [
-            torch.empty((num_blocks, BLOCK_SIZE, *shape[2:]), dtype=dtype, device=device)
-            for _ in range(2)
-        ]
-        key_cache, value_cache = storages
-    else:
-        storages = [
-            torch.empty((num_blocks, case.heads, BLOCK_SIZE, case.size), dtype=dtype, device=device)
-            for _ in range(2)
-        ]
-        key_cache, value_cache = (s.permute(0, 2, 1, 3) for s in storages)
-    order = torch.randperm if case.slots == "random" else torch.arange
-    slots = order(num_blocks * BLOCK_SIZE, device=device)[: sets * case.tokens]
-    slots = slots.view(sets, case.tokens)
+    storages, caches = suite.caches(
+        num_blocks, BLOCK_SIZE, case.heads, case.size, dtype, case.layout
+    )
 
     def arguments(i):
-        return keys[i], values[i], key_cache, value_cache, slots[i]
+        return keys[i], values[i], *caches, slots[i]
+
+    bound = cc.PagedKVCache(*([cache] for cache in caches)).writer(0)
+    scales = [torch.ones(1, device=device) for _ in range(2)]
+
+    def compiled(i):
+        if case.layout != "NHD":
+            pytest.skip("compiled torch op: only for contiguous caches")
+        return functools.partial(compiled_op.write(), *arguments(i), "auto", *scales)
 
     contenders = {
         suite.OURS: lambda i: functools.partial(op, *arguments(i)),
+        "bound": lambda i: functools.partial(bound, keys[i], values[i], slots[i]),
+        "compiled": compiled,
         "torch": lambda i: torch_write(*arguments(i)),
         "triton": lambda i: peers.triton_write(*arguments(i)),
         "vllm": lambda i: peers.vllm_write(*arguments(i)),
@@ -93,11 +95,7 @@ def _make(case):
 
 def torch_write(key, value, key_cache, value_cache, slots):
     """``cache[slots] = key``, with the indices that the layout needs made beforehand."""
-    if key_cache.is_contiguous():
-        index = (slots,)
-        key_cache, value_cache = key_cache.flatten(0, 1), value_cache.flatten(0, 1)
-    else:
-        index = (slots // BLOCK_SIZE, slots % BLOCK_SIZE)
+    (key_cache, value_cache), index = peers.torch_index(slots, key_cache, value_cache)
 
     def call():
         key_cache[index] = key
@@ -106,19 +104,7 @@ def torch_write(key, value, key_cache, value_cache, slots):
     return call
 
 
-@pytest.fixture(scope="module", params=CASES, ids=suite.ids(CASES))
-def load(request):
-    yield from suite.opened(_make(request.param))
-
-
-WHO = suite.contenders("torch", "triton", "vllm", "flashinfer", "sglang")
-
-
-@pytest.mark.parametrize("who", WHO)
-def test_device(benchmark, load, who):
-    suite.measure_device(benchmark, load, who)
-
-
-@pytest.mark.parametrize("who", WHO)
-def test_host(benchmark, load, who):
-    suite.measure_host(benchmark, load, who)
+WHO = suite.contenders(
+    "bound", "compiled", "torch", "triton", "vllm", "flashinfer", "sglang"
+)  # fmt: skip
+load, test_device, test_host = suite.benchmarks(CASES, make, WHO)

@@ -5,8 +5,6 @@
 import functools
 from typing import NamedTuple
 
-import pytest
-
 from . import peers, suite, timing
 
 pytestmark = suite.marks
@@ -28,7 +26,7 @@ else:
     CASES = [Case(1, 1), Case(256, 1), Case(8, 2048)]
 
 
-def _make(case):
+def make(case):
     op = suite.require("slot_mapping")
     import torch
 
@@ -76,19 +74,4 @@ def _make(case):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=CASES, ids=suite.ids(CASES))
-def load(request):
-    yield from suite.opened(_make(request.param))
-
-
-WHO = suite.contenders("torch", "triton")
-
-
-@pytest.mark.parametrize("who", WHO)
-def test_device(benchmark, load, who):
-    suite.measure_device(benchmark, load, who)
-
-
-@pytest.mark.parametrize("who", WHO)
-def test_host(benchmark, load, who):
-    suite.measure_host(benchmark, load, who)
+load, test_device, test_host = suite.benchmarks(CASES, make, suite.contenders("torch", "triton"))

@@ -6,8 +6,6 @@ of the same bytes, in the same direction."""
 import functools
 from typing import NamedTuple
 
-import pytest
-
 from . import peers, suite, timing
 
 pytestmark = suite.marks
@@ -38,7 +36,7 @@ else:
     CASES = [Case("host to host", 32 * KIB, n) for n in (16, 256)]
 
 
-def _make(case):
+def make(case):
     op = suite.require("swap_blocks")
     import torch
 
@@ -89,19 +87,6 @@ def _make(case):
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=CASES, ids=suite.ids(CASES))
-def load(request):
-    yield from suite.opened(_make(request.param))
-
-
-WHO = suite.contenders("torch", "driver batch", "vllm")
-
-
-@pytest.mark.parametrize("who", WHO)
-def test_device(benchmark, load, who):
-    suite.measure_device(benchmark, load, who)
-
-
-@pytest.mark.parametrize("who", WHO)
-def test_host(benchmark, load, who):
-    suite.measure_host(benchmark, load, who)
+load, test_device, test_host = suite.benchmarks(
+    CASES, make, suite.contenders("torch", "driver batch", "vllm")
+)

@@ -29,9 +29,11 @@ SANITIZE=${SANITIZE:-"torch-cuda and not emulat and (test_case or out_of_range o
 # The order matters when time runs out.
 BENCH=${BENCH:-"benchmarks/bench_limits.py benchmarks/bench_reshape_and_cache_flash.py
   benchmarks/bench_copy_blocks.py benchmarks/bench_gather_cache.py
+  benchmarks/bench_quantised_writes.py benchmarks/bench_mla.py
   benchmarks/bench_reshape_and_cache.py benchmarks/bench_swap_blocks.py
-  benchmarks/bench_ablation.py benchmarks/bench_slot_mapping.py benchmarks/bench_attention.py
-  benchmarks/bench_start.py"}
+  benchmarks/bench_ablation.py benchmarks/bench_growth.py benchmarks/bench_slot_mapping.py
+  benchmarks/bench_start.py benchmarks/bench_attention.py benchmarks/bench_packing.py
+  benchmarks/bench_indexer.py"}
 
 # Compiling takes longest, so the tests share the cores where pytest-xdist is there.
 PARALLEL=$("$PYTHON" -c 'import xdist; print("-n 12")' 2>/dev/null)

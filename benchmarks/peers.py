@@ -33,9 +33,56 @@ def require_triton():
         pytest.skip("triton is not installed")
 
 
+# --- torch ----------------------------------------------------------------------------------------
+
+
+def torch_index(slots, *caches):
+    """The caches and the index by which ``cache[index]`` are the slots: of flat caches where their
+    memory allows."""
+    if all(cache.is_contiguous() for cache in caches):
+        return [cache.flatten(0, 1) for cache in caches], slots
+    block_size = caches[0].shape[1]
+    return caches, (slots // block_size, slots % block_size)
+
+
+def torch_slots_of_rows(table, rows, block_size):
+    """The slot of each row of a gather, for sequences of equal length."""
+    torch = timing.torch_module()
+    position = torch.arange(rows // table.shape[0], device=table.device)
+    block = table.long()[:, position // block_size]
+    return (block * block_size + position % block_size).flatten()
+
+
+def torch_fp8(name):
+    """The dtype that a cache of ``name`` stores."""
+    torch = timing.torch_module()
+    return {"fp8": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}[name]
+
+
+def torch_quantise(numbers, scale, dtype):
+    """Bytes of an fp8 ``dtype``. ``scale`` is on the device: torch would multiply by the reciprocal
+    of a number, which rounds otherwise."""
+    torch = timing.torch_module()
+    largest = torch.finfo(dtype).max
+    quotients = (numbers.float() / scale).clamp(-largest, largest)
+    return quotients.to(dtype).view(torch.uint8)
+
+
 # --- Triton ---------------------------------------------------------------------------------------
 
 if triton is not None:
+
+    @triton.jit
+    def _cache_offsets(
+        slot, at, block_stride, offset_stride, head_stride,
+        BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr,
+    ):  # fmt: skip
+        return (
+            slot // BLOCK_SIZE * block_stride
+            + slot % BLOCK_SIZE * offset_stride
+            + at // HEAD_SIZE * head_stride
+            + at % HEAD_SIZE
+        )
 
     @triton.jit
     def _write_kernel(
@@ -49,14 +96,50 @@ if triton is not None:
             return
         at = tl.arange(0, WIDTH)
         mask = at < ROW
-        to = (
-            slot // BLOCK_SIZE * block_stride
-            + slot % BLOCK_SIZE * offset_stride
-            + at // HEAD_SIZE * head_stride
-            + at % HEAD_SIZE
+        to = _cache_offsets(
+            slot, at, block_stride, offset_stride, head_stride, BLOCK_SIZE, HEAD_SIZE
         )
         tl.store(key_cache + to, tl.load(key + token * ROW + at, mask=mask), mask=mask)
         tl.store(value_cache + to, tl.load(value + token * ROW + at, mask=mask), mask=mask)
+
+    @triton.jit
+    def _e4m3(numbers, scale):
+        # An ordinary division would be the approximate one.
+        quotients = tl.div_rn(numbers.to(tl.float32), tl.load(scale))
+        return tl.clamp(quotients, -448.0, 448.0).to(tl.float8e4nv)
+
+    @triton.jit
+    def _write_fp8_kernel(
+        key, value, key_cache, value_cache, slots, k_scale, v_scale,
+        block_stride, offset_stride, head_stride,
+        BLOCK_SIZE: tl.constexpr, HEAD_SIZE: tl.constexpr, ROW: tl.constexpr, WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        token = tl.program_id(0).to(tl.int64)
+        slot = tl.load(slots + token)
+        if slot < 0:
+            return
+        at = tl.arange(0, WIDTH)
+        mask = at < ROW
+        to = _cache_offsets(
+            slot, at, block_stride, offset_stride, head_stride, BLOCK_SIZE, HEAD_SIZE
+        )
+        keys = tl.load(key + token * ROW + at, mask=mask)
+        values = tl.load(value + token * ROW + at, mask=mask)
+        tl.store(key_cache + to, _e4m3(keys, k_scale), mask=mask)
+        tl.store(value_cache + to, _e4m3(values, v_scale), mask=mask)
+
+    @triton.jit
+    def _write_mla_kernel(
+        kv_c, k_pe, kv_cache, slots, LATENT: tl.constexpr, ROPE: tl.constexpr,
+    ):  # fmt: skip
+        token = tl.program_id(0).to(tl.int64)
+        slot = tl.load(slots + token)
+        if slot < 0:
+            return
+        entry = kv_cache + slot * (LATENT + ROPE)
+        latent, rope = tl.arange(0, LATENT), tl.arange(0, ROPE)
+        tl.store(entry + latent, tl.load(kv_c + token * LATENT + latent))
+        tl.store(entry + LATENT + rope, tl.load(k_pe + token * ROPE + rope))
 
     @triton.jit
     def _write_packed_kernel(
@@ -151,6 +234,29 @@ def triton_write(key, value, key_cache, value_cache, slots):
         _write_kernel[(tokens,)], key, value, key_cache, value_cache, slots,
         block_stride, offset_stride, head_stride, BLOCK_SIZE=key_cache.shape[1], HEAD_SIZE=size,
         ROW=row, WIDTH=_next_power_of_two(row),
+    )  # fmt: skip
+
+
+def triton_write_fp8(key, value, key_cache, value_cache, slots, k_scale, v_scale):
+    """``reshape_and_cache_flash`` to e4m3 with one scale: one program a token."""
+    require_triton()
+    dtype = torch_fp8("fp8")
+    tokens, heads, size = key.shape
+    row = heads * size
+    block_stride, offset_stride, head_stride, _ = key_cache.stride()
+    return functools.partial(
+        _write_fp8_kernel[(tokens,)], key, value, key_cache.view(dtype), value_cache.view(dtype),
+        slots, k_scale, v_scale, block_stride, offset_stride, head_stride,
+        BLOCK_SIZE=key_cache.shape[1], HEAD_SIZE=size, ROW=row, WIDTH=_next_power_of_two(row),
+    )  # fmt: skip
+
+
+def triton_write_mla(kv_c, k_pe, kv_cache, slots):
+    """``concat_and_cache_mla``, raw, into a contiguous cache: one program a token."""
+    require_triton()
+    return functools.partial(
+        _write_mla_kernel[(slots.shape[0],)], kv_c, k_pe, kv_cache, slots,
+        LATENT=kv_c.shape[1], ROPE=k_pe.shape[1],
     )  # fmt: skip
 
 

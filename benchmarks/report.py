@@ -3,18 +3,41 @@
 """``python -m benchmarks.report RESULT.json``: from pytest-benchmark's JSON to tables and plots.
 
 Writes ``<gpu>.json``, a flat list with one record for each case, and prints Markdown tables.
-``--plots DIR`` draws three pictures with matplotlib.
+``--plots DIR`` draws three pictures of a few cases with matplotlib, to be read 900 pixels wide.
 """
 
 import argparse
 import json
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS = "cupy_cache"
-COLOURS = {OURS: "#1b6ca8", "torch": "#d1495b", "triton": "#edae49"}
+COLOURS = {OURS: "#1b6ca8", "bound": "#6baed6", "compiled": "#4a4e69", "torch": "#d1495b",
+           "triton": "#edae49"}  # fmt: skip
+
+# What the pictures show. Panels: title, operation, and what a record must say, if it says it.
+PANELS = (
+    ("NHD write", "reshape_and_cache_flash",
+     {"heads": 8, "dtype": "bfloat16", "layout": "NHD", "slots": "random"}),
+    ("NHD write to fp8", "reshape_and_cache_flash, quantised",
+     {"stored": "fp8", "layout": "NHD", "scales": "one scale"}),
+    ("x-packed write, consecutive slots", "reshape_and_cache",
+     {"dtype": "bfloat16", "slots": "consecutive", "stored": "auto"}),
+    ("MLA write", "concat_and_cache_mla", {"stored": "auto"}),
+    ("gather, rows of 576", "gather_cache", {"layout": "rows"}),
+    ("copying blocks in 32 layers", "copy_blocks", {}),
+)  # fmt: skip
+HOST_OPS = ("reshape_and_cache_flash", "reshape_and_cache", "concat_and_cache_mla", "gather_cache",
+            "copy_blocks", "slot_mapping")  # fmt: skip
+HOST_FIRST = ("bound", "compiled")
+ABLATION_CASES = ("copy_blocks, 32 layers, 8 pairs", "copy_blocks, 32 layers, 64 pairs",
+                  "write, 4096 tokens", "slopes")  # fmt: skip
+WIDTH = 9  # inches
+FONT = {"font.size": 10, "axes.titlesize": 10, "figure.titlesize": 12}
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
 # --- records --------------------------------------------------------------------------------------
@@ -162,58 +185,66 @@ def plots(records, folder):
     for name, draw in (
         ("bandwidth", draw_bandwidth), ("host", draw_host), ("ablation", draw_ablation)
     ):  # fmt: skip
-        figure = draw(pyplot, records)
+        with pyplot.rc_context(FONT):
+            figure = draw(pyplot, records)
         if figure is None:
             print(f"nothing to draw for {name}.png", file=sys.stderr)
             continue
         paths.append(folder / f"{name}.png")
-        figure.savefig(paths[-1], dpi=150, bbox_inches="tight")
+        figure.savefig(paths[-1], dpi=150)
         pyplot.close(figure)
     return paths
 
 
-def _over_memory(record):
-    """Whether a record is about the GPU's memory: not the bus, and more than some indices."""
-    return bool(
-        record["bytes"] and record["device_us"] and record["copy_us"]
-        and record.get("path") != "bus" and record["op"] not in ("ablation", "slot_mapping")
-    )  # fmt: skip
-
-
 def draw_bandwidth(pyplot, records):
-    """Bytes moved per second against bytes moved, one panel for each operation."""
-    groups = {op: [r for r in group if _over_memory(r)] for op, group in by_op(records).items()}
-    groups = {op: group for op, group in groups.items() if group}
-    if not groups:
+    """Bytes moved per second against bytes moved, one panel for each of the main operations."""
+    measured = [r for r in records if r["bytes"] and r["device_us"] and r["copy_us"]]
+    panels = []
+    for title, op, wanted in PANELS:
+        group = [
+            r for r in measured
+            if r["op"] == op and all(r.get(key, value) == value for key, value in wanted.items())
+        ]  # fmt: skip
+        if group:
+            panels.append((title, group))
+    if not panels:
         return None
-    columns = min(3, len(groups))
-    lines = -(-len(groups) // columns)
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
     figure, axes = pyplot.subplots(
-        lines, columns, figsize=(5 * columns, 3.8 * lines), squeeze=False, sharey=True
-    )
-    for axis in axes.flat[len(groups) :]:
+        lines, columns, figsize=(WIDTH, 2.6 * lines + 1), squeeze=False, sharex=True, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    for axis in axes.flat[len(panels) :]:
         axis.remove()
-    ceiling = _points([(r["bytes"], r["copy_us"]) for g in groups.values() for r in g])
     l2 = records[0].get("l2_bytes")
-    for axis, (op, group) in zip(axes.flat, groups.items()):
-        axis.plot(*ceiling, color="0.6", linewidth=3, label="device-to-device copy", zorder=1)
+    handles = {}
+    for axis, (title, group) in zip(axes.flat, panels):
+        ceiling = _points((r["bytes"], r["copy_us"]) for r in group)
+        (handles["device-to-device copy"],) = axis.plot(*ceiling, color="0.75", linewidth=5)
         if l2:
-            axis.axvline(l2, color="0.6", linestyle=":", label="L2 size")
-        for name in (OURS, *_peers(group)):
-            found = [(r["bytes"], _place(r, name).get("device_us")) for r in group]
-            points = _points([(b, us) for b, us in found if us])
-            axis.plot(
-                *points, "o", color=_colour(name), markersize=5 if name == OURS else 4, label=name,
-                zorder=3 if name == OURS else 2,
-            )  # fmt: skip
-        axis.set(title=op, xlabel="bytes that must move", xscale="log")
+            handles["size of the L2"] = axis.axvline(l2, color="0.5", linestyle=":")
+        for name in reversed([OURS, *_peers(group)]):  # ours on top
+            points = _points(
+                (r["bytes"], us) for r in group if (us := _place(r, name).get("device_us"))
+            )
+            if points[0]:
+                (handles[name],) = axis.plot(
+                    *points, "o-", color=_colour(name), markersize=5, linewidth=1
+                )
+        axis.set_title(title)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([16 * KIB, MIB, 64 * MIB, 4 * GIB], ["16 KiB", "1 MiB", "64 MiB", "4 GiB"])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+        axis.set_ylim(bottom=0)
     for line in axes:
         line[0].set_ylabel("TB/s")
-        line[0].set_ylim(bottom=0)
-    figure.suptitle(f"Device time as bandwidth, {_where(records)}")
-    figure.tight_layout()
+    names = sorted(handles, key=lambda name: (name != OURS, name not in COLOURS))
+    figure.legend(
+        [handles[name] for name in names], names, loc="outside lower center", ncols=5, frameon=False
+    )
+    figure.suptitle(f"Bandwidth by bytes that must move, {_where(records)}")
     return figure
 
 
@@ -224,64 +255,89 @@ def _points(pairs):
 
 
 def draw_host(pyplot, records):
-    """Host time of one middling case of each operation."""
-    chosen = []
-    for op, group in by_op(records).items():
-        measured = [r for r in group if r["host_us"] and r["peers"]]
-        if op not in ("ablation", "start", "limits") and measured:
-            chosen.append(measured[len(measured) // 2])
-    if not chosen:
-        return None
-    names = [OURS, *_peers(chosen)]
-    figure, axis = pyplot.subplots(figsize=(9, 0.35 * len(chosen) * len(names) + 1.5))
-    height = 0.8 / len(names)
-    for offset, name in enumerate(names):
-        for position, record in enumerate(chosen):
+    """Host time of one case of each of the main operations: the one with the most to compare, or
+    else a middling one."""
+    groups = by_op(records)
+    bars = []  # (row, name, microseconds)
+    headings = []  # (row, operation and case)
+    row = 0
+    for op in HOST_OPS:
+        group = [r for r in groups.get(op, []) if r["host_us"] and r["peers"]]
+        if not group:
+            continue
+        most = max(_compared_first(r) for r in group)
+        group = [r for r in group if _compared_first(r) == most]
+        record = group[len(group) // 2]
+        headings.append((row, f" {op}: {record['case']}"))
+        for name in (OURS, *HOST_FIRST, *(n for n in record["peers"] if n not in HOST_FIRST)):
             us = _place(record, name).get("host_us")
             if us:
-                y = position + offset * height
-                label = name if position == 0 else None
-                axis.barh(y, us, height, color=_colour(name), label=label)
-                axis.text(us, y, f" {us:.1f}", va="center", fontsize=7)
-    axis.set_yticks(
-        [p + 0.4 - height / 2 for p in range(len(chosen))],
-        [f"{r['op']}\n{r['case']}" for r in chosen], fontsize=7,
-    )  # fmt: skip
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=_colour(name)) for name in names]
-    axis.legend(handles, names, fontsize=8)
-    axis.set(xlabel="µs per call", xscale="log", title=f"Host time per call, {_where(records)}")
-    axis.margins(x=0.12)
-    axis.invert_yaxis()
-    figure.tight_layout()
+                row += 1
+                bars.append((row, name, us))
+        row += 1.4
+    if not bars:
+        return None
+    figure, axis = pyplot.subplots(figsize=(WIDTH, 0.21 * row + 1), layout="constrained")
+    rows, names, times = zip(*bars)
+    axis.barh(rows, times, 0.8, color=[_colour(name) for name in names])
+    for y, _, us in bars:
+        axis.text(us, y, f" {us:.1f}" if us < 100 else f" {us:.0f}", va="center")
+    for y, heading in headings:
+        axis.text(0, y, heading, va="center", weight="bold", transform=axis.get_yaxis_transform())
+    axis.set_yticks(rows, names)
+    axis.tick_params(axis="y", length=0)
+    axis.set(xlabel="µs per call", xscale="log", ylim=(row - 0.6, -0.8))
+    axis.set_xlim(left=1, right=2 * max(times))
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Host time per call, {_where(records)}")
     return figure
 
 
+def _compared_first(record):
+    return sum(name in record["peers"] for name in HOST_FIRST)
+
+
 def draw_ablation(pyplot, records):
-    """Each version's device, host and total time, one panel for each case."""
+    """Each version's device and total time, one panel for each case."""
     group = [r for r in records if r["op"] == "ablation" and r["peers"]]
-    if not group:
+    found = [next((r for r in group if r["case"].startswith(c)), None) for c in ABLATION_CASES]
+    found = [r for r in found if r]
+    if not found:
         return None
-    columns = min(2, len(group))
-    lines = -(-len(group) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(7 * columns, 3 * lines), squeeze=False)
-    for axis in axes.flat[len(group) :]:
+    columns = min(2, len(found))
+    lines = -(-len(found) // columns)
+    heights = [
+        max(len(r["peers"]) + 1 for r in found[i * columns : (i + 1) * columns])
+        for i in range(lines)
+    ]
+    figure, axes = pyplot.subplots(
+        lines, columns, figsize=(WIDTH, 0.5 * sum(heights) + 0.8 * lines + 1), squeeze=False,
+        height_ratios=heights, layout="constrained",
+    )  # fmt: skip
+    for axis in axes.flat[len(found) :]:
         axis.remove()
-    kinds = {"device_us": "kernels", "host_us": "caller", "wall_us": "until done"}
-    for axis, record in zip(axes.flat, group):
+    kinds = {"device_us": ("kernels", "#1b6ca8"), "wall_us": ("until the GPU is done", "#edae49")}
+    for axis, record in zip(axes.flat, found):
         versions = [OURS, *record["peers"]]
-        for offset, (kind, label) in enumerate(kinds.items()):
-            values = [_place(record, name).get(kind) or 0 for name in versions]
-            positions = [p + 0.27 * offset for p in range(len(versions))]
-            axis.barh(positions, values, 0.25, label=label)
-            for y, us in zip(positions, values):
-                axis.text(us, y, f" {us:.1f}" if us else "", va="center", fontsize=6)
-        axis.set_yticks([p + 0.27 for p in range(len(versions))], versions, fontsize=7)
-        axis.set_title(record["case"], fontsize=8)
-        axis.set_xlabel("µs per call", fontsize=8)
+        for offset, (kind, (label, colour)) in enumerate(kinds.items()):
+            for y, name in enumerate(versions):
+                us = _place(record, name).get(kind) or 0
+                axis.barh(y + 0.4 * offset, us, 0.38, color=colour, label=None if y else label)
+                axis.text(us, y + 0.4 * offset, f" {us:.1f}" if us else "", va="center")
+        labels = [textwrap.fill(name, 18) for name in versions]
+        axis.set_yticks([y + 0.2 for y in range(len(versions))], labels)
+        axis.set_title(record["case"])
+        axis.margins(x=0.18)
         axis.invert_yaxis()
-    axes.flat[0].legend(fontsize=7)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[-1]:
+        axis.set_xlabel("µs per call")
+    figure.legend(
+        *axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=2,
+        frameon=False,
+    )  # fmt: skip
     figure.suptitle(f"What each optimisation is worth, {_where(records)}")
-    figure.tight_layout()
     return figure
 
 

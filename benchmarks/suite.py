@@ -20,6 +20,7 @@ from . import timing
 
 OURS = "cupy_cache"
 POISON = 0x5A
+SLOTS = 65536  # of a paged cache, at least
 
 
 class Contender(NamedTuple):
@@ -193,6 +194,72 @@ def opened(workload):
         yield workload
     finally:
         workload.close()
+
+
+def benchmarks(cases, make, who):
+    """What pytest collects from a bench file: ``load, test_device, test_host``.
+
+    Parameters
+    ----------
+    cases : list of objects whose ``str`` names them
+    make : callable
+        Case -> `Workload`, when its first benchmark begins.
+    who : list of str
+        Contenders, each with a test of its own.
+    """
+
+    @pytest.fixture(scope="module", params=cases, ids=ids(cases))
+    def load(request):
+        yield from opened(make(request.param))
+
+    @pytest.mark.parametrize("who", who)
+    def test_device(benchmark, load, who):
+        measure_device(benchmark, load, who)
+
+    @pytest.mark.parametrize("who", who)
+    def test_host(benchmark, load, who):
+        measure_host(benchmark, load, who)
+
+    return load, test_device, test_host
+
+
+def caches(num_blocks, block_size, heads, size, dtype, layout="NHD"):
+    """Two storages, of keys and of values, and their views [block, offset, head, element]."""
+    torch = timing.torch_module()
+    inner = (heads, block_size) if layout == "HND" else (block_size, heads)
+    storages = [
+        torch.empty((num_blocks, *inner, size), dtype=dtype, device=timing.device())
+        for _ in range(2)
+    ]
+    return storages, [s.permute(0, 2, 1, 3) for s in storages] if layout == "HND" else storages
+
+
+def slots_for(sets, tokens, block_size, order="random", num_blocks=None):
+    """How many blocks a cache has, and slots for each set, no slot twice: scattered over the whole
+    cache, or "consecutive"."""
+    torch = timing.torch_module()
+    num_blocks = num_blocks or _blocks(sets * tokens, block_size)
+    ordered = torch.randperm if order == "random" else torch.arange
+    slots = ordered(num_blocks * block_size, device=timing.device())[: sets * tokens]
+    return num_blocks, slots.view(sets, tokens)
+
+
+def pages_for(sets, rows, sequences, block_size):
+    """How many blocks a cache has, a block table for each set, no block twice, and the bounds of
+    the sequences, all equally long."""
+    torch, device = timing.torch_module(), timing.device()
+    length = rows // sequences
+    width = -(-length // block_size)
+    used = sets * sequences * width
+    num_blocks = _blocks(used * block_size, block_size)
+    tables = torch.randperm(num_blocks, device=device)[:used].to(torch.int32)
+    bounds = torch.arange(sequences + 1, device=device, dtype=torch.int32) * length
+    return num_blocks, tables.view(sets, sequences, width), bounds
+
+
+def _blocks(slots, block_size):
+    least = SLOTS if timing.on_gpu() else SLOTS // 16
+    return -(-max(slots, least) // block_size)
 
 
 def measure_device(benchmark, load, who):

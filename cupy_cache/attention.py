@@ -150,7 +150,8 @@ def place_slopes(slopes, *, framework=None, device=None, out=None, stream=None):
     """
     op = "place_slopes"
     try:
-        given = np.asarray(slopes, np.float64)
+        with np.errstate(all="ignore"):  # a signalling NaN is invalid in a cast
+            given = np.asarray(slopes, np.float64)
     except (TypeError, ValueError) as error:
         raise ArgumentError(
             f"{op}: Invalid value of slopes: expected numbers in host memory ({error})"
@@ -160,7 +161,7 @@ def place_slopes(slopes, *, framework=None, device=None, out=None, stream=None):
             f"{op}: Invalid shape of slopes: expected [n] with n at most {MAX_HEADS}, got "
             f"{list(given.shape)}"
         )
-    with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(all="ignore"):
         rounded = given.astype(np.float32)
     lost = given[np.isinf(rounded)]
     if np.isfinite(lost).any():

@@ -229,11 +229,12 @@ def slot_count(op, first="key", second="value"):
 
 
 def split_scale(op, name, scale):
-    """A scale as (array, number): exactly one of them is not None."""
-    if scale is None or isinstance(scale, bool):
+    """A scale, of which None means 1.0, as (array, number): exactly one of them is not None."""
+    if scale is None:
+        return None, 1.0
+    if isinstance(scale, bool):
         raise ArgumentError(
-            f"{op}: Invalid value of {name}: expected a number or a float32 array, since this "
-            f"kv_cache_dtype is scaled, got {scale}"
+            f"{op}: Invalid value of {name}: expected a number or a float32 array, got {scale}"
         )
     if not isinstance(scale, numbers.Real):
         return scale, None
@@ -249,8 +250,8 @@ def split_scales(op, kv_cache_dtype, k_scale, v_scale):
     is not None. For a raw copy, which has no scales, the arrays are left out."""
     if not formats.is_scaled(kv_cache_dtype):
         return (), (None, None)
-    k_array, k_number = split_scale(op, "k_scale", 1.0 if k_scale is None else k_scale)
-    v_array, v_number = split_scale(op, "v_scale", 1.0 if v_scale is None else v_scale)
+    k_array, k_number = split_scale(op, "k_scale", k_scale)
+    v_array, v_number = split_scale(op, "v_scale", v_scale)
     return (k_array, v_array), (k_number, v_number)
 
 

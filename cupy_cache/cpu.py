@@ -4,7 +4,8 @@
 
 Every function gets checked arguments and views of the caller's memory. Elements that are only
 moved are viewed as unsigned integers of their size. Values outside their bounds are skipped and
-recorded, exactly as on the GPU.
+recorded, exactly as on the GPU. Arithmetic on the caller's numbers ignores floating-point errors,
+whatever np.seterr says: a GPU has none either, and a mere cast raises one for a signalling NaN.
 """
 
 import math
@@ -18,14 +19,14 @@ from . import formats, launch
 def encode(values, dtype):
     """float32 ``values`` as ``dtype`` (a `formats.DType`), returned as its bits: round to nearest,
     ties to even, except int8, where ties go away from zero; 8-bit types saturate; a NaN has all
-    bits but the sign set, whatever its own are, and is 0 in int8."""
+    bits but the sign set, whatever its own are, and is 0 in int8. For callers that ignore
+    floating-point errors."""
     if dtype.name == "int8":
         # In float64 the half can be added exactly.
         wide = np.clip(np.nan_to_num(values.astype(np.float64), nan=0.0), -128, 127)
         return (np.sign(wide) * np.floor(np.abs(wide) + 0.5)).astype(np.int8).view(np.uint8)
     if dtype.bytes > 1:
-        with np.errstate(over="ignore"):
-            bits = values.astype(dtype.numpy).view(dtype.bits)
+        bits = values.astype(dtype.numpy).view(dtype.bits)
         return np.where(np.isnan(values), dtype.bits.type(2 ** (8 * dtype.bytes - 1) - 1), bits)
     largest = float(ml_dtypes.finfo(dtype.numpy).max)
     bits = np.clip(values, -largest, largest).astype(dtype.numpy).view(np.uint8)
@@ -33,7 +34,7 @@ def encode(values, dtype):
 
 
 def decode(bits, dtype):
-    """The float32 values of ``dtype``'s ``bits``."""
+    """The float32 values of ``dtype``'s ``bits``. For callers that ignore floating-point errors."""
     return bits.view(dtype.numpy).astype(np.float32)
 
 
@@ -96,10 +97,10 @@ def reshape_and_cache_flash_per_token_head(
     )
     sides = (key, key_cache, k_scale_cache), (value, value_cache, v_scale_cache)
     for data, cache, scale_cache in sides:
-        values = decode(data[tokens], source)
-        scales = _largest(values) / np.float32(formats.LARGEST[stored.name])
-        scales = np.maximum(scales, np.float32(1e-6))
         with np.errstate(all="ignore"):
+            values = decode(data[tokens], source)
+            scales = _largest(values) / np.float32(formats.LARGEST[stored.name])
+            scales = np.maximum(scales, np.float32(1e-6))
             inverses = np.float32(1.0) / scales
             cache[block, offset] = encode(values * inverses[..., np.newaxis], stored)
         scale_cache[block, offset] = scales
@@ -152,8 +153,8 @@ def concat_and_cache_fp8_ds_mla(
         "concat_and_cache_mla", slot_mapping[:rows], *kv_cache.shape[:2]
     )
     tiles = kv_c[tokens].reshape(-1, 4, 128)
-    largest = np.fmax.reduce(np.abs(decode(tiles, source)), axis=-1, initial=0.0)
-    scales = largest / np.float32(448.0)
+    with np.errstate(all="ignore"):
+        scales = _largest(decode(tiles, source)) / np.float32(448.0)
     if power_of_two:
         scales = _power_of_two_from(np.maximum(scales, np.float32(1e-4)))
     else:
@@ -172,8 +173,9 @@ def indexer_k_quant_and_cache(
         "indexer_k_quant_and_cache", slot_mapping[:rows], *kv_cache.shape[:2]
     )
     keys = k[tokens].reshape(-1, k.shape[1] // quant_block_size, quant_block_size)
-    largest = np.maximum(_largest(decode(keys, source)), np.float32(1e-4))
-    scales = largest / np.float32(448.0)
+    with np.errstate(all="ignore"):
+        largest = np.maximum(_largest(decode(keys, source)), np.float32(1e-4))
+        scales = largest / np.float32(448.0)
     if power_of_two:
         scales = _power_of_two_from(scales)
     words = scales.view(np.uint32)

@@ -8,6 +8,8 @@ of dimensions declared as rows (the tokens of a step) are not part of the signat
 every step and are checked at every call.
 """
 
+import functools
+import operator
 import sys
 import threading
 from collections import OrderedDict
@@ -36,12 +38,14 @@ class Arg(NamedTuple):
     """An array argument of an operation.
 
     name : the argument's name. rows : its first dimension varies from call to call. optional : may
-    be None.
+    be None. index : it holds indices, read one by one: that it is aligned to more than their size
+    means nothing to the plan.
     """
 
     name: str
     rows: bool = False
     optional: bool = False
+    index: bool = False
 
 
 class GpuPlan(NamedTuple):
@@ -68,8 +72,8 @@ class _Repeat(NamedTuple):
     """A signature of torch tensors on a GPU that came again.
 
     same : see `torch_tensors.same_as`. alignment : the addresses' low bits.
-    launches : {(*first extents of the rows arguments, *numbers): (grid, threads, the parameters
-    behind the pointers given), None where there is nothing to do}.
+    launches : {(*elements of each tensor, *numbers): (send, the parameters behind the addresses
+    given)}, None where there is nothing to do; see `launch.Launcher.prepare`.
     """
 
     same: object
@@ -83,82 +87,97 @@ class _Repeats:
     """The latest signatures that came again, for some of an operation's arguments.
 
     A call that fits one of them is compared with it in C++, and nothing is asked of its tensors but
-    their addresses and the extents of their rows: what an engine does at every layer and step.
+    their addresses and how many elements they have, which tells the extents of their rows: what an
+    engine does at every layer and step.
 
     Parameters
     ----------
     op : Op
     given : sequence of int
         The indices of the arguments that are given at each call.
-    fixed : list, optional
-        The addresses of all arguments up to the last present one, of which those given are
-        replaced; by default all of them are given.
+    fixed : dict, optional
+        {index: address} of the other ones that are present.
     """
 
     def __init__(self, op, given, fixed=None):
-        self._op, self._given, self._fixed = op, given, fixed
+        self._op, self._fixed = op, tuple((fixed or {}).values())
         self._rows = [place for place, index in enumerate(given) if op.args[index].rows]
-        self._absent = len(op.args) - (len(given) if fixed is None else len(fixed))
+        self._masks = [op.masks[index] for index in given]
+        self._absent = len(op.args) - len(given) - len(self._fixed)
+        places = [*given, *(fixed or ())]
+        self._sorted = None  # parameters from their order here to that of the kernel
+        if places != sorted(places):
+            order = sorted(range(len(places)), key=places.__getitem__)
+            self._sorted = operator.itemgetter(*order)
         self._known = ()
-        self._address = sys.modules["torch"].Tensor.data_ptr
+        kind = sys.modules["torch"].Tensor
+        self._address, self._elements = kind.data_ptr, kind.numel
 
     def run(self, tensors, numbers, stream):
         """Run on ``tensors``, those given; False, with nothing done, if they fit no signature."""
         for repeat in self._known:
             if repeat.same(*tensors):
                 addresses = list(map(self._address, tensors))
-                alignment = 0
-                for address in addresses:
-                    alignment = alignment << 4 | address & 15
-                if alignment == repeat.alignment:
+                if _alignment(addresses, self._masks) == repeat.alignment:
                     break
         else:
             return False
-        key = (*[tensors[place].shape[0] for place in self._rows], *numbers)
+        if stream is None:
+            stream = repeat.current_stream()
+        key = (*map(self._elements, tensors), *numbers)
         try:
-            shape = repeat.launches[key]
+            found = repeat.launches[key]
         except KeyError:
-            shape = self._shape(repeat, key, numbers)
-        if shape is None:
-            return True
-        grid, threads, after = shape
-        if self._fixed is not None:
-            given, addresses = addresses, self._fixed.copy()
-            for index, address in zip(self._given, given):
-                addresses[index] = address
-        stream = repeat.current_stream() if stream is None else stream
-        repeat.plan.launcher.send(grid, threads, stream, (*addresses, *after))
+            found = self._prepare(repeat, key, tensors, numbers, stream)
+        if found is not None:
+            send, others = found
+            if self._sorted is None:
+                send(stream, (*addresses, *others))
+            else:
+                send(stream, (*self._sorted((*addresses, *self._fixed)), *others))
         return True
 
-    def _shape(self, repeat, key, numbers):
-        """What a new combination of extents makes of the launch, remembered."""
-        count, plan = self._op.count, repeat.plan
+    def _prepare(self, repeat, key, tensors, numbers, stream):
+        """The launch for a new combination of extents, remembered."""
+        op, plan = self._op, repeat.plan
         rows, counts = 1, ()
-        if count is not None:
-            extents = list(key[: len(self._rows)])
-            extents += [None] * (sum(arg.rows for arg in self._op.args) - len(extents))
-            counts = count(extents, *numbers)
+        if op.count is not None:
+            extents = [tensors[place].shape[0] for place in self._rows]
+            extents += [None] * (sum(arg.rows for arg in op.args) - len(extents))
+            counts = op.count(extents, *numbers)
             rows = counts[0]
-        shape = None
+        found = None
         if rows:
             grid, threads = plan.shape(rows)
             if plan.launcher.has_work(grid):
-                shape = grid, threads, (0,) * self._absent + counts
+                send = plan.launcher.prepare(grid, threads, stream)
+                found = send, (0,) * self._absent + counts
         if len(repeat.launches) >= MAX_LAUNCHES:
             repeat.launches.clear()
-        repeat.launches[key] = shape
-        return shape
+        repeat.launches[key] = found
+        return found
 
     def learn(self, tensors, plan, current_stream):
         """Know the signature of ``tensors`` from now on."""
+        # Where rows have no elements, how many there are does not show in their number.
+        if not all(map(self._elements, tensors)):
+            return
         same = torch_tensors.same_as(tensors, self._rows)
         if same is None:
             return
-        alignment = 0
-        for tensor in tensors:
-            alignment = alignment << 4 | self._address(tensor) & 15
+        alignment = _alignment(list(map(self._address, tensors)), self._masks)
         repeat = _Repeat(same, alignment, plan, current_stream, {})
         self._known = (repeat, *self._known[: MAX_REPEATS - 1])
+
+
+def _alignment(addresses, masks):
+    """The addresses' low bits that count, which decide how wide a vector may be."""
+    if not functools.reduce(operator.or_, addresses) & 15:
+        return 0
+    alignment = 0
+    for address, mask in zip(addresses, masks):
+        alignment = alignment << 4 | address & mask
+    return alignment
 
 
 class Op:
@@ -185,6 +204,7 @@ class Op:
     def __init__(self, name, args, plan, destination, count=None):
         self.name, self.args, self.destination, self.count = name, args, destination, count
         self._make = plan
+        self.masks = [7 if arg.index else 15 for arg in args]  # indices have at most 8 bytes
         self._rows = tuple(index for index, arg in enumerate(args) if arg.rows)
         self._readers = {}
         self._plans = OrderedDict()
@@ -220,7 +240,7 @@ class Op:
             pointers = [fact[0] for fact in facts]
             strides = [fact[2] for fact in facts]
             metas = [(fact[1], fact[3], fact[4]) for fact in facts]
-        whole, extents, alignment = metas.copy(), [], 0
+        whole, extents = metas.copy(), []
         for index in self._rows:
             if index >= len(metas):
                 extents.append(None)
@@ -230,9 +250,7 @@ class Op:
                 self._refuse_scalar(index)
             extents.append(shape[0])
             metas[index] = shape[1:], dtype, place
-        for pointer in pointers:
-            alignment = alignment << 4 | pointer & 15
-        key = (options, alignment, *strides, *metas)
+        key = (options, _alignment(pointers, self.masks), *strides, *metas)
         known = entry = self._plans.get(key)
         if entry is None:
             entry = self._remember(key, pointers, whole, strides, options)
@@ -387,7 +405,8 @@ class Bound:
         if again is None:
             return
         if repeats is None:
-            fixed = torch_tensors.addresses(everything)
+            addresses = torch_tensors.addresses(everything)
+            fixed = {i: a for i, a in enumerate(addresses) if i not in self._given}
             repeats = self._repeats = _Repeats(self._op, self._given, fixed)
         repeats.learn(objects, *again)
 

@@ -227,7 +227,9 @@ def quantiser(source, stored, vector_bytes):
 
 def dequantiser(stored, target, vector_bytes):
     """How the converter is spelled that makes vectors of ``vector_bytes`` of ``target`` elements,
-    from ``stored`` ones."""
+    from ``stored`` ones, or by copying where ``stored`` is None."""
+    if stored is None:
+        return f"cupy_cache::Copy<{vector_bytes}>"
     types = f"{ELEMENT_NAMES[stored.name]}, {ELEMENT_NAMES[target.name]}"
     return f"cupy_cache::Dequantise<{types}, {vector_bytes}>"
 

@@ -36,9 +36,9 @@ def op(name, plan, count, bounds="cu_seq_lens"):
         args=(
             dispatch.Arg("src_cache"),
             dispatch.Arg("dst", rows=True),
-            dispatch.Arg("block_table", rows=True),
-            dispatch.Arg(bounds, rows=True),
-            dispatch.Arg("seq_starts", rows=True, optional=True),
+            dispatch.Arg("block_table", rows=True, index=True),
+            dispatch.Arg(bounds, rows=True, index=True),
+            dispatch.Arg("seq_starts", rows=True, optional=True, index=True),
             dispatch.Arg("scale", optional=True),
         ),
         plan=plan,
@@ -154,10 +154,6 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto", number=None):
             cpu.gather_cache, axes=axes, stored=fmt.stored, number=number, target=dst.dtype
         )
         return cpu_plan(run, described)
-    converter = "cupy_cache::Copy<{}>"
-    if fmt.stored is not None:
-        names = (formats.ELEMENT_NAMES[d.name] for d in (fmt.stored, dst.dtype))
-        converter = f"cupy_cache::Dequantise<{', '.join(names)}, {{}}>"
     group = src.shape[axes.slots[-1]]
     group_stride, offset_stride = (src.strides[axes.slots[0]], src.strides[axes.slots[-1]])
     if len(axes.slots) == 1:
@@ -174,7 +170,8 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto", number=None):
     kernel = modules.Kernel(
         STEM,  # a raw copy is one kernel for several operations
         STEM,
-        f"gather_cache<{converter.format(vector)}, {vector}, {shape.outer}, {shape.heads}, "
+        f"gather_cache<{formats.dequantiser(fmt.stored, dst.dtype, vector)}, {vector}, "
+        f"{shape.outer}, {shape.heads}, "
         f"{length}, {block_size}, {group}, {index_names(described)}, {per_thread}, {MAX_THREADS}>",
         PARAMS,
         guarded=GUARDED,

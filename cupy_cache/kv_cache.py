@@ -69,9 +69,7 @@ class PagedKVCache:
             op, fixed = concat_and_cache_mla.OP, {"kv_cache": self.key_caches[layer]}
             array, number = None, None
             if formats.is_scaled(kv_cache_dtype):
-                array, number = contract.split_scale(
-                    op.name, "k_scales", 1.0 if k_scale is None else k_scale
-                )
+                array, number = contract.split_scale(op.name, "k_scales", k_scale)
             scales = {"scale": array}
             options = kv_cache_dtype, number, concat_and_cache_mla.SCALE_RULES[0]
         else:

@@ -75,11 +75,7 @@ def entry_kernel(op, caches, kv_c, k_pe, kv_cache, stored, slot_dtype, params_st
         [n for a in sources for n in (a.ptr, *a.strides[:-1])],
         (latent, rope, kv_cache.ptr, *kv_cache.strides[:-1]),
     )
-    if stored is None:
-        converter = f"cupy_cache::Copy<{vector}>"
-    else:
-        types = f"{formats.ELEMENT_NAMES[kv_c.dtype.name]}, {formats.ELEMENT_NAMES[stored.name]}"
-        converter = f"cupy_cache::Quantise<{types}, {vector}>"
+    converter = formats.quantiser(kv_c.dtype, stored, vector)
     kernel = modules.Kernel(
         op,
         STEM,

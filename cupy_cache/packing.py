@@ -21,6 +21,7 @@ from .log import logger
 STAGE_BYTES = 32 << 20
 LAYOUTS = ("layer_first", "page_first")
 MAX_THREADS = 256
+ITEMS = 2  # vectors of each tensor that a thread has in flight
 _MAX_WORKS = 2**31 - 1  # work indices are 32-bit in the kernel
 _MAX_PACKED_NUMBER = 2**31  # numbers in the parameters are 32-bit, negative ones padding
 
@@ -279,7 +280,7 @@ class Plan:
             self.op,
             "pack_blocks",
             f"pack_blocks<cupy_cache::Move::{self.move.name}, {len(vectors)}, {vector}, {runs[0]}, "
-            f"{runs[-1]}, {str(nested).lower()}, {block_size}, {blocks.ITEMS}, {index}, "
+            f"{runs[-1]}, {str(nested).lower()}, {block_size}, {ITEMS}, {index}, "
             f"{MAX_THREADS}>",
             PARAMS,
             guarded=() if index_dtype is None else (argument,),
@@ -361,11 +362,11 @@ class Plan:
 
     def _launch(self, stream, layers, items, tail, *values):
         works = items * self.vectors
-        work_threads = launch.ceil_div(works * layers, blocks.ITEMS)
+        work_threads = launch.ceil_div(works * layers, ITEMS)
         threads = launch.block_threads(
             work_threads, launch.processors(self.device.index), MAX_THREADS
         )
-        grid = launch.ceil_div(works, threads * blocks.ITEMS)
+        grid = launch.ceil_div(works, threads * ITEMS)
         if self.max_blocks is not None:
             grid = min(grid, max(1, self.max_blocks // layers))
         self._launcher.enqueue((grid, layers, 1), threads, stream, *values, tail=tail)

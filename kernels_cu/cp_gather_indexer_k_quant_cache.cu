@@ -70,10 +70,11 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (row >= p.rows) return;
 
   const Length* const lengths = reinterpret_cast<const Length*>(p.cu_seq_lens);
-  const i64 sequence = find_segment(lengths, p.sequences, row);
+  const Segment segment = find_segment(lengths, p.sequences, row);
+  const i64 sequence = segment.index;
   if (sequence < 0 || sequence == p.sequences) return;
   // Unsigned, because the lengths may hold anything.
-  const u64 position = static_cast<u64>(row) - static_cast<u64>(lengths[sequence]);
+  const u64 position = static_cast<u64>(row) - static_cast<u64>(segment.start);
   const Place<kBlockSize> place(static_cast<i64>(position));
   if (!in_bounds(place.block, p.table_width, kBlockTable, row)) return;
   const i64 block = static_cast<i64>(reinterpret_cast<const Block*>(

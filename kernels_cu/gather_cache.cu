@@ -52,7 +52,8 @@ template <int kBlockSize, int kGroup, bool kOpenEnd, typename Block, typename Le
 __device__ __forceinline__ const char* token_of(const Params& p, i64 row) {
   static_assert(kBlockSize % kGroup == 0, "whole groups");
   const Length* const lengths = reinterpret_cast<const Length*>(p.cu_seq_lens);
-  const i64 sequence = find_segment(lengths, kOpenEnd ? p.sequences - 1 : p.sequences, row);
+  const Segment segment = find_segment(lengths, kOpenEnd ? p.sequences - 1 : p.sequences, row);
+  const i64 sequence = segment.index;
   if (sequence < 0 || sequence == p.sequences) return nullptr;
   i64 start = 0;
   if (p.seq_starts) {
@@ -62,7 +63,7 @@ __device__ __forceinline__ const char* token_of(const Params& p, i64 row) {
   }
   // Unsigned, because the lengths may hold anything.
   const u64 position =
-      static_cast<u64>(start) + (static_cast<u64>(row) - static_cast<u64>(lengths[sequence]));
+      static_cast<u64>(start) + (static_cast<u64>(row) - static_cast<u64>(segment.start));
   const Place<kBlockSize> place(static_cast<i64>(position));
   if (!in_bounds(place.block, p.table_width, kBlockTable, row)) return nullptr;
   const i64 block = static_cast<i64>(reinterpret_cast<const Block*>(

@@ -36,14 +36,15 @@ __global__ void __launch_bounds__(kMaxThreads) slot_mapping(const __grid_constan
   if (token >= p.slots) return;
   i64 slot = kNoSlot;
   if (token < p.tokens) {
+    // Loaded before the search, which it does not depend on.
+    const i64 position = static_cast<i64>(
+        *reinterpret_cast<const Position*>(p.positions + token * p.position_stride));
     const i64 request =
-        find_segment(reinterpret_cast<const Start*>(p.query_start_loc), p.requests, token);
+        find_segment(reinterpret_cast<const Start*>(p.query_start_loc), p.requests, token).index;
     if (request >= 0 && request < p.requests) {
       const Table table = {p.block_table, p.requests,      p.table_stride,
                            p.position_limit, p.block_limit, p.block_size,
                            p.cp_world_size,  p.cp_rank,     p.cp_interleave};
-      const i64 position = static_cast<i64>(
-          *reinterpret_cast<const Position*>(p.positions + token * p.position_stride));
       slot = slot_of<kParallel, Block>(table, request, position, token);
     }
   }

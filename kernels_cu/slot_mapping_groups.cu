@@ -40,16 +40,17 @@ __global__ void __launch_bounds__(kMaxThreads)
   const Table& table = p.groups[blockIdx.y];
   i64 slot = kNoSlot;
   if (token < p.tokens && table.block_size > 0) {
+    // Loaded before the search, which it does not depend on.
+    const i64 position = static_cast<i64>(
+        *reinterpret_cast<const Position*>(p.positions + token * p.position_stride));
     const i64 request =
-        find_segment(reinterpret_cast<const Start*>(p.query_start_loc), p.requests, token);
+        find_segment(reinterpret_cast<const Start*>(p.query_start_loc), p.requests, token).index;
     if (request >= 0 && request < p.requests) {
       const i64 fault_row = (p.first + blockIdx.y) * p.tokens + token;
       const i64 row = p.idx_mapping ? static_cast<i64>(*reinterpret_cast<const Row*>(
                                           p.idx_mapping + request * p.idx_stride))
                                     : request;
       if (row >= 0 && in_bounds(row, table.rows, kIdxMapping, fault_row)) {
-        const i64 position = static_cast<i64>(
-            *reinterpret_cast<const Position*>(p.positions + token * p.position_stride));
         slot = slot_of<kParallel, Block>(table, row, position, fault_row);
       }
     }

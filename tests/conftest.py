@@ -49,7 +49,7 @@ GXX = shutil.which("g++")
 
 # Of each test's parameter combinations on each kind of array, this many run by default, chosen by
 # their names, so always the same; --everything runs all. A single combination is quick, but there
-# are more than ten thousand.
+# are more than ten thousand. Tests marked whole always run all.
 SAMPLE = 1
 WITHOUT_ARRAYS = 4  # of the tests that are not about kinds of arrays
 
@@ -82,6 +82,7 @@ def _keep_sample(config, items):
             : SAMPLE if world else WITHOUT_ARRAYS
         ]
     }
+    kept.update(item for item in items if item.get_closest_marker("whole"))
     named = any("::" in argument for argument in config.args)
     if not named and len(kept) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])

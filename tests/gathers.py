@@ -6,11 +6,9 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import worlds
+from guards import check_faults, draw_numbers
 
 import cupy_cache as cc
-
-# Of what a table, bounds or starts may hold by mistake.
-BAD = (-(2**63), -(2**31), -1, 2**31, 2**32 + 1, 2**62, 2**63 - 1)
 
 
 def cache(rng, layout, num_blocks, block_size, inner, dtype, pad=0):
@@ -62,18 +60,10 @@ def batches(draw, pool):
     count, width = draw(st.integers(0, 5)), draw(st.integers(0, 4))
     num_blocks = draw(st.integers(1, 6))
 
-    def numbers(shape, good, dtype):
-        limits = np.iinfo(dtype)
-        wild = st.sampled_from([b for b in BAD if limits.min <= b <= limits.max])
-        n = int(np.prod(shape))
-        value = st.one_of(good, good, good, wild) if draw(st.booleans()) else good
-        drawn = draw(st.lists(value, min_size=n, max_size=n))
-        return np.array(drawn, dtype).reshape(shape)
-
-    table = numbers((count, width), st.integers(0, num_blocks - 1), table_type)
+    table = draw_numbers(draw, (count, width), st.integers(0, num_blocks - 1), table_type)
     starts = None
     if starts_type:
-        starts = numbers((count,), st.integers(0, width * block_size), starts_type)
+        starts = draw_numbers(draw, (count,), st.integers(0, width * block_size), starts_type)
     lengths = draw(st.lists(st.integers(0, 3 * block_size), min_size=count, max_size=count))
     bounds = np.cumsum([draw(st.integers(-2, 4)), *lengths]).astype(bounds_type)
     rows = max(int(bounds[-1]) + draw(st.integers(-2, 3)), 0)
@@ -99,20 +89,7 @@ def check(world, specs, call, expect, op="gather_cache", converted=None):
                 np.testing.assert_array_equal(np.isnan(ones), nan)
             ones[nan] = others[nan] = 0
         np.testing.assert_array_equal(got, wanted)
-    check_faults(faults, op)
-
-
-def check_faults(expected, op="gather_cache"):
-    """The first violation met is recorded; on a GPU any may be the first."""
-    try:
-        cc.raise_faults()
-        recorded = ()
-    except cc.FaultError as error:
-        recorded = error.faults
-    assert bool(recorded) == bool(expected)
-    for fault in recorded:
-        assert fault.op == op
-        assert (fault.row, fault.argument, fault.value, fault.limit) in expected
+    check_faults(op, faults)
 
 
 def refused(world, call, specs, error, *words):

@@ -52,8 +52,8 @@ def reshape_and_cache_flash_per_token_head(
             (key, key_cache, k_scale_cache), (value, value_cache, v_scale_cache)
         ):  # fmt: skip
             for head in range(source.shape[1]):
-                row = [np.float32(x) for x in source[token, head]]
                 with np.errstate(all="ignore"):
+                    row = [np.float32(x) for x in source[token, head]]
                     largest = max([abs(x) for x in row if x == x], default=np.float32(0))
                     scale = max(largest / largest_code, np.float32(1e-6))
                     inverse = np.float32(1) / scale

@@ -3,15 +3,23 @@
 """Every shipped instantiation as machine code, made and read without a GPU."""
 
 import concurrent.futures
-import functools
-import importlib.metadata
 import itertools
 import os
 import re
 import shutil
-import subprocess
 
 import pytest
+from machine_code import (
+    CONVERTING,
+    INDEXER_SHAPE,
+    MLA_SHAPE,
+    NOT_READ,
+    ONE_SHAPE,
+    cuobjdump,
+    instructions,
+    resources,
+    template_parameters,
+)
 
 from cupy_cache import attention, errors, formats, modules, params
 from cupy_cache.specialisations import OPERATIONS, specialisations
@@ -30,17 +38,9 @@ SHAPES = tuple(
         ("bfloat16", "float32"),
     )
 )
-ONE_SHAPE = (8, 128, 16, "bfloat16")
-MLA_SHAPE = (1, 576, 64, "bfloat16")
-INDEXER_SHAPE = (1, 128, 64, "bfloat16")
-CONVERTING = (
-    "reshape_and_cache_flash", "reshape_and_cache", "reshape_and_cache_flash_per_token_head",
-    "gather_and_maybe_dequant_cache", "convert_fp8",
-)  # fmt: skip
 # What packs, unpacks and zeroes comes in many kinds from one source, hardly depending on the shape.
 FEW = [op for op in OPERATIONS if not op.startswith(("pack_tokens", "unpack_", "zero_"))]
 PAIRS = [name for name in formats.LAYOUTS if name not in ("rows", "indexer")]
-NOT_READ = "THE MACHINE CODE WAS NOT READ: the wheel nvidia-cuda-cuobjdump is not installed"
 # The instructions are read for the plain copies of these alone, except on the complete
 # architecture: starting the disassembler takes longer than compiling a dozen kernels.
 READ_EVERYWHERE = ("copy_blocks", "reshape_and_cache_flash", "gather_cache")
@@ -79,43 +79,10 @@ def shipped(architecture, everything=False):
 # --- reading --------------------------------------------------------------------------------------
 
 
-@functools.cache
-def cuobjdump():
-    """The tool that reads machine code, from its wheel; None where that is not installed."""
-    try:
-        files = importlib.metadata.files("nvidia-cuda-cuobjdump") or ()
-    except importlib.metadata.PackageNotFoundError:
-        return None
-    return next((f.locate() for f in files if f.stem == "cuobjdump"), None)
-
-
-def run_cuobjdump(option, path):
-    return subprocess.run(
-        [cuobjdump(), option, path], capture_output=True, text=True, check=True
-    ).stdout
-
-
-def resources(path):
-    """{mangled name: {resource: number}} of a cubin's kernels."""
-    found = re.findall(r"Function (\S+):\s*\n(.*)", run_cuobjdump("-res-usage", path))
-    return {
-        name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
-        for name, numbers in found
-    }
-
-
-def instructions(path):
-    """{mangled name: disassembly} of a cubin's kernels."""
-    functions = run_cuobjdump("-sass", path).split("Function : ")[1:]
-    return {text.split(None, 1)[0]: text for text in functions}
-
-
 def vector_widths(kernel):
     """The values of a kernel's template parameters that are widths of vectors in bytes."""
-    name, arguments = re.fullmatch(r"cupy_cache::(\w+)<(.*)>", kernel.expression).groups()
-    text = modules.expanded_source(kernel.stem)
-    found = re.search(rf"template <([^<>]*)>\s*__global__[^;{{]*?\b{name}\(", text)
-    names = [item.split()[-1] for item in found[1].split(",")]
+    name, names = template_parameters(kernel)
+    arguments = re.fullmatch(rf"cupy_cache::{name}<(.*)>", kernel.expression)[1]
     while "<" in arguments:  # commas inside an argument are no separators
         arguments = re.sub(r"<[^<>]*>", "", arguments)
     values = arguments.split(", ")

@@ -207,6 +207,17 @@ def test_skip_scale(world, rng):
         check(world, specs, "fp8", scale, True, run=run)
 
 
+def test_no_scale(world, rng):
+    """None is 1.0."""
+    specs = (
+        *sources(rng, 5, 32, 8, "bfloat16", values=True),
+        cache(rng, "contiguous", 2, 4, 40, "uint8"),
+        worlds.of_values(np.arange(5)),
+    )
+    run = functools.partial(oracle.concat_and_cache_mla, scale=1.0, stored="float8_e4m3fn")
+    check(world, specs, "fp8", run=run)
+
+
 def test_a_raw_copy_ignores_the_scale(world, rng):
     specs = (
         *sources(rng, 5, 32, 8, "bfloat16"),
@@ -492,7 +503,7 @@ class TestRefusals:
         words, options = ("kv_cache", "float8_e4m3fn"), {"kv_cache_dtype": "fp8", "scale": 1.0}
         self.refused(world, arguments, cc.DTypeError, *words, **options)
 
-    @pytest.mark.parametrize("scale", [None, True, 0.0, -1.0, math.nan, math.inf, 1e-60, 1e39])
+    @pytest.mark.parametrize("scale", [True, 0.0, -1.0, math.nan, math.inf, 1e-60, 1e39])
     def test_scales(self, world, rng, arguments, scale):
         arguments["kv_cache"] = worlds.array(rng, (3, 4, 40), "uint8")
         self.refused(world, arguments, cc.ArgumentError, "scale", kv_cache_dtype="fp8", scale=scale)

@@ -90,6 +90,8 @@ def test_worked_bytes(world, rng):
     output = worlds.array(rng, (4,), "uint8")
     cc.convert_fp8(world.put(output), world.put(source), 0.1)
     assert world.bytes_of(output).tolist() == [0x52, 0x7E, 0x58, 0x59]
+    cc.convert_fp8(world.put(output), world.put(source), None)  # 1.0
+    assert world.bytes_of(output).tolist() == [0x38, 0x63, 0x3E, 0x3E]
     source = worlds.of_values(np.array([1.0, -1.5], np.float32))
     output = worlds.array(rng, (2,), "uint8")
     cc.convert_fp8(world.put(output), world.put(source), 0.1, "fp8_e5m2")
@@ -208,7 +210,7 @@ def test_other_arguments_are_refused(world, rng):
     output, source = worlds.array(rng, (4, 6), "uint8"), worlds.array(rng, (4, 6), "float32")
     refused(world, output, source[:, :5], cc.ShapeError, "input", "[4, 5]")
     refused(world, output, source, cc.ArgumentError, "scale", scale=0.0)
-    refused(world, output, source, cc.ArgumentError, "scale", scale=None)
+    refused(world, output, source, cc.ArgumentError, "scale", scale=True)
     two = world.put(worlds.array(rng, (2,), "float32"))
     refused(world, output, source, cc.ShapeError, "scale", scale=two)
     wide = world.put(worlds.array(rng, (1,), "float64"))

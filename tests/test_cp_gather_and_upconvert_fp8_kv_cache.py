@@ -5,7 +5,8 @@ import numpy as np
 import oracle
 import pytest
 import worlds
-from gathers import BAD, batches, check, refused, sequences, typed
+from gathers import batches, check, refused, sequences, typed
+from guards import BAD
 
 import cupy_cache as cc
 from cupy_cache import formats, modules

@@ -27,6 +27,14 @@ class Recorder:
     def launch(self, loaded, grid, threads, stream, record):
         self.launches.append((loaded.expression, grid, threads, stream, bytes(record.buffer)))
 
+    def prepare(self, loaded, grid, threads):
+        """Nothing quicker than `launch`."""
+        del loaded, grid, threads
+        return self.refuse, NotImplementedError
+
+    def refuse(self, *arguments):
+        raise NotImplementedError(arguments)
+
     def processors(self, device):
         del device
         return 132
@@ -153,6 +161,19 @@ def test_what_is_refused_stays_refused(recorder):
     with pytest.raises(cc.ShapeError, match="value"):
         cc.reshape_and_cache_flash(given[0], given[1][..., :4], *given[2:])
     assert not recorder.take()
+
+
+def test_where_slots_lie_does_not_matter(recorder):
+    """A step's slots are often a slice of a longer array: 8-byte numbers, which lie anywhere."""
+    key, value, *caches, _ = tensors()
+    many = torch.arange(10)
+    for start in (0, 1, 2, 3, 4, 5):
+        given = key, value, *caches, many[start : start + 5]
+        cc.reshape_and_cache_flash(*given)
+        (sent,) = recorder.take()
+        assert fields(sent[-1]) == expected_fields(given)
+    (repeats,) = flash.OP._repeats.values()
+    assert len(repeats._known) == 1 and len(flash.OP._plans) == 1
 
 
 def test_no_tokens_and_streams(recorder):

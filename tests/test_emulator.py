@@ -4,14 +4,12 @@
 
 import shutil
 
-import ml_dtypes
 import numpy as np
 import pytest
 
 from cupy_cache import arrays, env, formats, launch, modules, params
 
 SOURCE = """\
-%(includes)s
 #include "cupy_cache/paging.cuh"
 #include "cupy_cache/vec.cuh"
 
@@ -26,7 +24,7 @@ struct Params {
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) planted(const __grid_constant__ Params p) {
   const int thread = threadIdx.x;
-%(body)s
+%s
 }
 
 }  // namespace cupy_cache
@@ -51,8 +49,8 @@ class Bench:
         values = np.ascontiguousarray(values)
         return self.world.upload(values.reshape(-1).view(np.uint8))
 
-    def kernel(self, body, threads, includes="", **options):
-        text = SOURCE % {"body": body, "includes": includes}
+    def kernel(self, body, threads, **options):
+        text = SOURCE % body
         stem = self.kernels.setdefault(text, f"planted{len(self.kernels)}")
         (self.folder / f"{stem}.cu").write_text(text)
         return modules.Kernel("planted", stem, f"planted<{threads}>", PARAMS, **options)
@@ -300,42 +298,6 @@ class TestRightKernels:
             assert bench.world.numpy(made).shape == np.empty(shape).shape
             assert (bench.world.numpy(made) == np.int32(-0x5A5A5A5B)).all()
             assert arrays.current_stream_of(seen)() == 0
-
-    def test_headers_that_convert(self, bench, rng):
-        """NVIDIA's headers convert on the host: bytes as from ml_dtypes."""
-        pytest.importorskip("cuda.pathfinder")
-        values = np.concatenate([
-            rng.integers(0, 2**32, 2000, np.uint32).view(np.float32),
-            rng.normal(size=2000).astype(np.float32),
-            np.array([0.0, -0.0, 448, 464, 465, -1e9, 2**-9, 2**-10, 1.5 * 2**-10], np.float32),
-        ])  # fmt: skip
-        values = values[values.view(np.uint32) << 1 <= 0xFF000000]  # no NaN
-        values = values[: values.size // 32 * 32]
-        body = """
-  const int at = blockIdx.x * kThreads + thread;
-  const float value = reinterpret_cast<const float*>(p.from)[at];
-  reinterpret_cast<__nv_bfloat16*>(p.to)[at] = __float2bfloat16_rn(value);
-  reinterpret_cast<__half*>(p.to + p.number * 2)[at] = __float2half_rn(value);
-  reinterpret_cast<__nv_fp8_e4m3*>(p.to + p.number * 4)[at] = __nv_fp8_e4m3(value);
-  static_assert(sizeof(uint4) == 16 && alignof(uint4) == 16, "a vector");
-"""
-        includes = "".join(f"#include <cuda_{name}.h>\n" for name in ("fp16", "bf16", "fp8"))
-        count = values.size
-        to = bench.storage(np.zeros(5 * count, np.uint8))
-        bench.run(
-            body,
-            to,
-            bench.storage(values),
-            number=count,
-            grid=(count // 32, 1, 1),
-            includes=includes,
-            converts=True,
-        )
-        with np.errstate(over="ignore"):
-            expected = [values.astype(ml_dtypes.bfloat16), values.astype(np.float16)]
-            saturated = np.clip(values, -448, 448).astype(ml_dtypes.float8_e4m3fn)
-        for at, want in zip((0, 2 * count, 4 * count), (*expected, saturated)):
-            np.testing.assert_array_equal(to.bytes[at : at + want.nbytes], want.view(np.uint8))
 
 
 def test_the_cache_follows_the_text(bench):

@@ -22,7 +22,7 @@ FLOORS = (
     ("errors", "env", "log", "_version"),
     ("formats", "params"),
     ("torch_tensors", "arrays", "contract"),
-    ("modules", "launch", "cpu"),
+    ("allocations", "modules", "launch", "cpu"),
     ("dispatch", "block_numbers", "blocks", "mla", "packing", "gathering", "indexer", "slots"),
     ("ops.*", "attention"),
     ("specialisations", "warmup", "kv_cache", "torch_ops", "__init__"),

@@ -122,6 +122,7 @@ def test_every_code(world, rng, kv_cache_dtype, dtype):
         ("fp8_e5m2", 0x7C, 0.5, "bfloat16", 0x7F80),  # infinity
         ("fp8_e5m2", 0x7B, 2.0, "float16", 0x7C00),  # 114688 is past float16
         ("int8", 0x80, 0.5, "float32", 0xC2800000),  # -64
+        ("int8", 0x80, None, "float32", 0xC3000000),  # -128: None is 1.0
         ("int8", 0xFF, 2.0**-149, "float32", 0x80000001),  # the smallest number
     ],
 )
@@ -260,7 +261,7 @@ class TestRefusals:
     def test_kv_cache_dtype(self, world, arguments, kind):
         self.refused(world, arguments, cc.ArgumentError, "kv_cache_dtype", str(kind), kind=kind)
 
-    @pytest.mark.parametrize("scale", [None, 0.0, -1.0, float("nan"), float("inf"), True])
+    @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf"), True])
     def test_scale(self, world, arguments, scale):
         self.refused(world, arguments, cc.ArgumentError, "scale", str(scale), scale=scale)
 

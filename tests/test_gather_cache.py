@@ -7,7 +7,8 @@ import numpy as np
 import oracle
 import pytest
 import worlds
-from gathers import BAD, batches, cache, check, refused, sequences, typed
+from gathers import batches, cache, check, refused, sequences, typed
+from guards import BAD
 
 import cupy_cache as cc
 

@@ -60,6 +60,19 @@ def test_again_and_again(torch, case):
     cc.raise_faults()
 
 
+def test_known_signature_in_a_new_thread(torch, case):
+    """A thread that has never touched CUDA has no context."""
+    for _ in range(3):
+        case.call(worlds.TorchCudaWorld())
+    world = worlds.TorchCudaWorld()
+    call = case.bind(world)
+    torch.cuda.synchronize()
+    thread = threading.Thread(target=call)
+    thread.start()
+    thread.join()
+    case.check(world)
+
+
 def test_cupy_graph(cupy, case):
     warm, world = worlds.CuPyWorld(), worlds.CuPyWorld()
     case.call(warm)

@@ -6,54 +6,23 @@ import numpy as np
 import oracle
 import pytest
 import worlds
+from guards import BAD, draw_numbers
+from slot_mappings import compare, values
 
 import cupy_cache as cc
 
-BAD = (-(2**63), -(2**31), -1, 2**31, 2**32 + 1, 2**62, 2**63 - 1)
-
 
 def compute(world, table, positions, bounds, block_size, out=None, **parallel):
-    """Run on ``world``, into ``out`` or a new array; compare the result, the whole storages and the
-    recorded faults with the oracle's. Returns the slots."""
-    specs = [s for s in (table, positions, bounds, out) if s is not None]
+    """Run on ``world``, into ``out`` or a new array, and compare. Returns the slots."""
+    specs = table, positions, bounds
     options = {f"cp_{name}": value for name, value in parallel.items()}
-    result = cc.slot_mapping(
-        *map(world.put, (table, positions, bounds)), block_size, out=world.put(out), **options
-    )
-    expected = {id(s.buffer): s.buffer.bytes.copy() for s in specs}
-    given = [s.on(expected[id(s.buffer)]) for s in (table, positions, bounds)]
-    if out is None:
-        slots = np.full(positions.shape, 123)
-    else:
-        slots = out.on(expected[id(out.buffer)])
+    result = cc.slot_mapping(*map(world.put, specs), block_size, out=world.put(out), **options)
     parallel = {"world": parallel.pop("world_size", 1), **parallel}
-    faults = oracle.slot_mapping(*given, block_size, slots, **parallel)
-    for spec in specs:
-        np.testing.assert_array_equal(world.bytes_of(spec), expected[id(spec.buffer)])
-    if out is None:
-        world.synchronize()
-        result = world.numpy(result)
-        assert result.dtype == np.int64
-        np.testing.assert_array_equal(result, slots)
-    check_faults(faults)
-    return slots
 
+    def expect(on, slots):
+        return oracle.slot_mapping(*map(on, specs), block_size, slots, **parallel)
 
-def check_faults(expected):
-    """The first violation met is recorded; on a GPU any may be the first."""
-    try:
-        cc.raise_faults()
-        recorded = ()
-    except cc.FaultError as error:
-        recorded = error.faults
-    assert bool(recorded) == bool(expected)
-    for fault in recorded:
-        assert fault.op == "slot_mapping"
-        assert (fault.row, fault.argument, fault.value, fault.limit) in expected
-
-
-def values(numbers, dtype="int64"):
-    return worlds.of_values(np.asarray(numbers, dtype))
+    return compare(world, "slot_mapping", specs, out, positions.shape, result, expect)
 
 
 @pytest.mark.parametrize(
@@ -233,19 +202,11 @@ def batches(draw):
     interleave, size = draw(st.sampled_from([(1, 1), (1, 1), (1, 3), (4, 2), (3, 4)]))
     block_size = interleave * draw(st.integers(1, 6))
 
-    def numbers(shape, good, dtype):
-        limits = np.iinfo(dtype)
-        wild = st.sampled_from([b for b in BAD if limits.min <= b <= limits.max])
-        n = int(np.prod(shape))
-        value = st.one_of(good, good, good, wild) if draw(st.booleans()) else good
-        drawn = draw(st.lists(value, min_size=n, max_size=n))
-        return np.array(drawn, dtype).reshape(shape)
-
-    table = numbers((count, width), st.integers(0, 2**31 - 1), types[0])
+    table = draw_numbers(draw, (count, width), st.integers(0, 2**31 - 1), types[0])
     lengths = draw(st.lists(st.integers(0, 5), min_size=count, max_size=count))
     bounds = np.cumsum([draw(st.integers(-2, 3)), *lengths]).astype(types[2])
     tokens = max(int(bounds[-1]) + draw(st.integers(-2, 3)), 0)
-    positions = numbers((tokens,), st.integers(0, width * block_size * size), types[1])
+    positions = draw_numbers(draw, (tokens,), st.integers(0, width * block_size * size), types[1])
     rank = draw(st.integers(0, size - 1))
     parallel = {"world_size": size, "rank": rank, "interleave": interleave}
     return (table, positions, bounds), block_size, parallel, draw(st.sampled_from([None, 0, 3]))

@@ -6,58 +6,31 @@ import numpy as np
 import oracle
 import pytest
 import worlds
+from guards import BAD, draw_numbers
+from slot_mappings import compare, values
 
 import cupy_cache as cc
 from cupy_cache.ops.slot_mapping_groups import MAX_GROUPS
 
-BAD = (-(2**63), -(2**31), -1, 2**31, 2**32 + 1, 2**62, 2**63 - 1)
-
-
-def values(numbers, dtype="int64"):
-    return worlds.of_values(np.asarray(numbers, dtype))
-
 
 def compute(world, tables, idx, positions, bounds, sizes, out=None, **options):
-    """Run on ``world``, into ``out`` or a new array; compare the result, the whole storages and the
-    recorded faults with the oracle's. Returns the slots."""
+    """Run on ``world``, into ``out`` or a new array, and compare. Returns the slots."""
+    step = idx, positions, bounds
     named = {f"cp_{n}" if n in ("world_size", "rank", "interleave") else n: v
              for n, v in options.items()}  # fmt: skip
     result = cc.slot_mapping_groups(
-        [world.put(table) for table in tables], *map(world.put, (idx, positions, bounds)), sizes,
+        [world.put(table) for table in tables], *map(world.put, step), sizes,
         out=world.put(out), **named,
     )  # fmt: skip
-    specs = [s for s in (*tables, idx, positions, bounds, out) if s is not None]
-    expected = {id(s.buffer): s.buffer.bytes.copy() for s in specs}
-    on = [None if s is None else s.on(expected[id(s.buffer)]) for s in (idx, positions, bounds)]
-    if out is None:
-        slots = np.full((len(tables), *positions.shape), 123)
-    else:
-        slots = out.on(expected[id(out.buffer)])
     options = {"world": options.pop("world_size", 1), **options}
-    given = [table.on(expected[id(table.buffer)]) for table in tables]
-    faults = oracle.slot_mapping_groups(given, *on, sizes, slots, **options)
-    for spec in specs:
-        np.testing.assert_array_equal(world.bytes_of(spec), expected[id(spec.buffer)])
-    if out is None:
-        world.synchronize()
-        result = world.numpy(result)
-        assert result.dtype == np.int64
-        np.testing.assert_array_equal(result, slots)
-    check_faults(faults)
-    return slots
 
+    def expect(on, slots):
+        return oracle.slot_mapping_groups(
+            [on(table) for table in tables], *map(on, step), sizes, slots, **options
+        )
 
-def check_faults(expected):
-    """The first violation met is recorded; on a GPU any may be the first."""
-    try:
-        cc.raise_faults()
-        recorded = ()
-    except cc.FaultError as error:
-        recorded = error.faults
-    assert bool(recorded) == bool(expected)
-    for fault in recorded:
-        assert fault.op == "slot_mapping_groups"
-        assert (fault.row, fault.argument, fault.value, fault.limit) in expected
+    shape = len(tables), *positions.shape
+    return compare(world, "slot_mapping_groups", (*tables, *step), out, shape, result, expect)
 
 
 def batch(rng, widths, rows, count, span, types):
@@ -264,24 +237,17 @@ def batches(draw):
     interleave, size = draw(st.sampled_from([(1, 1), (1, 3), (4, 2)]))
     index = st.sampled_from(["int32", "int64"])
 
-    def numbers(shape, good, dtype):
-        limits = np.iinfo(dtype)
-        wild = st.sampled_from([b for b in BAD if limits.min <= b <= limits.max])
-        n = int(np.prod(shape))
-        value = st.one_of(good, good, good, wild) if draw(st.booleans()) else good
-        drawn = draw(st.lists(value, min_size=n, max_size=n))
-        return np.array(drawn, dtype).reshape(shape)
-
     sizes = [interleave * draw(st.integers(1, 4)) for _ in range(groups)]
     dtype = draw(index)
     tables = [
-        numbers((rows, draw(st.integers(0, 3))), st.integers(0, 2**31 - 1), dtype) for _ in sizes
+        draw_numbers(draw, (rows, draw(st.integers(0, 3))), st.integers(0, 2**31 - 1), dtype)
+        for _ in sizes
     ]
-    idx = numbers((count,), st.integers(-1, rows), draw(index))
+    idx = draw_numbers(draw, (count,), st.integers(-1, rows), draw(index))
     lengths = draw(st.lists(st.integers(0, 5), min_size=count, max_size=count))
     bounds = np.cumsum([draw(st.integers(-2, 3)), *lengths]).astype(draw(index))
     tokens = max(int(bounds[-1]) + draw(st.integers(-2, 3)), 0)
-    positions = numbers((tokens,), st.integers(0, 2 * max(sizes) * size), draw(index))
+    positions = draw_numbers(draw, (tokens,), st.integers(0, 2 * max(sizes) * size), draw(index))
     flags = st.lists(st.booleans(), min_size=groups, max_size=groups)
     options = {
         "world_size": size, "rank": draw(st.integers(0, size - 1)), "interleave": interleave,

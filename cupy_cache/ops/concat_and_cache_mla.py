@@ -42,11 +42,11 @@ def concat_and_cache_mla(
     kv_cache_dtype : str
         "auto", "float16", "bfloat16" or "float32": a raw copy. "fp8" or "fp8_e4m3", "fp8_e5m2",
         "int8": value / scale, rounded and saturated. "fp8_ds_mla": see Notes.
-    scale : float, or float32 array of one element
+    scale : float, or float32 array of one element, optional
         What a stored element is multiplied with to give the value; for both parts. An array is read
-        on its device. Used by the 8-bit dtypes only.
+        on its device. None is 1.0. Used by the 8-bit dtypes only.
     skip_scale : bool
-        Take 1.0 for ``scale``.
+        Take 1.0 for ``scale``, whatever it is.
     scale_rule : {"power_of_two", "amax"}
         Of "fp8_ds_mla" alone; see Notes.
     stream : optional
@@ -77,7 +77,7 @@ def concat_and_cache_mla(
     """
     array = number = None
     if formats.is_scaled(kv_cache_dtype):
-        scale = 1.0 if skip_scale else scale
+        scale = None if skip_scale else scale
         array, number = contract.split_scale("concat_and_cache_mla", "scale", scale)
     OP((kv_c, k_pe, kv_cache, slot_mapping, array), (kv_cache_dtype, number, scale_rule), stream)
 
@@ -177,7 +177,7 @@ OP = dispatch.Op(
         dispatch.Arg("kv_c", rows=True),
         dispatch.Arg("k_pe", rows=True),
         dispatch.Arg("kv_cache"),
-        dispatch.Arg("slot_mapping", rows=True),
+        dispatch.Arg("slot_mapping", rows=True, index=True),
         dispatch.Arg("scale", optional=True),
     ),
     plan=_plan,

@@ -35,8 +35,8 @@ def convert_fp8(output, input, scale=1.0, kv_dtype="fp8", *, stream=None):
     input : array [...]
         Of the same shape. Both may have any strides, each its own, as long as at most five
         dimensions are left when those adjacent in both arrays count as one.
-    scale : float, or float32 array of one element
-        An array is read on its device.
+    scale : float, or float32 array of one element, optional
+        An array is read on its device. None is 1.0.
     kv_dtype : str
         "fp8" or "fp8_e4m3", "fp8_e5m2".
     stream : optional

@@ -96,12 +96,10 @@ def _plan(op, described, options):
 
     vector = contract.vector_bytes(dst.ptr, dst.strides[0])
     source_vector = contract.vector_bytes(src.ptr, *src.strides[:2])
-    target, rope = (formats.ELEMENT_NAMES[name] for name in (dst.dtype.name, rope_dtype))
+    rope = None if rope_dtype == dst.dtype.name else formats.DTYPES[rope_dtype]
     converters = [
-        f"cupy_cache::Dequantise<cupy_cache::E4M3, {target}, {vector}>",
-        f"cupy_cache::Copy<{vector}>"
-        if rope == target
-        else f"cupy_cache::Dequantise<{rope}, {target}, {vector}>",
+        formats.dequantiser(stored, dst.dtype, vector)
+        for stored in (formats.DTYPES["float8_e4m3fn"], rope)
     ]
     kernel = modules.Kernel(
         op.name,

@@ -40,8 +40,8 @@ def gather_and_maybe_dequant_cache(
     kv_cache_dtype : str
         "auto", "float16", "bfloat16" or "float32": a raw copy. "fp8" or "fp8_e4m3", "fp8_e5m2",
         "int8": stored * scale, in float32, rounded to nearest even.
-    scale : float, or float32 array of one element
-        An array is read on its device. Used by the 8-bit dtypes only.
+    scale : float, float32 array of one element, or None
+        An array is read on its device. None is 1.0. Used by the 8-bit dtypes only.
     seq_starts : int32 or int64 array [at least B], optional
         The position in its sequence, in tokens, from which each sequence is read; any value, not
         only multiples of the block size. By default 0.

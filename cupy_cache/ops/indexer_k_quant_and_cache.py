@@ -163,7 +163,7 @@ OP = dispatch.Op(
     args=(
         dispatch.Arg("k", rows=True),
         dispatch.Arg("kv_cache"),
-        dispatch.Arg("slot_mapping", rows=True),
+        dispatch.Arg("slot_mapping", rows=True, index=True),
     ),
     plan=_plan,
     destination=1,

@@ -168,7 +168,7 @@ OP = dispatch.Op(
         dispatch.Arg("value", rows=True),
         dispatch.Arg("key_cache"),
         dispatch.Arg("value_cache"),
-        dispatch.Arg("slot_mapping", rows=True),
+        dispatch.Arg("slot_mapping", rows=True, index=True),
         dispatch.Arg("k_scale", optional=True),
         dispatch.Arg("v_scale", optional=True),
     ),

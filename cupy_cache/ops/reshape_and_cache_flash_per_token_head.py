@@ -150,7 +150,7 @@ OP = dispatch.Op(
         dispatch.Arg("value_cache"),
         dispatch.Arg("k_scale_cache"),
         dispatch.Arg("v_scale_cache"),
-        dispatch.Arg("slot_mapping", rows=True),
+        dispatch.Arg("slot_mapping", rows=True, index=True),
     ),
     plan=_plan,
     destination=2,

@@ -145,10 +145,10 @@ def _count(extents):
 OP = dispatch.Op(
     "slot_mapping",
     args=(
-        dispatch.Arg("block_table", rows=True),
-        dispatch.Arg("positions", rows=True),
-        dispatch.Arg("query_start_loc", rows=True),
-        dispatch.Arg("out", rows=True),
+        dispatch.Arg("block_table", rows=True, index=True),
+        dispatch.Arg("positions", rows=True, index=True),
+        dispatch.Arg("query_start_loc", rows=True, index=True),
+        dispatch.Arg("out", rows=True, index=True),
     ),
     plan=_plan,
     destination=3,

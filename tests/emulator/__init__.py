@@ -4,7 +4,7 @@
 
 The library is used as it is: `EmulatedWorld` puts an `EmulatedDriver` where `launch` has its CUDA
 driver, and hands out arrays that say they are on cuda:0. A kernel's source, the very text that
-NVRTC would get, is compiled by g++ after ``shim.h`` into a shared object, once for each
+NVRTC would get, is compiled by g++ behind ``shim.h`` into a shared object, once for each
 instantiation, and cached on disk. Another process (``runner.cpp``) runs it; an access outside the
 storages, a misaligned vector, an overflow or a deadlock ends that process and is raised as
 `EmulationError`.
@@ -15,7 +15,6 @@ import contextlib
 import ctypes
 import functools
 import hashlib
-import importlib.util
 import os
 import re
 import signal
@@ -31,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 import worlds
 
-from cupy_cache import arrays, formats, launch, modules
+from cupy_cache import allocations, arrays, formats, launch, modules
 
 HERE = Path(__file__).resolve().parent
 COMPILE = (
@@ -161,13 +160,11 @@ class Built(NamedTuple):
 def build(kernel):
     """``kernel`` as `Built`; from the cache if the same text was compiled before."""
     source = kernel.source()
-    command, prefix = COMPILE, '#line 1 "tests/emulator/shim.h"\n' + (HERE / "shim.h").read_text()
-    if kernel.converts:
-        headers = re.findall(r"^#include <(cuda_\w+\.h)>", source, re.MULTILINE)
-        command, prefix = (*command, *_cuda_folders()), _cuda_prefix(headers) + prefix
     # In an unnamed namespace, variables of a template's instances are ordinary ones: otherwise ASan
     # would put no red zones around __shared__ arrays.
-    text = f"""namespace {{
+    text = f"""#line 1 "tests/emulator/shim.h"
+{(HERE / "shim.h").read_text()}
+namespace {{
 {source}
 }}
 #line 1 "entry"
@@ -178,37 +175,8 @@ extern "C" void emulator_kernel(const void* record) {{
 """
     if modules.FAULT_SYMBOL in source:
         text += f'extern "C" {{ void* emulator_fault = &{modules.FAULT_SYMBOL}; }}\n'
-    included = ("-include", _precompiled(command, prefix))
-    path = _compile((*command, *included, "-shared"), text, ".so")
+    path = _compile((*COMPILE, "-shared"), text, ".so")
     return Built(path, _find_shared(path) if "__shared__" in source else ())
-
-
-@functools.cache
-def _cuda_folders():
-    from cuda.pathfinder import find_nvidia_header_directory
-
-    # Of the headers, <nv/target> alone is not in the runtime's wheel; CuPy brings it.
-    cccl = (
-        Path(importlib.util.find_spec("cupy").origin).parent / "_core/include/cupy/_cccl/libcudacxx"
-    )
-    return "-isystem", find_nvidia_header_directory("cudart"), "-isystem", str(cccl)
-
-
-def _cuda_prefix(headers):
-    changed = (Path(_cuda_folders()[1]) / "cuda_fp8.h").stat().st_mtime_ns
-    lines = [f"#include <{header}>" for header in ("vector_functions.h", *headers)]
-    return "\n".join(("#define EMULATOR_CUDA_HEADERS", *lines, f"// {changed}", ""))
-
-
-@functools.cache
-def _precompiled(command, prefix):
-    """A header that holds ``prefix``, with its compiled form beside it (which the compiler takes
-    where it can): saves three quarters of the time where CUDA's headers are in it."""
-    compiled = _compile(command, prefix, ".h.gch", "c++-header")
-    header = compiled.with_suffix("")
-    if not header.exists():
-        header.write_text(prefix)
-    return header
 
 
 def _find_shared(path):
@@ -226,7 +194,7 @@ def build_runner():
     return _compile(command, (HERE / "runner.cpp").read_text(), ".runner", libraries=libraries)
 
 
-def _compile(command, text, suffix, language="c++", libraries=()):
+def _compile(command, text, suffix, libraries=()):
     key = "\0".join((_gxx_version(), *map(str, command), *libraries, text))
     path = _cache() / (hashlib.sha256(key.encode()).hexdigest()[:32] + suffix)
     if path.exists():
@@ -235,7 +203,7 @@ def _compile(command, text, suffix, language="c++", libraries=()):
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         source, made = Path(folder) / "source", Path(folder) / "made"
         source.write_text(text)
-        _run(*command, "-x", language, source, "-x", "none", "-o", made, *libraries)
+        _run(*command, "-x", "c++", source, "-x", "none", "-o", made, *libraries)
         made.replace(path)
     return path
 
@@ -420,7 +388,7 @@ class EmulatedDriver:
         for storage in memory().storages():
             if storage.holds(address, 1):
                 device = arrays.CPU if storage in self.pinned else arrays.Device("cuda", 0)
-                return launch.Allocation(storage.ptr, storage.ptr + storage.nbytes, device, 0)
+                return allocations.Allocation(storage.ptr, storage.ptr + storage.nbytes, device, 0)
         return None
 
     def take_faults(self, device=None):

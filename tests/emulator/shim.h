@@ -3,21 +3,8 @@
 // CUDA C++ as plain C++17: what a kernel's source needs before it, so that g++ compiles it. The
 // thread's indices and everything that makes threads wait for each other live in runner.cpp.
 //
-// Standard headers are avoided: they would cost more than the kernel does. NVIDIA's cuda_fp16.h,
-// cuda_bf16.h and cuda_fp8.h convert on the host bit for bit. Where a source needs them, they are
-// included before this file, EMULATOR_CUDA_HEADERS is defined, and the vector types are NVIDIA's.
+// Headers, the standard ones too, are avoided: they would cost more than the kernel does.
 
-#undef __global__
-#undef __device__
-#undef __host__
-#undef __constant__
-#undef __shared__
-#undef __forceinline__
-#undef __noinline__
-#undef __launch_bounds__
-#undef __grid_constant__
-#undef __restrict__
-#undef __align__
 #define __global__
 #define __device__
 #define __host__
@@ -31,7 +18,6 @@
 #define __restrict__ __restrict
 #define __align__(n) __attribute__((aligned(n)))
 
-#ifndef EMULATOR_CUDA_HEADERS
 struct dim3 { unsigned x = 1, y = 1, z = 1; };
 #define EMULATOR_VECTORS(T, name, align2, align4) \
   struct name##1 { T x; };                        \
@@ -54,7 +40,6 @@ EMULATOR_VECTORS(double, double, 16, 16)
 EMULATOR_MAKE_2_4(int, int)
 EMULATOR_MAKE_2_4(unsigned int, uint)
 EMULATOR_MAKE_2_4(float, float)
-#endif
 
 extern "C" {
 #define EMULATOR_MATH(name) float name##f(float) noexcept; double name(double) noexcept;
@@ -222,6 +207,7 @@ inline float __fadd_rn(float a, float b) { return a + b; }
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fsqrt_rn(float a) { return sqrtf(a); }

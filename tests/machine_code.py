@@ -1,0 +1,59 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Ordinary models, and what NVIDIA's cuobjdump says of their kernels. Needs no GPU."""
+
+import functools
+import importlib.metadata
+import re
+import subprocess
+
+from cupy_cache import modules
+
+# heads, head size, block size, dtype
+ONE_SHAPE = (8, 128, 16, "bfloat16")
+MLA_SHAPE = (1, 576, 64, "bfloat16")
+INDEXER_SHAPE = (1, 128, 64, "bfloat16")
+CONVERTING = (
+    "reshape_and_cache_flash", "reshape_and_cache", "reshape_and_cache_flash_per_token_head",
+    "gather_and_maybe_dequant_cache", "convert_fp8",
+)  # fmt: skip
+NOT_READ = "THE MACHINE CODE WAS NOT READ: the wheel nvidia-cuda-cuobjdump is not installed"
+
+
+@functools.cache
+def cuobjdump():
+    """The tool that reads machine code, from its wheel; None where that is not installed."""
+    try:
+        files = importlib.metadata.files("nvidia-cuda-cuobjdump") or ()
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    return next((f.locate() for f in files if f.stem == "cuobjdump"), None)
+
+
+def _run_cuobjdump(option, path):
+    return subprocess.run(
+        [cuobjdump(), option, path], capture_output=True, text=True, check=True
+    ).stdout
+
+
+def resources(path):
+    """{mangled name: {resource: number}} of a cubin's kernels."""
+    found = re.findall(r"Function (\S+):\s*\n(.*)", _run_cuobjdump("-res-usage", path))
+    return {
+        name: {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", numbers)}
+        for name, numbers in found
+    }
+
+
+def instructions(path):
+    """{mangled name: disassembly} of a cubin's kernels."""
+    functions = _run_cuobjdump("-sass", path).split("Function : ")[1:]
+    return {text.split(None, 1)[0]: text for text in functions}
+
+
+def template_parameters(kernel):
+    """The name of the kernel's function, and the names of its template parameters."""
+    name = re.match(r"cupy_cache::(\w+)<", kernel.expression)[1]
+    text = modules.expanded_source(kernel.stem)
+    found = re.search(rf"template <([^<>]*)>\s*__global__[^;{{]*?\b{name}\(", text)
+    return name, [item.split()[-1] for item in found[1].split(",")]

@@ -1,0 +1,71 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""The files in tests/resources say what the kernels use. Needs no GPU, but the NVRTC that the files
+were made with, which is the one that setup.cfg names for tests."""
+
+import difflib
+import importlib.util
+import os
+
+import make_resources
+import pytest
+from machine_code import NOT_READ, cuobjdump
+
+from cupy_cache import modules
+
+STEMS = sorted(path.stem for path in modules.kernel_dir().glob("*.cu"))
+BY_DEFAULT = (90,)  # starting the disassembler takes most of the time; --everything compares all
+
+
+def skip(reason):
+    """Skip; fail with CUPYCACHE_TEST_RESOURCES=1, so that CI does not miss the comparison."""
+    strict = os.environ.get("CUPYCACHE_TEST_RESOURCES") == "1"
+    (pytest.fail if strict else pytest.skip)(reason)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("stem", STEMS)
+def test_the_file_is_up_to_date(stem, request):
+    if importlib.util.find_spec("cupy") is None:
+        skip("NVRTC was not called: CuPy is not installed")
+    if cuobjdump() is None:
+        skip(NOT_READ)
+    file = make_resources.path(stem)
+    committed = file.read_text(encoding="utf-8")
+    made_with, installed = make_resources.made_with(committed), make_resources.nvrtc()
+    if make_resources.minor(made_with) != make_resources.minor(installed):
+        skip(f"{file.name} is of NVRTC {made_with}; {installed}, which is in use, differs")
+    everything = request.config.getoption("--everything")
+    architectures = make_resources.ARCHITECTURES if everything else BY_DEFAULT
+    made = make_resources.table(make_resources.families()[stem], architectures)
+    before = make_resources.only(committed, architectures).splitlines()
+    now = made.splitlines()
+    if before[1:] != now[1:]:  # the first line is the version
+        names = f"tests/resources/{file.name}", "made from the kernels"
+        diff = "\n".join(difflib.unified_diff(before, now, *names, n=0, lineterm=""))
+        pytest.fail(f"If this is meant, run {make_resources.COMMAND} {stem}\n{diff}", pytrace=False)
+
+
+def test_every_source_has_a_file():
+    assert sorted(make_resources.families()) == STEMS
+    files = sorted(file.stem for file in make_resources.FOLDER.glob("*.txt"))
+    assert files == STEMS, f"run {make_resources.COMMAND}"
+
+
+def test_what_is_counted():
+    usage = {"REG": 32, "STACK": 8, "LOCAL": 16, "SHARED": 1024}
+    text = """
+        LDG.E.EF.128 R4, desc[UR6][R2.64] ;
+        @P0 LDG.E.128.CONSTANT R4, [R2.64] ;
+        LDG.E.64 R4, [R2.64] ;
+        LDS.128 R4, [R2] ;
+        STG.E.ENL2.256 [R2.64], R4, R8 ;
+        STG.E.128 [R2.64], R4 ;
+        STL.64 [R1+0x8], R4 ;
+        LDL R4, [R1+0x8] ;
+        LDL.LU R4, [R1+0x8] ;
+    """
+    assert make_resources.measured(usage, text) == {
+        "reg": 32, "stack": 24, "spill": 3, "shared": 1024,
+        "ld16": 2, "st16": 1, "ld32": 0, "st32": 1,
+    }  # fmt: skip
