@@ -234,7 +234,9 @@ def dequantiser(stored, target, vector_bytes):
     return f"cupy_cache::Dequantise<{types}, {vector_bytes}>"
 
 
+_SCALED = frozenset(name for name, fmt in CACHE_FORMATS.items() if fmt.stored is not None)
+
+
 def is_scaled(kv_cache_dtype):
     """Whether ``kv_cache_dtype`` names a format whose elements are converted with a scale."""
-    fmt = CACHE_FORMATS.get(kv_cache_dtype)
-    return fmt is not None and fmt.stored is not None
+    return kv_cache_dtype in _SCALED

@@ -28,7 +28,7 @@ WRITE_PARAMS = params.Struct(
     per_call="key:ptr value:ptr key_cache:ptr value_cache:ptr slot_mapping:ptr tokens:i64 "
     "num_slots:i64",
 )
-MAX_THREADS = 256  # as in the library
+MAX_THREADS = 256
 
 
 class Kernel(modules.Kernel):

@@ -16,7 +16,8 @@ PARAMS = params.Struct(
     "value_block_stride:i64 value_offset_stride:i64 value_cache_head_stride:i64 "
     "k_scale_stride:i64 v_scale_stride:i64 k_scale_value:f32 v_scale_value:f32",
 )
-MAX_THREADS = 256
+# 256 tokens take an H200 2.0 us with 128, 2.2 with 256, 512 or 1024; many tokens the same.
+MAX_THREADS = 128
 SCALES = formats.DTYPES["float32"].numpy
 
 
