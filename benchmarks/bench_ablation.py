@@ -29,6 +29,7 @@ OFF = {
 }
 ALL_OFF = {"upload": True, "two_loops": True, "capped": True}
 CONTROL, SLOPES_OFF, ALL = "control", "4 off: slopes through the CPU", "all off"
+BOUND = "cupy_cache, bound"
 COPY_VERSIONS = {CONTROL: {}, **OFF, ALL: ALL_OFF}
 
 CASES = [
@@ -50,6 +51,7 @@ class _Copies:
         half = max(self.sets * pairs, 256)
         caches = torch.randn((LAYERS, 2, 2 * half, *BLOCK), device="cuda", dtype=torch.bfloat16)
         self.caches = list(caches[:, 0]), list(caches[:, 1])
+        self.cache = cc.PagedKVCache(*self.caches)
         self.written = [
             caches[layer, tensor, half:] for layer in range(LAYERS) for tensor in range(2)
         ]
@@ -59,6 +61,9 @@ class _Copies:
 
     def library(self, i):
         return functools.partial(cc.copy_blocks, *self.caches, self.pairs[i])
+
+    def bound(self, i):
+        return functools.partial(self.cache.copy_blocks, self.pairs[i])
 
     def version(self, i, **off):
         return functools.partial(baselines.copy_blocks, *self.caches, self.pairs[i], **off)
@@ -122,7 +127,7 @@ class _Slopes:
 
 def _copy_workload(pairs):
     copies = _Copies(pairs)
-    contenders = {suite.OURS: copies.library}
+    contenders = {suite.OURS: copies.library, BOUND: copies.bound}
     contenders |= {name: copies.contender(off) for name, off in COPY_VERSIONS.items()}
     case = f"copy_blocks, {LAYERS} layers, {pairs} pairs of 2x32 KiB"
     return suite.Workload(
@@ -156,8 +161,8 @@ def _slopes_workload(heads):
 
 
 def _step_workload(_):
-    """One decoding step of an ALiBi model: forked beams are copied, new tokens written, slopes
-    asked for."""
+    """One decoding step of an ALiBi model: forked beams are copied (bound to their caches, as an
+    engine would), new tokens written, slopes asked for."""
     suite.require("alibi_slopes")
     copies, writes, slopes = _Copies(STEP_PAIRS), _Writes(STEP_TOKENS, *BLOCK[1:]), _Slopes()
 
@@ -169,11 +174,11 @@ def _step_workload(_):
         return call
 
     def library(i):
-        return step(copies.library(i), writes.library(i % writes.sets), slopes.library())
+        return step(copies.bound(i), writes.library(i % writes.sets), slopes.library())
 
     def without(i, slopes_off=False, **off):
         """Only what an optimisation concerns is the baseline's; the rest is the library's."""
-        copied = copies.version(i, **off) if off else copies.library(i)
+        copied = copies.version(i, **off) if off else copies.bound(i)
         capped = off.get("capped", False)
         j = i % writes.sets
         written = writes.version(j, capped=True) if capped else writes.library(j)
@@ -211,7 +216,7 @@ def load(request):
     yield from suite.opened(MAKERS[kind](value))
 
 
-WHO = [suite.OURS, *COPY_VERSIONS, SLOPES_OFF]
+WHO = [suite.OURS, BOUND, *COPY_VERSIONS, SLOPES_OFF]
 
 
 @pytest.mark.parametrize("who", WHO)

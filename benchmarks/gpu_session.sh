@@ -20,12 +20,12 @@ set -u -o pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-$(mktemp -d)}
-LIMIT_TESTS=${LIMIT_TESTS:-240}
-LIMIT_MEMCHECK=${LIMIT_MEMCHECK:-150}
-LIMIT_RACECHECK=${LIMIT_RACECHECK:-150}
-LIMIT_BENCH=${LIMIT_BENCH:-420}
+LIMIT_TESTS=${LIMIT_TESTS:-300}
+LIMIT_MEMCHECK=${LIMIT_MEMCHECK:-240}
+LIMIT_RACECHECK=${LIMIT_RACECHECK:-240}
+LIMIT_BENCH=${LIMIT_BENCH:-240}
 SANITIZE=${SANITIZE:-"torch-cuda and not emulat and (test_case or out_of_range or past_the_cache
-  or strided or neighbours or untouched or (flash and test_every_layout))"}
+  or strided or neighbours or untouched or again or (flash and test_every_layout))"}
 # The order matters when time runs out.
 BENCH=${BENCH:-"benchmarks/bench_limits.py benchmarks/bench_reshape_and_cache_flash.py
   benchmarks/bench_copy_blocks.py benchmarks/bench_gather_cache.py
@@ -92,7 +92,8 @@ sanitized() {
   command -v $tool >/dev/null || tool=/usr/local/cuda/bin/compute-sanitizer
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 exec "$tool" --tool "$1" --error-exitcode 9 \
     --target-processes all --report-api-errors no --print-limit 20 \
-    "$PYTHON" -m pytest tests -m gpu -q --color=no --maxfail=5 -k "$(echo $SANITIZE)"
+    "$PYTHON" -m pytest tests -m gpu -q --color=no --maxfail=5 --everything \
+    -k "$(echo $SANITIZE)"
 }
 
 bench() {

@@ -118,7 +118,9 @@ class _Repeats:
         for repeat in self._known:
             if repeat.same(*tensors):
                 addresses = list(map(self._address, tensors))
-                if _alignment(addresses, self._masks) == repeat.alignment:
+                # Not by `_alignment` where nothing is odd, because a function's call takes as long.
+                odd = functools.reduce(operator.or_, addresses) & 15
+                if repeat.alignment == (odd and _alignment(addresses, self._masks)):
                     break
         else:
             return False
@@ -172,8 +174,6 @@ class _Repeats:
 
 def _alignment(addresses, masks):
     """The addresses' low bits that count, which decide how wide a vector may be."""
-    if not functools.reduce(operator.or_, addresses) & 15:
-        return 0
     alignment = 0
     for address, mask in zip(addresses, masks):
         alignment = alignment << 4 | address & mask
