@@ -108,3 +108,12 @@ WHO = suite.contenders(
     "bound", "compiled", "torch", "triton", "vllm", "flashinfer", "sglang"
 )  # fmt: skip
 load, test_device, test_host = suite.benchmarks(CASES, make, WHO)
+
+
+@pytest.mark.parametrize("tokens", (1, 256))
+def test_host_in_turns(benchmark, tokens):
+    """The library's calls beside a compiled operation that checks nothing."""
+    load = make(Case(tokens))
+    load.record.update(op="host time, in turns", case=f"reshape_and_cache_flash, {tokens} tokens")
+    suite.measure_host_in_turns(benchmark, load, (suite.OURS, "bound", "compiled"))
+    load.close()

@@ -334,6 +334,23 @@ def record_of(op, case, **fields):
     return {"op": op, "case": case, **empty, "peers": {}, **timing.machine(), **fields}
 
 
+def measure_host_in_turns(benchmark, load, names, rounds=40):
+    """Host time of several contenders, a batch of each in turn, so that all of them meet the same
+    spells of a host that others use too; the fastest batch of each."""
+    gpu_only()
+    timers = {name: timing.enqueue_timer(load.calls(name)) for name in names}
+    fastest = dict.fromkeys(names, float("inf"))
+
+    def measure():
+        for name, timer in timers.items():
+            fastest[name] = min(fastest[name], timer.round())
+        return fastest[OURS]
+
+    _run(benchmark, load.record, "host, in turns", measure, rounds)
+    for name, us in fastest.items():
+        load.note(name, host_us=us)
+
+
 def _run(benchmark, record, kind, measure, rounds):
     """Let pytest-benchmark run ``rounds`` rounds of ``measure``, and give its samples."""
     samples = []
