@@ -66,7 +66,7 @@ def machine_name(records):
     names = {record.get("gpu") for record in records}
     if len(names) != 1:
         raise SystemExit(f"the records come from several machines: {sorted(map(str, names))}")
-    return re.sub(r"[^A-Za-z0-9.]+", "-", names.pop() or "cpu").strip("-")
+    return re.sub(r"[^a-z0-9.]+", "-", (names.pop() or "cpu").lower()).strip("-")
 
 
 def write(records, folder):
