@@ -367,7 +367,7 @@ class Op:
 
 
 class Bound:
-    """An operation with its last arrays and its options given once: an engine's caches.
+    """An operation with some arrays and its options given once: an engine's caches.
 
     The arrays are kept alive. Their memory must stay where it is, and their shapes as they are: of
     torch tensors on a GPU, the addresses that they had at first are used.

@@ -150,7 +150,7 @@ class Launcher:
             pack(record.buffer, 0, *values)
             try:
                 launch(stream, record.address, 0)
-            except failed:  # in a thread without a context, for one
+            except failed:  # in a thread without a context, or with another GPU's
                 slow(stream, record)
             free.append(record)
             if debug:
@@ -182,8 +182,8 @@ class _Record:
 _UNPINNED = "host memory that is not pinned cannot be copied while a CUDA graph is captured: pin it"
 
 
-class _SeveralGPUs(Exception):
-    """The current GPU must be looked at before a launch."""
+class _AnotherGPU(Exception):
+    """The current GPU is not that of the launch."""
 
 
 class CudaDriver:
@@ -225,18 +225,21 @@ class CudaDriver:
 
     def prepare(self, loaded, grid, threads):
         """`launch` for these as a function of the stream, the record's address and 0, and the
-        errors at which `launch` itself must be called: 0.6 us less than it, where there is one GPU.
+        errors at which `launch` itself must be called: 0.6 us less than it with one GPU.
         """
         if self._launch is None:
             self._find_entries()
+        entry = functools.partial(self._launch, loaded.handle, *grid, threads, 1, 1, 0)
         if self.device_count() == 1:
-            entry = functools.partial(self._launch, loaded.handle, *grid, threads, 1, 1, 0)
             return entry, self._driver_error
-        return self._refuse, _SeveralGPUs
+        current_device, device = self._current_device, loaded.device
 
-    @staticmethod
-    def _refuse(*arguments):
-        raise _SeveralGPUs(arguments)
+        def entry_on_device(stream, address, zero):
+            if current_device() != device:
+                raise _AnotherGPU
+            entry(stream, address, zero)
+
+        return entry_on_device, (self._driver_error, _AnotherGPU)
 
     def _find_entries(self):
         from cupy_backends.cuda.api import driver as binding

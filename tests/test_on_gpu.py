@@ -3,6 +3,7 @@
 """What only a real GPU shows: graph capture, streams, threads, no waiting, large caches, the binary
 cache."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import worlds
 
 import cupy_cache as cc
-from cupy_cache import launch, modules
+from cupy_cache import dispatch, launch, modules
 
 pytestmark = pytest.mark.gpu
 
@@ -71,6 +72,30 @@ def test_known_signature_in_a_new_thread(torch, case):
     thread.start()
     thread.join()
     case.check(world)
+
+
+def test_known_signature_among_several_gpus(torch, case, monkeypatch):
+    """Then each launch looks at the current GPU first."""
+    # Not isinstance, which asks strange objects what they are, and some of them warn.
+    ops = [op for op in gc.get_objects() if type(op) is dispatch.Op]
+    for op in ops:
+        monkeypatch.setattr(op, "_repeats", {})  # they launch as for one GPU
+    monkeypatch.setattr(launch.driver, "device_count", lambda: 2)
+    test_again_and_again(torch, case)
+
+
+@pytest.mark.multi_gpu
+def test_known_signature_on_a_gpu_that_is_not_current(torch, case):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    for _ in range(4):
+        world = worlds.TorchCudaWorld()
+        call = case.bind(world)
+        torch.cuda.synchronize()
+        with torch.cuda.device(1):
+            call()
+        torch.cuda.synchronize(0)
+        case.check(world)
 
 
 def test_cupy_graph(cupy, case):
