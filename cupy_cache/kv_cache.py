@@ -5,7 +5,7 @@
 from . import contract, dispatch, formats
 from .errors import ArgumentError, ShapeError
 from .ops import concat_and_cache_mla, reshape_and_cache, reshape_and_cache_flash, swap_blocks
-from .ops.copy_blocks import Layers
+from .ops.copy_blocks import Copier
 
 
 class PagedKVCache:
@@ -28,7 +28,8 @@ class PagedKVCache:
         See the function that writes.
     k_scales, v_scales : float, array, or list of these with one for each layer, optional
         The scales of `reshape_and_cache_flash`, or of `reshape_and_cache`; of
-        `concat_and_cache_mla` only ``k_scales``. A number or an array is for all layers.
+        `concat_and_cache_mla` only ``k_scales``; there ``v_scales`` is refused. A number or an
+        array is for all layers.
 
     Raises
     ------
@@ -46,11 +47,16 @@ class PagedKVCache:
         self, key_caches, value_caches=None, kv_cache_dtype="auto", k_scales=None, v_scales=None
     ):
         if value_caches is None:
-            self._layers = Layers("copy_blocks_mla", {"kv_caches": key_caches})
+            if v_scales is not None:
+                raise ArgumentError(
+                    "PagedKVCache: Invalid value of v_scales: expected None, since there are no "
+                    f"value caches, got {v_scales!r:.80}"
+                )
+            self._copier = Copier("copy_blocks_mla", {"kv_caches": key_caches})
         else:
             lists = {"key_caches": key_caches, "value_caches": value_caches}
-            self._layers = Layers("copy_blocks", lists)
-        self._layers.check()
+            self._copier = Copier("copy_blocks", lists)
+        self._copier.check()
         self.key_caches = list(key_caches)
         self.value_caches = None if value_caches is None else list(value_caches)
         k_scales = _for_each_layer("k_scales", k_scales, len(self))
@@ -73,7 +79,7 @@ class PagedKVCache:
             scales = {"scale": array}
             options = kv_cache_dtype, number, concat_and_cache_mla.SCALE_RULES[0]
         else:
-            packed = self._layers.dimensions == 5
+            packed = self._copier.dimensions == 5
             op = reshape_and_cache.OP if packed else reshape_and_cache_flash.OP
             fixed = {
                 "key_cache": self.key_caches[layer], "value_cache": self.value_caches[layer]
@@ -103,7 +109,7 @@ class PagedKVCache:
     def copy_blocks(self, block_mapping, *, stream=None):
         """Copy blocks within every layer: see `copy_blocks`. The host's time does not depend on the
         number of layers, as long as their pointers fit one launch."""
-        self._layers.copy(block_mapping, stream)
+        self._copier.copy(block_mapping, stream)
 
     def swap_blocks(self, other, block_mapping, *, stream=None):
         """Copy blocks of every layer to those of ``other``, a `PagedKVCache` with as many layers of

@@ -1,5 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
+
 import hypothesis
 import numpy as np
 import oracle
@@ -200,10 +202,9 @@ def test_starts_that_make_no_sense_stay_inside(world, rng):
     cc.cp_gather_and_upconvert_fp8_kv_cache(*put, 5, starts)
     for spec in (specs[0], *specs[2:]):
         np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
-    try:
+    # Compared above; whether such numbers count as faults depends on what they hold.
+    with contextlib.suppress(cc.FaultError):
         cc.raise_faults()
-    except cc.FaultError:
-        pass
 
 
 # dtype of dst, layout, block size, types of table, bounds and starts

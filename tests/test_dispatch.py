@@ -246,8 +246,8 @@ def test_a_comparison_that_lies_is_not_used(monkeypatch):
 def test_lists_of_layers(recorder):
     """`copy_blocks` with a known list, a changed layer in it, and other tensors of its kind."""
 
-    def layers(count=3, blocks=8):
-        return [torch.zeros((blocks, 4, 3, 8), dtype=torch.float16) for _ in range(count)]
+    def layers():
+        return [torch.zeros((8, 4, 3, 8), dtype=torch.float16) for _ in range(3)]
 
     pairs = [(1, 3), (2, 7)]
     for keys, values in [(layers(), layers()) for _ in range(3)]:

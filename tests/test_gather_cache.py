@@ -1,5 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
 import functools
 
 import hypothesis
@@ -173,10 +174,9 @@ def test_lengths_that_make_no_sense_stay_inside(world, rng, with_starts):
     for spec in specs:
         if spec is not None and spec is not specs[1]:
             np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
-    try:
+    # Compared above; whether such numbers count as faults depends on what they hold.
+    with contextlib.suppress(cc.FaultError):
         cc.raise_faults()
-    except cc.FaultError:
-        pass
 
 
 # layout, inner dimensions, dtype, pad, block size, types of table, lengths and starts

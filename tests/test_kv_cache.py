@@ -160,6 +160,8 @@ def test_refusals(world, rng):
         cc.PagedKVCache(*put(world, [keys, values]), k_scales=[1.0, 2.0])
     with pytest.raises(cc.DTypeError, match="key_caches"):
         cc.PagedKVCache(world.put(keys[0]), world.put(values[0]))
+    with pytest.raises(cc.ArgumentError, match="v_scales"):
+        cc.PagedKVCache([world.put(keys[0])], v_scales=2.0)
     odd = [*keys[:2], worlds.array(rng, (BLOCKS, BLOCK_SIZE, HEADS, SIZE + 1), "float32")]
     with pytest.raises(cc.ShapeError, match=r"key_caches\[2\]"):
         cc.PagedKVCache(*put(world, [odd, values]))

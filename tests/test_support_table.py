@@ -102,7 +102,7 @@ def run_all(table, monkeypatch, memory, dtypes_of):
     for the others with a few."""
 
     class Real(specialisations.Described):
-        pass
+        """A type of its own, for a framework of its own."""
 
     framework = arrays.Framework(
         memory.read,

@@ -38,7 +38,7 @@ def copy_blocks(key_caches, value_caches, block_mapping, *, stream=None):
     """
     lists = {"key_caches": key_caches, "value_caches": value_caches}
     stream = None if stream is None else arrays.stream_pointer(stream)
-    Layers("copy_blocks", lists, stream).copy(block_mapping, stream)
+    Copier("copy_blocks", lists, stream).copy(block_mapping, stream)
 
 
 def copy_blocks_mla(kv_caches, block_mapping, *, stream=None):
@@ -53,12 +53,12 @@ def copy_blocks_mla(kv_caches, block_mapping, *, stream=None):
         As for `copy_blocks`.
     """
     stream = None if stream is None else arrays.stream_pointer(stream)
-    Layers("copy_blocks_mla", {"kv_caches": kv_caches}, stream).copy(block_mapping, stream)
+    Copier("copy_blocks_mla", {"kv_caches": kv_caches}, stream).copy(block_mapping, stream)
 
 
-class Layers:
-    """The caches of all layers, read and checked once: what `copy_blocks` does for one call, a
-    `PagedKVCache` keeps.
+class Copier:
+    """Copying within the caches of all layers, which are read once: what `copy_blocks` makes for
+    one call, a `PagedKVCache` keeps.
 
     Parameters
     ----------
