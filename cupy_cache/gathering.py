@@ -24,8 +24,7 @@ PARAMS = params.Struct(
     "dst_row_stride:i64 dst_outer_stride:i64 dst_head_stride:i64 scale_value:f32 unused:u32",
 )
 GUARDED = ("seq_starts", "block_table")
-MAX_THREADS = 256
-VECTORS = 2  # that a thread moves
+MAX_THREADS = 128
 
 
 def op(name, plan, count, bounds="cu_seq_lens"):
@@ -166,7 +165,7 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto", number=None):
     )  # fmt: skip
     length = shape.length * dst.dtype.bytes
     row_vectors = shape.outer * shape.heads * length // vector
-    per_thread = min(VECTORS, max(row_vectors, 1))
+    per_thread = vectors_of_thread(row_vectors)
     kernel = modules.Kernel(
         STEM,  # a raw copy is one kernel for several operations
         STEM,
@@ -181,6 +180,12 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto", number=None):
                dst.strides[0], *shape.dst_strides)  # fmt: skip
     items = launch.ceil_div(row_vectors, per_thread)
     return gpu_plan(kernel, items, described, block_size, strides, number or 0.0)
+
+
+def vectors_of_thread(row_vectors):
+    """How many of a row's vectors a thread moves: they pay for its search of the sequence. Two or
+    three, so that all threads have equal work where that can be."""
+    return 3 if row_vectors % 3 == 0 else min(2, row_vectors)
 
 
 class _RowShape(NamedTuple):

@@ -9,7 +9,7 @@ from . import contract, formats, modules, params
 from .errors import ShapeError
 
 MAX_LAYERS = 128  # kMaxLayers of the kernel
-MAX_THREADS = 256
+MAX_THREADS = 128
 STEM = "concat_and_cache_mla"
 # The fp8_ds_mla entry.
 DS_LATENT, DS_ROPE, DS_ENTRY_BYTES = 512, 64, 656

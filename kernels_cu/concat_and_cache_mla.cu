@@ -68,7 +68,7 @@ __device__ __forceinline__ void store_entry(char* at, const Vec<kVec>& vector) {
 #pragma unroll
     for (int i = 0; i < kVec; ++i) at[i] = static_cast<char>(bytes.part[i]);
   } else {
-    store_streaming<kVec>(at, vector);
+    store_vector<kVec>(at, vector);
   }
 }
 
@@ -125,12 +125,12 @@ struct Run {
   static __device__ __forceinline__ Run load(const char* at) {
     Run run;
 #pragma unroll
-    for (int i = 0; i < kBytes / kVec; ++i) run.parts[i] = load_streaming<kVec>(at + i * kVec);
+    for (int i = 0; i < kBytes / kVec; ++i) run.parts[i] = load_vector<kVec>(at + i * kVec);
     return run;
   }
   __device__ __forceinline__ void store(char* at) const {
 #pragma unroll
-    for (int i = 0; i < kBytes / kVec; ++i) store_streaming<kVec>(at + i * kVec, parts[i]);
+    for (int i = 0; i < kBytes / kVec; ++i) store_vector<kVec>(at + i * kVec, parts[i]);
   }
 };
 
@@ -148,60 +148,54 @@ __device__ __forceinline__ float tile_scale(float largest) {
 // An fp8_ds_mla entry of 656 bytes: 512 values as e4m3, in four tiles with a scale each; the four
 // scales; 64 elements of 16 bits as they are (zeros where !kRope).
 //
-// Eight threads share a tile, 16 values each, and find its largest value by shuffles. A token's fifth
-// group of eight copies the rope. Groups never straddle a warp, and leave as a whole. kVec is the
-// alignment of the sources, kCacheVec that of the cache.
+// A warp makes an entry. Eight lanes share a tile, 16 values each, and find its largest value by
+// shuffles; the first eight copy the rope as well. kVec is the alignment of the sources, kCacheVec
+// that of the cache.
 template <typename Element, bool kPowerOfTwo, int kVec, int kCacheVec, bool kRope, int kBlockSize,
           typename Slot, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads)
     concat_and_cache_fp8_ds_mla(const __grid_constant__ Params p) {
-  constexpr int kTiles = 4;
-  constexpr int kGroup = 8;    // threads
-  constexpr int kValues = 16;  // of a thread
-  constexpr int kScalesAt = kTiles * kGroup * kValues;
-  constexpr int kRopeAt = kScalesAt + kTiles * 4;
+  constexpr int kLanes = 32;
+  constexpr int kTileLanes = 8;
+  constexpr int kValues = 16;  // of a lane
+  constexpr int kScalesAt = kLanes * kValues;
+  constexpr int kRopeAt = kScalesAt + kLanes / kTileLanes * 4;
   constexpr int kElement = sizeof(typename Element::Bits);
+  using Rope = Run<(kVec < kCacheVec ? kVec : kCacheVec), 16>;
 
   const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
-  const int lane = static_cast<int>(index % kGroup);
-  const int group = static_cast<int>(index / kGroup % (kTiles + 1));
-  const i64 token = static_cast<i64>(index / (kGroup * (kTiles + 1)));
-  if (token >= p.tokens) return;
+  const int lane = static_cast<int>(index % kLanes);
+  const i64 token = static_cast<i64>(index / kLanes);
+  if (token >= p.tokens) return;  // the whole warp
 
   const i64 slot =
       static_cast<i64>(*reinterpret_cast<const Slot*>(p.slot_mapping + token * p.slot_stride));
-  if (group == kTiles) {
-    using Rope = Run<(kVec < kCacheVec ? kVec : kCacheVec), 16>;
-    Rope rope{};
-    if (kRope) rope = Rope::load(p.k_pe + token * p.k_pe_stride + lane * 16);
-    char* const entry = entry_at<kBlockSize>(p, p.kv_cache, slot, token);
-    if (entry) rope.store(entry + kRopeAt + lane * 16);
-    return;
-  }
+  const auto loaded = Run<kVec, kValues * kElement>::load(p.kv_c + token * p.kv_c_stride +
+                                                          lane * (kValues * kElement));
+  Rope rope{};
+  if (kRope && lane < kTileLanes) rope = Rope::load(p.k_pe + token * p.k_pe_stride + lane * 16);
 
-  const int first = (group * kGroup + lane) * kValues;  // of this thread's values
-  const auto loaded =
-      Run<kVec, kValues * kElement>::load(p.kv_c + token * p.kv_c_stride + first * kElement);
-  char* const entry = entry_at<kBlockSize>(p, p.kv_cache, slot, token);
-  if (!entry) return;
-
+  // Found before the slot is looked at, so that loads do not wait for it.
   float values[kValues];
   decode_all<Element>(loaded, values);
   float largest = 0.0f;
 #pragma unroll
   for (int i = 0; i < kValues; ++i) largest = fmaxf(largest, fabsf(values[i]));  // NaN loses
-  const float scale = tile_scale<kPowerOfTwo>(group_max<kGroup>(largest));
+  const float scale = tile_scale<kPowerOfTwo>(group_max<kTileLanes>(largest));
+  char* const entry = entry_at<kBlockSize>(p, p.kv_cache, slot, token);
+  if (!entry) return;
 
+  if (lane < kTileLanes) rope.store(entry + kRopeAt + lane * 16);
   const typename DivideFor<Element, E4M3>::type divide_by_scale(scale);
 #pragma unroll
   for (int i = 0; i < kValues; ++i) values[i] = divide_by_scale(values[i]);
   Run<kCacheVec, kValues> stored;
   encode_all<E4M3>(values, stored);
-  stored.store(entry + first);
-  if (lane == 0) {
+  stored.store(entry + lane * kValues);
+  if (lane % kTileLanes == 0) {
     Run<(kCacheVec < 4 ? kCacheVec : 4), 4> bytes;
     memcpy(&bytes, &scale, sizeof(scale));
-    bytes.store(entry + kScalesAt + group * 4);
+    bytes.store(entry + kScalesAt + lane / kTileLanes * 4);
   }
 }
 

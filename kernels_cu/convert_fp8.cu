@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kMaxThreads) convert_fp8(const __grid_constant
   }
   const typename Converter::Source source = Converter::load(from);
   const float scale = p.scale ? *p.scale : p.scale_value;
-  store_streaming<kVec>(to, Converter::convert(source, scale));
+  store_vector<kVec>(to, Converter::convert(source, scale));
 }
 
 }  // namespace cupy_cache

@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kMaxThreads) copy_blocks(const __grid_constant
           const i64 offset =
               t == 0 ? offset_in_block<kVec, kFirstRun, kNested>(tensor.from, tensor.middle_count, index)
                      : offset_in_block<kVec, kSecondRun, kNested>(tensor.from, tensor.middle_count, index);
-          held[t][i] = load_streaming<kVec>(source + offset);
+          held[t][i] = load_vector<kVec>(source + offset);
         }
       }
     }
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kMaxThreads) copy_blocks(const __grid_constant
           const i64 offset =
               t == 0 ? offset_in_block<kVec, kFirstRun, kNested>(tensor.to, tensor.middle_count, index)
                      : offset_in_block<kVec, kSecondRun, kNested>(tensor.to, tensor.middle_count, index);
-          store_streaming<kVec>(destination + offset, held[t][i]);
+          store_vector<kVec>(destination + offset, held[t][i]);
         }
       }
     }

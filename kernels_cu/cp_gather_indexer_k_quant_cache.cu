@@ -47,14 +47,14 @@ struct Share {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int vector = thread + i * kThreads;
-      if (has(vector)) held[i] = load_streaming<kVec>(from + vector * kVec);
+      if (has(vector)) held[i] = load_vector<kVec>(from + vector * kVec);
     }
   }
   __device__ __forceinline__ void store(char* to, int thread) const {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int vector = thread + i * kThreads;
-      if (has(vector)) store_streaming<kVec>(to + vector * kVec, held[i]);
+      if (has(vector)) store_vector<kVec>(to + vector * kVec, held[i]);
     }
   }
 };

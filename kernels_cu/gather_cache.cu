@@ -117,8 +117,8 @@ __global__ void __launch_bounds__(kMaxThreads) gather_cache(const __grid_constan
       const int segment = item / kSegmentVectors;
       const i64 outer = kOuter == 1 ? 0 : segment / kHeads * p.dst_outer_stride;
       const int head = kOuter == 1 ? segment : segment % kHeads;
-      store_streaming<kVec>(to + outer + head * p.dst_head_stride + (item % kSegmentVectors) * kVec,
-                            Converter::convert(held[i], scale));
+      store_vector<kVec>(to + outer + head * p.dst_head_stride + (item % kSegmentVectors) * kVec,
+                         Converter::convert(held[i], scale));
     }
   }
 }
@@ -132,7 +132,7 @@ __device__ __forceinline__ T load_in_parts(const char* at) {
   Vec<kPart> parts[sizeof(T) / kPart];
 #pragma unroll
   for (int i = 0; i < static_cast<int>(sizeof(T)) / kPart; ++i) {
-    parts[i] = load_streaming<kPart>(at + i * kPart);
+    parts[i] = load_vector<kPart>(at + i * kPart);
   }
   T value;
   memcpy(&value, parts, sizeof(T));
@@ -161,25 +161,29 @@ __global__ void __launch_bounds__(kMaxThreads)
   const char* const from = token_of<kBlockSize, kBlockSize, true, Block, Start, SeqStart>(p, row);
   if (!from) return;
 
-  Vec<kVec> held[kVectors];
+  // Everything is loaded before anything is converted.
+  typename Latent::Source latent[kVectors];
+  typename Rope::Source rope[kVectors];
+  float scale[kVectors];
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int item = first + i * kRowThreads;
     if (item < kLatentVectors) {
       const int at = item * Latent::kSourceBytes;
-      const auto source = load_in_parts<kSourceVec, typename Latent::Source>(from + at);
-      const float scale = load_in_parts<kSourceVec, float>(from + kScalesAt + at / kTile * 4);
-      held[i] = Latent::convert(source, scale);
+      latent[i] = load_in_parts<kSourceVec, typename Latent::Source>(from + at);
+      scale[i] = load_in_parts<kSourceVec, float>(from + kScalesAt + at / kTile * 4);
     } else {
       const int at = (item - kLatentVectors) * Rope::kSourceBytes;
-      held[i] = Rope::convert(
-          load_in_parts<kSourceVec, typename Rope::Source>(from + kRopeAt + at), 1.0f);
+      rope[i] = load_in_parts<kSourceVec, typename Rope::Source>(from + kRopeAt + at);
     }
   }
   char* const to = p.dst + row * p.dst_row_stride;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
-    store_streaming<kVec>(to + (first + i * kRowThreads) * kVec, held[i]);
+    const int item = first + i * kRowThreads;
+    store_vector<kVec>(to + item * kVec, item < kLatentVectors
+                                             ? Latent::convert(latent[i], scale[i])
+                                             : Rope::convert(rope[i], 1.0f));
   }
 }
 

@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int i = 0; i < kHeld; ++i) {
     const int vector = lane + i * kLanes;
     if (kVectors % kLanes == 0 || vector < kVectors) {
-      store_streaming<kVec>(to + vector * kVec, Converter::convert(held[i], scale));
+      store_vector<kVec>(to + vector * kVec, Converter::convert(held[i], scale));
     }
   }
   if (lane == 0) {
@@ -103,7 +103,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     const Elements<kScaleVec, 4> parts(bits);
 #pragma unroll
     for (int i = 0; i < 4 / kScaleVec; ++i) {
-      store_streaming<kScaleVec>(block + kScalesAt + at * 4 + i * kScaleVec, parts.part[i]);
+      store_vector<kScaleVec>(block + kScalesAt + at * 4 + i * kScaleVec, parts.part[i]);
     }
   }
 }

@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kMaxThreads) pack_blocks(const __grid_constant
 #pragma unroll
         for (int t = 0; t < kTensors; ++t) {
           if (work < works && has(t, index)) {
-            held[i][t] = load_streaming<kVec>(in_buffer(t, item, index));
+            held[i][t] = load_vector<kVec>(in_buffer(t, item, index));
           }
         }
       }
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kMaxThreads) pack_blocks(const __grid_constant
 #pragma unroll
         for (int t = 0; t < kTensors; ++t) {
           if (number[i] >= 0 && has(t, index)) {
-            held[i][t] = load_streaming<kVec>(in_cache(t, number[i], index));
+            held[i][t] = load_vector<kVec>(in_cache(t, number[i], index));
           }
         }
       }
@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kMaxThreads) pack_blocks(const __grid_constant
 #pragma unroll
       for (int t = 0; t < kTensors; ++t) {
         if (number[i] < 0 || !has(t, index)) continue;
-        store_streaming<kVec>(
+        store_vector<kVec>(
             kMove == Move::kPack ? in_buffer(t, item, index) : in_cache(t, number[i], index),
             held[i][t]);
       }

@@ -163,11 +163,11 @@ __global__ void __launch_bounds__(kThreads)
       const int at = begin + item.vector * kKeyVec;
       if (number < kTile * (kKeyChunk / kKeyVec) && at < kKeyBytes && slots[item.token] >= 0) {
         const Place<kBlockSize> place(slots[item.token]);
-        store_streaming<kKeyVec>(p.key_cache + place.block * p.key_block_stride +
-                                     head * p.key_cache_head_stride +
-                                     at / kPackBytes * p.key_pack_stride +
-                                     place.offset * p.key_offset_stride + at % kPackBytes,
-                                 Keys::convert(keys[i], k_scale));
+        store_vector<kKeyVec>(p.key_cache + place.block * p.key_block_stride +
+                                  head * p.key_cache_head_stride +
+                                  at / kPackBytes * p.key_pack_stride +
+                                  place.offset * p.key_offset_stride + at % kPackBytes,
+                              Keys::convert(keys[i], k_scale));
       }
     }
 
@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(kThreads)
       if (kMayBeAdjacent && adjacent[group]) {
         const uint4 vector = {transposed[start], transposed[start + 1], transposed[start + 2],
                               transposed[start + 3]};
-        store_streaming<16>(at(slots[group * kGroup]), vector);
+        store_vector<16>(at(slots[group * kGroup]), vector);
       } else {
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {

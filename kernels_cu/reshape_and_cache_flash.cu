@@ -84,18 +84,16 @@ __global__ void __launch_bounds__(kMaxThreads)
       slot >= 0 && in_bounds(slot, p.num_blocks * kBlockSize, kSlotMapping, token);
   const Place<kBlockSize> place(slot);
   if (valid && has_key) {
-    store_streaming<kVec>(p.key_cache + place.block * p.key_block_stride +
-                              place.offset * p.key_offset_stride +
-                              (item / kKeyVectors) * p.key_cache_head_stride +
-                              (item % kKeyVectors) * kVec,
-                          Converter::convert(key, k_scale));
+    store_vector<kVec>(
+        p.key_cache + place.block * p.key_block_stride + place.offset * p.key_offset_stride +
+            (item / kKeyVectors) * p.key_cache_head_stride + (item % kKeyVectors) * kVec,
+        Converter::convert(key, k_scale));
   }
   if (valid && has_value) {
-    store_streaming<kVec>(p.value_cache + place.block * p.value_block_stride +
-                              place.offset * p.value_offset_stride +
-                              (item / kValueVectors) * p.value_cache_head_stride +
-                              (item % kValueVectors) * kVec,
-                          Converter::convert(value, v_scale));
+    store_vector<kVec>(
+        p.value_cache + place.block * p.value_block_stride + place.offset * p.value_offset_stride +
+            (item / kValueVectors) * p.value_cache_head_stride + (item % kValueVectors) * kVec,
+        Converter::convert(value, v_scale));
   }
 }
 

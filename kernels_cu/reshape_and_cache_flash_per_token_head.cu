@@ -87,7 +87,7 @@ struct Row {
     for (int i = 0; i < kHeld; ++i) {
       const int vector = lane + i * kLanes;
       if (has(vector)) {
-        store_streaming<kVec>(to + vector * kVec, Converter::convert(held[i], inverse));
+        store_vector<kVec>(to + vector * kVec, Converter::convert(held[i], inverse));
       }
     }
   }

@@ -31,10 +31,10 @@ __device__ __forceinline__ void move(char* to, const char* from, u32 bytes) {
   for (u32 index = threadIdx.x; index < vectors; index += 2 * kThreads) {
     const u32 other = index + kThreads;
     Vec<kVec> held[2] = {};
-    held[0] = load_streaming<kVec>(from + index * kVec);
-    if (other < vectors) held[1] = load_streaming<kVec>(from + other * kVec);
-    store_streaming<kVec>(to + index * kVec, held[0]);
-    if (other < vectors) store_streaming<kVec>(to + other * kVec, held[1]);
+    held[0] = load_vector<kVec>(from + index * kVec);
+    if (other < vectors) held[1] = load_vector<kVec>(from + other * kVec);
+    store_vector<kVec>(to + index * kVec, held[0]);
+    if (other < vectors) store_vector<kVec>(to + other * kVec, held[1]);
   }
   const u32 rest = vectors * kVec + threadIdx.x;
   if (rest < bytes) to[rest] = from[rest];

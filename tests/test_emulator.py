@@ -120,7 +120,7 @@ class TestMistakes:
     @pytest.mark.parametrize("side", ["load", "store"])
     def test_misaligned(self, bench, size, side):
         load, store = (size // 2, 0) if side == "load" else (0, size // 2)
-        body = f"store_streaming<{size}>(p.to + {store}, load_streaming<{size}>(p.from + {load}));"
+        body = f"store_vector<{size}>(p.to + {store}, load_vector<{size}>(p.from + {load}));"
         to, source = (bench.storage(np.zeros(64, np.uint8)) for _ in range(2))
         caught(
             bench, "misaligned", f"requires {size} byte alignment",

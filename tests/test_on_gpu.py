@@ -5,6 +5,7 @@ cache."""
 
 import gc
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -50,6 +51,26 @@ def test_torch_graph(torch, case):
     graph.replay()
     case.check(world)
     cc.raise_faults()
+
+
+def test_l2_policies(cupy):
+    """The numbers in vec.cuh are what the instruction makes on this GPU."""
+    if int(cupy.cuda.Device().compute_capability) < 80:
+        pytest.skip("the instruction needs compute capability 8.0")
+    header = modules.kernel_dir() / "include" / "cupy_cache" / "vec.cuh"
+    written = re.search(r"\? (0x[0-9a-f]{16}) : (0x[0-9a-f]{16});", header.read_text())
+    kernel = cupy.RawKernel(
+        r"""
+        extern "C" __global__ void policies(unsigned long long* out) {
+          asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(out[0]));
+          asm("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(out[1]));
+        }
+        """,
+        "policies",
+    )
+    made = cupy.zeros(2, cupy.uint64)
+    kernel((1,), (1,), (made,))
+    assert made.tolist() == [int(number, 16) for number in written.groups()]
 
 
 def test_again_and_again(torch, case):

@@ -11,7 +11,7 @@ from ..mla import DS_ENTRY_BYTES, DS_LATENT, DS_ROPE
 FLOAT32 = formats.DTYPES["float32"]
 FP8_DS_MLA = "fp8_ds_mla"
 DS_SOURCES = tuple(formats.DTYPES[name] for name in ("float16", "bfloat16"))
-DS_THREADS_PER_TOKEN = 40  # four groups of 8 for the tiles, one for the rope
+DS_THREADS_PER_TOKEN = 32  # a warp
 SCALE_RULES = ("power_of_two", "amax")
 
 

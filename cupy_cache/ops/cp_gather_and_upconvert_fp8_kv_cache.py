@@ -101,18 +101,19 @@ def _plan(op, described, options):
         formats.dequantiser(stored, dst.dtype, vector)
         for stored in (formats.DTYPES["float8_e4m3fn"], rope)
     ]
+    row_vectors = dst.shape[1] * dst.dtype.bytes // vector
+    per_thread = gathering.vectors_of_thread(row_vectors)
     kernel = modules.Kernel(
         op.name,
         gathering.STEM,
         f"gather_fp8_ds_mla<{', '.join(converters)}, {vector}, {source_vector}, {block_size}, "
-        f"{gathering.index_names(described)}, {gathering.VECTORS}, {gathering.MAX_THREADS}>",
+        f"{gathering.index_names(described)}, {per_thread}, {gathering.MAX_THREADS}>",
         gathering.PARAMS,
         guarded=gathering.GUARDED,
         converts=True,
     )
     strides = (src.strides[0], 0, src.strides[1], 0, 0, dst.strides[0], 0, 0)
-    items = dst.shape[1] * dst.dtype.bytes // (vector * gathering.VECTORS)
-    return gathering.gpu_plan(kernel, items, described, block_size, strides)
+    return gathering.gpu_plan(kernel, row_vectors // per_thread, described, block_size, strides)
 
 
 def _count(extents, batch_size):

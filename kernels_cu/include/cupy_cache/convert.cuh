@@ -27,9 +27,7 @@ struct Copy {
   static constexpr int kSourceBytes = kBytes;
   using Source = Vec<kBytes>;
 
-  static __device__ __forceinline__ Source load(const char* at) {
-    return load_streaming<kBytes>(at);
-  }
+  static __device__ __forceinline__ Source load(const char* at) { return load_vector<kBytes>(at); }
   static __device__ __forceinline__ Vec<kBytes> convert(const Source& source, float) {
     return source;
   }
@@ -40,17 +38,24 @@ struct Copy {
 // The bytes of kCount elements of type T, wherever they come from or go to, as floats.
 template <typename T, int kCount, typename Bytes>
 __device__ __forceinline__ void decode_all(const Bytes& bytes, float (&values)[kCount]) {
-  typename T::Bits bits[kCount];
-  static_assert(sizeof(bits) == sizeof(bytes), "whole elements");
-  memcpy(bits, &bytes, sizeof(bits));  // becomes register moves
+  static_assert(kCount * sizeof(typename T::Bits) == sizeof(bytes), "whole elements");
+  if constexpr (sizeof(typename T::Bits) == 1 && kCount % 2 == 0) {
+    u16 pairs[kCount / 2];
+    memcpy(pairs, &bytes, sizeof(pairs));  // becomes register moves
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) values[i] = T::decode(bits[i]);
+    for (int i = 0; i < kCount / 2; ++i) T::decode_pair(pairs[i], values[2 * i], values[2 * i + 1]);
+  } else {
+    typename T::Bits bits[kCount];
+    memcpy(bits, &bytes, sizeof(bits));
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) values[i] = T::decode(bits[i]);
+  }
 }
 
 template <typename T, int kCount, typename Bytes>
 __device__ __forceinline__ void encode_all(const float (&values)[kCount], Bytes& bytes) {
-  if constexpr (sizeof(typename T::Bits) == 1 && kCount % 2 == 0) {
-    u16 pairs[kCount / 2];  // one instruction converts two
+  if constexpr (sizeof(typename T::Bits) <= 2 && kCount % 2 == 0) {
+    decltype(T::encode_pair(0.0f, 0.0f)) pairs[kCount / 2];
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
       pairs[i] = T::encode_pair(values[2 * i], values[2 * i + 1]);
@@ -79,7 +84,7 @@ struct Convert {
     Source source;
 #pragma unroll
     for (int i = 0; i < kSourceBytes / kPart; ++i) {
-      source.parts[i] = load_streaming<kPart>(at + i * kPart);
+      source.parts[i] = load_vector<kPart>(at + i * kPart);
     }
     return source;
   }
