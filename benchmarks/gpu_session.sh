@@ -5,11 +5,12 @@
 # Everything that needs a GPU, in one command, from the repository's root:
 #
 #   benchmarks/gpu_session.sh [STAGE ...]      stages: info tests memcheck racecheck bench report
+#                                              counters
 #
 # Without arguments all stages run. Each has a time limit of its own and prints its exit code (124:
 # the limit was reached) and the end of its output; a stage that fails does not stop the next. What
-# is kept goes to $OUT (default: a new temporary folder), seven files: session.log, bench.json, <gpu>.json,
-# report.md, bandwidth.png, host.png, ablation.png.
+# is kept goes to $OUT (default: a new temporary folder), eight files: session.log, bench.json,
+# <gpu>.json, report.md, bandwidth.png, host.png, ablation.png, <gpu>-counters.json.
 #
 # Settings, by environment: PYTHON; OUT; BENCHMARK_COMMIT (what the results say was measured, where
 # there is no git); BENCH (files or -k arguments instead of the whole suite); SANITIZE (the -k
@@ -107,12 +108,16 @@ report() {
     >"$OUT/report.md" && head -n 60 "$OUT/report.md"
 }
 
-export -f info sanitized bench report
+counters() {
+  "$PYTHON" -m benchmarks.counters --results "$OUT"
+}
+
+export -f info sanitized bench report counters
 export PYTHON OUT SANITIZE BENCH LIMIT_BENCH
 
 for name in "${@:-all}"; do
   case $name in
-    all | info | tests | memcheck | racecheck | bench | report) ;;
+    all | info | tests | memcheck | racecheck | bench | report | counters) ;;
     *) echo "unknown stage: $name" >&2; exit 2 ;;
   esac
 done
@@ -132,6 +137,7 @@ wanted memcheck && stage memcheck "$LIMIT_MEMCHECK" 20 bash -c 'sanitized memche
 wanted racecheck && stage racecheck "$LIMIT_RACECHECK" 20 bash -c 'sanitized racecheck'
 wanted bench && stage bench "$LIMIT_BENCH" 40 bash -c bench
 wanted report && stage report 90 60 bash -c report
+wanted counters && stage counters 90 60 bash -c counters
 
 echo
 printf "%s" "$summary" | tee -a "$log"

@@ -137,7 +137,7 @@ def _contest(group):
         row += [_us(r["host_us"])]
         row += [_us(r["peers"].get(n, {}).get("host_us")) for n in names]
         rows.append(row)
-    return _markdown(head, rows)
+    return markdown(head, rows)
 
 
 def _ablation(group):
@@ -146,12 +146,12 @@ def _ablation(group):
         for r in group
         for who, place in {OURS: r, **r["peers"]}.items()
     ]
-    return _markdown(["case", "version", "device", "host", "until done"], rows)
+    return markdown(["case", "version", "device", "host", "until done"], rows)
 
 
 def _plain(group):
     rows = [[r["case"], _us(r["device_us"]), _us(r["host_us"])] for r in group]
-    return _markdown(["case", "device", "host"], rows)
+    return markdown(["case", "device", "host"], rows)
 
 
 def _peers(group):
@@ -162,7 +162,7 @@ def _us(value):
     return "" if value is None else f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
-def _markdown(head, rows):
+def markdown(head, rows):
     lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
