@@ -17,15 +17,18 @@ class Case(NamedTuple):
     pairs: int
     layers: int = 32
     mapping: str = "host"
+    blocks: str = "random"
 
     def __str__(self):
         return (
-            f"{self.layers} layers, {self.pairs} pairs of 2x32 KiB, mapping on the {self.mapping}"
+            f"{self.layers} layers, {self.pairs} pairs of 2x32 KiB, {self.blocks} blocks, "
+            f"mapping on the {self.mapping}"
         )
 
 
 if timing.on_gpu():
-    CASES = [*(Case(n) for n in (1, 8, 64, 256)), *(Case(n, mapping="device") for n in (8, 256))]
+    CASES = [*(Case(n) for n in (1, 8, 64, 256)), *(Case(n, mapping="device") for n in (8, 256)),
+             Case(64, blocks="consecutive")]  # fmt: skip
 else:
     CASES = [Case(1, 2), Case(8, 2), Case(64, 2)]
 
@@ -42,7 +45,8 @@ def make(case):
     key_caches, value_caches = list(caches[:, 0]), list(caches[:, 1])
     # Sources are below all destinations, so that repeated calls copy the same bytes.
     half = num_blocks // 2
-    sources, destinations = (torch.randperm(half)[: sets * case.pairs] for _ in range(2))
+    ordered = torch.randperm if case.blocks == "random" else torch.arange
+    sources, destinations = (ordered(half)[: sets * case.pairs] for _ in range(2))
     table = torch.stack((sources, destinations + half), 1).view(sets, case.pairs, 2)
     on_device = table.to(device)
     pairs = [[tuple(pair) for pair in part] for part in table.tolist()]
@@ -77,7 +81,8 @@ def make(case):
     written = [caches[layer, tensor, half:] for layer in range(case.layers) for tensor in range(2)]
     return suite.Workload(
         "copy_blocks", str(case), contenders, written, moved, sets,
-        dtype="bfloat16", layout="NHD", extra={"layers": case.layers, "pairs": case.pairs},
+        dtype="bfloat16", layout="NHD",
+        extra={"layers": case.layers, "pairs": case.pairs, "blocks": case.blocks},
     )  # fmt: skip
 
 

@@ -18,10 +18,11 @@ ENTRY = {"auto": 2 * (LATENT + ROPE), "fp8": LATENT + ROPE, "fp8_ds_mla": 656}
 class Write(NamedTuple):
     tokens: int
     stored: str = "auto"
+    slots: str = "random"
 
     def __str__(self):
         to = "" if self.stored == "auto" else f" to {self.stored}"
-        return f"{self.tokens} tokens of {LATENT}+{ROPE} bfloat16{to}"
+        return f"{self.tokens} tokens of {LATENT}+{ROPE} bfloat16{to}, {self.slots} slots"
 
 
 class Gather(NamedTuple):
@@ -40,6 +41,7 @@ STORED = ("fp8_ds_mla", "fp8")
 if timing.on_gpu():
     CASES = [
         *(Write(n) for n in (64, 4096, 32768, 131072)),
+        Write(131072, slots="consecutive"),
         *(Write(n, stored) for stored in STORED for n in (4096, 32768)),
         *(Gather(n, s, stored) for stored in STORED for n, s in ((4096, 64), (65536, 256))),
     ]
@@ -62,7 +64,7 @@ def _write(case):
     device, raw = timing.device(), case.stored == "auto"
     moved = case.tokens * (ENTRY["auto"] + ENTRY[case.stored])
     sets = timing.sets_for(moved)
-    num_blocks, slots = suite.slots_for(sets, case.tokens, BLOCK_SIZE)
+    num_blocks, slots = suite.slots_for(sets, case.tokens, BLOCK_SIZE, case.slots)
     latents, ropes = (
         torch.randn((sets, case.tokens, n), dtype=torch.bfloat16, device=device)
         for n in (LATENT, ROPE)
@@ -85,7 +87,7 @@ def _write(case):
         }
     return suite.Workload(
         "concat_and_cache_mla", str(case), contenders, [cache], moved, sets,
-        tokens=case.tokens, dtype="bfloat16", extra={"stored": case.stored},
+        tokens=case.tokens, dtype="bfloat16", extra={"stored": case.stored, "slots": case.slots},
     )  # fmt: skip
 
 

@@ -109,7 +109,7 @@ report() {
 }
 
 counters() {
-  "$PYTHON" -m benchmarks.counters --results "$OUT"
+  PATH="$PATH:/usr/local/cuda/bin" "$PYTHON" -m benchmarks.counters --results "$OUT"
 }
 
 export -f info sanitized bench report counters

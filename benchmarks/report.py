@@ -26,9 +26,9 @@ PANELS = (
      {"stored": "fp8", "layout": "NHD", "scales": "one scale"}),
     ("x-packed write, consecutive slots", "reshape_and_cache",
      {"dtype": "bfloat16", "slots": "consecutive", "stored": "auto"}),
-    ("MLA write", "concat_and_cache_mla", {"stored": "auto"}),
+    ("MLA write", "concat_and_cache_mla", {"stored": "auto", "slots": "random"}),
     ("gather, rows of 576", "gather_cache", {"layout": "rows"}),
-    ("copying blocks in 32 layers", "copy_blocks", {}),
+    ("copying blocks in 32 layers", "copy_blocks", {"blocks": "random"}),
 )  # fmt: skip
 HOST_OPS = ("host time, in turns", "reshape_and_cache_flash", "reshape_and_cache",
             "concat_and_cache_mla", "gather_cache", "copy_blocks", "slot_mapping")  # fmt: skip
