@@ -73,6 +73,13 @@ def _as_stored(rows, source, stored, scale, number):
     return quantise(rows, source, number if scale is None else scale.reshape(-1, 1), stored)
 
 
+def _words(rows):
+    """``rows`` whose last dimension became one element of as many bytes: NumPy moves an element of
+    any size at once, but runs a loop for each row of several, short ones slowly."""
+    size = rows.shape[-1] * rows.dtype.itemsize
+    return rows.view(np.dtype((np.void, size)))[..., 0]
+
+
 def reshape_and_cache_flash(
     key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale, rows, *,
     source, stored, numbers,
@@ -82,8 +89,10 @@ def reshape_and_cache_flash(
     tokens, block, offset = _places(
         "reshape_and_cache_flash", slot_mapping[:rows], num_blocks, block_size
     )
-    key_cache[block, offset] = _as_stored(key[tokens], source, stored, k_scale, numbers[0])
-    value_cache[block, offset] = _as_stored(value[tokens], source, stored, v_scale, numbers[1])
+    sides = (key, key_cache, k_scale, numbers[0]), (value, value_cache, v_scale, numbers[1])
+    for data, cache, scale, number in sides:
+        data = _as_stored(data[tokens], source, stored, scale, number)
+        _words(cache)[block, offset] = _words(data)
 
 
 def reshape_and_cache_flash_per_token_head(
@@ -118,8 +127,9 @@ def reshape_and_cache(
     )
     keys = _as_stored(key[tokens], source, stored, k_scale, numbers[0])
     values = _as_stored(value[tokens], source, stored, v_scale, numbers[1])
-    # Indices split by slices put the token first: [token, head, pack, x], [token, head, d].
-    key_cache[block, :, :, offset] = keys.reshape(-1, heads, packs, x)
+    # Indices split by slices put the token first: [token, head, pack], [token, head, d].
+    word = key_cache.dtype
+    _words(key_cache)[block, :, :, offset] = keys.view(np.dtype((np.void, x * word.itemsize)))
     if value_cache.ndim == 5:
         value_cache[block, :, offset // x, :, offset % x] = values
     else:

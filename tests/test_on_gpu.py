@@ -318,7 +318,8 @@ def test_an_edited_header_is_compiled_again(tmp_path):
     assert run() == 8.0
     header = folder / "include" / "cupy_cache" / "vec.cuh"
     text = header.read_text()
-    edited = text.replace("  __stcs(", "  if (false) __stcs(")
+    begins = "void store_vector(char* at, Vec<kBytes> vector) {"
+    edited = text.replace(begins, f"{begins} return;")
     assert edited != text
     header.write_text(edited)
     assert run() == 0.0
