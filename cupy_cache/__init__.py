@@ -8,7 +8,7 @@ Modules, in dependency order (there are no cycles):
 * ``formats``, ``params``
 * ``torch_tensors``, ``arrays``, ``contract``
 * ``allocations``, ``modules``, ``launch``, ``cpu``
-* ``dispatch``
+* ``repeats``, ``dispatch``
 * ``ops``, ``attention``
 * ``kv_cache``, ``warmup``
 * everything a user calls, here

@@ -8,19 +8,14 @@ of dimensions declared as rows (the tokens of a step) are not part of the signat
 every step and are checked at every call.
 """
 
-import functools
-import operator
-import sys
 import threading
 from collections import OrderedDict
 from typing import NamedTuple
 
-from . import arrays, launch, torch_tensors
+from . import arrays, launch, repeats, torch_tensors
 from .errors import DTypeError, ShapeError
 
 MAX_PLANS = 1024
-MAX_REPEATS = 4  # signatures, of one number of arguments and one choice of options
-MAX_LAUNCHES = 256  # of one signature: combinations of extents whose launch shape is remembered
 
 
 # The facts of an optional argument that is absent.
@@ -68,118 +63,6 @@ class CpuPlan(NamedTuple):
     dtypes: tuple
 
 
-class _Repeat(NamedTuple):
-    """A signature of torch tensors on a GPU that came again.
-
-    same : see `torch_tensors.same_as`. alignment : the addresses' low bits.
-    launches : {(*elements of each tensor, *numbers): (send, the parameters behind the addresses
-    given)}, None where there is nothing to do; see `launch.Launcher.prepare`.
-    """
-
-    same: object
-    alignment: int
-    plan: GpuPlan
-    current_stream: object
-    launches: dict
-
-
-class _Repeats:
-    """The latest signatures that came again, for some of an operation's arguments.
-
-    A call that fits one of them is compared with it in C++, and nothing is asked of its tensors but
-    their addresses and how many elements they have, which tells the extents of their rows: what an
-    engine does at every layer and step.
-
-    Parameters
-    ----------
-    op : Op
-    given : sequence of int
-        The indices of the arguments that are given at each call.
-    fixed : dict, optional
-        {index: address} of the other ones that are present.
-    """
-
-    def __init__(self, op, given, fixed=None):
-        self._op, self._fixed = op, tuple((fixed or {}).values())
-        self._rows = [place for place, index in enumerate(given) if op.args[index].rows]
-        self._masks = [op.masks[index] for index in given]
-        self._absent = len(op.args) - len(given) - len(self._fixed)
-        places = [*given, *(fixed or ())]
-        self._sorted = None  # parameters from their order here to that of the kernel
-        if places != sorted(places):
-            order = sorted(range(len(places)), key=places.__getitem__)
-            self._sorted = operator.itemgetter(*order)
-        self._known = ()
-        kind = sys.modules["torch"].Tensor
-        self._address, self._elements = kind.data_ptr, kind.numel
-
-    def run(self, tensors, numbers, stream):
-        """Run on ``tensors``, those given; False, with nothing done, if they fit no signature."""
-        for repeat in self._known:
-            if repeat.same(*tensors):
-                addresses = list(map(self._address, tensors))
-                # Not by `_alignment` where nothing is odd, because a function's call takes as long.
-                odd = functools.reduce(operator.or_, addresses) & 15
-                if repeat.alignment == (odd and _alignment(addresses, self._masks)):
-                    break
-        else:
-            return False
-        if stream is None:
-            stream = repeat.current_stream()
-        key = (*map(self._elements, tensors), *numbers)
-        try:
-            found = repeat.launches[key]
-        except KeyError:
-            found = self._prepare(repeat, key, tensors, numbers, stream)
-        if found is not None:
-            send, others = found
-            if self._sorted is None:
-                send(stream, (*addresses, *others))
-            else:
-                send(stream, (*self._sorted((*addresses, *self._fixed)), *others))
-        return True
-
-    def _prepare(self, repeat, key, tensors, numbers, stream):
-        """The launch for a new combination of extents, remembered."""
-        op, plan = self._op, repeat.plan
-        rows, counts = 1, ()
-        if op.count is not None:
-            extents = [tensors[place].shape[0] for place in self._rows]
-            extents += [None] * (sum(arg.rows for arg in op.args) - len(extents))
-            counts = op.count(extents, *numbers)
-            rows = counts[0]
-        found = None
-        if rows:
-            grid, threads = plan.shape(rows)
-            if plan.launcher.has_work(grid):
-                send = plan.launcher.prepare(grid, threads, stream)
-                found = send, (0,) * self._absent + counts
-        if len(repeat.launches) >= MAX_LAUNCHES:
-            repeat.launches.clear()
-        repeat.launches[key] = found
-        return found
-
-    def learn(self, tensors, plan, current_stream):
-        """Know the signature of ``tensors`` from now on."""
-        # Where rows have no elements, how many there are does not show in their number.
-        if not all(map(self._elements, tensors)):
-            return
-        same = torch_tensors.same_as(tensors, self._rows)
-        if same is None:
-            return
-        alignment = _alignment(list(map(self._address, tensors)), self._masks)
-        repeat = _Repeat(same, alignment, plan, current_stream, {})
-        self._known = (repeat, *self._known[: MAX_REPEATS - 1])
-
-
-def _alignment(addresses, masks):
-    """The addresses' low bits that count, which decide how wide a vector may be."""
-    alignment = 0
-    for address, mask in zip(addresses, masks):
-        alignment = alignment << 4 | address & mask
-    return alignment
-
-
 class Op:
     """An operation on arrays.
 
@@ -219,12 +102,16 @@ class Op:
             stream = arrays.stream_pointer(stream)
         objects = self._without_absent(objects) if objects[-1] is None else objects
         # From here to the launch every statement runs at every call: a microsecond is ten of them.
-        repeats = self._repeats.get((options, len(objects)))
-        if repeats is not None and repeats.run(objects, numbers, stream):
-            return
-        again = self.run(objects, options, stream, numbers)
-        if again is not None:
-            self._learn(repeats, objects, options, again)
+        known = self._repeats.get((options, len(objects)))
+        if known is not None:
+            for again in known.calls:
+                if again(objects, numbers, stream):
+                    return
+            if known.run(objects, numbers, stream):
+                return
+        learnt = self.run(objects, options, stream, numbers)
+        if learnt is not None:
+            self._learn(known, objects, options, learnt)
 
     def run(self, objects, options, stream, numbers):
         """Run by reading every array. Returns what the plan's memory holds, (plan, current stream),
@@ -250,7 +137,7 @@ class Op:
                 self._refuse_scalar(index)
             extents.append(shape[0])
             metas[index] = shape[1:], dtype, place
-        key = (options, _alignment(pointers, self.masks), *strides, *metas)
+        key = (options, repeats.alignment(pointers, self.masks), *strides, *metas)
         known = entry = self._plans.get(key)
         if entry is None:
             entry = self._remember(key, pointers, whole, strides, options)
@@ -273,13 +160,13 @@ class Op:
         plan.launcher.enqueue(grid, threads, stream, *pointers, *counts)
         return known if readers is _TORCH else None
 
-    def _learn(self, repeats, objects, options, again):
-        if repeats is None:
+    def _learn(self, known, objects, options, learnt):
+        if known is None:
             if len(self._repeats) >= MAX_PLANS:
                 self._repeats.clear()
-            repeats = _Repeats(self, range(len(objects)))
-            self._repeats[options, len(objects)] = repeats
-        repeats.learn(objects, *again)
+            known = repeats.Repeats(self, range(len(objects)))
+            self._repeats[options, len(objects)] = known
+        known.learn(objects, *learnt)
 
     def _without_absent(self, objects):
         """``objects`` without the optional ones at the end that are None."""
@@ -389,26 +276,30 @@ class Bound:
         )
         self._objects = [fixed.get(name) for name in names[:count]]
         self._given = [index for index in range(count) if names[index] not in fixed]
-        self._repeats = None
+        self._known = None
 
     def __call__(self, *objects, stream=None):
         """Run on the other arrays, in the order of the operation's arguments."""
         if stream is not None and type(stream) is not int:
             stream = arrays.stream_pointer(stream)
-        repeats = self._repeats
-        if repeats is not None and repeats.run(objects, (), stream):
-            return
+        known = self._known
+        if known is not None:
+            for again in known.calls:
+                if again(objects, (), stream):
+                    return
+            if known.run(objects, (), stream):
+                return
         everything = self._objects.copy()
         for index, value in zip(self._given, objects, strict=True):
             everything[index] = value
-        again = self._op.run(everything, self._options, stream, ())
-        if again is None:
+        learnt = self._op.run(everything, self._options, stream, ())
+        if learnt is None:
             return
-        if repeats is None:
+        if known is None:
             addresses = torch_tensors.addresses(everything)
             fixed = {i: a for i, a in enumerate(addresses) if i not in self._given}
-            repeats = self._repeats = _Repeats(self._op, self._given, fixed)
-        repeats.learn(objects, *again)
+            known = self._known = repeats.Repeats(self._op, self._given, fixed)
+        known.learn(objects, *learnt)
 
 
 def require_array(op, name, value):

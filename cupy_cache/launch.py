@@ -136,11 +136,8 @@ class Launcher:
     def prepare(self, grid, threads, stream):
         """`enqueue` for this shape, of which `has_work` is known, as a function of the stream and
         the tuple of values. The kernel is loaded now."""
-        if self._loaded is None:
-            self._load(stream)
+        launch, failed, slowly = self._entries(grid, threads, stream)
         free, pack, new_record, device = self._free, self._pack, self._new_record, self.device
-        launch, failed = driver.prepare(self._loaded, grid, threads)
-        slow = functools.partial(driver.launch, self._loaded, grid, threads)
 
         def send(stream, values):
             try:
@@ -151,12 +148,31 @@ class Launcher:
             try:
                 launch(stream, record.address, 0)
             except failed:  # in a thread without a context, or with another GPU's
-                slow(stream, record)
+                slowly(stream, record)
             free.append(record)
             if debug:
                 raise_faults(device)
 
         return send
+
+    def parts(self, grid, threads, stream, values):
+        """What `prepare` is made of, for callers that write a record's ``words`` themselves:
+        (launch, the errors at which to call the next, the same in any thread, a maker of records
+        that hold ``values``, device)."""
+
+        def new():
+            record = self._new_record()
+            self._pack(record.buffer, 0, *values)
+            record.words = memoryview(record.buffer).cast("B").cast("Q")
+            return record
+
+        return *self._entries(grid, threads, stream), new, self.device
+
+    def _entries(self, grid, threads, stream):
+        if self._loaded is None:
+            self._load(stream)
+        launch, failed = driver.prepare(self._loaded, grid, threads)
+        return launch, failed, functools.partial(driver.launch, self._loaded, grid, threads)
 
     def _load(self, stream):
         if self.device == NOWHERE:
@@ -168,9 +184,10 @@ class Launcher:
 
 
 class _Record:
-    """A parameter struct's bytes and the array of one pointer that the driver wants."""
+    """A parameter struct's bytes and the array of one pointer that the driver wants. ``words`` are
+    the bytes by eights, where somebody made them."""
 
-    __slots__ = ("_pointers", "address", "buffer", "tail")
+    __slots__ = ("_pointers", "address", "buffer", "tail", "words")
 
     def __init__(self, template, tail_at):
         self.buffer = ctypes.create_string_buffer(template, len(template))

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import cupy_cache as cc
-from cupy_cache import arrays, blocks, dispatch, launch, torch_tensors
+from cupy_cache import arrays, blocks, launch, repeats, torch_tensors
 from cupy_cache.ops import reshape_and_cache_flash as flash
 
 torch = pytest.importorskip("torch")
-WARM = 3  # calls after which a signature is known
+KNOWN = 2  # calls after which a signature is known
 
 
 class Recorder:
@@ -42,6 +42,12 @@ class Recorder:
     def take(self):
         taken, self.launches = self.launches, []
         return taken
+
+
+@pytest.fixture(params=(KNOWN, KNOWN + repeats.USES), ids=("known", "quickest"))
+def warm(request):
+    """Calls after which the next one goes a short way, or the shortest."""
+    return request.param
 
 
 @pytest.fixture
@@ -110,8 +116,42 @@ def test_other_tensors_of_a_known_signature(recorder, monkeypatch):
         assert fields(sent[-1]) == expected_fields(given)
         again = long_way(recorder, lambda g=given: cc.reshape_and_cache_flash(*g), monkeypatch)
         assert again == [sent]
-    (repeats,) = flash.OP._repeats.values()
-    assert len(repeats._known) == 1  # else this test has shown nothing
+    (known,) = flash.OP._repeats.values()
+    assert len(known._known) == 1  # else this test has shown nothing
+
+
+def test_the_quickest_way(recorder, monkeypatch):
+    """Shapes that come again and again with other addresses and streams."""
+    cases = (5, None), (7, None), (300, 6)
+    for _ in range(KNOWN + repeats.USES + 2):
+        for tokens, slots in cases:
+            given = tensors(tokens, slots)
+            stream = given[0].data_ptr() % 1000
+            call = lambda g=given, s=stream: cc.reshape_and_cache_flash(*g, stream=s)  # noqa: E731
+            call()
+            (sent,) = recorder.take()
+            assert fields(sent[-1]) == expected_fields(given) and sent[3] == stream
+            assert long_way(recorder, call, monkeypatch) == [sent]
+    (known,) = flash.OP._repeats.values()
+    assert len(known.calls) == len(cases)
+
+
+def test_numbers_of_a_call_that_came_again(recorder, monkeypatch):
+    """They are no array's, and go to the kernel."""
+    op = cc.ops.gather_and_maybe_dequant_cache.OP
+    monkeypatch.setattr(op, "_plans", type(op._plans)())
+    monkeypatch.setattr(op, "_repeats", {})
+    src, table = torch.zeros((6, 4, 8), dtype=torch.float16), torch.zeros((2, 3), dtype=torch.int32)
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+    for tokens in (*[9] * (KNOWN + repeats.USES + 1), 4, 9, 9, 4):
+        dst = torch.zeros((9, 8), dtype=torch.float16)
+        cc.gather_and_maybe_dequant_cache(src, dst, table, bounds, None, tokens, "auto", None)
+        (sent,) = recorder.take()
+        count = len(op.args)
+        words = np.frombuffer(sent[-1], np.int64)
+        assert words[1] == dst.data_ptr() and words[count] == tokens
+    (known,) = op._repeats.values()
+    assert len(known.calls) == 2  # one for each number
 
 
 @pytest.mark.parametrize(
@@ -122,11 +162,11 @@ def test_other_tensors_of_a_known_signature(recorder, monkeypatch):
     ],
     ids=str,
 )  # fmt: skip
-def test_another_signature_after_a_known_one(recorder, monkeypatch, other):
+def test_another_signature_after_a_known_one(recorder, monkeypatch, other, warm):
     given, changed = tensors(), tensors(**other)
-    for _ in range(WARM):
+    for _ in range(warm):
         cc.reshape_and_cache_flash(*given)
-    for _ in range(WARM):
+    for _ in range(warm):
         recorder.take()
         cc.reshape_and_cache_flash(*changed)
         (sent,) = recorder.take()
@@ -135,13 +175,13 @@ def test_another_signature_after_a_known_one(recorder, monkeypatch, other):
         assert long_way(recorder, call, monkeypatch) == [sent]
 
 
-def test_strides_of_a_known_shape(recorder, monkeypatch):
+def test_strides_of_a_known_shape(recorder, monkeypatch, warm):
     """The same shapes as a view of wider rows."""
     given = tensors()
-    for _ in range(WARM):
+    for _ in range(warm):
         cc.reshape_and_cache_flash(*given)
     wide = torch.zeros((5, 3, 16), dtype=torch.float16)
-    for _ in range(WARM):
+    for _ in range(warm):
         recorder.take()
         call = lambda: cc.reshape_and_cache_flash(wide[..., :8], *given[1:])  # noqa: E731
         call()
@@ -149,9 +189,9 @@ def test_strides_of_a_known_shape(recorder, monkeypatch):
         assert long_way(recorder, call, monkeypatch) == [sent]
 
 
-def test_what_is_refused_stays_refused(recorder):
+def test_what_is_refused_stays_refused(recorder, warm):
     given = tensors()
-    for _ in range(WARM):
+    for _ in range(warm):
         cc.reshape_and_cache_flash(*given)
     recorder.take()
     with pytest.raises(cc.ShapeError, match="slot_mapping"):
@@ -167,18 +207,18 @@ def test_where_slots_lie_does_not_matter(recorder):
     """A step's slots are often a slice of a longer array: 8-byte numbers, which lie anywhere."""
     key, value, *caches, _ = tensors()
     many = torch.arange(10)
-    for start in (0, 1, 2, 3, 4, 5):
+    for start in (0, 1, 2, 3, 4, 5, 0, 0, 1, 2, 0, 5):
         given = key, value, *caches, many[start : start + 5]
         cc.reshape_and_cache_flash(*given)
         (sent,) = recorder.take()
         assert fields(sent[-1]) == expected_fields(given)
-    (repeats,) = flash.OP._repeats.values()
-    assert len(repeats._known) == 1 and len(flash.OP._plans) == 1
+    (known,) = flash.OP._repeats.values()
+    assert len(known._known) == 1 and len(flash.OP._plans) == 1 and len(known.calls) == 1
 
 
-def test_no_tokens_and_streams(recorder):
+def test_no_tokens_and_streams(recorder, warm):
     given = tensors()
-    for _ in range(WARM):
+    for _ in range(warm):
         cc.reshape_and_cache_flash(*given)
     recorder.take()
     cc.reshape_and_cache_flash(*given[:4], torch.arange(0))
@@ -191,15 +231,15 @@ def test_no_tokens_and_streams(recorder):
 def test_one_object_given_twice(recorder):
     """torch's comparison always refuses it: the long way every time."""
     key, _, *rest = tensors()
-    for _ in range(WARM + 1):
+    for _ in range(KNOWN + repeats.USES + 1):
         cc.reshape_and_cache_flash(key, key, *rest)
         (sent,) = recorder.take()
         assert fields(sent[-1]) == expected_fields((key, key, *rest))
 
 
-def test_more_signatures_than_are_known(recorder):
-    made = [tensors(heads=n) for n in range(1, dispatch.MAX_REPEATS + 3)]
-    for _ in range(WARM):
+def test_more_signatures_than_are_known(recorder, warm):
+    made = [tensors(heads=n) for n in range(1, repeats.MAX_REPEATS + 3)]
+    for _ in range(warm):
         for given in made:
             cc.reshape_and_cache_flash(*given)
             (sent,) = recorder.take()
@@ -209,18 +249,18 @@ def test_more_signatures_than_are_known(recorder):
 def test_bound_to_its_caches(recorder):
     key, value, *caches, slots = tensors()
     cache = cc.PagedKVCache(*([c] for c in caches))
-    for tokens in (5, 5, 5, 2, 5):
+    for tokens in (5, 5, 5, 2, 5, 5, 2, 5):
         given = key[:tokens], value[:tokens], *caches, slots[:tokens]
         cache.write(0, *given[:2], given[-1])
         (sent,) = recorder.take()
         assert fields(sent[-1]) == expected_fields(given)
 
 
-def test_without_the_comparison(recorder, monkeypatch):
+def test_without_the_comparison(recorder, monkeypatch, warm):
     """A torch that has none, or changed it."""
     monkeypatch.setattr(torch_tensors, "_tensor_guards", lambda: None)
     given = tensors()
-    for _ in range(WARM):
+    for _ in range(warm):
         cc.reshape_and_cache_flash(*given)
         (sent,) = recorder.take()
         assert fields(sent[-1]) == expected_fields(given)

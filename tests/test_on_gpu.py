@@ -74,17 +74,19 @@ def test_l2_policies(cupy):
 
 
 def test_again_and_again(torch, case):
-    """From the third call on, a known signature of torch tensors goes a shorter way."""
-    for _ in range(4):
+    """From the third call on, a known signature of torch tensors goes a shorter way, and from the
+    fifth on the shortest."""
+    for _ in range(6):
         world = worlds.TorchCudaWorld()
         case.call(world)
         case.check(world)
     cc.raise_faults()
 
 
-def test_known_signature_in_a_new_thread(torch, case):
+@pytest.mark.parametrize("before", (3, 5))
+def test_known_signature_in_a_new_thread(torch, case, before):
     """A thread that has never touched CUDA has no context."""
-    for _ in range(3):
+    for _ in range(before):
         case.call(worlds.TorchCudaWorld())
     world = worlds.TorchCudaWorld()
     call = case.bind(world)
@@ -109,7 +111,7 @@ def test_known_signature_among_several_gpus(torch, case, monkeypatch):
 def test_known_signature_on_a_gpu_that_is_not_current(torch, case):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
-    for _ in range(4):
+    for _ in range(6):
         world = worlds.TorchCudaWorld()
         call = case.bind(world)
         torch.cuda.synchronize()
