@@ -30,9 +30,9 @@ MODULES = (
     "bench_reshape_and_cache_flash", "bench_quantised_writes", "bench_mla", "bench_gather_cache",
     "bench_copy_blocks", "bench_reshape_and_cache",
 )  # fmt: skip
-LEAST, MOST = 40e6, 350e6  # bytes moved: well beyond the L2, and soon over
+LEAST, MOST = 40e6, 350e6  # bytes moved: as much as the L2 holds at least, and soon over
 METRICS = {
-    "us": "gpu__time_duration.sum",
+    "ns": "gpu__time_duration.sum",
     "dram_read": "dram__bytes_read.sum",
     "dram_written": "dram__bytes_write.sum",
     "dram_busy_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
@@ -104,13 +104,16 @@ def profile():
             ",".join(METRICS.values()), sys.executable, "-m", "benchmarks.counters", "--run", path,
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
-        if not os.path.exists(path):
-            raise SystemExit(f"{ncu}: {done.stdout[-2000:]}{done.stderr[-2000:]}")
+        said = f"{ncu}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        if done.returncode or not os.path.exists(path):
+            raise SystemExit(said)
         kept = json.loads(Path(path).read_text(encoding="utf-8"))
     lines = [line for line in done.stdout.splitlines() if line.startswith('"')]
     counted = list(csv.DictReader(lines))[1:]  # the first row holds the units
     if len(counted) != len(kept["ran"]):
-        raise SystemExit(f"{len(counted)} kernels were profiled, {len(kept['ran'])} launched")
+        raise SystemExit(
+            f"{len(counted)} kernels were profiled, {len(kept['ran'])} launched. {said}"
+        )
     return [
         kept["machine"] | facts | {name: _number(row.get(m)) for name, m in METRICS.items()}
         for facts, row in zip(kept["ran"], counted)
@@ -131,7 +134,7 @@ def table(records):
             "of at most", "registers", "issuing"]  # fmt: skip
     rows = [
         [
-            f"{r['op']}: {r['case']}", f"{r['bytes'] / 1e6:.1f}", f"{(r['us'] or 0) / 1e3:.2f}",
+            f"{r['op']}: {r['case']}", f"{r['bytes'] / 1e6:.1f}", f"{(r['ns'] or 0) / 1e3:.2f}",
             f"{(r['dram_read'] or 0) / 1e6:.1f}", f"{(r['dram_written'] or 0) / 1e6:.1f}",
             *(f"{r[k] or 0:.0f} %" for k in ("dram_busy_percent", "l2_busy_percent",
                                               "occupancy_percent", "occupancy_limit_percent")),
@@ -154,6 +157,7 @@ def main(arguments=None):
     records = profile()
     print(table(records))
     path = Path(options.results) / f"{report.machine_name(records)}-counters.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {path}", file=sys.stderr)
 

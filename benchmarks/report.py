@@ -163,6 +163,7 @@ def _us(value):
 
 
 def markdown(head, rows):
+    """A table of strings, of which the first column is text and the others numbers."""
     lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

@@ -183,8 +183,8 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto", number=None):
 
 
 def vectors_of_thread(row_vectors):
-    """How many of a row's vectors a thread moves: they pay for its search of the sequence. Two or
-    three, so that all threads have equal work where that can be."""
+    """How many of a row's vectors a thread moves: they pay for its search of the sequence. Three
+    where that divides the row, else two."""
     return 3 if row_vectors % 3 == 0 else min(2, row_vectors)
 
 

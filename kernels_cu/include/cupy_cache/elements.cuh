@@ -5,7 +5,8 @@
 // Every type has Bits, decode(Bits) -> float and encode(float) -> Bits, which rounds to nearest,
 // ties to even (I8: ties away from zero), and saturates where the type is an 8-bit one. A NaN is
 // encoded with all bits but the sign set, whatever its sign, and as 0 in an I8. Types of 8 and 16
-// bits have encode_pair, 8-bit ones decode_pair: one instruction for two neighbours.
+// bits have encode_pair, 8-bit ones decode_pair, for two neighbours: one instruction where there is
+// such a one.
 //
 // CUDA's own headers would make the first call of a kernel several times slower: compiling them
 // takes longer than compiling the kernel. Where the machine has no instruction for a conversion,

@@ -50,23 +50,24 @@ struct Elements {
   }
 };
 
-// What the L2 is to do with this launch's lines. How much is moved decides, and that shows in the
-// number of thread blocks, each of which moves 2 to 16 KiB:
+// What the L2 is to do with this launch's lines. How much is moved decides, and the number of threads
+// tells it: each moves 16 to 64 bytes. (Not where they loop, as for copies over the bus, which are
+// too slow to fill the L2.) Measured on an H200:
 // - A few lines may as well stay for the kernel that reads them next.
 // - More than a few are the first to leave. What others keep in the L2 stays there, and these lines
 //   have reached the memory before later ones need their room.
 // - Once they outgrow the L2 it is the other way round: lines that leave first share what room the
 //   lines of others leave, and go to memory in small lots, which takes 2 to 6 % longer.
-// The numbers are what createpolicy gives for evict_first and evict_normal from sm_80 to sm_120; the
+// The numbers are what createpolicy gives for evict_first and evict_normal from sm_80 to sm_121; the
 // instruction itself would be carried out every time.
 __device__ __forceinline__ u64 l2_policy() {
-  constexpr u32 kFew = 100, kMany = 4096;
-  const u32 blocks = gridDim.x * gridDim.y;
-  return blocks >= kFew && blocks < kMany ? 0x12f0000000000000 : 0x16f0000000000000;
+  constexpr u32 kFew = 6 << 10, kMany = 512 << 10;
+  const u32 threads = gridDim.x * gridDim.y * blockDim.x;
+  return threads >= kFew && threads < kMany ? 0x12f0000000000000 : 0x16f0000000000000;
 }
 
-// Loads and stores of vectors in global memory. The policy is an operand, because of two loads with
-// opposite conditions the compiler lets the second wait for the slot.
+// Loads and stores of vectors in global memory. The policy is an operand: of two loads under opposite
+// conditions the compiler would move the second behind what it has to do with the slot.
 template <int kBytes>
 __device__ __forceinline__ Vec<kBytes> load_vector(const char* at) {
 #ifdef CUPY_CACHE_L2_POLICY
