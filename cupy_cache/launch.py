@@ -28,6 +28,7 @@ from .errors import (
 WARP = 32
 MAX_THREADS = 1024
 MAX_GRID_X = 2**31 - 1
+MAX_THREADS_X = 2**32 - 1  # along x: the kernels number them in 32 bits
 MAX_GRID_YZ = 65535
 # The index of a GPU that is not there: arrays on it are only described, launches raise `Noted`.
 NOWHERE = -1
@@ -106,7 +107,7 @@ class Launcher:
     def enqueue(self, grid, threads, stream, *values, tail=b""):
         """Launch with the per-call fields ``values`` and the bytes ``tail`` at the start of the
         struct's tail; zero work launches nothing."""
-        if self.has_work(grid):
+        if self.has_work(grid, threads):
             if self._loaded is None:
                 self._load(stream)
             # One in use by a thread must not be repacked by another: each takes one and puts it
@@ -123,13 +124,14 @@ class Launcher:
             if debug:
                 raise_faults(self.device)
 
-    def has_work(self, grid):
+    def has_work(self, grid, threads):
         """Whether there is anything to launch; raises where it is more than one launch takes."""
         x, y, z = grid
-        if x > MAX_GRID_X or y > MAX_GRID_YZ or z > MAX_GRID_YZ:
+        most = min(MAX_GRID_X, MAX_THREADS_X // threads)
+        if x > most or y > MAX_GRID_YZ or z > MAX_GRID_YZ:
             raise ShapeError(
-                f"{self.kernel.op}: the work needs a grid of {x} x {y} x {z} blocks, more than one "
-                "launch can take; split the call"
+                f"{self.kernel.op}: the work needs a grid of {x} x {y} x {z} blocks of {threads} "
+                "threads, more than one launch can take; split the call"
             )
         return bool(x and y and z)
 

@@ -119,7 +119,7 @@ class Repeats:
         found = None
         if rows:
             grid, threads = plan.shape(rows)
-            if plan.launcher.has_work(grid):
+            if plan.launcher.has_work(grid, threads):
                 send = plan.launcher.prepare(grid, threads, stream)
                 found = _Launch(send, grid, threads, counts)
         if len(repeat.launches) >= MAX_LAUNCHES:

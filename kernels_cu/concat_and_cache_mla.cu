@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   constexpr int kLatentItems = kLatentBytes / kVec;
   constexpr int kItems = kLatentItems + kRopeBytes / kVec;  // of one entry
 
-  const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   const i64 token = static_cast<i64>(index / kItems);
   const int item = static_cast<int>(index % kItems);
   if (token >= p.tokens) return;
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   constexpr int kElement = sizeof(typename Element::Bits);
   using Rope = Run<(kVec < kCacheVec ? kVec : kCacheVec), 16>;
 
-  const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   const int lane = static_cast<int>(index % kLanes);
   const i64 token = static_cast<i64>(index / kLanes);
   if (token >= p.tokens) return;  // the whole warp

@@ -27,26 +27,24 @@ struct Params {
   u32 unused;
 };
 
-// Converter makes vectors of kVec bytes of the output. kDims dimensions surround the run; Index
-// holds the number of vectors.
-template <typename Converter, int kVec, int kDims, typename Index, int kMaxThreads>
+// Converter makes vectors of kVec bytes of the output. kDims dimensions surround the run.
+template <typename Converter, int kVec, int kDims, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) convert_fp8(const __grid_constant__ Params p) {
   static_assert(kDims <= kMaxDims, "dimensions that Params holds");
-  const u64 thread = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (thread >= static_cast<u64>(p.vectors)) return;
+  u32 rest = blockIdx.x * blockDim.x + threadIdx.x;
+  if (rest >= p.vectors) return;
 
-  Index rest = static_cast<Index>(thread);
   char* to = p.output;
   const char* from = p.input;
   if constexpr (kDims > 0) {
-    const Index run = static_cast<Index>(p.run_vectors);
-    const Index inside = rest % run;
+    const u32 run = static_cast<u32>(p.run_vectors);
+    const u32 inside = rest % run;
     to += static_cast<i64>(inside) * kVec;
     from += static_cast<i64>(inside) * Converter::kSourceBytes;
     rest /= run;
 #pragma unroll
     for (int d = kDims - 1; d >= 0; --d) {
-      const Index extent = static_cast<Index>(p.extents[d]);
+      const u32 extent = static_cast<u32>(p.extents[d]);
       const i64 at = static_cast<i64>(d > 0 ? rest % extent : rest);
       to += at * p.output_strides[d];
       from += at * p.input_strides[d];

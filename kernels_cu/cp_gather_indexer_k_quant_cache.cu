@@ -64,7 +64,7 @@ template <int kKeyVec, int kScaleVec, int kKeyBytes, int kScaleBytes, int kRowTh
           int kBlockSize, typename Block, typename Length, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads)
     cp_gather_indexer_k_quant_cache(const __grid_constant__ Params p) {
-  const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   const i64 row = static_cast<i64>(index / kRowThreads);
   const int thread = static_cast<int>(index % kRowThreads);
   if (row >= p.rows) return;

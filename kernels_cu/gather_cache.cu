@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(kMaxThreads) gather_cache(const __grid_constan
   constexpr int kRowVectors = kOuter * kHeads * kSegmentVectors;
   constexpr int kRowThreads = (kRowVectors + kVectors - 1) / kVectors;
 
-  const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   const i64 row = static_cast<i64>(index / kRowThreads);
   const int first = static_cast<int>(index % kRowThreads);
   if (row >= p.rows) return;
@@ -154,7 +154,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   constexpr int kRowThreads = kRowVectors / kVectors;
   static_assert(kRowVectors % kVectors == 0, "equal work");
 
-  const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   const i64 row = static_cast<i64>(index / kRowThreads);
   const int first = static_cast<int>(index % kRowThreads);
   if (row >= p.rows) return;

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   constexpr int kHeld = (kVectors + kLanes - 1) / kLanes;
   constexpr i64 kScalesAt = static_cast<i64>(kBlockSize) * kQuantBlocks * kQuantBlock;
 
-  const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   const int lane = static_cast<int>(index % kLanes);
   const int quant_block = static_cast<int>(index / kLanes % kQuantBlocks);
   const i64 token = static_cast<i64>(index / (kLanes * kQuantBlocks));

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   constexpr int kValueItems = kHeads * kValueVectors;
   constexpr int kItems = kKeyItems > kValueItems ? kKeyItems : kValueItems;
 
-  const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   const i64 token = static_cast<i64>(index / kItems);
   const int item = static_cast<int>(index % kItems);
   if (token >= p.tokens) return;

@@ -98,7 +98,7 @@ template <typename From, typename To, int kLargest, int kVec, int kLanes, int kH
           int kValueSize, int kBlockSize, typename Slot, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads)
     reshape_and_cache_flash_per_token_head(const __grid_constant__ Params p) {
-  const u64 index = static_cast<u64>(blockIdx.x) * blockDim.x + threadIdx.x;
+  const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   const int lane = static_cast<int>(index % kLanes);
   const int head = static_cast<int>(index / kLanes % kHeads);
   const i64 token = static_cast<i64>(index / (kLanes * kHeads));

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import cupy_cache as cc
-from cupy_cache import arrays, blocks, launch, repeats, torch_tensors
+from cupy_cache import arrays, blocks, launch, modules, params, repeats, torch_tensors
 from cupy_cache.ops import reshape_and_cache_flash as flash
 
 torch = pytest.importorskip("torch")
@@ -281,6 +281,16 @@ def test_a_comparison_that_lies_is_not_used(monkeypatch):
     monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", Lies)
     assert torch_tensors._tensor_guards() is None
     torch_tensors._tensor_guards.cache_clear()
+
+
+def test_more_than_one_launch_takes():
+    """Kernels number the threads along x in 32 bits."""
+    launcher = launch.Launcher(modules.Kernel("an_op", "stem", "k<1>", params.Struct("a:ptr")), 0)
+    assert launcher.has_work((2**25 - 1, 65535, 1), 128)
+    assert not launcher.has_work((0, 1, 1), 128)
+    for grid, threads in (((2**25, 1, 1), 128), ((2**22, 1, 1), 1024), ((1, 65536, 1), 32)):
+        with pytest.raises(cc.ShapeError, match="an_op: .* split the call"):
+            launcher.has_work(grid, threads)
 
 
 def test_lists_of_layers(recorder):

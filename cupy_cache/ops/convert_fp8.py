@@ -102,8 +102,7 @@ def _plan(op, described, options):
     kernel = modules.Kernel(
         op.name,
         op.name,
-        f"convert_fp8<{converter}, {vector}, {len(dims)}, "
-        f"{'unsigned int' if vectors < 2**32 else 'unsigned long long'}, {MAX_THREADS}>",
+        f"convert_fp8<{converter}, {vector}, {len(dims)}, {MAX_THREADS}>",
         PARAMS,
         converts=True,
     )

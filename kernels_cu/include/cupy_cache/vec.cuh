@@ -53,17 +53,17 @@ struct Elements {
 // What the L2 is to do with this launch's lines. How much is moved decides, and the number of threads
 // tells it: each moves 16 to 64 bytes. (Not where they loop, as for copies over the bus, which are
 // too slow to fill the L2.) Measured on an H200:
-// - A few lines may as well stay for the kernel that reads them next.
-// - More than a few are the first to leave. What others keep in the L2 stays there, and these lines
-//   have reached the memory before later ones need their room.
-// - Once they outgrow the L2 it is the other way round: lines that leave first share what room the
-//   lines of others leave, and go to memory in small lots, which takes 2 to 6 % longer.
+// - Lines are the first to leave. What others keep in the L2 stays there, and what was written has
+//   reached the memory before later lines need its room.
+// - But a few that are read, from what was written just before, cost less where they stay.
+// - Lines that outgrow the L2 all stay like any others: if they left first, they would share what
+//   room the lines of others leave, and go to memory in small lots, which takes 2 to 6 % longer.
 // The numbers are what createpolicy gives for evict_first and evict_normal from sm_80 to sm_121; the
 // instruction itself would be carried out every time.
-__device__ __forceinline__ u64 l2_policy() {
-  constexpr u32 kFew = 6 << 10, kMany = 512 << 10;
+__device__ __forceinline__ u64 l2_policy(u32 few) {
+  constexpr u32 kMany = 512 << 10;
   const u32 threads = gridDim.x * gridDim.y * blockDim.x;
-  return threads >= kFew && threads < kMany ? 0x12f0000000000000 : 0x16f0000000000000;
+  return threads >= few && threads < kMany ? 0x12f0000000000000 : 0x16f0000000000000;
 }
 
 // Loads and stores of vectors in global memory. The policy is an operand: of two loads under opposite
@@ -71,7 +71,7 @@ __device__ __forceinline__ u64 l2_policy() {
 template <int kBytes>
 __device__ __forceinline__ Vec<kBytes> load_vector(const char* at) {
 #ifdef CUPY_CACHE_L2_POLICY
-  const u64 policy = l2_policy(), from = __cvta_generic_to_global(at);
+  const u64 policy = l2_policy(6 << 10), from = __cvta_generic_to_global(at);
   Vec<kBytes> vector;
   if constexpr (kBytes == 16) {
     asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
@@ -103,7 +103,7 @@ __device__ __forceinline__ Vec<kBytes> load_vector(const char* at) {
 template <int kBytes>
 __device__ __forceinline__ void store_vector(char* at, Vec<kBytes> vector) {
 #ifdef CUPY_CACHE_L2_POLICY
-  const u64 policy = l2_policy(), to = __cvta_generic_to_global(at);
+  const u64 policy = l2_policy(0), to = __cvta_generic_to_global(at);
   if constexpr (kBytes == 16) {
     asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to),
                  "r"(vector.x), "r"(vector.y), "r"(vector.z), "r"(vector.w), "l"(policy)
