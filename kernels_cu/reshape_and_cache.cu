@@ -25,6 +25,7 @@ struct Params {
   const char* k_scale;       // [heads] of float, or null: k_scale_value
   const char* v_scale;       // [heads] of float, or null: v_scale_value
   i64 tokens;
+  i64 heads;
   i64 num_blocks;
   i64 slot_stride;
   i64 key_token_stride;
@@ -70,6 +71,21 @@ struct Item {
     }
   }
 };
+
+// Whether there are many tokens, and neighbours have slots that are none. Then one head comes after
+// the other: elements of one sector that are written by several thread blocks meet in the L2. Else a
+// tile's heads come together, because they are neighbours in all arrays.
+template <typename Slot>
+__device__ __forceinline__ bool many_apart(const Params& p) {
+  constexpr i64 kMany = 8192;
+  if (p.tokens < kMany) return false;
+  const auto slot = [&](i64 token) {
+    return static_cast<i64>(
+        *reinterpret_cast<const Slot*>(p.slot_mapping + token * p.slot_stride));
+  };
+  const i64 middle = p.tokens / 2;
+  return slot(0) + 1 != slot(1) && slot(middle) + 1 != slot(middle + 1);
+}
 
 // Loads what becomes this thread's vectors of bytes [begin, begin + kBytes) of each of the tile's
 // rows.
@@ -119,9 +135,12 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ i64 slots[kTile];
   __shared__ bool adjacent[kGroups];
 
-  const i64 first = static_cast<i64>(blockIdx.x) * kTile;
+  const u32 heads = static_cast<u32>(p.heads), tiles = gridDim.x / heads;
+  const bool by_head = many_apart<Slot>(p);
+  const u32 tile = by_head ? blockIdx.x % tiles : blockIdx.x / heads;
+  const int head = static_cast<int>(by_head ? blockIdx.x / tiles : blockIdx.x % heads);
+  const i64 first = static_cast<i64>(tile) * kTile;
   const i64 left = p.tokens - first;
-  const int head = blockIdx.y;
   const char* key = p.key + first * p.key_token_stride + head * p.key_head_stride;
   const char* value = p.value + first * p.value_token_stride + head * p.value_head_stride;
   const float k_scale = scale_of(p.k_scale, p.k_scale_stride, head, p.k_scale_value);

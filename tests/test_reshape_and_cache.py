@@ -62,6 +62,24 @@ def test_every_shape(
     )
 
 
+@pytest.mark.parametrize("slots", ["random", "consecutive", "random-then-consecutive"])
+def test_many_tokens(world, rng, slots):
+    """From 8,192 on the order of the work depends on what the slots look like."""
+    tokens, num_blocks = int(rng.integers(8192, 8300)), 600
+    mapping = rng.permutation(num_blocks * 16)
+    if slots == "consecutive":
+        mapping.sort()
+    elif slots == "random-then-consecutive":
+        mapping = np.concatenate([rng.permutation(4000), np.arange(4000, num_blocks * 16)])
+    mapping[rng.integers(0, tokens, 50)] = -1
+    check(
+        world,
+        *(worlds.array(rng, (tokens, 3, 2), "float16") for _ in range(2)),
+        *caches(rng, num_blocks, 3, 2, 2, 16, 2, "float16"),
+        worlds.of_values(mapping[:tokens]),
+    )
+
+
 # --- interleaved values, quantised caches ---------------------------------------------------------
 
 
