@@ -15,6 +15,8 @@ import numpy as np
 
 from . import formats, launch
 
+MANY_ROWS = 1024  # what makes writes of many rows quick takes longer than it saves with fewer
+
 
 def encode(values, dtype):
     """float32 ``values`` as ``dtype`` (a `formats.DType`), returned as its bits: round to nearest,
@@ -57,12 +59,16 @@ def guarded_rows(op, argument, values, limit, padding=True, rows=None):
     are recorded as faults, under the numbers ``rows``, or else their place in ``values``.
     """
     good = (values >= 0) & (values < limit)
-    bad = values >= limit if padding else ~good
+    _record_first(op, argument, values >= limit if padding else ~good, values, limit, rows)
+    return good
+
+
+def _record_first(op, argument, bad, values, limit, rows):
+    """Record the first of the ``bad`` ones (a mask) among ``values``; see `guarded_rows`."""
     if bad.any():
         first = int(np.argmax(bad.reshape(-1)))
         row = first if rows is None else rows[first]
         launch.record_host_fault(op, argument, row, values.reshape(-1)[first], limit)
-    return good
 
 
 def _as_stored(rows, source, stored, scale, number):
@@ -73,26 +79,79 @@ def _as_stored(rows, source, stored, scale, number):
     return quantise(rows, source, number if scale is None else scale.reshape(-1, 1), stored)
 
 
-def _words(rows):
-    """``rows`` whose last dimension became one element of as many bytes: NumPy moves an element of
-    any size at once, but runs a loop for each row of several, short ones slowly."""
-    size = rows.shape[-1] * rows.dtype.itemsize
-    return rows.view(np.dtype((np.void, size)))[..., 0]
-
-
 def reshape_and_cache_flash(
     key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale, rows, *,
     source, stored, numbers,
 ):  # fmt: skip
     """Write ``rows`` tokens into caches indexed [block, offset, head, element]."""
     num_blocks, block_size = key_cache.shape[:2]
-    tokens, block, offset = _places(
-        "reshape_and_cache_flash", slot_mapping[:rows], num_blocks, block_size
-    )
-    sides = (key, key_cache, k_scale, numbers[0]), (value, value_cache, v_scale, numbers[1])
-    for data, cache, scale, number in sides:
-        data = _as_stored(data[tokens], source, stored, scale, number)
-        _words(cache)[block, offset] = _words(data)
+    tokens, slots = _kept("reshape_and_cache_flash", slot_mapping[:rows], num_blocks * block_size)
+
+    def written(data, scale, number):
+        return _as_stored(data[tokens], source, stored, scale, number)
+
+    # Values are made when keys are written and gone: the memory serves twice.
+    if len(slots) < MANY_ROWS:
+        places = np.divmod(slots, block_size)
+        key_cache[places] = written(key, k_scale, numbers[0])
+        value_cache[places] = written(value, v_scale, numbers[1])
+    else:
+        whole = _whole_blocks(slots, block_size)
+        _put_many(key_cache, slots, whole, written(key, k_scale, numbers[0]))
+        _put_many(value_cache, slots, whole, written(value, v_scale, numbers[1]))
+
+
+def _whole_blocks(slots, block_size):
+    """(first, end): the tokens between the end of a block begun earlier and the beginning of the
+    last one, if their ``slots`` are whole blocks, each in order; else None."""
+    first = -int(slots[0]) % block_size
+    end = len(slots) - (len(slots) - first) % block_size
+    # Larger blocks stay rows: the bytes of one might be more than an element can have, 2 GiB.
+    if first >= end or block_size > MANY_ROWS:
+        return None
+    blocks = slots[first:end].reshape(-1, block_size)
+    starts = blocks[:, :1]
+    if (starts % block_size).any() or (blocks != starts + np.arange(block_size)).any():
+        return None
+    return first, end
+
+
+def _put_many(cache, slots, whole, rows):
+    """Write ``rows`` [token, head, element] to ``slots`` of a cache [block, offset, head, element].
+    ``whole`` is what `_whole_blocks` says of them."""
+    block_size = cache.shape[1]
+    if _has_adjacent_heads(cache) and _has_adjacent_heads(rows):
+        cache = cache.reshape(*cache.shape[:2], 1, -1)
+        rows = rows.reshape(len(rows), 1, -1)
+    cache, rows = _words(cache), _words(rows)
+    if whole is None or not (cache[0].flags.c_contiguous and rows.flags.c_contiguous):
+        _put_words(cache, slots, rows)
+        return
+    first, end = whole
+    numbers = slots[first:end:block_size] // block_size
+    blocks = rows[first:end].reshape(len(numbers), -1)
+    _words(cache.reshape(len(cache), -1))[numbers] = _words(blocks)
+    for part in (slice(0, first), slice(end, None)):
+        _put_words(cache, slots[part], rows[part])
+
+
+def _put_words(cache, slots, rows):
+    """Write ``rows`` [token, word] to ``slots`` of a cache [block, offset, word]."""
+    if cache.flags.c_contiguous:
+        cache.reshape(-1, cache.shape[2])[slots] = rows
+    else:
+        cache[np.divmod(slots, cache.shape[1])] = rows
+
+
+def _has_adjacent_heads(array):
+    """Whether each head of ``array`` [..., head, element] begins where the one before it ends."""
+    return array.shape[-2] == 1 or array.strides[-2] == array.shape[-1] * array.itemsize
+
+
+def _words(array):
+    """``array`` with its last dimension, which is contiguous, as one element of all its bytes:
+    NumPy moves an element of any size at once, but several in a loop."""
+    return array.view(f"V{array.shape[-1] * array.itemsize}")[..., 0]
 
 
 def reshape_and_cache_flash_per_token_head(
@@ -121,15 +180,14 @@ def reshape_and_cache(
 ):  # fmt: skip
     """Write ``rows`` tokens into x-packed caches: keys [block, head, d / x, offset, d % x], values
     [block, head, d, offset] or, interleaved, [block, head, offset / x, d, offset % x]."""
-    num_blocks, heads, packs, block_size, x = key_cache.shape
+    num_blocks, block_size, x = key_cache.shape[0], *key_cache.shape[3:]
     tokens, block, offset = _places(
         "reshape_and_cache", slot_mapping[:rows], num_blocks, block_size
     )
     keys = _as_stored(key[tokens], source, stored, k_scale, numbers[0])
     values = _as_stored(value[tokens], source, stored, v_scale, numbers[1])
     # Indices split by slices put the token first: [token, head, pack], [token, head, d].
-    word = key_cache.dtype
-    _words(key_cache)[block, :, :, offset] = keys.view(np.dtype((np.void, x * word.itemsize)))
+    _words(key_cache)[block, :, :, offset] = keys.view(f"V{x * keys.itemsize}")
     if value_cache.ndim == 5:
         value_cache[block, :, offset // x, :, offset % x] = values
     else:
@@ -237,12 +295,19 @@ def _power_of_two_from(values):
 def _places(op, slot_mapping, num_blocks, block_size, first_row=0):
     """The tokens to write and, for each, its block and offset. Rows are counted from ``first_row``
     in faults."""
+    tokens, slots = _kept(op, slot_mapping, num_blocks * block_size, first_row)
+    return tokens, *np.divmod(slots, block_size)
+
+
+def _kept(op, slot_mapping, num_slots, first_row=0):
+    """The tokens to write and the slot of each. Rows are counted from ``first_row`` in faults."""
     slots = slot_mapping.astype(np.int64, copy=False)
-    rows = range(first_row, first_row + len(slots))
-    good = guarded_rows(op, "slot_mapping", slots, num_blocks * block_size, rows=rows)
+    good = slots.view(np.uint64) < num_slots  # negative ones become the largest
     if good.all():
-        return slice(0, len(slots)), *np.divmod(slots, block_size)
-    return good.nonzero()[0], *np.divmod(slots[good], block_size)
+        return slice(0, len(slots)), slots
+    rows = range(first_row, first_row + len(slots))
+    _record_first(op, "slot_mapping", slots >= num_slots, slots, num_slots, rows)
+    return good.nonzero()[0], slots[good]
 
 
 def convert_fp8(output, input, scale, *, source, target, number):

@@ -108,6 +108,33 @@ def test_strided_sources_and_slots(world, rng):
     check(world, key, value, key_cache, value_cache, slots)
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize("num_blocks, block_size", [(75, 16), (2, 600), (1, 1200)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_many_tokens(world, rng, layout, num_blocks, block_size):
+    """So many that NumPy moves rows, and blocks where all are whole, as one element each."""
+    tokens, heads, sizes = 1100, 2, (3, 5)
+    every = np.arange(num_blocks * block_size)
+    run = every[5 : 5 + tokens]  # begins and ends inside blocks
+    exchanged = run.copy()
+    exchanged[[200, 300]] = exchanged[[300, 200]]
+    mappings = (
+        rng.permutation(every)[:tokens],
+        run,
+        rng.permutation(every.reshape(num_blocks, block_size)).reshape(-1)[:tokens],
+        exchanged,
+        np.delete(every, np.s_[block_size : block_size + 8])[:tokens],  # then inside blocks
+        np.where(rng.random(tokens) < 0.1, -1, run),
+    )
+    for slots in mappings:
+        stores = caches(rng, layout, num_blocks, block_size, heads, *sizes, "float16")
+        mapping = worlds.of_values(slots)
+        rows = [worlds.array(rng, (tokens, heads, size), "float16") for size in sizes]
+        check(world, *rows, *stores, mapping)
+        rows = [worlds.array(rng, (heads, tokens, size), "float16") for size in sizes]
+        check(world, *(spec.permuted(1, 0, 2) for spec in rows), *stores, mapping)
+
+
 # --- quantised caches -----------------------------------------------------------------------------
 
 
