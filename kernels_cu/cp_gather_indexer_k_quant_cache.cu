@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (row >= p.rows) return;
 
   const Length* const lengths = reinterpret_cast<const Length*>(p.cu_seq_lens);
-  const Segment segment = find_segment(lengths, p.sequences, row);
+  const Segment segment = find_segment(lengths, p.sequences, row, p.sequences, p.rows);
   const i64 sequence = segment.index;
   if (sequence < 0 || sequence == p.sequences) return;
   // Unsigned, because the lengths may hold anything.

@@ -52,7 +52,8 @@ template <int kBlockSize, int kGroup, bool kOpenEnd, typename Block, typename Le
 __device__ __forceinline__ const char* token_of(const Params& p, i64 row) {
   static_assert(kBlockSize % kGroup == 0, "whole groups");
   const Length* const lengths = reinterpret_cast<const Length*>(p.cu_seq_lens);
-  const Segment segment = find_segment(lengths, kOpenEnd ? p.sequences - 1 : p.sequences, row);
+  const Segment segment =
+      find_segment(lengths, kOpenEnd ? p.sequences - 1 : p.sequences, row, p.sequences, p.rows);
   const i64 sequence = segment.index;
   if (sequence < 0 || sequence == p.sequences) return nullptr;
   i64 start = 0;

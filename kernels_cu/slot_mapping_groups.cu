@@ -43,8 +43,9 @@ __global__ void __launch_bounds__(kMaxThreads)
     // Loaded before the search, which it does not depend on.
     const i64 position = static_cast<i64>(
         *reinterpret_cast<const Position*>(p.positions + token * p.position_stride));
-    const i64 request =
-        find_segment(reinterpret_cast<const Start*>(p.query_start_loc), p.requests, token).index;
+    const i64 request = find_segment(reinterpret_cast<const Start*>(p.query_start_loc), p.requests,
+                                     token, p.requests, p.tokens)
+                            .index;
     if (request >= 0 && request < p.requests) {
       const i64 fault_row = (p.first + blockIdx.y) * p.tokens + token;
       const i64 row = p.idx_mapping ? static_cast<i64>(*reinterpret_cast<const Row*>(

@@ -63,43 +63,42 @@ struct Segment {
 // The segment that holds `row`: starts[i] <= row < starts[i + 1], for `count` segments with
 // non-decreasing starts (count + 1 entries). The index is count where row is not below
 // starts[count], and -1 where it is below starts[0]. Reads inside starts[0..count] whatever they
-// hold.
+// hold. `segments` of `rows` there are in all, or about so many.
 //
 // What counts is how many loads wait for one another. The segment is guessed as if all were equally
 // long, and looked up together with its neighbourhood: right at once for the steps of a decoding
 // batch, and else a bracket that leaves few halvings.
 template <typename Index>
-__device__ __forceinline__ Segment find_segment(const Index* starts, i64 count, i64 row) {
-  const i64 first = static_cast<i64>(starts[0]), last = static_cast<i64>(starts[count]);
+__device__ __forceinline__ Segment find_segment(const Index* starts, i64 count, i64 row,
+                                                i64 segments, i64 rows) {
+  // In floating point, because a product could overflow. Any quotient would do: the quick one takes
+  // few instructions.
+  const float per_row = __fdividef(static_cast<float>(segments), static_cast<float>(rows));
+  const i64 reach = 2 + (count >> 4);
+  i64 guess = static_cast<i64>(per_row * static_cast<float>(row));
+  guess = guess >= count ? count - 1 : guess;
+  guess = guess < 0 ? 0 : guess;  // not even for what is no number out of bounds
+  const i64 next = guess < count ? guess + 1 : count;
+  const i64 below = guess > reach ? guess - reach : 0;
+  const i64 above = next + reach < count ? next + reach : count;
+  const i64 first = static_cast<i64>(starts[0]);
+  const i64 at_below = static_cast<i64>(starts[below]);
+  const i64 at_guess = static_cast<i64>(starts[guess]);
+  const i64 at_next = static_cast<i64>(starts[next]);
+  const i64 at_above = static_cast<i64>(starts[above]);
+  const i64 last = static_cast<i64>(starts[count]);
   if (row >= last) return {count, last};
   if (row < first) return {-1, first};
   i64 low = 0, start = first, high = count;  // starts[low] = start <= row < starts[high]
-  if (count > 1) {
-    // In floating point, because differences of arbitrary contents could overflow.
-    const float from = static_cast<float>(first);
-    // Any quotient would do: the quick one takes few instructions.
-    const float part =
-        __fdividef(static_cast<float>(row) - from, static_cast<float>(last) - from);
-    const i64 reach = 2 + (count >> 4);
-    i64 guess = static_cast<i64>(part * static_cast<float>(count));
-    // Never out of bounds, not even for what is no number.
-    guess = guess < 0 ? 0 : guess >= count ? count - 1 : guess;
-    const i64 below = guess > reach ? guess - reach : 0;
-    const i64 above = guess + 1 + reach < count ? guess + 1 + reach : count;
-    const i64 at_below = static_cast<i64>(starts[below]);
-    const i64 at_guess = static_cast<i64>(starts[guess]);
-    const i64 at_next = static_cast<i64>(starts[guess + 1]);
-    const i64 at_above = static_cast<i64>(starts[above]);
-    if (row < at_guess) {
-      high = at_below <= row ? guess : below;
-      if (at_below <= row) low = below, start = at_below;
-    } else if (row < at_next) {
-      return {guess, at_guess};
-    } else if (row < at_above) {
-      low = guess + 1, start = at_next, high = above;
-    } else {
-      low = above, start = at_above;
-    }
+  if (row < at_guess) {
+    high = at_below <= row ? guess : below;
+    if (at_below <= row) low = below, start = at_below;
+  } else if (row < at_next) {
+    return {guess, at_guess};
+  } else if (row < at_above) {
+    low = next, start = at_next, high = above;
+  } else {
+    low = above, start = at_above;
   }
   while (high - low > 1) {
     const i64 middle = (low + high) / 2;
