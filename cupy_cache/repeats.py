@@ -18,7 +18,8 @@ from . import launch, torch_tensors
 MAX_REPEATS = 4  # signatures, of one number of arguments and one choice of options
 MAX_LAUNCHES = 256  # of one signature: combinations of extents whose launch shape is remembered
 MAX_CALLS = 4
-USES = 2  # of one combination of extents, before it gets a call of its own
+USES = 2  # of one combination of extents, before it gets a call of its own,
+MORE_USES = 64  # and before it gets another, others having taken its place: making one takes longer
 
 
 class _Repeat(NamedTuple):
@@ -39,13 +40,13 @@ class _Repeat(NamedTuple):
 
 class _Launch:
     """A combination of extents: how it is sent (`launch.Launcher.prepare`), its grid, threads and
-    counts, and how often it has come."""
+    counts, and how many uses are left before it gets a call of its own."""
 
     __slots__ = ("counts", "grid", "send", "threads", "uses")
 
     def __init__(self, send, grid, threads, counts):
         self.send, self.grid, self.threads, self.counts = send, grid, threads, counts
-        self.uses = 0
+        self.uses = USES
 
 
 class Repeats:
@@ -92,9 +93,9 @@ class Repeats:
             found = self._prepare(repeat, key, tensors, numbers, stream)
         if found is not None:
             found.send(stream, self._parameters(addresses, found.counts))
-            found.uses += 1
-            if found.uses == USES:
-                found.uses = 0
+            found.uses -= 1
+            if not found.uses:
+                found.uses = MORE_USES
                 self._shorten(repeat, found, tensors, numbers, stream)
         return True
 

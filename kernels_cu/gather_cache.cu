@@ -3,10 +3,11 @@
 // Gathers the pages of several sequences from a paged cache into contiguous rows.
 //
 // A row is kOuter * kHeads segments of kBytes contiguous bytes; the host merges heads that are
-// adjacent on both sides into one segment. Consecutive threads take consecutive vectors of a row, so
-// both sides coalesce but for the shortest rows. A thread finds its row's sequence by a binary search of its
-// own, in lines that its neighbours read too; moving kVectors vectors pays for it, and keeps that many
-// loads in flight. The fp8_ds_mla entry, whose scales are in it, has a kernel of its own below.
+// adjacent on both sides into one segment. Consecutive threads take consecutive vectors of a row,
+// so both sides coalesce but for the shortest rows. A thread finds its row's sequence by a search
+// of its own, in lines that its neighbours read too; moving kVectors vectors pays for it, and keeps
+// that many loads in flight. The fp8_ds_mla entry, whose scales are in it, has a kernel of its own
+// below.
 #include "cupy_cache/convert.cuh"
 #include "cupy_cache/ints.cuh"
 #include "cupy_cache/paging.cuh"

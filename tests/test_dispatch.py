@@ -136,6 +136,19 @@ def test_the_quickest_way(recorder, monkeypatch):
     assert len(known.calls) == len(cases)
 
 
+def test_more_shapes_than_have_calls_of_their_own(recorder, monkeypatch):
+    """In turns, they do not push each other out all the time."""
+    made, same_as = [], torch_tensors.same_as
+    monkeypatch.setattr(torch_tensors, "same_as", lambda *a: made.append(a) or same_as(*a))
+    given = [tensors(tokens) for tokens in range(1, repeats.MAX_CALLS + 3)]
+    for _ in range(20):
+        for case in given:
+            cc.reshape_and_cache_flash(*case)
+            (sent,) = recorder.take()
+            assert fields(sent[-1]) == expected_fields(case)
+    assert len(made) == 1 + len(given)  # the signature, and once each combination of extents
+
+
 def test_numbers_of_a_call_that_came_again(recorder, monkeypatch):
     """They are no array's, and go to the kernel."""
     op = cc.ops.gather_and_maybe_dequant_cache.OP

@@ -50,9 +50,9 @@ struct Elements {
   }
 };
 
-// What the L2 is to do with this launch's lines. How much is moved decides, and the number of threads
-// tells it: each moves 16 to 64 bytes. (Not where they loop, as for copies over the bus, which are
-// too slow to fill the L2.) Measured on an H200:
+// What the L2 is to do with this launch's lines. How much is moved decides, and the number of
+// threads tells it: each moves 16 to 64 bytes. (Not where they loop, as for copies over the bus,
+// which are too slow to fill the L2.) Measured on an H200:
 // - Lines are the first to leave. What others keep in the L2 stays there, and what was written has
 //   reached the memory before later lines need its room.
 // - But a few that are read, from what was written just before, cost less where they stay.
@@ -66,8 +66,8 @@ __device__ __forceinline__ u64 l2_policy(u32 few) {
   return threads >= few && threads < kMany ? 0x12f0000000000000 : 0x16f0000000000000;
 }
 
-// Loads and stores of vectors in global memory. The policy is an operand: of two loads under opposite
-// conditions the compiler would move the second behind what it has to do with the slot.
+// Loads and stores of vectors in global memory. The policy is an operand: of two loads under
+// opposite conditions the compiler would move the second behind the check of the slot.
 template <int kBytes>
 __device__ __forceinline__ Vec<kBytes> load_vector(const char* at) {
 #ifdef CUPY_CACHE_L2_POLICY
