@@ -280,6 +280,9 @@ class Bound:
 
     def __call__(self, *objects, stream=None):
         """Run on the other arrays, in the order of the operation's arguments."""
+        if len(objects) != len(self._given):
+            names = ", ".join(self._op.args[index].name for index in self._given)
+            raise TypeError(f"{self._op.name}: expected {names}, got {len(objects)} arrays")
         if stream is not None and type(stream) is not int:
             stream = arrays.stream_pointer(stream)
         known = self._known
@@ -290,7 +293,7 @@ class Bound:
             if known.run(objects, (), stream):
                 return
         everything = self._objects.copy()
-        for index, value in zip(self._given, objects, strict=True):
+        for index, value in zip(self._given, objects):
             everything[index] = value
         learnt = self._op.run(everything, self._options, stream, ())
         if learnt is None:

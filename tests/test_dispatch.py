@@ -269,6 +269,18 @@ def test_bound_to_its_caches(recorder):
         assert fields(sent[-1]) == expected_fields(given)
 
 
+def test_bound_with_too_few_or_too_many(recorder, warm):
+    key, value, *caches, slots = tensors()
+    write = cc.PagedKVCache(*([c] for c in caches)).writer(0)
+    for _ in range(warm):
+        write(key, value, slots)
+        recorder.take()
+        for given in ((key, value), (key, value, slots, slots)):
+            with pytest.raises(TypeError, match="expected key, value, slot_mapping, got "):
+                write(*given)
+        assert not recorder.take()
+
+
 def test_without_the_comparison(recorder, monkeypatch, warm):
     """A torch that has none, or changed it."""
     monkeypatch.setattr(torch_tensors, "_tensor_guards", lambda: None)

@@ -55,7 +55,8 @@ struct Elements {
 // which are too slow to fill the L2.) Measured on an H200:
 // - Lines are the first to leave. What others keep in the L2 stays there, and what was written has
 //   reached the memory before later lines need its room.
-// - But a few that are read, from what was written just before, cost less where they stay.
+// - But a few (of fewer than `few` threads) that are read, from what was written just before, cost
+//   less where they stay.
 // - Many lines (some 8 MB) all stay like any others: if they left first, they would share what room
 //   the lines of others leave, and go to memory in small lots, which takes 2 to 6 % longer.
 // The numbers are what createpolicy gives for evict_first and evict_normal from sm_80 to sm_121; the
