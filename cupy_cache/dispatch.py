@@ -63,6 +63,15 @@ class CpuPlan(NamedTuple):
     dtypes: tuple
 
 
+def _views(plan, pointers, metas, steps):
+    """The arrays of a `CpuPlan` as NumPy sees them; None where absent."""
+    views = [
+        None if step is None else arrays.as_numpy(pointer, meta[0], step, dtype)
+        for pointer, meta, step, dtype in zip(pointers, metas, steps, plan.dtypes)
+    ]
+    return views + [None] * (len(plan.dtypes) - len(views))
+
+
 class Op:
     """An operation on arrays.
 
@@ -141,7 +150,7 @@ class Op:
         known = entry = self._plans.get(key)
         if entry is None:
             entry = self._remember(key, pointers, whole, strides, options)
-        plan, current_stream = entry
+        plan, current_stream, steps = entry
         if self.count is None:
             rows, counts = 1, ()
         else:
@@ -150,7 +159,7 @@ class Op:
         if not rows:
             return None
         if current_stream is None:
-            self._run_cpu(plan, pointers, whole, strides, counts)
+            plan.run(*_views(plan, pointers, whole, steps), *counts)
             return None
         if stream is None:
             stream = current_stream()
@@ -158,7 +167,7 @@ class Op:
         if len(pointers) < len(self.args):
             pointers += [0] * (len(self.args) - len(pointers))
         plan.launcher.enqueue(grid, threads, stream, *pointers, *counts)
-        return known if readers is _TORCH else None
+        return (plan, current_stream) if known and readers is _TORCH else None
 
     def _learn(self, known, objects, options, learnt):
         if known is None:
@@ -224,27 +233,23 @@ class Op:
         return described + absent
 
     def _remember(self, key, pointers, metas, strides, options):
+        """What the plans' memory holds: (plan, what gives the current stream or None on the CPU,
+        byte strides of each argument or None where it is absent)."""
         described = self._describe(pointers, metas, strides)
         plan = self.plan(described, options)
         stream = None
         if isinstance(plan, GpuPlan):
             stream = arrays.current_stream_of(described[self.destination])
+        entry = plan, stream, [array and array.strides for array in described]
         if any(described[i] is not None and described[i].shape[0] == 0 for i in self._rows):
             # The strides of an empty array were not checked: they must not vouch for a full one,
             # which has the same signature if only its rows are missing.
-            return plan, stream
+            return entry
         with self._lock:
             while len(self._plans) >= MAX_PLANS:
                 self._plans.popitem(last=False)
-            self._plans[key] = plan, stream
-        return plan, stream
-
-    def _run_cpu(self, plan, pointers, metas, strides, counts):
-        views = [
-            None if array is None else arrays.as_numpy(array.ptr, array.shape, array.strides, dtype)
-            for array, dtype in zip(self._describe(pointers, metas, strides), plan.dtypes)
-        ]
-        plan.run(*views, *counts)
+            self._plans[key] = entry
+        return entry
 
     def _stream_for(self, destination):
         array = arrays.view(destination, self.args[self.destination].name)
