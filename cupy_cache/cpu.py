@@ -16,6 +16,7 @@ import numpy as np
 
 from . import formats, launch
 
+MAX_WORD = 2**31  # bytes that an element of NumPy's cannot have
 MANY_ROWS = 1024  # what makes writes of many rows quick takes longer than it saves with fewer
 
 
@@ -104,9 +105,10 @@ def _record_first(op, argument, bad, values, limit, rows):
 def _as_stored(rows, source, stored, scale, number):
     """``rows`` [token, head, element] of dtype ``source`` as they are stored: divided by ``scale``
     (one, or one for each head) or else by ``number``; as they are where ``stored`` is None."""
-    if stored is None:
-        return rows
-    return quantise(rows, source, number if scale is None else scale.reshape(-1, 1), stored)
+    if stored is not None:
+        rows = quantise(rows, source, number if scale is None else scale.reshape(-1, 1), stored)
+    # What NumPy makes of an array whose tokens or heads are all one has them innermost.
+    return rows if rows.strides[-1] == rows.itemsize else np.ascontiguousarray(rows)
 
 
 def reshape_and_cache_flash(
@@ -136,8 +138,7 @@ def _whole_blocks(slots, block_size):
     last one, if their ``slots`` are whole blocks, each in order; else None."""
     first = -int(slots[0]) % block_size
     end = len(slots) - (len(slots) - first) % block_size
-    # Larger blocks stay rows: the bytes of one might be more than an element can have, 2 GiB.
-    if first >= end or block_size > MANY_ROWS:
+    if first >= end:
         return None
     blocks = slots[first:end].reshape(-1, block_size)
     starts = blocks[:, :1]
@@ -150,11 +151,14 @@ def _put_many(cache, slots, whole, rows):
     """Write ``rows`` [token, head, element] to ``slots`` of a cache [block, offset, head, element].
     ``whole`` is what `_whole_blocks` says of them."""
     block_size = cache.shape[1]
+    if not rows.size:
+        return
     if _has_adjacent_heads(cache) and _has_adjacent_heads(rows):
         cache = cache.reshape(*cache.shape[:2], 1, -1)
         rows = rows.reshape(len(rows), 1, -1)
     cache, rows = _words(cache), _words(rows)
-    if whole is None or not (cache[0].flags.c_contiguous and rows.flags.c_contiguous):
+    dense = cache[0].flags.c_contiguous and rows.flags.c_contiguous
+    if whole is None or not dense or cache[0].nbytes >= MAX_WORD:
         _put_words(cache, slots, rows)
         return
     first, end = whole

@@ -280,7 +280,11 @@ class Bound:
             index for index, arg in enumerate(op.args) if arg.name in fixed or not arg.optional
         )
         self._objects = [fixed.get(name) for name in names[:count]]
-        self._given = [index for index in range(count) if names[index] not in fixed]
+        self._given = [
+            index
+            for index, arg in enumerate(op.args[:count])
+            if arg.name not in fixed and not arg.optional
+        ]
         self._known = None
 
     def __call__(self, *objects, stream=None):

@@ -18,8 +18,8 @@ from . import launch, torch_tensors
 MAX_REPEATS = 4  # signatures, of one number of arguments and one choice of options
 MAX_LAUNCHES = 256  # of one signature: combinations of extents whose launch shape is remembered
 MAX_CALLS = 4
-USES = 2  # of one combination of extents, before it gets a call of its own,
-MORE_USES = 64  # and before it gets another, others having taken its place: making one takes longer
+USES = 2  # of one combination of extents, before it gets a call of its own
+MORE_USES = 64  # before something new takes the place of what is known: making it takes longer
 
 
 class _Repeat(NamedTuple):
@@ -71,6 +71,7 @@ class Repeats:
         self._rows = [place for place, index in enumerate(self._given) if op.args[index].rows]
         self._masks = tuple(op.masks[index] for index in self._given)
         self._known = ()
+        self._to_wait = 0
         self.calls = ()
         kind = sys.modules["torch"].Tensor
         self._address, self._elements = kind.data_ptr, kind.numel
@@ -94,7 +95,7 @@ class Repeats:
         if found is not None:
             found.send(stream, self._parameters(addresses, found.counts))
             found.uses -= 1
-            if not found.uses:
+            if found.uses <= 0:
                 found.uses = MORE_USES
                 self._shorten(repeat, found, tensors, numbers, stream)
         return True
@@ -144,6 +145,12 @@ class Repeats:
 
     def learn(self, tensors, plan, current_stream):
         """Know the signature of ``tensors`` from now on."""
+        if len(self._known) == MAX_REPEATS:
+            # More than are known come in turns: knowing each at once would cost more than it saves.
+            self._to_wait -= 1
+            if self._to_wait > 0:
+                return
+            self._to_wait = MORE_USES
         # Where rows have no elements, how many there are does not show in their number.
         if not all(map(self._elements, tensors)):
             return

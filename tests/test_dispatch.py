@@ -250,13 +250,22 @@ def test_one_object_given_twice(recorder):
         assert fields(sent[-1]) == expected_fields((key, key, *rest))
 
 
-def test_more_signatures_than_are_known(recorder, warm):
-    made = [tensors(heads=n) for n in range(1, repeats.MAX_REPEATS + 3)]
-    for _ in range(warm):
-        for given in made:
+def test_more_signatures_than_are_known(recorder, monkeypatch):
+    """Where many come in turns, few of them are learnt anew."""
+    made, same_as = [], torch_tensors.same_as
+    monkeypatch.setattr(torch_tensors, "same_as", lambda *a: made.append(a) or same_as(*a))
+    signatures = [tensors(heads=n) for n in range(1, repeats.MAX_REPEATS + 3)]
+    for _ in range(30):
+        for given in signatures:
             cc.reshape_and_cache_flash(*given)
             (sent,) = recorder.take()
             assert fields(sent[-1]) == expected_fields(given)
+    # Each known one, and a call of its own; then one for every MORE_USES others.
+    assert len(made) <= 2 * repeats.MAX_REPEATS + 2 * 30 * len(signatures) / repeats.MORE_USES
+    for _ in range(3 * repeats.MORE_USES):  # but what stays is learnt
+        cc.reshape_and_cache_flash(*given)
+    (known,) = flash.OP._repeats.values()
+    assert known.calls[0](given, (), None)
 
 
 def test_bound_to_its_caches(recorder):

@@ -72,6 +72,22 @@ def test_writes_again_and_again(world, rng, kind, through):
             np.testing.assert_array_equal(world.bytes_of(spec), storage[id(spec.buffer)])
 
 
+@pytest.mark.parametrize("k_scale", [None, 2.0])
+def test_an_array_for_the_values_alone(world, rng, k_scale):
+    lists = caches(rng, "flash", "uint8", 1)
+    expected = {id(specs[0].buffer): specs[0].buffer.bytes.copy() for specs in lists}
+    scale = worlds.of_values(np.array([0.5], np.float32))
+    cache = cc.PagedKVCache(
+        *put(world, lists), kv_cache_dtype="fp8", k_scales=k_scale, v_scales=world.put(scale)
+    )
+    for _ in range(6):
+        case = write_case(rng, "flash")
+        cache.write(0, *(world.put(spec) for spec in case))
+        expected_write("flash", expected, lists, 0, *case, (k_scale or 1.0, 0.5, "float8_e4m3fn"))
+    for specs in lists:
+        np.testing.assert_array_equal(world.bytes_of(specs[0]), expected[id(specs[0].buffer)])
+
+
 @pytest.mark.parametrize("scales", ["numbers", "arrays", "lists", "one-array"])
 def test_scales_of_each_layer(world, rng, scales):
     """What each layer's own call writes."""

@@ -135,6 +135,38 @@ def test_many_tokens(world, rng, layout, num_blocks, block_size):
         check(world, *(spec.permuted(1, 0, 2) for spec in rows), *stores, mapping)
 
 
+@pytest.mark.parametrize("tokens", [40, 1100])
+@pytest.mark.parametrize("shared", ["tokens", "heads", "both"])
+@pytest.mark.parametrize("stored", [None, "float8_e4m3fn"])
+def test_sources_whose_rows_are_all_one(rng, tokens, shared, stored):
+    """Broadcast views, on NumPy, with padding among the slots."""
+    heads, size, num_blocks, block_size = 3, 8, 80, 16
+    shape = (1 if shared != "heads" else tokens, 1 if shared != "tokens" else heads, size)
+    rows = [
+        np.broadcast_to(rng.standard_normal(shape).astype(np.float16), (tokens, heads, size))
+        for _ in range(2)
+    ]
+    slots = rng.permutation(num_blocks * block_size)[:tokens]
+    slots[rng.random(tokens) < 0.05] = -1
+    dtype = np.uint8 if stored else np.float16
+    made = np.zeros((2, num_blocks, block_size, heads, size), dtype)
+    expected = made.copy()
+    cc.reshape_and_cache_flash(*rows, *made, slots, "fp8" if stored else "auto", 0.5, 0.25)
+    scales = (0.5, 0.25, stored) if stored else ()
+    oracle.reshape_and_cache_flash(*rows, *expected, slots, *scales)
+    np.testing.assert_array_equal(made, expected)
+
+
+@pytest.mark.parametrize("tokens", [4, 1100])
+def test_no_heads(world, rng, tokens):
+    check(
+        world,
+        *(worlds.array(rng, (tokens, 0, 8), "float16") for _ in range(2)),
+        *caches(rng, "NHD", 75, 16, 0, 8, 8, "float16"),
+        worlds.of_values(np.arange(tokens)),
+    )
+
+
 # --- quantised caches -----------------------------------------------------------------------------
 
 
