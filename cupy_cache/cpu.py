@@ -77,8 +77,7 @@ def _scaled(arithmetic, bits, source, scale, target):
 
 @functools.lru_cache(maxsize=16)  # 64 KiB each
 def _every_scaled(arithmetic, source, scale, target):
-    """What `_scaled` makes of every bit pattern of ``source``; ``scale`` is given as its bytes, of
-    which zeros have two kinds."""
+    """What `_scaled` makes of all bit patterns; ``scale`` is its bytes: two zeros are equal."""
     every = decode(np.arange(2 ** (8 * source.bytes)).astype(source.bits), source)
     return encode(arithmetic(every, np.frombuffer(scale, np.float32)), target)
 
@@ -411,6 +410,12 @@ def gather_cache(
         "gather_cache", (cache.shape[0], math.prod(slots)), block_table, cu_seq_lens, seq_starts,
         rows,
     )  # fmt: skip
+    dense = len(slots) == 1 and cache.flags.c_contiguous and dst.flags.c_contiguous
+    if stored is None and dense and len(row) == rows and dst.size:
+        # All rows, each in one piece. Nothing is clipped, but the other modes need a buffer.
+        flat, out = cache.reshape(-1, dst[0].size), dst[:rows].reshape(rows, -1)
+        np.take(flat, block * slots[0] + offset, axis=0, out=out, mode="clip")
+        return
     tokens = cache[(block, *np.unravel_index(offset, slots))].reshape(len(row), *dst.shape[1:])
     if stored is not None:
         tokens = dequantise(tokens, stored, number if scale is None else scale, target)
