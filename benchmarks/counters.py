@@ -16,6 +16,7 @@ less than what was stored by up to that much.
 import argparse
 import csv
 import functools
+import importlib
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ MODULES = (
     "bench_reshape_and_cache_flash", "bench_quantised_writes", "bench_mla", "bench_gather_cache",
     "bench_copy_blocks", "bench_reshape_and_cache",
 )  # fmt: skip
-LEAST, MOST = 40e6, 350e6  # bytes moved: as much as the L2 holds at least, and soon over
+LEAST, MOST = 40e6, 350e6  # bytes moved: bulk, but soon over
 METRICS = {
     "ns": "gpu__time_duration.sum",
     "dram_read": "dram__bytes_read.sum",
@@ -51,7 +52,7 @@ METRICS = {
 def launches():
     """(facts, call) of each case; a call launches one kernel."""
     for name in MODULES:
-        module = __import__(f"benchmarks.{name}", fromlist=["CASES", "make"])
+        module = importlib.import_module(f"benchmarks.{name}")
         for case in module.CASES:
             load = module.make(case)
             record = load.record
@@ -132,16 +133,20 @@ def table(records):
     """The records as Markdown."""
     head = ["case", "MB moved", "us", "DRAM read, MB", "written", "busy", "L2 busy", "occupancy",
             "of at most", "registers", "issuing"]  # fmt: skip
+    shown = (
+        ("bytes", 1e6, ".1f"), ("ns", 1e3, ".2f"), ("dram_read", 1e6, ".1f"),
+        ("dram_written", 1e6, ".1f"), ("dram_busy_percent", 100, ".0%"),
+        ("l2_busy_percent", 100, ".0%"), ("occupancy_percent", 100, ".0%"),
+        ("occupancy_limit_percent", 100, ".0%"), ("registers", 1, ".0f"),
+        ("issue_slots_busy_percent", 100, ".0%"),
+    )  # fmt: skip
     rows = [
         [
-            f"{r['op']}: {r['case']}", f"{r['bytes'] / 1e6:.1f}", f"{(r['ns'] or 0) / 1e3:.2f}",
-            f"{(r['dram_read'] or 0) / 1e6:.1f}", f"{(r['dram_written'] or 0) / 1e6:.1f}",
-            *(f"{r[k] or 0:.0f} %" for k in ("dram_busy_percent", "l2_busy_percent",
-                                              "occupancy_percent", "occupancy_limit_percent")),
-            str(r["registers"]), f"{r['issue_slots_busy_percent'] or 0:.0f} %",
+            f"{r['op']}: {r['case']}",
+            *("" if r[name] is None else format(r[name] / unit, how) for name, unit, how in shown),
         ]
         for r in records
-    ]  # fmt: skip
+    ]
     return report.markdown(head, rows)
 
 

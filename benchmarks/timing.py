@@ -6,8 +6,8 @@
 unmeasured replay that keeps the GPU busy while the host enqueues, between two CUDA events; the
 figure is the median of the rounds, per call. Before each round the L2 is filled with other lines,
 as a model's other kernels leave it: lines that leave the L2 first would else have it to themselves.
-Calls that cannot be captured are enqueued one by one
-between the events instead, which includes their gaps; ``how`` says which.
+Calls that cannot be captured are enqueued one by one between the events instead, which includes
+their gaps; ``how`` says which.
 
 *Host time*: the fastest of five batches of enqueue-only calls, with a wait between the batches and
 none inside.

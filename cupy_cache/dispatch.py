@@ -112,12 +112,8 @@ class Op:
         objects = self._without_absent(objects) if objects[-1] is None else objects
         # From here to the launch every statement runs at every call: a microsecond is ten of them.
         known = self._repeats.get((options, len(objects)))
-        if known is not None:
-            for again in known.calls:
-                if again(objects, numbers, stream):
-                    return
-            if known.run(objects, numbers, stream):
-                return
+        if known is not None and known.run(objects, numbers, stream):
+            return
         learnt = self.run(objects, options, stream, numbers)
         if learnt is not None:
             self._learn(known, objects, options, learnt)
@@ -240,7 +236,7 @@ class Op:
         stream = None
         if isinstance(plan, GpuPlan):
             stream = arrays.current_stream_of(described[self.destination])
-        entry = plan, stream, [array and array.strides for array in described]
+        entry = plan, stream, [None if array is None else array.strides for array in described]
         if any(described[i] is not None and described[i].shape[0] == 0 for i in self._rows):
             # The strides of an empty array were not checked: they must not vouch for a full one,
             # which has the same signature if only its rows are missing.
@@ -295,12 +291,8 @@ class Bound:
         if stream is not None and type(stream) is not int:
             stream = arrays.stream_pointer(stream)
         known = self._known
-        if known is not None:
-            for again in known.calls:
-                if again(objects, (), stream):
-                    return
-            if known.run(objects, (), stream):
-                return
+        if known is not None and known.run(objects, (), stream):
+            return
         everything = self._objects.copy()
         for index, value in zip(self._given, objects):
             everything[index] = value

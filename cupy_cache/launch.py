@@ -27,8 +27,7 @@ from .errors import (
 
 WARP = 32
 MAX_THREADS = 1024
-MAX_GRID_X = 2**31 - 1
-MAX_THREADS_X = 2**32 - 1  # along x: the kernels number them in 32 bits
+MAX_THREADS_X = 2**32 - 1  # the kernels number them in 32 bits
 MAX_GRID_YZ = 65535
 # The index of a GPU that is not there: arrays on it are only described, launches raise `Noted`.
 NOWHERE = -1
@@ -127,40 +126,18 @@ class Launcher:
     def has_work(self, grid, threads):
         """Whether there is anything to launch; raises where it is more than one launch takes."""
         x, y, z = grid
-        most = min(MAX_GRID_X, MAX_THREADS_X // threads)
-        if x > most or y > MAX_GRID_YZ or z > MAX_GRID_YZ:
+        if x * threads > MAX_THREADS_X or y > MAX_GRID_YZ or z > MAX_GRID_YZ:
             raise ShapeError(
                 f"{self.kernel.op}: the work needs a grid of {x} x {y} x {z} blocks of {threads} "
                 "threads, more than one launch can take; split the call"
             )
         return bool(x and y and z)
 
-    def prepare(self, grid, threads, stream):
-        """`enqueue` for this shape, of which `has_work` is known, as a function of the stream and
-        the tuple of values. The kernel is loaded now."""
-        launch, failed, slowly = self._entries(grid, threads, stream)
-        free, pack, new_record, device = self._free, self._pack, self._new_record, self.device
-
-        def send(stream, values):
-            try:
-                record = free.pop()
-            except IndexError:
-                record = new_record()
-            pack(record.buffer, 0, *values)
-            try:
-                launch(stream, record.address, 0)
-            except failed:  # in a thread without a context, or with another GPU's
-                slowly(stream, record)
-            free.append(record)
-            if debug:
-                raise_faults(device)
-
-        return send
-
-    def parts(self, grid, threads, stream, values):
-        """What `prepare` is made of, for callers that write a record's ``words`` themselves:
-        (launch, the errors at which to call the next, the same in any thread, a maker of records
-        that hold ``values``, device)."""
+    def parts(self, grid, threads, values):
+        """What `enqueue` does once the kernel is loaded, for callers that write a record's
+        ``words`` themselves: (launch, the errors at which to call the next: in a thread without a
+        context, or with another GPU's; the same for any thread; a maker of records that hold
+        ``values``; device)."""
 
         def new():
             record = self._new_record()
@@ -168,13 +145,9 @@ class Launcher:
             record.words = memoryview(record.buffer).cast("B").cast("Q")
             return record
 
-        return *self._entries(grid, threads, stream), new, self.device
-
-    def _entries(self, grid, threads, stream):
-        if self._loaded is None:
-            self._load(stream)
         launch, failed = driver.prepare(self._loaded, grid, threads)
-        return launch, failed, functools.partial(driver.launch, self._loaded, grid, threads)
+        slowly = functools.partial(driver.launch, self._loaded, grid, threads)
+        return launch, failed, slowly, new, self.device
 
     def _load(self, stream):
         if self.device == NOWHERE:

@@ -27,8 +27,7 @@ class _Repeat(NamedTuple):
 
     same : see `torch_tensors.same_as`. alignment : the addresses' low bits.
     plan, current_stream : as in the plans' memory.
-    launches : {(*elements of each tensor, *numbers): `_Launch`, or None where there is nothing to
-    do}.
+    launches : {(*elements of each tensor, *numbers): `_Launch`, or None for nothing to do}.
     """
 
     same: object
@@ -39,13 +38,13 @@ class _Repeat(NamedTuple):
 
 
 class _Launch:
-    """A combination of extents: how it is sent (`launch.Launcher.prepare`), its grid, threads and
-    counts, and how many uses are left before it gets a call of its own."""
+    """A combination of extents: its grid, threads and counts, and how many uses are left before it
+    gets a call of its own."""
 
-    __slots__ = ("counts", "grid", "send", "threads", "uses")
+    __slots__ = ("counts", "grid", "threads", "uses")
 
-    def __init__(self, send, grid, threads, counts):
-        self.send, self.grid, self.threads, self.counts = send, grid, threads, counts
+    def __init__(self, grid, threads, counts):
+        self.grid, self.threads, self.counts = grid, threads, counts
         self.uses = USES
 
 
@@ -78,6 +77,9 @@ class Repeats:
 
     def run(self, tensors, numbers, stream):
         """Run on ``tensors``, those given; False, with nothing done, if they fit no signature."""
+        for call in self.calls:
+            if call(tensors, numbers, stream):
+                return True
         for repeat in self._known:
             if repeat.same(*tensors):
                 addresses = list(map(self._address, tensors))
@@ -91,13 +93,14 @@ class Repeats:
         try:
             found = repeat.launches[key]
         except KeyError:
-            found = self._prepare(repeat, key, tensors, numbers, stream)
+            found = self._find_launch(repeat, key, tensors, numbers)
         if found is not None:
-            found.send(stream, self._parameters(addresses, found.counts))
+            values = self._parameters(addresses, found.counts)
+            repeat.plan.launcher.enqueue(found.grid, found.threads, stream, *values)
             found.uses -= 1
             if found.uses <= 0:
                 found.uses = MORE_USES
-                self._shorten(repeat, found, tensors, numbers, stream)
+                self._shorten(repeat, found, tensors, numbers)
         return True
 
     def _parameters(self, addresses, counts):
@@ -109,7 +112,7 @@ class Repeats:
             pointers[index] = address
         return (*pointers, *counts)
 
-    def _prepare(self, repeat, key, tensors, numbers, stream):
+    def _find_launch(self, repeat, key, tensors, numbers):
         """The launch for a new combination of extents, remembered."""
         op, plan = self._op, repeat.plan
         rows, counts = 1, ()
@@ -122,14 +125,13 @@ class Repeats:
         if rows:
             grid, threads = plan.shape(rows)
             if plan.launcher.has_work(grid, threads):
-                send = plan.launcher.prepare(grid, threads, stream)
-                found = _Launch(send, grid, threads, counts)
+                found = _Launch(grid, threads, counts)
         if len(repeat.launches) >= MAX_LAUNCHES:
             repeat.launches.clear()
         repeat.launches[key] = found
         return found
 
-    def _shorten(self, repeat, found, tensors, numbers, stream):
+    def _shorten(self, repeat, found, tensors, numbers):
         """Have a call of its own for these tensors' shapes and numbers."""
         if repeat.alignment:
             return
@@ -137,7 +139,7 @@ class Repeats:
         if same is None:
             return
         values = self._parameters([0] * len(tensors), found.counts)
-        parts = repeat.plan.launcher.parts(found.grid, found.threads, stream, values)
+        parts = repeat.plan.launcher.parts(found.grid, found.threads, values)
         call = _call_maker(self._given, self._masks)(
             same, numbers, self._address, repeat.current_stream, *parts
         )

@@ -23,21 +23,12 @@ FLOORS = (
     ("formats", "params"),
     ("torch_tensors", "arrays", "contract"),
     ("allocations", "modules", "launch", "cpu"),
-    (
-        "repeats",
-        "dispatch",
-        "block_numbers",
-        "blocks",
-        "mla",
-        "packing",
-        "gathering",
-        "indexer",
-        "slots",
-    ),
+    ("repeats", "dispatch", "block_numbers", "blocks", "mla", "packing", "gathering", "indexer",
+     "slots"),
     ("ops.*", "attention"),
     ("specialisations", "warmup", "kv_cache", "torch_ops", "__init__"),
     ("info", "demo", "__main__"),
-)
+)  # fmt: skip
 SHARED_ROOMS = FLOORS[4]
 RANK = {name: rank for rank, name in enumerate(name for floor in FLOORS for name in floor)}
 MAY_IMPORT_TORCH = {"torch_ops"}

@@ -98,6 +98,12 @@ def of_values(values, dtype=None):
     return buffer.view(values.shape, dtype or values.dtype.name)
 
 
+def broadcast(rng, shape, axes):
+    """A NumPy view of float16 values that are all one along ``axes``."""
+    kept = [1 if axis in axes else extent for axis, extent in enumerate(shape)]
+    return np.broadcast_to(rng.standard_normal(kept).astype(np.float16), shape)
+
+
 class World:
     """Makes arrays of one kind. ``on_gpu`` says which code path they take."""
 

@@ -54,8 +54,8 @@ __device__ __forceinline__ void decode_all(const Bytes& bytes, float (&values)[k
 
 template <typename T, int kCount, typename Bytes>
 __device__ __forceinline__ void encode_all(const float (&values)[kCount], Bytes& bytes) {
-  if constexpr (sizeof(typename T::Bits) <= 2 && kCount % 2 == 0) {
-    decltype(T::encode_pair(0.0f, 0.0f)) pairs[kCount / 2];
+  if constexpr (sizeof(typename T::Bits) == 1 && kCount % 2 == 0) {
+    u16 pairs[kCount / 2];
 #pragma unroll
     for (int i = 0; i < kCount / 2; ++i) {
       pairs[i] = T::encode_pair(values[2 * i], values[2 * i + 1]);

@@ -4,9 +4,9 @@
 //
 // Every type has Bits, decode(Bits) -> float and encode(float) -> Bits, which rounds to nearest,
 // ties to even (I8: ties away from zero), and saturates where the type is an 8-bit one. A NaN is
-// encoded with all bits but the sign set, whatever its sign, and as 0 in an I8. Types of 8 and 16
-// bits have encode_pair, 8-bit ones decode_pair, for two neighbours: one instruction where there is
-// such a one.
+// encoded with all bits but the sign set, whatever its sign, and as 0 in an I8. 8-bit types
+// have encode_pair and decode_pair for two neighbours, one instruction where there is such a one;
+// of two 16-bit encodes in a row the compiler makes one itself.
 //
 // CUDA's own headers would make the first call of a kernel several times slower: compiling them
 // takes longer than compiling the kernel. Where the machine has no instruction for a conversion,
@@ -72,16 +72,6 @@ struct F16 {
                              (bits >> 16 & 0x8000u));
 #endif
   }
-
-  static __device__ __forceinline__ u32 encode_pair(float low, float high) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    u32 pair;
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-#else
-    return encode(low) | static_cast<u32>(encode(high)) << 16;
-#endif
-  }
 };
 
 struct BF16 {
@@ -100,16 +90,6 @@ struct BF16 {
     if (value != value) return 0x7fff;
     const u32 bits = __float_as_uint(value);
     return static_cast<Bits>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
-#endif
-  }
-
-  static __device__ __forceinline__ u32 encode_pair(float low, float high) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    u32 pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
-#else
-    return encode(low) | static_cast<u32>(encode(high)) << 16;
 #endif
   }
 };
