@@ -18,17 +18,18 @@ class Case(NamedTuple):
     layers: int = 32
     mapping: str = "host"
     blocks: str = "random"
+    same: bool = False  # pairs at each call: what is copied can stay in the L2
 
     def __str__(self):
         return (
             f"{self.layers} layers, {self.pairs} pairs of 2x32 KiB, {self.blocks} blocks, "
-            f"mapping on the {self.mapping}"
+            f"mapping on the {self.mapping}{', the same at each call' if self.same else ''}"
         )
 
 
 if timing.on_gpu():
     CASES = [*(Case(n) for n in (1, 8, 64, 256)), *(Case(n, mapping="device") for n in (8, 256)),
-             Case(64, blocks="consecutive")]  # fmt: skip
+             Case(64, blocks="consecutive"), Case(1, same=True), Case(8, same=True)]  # fmt: skip
 else:
     CASES = [Case(1, 2), Case(8, 2), Case(64, 2)]
 
@@ -39,7 +40,7 @@ def make(case):
 
     device = timing.device()
     moved = 4 * case.layers * case.pairs * torch.Size(BLOCK).numel() * 2
-    sets = timing.sets_for(moved)
+    sets = 1 if case.same else timing.sets_for(moved)
     num_blocks = max(2 * sets * case.pairs, 1024 if timing.on_gpu() else 256)
     caches = torch.randn((case.layers, 2, num_blocks, *BLOCK), dtype=torch.bfloat16, device=device)
     key_caches, value_caches = list(caches[:, 0]), list(caches[:, 1])

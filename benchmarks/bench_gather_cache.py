@@ -5,7 +5,10 @@
 import functools
 from typing import NamedTuple
 
+import pytest
+
 from . import peers, suite, timing
+from .baselines import bare_accesses
 
 pytestmark = suite.marks
 BLOCK_SIZE = 16
@@ -16,10 +19,14 @@ class Case(NamedTuple):
     sequences: int
     row: tuple = (576,)  # MLA: 512 + 64; or (heads, head size)
     layout: str = "rows"
+    lengths: str = "equal"
 
     def __str__(self):
         shape = "x".join(map(str, self.row))
-        return f"{self.rows} rows of {shape} bfloat16 {self.layout}, {self.sequences} sequences"
+        return (
+            f"{self.rows} rows of {shape} bfloat16 {self.layout}, {self.sequences} sequences"
+            f"{'' if self.lengths == 'equal' else f' of {self.lengths} lengths'}"
+        )
 
 
 if timing.on_gpu():
@@ -28,6 +35,8 @@ if timing.on_gpu():
         *(Case(n, s) for n, s in ((4096, 64), (32768, 256), (131072, 8), (131072, 512))),
         *(Case(n, s, (8, 128), layout) for layout in ("NHD", "HND")
           for n, s in ((256, 8), (32768, 256))),
+        *(Case(n, s, lengths="random") for n, s in ((4096, 64), (131072, 512))),
+        *(Case(n, s, (8, 128), "NHD", "random") for n, s in ((256, 8), (32768, 256))),
     ]  # fmt: skip
 else:
     CASES = [Case(64, 1), Case(4096, 64), Case(1024, 8, (8, 128), "NHD"),
@@ -41,7 +50,9 @@ def make(case):
     device = timing.device()
     moved = 2 * case.rows * torch.Size(case.row).numel() * 2
     sets = timing.sets_for(moved)
-    num_blocks, tables, starts = suite.pages_for(sets, case.rows, case.sequences, BLOCK_SIZE)
+    num_blocks, tables, starts = suite.pages_for(
+        sets, case.rows, case.sequences, BLOCK_SIZE, case.lengths
+    )
     if case.layout == "HND":
         heads, size = case.row
         storage = torch.randn((num_blocks, heads, BLOCK_SIZE, size), device=device,
@@ -55,8 +66,16 @@ def make(case):
     def arguments(i):
         return source, results[i], tables[i], starts
 
+    def slots_of_rows(i):
+        return peers.torch_slots_of_rows(tables[i], starts, BLOCK_SIZE)
+
+    def bare(i):
+        if case.layout == "HND":
+            pytest.skip("bare accesses: only for contiguous caches")
+        return bare_accesses.move_rows((source,), (results[i],), slots_of_rows(i), gather=True)
+
     def torch_gather(i):
-        slots, result = peers.torch_slots_of_rows(tables[i], case.rows, BLOCK_SIZE), results[i]
+        slots, result = slots_of_rows(i), results[i]
         if case.layout != "HND":
             return functools.partial(torch.index_select, source.flatten(0, 1), 0, slots, out=result)
         _, index = peers.torch_index(slots, source)
@@ -68,6 +87,7 @@ def make(case):
 
     contenders = {
         suite.OURS: lambda i: functools.partial(op, *arguments(i)),
+        "bare": suite.Contender(bare, host=False),
         "torch": torch_gather,
         "triton": lambda i: peers.triton_gather(*arguments(i)),
         "vllm": lambda i: peers.vllm_gather(*arguments(i)),
@@ -79,5 +99,5 @@ def make(case):
 
 
 load, test_device, test_host = suite.benchmarks(
-    CASES, make, suite.contenders("torch", "triton", "vllm")
+    CASES, make, suite.contenders("bare", "torch", "triton", "vllm")
 )

@@ -7,6 +7,7 @@ import functools
 from typing import NamedTuple
 
 from . import peers, suite, timing
+from .baselines import bare_accesses
 
 pytestmark = suite.marks
 BLOCK_SIZE = 64
@@ -81,7 +82,11 @@ def _write(case):
 
     contenders = {suite.OURS: lambda i: functools.partial(op, *arguments(i), *stored)}
     if raw:
+        rows = torch.cat((latents, ropes), -1)
         contenders |= {
+            "bare": suite.Contender(
+                lambda i: bare_accesses.move_rows((rows[i],), (cache,), slots[i]), host=False
+            ),
             "torch": lambda i: torch_write(*arguments(i)),
             "triton": lambda i: peers.triton_write_mla(*arguments(i)),
         }
@@ -126,7 +131,7 @@ def _gather(case):
         return functools.partial(op, *arguments, bounds[:-1], case.sequences)
 
     def torch_gather(i):
-        slots, result = peers.torch_slots_of_rows(tables[i], case.rows, BLOCK_SIZE), results[i]
+        slots, result = peers.torch_slots_of_rows(tables[i], bounds, BLOCK_SIZE), results[i]
         flat, dtype = source.flatten(0, 1), peers.torch_fp8("fp8")
 
         def call():
@@ -143,4 +148,6 @@ def _gather(case):
     )  # fmt: skip
 
 
-load, test_device, test_host = suite.benchmarks(CASES, make, suite.contenders("torch", "triton"))
+load, test_device, test_host = suite.benchmarks(
+    CASES, make, suite.contenders("bare", "torch", "triton")
+)

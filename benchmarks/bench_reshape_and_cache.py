@@ -6,7 +6,10 @@
 import functools
 from typing import NamedTuple
 
+import pytest
+
 from . import peers, suite, timing
+from .baselines import bare_accesses
 
 pytestmark = suite.marks
 BLOCK_SIZE = 16
@@ -59,10 +62,16 @@ def make(case):
     def arguments(i):
         return keys[i], values[i], *caches, slots[i]
 
+    def bare(i):
+        if kept.itemsize != 2:
+            pytest.skip("bare accesses: only for elements of two bytes")
+        return bare_accesses.write_packed(*arguments(i))
+
     contenders = {suite.OURS: lambda i: functools.partial(op, *arguments(i), *stored)}
     if raw:
         contenders |= {
             "torch": lambda i: torch_write(*arguments(i)),
+            "bare": suite.Contender(bare, host=False),
             "triton": lambda i: peers.triton_write_packed(*arguments(i)),
             "vllm": lambda i: peers.vllm_write_packed(*arguments(i)),
         }
@@ -86,5 +95,5 @@ def torch_write(key, value, key_cache, value_cache, slots):
 
 
 load, test_device, test_host = suite.benchmarks(
-    CASES, make, suite.contenders("torch", "triton", "vllm")
+    CASES, make, suite.contenders("bare", "torch", "triton", "vllm")
 )

@@ -10,7 +10,7 @@ import pytest
 import cupy_cache as cc
 
 from . import peers, suite, timing
-from .baselines import compiled_op
+from .baselines import bare_accesses, compiled_op
 
 pytestmark = suite.marks
 BLOCK_SIZE = 16
@@ -76,8 +76,14 @@ def make(case):
             pytest.skip("compiled torch op: only for contiguous caches")
         return functools.partial(compiled_op.write(), *arguments(i), "auto", *scales)
 
+    def bare(i):
+        if case.layout != "NHD":
+            pytest.skip("bare accesses: only for contiguous caches")
+        return bare_accesses.move_rows((keys[i], values[i]), storages, slots[i])
+
     contenders = {
         suite.OURS: lambda i: functools.partial(op, *arguments(i)),
+        "bare": suite.Contender(bare, host=False),
         "bound": lambda i: functools.partial(bound, keys[i], values[i], slots[i]),
         "compiled": compiled,
         "torch": lambda i: torch_write(*arguments(i)),
@@ -105,7 +111,7 @@ def torch_write(key, value, key_cache, value_cache, slots):
 
 
 WHO = suite.contenders(
-    "bound", "compiled", "torch", "triton", "vllm", "flashinfer", "sglang"
+    "bare", "bound", "compiled", "torch", "triton", "vllm", "flashinfer", "sglang"
 )  # fmt: skip
 load, test_device, test_host = suite.benchmarks(CASES, make, WHO)
 

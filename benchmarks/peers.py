@@ -45,12 +45,13 @@ def torch_index(slots, *caches):
     return caches, (slots // block_size, slots % block_size)
 
 
-def torch_slots_of_rows(table, rows, block_size):
-    """The slot of each row of a gather, for sequences of equal length."""
+def torch_slots_of_rows(table, starts, block_size):
+    """The slot of each row of a gather, given where the sequences start and the last one ends."""
     torch = timing.torch_module()
-    position = torch.arange(rows // table.shape[0], device=table.device)
-    block = table.long()[:, position // block_size]
-    return (block * block_size + position % block_size).flatten()
+    lengths = starts.diff().long()
+    sequence = torch.arange(len(lengths), device=table.device).repeat_interleave(lengths)
+    position = torch.arange(len(sequence), device=table.device) - starts.long()[sequence]
+    return table.long()[sequence, position // block_size] * block_size + position % block_size
 
 
 def torch_fp8(name):

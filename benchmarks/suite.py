@@ -29,7 +29,7 @@ class Contender(NamedTuple):
     make : buffer set number -> a call without arguments; skips where something is missing.
     capture : whether a CUDA graph can hold it. batch : calls of one host batch; None chooses.
     kernels : like ``make``, what to measure as device time where that is not the whole call.
-    launches : whether the GPU has anything to do.
+    launches : whether the GPU has anything to do. host : whether its host time tells anything.
     """
 
     make: object
@@ -37,6 +37,7 @@ class Contender(NamedTuple):
     batch: int | None = None
     kernels: object = None
     launches: bool = True
+    host: bool = True
 
 
 class Workload:
@@ -244,17 +245,24 @@ def slots_for(sets, tokens, block_size, order="random", num_blocks=None):
     return num_blocks, slots.view(sets, tokens)
 
 
-def pages_for(sets, rows, sequences, block_size):
+def pages_for(sets, rows, sequences, block_size, lengths="equal"):
     """How many blocks a cache has, a block table for each set, no block twice, and the bounds of
-    the sequences, all equally long."""
+    the sequences, all equally long, or of "random" lengths."""
     torch, device = timing.torch_module(), timing.device()
-    length = rows // sequences
-    width = -(-length // block_size)
-    used = sets * sequences * width
-    num_blocks = _blocks(used * block_size, block_size)
-    tables = torch.randperm(num_blocks, device=device)[:used].to(torch.int32)
-    bounds = torch.arange(sequences + 1, device=device, dtype=torch.int32) * length
-    return num_blocks, tables.view(sets, sequences, width), bounds
+    if lengths == "equal":
+        bounds = torch.arange(sequences + 1) * (rows // sequences)
+    else:
+        inner = torch.randint(0, rows + 1, (sequences - 1,)).sort().values
+        bounds = torch.cat((torch.tensor([0]), inner, torch.tensor([rows])))
+    pages = -(-bounds.diff() // block_size)
+    used = int(pages.sum())
+    num_blocks = _blocks(sets * used * block_size, block_size)
+    # Each sequence's pages, which are all different, at the start of its row.
+    tables = torch.zeros((sets, sequences, int(pages.max())), dtype=torch.int32)
+    tables[:, torch.arange(tables.shape[2]) < pages[:, None]] = (
+        torch.randperm(num_blocks)[: sets * used].to(torch.int32).view(sets, used)
+    )
+    return num_blocks, tables.to(device), bounds.to(device, torch.int32)
 
 
 def _blocks(slots, block_size):
@@ -285,6 +293,8 @@ def measure_device(benchmark, load, who):
 def measure_host(benchmark, load, who):
     """Host time per call, without a GPU all there is; each round is one batch of calls."""
     with load.attempt(who):
+        if not load.contenders[who].host:
+            pytest.skip("only its device time is of interest")
         calls = load.calls(who)
         batch = load.contenders[who].batch
         if timing.on_gpu():

@@ -61,7 +61,8 @@ def _launcher(make, *switches):
     return launch.Launcher(make(*switches), 0)
 
 
-def _stream():
+def current_stream():
+    """torch's, on the first GPU."""
     import torch
 
     return torch._C._cuda_getCurrentRawStream(0)
@@ -87,14 +88,14 @@ def copy_blocks(
     if upload:
         tables = tables or upload_tables(key_caches, value_caches, pairs)
         pointers = (table.data_ptr() for table in tables)
-        launcher.enqueue(grid, threads, _stream(), block_bytes, *pointers)
+        launcher.enqueue(grid, threads, current_stream(), block_bytes, *pointers)
         return
     words = [c.data_ptr() for layer in zip(key_caches, value_caches) for c in layer]
     words += [to << 32 | of for of, to in pairs]
     if len(words) > TABLE_WORDS:
         raise ValueError(f"{len(words)} words of pointers and pairs do not fit {TABLE_WORDS}")
     tail = struct.pack(f"<{len(words)}Q", *words)
-    launcher.enqueue(grid, threads, _stream(), block_bytes, 0, 0, 0, tail=tail)
+    launcher.enqueue(grid, threads, current_stream(), block_bytes, 0, 0, 0, tail=tail)
 
 
 def upload_tables(key_caches, value_caches, pairs):
@@ -116,7 +117,9 @@ def write_rows(key, value, key_cache, value_cache, slots, capped=False):
     grid = (launch.ceil_div(tokens * vectors, threads), 1, 1)
     pointers = (a.data_ptr() for a in (key, value, key_cache, value_cache, slots))
     num_slots = key_cache.shape[0] * key_cache.shape[1]
-    _launcher(write_kernel, vectors).enqueue(grid, threads, _stream(), *pointers, tokens, num_slots)
+    _launcher(write_kernel, vectors).enqueue(
+        grid, threads, current_stream(), *pointers, tokens, num_slots
+    )
 
 
 def slopes_through_cpu(slopes, device):
