@@ -210,6 +210,14 @@ def same_device(op, name, device, other_name, other):
         )
 
 
+def check_sequence_count(op, name, count):
+    """Refuse more sequences, by the shape of the argument ``name``, than kernels can number."""
+    if count >= 2**31:
+        raise ShapeError(
+            f"{op}: Invalid shape of {name}: expected less than 2^31 sequences, got {count}"
+        )
+
+
 def slot_count(op, first="key", second="value"):
     """What operations that write tokens count: ``count(extents of two sources and slot_mapping)``
     is the slots alone, of which there may not be more than rows of the sources, called ``first``

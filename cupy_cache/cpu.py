@@ -396,7 +396,7 @@ def alibi_bias(slopes, query_positions, key_positions, out, dtype, sqrt, causal)
 
 def gather_cache(
     src_cache, dst, block_table, cu_seq_lens, seq_starts, scale, rows, sequences, *,
-    axes, stored, number, target,
+    op, axes, stored, number, target,
 ):  # fmt: skip
     """Copy tokens of a cache to the ``rows`` of ``dst``; ``axes`` say where they are.
 
@@ -407,9 +407,8 @@ def gather_cache(
     cache = src_cache.transpose(0, *axes.slots, *axes.token)
     slots = cache.shape[1 : 1 + len(axes.slots)]
     row, block, offset = _gathered(
-        "gather_cache", (cache.shape[0], math.prod(slots)), block_table, cu_seq_lens, seq_starts,
-        rows,
-    )  # fmt: skip
+        op, (cache.shape[0], math.prod(slots)), block_table, cu_seq_lens, seq_starts, rows
+    )
     dense = len(slots) == 1 and cache.flags.c_contiguous and dst.flags.c_contiguous
     if stored is None and dense and len(row) == rows and dst.size:
         # All rows, each in one piece. Nothing is clipped, but the other modes need a buffer.

@@ -18,12 +18,14 @@ STEM = "gather_cache"
 PARAMS = params.Struct(
     per_call="src_cache:ptr dst:ptr block_table:ptr cu_seq_lens:ptr seq_starts:ptr scale:ptr "
     "rows:i64 sequences:i64",
-    constant="num_blocks:i64 table_width:i64 table_tokens:i64 table_stride:i64 start_stride:i64 "
+    constant="num_blocks:i64 table_width:i64 table_stride:i64 start_stride:i64 "
     "src_block_stride:i64 src_group_stride:i64 src_offset_stride:i64 "
     "src_outer_stride:i64 src_head_stride:i64 "
-    "dst_row_stride:i64 dst_outer_stride:i64 dst_head_stride:i64 scale_value:f32 unused:u32",
+    "dst_row_stride:i64 dst_outer_stride:i64 dst_head_stride:i64 scale_value:f32 first_guarded:u32",
 )
 GUARDED = ("seq_starts", "block_table")
+# A raw copy is one kernel for all of these, so faults tell which it was.
+SHARING = ("gather_cache", "cp_gather_cache", "gather_and_maybe_dequant_cache")
 MAX_THREADS = 128
 
 
@@ -81,6 +83,7 @@ def check_block_size(check, src, block_size):
 
 def check_sequences(op, sequences, table_rows, starts):
     """Require a row of block_table and a start (where there are any) for each sequence."""
+    contract.check_sequence_count(op, "block_table", table_rows)
     for name, got in (("block_table", table_rows), ("seq_starts", starts)):
         if got is not None and got < sequences:
             raise ShapeError(
@@ -150,8 +153,9 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto", number=None):
 
     if dst.device.kind == "cpu":
         run = functools.partial(
-            cpu.gather_cache, axes=axes, stored=fmt.stored, number=number, target=dst.dtype
-        )
+            cpu.gather_cache, op=op.name, axes=axes, stored=fmt.stored, number=number,
+            target=dst.dtype,
+        )  # fmt: skip
         return cpu_plan(run, described)
     group = src.shape[axes.slots[-1]]
     group_stride, offset_stride = (src.strides[axes.slots[0]], src.strides[axes.slots[-1]])
@@ -167,19 +171,20 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto", number=None):
     row_vectors = shape.outer * shape.heads * length // vector
     per_thread = vectors_of_thread(row_vectors)
     kernel = modules.Kernel(
-        STEM,  # a raw copy is one kernel for several operations
+        op.name,
         STEM,
         f"gather_cache<{formats.dequantiser(fmt.stored, dst.dtype, vector)}, {vector}, "
         f"{shape.outer}, {shape.heads}, "
         f"{length}, {block_size}, {group}, {index_names(described)}, {per_thread}, {MAX_THREADS}>",
         PARAMS,
-        guarded=GUARDED,
+        guarded=[(name, argument) for name in SHARING for argument in GUARDED],
         converts=fmt.stored is not None,
     )
     strides = (src.strides[0], group_stride, offset_stride, *shape.src_strides,
                dst.strides[0], *shape.dst_strides)  # fmt: skip
     items = launch.ceil_div(row_vectors, per_thread)
-    return gpu_plan(kernel, items, described, block_size, strides, number or 0.0)
+    first_guarded = 1 + len(GUARDED) * SHARING.index(op.name)
+    return gpu_plan(kernel, items, described, strides, number or 0.0, first_guarded)
 
 
 def vectors_of_thread(row_vectors):
@@ -232,8 +237,8 @@ def _row_shape(check, src, dst, axes):
 
 def index_names(described):
     """The index types of block table, bounds and starts, as a kernel's template arguments."""
-    _, _, table, bounds, starts, _ = described
-    return ", ".join(formats.INDEX_NAMES[(a or bounds).dtype.name] for a in (table, bounds, starts))
+    indices = described[2:5]
+    return ", ".join("void" if a is None else formats.INDEX_NAMES[a.dtype.name] for a in indices)
 
 
 def cpu_plan(run, described):
@@ -243,15 +248,15 @@ def cpu_plan(run, described):
     return dispatch.CpuPlan(run, (*dtypes, formats.DTYPES["float32"].numpy))
 
 
-def gpu_plan(kernel, items, described, block_size, strides, number=0.0):
+def gpu_plan(kernel, items, described, strides, number=0.0, first_guarded=1):
     """The plan of a kernel with ``items`` threads for each row; ``strides`` are the struct's, from
-    src_block_stride on."""
+    src_block_stride on, and ``first_guarded`` is the fault number of seq_starts."""
     src, dst, table, _, starts, _ = described
-    width, device = table.shape[1], dst.device.index
+    device = dst.device.index
     launcher = launch.Launcher(
         kernel,
         device,
-        (src.shape[0], width, min(width * block_size, 2**63 - 1), table.strides[0],
-         starts.strides[0] if starts else 0, *strides, number, 0),
+        (src.shape[0], table.shape[1], table.strides[0], starts.strides[0] if starts else 0,
+         *strides, number, first_guarded),
     )  # fmt: skip
     return dispatch.GpuPlan(launcher, launch.FlatShape(items, device, MAX_THREADS))

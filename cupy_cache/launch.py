@@ -382,8 +382,8 @@ class FaultRecord(ctypes.Structure):
     ]
 
     def fault(self, kernel, device):
-        argument = kernel.guarded[self.argument - 1]
-        return Fault(kernel.op, argument, self.row, self.value, self.limit, device)
+        op, argument = kernel.guarded[self.argument - 1]
+        return Fault(op, argument, self.row, self.value, self.limit, device)
 
 
 # What loads and launches. The tests put an emulator here that runs the same sources on the CPU.

@@ -39,8 +39,9 @@ class Kernel:
         The template instantiation, without its namespace.
     params : params.Struct
         Its ``Params``.
-    guarded : tuple of str
-        The arguments whose values the kernel checks, in the order of its fault numbers.
+    guarded : tuple
+        The arguments whose values the kernel checks, in the order of its fault numbers; each a
+        name, or an (operation, name) where several operations share the kernel.
     converts : bool
         It needs the element types (elements.cuh).
     """
@@ -48,7 +49,8 @@ class Kernel:
     __slots__ = ("converts", "expression", "guarded", "op", "params", "stem")
 
     def __init__(self, op, stem, expression, params, guarded=(), converts=False):
-        self.op, self.stem, self.params, self.guarded = op, stem, params, guarded
+        self.op, self.stem, self.params = op, stem, params
+        self.guarded = tuple((op, arg) if isinstance(arg, str) else arg for arg in guarded)
         self.expression = f"cupy_cache::{expression}"
         self.converts = converts
 

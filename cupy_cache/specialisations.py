@@ -293,6 +293,13 @@ def _sequences(model):
     return zip(model.numbers(ROWS, ROWS), model.numbers(ROWS + 1))
 
 
+def _read_sequences(model):
+    """The same, and the tokens from which sequences are read: none, so all of them, or given."""
+    for (table, bounds), starts in zip(_sequences(model), model.numbers(ROWS)):
+        yield table, bounds, None
+        yield table, bounds, starts
+
+
 def _gathers(model):
     """Caches of which a row is a token's elements, and such rows."""
     for cache in (*itertools.chain(*model.pairs()), *model.rows()):
@@ -300,7 +307,7 @@ def _gathers(model):
 
 
 def _gather(model):
-    for (cache, rows), sequences in itertools.product(_gathers(model), _sequences(model)):
+    for (cache, rows), sequences in itertools.product(_gathers(model), _read_sequences(model)):
         yield gather_cache, cache, rows, *sequences
     for keys, values, interleaved in model.x_packed():
         value_layout = "interleaved-value" if interleaved else "x-packed-value"
@@ -312,21 +319,22 @@ def _gather(model):
                 gather_cache(*step, layout=layout)
 
             rows = described((ROWS, model.heads, size), model.stored)
-            for sequences in _sequences(model):
+            for sequences in _read_sequences(model):
                 yield gather, cache, rows, *sequences
 
 
 def _cp_gather(model):
-    for (cache, rows), sequences in itertools.product(_gathers(model), _sequences(model)):
-        yield cp_gather_cache, cache, rows, *sequences, ROWS
+    for (cache, rows), sequences in itertools.product(_gathers(model), _read_sequences(model)):
+        table, bounds, starts = sequences
+        yield cp_gather_cache, cache, rows, table, bounds, ROWS, starts
 
 
 def _dequant_gather(model):
     if model.kv_cache_dtype == FP8_DS_MLA:
         return
-    for (cache, rows), sequences in itertools.product(_gathers(model), _sequences(model)):
-        numbers = described(rows.shape, model.dtype)
-        step = cache, numbers, *sequences, None, ROWS, model.kv_cache_dtype, 1.0
+    for (cache, rows), sequences in itertools.product(_gathers(model), _read_sequences(model)):
+        numbers, (table, bounds, starts) = described(rows.shape, model.dtype), sequences
+        step = cache, numbers, table, bounds, None, ROWS, model.kv_cache_dtype, 1.0, starts
         yield gather_and_maybe_dequant_cache, *step
 
 
@@ -335,8 +343,9 @@ def _upconvert(model):
         return
     rows = described((ROWS, sum(part.shape[1] for part in model.entries())), model.dtype)
     for cache in model.rows():
-        for table, starts in zip(model.numbers(ROWS, ROWS), model.numbers(ROWS)):
-            yield cp_gather_and_upconvert_fp8_kv_cache, cache, rows, table, starts, ROWS
+        for table, _, starts in _read_sequences(model):
+            bounds = described((ROWS,), table.dtype)
+            yield cp_gather_and_upconvert_fp8_kv_cache, cache, rows, table, bounds, ROWS, starts
 
 
 def _converts(model):

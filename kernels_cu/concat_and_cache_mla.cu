@@ -55,29 +55,27 @@ __device__ __forceinline__ char* cache_of(const Params& p, i64 layer) {
   } else if constexpr (kCaches == Caches::kTable) {
     return reinterpret_cast<char*>(p.caches[blockIdx.y]);
   } else {
-    return reinterpret_cast<char*>(reinterpret_cast<const u64*>(p.kv_cache)[layer]);
+    return reinterpret_cast<char*>(load_number<i64>(p.kv_cache + layer * 8));
   }
 }
 
 // The host chose kVec for the alignment of everything it knows, which addresses that are read on the
 // device are not part of.
 template <Caches kCaches, int kVec>
-__device__ __forceinline__ void store_entry(char* at, const Vec<kVec>& vector) {
+__device__ __forceinline__ void store_entry(char* at, const Vec<kVec>& vector, bool when) {
   if (kCaches == Caches::kPointers && reinterpret_cast<u64>(at) % kVec) {
     const Elements<1, kVec> bytes(vector);
 #pragma unroll
-    for (int i = 0; i < kVec; ++i) at[i] = static_cast<char>(bytes.part[i]);
+    for (int i = 0; i < kVec; ++i) store_vector<1>(at + i, bytes.part[i], when);
   } else {
-    store_vector<kVec>(at, vector);
+    store_vector<kVec>(at, vector, when);
   }
 }
 
-// The address of a token's entry; null for padding and for slots past the cache.
+// The address of an entry.
 template <int kBlockSize>
-__device__ __forceinline__ char* entry_at(const Params& p, char* cache, i64 slot, i64 row) {
-  if (slot < 0) return nullptr;
-  if (!in_bounds(slot, p.num_blocks * kBlockSize, kSlotMapping, row)) return nullptr;
-  const Place<kBlockSize> place(slot);
+__device__ __forceinline__ char* entry_at(const Params& p, char* cache,
+                                          const Place<kBlockSize>& place) {
   return cache + place.block * p.block_stride + place.offset * p.offset_stride;
 }
 
@@ -97,8 +95,9 @@ __global__ void __launch_bounds__(kMaxThreads)
   const i64 layer = kCaches == Caches::kOne ? 0 : p.first_layer + blockIdx.y;
 
   // The slot and the data are loaded together: only the store has to wait for the slot.
-  const i64 slot = static_cast<i64>(*reinterpret_cast<const Slot*>(
-      p.slot_mapping + layer * p.slot_layer_stride + token * p.slot_stride));
+  const i64 slot = load_number<Slot>(p.slot_mapping + layer * p.slot_layer_stride +
+                                     token * p.slot_stride);
+  char* const cache = cache_of<kCaches>(p, layer);
   const char* from =
       item < kLatentItems
           ? p.kv_c + layer * p.kv_c_layer_stride + token * p.kv_c_stride +
@@ -108,11 +107,10 @@ __global__ void __launch_bounds__(kMaxThreads)
   const typename Converter::Source source = Converter::load(from);
   const float scale = scale_of(p.scale, sizeof(float), static_cast<int>(layer), p.scale_value);
 
-  char* const entry = entry_at<kBlockSize>(p, cache_of<kCaches>(p, layer), slot,
-                                           layer * p.tokens + token);
-  if (entry) {
-    store_entry<kCaches, kVec>(entry + item * kVec, Converter::convert(source, scale));
-  }
+  const Target<kBlockSize> target(slot, p.num_blocks);
+  store_entry<kCaches, kVec>(entry_at<kBlockSize>(p, cache, target.place()) + item * kVec,
+                             Converter::convert(source, scale), target.valid);
+  target.report(kSlotMapping, layer * p.tokens + token);
 }
 
 #ifdef CUPY_CACHE_CONVERTS
@@ -128,9 +126,9 @@ struct Run {
     for (int i = 0; i < kBytes / kVec; ++i) run.parts[i] = load_vector<kVec>(at + i * kVec);
     return run;
   }
-  __device__ __forceinline__ void store(char* at) const {
+  __device__ __forceinline__ void store(char* at, bool when) const {
 #pragma unroll
-    for (int i = 0; i < kBytes / kVec; ++i) store_vector<kVec>(at + i * kVec, parts[i]);
+    for (int i = 0; i < kBytes / kVec; ++i) store_vector<kVec>(at + i * kVec, parts[i], when);
   }
 };
 
@@ -168,8 +166,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const i64 token = static_cast<i64>(index / kLanes);
   if (token >= p.tokens) return;  // the whole warp
 
-  const i64 slot =
-      static_cast<i64>(*reinterpret_cast<const Slot*>(p.slot_mapping + token * p.slot_stride));
+  const i64 slot = load_number<Slot>(p.slot_mapping + token * p.slot_stride);
   const auto loaded = Run<kVec, kValues * kElement>::load(p.kv_c + token * p.kv_c_stride +
                                                           lane * (kValues * kElement));
   Rope rope{};
@@ -182,21 +179,19 @@ __global__ void __launch_bounds__(kMaxThreads)
 #pragma unroll
   for (int i = 0; i < kValues; ++i) largest = fmaxf(largest, fabsf(values[i]));  // NaN loses
   const float scale = tile_scale<kPowerOfTwo>(group_max<kTileLanes>(largest));
-  char* const entry = entry_at<kBlockSize>(p, p.kv_cache, slot, token);
-  if (!entry) return;
-
-  if (lane < kTileLanes) rope.store(entry + kRopeAt + lane * 16);
+  const Target<kBlockSize> target(slot, p.num_blocks);
+  char* const entry = entry_at<kBlockSize>(p, p.kv_cache, target.place());
+  rope.store(entry + kRopeAt + lane * 16, target.valid && lane < kTileLanes);
   const typename DivideFor<Element, E4M3>::type divide_by_scale(scale);
 #pragma unroll
   for (int i = 0; i < kValues; ++i) values[i] = divide_by_scale(values[i]);
   Run<kCacheVec, kValues> stored;
   encode_all<E4M3>(values, stored);
-  stored.store(entry + lane * kValues);
-  if (lane % kTileLanes == 0) {
-    Run<(kCacheVec < 4 ? kCacheVec : 4), 4> bytes;
-    memcpy(&bytes, &scale, sizeof(scale));
-    bytes.store(entry + kScalesAt + lane / kTileLanes * 4);
-  }
+  stored.store(entry + lane * kValues, target.valid);
+  Run<(kCacheVec < 4 ? kCacheVec : 4), 4> bytes;
+  memcpy(&bytes, &scale, sizeof(scale));
+  bytes.store(entry + kScalesAt + lane / kTileLanes * 4, target.valid && lane % kTileLanes == 0);
+  target.report(kSlotMapping, token);
 }
 
 #endif  // CUPY_CACHE_CONVERTS

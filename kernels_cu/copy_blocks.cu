@@ -56,9 +56,9 @@ __global__ void __launch_bounds__(kMaxThreads) copy_blocks(const __grid_constant
       from = static_cast<i64>(packed & 0xffffffffu);
       to = static_cast<i64>(packed >> 32);
     } else {
-      const Index* at = reinterpret_cast<const Index*>(p.mapping) + 2 * static_cast<i64>(pair);
-      from = static_cast<i64>(at[0]);
-      to = static_cast<i64>(at[1]);
+      const char* at = p.mapping + 2 * static_cast<i64>(pair) * static_cast<i64>(sizeof(Index));
+      from = load_number<Index>(at);
+      to = load_number<Index>(at + sizeof(Index));
       if (!in_bounds(from, p.from_blocks, kBlockMapping, pair)) continue;
       if (!in_bounds(to, p.to_blocks, kBlockMapping, pair)) continue;
     }

@@ -5,10 +5,10 @@
 // slots.
 //
 // kRowThreads threads share a row. Each moves vectors of the key and of the scales with the same
-// indices, and finds its row's sequence by a binary search of its own, in lines that its neighbours
-// read too.
+// indices, and finds its row's sequence by a search of its own, in lines that its neighbours read
+// too.
 #include "cupy_cache/ints.cuh"
-#include "cupy_cache/paging.cuh"
+#include "cupy_cache/sequences.cuh"
 #include "cupy_cache/vec.cuh"
 
 namespace cupy_cache {
@@ -29,8 +29,6 @@ struct Params {
   i64 k_stride;
   i64 scale_stride;
 };
-
-constexpr u32 kBlockTable = 1;
 
 // kBytes bytes, moved in vectors of kVec by kThreads threads; this is one thread's share.
 template <int kVec, int kBytes, int kThreads>
@@ -67,26 +65,28 @@ __global__ void __launch_bounds__(kMaxThreads)
   const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   const i64 row = static_cast<i64>(index / kRowThreads);
   const int thread = static_cast<int>(index % kRowThreads);
-  if (row >= p.rows) return;
+  if (row >= p.rows || p.sequences <= 0) return;
 
-  const Length* const lengths = reinterpret_cast<const Length*>(p.cu_seq_lens);
-  const Segment segment = find_segment(lengths, p.sequences, row, p.sequences, p.rows);
-  const i64 sequence = segment.index;
-  if (sequence < 0 || sequence == p.sequences) return;
-  // Unsigned, because the lengths may hold anything.
-  const u64 position = static_cast<u64>(row) - static_cast<u64>(segment.start);
-  const Place<kBlockSize> place(static_cast<i64>(position));
-  if (!in_bounds(place.block, p.table_width, kBlockTable, row)) return;
-  const i64 block = static_cast<i64>(reinterpret_cast<const Block*>(
-      p.block_table + sequence * p.table_stride)[place.block]);
-  if (!in_bounds(block, p.num_blocks, kBlockTable, row)) return;
-
-  const char* const from = p.kv_cache + block * p.block_stride;
-  const i64 offset = place.offset;
+  const Sequences sequences = {
+      p.cu_seq_lens, p.block_table, nullptr,        p.rows, static_cast<i32>(p.sequences),
+      p.num_blocks,  p.table_width, p.table_stride, 0};
+  const TokenSearch<kBlockSize, false, Block, Length, void> search(sequences, row);
   Share<kKeyVec, kKeyBytes, kRowThreads> key;
   Share<kScaleVec, kScaleBytes, kRowThreads> scales;
-  key.load(from + offset * kKeyBytes, thread);
-  scales.load(from + static_cast<i64>(kBlockSize) * kKeyBytes + offset * kScaleBytes, thread);
+  const auto load = [&](const Token& token) {
+    const char* const from = p.kv_cache + token.block * p.block_stride;
+    const i64 offset = token.offset;
+    key.load(from + offset * kKeyBytes, thread);
+    scales.load(from + static_cast<i64>(kBlockSize) * kKeyBytes + offset * kScaleBytes, thread);
+  };
+  Token token = search.guessed();
+  if (token.valid) load(token);
+  if (!token.valid || !search.right()) {
+    constexpr u32 kFirstGuarded = 0;  // there are no seq_starts
+    token = search.find(kFirstGuarded);
+    if (!token.valid) return;
+    load(token);
+  }
   key.store(p.dst_k + row * p.k_stride, thread);
   scales.store(p.dst_scale + row * p.scale_stride, thread);
 }

@@ -10,7 +10,7 @@
 // below.
 #include "cupy_cache/convert.cuh"
 #include "cupy_cache/ints.cuh"
-#include "cupy_cache/paging.cuh"
+#include "cupy_cache/sequences.cuh"
 #include "cupy_cache/vec.cuh"
 
 namespace cupy_cache {
@@ -21,13 +21,12 @@ struct Params {
   char* dst;                // [rows, kOuter, kHeads, kBytes]
   const char* block_table;  // [sequences, table_width] of Block
   const char* cu_seq_lens;  // [sequences + 1] of Length; [sequences] if the last end is open
-  const char* seq_starts;   // [sequences] of Start, or null: all start at 0
+  const char* seq_starts;   // [sequences] of Start, if that is not void; else all start at 0
   const float* scale;       // one, or null: scale_value is used
   i64 rows;
   i64 sequences;
   i64 num_blocks;
   i64 table_width;
-  i64 table_tokens;  // table_width * kBlockSize
   i64 table_stride;
   i64 start_stride;
   i64 src_block_stride;
@@ -39,45 +38,24 @@ struct Params {
   i64 dst_outer_stride;
   i64 dst_head_stride;
   float scale_value;
-  u32 unused;
+  u32 first_guarded;  // see find_token
 };
 
-constexpr u32 kSeqStarts = 1;
-constexpr u32 kBlockTable = 2;
+__device__ __forceinline__ Sequences sequences_of(const Params& p) {
+  return {p.cu_seq_lens, p.block_table, p.seq_starts,   p.rows,        static_cast<i32>(p.sequences),
+          p.num_blocks,  p.table_width, p.table_stride, p.start_stride};
+}
 
-// The token that `row` is made of; null where the row belongs to no sequence, or its token is
-// outside the table or the cache. kGroup slots of a block are equally far apart. kOpenEnd: the last
-// sequence has all rows from its start on.
-template <int kBlockSize, int kGroup, bool kOpenEnd, typename Block, typename Length,
-          typename Start>
-__device__ __forceinline__ const char* token_of(const Params& p, i64 row) {
+// The address of a token. kGroup slots of a block are equally far apart.
+template <int kBlockSize, int kGroup>
+__device__ __forceinline__ const char* address_of(const Params& p, const Token& token) {
   static_assert(kBlockSize % kGroup == 0, "whole groups");
-  const Length* const lengths = reinterpret_cast<const Length*>(p.cu_seq_lens);
-  const Segment segment =
-      find_segment(lengths, kOpenEnd ? p.sequences - 1 : p.sequences, row, p.sequences, p.rows);
-  const i64 sequence = segment.index;
-  if (sequence < 0 || sequence == p.sequences) return nullptr;
-  i64 start = 0;
-  if (p.seq_starts) {
-    start = static_cast<i64>(
-        *reinterpret_cast<const Start*>(p.seq_starts + sequence * p.start_stride));
-    if (!in_bounds(start, p.table_tokens, kSeqStarts, row)) return nullptr;
-  }
-  // Unsigned, because the lengths may hold anything.
-  const u64 position =
-      static_cast<u64>(start) + (static_cast<u64>(row) - static_cast<u64>(segment.start));
-  const Place<kBlockSize> place(static_cast<i64>(position));
-  if (!in_bounds(place.block, p.table_width, kBlockTable, row)) return nullptr;
-  const i64 block = static_cast<i64>(reinterpret_cast<const Block*>(
-      p.block_table + sequence * p.table_stride)[place.block]);
-  if (!in_bounds(block, p.num_blocks, kBlockTable, row)) return nullptr;
-
-  const char* const first = p.src_cache + block * p.src_block_stride;
+  const char* const first = p.src_cache + token.block * p.src_block_stride;
   if constexpr (kGroup == kBlockSize) {
-    return first + place.offset * p.src_offset_stride;
+    return first + token.offset * p.src_offset_stride;
   } else {
-    return first + place.offset / kGroup * p.src_group_stride +
-           place.offset % kGroup * p.src_offset_stride;
+    return first + token.offset / kGroup * p.src_group_stride +
+           token.offset % kGroup * p.src_offset_stride;
   }
 }
 
@@ -94,32 +72,47 @@ __global__ void __launch_bounds__(kMaxThreads) gather_cache(const __grid_constan
   const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   const i64 row = static_cast<i64>(index / kRowThreads);
   const int first = static_cast<int>(index % kRowThreads);
-  if (row >= p.rows) return;
-  const char* const from = token_of<kBlockSize, kGroup, false, Block, Length, Start>(p, row);
-  if (!from) return;
+  if (row >= p.rows || p.sequences <= 0) return;
+  const Sequences sequences = sequences_of(p);
+  const TokenSearch<kBlockSize, false, Block, Length, Start> search(sequences, row);
   const float scale = p.scale ? *p.scale : p.scale_value;  // a copy does not use it
 
-  char* const to = p.dst + row * p.dst_row_stride;
-  typename Converter::Source held[kVectors];
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int item = first + i * kRowThreads;
-    if (kRowVectors % kVectors == 0 || item < kRowVectors) {
+  // Where a vector of `bytes` is in its row.
+  const auto offset_of = [](int item, i64 outer_stride, i64 head_stride, int bytes) -> i64 {
+    if constexpr (kOuter * kHeads == 1) {
+      return item * bytes;
+    } else {
       const int segment = item / kSegmentVectors;
-      const i64 outer = kOuter == 1 ? 0 : segment / kHeads * p.src_outer_stride;
+      const i64 outer = kOuter == 1 ? 0 : segment / kHeads * outer_stride;
       const int head = kOuter == 1 ? segment : segment % kHeads;
-      held[i] = Converter::load(from + outer + head * p.src_head_stride +
-                                (item % kSegmentVectors) * Converter::kSourceBytes);
+      return outer + head * head_stride + item % kSegmentVectors * bytes;
     }
+  };
+  typename Converter::Source held[kVectors];
+  const auto load = [&](const Token& token) {
+    const char* const from = address_of<kBlockSize, kGroup>(p, token);
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      const int item = first + i * kRowThreads;
+      if (kRowVectors % kVectors == 0 || item < kRowVectors) {
+        held[i] = Converter::load(from + offset_of(item, p.src_outer_stride, p.src_head_stride,
+                                                   Converter::kSourceBytes));
+      }
+    }
+  };
+  Token token = search.guessed();
+  if (token.valid) load(token);
+  if (!token.valid || !search.right()) {
+    token = search.find(p.first_guarded);
+    if (!token.valid) return;
+    load(token);
   }
+  char* const to = p.dst + row * p.dst_row_stride;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int item = first + i * kRowThreads;
     if (kRowVectors % kVectors == 0 || item < kRowVectors) {
-      const int segment = item / kSegmentVectors;
-      const i64 outer = kOuter == 1 ? 0 : segment / kHeads * p.dst_outer_stride;
-      const int head = kOuter == 1 ? segment : segment % kHeads;
-      store_vector<kVec>(to + outer + head * p.dst_head_stride + (item % kSegmentVectors) * kVec,
+      store_vector<kVec>(to + offset_of(item, p.dst_outer_stride, p.dst_head_stride, kVec),
                          Converter::convert(held[i], scale));
     }
   }
@@ -159,25 +152,35 @@ __global__ void __launch_bounds__(kMaxThreads)
   const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   const i64 row = static_cast<i64>(index / kRowThreads);
   const int first = static_cast<int>(index % kRowThreads);
-  if (row >= p.rows) return;
-  const char* const from = token_of<kBlockSize, kBlockSize, true, Block, Start, SeqStart>(p, row);
-  if (!from) return;
+  if (row >= p.rows || p.sequences <= 0) return;
+  const Sequences sequences = sequences_of(p);
+  const TokenSearch<kBlockSize, true, Block, Start, SeqStart> search(sequences, row);
 
   // Everything is loaded before anything is converted.
   typename Latent::Source latent[kVectors];
   typename Rope::Source rope[kVectors];
   float scale[kVectors];
+  const auto load = [&](const Token& token) {
+    const char* const from = address_of<kBlockSize, kBlockSize>(p, token);
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int item = first + i * kRowThreads;
-    if (item < kLatentVectors) {
-      const int at = item * Latent::kSourceBytes;
-      latent[i] = load_in_parts<kSourceVec, typename Latent::Source>(from + at);
-      scale[i] = load_in_parts<kSourceVec, float>(from + kScalesAt + at / kTile * 4);
-    } else {
-      const int at = (item - kLatentVectors) * Rope::kSourceBytes;
-      rope[i] = load_in_parts<kSourceVec, typename Rope::Source>(from + kRopeAt + at);
+    for (int i = 0; i < kVectors; ++i) {
+      const int item = first + i * kRowThreads;
+      if (item < kLatentVectors) {
+        const int at = item * Latent::kSourceBytes;
+        latent[i] = load_in_parts<kSourceVec, typename Latent::Source>(from + at);
+        scale[i] = load_in_parts<kSourceVec, float>(from + kScalesAt + at / kTile * 4);
+      } else {
+        const int at = (item - kLatentVectors) * Rope::kSourceBytes;
+        rope[i] = load_in_parts<kSourceVec, typename Rope::Source>(from + kRopeAt + at);
+      }
     }
+  };
+  Token token = search.guessed();
+  if (token.valid) load(token);
+  if (!token.valid || !search.right()) {
+    token = search.find(p.first_guarded);
+    if (!token.valid) return;
+    load(token);
   }
   char* const to = p.dst + row * p.dst_row_stride;
 #pragma unroll

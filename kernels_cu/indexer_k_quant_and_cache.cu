@@ -57,8 +57,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (token >= p.tokens) return;
 
   // The slot and the data are loaded together: only the stores have to wait for the slot.
-  const i64 slot =
-      static_cast<i64>(*reinterpret_cast<const Slot*>(p.slot_mapping + token * p.slot_stride));
+  const i64 slot = load_number<Slot>(p.slot_mapping + token * p.slot_stride);
   const char* const from =
       p.k + token * p.k_stride + quant_block * (kVectors * Converter::kSourceBytes);
   typename Converter::Source held[kHeld];
@@ -69,8 +68,6 @@ __global__ void __launch_bounds__(kMaxThreads)
       held[i] = Converter::load(from + vector * Converter::kSourceBytes);
     }
   }
-  if (slot < 0) return;  // padding
-  if (!in_bounds(slot, p.num_blocks * kBlockSize, kSlotMapping, token)) return;
 
   float largest = 0.0f;
 #pragma unroll
@@ -86,7 +83,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   float scale = divide(fmaxf(largest, 1e-4f), 448.0f);
   if (kScales != Scales::kFloat32) scale = power_of_two_from(scale);
 
-  const Place<kBlockSize> place(slot);
+  const Target<kBlockSize> target(slot, p.num_blocks);
+  const Place<kBlockSize> place = target.place();
   char* const block = p.kv_cache + place.block * p.block_stride;
   const i64 at = static_cast<i64>(place.offset) * kQuantBlocks + quant_block;  // in quant blocks
   char* const to = block + at * kQuantBlock;
@@ -94,18 +92,18 @@ __global__ void __launch_bounds__(kMaxThreads)
   for (int i = 0; i < kHeld; ++i) {
     const int vector = lane + i * kLanes;
     if (kVectors % kLanes == 0 || vector < kVectors) {
-      store_vector<kVec>(to + vector * kVec, Converter::convert(held[i], scale));
+      store_vector<kVec>(to + vector * kVec, Converter::convert(held[i], scale), target.valid);
     }
   }
-  if (lane == 0) {
-    u32 bits = __float_as_uint(scale);
-    if (kScales == Scales::kExponents) bits = (bits >> 23) * 0x01010101u;
-    const Elements<kScaleVec, 4> parts(bits);
+  u32 bits = __float_as_uint(scale);
+  if (kScales == Scales::kExponents) bits = (bits >> 23) * 0x01010101u;
+  const Elements<kScaleVec, 4> parts(bits);
 #pragma unroll
-    for (int i = 0; i < 4 / kScaleVec; ++i) {
-      store_vector<kScaleVec>(block + kScalesAt + at * 4 + i * kScaleVec, parts.part[i]);
-    }
+  for (int i = 0; i < 4 / kScaleVec; ++i) {
+    store_vector<kScaleVec>(block + kScalesAt + at * 4 + i * kScaleVec, parts.part[i],
+                            target.valid && lane == 0);
   }
+  target.report(kSlotMapping, token);
 }
 
 #endif  // CUPY_CACHE_CONVERTS

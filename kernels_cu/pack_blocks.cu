@@ -50,7 +50,7 @@ __device__ __forceinline__ i64 number_of(const Params& p, u32 item) {
     const u64 word = p.table[gridDim.y * kTensors + item / 2];
     return static_cast<i32>(static_cast<u32>(item % 2 ? word >> 32 : word));
   } else {
-    return *reinterpret_cast<const Index*>(p.index + item * p.index_stride);
+    return load_number<Index>(p.index + item * p.index_stride);
   }
 }
 

@@ -3,10 +3,10 @@
 // Writes tokens into an x-packed cache: keys [block, head, d / x, offset, d % x], values
 // [block, head, d, offset] or, interleaved, [block, head, offset / x, d, offset % x].
 //
-// A thread block takes kTile tokens of one head; values are transposed through shared memory. Where
-// a group of 16 bytes' worth of slots is consecutive and aligned, its values leave as 16-byte
-// vectors along the offset; elsewhere element by element, which costs a whole memory sector for
-// each. What is converted is converted before the transposition.
+// A thread block takes a part of one head of kTile tokens; values are transposed through shared
+// memory. Where a group of 16 bytes' worth of slots is consecutive and aligned, its values leave as
+// 16-byte vectors along the offset; elsewhere element by element, which costs a whole memory sector
+// for each. What is converted is converted before the transposition.
 #include "cupy_cache/convert.cuh"
 #include "cupy_cache/ints.cuh"
 #include "cupy_cache/paging.cuh"
@@ -47,15 +47,14 @@ struct Params {
 };
 
 constexpr u32 kSlotMapping = 1;
-constexpr int kTile = 16;         // tokens of a thread block
-constexpr int kChunkBytes = 512;  // of a token's head in the cache that are in flight at a time
+constexpr int kTile = 16;  // tokens of a thread block
 constexpr i64 kSkip = -1;
 
 __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
 // Which token of the tile, and which of its row's kVectors vectors, an item is. Where it can be, a
-// warp takes 4 tokens by 8 vectors, so that loads and stores both are runs of 64 bytes and more: on
-// an H100 1 to 3 % faster with consecutive slots, 5 % with random ones, than 16 tokens by 2.
+// warp takes 4 tokens by 8 vectors, or 8 by 4, so that loads and stores both are runs of 64 bytes and
+// more: on an H100 1 to 3 % faster with consecutive slots, 5 % with random ones, than 16 by 2.
 template <int kVectors>
 struct Item {
   int token;
@@ -65,6 +64,9 @@ struct Item {
     if constexpr (kVectors % 8 == 0) {
       token = (item & 3) | (item >> 5 & 3) << 2;
       vector = (item >> 2 & 7) | item >> 7 << 3;
+    } else if constexpr (kVectors == 4) {
+      token = (item & 7) | (item >> 5 & 1) << 3;
+      vector = item >> 3 & 3;
     } else {
       token = item % kTile;
       vector = item / kTile;
@@ -72,20 +74,33 @@ struct Item {
   }
 };
 
-// Whether there are many tokens, and neighbours have slots that are none. Then one head comes after
-// the other: elements of one sector that are written by several thread blocks meet in the L2. Else a
-// tile's heads come together, because they are neighbours in all arrays.
-template <typename Slot>
-__device__ __forceinline__ bool many_apart(const Params& p) {
-  constexpr i64 kMany = 8192;
-  if (p.tokens < kMany) return false;
-  const auto slot = [&](i64 token) {
-    return static_cast<i64>(
-        *reinterpret_cast<const Slot*>(p.slot_mapping + token * p.slot_stride));
-  };
-  const i64 middle = p.tokens / 2;
-  return slot(0) + 1 != slot(1) && slot(middle) + 1 != slot(middle + 1);
-}
+// Which tokens, head and bytes of it a thread block takes. blockIdx.x counts the parts of all heads,
+// blockIdx.y and z the tiles; there may be more of these than there are tokens.
+//
+// The parts of a tile come together, because they are neighbours in all arrays. But where there are
+// many tokens, and neighbours have slots that are none, all tiles come before the next part:
+// elements of one sector that are written by several thread blocks meet in the L2.
+struct Work {
+  u32 tile;
+  u32 part;
+
+  template <typename Slot>
+  static __device__ __forceinline__ Work of_block(const Params& p) {
+    constexpr i64 kMany = 8192;
+    const u32 tile = blockIdx.z * gridDim.y + blockIdx.y, tiles = gridDim.y * gridDim.z;
+    if (p.tokens < kMany || static_cast<u64>(tiles) * gridDim.x > 0xffffffffu) {
+      return {tile, blockIdx.x};
+    }
+    const auto slot = [&](i64 token) {
+      return load_number<Slot>(p.slot_mapping + token * p.slot_stride);
+    };
+    const i64 middle = p.tokens / 2;
+    const i64 a = slot(0), behind_a = slot(1), b = slot(middle), behind_b = slot(middle + 1);
+    if (a + 1 == behind_a || b + 1 == behind_b) return {tile, blockIdx.x};
+    const u32 block = tile * gridDim.x + blockIdx.x;
+    return {block % tiles, block / tiles};
+  }
+};
 
 // Loads what becomes this thread's vectors of bytes [begin, begin + kBytes) of each of the tile's
 // rows.
@@ -108,24 +123,27 @@ __device__ __forceinline__ void load_rows(typename Converter::Source (&held)[kCo
 // Keys and Values are the converters of both, to vectors of kKeyVec and kValueVec bytes of the
 // cache. kElement is the bytes of an element there, kPackBytes those of x elements, and kSlots the
 // slots that lie together in the value cache: all of a block, or x where it is interleaved.
-// kVectorValues says that the value cache's address and strides allow 16-byte stores.
+// kVectorValues says that the value cache's address and strides allow 16-byte stores. A part of a
+// head is kPartBytes, or what is left.
 template <typename Keys, typename Values, int kElement, int kPackBytes, int kKeyVec, int kValueVec,
           int kKeyBytes, int kValueBytes, int kBlockSize, int kSlots, bool kVectorValues,
-          typename Slot, int kThreads>
+          typename Slot, int kPartBytes, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     reshape_and_cache(const __grid_constant__ Params p) {
   static_assert(kKeyBytes % kPackBytes == 0 && kPackBytes % kKeyVec == 0, "whole packs");
   static_assert(kBlockSize % kSlots == 0, "whole groups of slots");
-  constexpr int kKeyChunk = smaller(kKeyBytes, kChunkBytes);
-  constexpr int kValueChunk = smaller(kValueBytes, kChunkBytes);
-  constexpr int kKeyCount = (kTile * (kKeyChunk / kKeyVec) + kThreads - 1) / kThreads;
-  constexpr int kValueCount = (kTile * (kValueChunk / kValueVec) + kThreads - 1) / kThreads;
+  static_assert(kPartBytes % 16 == 0, "whole packs and vectors");
+  constexpr int kKeyPart = smaller(kKeyBytes, kPartBytes);
+  constexpr int kValuePart = smaller(kValueBytes, kPartBytes);
+  constexpr int kKeyCount = (kTile * (kKeyPart / kKeyVec) + kThreads - 1) / kThreads;
+  constexpr int kValueCount = (kTile * (kValuePart / kValueVec) + kThreads - 1) / kThreads;
   constexpr int kLargest = kKeyBytes > kValueBytes ? kKeyBytes : kValueBytes;
+  constexpr u32 kParts = (kLargest + kPartBytes - 1) / kPartBytes;
 
   // Values, transposed. An odd number of words in a row spreads both accesses over all banks;
   // elements of 8 bytes must stay aligned.
   constexpr int kRowWords = kTile * kElement / 4 + (kElement > 4 ? kElement / 4 : 1);
-  constexpr int kValueElements = kValueChunk / kElement;
+  constexpr int kValueElements = kValuePart / kElement;
   __shared__ u32 transposed[kValueElements * kRowWords];
   char* const transposed_bytes = reinterpret_cast<char*>(transposed);
 
@@ -135,107 +153,101 @@ __global__ void __launch_bounds__(kThreads)
   __shared__ i64 slots[kTile];
   __shared__ bool adjacent[kGroups];
 
-  const u32 heads = static_cast<u32>(p.heads), tiles = gridDim.x / heads;
-  const bool by_head = many_apart<Slot>(p);
-  const u32 tile = by_head ? blockIdx.x % tiles : blockIdx.x / heads;
-  const int head = static_cast<int>(by_head ? blockIdx.x / tiles : blockIdx.x % heads);
-  const i64 first = static_cast<i64>(tile) * kTile;
+  const Work work = Work::of_block<Slot>(p);
+  const int head = static_cast<int>(work.part / kParts);
+  const int begin = static_cast<int>(work.part % kParts) * kPartBytes;
+  const i64 first = static_cast<i64>(work.tile) * kTile;
   const i64 left = p.tokens - first;
-  const char* key = p.key + first * p.key_token_stride + head * p.key_head_stride;
-  const char* value = p.value + first * p.value_token_stride + head * p.value_head_stride;
+  if (left <= 0) return;  // the whole block
+  const int thread = static_cast<int>(threadIdx.x);
+
+  // One warp waits for the slots before it loads anything else. Were its loads to come first, 256
+  // consecutive slots would take 10 % longer on an H100.
+  i64 own_slot = kSkip;
+  if (thread < kTile && thread < left) {
+    own_slot = load_number<Slot>(p.slot_mapping + (first + thread) * p.slot_stride);
+  }
+  const Target<kBlockSize> target(own_slot, p.num_blocks);
+  if (thread < kTile) slots[thread] = target.valid ? own_slot : kSkip;
+  typename Keys::Source keys[kKeyCount];
+  typename Values::Source values[kValueCount];
+  load_rows<Keys, kKeyVec, kKeyPart, kThreads>(
+      keys, p.key + first * p.key_token_stride + head * p.key_head_stride, p.key_token_stride, left,
+      begin, kKeyBytes);
+  load_rows<Values, kValueVec, kValuePart, kThreads>(
+      values, p.value + first * p.value_token_stride + head * p.value_head_stride,
+      p.value_token_stride, left, begin, kValueBytes);
   const float k_scale = scale_of(p.k_scale, p.k_scale_stride, head, p.k_scale_value);
   const float v_scale = scale_of(p.v_scale, p.v_scale_stride, head, p.v_scale_value);
+  __syncthreads();
 
-  if (threadIdx.x < kTile) {
-    const int token = threadIdx.x;
-    i64 slot = kSkip;
-    if (token < left) {
-      slot = static_cast<i64>(
-          *reinterpret_cast<const Slot*>(p.slot_mapping + (first + token) * p.slot_stride));
-      if (slot < 0 || !in_bounds(slot, p.num_blocks * kBlockSize, kSlotMapping, first + token)) {
-        slot = kSkip;
-      }
-    }
-    slots[token] = slot;
+  if (kMayBeAdjacent && thread < kGroups) {
+    const i64 start = slots[thread * kGroup];
+    bool run = start >= 0 && start % kGroup == 0;
+    for (int i = 1; i < kGroup; ++i) run = run && slots[thread * kGroup + i] == start + i;
+    adjacent[thread] = run;
   }
 
-  for (int begin = 0; begin < kLargest; begin += kChunkBytes) {
-    typename Keys::Source keys[kKeyCount];
-    typename Values::Source values[kValueCount];
-    load_rows<Keys, kKeyVec, kKeyChunk, kThreads>(keys, key, p.key_token_stride, left, begin,
-                                                  kKeyBytes);
-    load_rows<Values, kValueVec, kValueChunk, kThreads>(values, value, p.value_token_stride, left,
-                                                        begin, kValueBytes);
-    __syncthreads();  // slots are there; the last chunk's values have been read
-
-    if (kMayBeAdjacent && begin == 0 && threadIdx.x < kGroups) {
-      const i64 start = slots[threadIdx.x * kGroup];
-      bool run = start >= 0 && start % kGroup == 0;
-      for (int i = 1; i < kGroup; ++i) run = run && slots[threadIdx.x * kGroup + i] == start + i;
-      adjacent[threadIdx.x] = run;
+#pragma unroll
+  for (int i = 0; i < kKeyCount; ++i) {
+    const int number = i * kThreads + thread;
+    const Item<kKeyPart / kKeyVec> item(number);
+    const int at = begin + item.vector * kKeyVec;
+    if (number < kTile * (kKeyPart / kKeyVec) && at < kKeyBytes && slots[item.token] >= 0) {
+      const Place<kBlockSize> place(slots[item.token]);
+      store_vector<kKeyVec>(p.key_cache + place.block * p.key_block_stride +
+                                head * p.key_cache_head_stride +
+                                at / kPackBytes * p.key_pack_stride +
+                                place.offset * p.key_offset_stride + at % kPackBytes,
+                            Keys::convert(keys[i], k_scale));
     }
+  }
 
 #pragma unroll
-    for (int i = 0; i < kKeyCount; ++i) {
-      const int number = i * kThreads + static_cast<int>(threadIdx.x);
-      const Item<kKeyChunk / kKeyVec> item(number);
-      const int at = begin + item.vector * kKeyVec;
-      if (number < kTile * (kKeyChunk / kKeyVec) && at < kKeyBytes && slots[item.token] >= 0) {
-        const Place<kBlockSize> place(slots[item.token]);
-        store_vector<kKeyVec>(p.key_cache + place.block * p.key_block_stride +
-                                  head * p.key_cache_head_stride +
-                                  at / kPackBytes * p.key_pack_stride +
-                                  place.offset * p.key_offset_stride + at % kPackBytes,
-                              Keys::convert(keys[i], k_scale));
-      }
-    }
-
+  for (int i = 0; i < kValueCount; ++i) {
+    const int number = i * kThreads + thread;
+    const Item<kValuePart / kValueVec> item(number);
+    const int at = item.vector * kValueVec;  // in the part
+    if (number < kTile * (kValuePart / kValueVec) && item.token < left && begin + at < kValueBytes) {
+      const Elements<kElement, kValueVec> elements(Values::convert(values[i], v_scale));
 #pragma unroll
-    for (int i = 0; i < kValueCount; ++i) {
-      const int number = i * kThreads + static_cast<int>(threadIdx.x);
-      const Item<kValueChunk / kValueVec> item(number);
-      const int at = item.vector * kValueVec;  // in the chunk
-      if (number < kTile * (kValueChunk / kValueVec) && item.token < left &&
-          begin + at < kValueBytes) {
-        const Elements<kElement, kValueVec> elements(Values::convert(values[i], v_scale));
-#pragma unroll
-        for (int j = 0; j < kValueVec / kElement; ++j) {
-          *reinterpret_cast<Vec<kElement>*>(transposed_bytes +
-                                            (at / kElement + j) * (kRowWords * 4) +
-                                            item.token * kElement) = elements.part[j];
-        }
-      }
-    }
-    __syncthreads();
-
-    const int elements_left = (kValueBytes - begin) / kElement;
-    for (int item = threadIdx.x; item < kValueElements * kGroups; item += kThreads) {
-      const int element = item / kGroups;
-      const int group = item % kGroups;
-      if (element >= elements_left) break;
-      const int start = element * kRowWords + group * 4;
-      char* const row = p.value_cache + head * p.value_cache_head_stride +
-                        (begin / kElement + element) * p.value_element_stride;
-      const auto at = [&](i64 slot) {
-        const Place<kBlockSize> place(slot);
-        const i64 before = kSlots == kBlockSize ? 0 : place.offset / kSlots * p.value_slots_stride;
-        return row + place.block * p.value_block_stride + before + place.offset % kSlots * kElement;
-      };
-      if (kMayBeAdjacent && adjacent[group]) {
-        const uint4 vector = {transposed[start], transposed[start + 1], transposed[start + 2],
-                              transposed[start + 3]};
-        store_vector<16>(at(slots[group * kGroup]), vector);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kGroup; ++i) {
-          const i64 slot = slots[group * kGroup + i];
-          if (slot < 0) continue;
-          *reinterpret_cast<Vec<kElement>*>(at(slot)) =
-              *reinterpret_cast<const Vec<kElement>*>(transposed_bytes + start * 4 + i * kElement);
-        }
+      for (int j = 0; j < kValueVec / kElement; ++j) {
+        *reinterpret_cast<Vec<kElement>*>(transposed_bytes +
+                                          (at / kElement + j) * (kRowWords * 4) +
+                                          item.token * kElement) = elements.part[j];
       }
     }
   }
+  __syncthreads();
+
+  const int elements_left = (kValueBytes - begin) / kElement;
+  for (int item = thread; item < kValueElements * kGroups; item += kThreads) {
+    const int element = item / kGroups;
+    const int group = item % kGroups;
+    if (element >= elements_left) break;
+    const int start = element * kRowWords + group * 4;
+    char* const row = p.value_cache + head * p.value_cache_head_stride +
+                      (begin / kElement + element) * p.value_element_stride;
+    const auto at = [&](i64 slot) {
+      const Place<kBlockSize> place(slot);
+      const i64 before = kSlots == kBlockSize ? 0 : place.offset / kSlots * p.value_slots_stride;
+      return row + place.block * p.value_block_stride + before + place.offset % kSlots * kElement;
+    };
+    if (kMayBeAdjacent && adjacent[group]) {
+      const uint4 vector = {transposed[start], transposed[start + 1], transposed[start + 2],
+                            transposed[start + 3]};
+      store_vector<16>(at(slots[group * kGroup]), vector);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kGroup; ++i) {
+        const i64 slot = slots[group * kGroup + i];
+        if (slot < 0) continue;
+        *reinterpret_cast<Vec<kElement>*>(at(slot)) =
+            *reinterpret_cast<const Vec<kElement>*>(transposed_bytes + start * 4 + i * kElement);
+      }
+    }
+  }
+  if (begin == 0) target.report(kSlotMapping, first + thread);
 }
 
 }  // namespace cupy_cache

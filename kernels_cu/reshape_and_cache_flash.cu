@@ -60,8 +60,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const int item = static_cast<int>(index % kItems);
   if (token >= p.tokens) return;
 
-  const i64 slot =
-      static_cast<i64>(*reinterpret_cast<const Slot*>(p.slot_mapping + token * p.slot_stride));
+  const i64 slot = load_number<Slot>(p.slot_mapping + token * p.slot_stride);
   const bool has_key = kKeyItems == kItems || item < kKeyItems;
   const bool has_value = kValueItems == kItems || item < kValueItems;
   typename Converter::Source key, value;
@@ -78,23 +77,18 @@ __global__ void __launch_bounds__(kMaxThreads)
                             (item % kValueVectors) * Converter::kSourceBytes);
     v_scale = scale_of(p.v_scale, p.v_scale_stride, head, p.v_scale_value);
   }
-  // Negative slots are padding. There is no return before the stores: the compiler would move the
-  // loads behind it, and they would wait for the slot.
-  const bool valid =
-      slot >= 0 && in_bounds(slot, p.num_blocks * kBlockSize, kSlotMapping, token);
-  const Place<kBlockSize> place(slot);
-  if (valid && has_key) {
-    store_vector<kVec>(
-        p.key_cache + place.block * p.key_block_stride + place.offset * p.key_offset_stride +
-            (item / kKeyVectors) * p.key_cache_head_stride + (item % kKeyVectors) * kVec,
-        Converter::convert(key, k_scale));
-  }
-  if (valid && has_value) {
-    store_vector<kVec>(
-        p.value_cache + place.block * p.value_block_stride + place.offset * p.value_offset_stride +
-            (item / kValueVectors) * p.value_cache_head_stride + (item % kValueVectors) * kVec,
-        Converter::convert(value, v_scale));
-  }
+  const Target<kBlockSize> target(slot, p.num_blocks);
+  const Place<kBlockSize> place = target.place();
+  char* const key_to = p.key_cache + place.block * p.key_block_stride +
+                       place.offset * p.key_offset_stride +
+                       (item / kKeyVectors) * p.key_cache_head_stride + (item % kKeyVectors) * kVec;
+  char* const value_to = p.value_cache + place.block * p.value_block_stride +
+                         place.offset * p.value_offset_stride +
+                         (item / kValueVectors) * p.value_cache_head_stride +
+                         (item % kValueVectors) * kVec;
+  store_vector<kVec>(key_to, Converter::convert(key, k_scale), target.valid && has_key);
+  store_vector<kVec>(value_to, Converter::convert(value, v_scale), target.valid && has_value);
+  target.report(kSlotMapping, token);
 }
 
 }  // namespace cupy_cache

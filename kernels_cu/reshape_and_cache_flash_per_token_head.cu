@@ -82,12 +82,12 @@ struct Row {
     }
     return group_max<kLanes>(found);
   }
-  __device__ __forceinline__ void store(char* to, int lane, float inverse) const {
+  __device__ __forceinline__ void store(char* to, int lane, float inverse, bool when) const {
 #pragma unroll
     for (int i = 0; i < kHeld; ++i) {
       const int vector = lane + i * kLanes;
       if (has(vector)) {
-        store_vector<kVec>(to + vector * kVec, Converter::convert(held[i], inverse));
+        store_vector<kVec>(to + vector * kVec, Converter::convert(held[i], inverse), when);
       }
     }
   }
@@ -104,8 +104,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const i64 token = static_cast<i64>(index / (kLanes * kHeads));
   if (token >= p.tokens) return;  // the whole group
 
-  const i64 slot =
-      static_cast<i64>(*reinterpret_cast<const Slot*>(p.slot_mapping + token * p.slot_stride));
+  const i64 slot = load_number<Slot>(p.slot_mapping + token * p.slot_stride);
   Row<From, To, kVec, kKeySize, kLanes> key;
   Row<From, To, kVec, kValueSize, kLanes> value;
   key.load(p.key + token * p.key_token_stride + head * p.key_head_stride, lane);
@@ -114,17 +113,16 @@ __global__ void __launch_bounds__(kMaxThreads)
   // Found before the slot is looked at, so that loads do not wait for it.
   const float k_scale = fmaxf(divide(key.largest(lane), kLargest), 1e-6f);
   const float v_scale = fmaxf(divide(value.largest(lane), kLargest), 1e-6f);
-  if (slot < 0) return;  // padding
-  if (!in_bounds(slot, p.num_blocks * kBlockSize, kSlotMapping, token)) return;
 
-  const Place<kBlockSize> place(slot);
+  const Target<kBlockSize> target(slot, p.num_blocks);
+  const Place<kBlockSize> place = target.place();
   key.store(p.key_cache + place.block * p.key_block_stride + place.offset * p.key_offset_stride +
                 head * p.key_cache_head_stride,
-            lane, divide(1.0f, k_scale));
+            lane, divide(1.0f, k_scale), target.valid);
   value.store(p.value_cache + place.block * p.value_block_stride +
                   place.offset * p.value_offset_stride + head * p.value_cache_head_stride,
-              lane, divide(1.0f, v_scale));
-  if (lane == 0) {
+              lane, divide(1.0f, v_scale), target.valid);
+  if (target.valid && lane == 0) {
     *reinterpret_cast<float*>(p.k_scale_cache + place.block * p.k_scale_block_stride +
                               place.offset * p.k_scale_offset_stride +
                               head * p.k_scale_head_stride) = k_scale;
@@ -132,6 +130,7 @@ __global__ void __launch_bounds__(kMaxThreads)
                               place.offset * p.v_scale_offset_stride +
                               head * p.v_scale_head_stride) = v_scale;
   }
+  target.report(kSlotMapping, token);
 }
 
 #endif  // CUPY_CACHE_CONVERTS

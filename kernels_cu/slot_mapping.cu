@@ -6,6 +6,7 @@
 // token do not show, and no engine's settings need a specialisation of their own.
 #include "cupy_cache/ints.cuh"
 #include "cupy_cache/paging.cuh"
+#include "cupy_cache/sequences.cuh"
 #include "cupy_cache/slots.cuh"
 
 namespace cupy_cache {
@@ -35,14 +36,13 @@ __global__ void __launch_bounds__(kMaxThreads) slot_mapping(const __grid_constan
   const i64 token = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (token >= p.slots) return;
   i64 slot = kNoSlot;
-  if (token < p.tokens) {
-    // Loaded before the search, which it does not depend on.
-    const i64 position = static_cast<i64>(
-        *reinterpret_cast<const Position*>(p.positions + token * p.position_stride));
-    const i64 request = find_segment(reinterpret_cast<const Start*>(p.query_start_loc), p.requests,
-                                     token, p.requests, p.tokens)
-                            .index;
-    if (request >= 0 && request < p.requests) {
+  if (token < p.tokens && p.requests > 0) {
+    // Loaded with the search's numbers, which it does not depend on.
+    const i64 position = load_number<Position>(p.positions + token * p.position_stride);
+    const i32 requests = static_cast<i32>(p.requests);
+    const SegmentSearch<Start> search(p.query_start_loc, requests, token, p.tokens);
+    const i64 request = search.right() ? search.guess : search.find().index;
+    if (within(request, p.requests)) {
       const Table table = {p.block_table, p.requests,      p.table_stride,
                            p.position_limit, p.block_limit, p.block_size,
                            p.cp_world_size,  p.cp_rank,     p.cp_interleave};

@@ -6,6 +6,7 @@
 // tables travel inside the parameter struct: there is no upload and nothing to wait for.
 #include "cupy_cache/ints.cuh"
 #include "cupy_cache/paging.cuh"
+#include "cupy_cache/sequences.cuh"
 #include "cupy_cache/slots.cuh"
 
 namespace cupy_cache {
@@ -39,18 +40,17 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (token >= p.slots) return;
   const Table& table = p.groups[blockIdx.y];
   i64 slot = kNoSlot;
-  if (token < p.tokens && table.block_size > 0) {
-    // Loaded before the search, which it does not depend on.
-    const i64 position = static_cast<i64>(
-        *reinterpret_cast<const Position*>(p.positions + token * p.position_stride));
-    const i64 request = find_segment(reinterpret_cast<const Start*>(p.query_start_loc), p.requests,
-                                     token, p.requests, p.tokens)
-                            .index;
-    if (request >= 0 && request < p.requests) {
+  if (token < p.tokens && p.requests > 0 && table.block_size > 0) {
+    // Loaded with the search's numbers, which it does not depend on.
+    const i64 position = load_number<Position>(p.positions + token * p.position_stride);
+    const i32 requests = static_cast<i32>(p.requests);
+    const SegmentSearch<Start> search(p.query_start_loc, requests, token, p.tokens);
+    const i64 request = search.right() ? search.guess : search.find().index;
+    if (within(request, p.requests)) {
       const i64 fault_row = (p.first + blockIdx.y) * p.tokens + token;
-      const i64 row = p.idx_mapping ? static_cast<i64>(*reinterpret_cast<const Row*>(
-                                          p.idx_mapping + request * p.idx_stride))
-                                    : request;
+      const i64 row = p.idx_mapping
+                          ? load_number<Row>(p.idx_mapping + request * p.idx_stride)
+                          : request;
       if (row >= 0 && in_bounds(row, table.rows, kIdxMapping, fault_row)) {
         slot = slot_of<kParallel, Block>(table, row, position, fault_row);
       }

@@ -13,6 +13,8 @@ The columns, for each architecture; a dot is none:
 - stack: bytes of stack and other local memory of a thread
 - spill: instructions that access local memory
 - shared: bytes of static shared memory of a block
+- early: loads of global memory before the first branch behind one. These are under way together; a
+  load less may be one that waits for another's result
 - ld16, st16: instructions that load or store 16 bytes of global memory
 - ld32, st32: the same for 32 bytes, where there are any
 """
@@ -110,11 +112,19 @@ def measured(usage, text):
         "stack": usage["STACK"] + usage["LOCAL"],
         "spill": count(r"\b(?:LDL|STL)\b"),
         "shared": usage["SHARED"],
+        "early": early_loads(text),
         "ld16": count(r"\bLDG\S*\.128\b"),
         "st16": count(r"\bSTG\S*\.128\b"),
         "ld32": count(r"\bLDG\S*\.256\b"),
         "st32": count(r"\bSTG\S*\.256\b"),
     }
+
+
+def early_loads(text):
+    """How many loads are issued before the first branch that follows a load."""
+    found = re.findall(r"\b(LDG|BRA|CALL|BRX)\b", text)
+    first = found.index("LDG") if "LDG" in found else len(found)
+    return len(list(itertools.takewhile(lambda name: name == "LDG", found[first:])))
 
 
 def read(kernels, architecture):

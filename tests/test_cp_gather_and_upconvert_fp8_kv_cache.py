@@ -284,7 +284,7 @@ class TestRefusals:
 @pytest.mark.parametrize("architecture", [75, 90, 120])
 def test_compiles(architecture, dtype):
     pytest.importorskip("cupy")
-    (kernel,) = specialisations(
+    kernels = specialisations(
         1, 576, 64, dtype, layouts=("rows",), kv_cache_dtype="fp8_ds_mla", ops=[OP]
     )
-    assert modules.compile_cubin(kernel, architecture)[0]
+    assert [len(modules.compile_cubin(k, architecture)[0]) > 0 for k in kernels] == [True] * 2

@@ -46,7 +46,7 @@ def test_every_layout(
         worlds.array(rng, (int(bounds[-1]) + 3, *inner), dtype, pad),
         *typed((numbers[0], bounds, numbers[2]), (table, lengths, starts)),
     )
-    check(world, specs, call(np.int64(count)), oracle.gather_cache)
+    check(world, specs, call(np.int64(count)), oracle.gather_cache, "cp_gather_cache")
 
 
 @pytest.mark.parametrize("rows, count", [(0, 2), (5, 0), (5, 2)])
@@ -59,7 +59,7 @@ def test_nothing_to_do(world, rng, rows, count):
         worlds.of_values(np.zeros(count + 1, np.int32)),
         None,
     )
-    check(world, specs, call(count), oracle.gather_cache)
+    check(world, specs, call(count), oracle.gather_cache, "cp_gather_cache")
 
 
 @pytest.mark.parametrize("bad", [-1, 4, 2**31 - 1])
@@ -73,7 +73,7 @@ def test_values_out_of_range_are_skipped_and_recorded(world, rng, bad):
         worlds.of_values(np.array([0, 7, 16], np.int32)),  # one row more than the table has
         worlds.of_values(np.array([min(bad, 0), 0], np.int32)),
     )
-    check(world, specs, call(2), oracle.gather_cache)
+    check(world, specs, call(2), oracle.gather_cache, "cp_gather_cache")
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def test_any_batch(emulated_world, batch):
             worlds.array(rng, (rows, *inner), dtype, pad),
             *(None if n is None else worlds.of_values(n) for n in numbers),
         )
-        check(world, specs, call(len(numbers[0])), oracle.gather_cache)
+        check(world, specs, call(len(numbers[0])), oracle.gather_cache, "cp_gather_cache")
     finally:
         world.close()
 

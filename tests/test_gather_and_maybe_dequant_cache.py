@@ -40,7 +40,7 @@ def gather(world, specs, kv_cache_dtype, scale, num_tokens):
 
         return oracle.gather_cache(src, dst, table, bounds, starts, rows=num_tokens, token=token)
 
-    check(world, specs, call, expect, converted=dst if stored else None)
+    check(world, specs, call, expect, module.NAME, converted=dst if stored else None)
 
 
 # layout, inner dimensions, block size, stored, kv_cache_dtype, dtype of dst, pad of src and of dst
@@ -294,8 +294,8 @@ class TestRefusals:
 @pytest.mark.parametrize("architecture", [75, 90, 120])
 def test_compiles(architecture, kv_cache_dtype, dtype):
     pytest.importorskip("cupy")
-    (kernel,) = specialisations(
+    kernels = specialisations(
         1, 576, 64, dtype, layouts=("rows",), kv_cache_dtype=kv_cache_dtype,
         ops=["gather_and_maybe_dequant_cache"],
     )  # fmt: skip
-    assert modules.compile_cubin(kernel, architecture)[0]
+    assert [len(modules.compile_cubin(k, architecture)[0]) > 0 for k in kernels] == [True] * 2

@@ -55,9 +55,13 @@ def test_every_source_has_a_file():
 def test_what_is_counted():
     usage = {"REG": 32, "STACK": 8, "LOCAL": 16, "SHARED": 1024}
     text = """
+        @P0 BRA 0x40 ;
         LDG.E.EF.128 R4, desc[UR6][R2.64] ;
         @P0 LDG.E.128.CONSTANT R4, [R2.64] ;
+        @P1 EXIT ;
         LDG.E.64 R4, [R2.64] ;
+        @!P0 BRA P1, 0x80 ;
+        LDG.E R4, [R2.64] ;
         LDS.128 R4, [R2] ;
         STG.E.ENL2.256 [R2.64], R4, R8 ;
         STG.E.128 [R2.64], R4 ;
@@ -66,6 +70,6 @@ def test_what_is_counted():
         LDL.LU R4, [R1+0x8] ;
     """
     assert make_resources.measured(usage, text) == {
-        "reg": 32, "stack": 24, "spill": 3, "shared": 1024,
+        "reg": 32, "stack": 24, "spill": 3, "shared": 1024, "early": 3,
         "ld16": 2, "st16": 1, "ld32": 0, "st32": 1,
     }  # fmt: skip

@@ -113,7 +113,7 @@ def _plan(op, described, options):
         converts=True,
     )
     strides = (src.strides[0], 0, src.strides[1], 0, 0, dst.strides[0], 0, 0)
-    return gathering.gpu_plan(kernel, row_vectors // per_thread, described, block_size, strides)
+    return gathering.gpu_plan(kernel, row_vectors // per_thread, described, strides)
 
 
 def _count(extents, batch_size):

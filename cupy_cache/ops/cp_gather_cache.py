@@ -42,8 +42,7 @@ def cp_gather_cache(
 
     Notes
     -----
-    Values out of range are skipped and recorded as by `gather_cache`, under its name, since the
-    kernel is the same.
+    Values out of range are skipped and recorded as by `gather_cache`.
 
     Names, order and meaning are those of vLLM's cache operation of the same name. Elements may have
     any size, and offsets into ``dst`` are not limited to 31 bits.

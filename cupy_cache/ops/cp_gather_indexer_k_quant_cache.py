@@ -127,6 +127,7 @@ def _plan(op, described, options):
 
 def _count(extents):
     rows, scale_rows, sequences, bounds = extents
+    contract.check_sequence_count("cp_gather_indexer_k_quant_cache", "block_table", sequences)
     if scale_rows != rows:
         raise ShapeError(
             f"cp_gather_indexer_k_quant_cache: Invalid shape of dst_scale: expected {rows} rows, "

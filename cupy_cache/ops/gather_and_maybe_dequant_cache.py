@@ -55,8 +55,8 @@ def gather_and_maybe_dequant_cache(
 
     Notes
     -----
-    Values out of range are skipped and recorded as by `gather_cache`, under its name, since the
-    kernel is the same. A stored NaN gives a NaN; which one is not defined.
+    Values out of range are skipped and recorded as by `gather_cache`. A stored NaN gives a NaN;
+    which one is not defined.
 
     Names, order and meaning are those of vLLM's cache operation of the same name (0.33).
     """

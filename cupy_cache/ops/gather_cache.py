@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gathering the pages of sequences into contiguous rows."""
 
-from .. import gathering
+from .. import contract, gathering
 from ..errors import ShapeError
 
 
@@ -64,6 +64,7 @@ def gather_cache(
 
 def _count(extents):
     rows, sequences, bounds, starts = extents
+    contract.check_sequence_count("gather_cache", "block_table", sequences)
     if bounds != sequences + 1:
         raise ShapeError(
             f"gather_cache: Invalid shape of cu_seq_lens: expected [{sequences + 1}], one more "

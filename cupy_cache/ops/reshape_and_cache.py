@@ -19,6 +19,7 @@ PARAMS = params.Struct(
     "k_scale_stride:i64 v_scale_stride:i64 k_scale_value:f32 v_scale_value:f32",
 )
 TILE = 16  # kTile of the kernel
+PART_BYTES = 128  # of a head, that a thread block takes
 MAX_THREADS = 256
 SCALES = formats.DTYPES["float32"].numpy
 
@@ -124,9 +125,11 @@ def _plan(op, described, options):
     vector_values = 16 == contract.vector_bytes(
         value_cache.ptr, block_stride, head_stride, slots_stride, element_stride
     )
-    # A thread for each vector of a tile, up to the most.
-    vectors = TILE * max(key_bytes // key_vector, value_bytes // value_vector)
+    # A thread for each vector of a tile's part of a head, up to the most.
+    sides = ((key_bytes, key_vector), (value_bytes, value_vector))
+    vectors = TILE * max(min(PART_BYTES, length) // vector for length, vector in sides)
     threads = launch.block_threads(vectors, 1, MAX_THREADS)
+    parts = heads * launch.ceil_div(max(key_bytes, value_bytes), PART_BYTES)
     index = formats.INDEX_NAMES[slot_mapping.dtype.name]
     kernel = modules.Kernel(
         op.name,
@@ -134,7 +137,7 @@ def _plan(op, described, options):
         f"reshape_and_cache<{formats.quantiser(key.dtype, stored, key_vector)}, "
         f"{formats.quantiser(key.dtype, stored, value_vector)}, {element}, {pack}, {key_vector}, "
         f"{value_vector}, {key_bytes}, {value_bytes}, {size['block_size']}, {slots}, "
-        f"{str(vector_values).lower()}, {index}, {threads}>",
+        f"{str(vector_values).lower()}, {index}, {PART_BYTES}, {threads}>",
         PARAMS,
         guarded=("slot_mapping",),
         converts=stored is not None,
@@ -146,9 +149,13 @@ def _plan(op, described, options):
          *key_cache.strides[:4], block_stride, head_stride, slots_stride, element_stride,
          *scale_steps, *(number or 0.0 for number in numbers)),
     )  # fmt: skip
-    return dispatch.GpuPlan(
-        launcher, lambda tokens: ((launch.ceil_div(tokens, TILE) * heads, 1, 1), threads)
-    )
+
+    def shape(tokens):
+        tiles = launch.ceil_div(tokens, TILE)
+        layers = launch.ceil_div(tiles, launch.MAX_GRID_YZ)
+        return (parts, launch.ceil_div(tiles, layers) if layers else 0, layers), threads
+
+    return dispatch.GpuPlan(launcher, shape)
 
 
 def _check_packs(check, name, cache, whole):

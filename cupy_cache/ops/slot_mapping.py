@@ -129,6 +129,7 @@ def _plan(op, described, options):
 
 def _count(extents):
     requests, tokens, bounds, slots = extents
+    contract.check_sequence_count("slot_mapping", "block_table", requests)
     if bounds != requests + 1:
         raise ShapeError(
             f"slot_mapping: Invalid shape of query_start_loc: expected [{requests + 1}], one more "

@@ -152,6 +152,7 @@ def _counts(facts):
     """Slots, requests and tokens of a call, and the bytes from row to row of the result."""
     (groups, count), (tokens,) = facts["out"].shape, facts["positions"].shape
     requests = facts["query_start_loc"].shape[0] - 1
+    contract.check_sequence_count(NAME, "query_start_loc", requests)
     idx = facts["idx_mapping"]
     if requests < 0 or (idx is not None and idx.shape[0] != requests):
         wanted = "at least 1" if idx is None else idx.shape[0] + 1

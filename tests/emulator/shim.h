@@ -212,7 +212,13 @@ inline float __frcp_rn(float a) { return 1.0f / a; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __fsqrt_rn(float a) { return sqrtf(a); }
 inline int __float2int_rn(float x) { return static_cast<int>(rintf(x)); }
-inline int __float2int_rz(float x) { return static_cast<int>(x); }
+// Both saturate; a NaN becomes 0.
+inline int __float2int_rz(float x) {
+  return x != x ? 0 : x >= 0x1p31f ? 0x7fffffff : x <= -0x1p31f ? -0x7fffffff - 1 : static_cast<int>(x);
+}
+inline unsigned __float2uint_rz(float x) {
+  return !(x > 0.0f) ? 0u : x >= 0x1p32f ? 0xffffffffu : static_cast<unsigned>(x);
+}
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }

@@ -32,14 +32,4 @@ __device__ __forceinline__ i64 offset_in_block(const Side& side, u32 middle_coun
   }
 }
 
-// Index type void: the numbers are in the parameters. Else they are read on the device.
-template <typename T>
-struct IsVoid {
-  static constexpr bool value = false;
-};
-template <>
-struct IsVoid<void> {
-  static constexpr bool value = true;
-};
-
 }  // namespace cupy_cache

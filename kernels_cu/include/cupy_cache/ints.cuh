@@ -16,4 +16,14 @@ using u64 = unsigned long long;
 
 static_assert(sizeof(i32) == 4 && sizeof(i64) == 8 && sizeof(void*) == 8, "an LP64 or LLP64 machine");
 
+// Whether the type of some numbers is void: there are none in memory.
+template <typename T>
+struct IsVoid {
+  static constexpr bool value = false;
+};
+template <>
+struct IsVoid<void> {
+  static constexpr bool value = true;
+};
+
 }  // namespace cupy_cache

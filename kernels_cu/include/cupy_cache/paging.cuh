@@ -34,10 +34,35 @@ __device__ __noinline__ void record_fault(u32 argument, i64 row, i64 value, i64 
   }
 }
 
-// Whether 0 <= value < limit; records a fault where it is not. Nothing may be dereferenced with a
-// value that was refused here.
+// The integer of type T at an address. It is read where this stands: an ordinary load the compiler
+// would move behind the next branch, and loads that need not wait for one another would.
+template <typename T>
+__device__ __forceinline__ i64 load_number(const char* at) {
+#ifdef __CUDA_ARCH__
+  const u64 from = __cvta_generic_to_global(at);
+  if constexpr (sizeof(T) == 8) {
+    i64 number;
+    asm volatile("ld.global.s64 %0, [%1];" : "=l"(number) : "l"(from));
+    return number;
+  } else {
+    static_assert(sizeof(T) == 4, "an index");
+    i32 number;
+    asm volatile("ld.global.s32 %0, [%1];" : "=r"(number) : "l"(from));
+    return number;
+  }
+#else
+  return static_cast<i64>(*reinterpret_cast<const T*>(at));
+#endif
+}
+
+// Whether 0 <= value < limit. Nothing may be dereferenced with a value that was refused here.
+__device__ __forceinline__ bool within(i64 value, i64 limit) {
+  return static_cast<u64>(value) < static_cast<u64>(limit);
+}
+
+// The same, and records a fault where it is not.
 __device__ __forceinline__ bool in_bounds(i64 value, i64 limit, u32 argument, i64 row) {
-  if (static_cast<u64>(value) < static_cast<u64>(limit)) return true;
+  if (within(value, limit)) return true;
   record_fault(argument, row, value, limit);
   return false;
 }
@@ -54,62 +79,25 @@ struct Place {
         offset(static_cast<i32>(static_cast<u64>(slot) % kBlockSize)) {}
 };
 
-// One of several neighbouring segments of rows: its number and its first row.
-struct Segment {
-  i64 index;
-  i64 start;
-};
+// The slot that a token is written to. Stores depend on `valid`, and come before `report`: what has
+// to be told of a bad slot must not stand between the others and their stores.
+template <int kBlockSize>
+struct Target {
+  i64 slot;
+  i64 slots;  // of the cache
+  bool valid;
 
-// The segment that holds `row`: starts[i] <= row < starts[i + 1], for `count` segments with
-// non-decreasing starts (count + 1 entries). The index is count where row is not below
-// starts[count], and -1 where it is below starts[0]. Reads inside starts[0..count] whatever they
-// hold. `segments` of `rows` there are in all, or about so many.
-//
-// What counts is how many loads wait for one another. The segment is guessed as if all were equally
-// long, and looked up together with its neighbourhood: right at once for the steps of a decoding
-// batch, and else a bracket that leaves few halvings.
-template <typename Index>
-__device__ __forceinline__ Segment find_segment(const Index* starts, i64 count, i64 row,
-                                                i64 segments, i64 rows) {
-  // In floating point, because a product could overflow. Any quotient would do: the quick one takes
-  // few instructions.
-  const float per_row = __fdividef(static_cast<float>(segments), static_cast<float>(rows));
-  const i64 reach = 2 + (count >> 4);
-  i64 guess = static_cast<i64>(per_row * static_cast<float>(row));
-  guess = guess >= count ? count - 1 : guess;
-  guess = guess < 0 ? 0 : guess;  // not even for what is no number out of bounds
-  const i64 next = guess < count ? guess + 1 : count;
-  const i64 below = guess > reach ? guess - reach : 0;
-  const i64 above = next + reach < count ? next + reach : count;
-  const i64 first = static_cast<i64>(starts[0]);
-  const i64 at_below = static_cast<i64>(starts[below]);
-  const i64 at_guess = static_cast<i64>(starts[guess]);
-  const i64 at_next = static_cast<i64>(starts[next]);
-  const i64 at_above = static_cast<i64>(starts[above]);
-  const i64 last = static_cast<i64>(starts[count]);
-  if (row >= last) return {count, last};
-  if (row < first) return {-1, first};
-  i64 low = 0, start = first, high = count;  // starts[low] = start <= row < starts[high]
-  if (row < at_guess) {
-    high = at_below <= row ? guess : below;
-    if (at_below <= row) low = below, start = at_below;
-  } else if (row < at_next) {
-    return {guess, at_guess};
-  } else if (row < at_above) {
-    low = next, start = at_next, high = above;
-  } else {
-    low = above, start = at_above;
+  __device__ __forceinline__ Target(i64 slot, i64 num_blocks)
+      : slot(slot), slots(num_blocks * kBlockSize), valid(within(slot, slots)) {}
+
+  // That of slot 0 where it is not valid, so that addresses can be computed without asking.
+  __device__ __forceinline__ Place<kBlockSize> place() const {
+    return Place<kBlockSize>(valid ? slot : 0);
   }
-  while (high - low > 1) {
-    const i64 middle = (low + high) / 2;
-    const i64 value = static_cast<i64>(starts[middle]);
-    if (value <= row) {
-      low = middle, start = value;
-    } else {
-      high = middle;
-    }
+  // Records a slot past the cache. Negative ones are padding.
+  __device__ __forceinline__ void report(u32 argument, i64 row) const {
+    if (slot >= slots) record_fault(argument, row, slot, slots);
   }
-  return {low, start};
-}
+};
 
 }  // namespace cupy_cache

@@ -42,11 +42,17 @@ __device__ __forceinline__ i64 slot_of(const Table& table, i64 row, i64 position
     if (run % table.cp_world_size != static_cast<u64>(table.cp_rank)) return kNoSlot;
     offset = run / table.cp_world_size * table.cp_interleave + inside % table.cp_interleave;
   } else {
-    page = static_cast<u64>(position) / table.block_size;
-    offset = static_cast<u64>(position) % table.block_size;
+    const u64 size = static_cast<u64>(table.block_size);
+    if ((size & (size - 1)) == 0) {  // as nearly always: a division takes longer than a load
+      page = static_cast<u64>(position) >> (__ffsll(table.block_size) - 1);
+      offset = static_cast<u64>(position) & (size - 1);
+    } else {
+      page = static_cast<u64>(position) / size;
+      offset = static_cast<u64>(position) % size;
+    }
   }
-  const i64 block =
-      static_cast<i64>(reinterpret_cast<const Block*>(table.blocks + row * table.stride)[page]);
+  const i64 block = load_number<Block>(table.blocks + row * table.stride +
+                                       static_cast<i64>(page * sizeof(Block)));
   if (!in_bounds(block, table.block_limit, kBlockTable, fault_row)) return kNoSlot;
   return block * table.block_size + static_cast<i64>(offset);
 }

@@ -101,31 +101,46 @@ __device__ __forceinline__ Vec<kBytes> load_vector(const char* at) {
 #endif
 }
 
+// Stores if `when`. Without a branch: loads whose results are only stored under a condition the
+// compiler would move behind it, where they wait for what it depends on.
 template <int kBytes>
-__device__ __forceinline__ void store_vector(char* at, Vec<kBytes> vector) {
+__device__ __forceinline__ void store_vector(char* at, Vec<kBytes> vector, bool when = true) {
 #ifdef CUPY_CACHE_L2_POLICY
   const u64 policy = l2_policy(0), to = __cvta_generic_to_global(at);
+  const u32 condition = when;
   if constexpr (kBytes == 16) {
-    asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to),
-                 "r"(vector.x), "r"(vector.y), "r"(vector.z), "r"(vector.w), "l"(policy)
-                 : "memory");
+    asm volatile(
+        "{ .reg .pred when; setp.ne.u32 when, %6, 0;\n"
+        "@when st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5; }" ::"l"(to),
+        "r"(vector.x), "r"(vector.y), "r"(vector.z), "r"(vector.w), "l"(policy), "r"(condition)
+        : "memory");
   } else if constexpr (kBytes == 8) {
-    asm volatile("st.global.L2::cache_hint.v2.u32 [%0], {%1, %2}, %3;" ::"l"(to), "r"(vector.x),
-                 "r"(vector.y), "l"(policy)
-                 : "memory");
+    asm volatile(
+        "{ .reg .pred when; setp.ne.u32 when, %4, 0;\n"
+        "@when st.global.L2::cache_hint.v2.u32 [%0], {%1, %2}, %3; }" ::"l"(to),
+        "r"(vector.x), "r"(vector.y), "l"(policy), "r"(condition)
+        : "memory");
   } else if constexpr (kBytes == 4) {
-    asm volatile("st.global.L2::cache_hint.u32 [%0], %1, %2;" ::"l"(to), "r"(vector), "l"(policy)
-                 : "memory");
+    asm volatile(
+        "{ .reg .pred when; setp.ne.u32 when, %3, 0;\n"
+        "@when st.global.L2::cache_hint.u32 [%0], %1, %2; }" ::"l"(to),
+        "r"(vector), "l"(policy), "r"(condition)
+        : "memory");
   } else if constexpr (kBytes == 2) {
-    asm volatile("st.global.L2::cache_hint.u16 [%0], %1, %2;" ::"l"(to), "h"(vector), "l"(policy)
-                 : "memory");
+    asm volatile(
+        "{ .reg .pred when; setp.ne.u32 when, %3, 0;\n"
+        "@when st.global.L2::cache_hint.u16 [%0], %1, %2; }" ::"l"(to),
+        "h"(vector), "l"(policy), "r"(condition)
+        : "memory");
   } else {
-    asm volatile("st.global.L2::cache_hint.u8 [%0], %1, %2;" ::"l"(to),
-                 "h"(static_cast<u16>(vector)), "l"(policy)
-                 : "memory");
+    asm volatile(
+        "{ .reg .pred when; setp.ne.u32 when, %3, 0;\n"
+        "@when st.global.L2::cache_hint.u8 [%0], %1, %2; }" ::"l"(to),
+        "h"(static_cast<u16>(vector)), "l"(policy), "r"(condition)
+        : "memory");
   }
 #else
-  *reinterpret_cast<Vec<kBytes>*>(at) = vector;
+  if (when) *reinterpret_cast<Vec<kBytes>*>(at) = vector;
 #endif
 }
 
