@@ -7,8 +7,6 @@ import worlds
 
 import cupy_cache as cc
 from cupy_cache import blocks
-from cupy_cache.blocks import Pairs
-from cupy_cache.ops import swap_blocks as module
 
 
 def put(world, spec, where):
@@ -71,12 +69,6 @@ def test_more_blocks_than_thread_blocks(world, rng, source_at, destination_at):
     pairs = random_pairs(rng, 150, 160, 130)
     cc.swap_blocks(put(world, source, source_at), put(world, destination, destination_at), pairs)
     expect_swapped(world, source, destination, pairs)
-
-
-def test_neighbours_groups_runs():
-    pairs = Pairs([3, 4, 5, 9, 8, 1, 2], [0, 1, 2, 3, 4, 7, 9])
-    assert list(module.neighbours(pairs)) == [(3, 0, 3), (9, 3, 1), (8, 4, 1), (1, 7, 1), (2, 9, 1)]
-    assert list(module.neighbours(Pairs([], []))) == []
 
 
 def test_all_layers_in_one_call(world, rng):
