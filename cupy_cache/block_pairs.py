@@ -46,11 +46,12 @@ class Pairs(NamedTuple):
         return self.numbers.T.astype("<u4").tobytes()
 
     def runs(self):
-        """Consecutive pairs, of one at least, whose sources and destinations both ascend by one:
-        the first source and destination, and how many, as three arrays."""
-        joined = (self.numbers[:, 1:] == self.numbers[:, :-1] + 1).all(axis=0)
-        first = np.flatnonzero(np.concatenate(([True], ~joined)))
-        return *self.numbers[:, first], np.diff(first, append=self.count)
+        """Consecutive pairs whose sources and destinations both ascend by one: the first source and
+        destination, and how many, as three arrays."""
+        edge = np.ones(self.count + 1, bool)
+        edge[1:-1] = (self.numbers[:, 1:] != self.numbers[:, :-1] + 1).any(axis=0)
+        edges = edge.nonzero()[0]
+        return *self.numbers[:, edges[:-1]], edges[1:] - edges[:-1]
 
 
 def read(op, mapping, stream=None):

@@ -91,9 +91,12 @@ def read_layers(op, name, caches, stream, suffix=""):
         if alike:
             _know_list(caches, first)
     else:
-        facts = [arrays.read(c, f"{op}: {name}[{i}]{suffix}", stream) for i, c in enumerate(caches)]
-        addresses = [fact.ptr for fact in facts]
-        alike = all(fact[1:5] == first[1:5] for fact in facts)
+        others = [
+            arrays.read(cache, f"{op}: {name}[{index}]{suffix}", stream)
+            for index, cache in enumerate(caches[1:], 1)
+        ]
+        addresses = [first.ptr, *(fact.ptr for fact in others)]
+        alike = all(fact[1:5] == first[1:5] for fact in others)
     if not alike:
         for index, cache in enumerate(caches):
             fact = arrays.read(cache, name, stream)

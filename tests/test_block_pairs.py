@@ -79,7 +79,7 @@ def test_an_array_is_copied(rng):
 def test_runs(rng):
     for _ in range(30):
         steps = rng.choice([1, 1, 1, 2, -1, 0], (2, 300))
-        pairs = np.cumsum(steps, axis=1).T[: rng.integers(1, 301)].tolist()
+        pairs = np.cumsum(steps, axis=1).T[: rng.integers(0, 301)].tolist()
         expected = []
         for source, destination in pairs:
             first, to, length = expected[-1] if expected else (None, None, 0)
@@ -89,6 +89,7 @@ def test_runs(rng):
                 expected.append([source, destination, 1])
         runs = block_pairs.read("an_op", pairs).runs()
         assert np.stack(runs, 1).tolist() == expected
+    assert [run.tolist() for run in block_pairs.read("an_op", []).runs()] == [[], [], []]
 
 
 def complaint(pairs, source_blocks, destination_blocks, disjoint):

@@ -61,6 +61,20 @@ def test_runs_of_neighbours(world, rng, monkeypatch, source_at, destination_at):
     expect_swapped(world, source, destination, pairs)
 
 
+@pytest.mark.parametrize("source_at, destination_at", DIRECTIONS[1:])
+def test_many_runs_among_scattered_blocks(world, rng, monkeypatch, source_at, destination_at):
+    """Of random lengths, in random order; those of three blocks and more are long."""
+    monkeypatch.setattr(blocks, "RUN_BYTES", 3 * 24)
+    lengths = rng.integers(1, 6, 100)
+    ends = np.cumsum(lengths + 1)  # with a block between two runs
+    starts = zip(rng.permutation(400), rng.permutation(np.stack([ends - lengths, lengths], 1)))
+    pairs = np.array([(first + i, to + i) for first, (to, length) in starts for i in range(length)])
+    source = worlds.array(rng, (410, 24), "uint8")
+    destination = worlds.array(rng, (ends[-1] + 1, 24), "uint8")
+    cc.swap_blocks(put(world, source, source_at), put(world, destination, destination_at), pairs)
+    expect_swapped(world, source, destination, pairs)
+
+
 @pytest.mark.parametrize("source_at, destination_at", DIRECTIONS[:3])
 def test_more_blocks_than_thread_blocks(world, rng, source_at, destination_at):
     """Over the bus few thread blocks run, each of which takes many turns."""

@@ -150,6 +150,7 @@ class _SwapPlan:
                 "swap_blocks", [(self.geometry, common)], False, source.shape[0],
                 destination.shape[0], None, gpu, max_blocks=limit,
             )  # fmt: skip
+            self._table = functools.lru_cache(maxsize=8)(self.copy.table)
 
     def run(self, sources, destinations, pairs, stream):
         """Copy for every layer."""
@@ -161,7 +162,7 @@ class _SwapPlan:
                     *map(self._numpy, (self.source, self.destination), addresses), pairs
                 )
         elif self.source.device == self.destination.device:
-            self.copy.enqueue(stream, self.copy.table(sources, destinations), pairs)
+            self.copy.enqueue(stream, self._table(sources, destinations), pairs)
         else:
             self._over_the_bus(sources, destinations, pairs, stream)
 
@@ -181,7 +182,7 @@ class _SwapPlan:
         runs, scattered = self._split(pairs)
         if scattered.count:
             sides = (sources, mapped) if to_host else (mapped, destinations)
-            self.copy.enqueue(stream, self.copy.table(*sides), scattered)
+            self.copy.enqueue(stream, self._table(*sides), scattered)
         for layer in zip(sources, destinations):
             for run in runs:
                 self._copy_run(*layer, *run, stream)
@@ -193,6 +194,8 @@ class _SwapPlan:
             return [], pairs
         *sides, counts = pairs.runs()
         long = counts >= least
+        if not long.any():
+            return [], pairs
         runs = zip(*(numbers[long].tolist() for numbers in (*sides, counts)))
         return list(runs), block_pairs.Pairs(pairs.numbers[:, ~np.repeat(long, counts)])
 
