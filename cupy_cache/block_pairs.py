@@ -6,6 +6,7 @@ Shared by the operations that copy and swap blocks. Those in host memory may be 
 here loops over them in Python, except to say what is wrong with them.
 """
 
+import functools
 import operator
 import struct
 from typing import NamedTuple
@@ -62,15 +63,23 @@ def read(op, mapping, stream=None):
     if isinstance(mapping, (list, tuple)):
         return Pairs(_numbers(op, mapping))
     facts = arrays.read(mapping, f"{op}: block_mapping", stream)
+    array = _describe(op, facts._replace(ptr=0, keep=None))
+    if array.device.kind == "cpu":
+        view = arrays.as_numpy(facts.ptr, array.shape, array.strides, array.dtype.numpy)
+        # A copy: what has been checked must not change before it is used.
+        return Pairs(view.T.astype(np.int64, order="C"))
+    return array._replace(ptr=facts.ptr)
+
+
+@functools.lru_cache(maxsize=256)
+def _describe(op, facts):
+    """The `arrays.Array` of a mapping's facts but its address, checked."""
     array = arrays.describe(facts, f"{op}: block_mapping")
     check = contract.Contract(op)
     check.shape("block_mapping", array, "_ 2")
     check.dtype("block_mapping", array, *formats.INDICES)
-    if array.device.kind == "cpu":
-        view = arrays.as_numpy(array.ptr, array.shape, array.strides, array.dtype.numpy)
-        # A copy: what has been checked must not change before it is used.
-        return Pairs(view.T.astype(np.int64, order="C"))
-    check.contiguous("block_mapping", array, 2)
+    if array.device.kind != "cpu":
+        check.contiguous("block_mapping", array, 2)
     return array
 
 
@@ -99,8 +108,9 @@ def _numbers(op, mapping):
 
 def check(op, pairs, source_blocks, destination_blocks):
     """Refuse numbers out of range and a destination named twice."""
-    if pairs.count <= FEW:
-        sources, destinations = pairs.numbers.tolist()
+    numbers = pairs.numbers
+    if numbers.shape[1] <= FEW:
+        sources, destinations = numbers.tolist()
         good = not sources or (
             min(sources) >= 0
             and max(sources) < source_blocks
@@ -109,15 +119,15 @@ def check(op, pairs, source_blocks, destination_blocks):
             and len(set(destinations)) == len(destinations)
         )
     else:
-        low, (from_high, to_high) = pairs.numbers.min(), pairs.numbers.max(axis=1)
+        from_high, to_high = numbers.max(axis=1)
         good = (
-            low >= 0
+            numbers.min() >= 0
             and from_high < source_blocks
             and to_high < destination_blocks
             and _distinct(pairs.destinations, destination_blocks)
         )
     if not good:
-        _refuse(op, *pairs.numbers.tolist(), source_blocks, destination_blocks)
+        _refuse(op, *numbers.tolist(), source_blocks, destination_blocks)
 
 
 def _refuse(op, sources, destinations, source_blocks, destination_blocks):
@@ -142,7 +152,7 @@ def _refuse(op, sources, destinations, source_blocks, destination_blocks):
 def check_disjoint(op, pairs, num_blocks):
     """Refuse a block that is both source and destination: pairs are copied all at once. They have
     been checked to be below ``num_blocks``."""
-    if pairs.count <= FEW:
+    if pairs.numbers.shape[1] <= FEW:
         sources, destinations = pairs.numbers.tolist()
         good = set(destinations).isdisjoint(sources)
     else:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import cupy_cache as cc
-from cupy_cache import arrays, blocks, launch, modules, params, repeats, torch_tensors
+from cupy_cache import arrays, block_pairs, blocks, launch, modules, params, repeats, torch_tensors
 from cupy_cache.ops import reshape_and_cache_flash as flash
 
 torch = pytest.importorskip("torch")
@@ -70,7 +70,7 @@ def recorder(monkeypatch):
     monkeypatch.setattr(blocks, "_known_lists", {})
     cached = (
         launch.processors, cc.ops.copy_blocks._plan, cc.ops.copy_blocks._copier_of,
-        cc.ops.swap_blocks._plan, blocks.current_stream_for,
+        cc.ops.swap_blocks._plan, blocks.current_stream_for, block_pairs._describe,
     )  # fmt: skip
     for function in cached:
         function.cache_clear()

@@ -131,20 +131,21 @@ class Copier:
         mapping = block_pairs.read(op, block_mapping, stream)
         if not self._facts:
             return
-        on_host = isinstance(mapping, block_pairs.Pairs)
-        dtype = None if on_host else mapping.dtype
-        num_blocks, device, plan = self._plan(dtype)
-        if on_host:
-            block_pairs.check(op, mapping, num_blocks, num_blocks)
-            block_pairs.check_disjoint(op, mapping, num_blocks)
+        pairs = None
+        if isinstance(mapping, block_pairs.Pairs):
+            pairs, mapping = mapping, None
+        num_blocks, device, plan = self._plan(mapping and mapping.dtype)
+        if pairs is not None:
+            block_pairs.check(op, pairs, num_blocks, num_blocks)
+            block_pairs.check_disjoint(op, pairs, num_blocks)
         else:
             contract.same_device(op, "block_mapping", mapping.device, self._names[0], device)
         if plan is None:
-            self._copy_on_cpu(mapping)
+            self._copy_on_cpu(pairs)
             return
         if self._table is None:
             self._table = plan.table(self._addresses, self._addresses)
-        plan.enqueue(stream, self._table, *((mapping,) if on_host else (None, mapping)))
+        plan.enqueue(stream, self._table, pairs, mapping)
 
     def _copy_on_cpu(self, pairs):
         for name, layers in zip(self._names, self._layers):
