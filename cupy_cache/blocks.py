@@ -1,20 +1,17 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Moving whole blocks: their geometry, the checks of a block mapping, and the copy kernel's plan.
+"""Moving whole blocks: lists of layers, the geometry of blocks, and the copy kernel's plan.
 
 Shared by the operations that copy and swap blocks.
 """
 
 import functools
-import itertools
 import operator
 import struct
 from typing import NamedTuple
 
-import numpy as np
-
 from . import arrays, contract, formats, launch, modules, params, torch_tensors
-from .errors import ArgumentError, DeviceError, DTypeError, ShapeError, StrideError
+from .errors import DeviceError, DTypeError, ShapeError, StrideError
 
 TABLE_WORDS = 480  # with the fields before, what the 4 KiB of kernel parameters hold
 MAX_THREADS = 256
@@ -57,7 +54,7 @@ class Layers(NamedTuple):
     alignment common to all), and every address."""
 
     facts: arrays.Facts
-    addresses: list
+    addresses: tuple
 
     def describe(self, name):
         """The `arrays.Array` that stands for all of them."""
@@ -85,8 +82,8 @@ def read_layers(op, name, caches, stream, suffix=""):
         return None
     for same, facts in _known_lists.get(len(caches), ()):
         if same(*caches):
-            return _layers(facts, torch_tensors.addresses(caches))
-    first = arrays.read(caches[0], f"{op}: {name}[0]{suffix}", stream)
+            return _layers(facts, tuple(torch_tensors.addresses(caches)))
+    first = arrays.read(caches[0], f"{op}: {name}[0]{suffix}", stream)._replace(keep=None)
     kinds = set(map(type, caches))
     if len(kinds) == 1 and arrays.all_torch([arrays.reader_for(caches[0], name)]):
         addresses, strides, metas = torch_tensors.read(caches)
@@ -94,19 +91,23 @@ def read_layers(op, name, caches, stream, suffix=""):
         if alike:
             _know_list(caches, first)
     else:
-        facts = [arrays.read(c, f"{op}: {name}[{i}]{suffix}", stream) for i, c in enumerate(caches)]
-        addresses = [fact.ptr for fact in facts]
-        alike = all(fact[1:5] == first[1:5] for fact in facts)
+        others = [
+            arrays.read(cache, f"{op}: {name}[{index}]{suffix}", stream)
+            for index, cache in enumerate(caches[1:], 1)
+        ]
+        addresses = [first.ptr, *(fact.ptr for fact in others)]
+        alike = all(fact[1:5] == first[1:5] for fact in others)
     if not alike:
         for index, cache in enumerate(caches):
             fact = arrays.read(cache, name, stream)
             _refuse_layer(op, f"{name}[{index}]{suffix}", f"{name}[0]{suffix}", fact, first)
-    return _layers(first, addresses)
+    return _layers(first, tuple(addresses))
 
 
+@functools.lru_cache(maxsize=64)
 def _layers(facts, addresses):
     common = functools.reduce(operator.or_, addresses, 16)
-    return Layers(facts._replace(ptr=common & -common, keep=None), addresses)
+    return Layers(facts._replace(ptr=common & -common), addresses)
 
 
 def _know_list(tensors, facts):
@@ -130,18 +131,20 @@ def _refuse_layer(op, name, first_name, fact, first):
             )
 
 
-def as_numpy(cache, name):
-    """A NumPy view of an array in host memory, as unsigned integers of its element size."""
-    facts = arrays.read(cache, name)
-    array = arrays.describe(facts, name)
-    return arrays.as_numpy(array.ptr, array.shape, array.strides, array.dtype.bits)
-
-
 def stream_of(op, name, array):
     """The stream to work on for ``array`` before it is read: the current one of its framework; None
     on the CPU."""
-    array = arrays.view(array, f"{op}: {name}")
-    return None if array.device.kind == "cpu" else arrays.current_stream_of(array)()
+    name = f"{op}: {name}"
+    facts = arrays.read(array, name)._replace(ptr=0, shape=(), strides=(), keep=None)
+    current_stream = current_stream_for(facts, name)
+    return None if current_stream is None else current_stream()
+
+
+@functools.lru_cache(maxsize=256)
+def current_stream_for(facts, name):
+    """What tells the current stream of an array's framework and device; None on the CPU."""
+    array = arrays.describe(facts, name)
+    return None if array.device.kind == "cpu" else arrays.current_stream_of(array)
 
 
 def extent(array):
@@ -221,129 +224,6 @@ def geometry(op, name, source, destination):
     )
 
 
-# --- the mapping ----------------------------------------------------------------------------------
-
-
-class Pairs(NamedTuple):
-    """A mapping in host memory, as two equally long lists of block numbers."""
-
-    sources: list
-    destinations: list
-
-    def packed(self, part):
-        """Those of a slice as the kernel reads them: source, destination, 32 bits each."""
-        flat = list(itertools.chain.from_iterable(zip(self.sources[part], self.destinations[part])))
-        return struct.pack(f"<{len(flat)}I", *flat)
-
-
-def read_mapping(op, mapping, stream=None):
-    """``block_mapping`` as `Pairs`, or as an `arrays.Array` where it is on a GPU.
-
-    A sequence of (source, destination) pairs, or an int32/int64 array [n, 2].
-    """
-    if isinstance(mapping, (list, tuple)):
-        try:
-            # In C where all are pairs of plain integers: a tenth of the time.
-            if set(map(len, mapping)) == {2}:
-                sources, destinations = map(list, zip(*mapping))
-                if set(map(type, sources + destinations)) == {int}:
-                    return Pairs(sources, destinations)
-            return Pairs(
-                [operator.index(source) for source, _ in mapping],
-                [operator.index(destination) for _, destination in mapping],
-            )
-        except (ValueError, TypeError) as error:
-            raise ShapeError(
-                f"{op}: Invalid shape of block_mapping: expected (source, destination) pairs of "
-                f"integers, got {mapping!r:.80}"
-            ) from error
-    facts = arrays.read(mapping, f"{op}: block_mapping", stream)
-    array = arrays.describe(facts, f"{op}: block_mapping")
-    check = contract.Contract(op)
-    check.shape("block_mapping", array, "_ 2")
-    check.dtype("block_mapping", array, *formats.INDICES)
-    if array.device.kind == "cpu":
-        view = arrays.as_numpy(array.ptr, array.shape, array.strides, array.dtype.numpy)
-        return Pairs(*view.T.tolist())
-    check.contiguous("block_mapping", array, 2)
-    return array
-
-
-def check_pairs(op, pairs, source_blocks, destination_blocks):
-    """Refuse numbers out of range and a destination named twice."""
-    for side, numbers, limit in (
-        ("source", pairs.sources, source_blocks),
-        ("destination", pairs.destinations, destination_blocks),
-    ):
-        if numbers and not (min(numbers) >= 0 and max(numbers) < limit):
-            row = next(i for i, b in enumerate(numbers) if not 0 <= b < limit)
-            raise ArgumentError(
-                f"{op}: Invalid value of block_mapping: expected {side} blocks in 0..{limit - 1}, "
-                f"got {numbers[row]} in row {row}"
-            )
-    if len(set(pairs.destinations)) != len(pairs.destinations):
-        raise ArgumentError(
-            f"{op}: Invalid value of block_mapping: expected distinct destinations, got block "
-            f"{_first_repeated(pairs.destinations)} twice"
-        )
-
-
-def check_disjoint(op, pairs):
-    """Refuse a block that is both source and destination: pairs are copied all at once."""
-    both = set(pairs.destinations).intersection(pairs.sources)
-    if both:
-        raise ArgumentError(
-            f"{op}: Invalid value of block_mapping: expected blocks to be either source or "
-            f"destination, got block {min(both)} as both; copy in two calls"
-        )
-
-
-def check_apart(op, pairs, source, destination, sources, destinations):
-    """`check_disjoint` for layers, at the addresses ``sources`` and ``destinations``, each of which
-    may share memory with any other, whole or in part."""
-    if 0 in source.shape:
-        return
-    alike = source.strides == destination.strides
-    if alike and sources == destinations:
-        check_disjoint(op, pairs)
-        return
-    (from_low, from_high), (to_low, to_high) = extent(source), extent(destination)
-    if max(sources) + from_high <= min(destinations) + to_low:
-        return
-    if max(destinations) + to_high <= min(sources) + from_low:
-        return
-    of, to = np.array(sources)[:, None], np.array(destinations)
-    near = (to + to_low < of + from_high) & (of + from_low < to + to_high)
-    reads, read_size = _places(source, pairs.sources)
-    writes, write_size = _places(destination, pairs.destinations)
-    for layer in np.flatnonzero(near.any(axis=1)):
-        others = to[near[layer]]
-        if alike and (others == of[layer]).any():
-            check_disjoint(op, pairs)
-            others = others[others != of[layer]]
-        starts = np.sort((others[:, None] + writes).reshape(-1))
-        ends = np.append(starts + write_size, np.iinfo(np.int64).max)
-        at = np.searchsorted(ends, of[layer] + reads, side="right")
-        hit = np.append(starts, np.iinfo(np.int64).max)[at] < of[layer] + reads + read_size
-        if hit.any():
-            raise ArgumentError(
-                f"{op}: Invalid value of block_mapping: expected blocks to be either source or "
-                f"destination, got source block {pairs.sources[int(np.argmax(hit))]} of layer "
-                f"{layer} in memory that a destination block shares"
-            )
-
-
-def _places(array, numbers):
-    """Where blocks lie from the address of ``array`` on, and how many bytes one spans."""
-    low, high = extent(array._replace(shape=(1, *array.shape[1:])))
-    return np.array(numbers) * array.strides[0] + low, high - low
-
-
-def _first_repeated(blocks):
-    seen = set()
-    return next(b for b in blocks if b in seen or seen.add(b))
-
-
 # --- the kernel -----------------------------------------------------------------------------------
 
 
@@ -388,6 +268,7 @@ class CopyPlan:
         self.chunks = launch.ceil_div(max(vectors), self.threads * items)
         self.max_blocks = max_blocks
         self.mapping_dtype = mapping_dtype
+        self._most_blocks = max(source_blocks, destination_blocks)
         index = "void" if mapping_dtype is None else formats.INDEX_NAMES[mapping_dtype.name]
         second = (runs * 2)[1]
         constants = []
@@ -429,23 +310,30 @@ class CopyPlan:
         return launches
 
     def enqueue(self, stream, table, pairs=None, mapping=None):
-        """Launch for the layers of a `table`; ``pairs`` are `Pairs`, or ``mapping`` is an
-        `arrays.Array` on the device."""
+        """Launch for the layers of a `table`; ``pairs`` are `block_pairs.Pairs`, or ``mapping`` is
+        an `arrays.Array` on the device."""
         if not self.chunks:
             return
+        packed = None if pairs is None else self._packed(pairs)
         for layers, pointers, room in table:
-            if pairs is None:
+            if packed is None:
                 self._enqueue_mapped(stream, pointers, layers, mapping)
             else:
-                self._enqueue_pairs(stream, pointers, layers, room, pairs)
+                self._enqueue_pairs(stream, pointers, layers, room, packed)
 
-    def _enqueue_pairs(self, stream, pointers, layers, room, pairs):
+    def _packed(self, pairs):
+        if self._most_blocks > 2**32 <= pairs.numbers.max(initial=0):
+            raise ShapeError(
+                f"{self.op}: Invalid value of block_mapping: expected numbers below {2**32} in "
+                f"host memory, got {pairs.numbers.max()}"
+            )
+        return pairs.packed()
+
+    def _enqueue_pairs(self, stream, pointers, layers, room, packed):
         room = min(room, _MAX_WORKS // self.chunks)
-        count = len(pairs.sources)
-        for first in range(0, count, room):
-            end = min(first + room, count)
-            tail = pointers + pairs.packed(slice(first, end))
-            self._launch(stream, layers, end - first, 0, tail)
+        for first in range(0, len(packed), 8 * room):
+            part = packed[first : first + 8 * room]
+            self._launch(stream, layers, len(part) // 8, 0, pointers + part)
 
     def _enqueue_mapped(self, stream, pointers, layers, mapping):
         room = _MAX_WORKS // self.chunks

@@ -367,7 +367,7 @@ def zero(cache, index):
 
 def copy_blocks(source, destination, pairs):
     """Copy whole blocks between caches indexed [block, …]; pairs are checked and independent."""
-    if pairs.sources:
+    if pairs.count:
         destination[pairs.destinations] = source[pairs.sources]
 
 

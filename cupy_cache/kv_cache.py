@@ -5,7 +5,7 @@
 from . import contract, dispatch, formats
 from .errors import ArgumentError, ShapeError
 from .ops import concat_and_cache_mla, reshape_and_cache, reshape_and_cache_flash, swap_blocks
-from .ops.copy_blocks import Copier
+from .ops.copy_blocks import copier
 
 
 class PagedKVCache:
@@ -52,10 +52,10 @@ class PagedKVCache:
                     "PagedKVCache: Invalid value of v_scales: expected None, since there are no "
                     f"value caches, got {v_scales!r:.80}"
                 )
-            self._copier = Copier("copy_blocks_mla", {"kv_caches": key_caches})
+            self._copier = copier("copy_blocks_mla", {"kv_caches": key_caches})
         else:
             lists = {"key_caches": key_caches, "value_caches": value_caches}
-            self._copier = Copier("copy_blocks", lists)
+            self._copier = copier("copy_blocks", lists)
         self._copier.check()
         self.key_caches = list(key_caches)
         self.value_caches = None if value_caches is None else list(value_caches)

@@ -222,6 +222,43 @@ def test_bad_host_mappings_are_refused(world, rng, pairs, words):
     expect_copied(world, keys + values, [])
 
 
+@pytest.mark.parametrize("where", ["list", "host"])
+@pytest.mark.parametrize("layers_on", [1, 3])
+def test_one_fault_in_a_long_mapping(world, rng, where, layers_on):
+    """Nothing of it is copied; without the fault all of it is."""
+    caches = [worlds.array(rng, (1000, 24), "uint8") for _ in range(layers_on)]
+    given = [world.put(cache) for cache in caches]
+    pairs = disjoint_pairs(rng, 1000, 400)
+    row, other = rng.permutation(400)[:2]
+    for side, bad, words in (
+        (0, 1000, f"source blocks in 0..999, got 1000 in row {row}"),
+        (1, -1, f"destination blocks in 0..999, got -1 in row {row}"),
+        (1, pairs[other, 1], f"got block {pairs[other, 1]} twice"),
+        (0, pairs[other, 1], f"got block {pairs[other, 1]} as both"),
+    ):
+        faulty = pairs.copy()
+        faulty[row, side] = bad
+        with pytest.raises(cc.ArgumentError, match=f"copy_blocks_mla: .*{words}"):
+            cc.copy_blocks_mla(given, mapping(world, faulty, where))
+        expect_copied(world, caches, [])
+    cc.copy_blocks_mla(given, mapping(world, pairs, where))
+    expect_copied(world, caches, pairs)
+
+
+def test_numbers_of_more_than_32_bits(emulated_world, rng):
+    """In the kernel's parameters they would be cut."""
+    from emulator import EmulatedArray
+
+    world = emulated_world()
+    try:
+        storage = world.upload(rng.integers(0, 256, 40, np.uint8))
+        cache = EmulatedArray(storage, 0, (2**32 + 9, 40), (40, 1), "uint8")
+        with pytest.raises(cc.ShapeError, match=f"copy_blocks_mla: .*got {2**32 + 8}"):
+            cc.copy_blocks_mla([cache], [(0, 1), (3, 2**32 + 8)])
+    finally:
+        world.close()
+
+
 @pytest.mark.parametrize(
     "change, error, words",
     [

@@ -3,11 +3,14 @@
 """What is sent to the driver where a signature of torch tensors comes again: the short way past the
 plans must send what the long way sends, and refuse what it refuses."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
 import cupy_cache as cc
-from cupy_cache import arrays, blocks, launch, modules, params, repeats, torch_tensors
+from cupy_cache import arrays, block_pairs, blocks, launch, modules, params, repeats, torch_tensors
 from cupy_cache.ops import reshape_and_cache_flash as flash
 
 torch = pytest.importorskip("torch")
@@ -65,7 +68,10 @@ def recorder(monkeypatch):
     monkeypatch.setattr(flash.OP, "_plans", type(flash.OP._plans)())
     monkeypatch.setattr(flash.OP, "_repeats", {})
     monkeypatch.setattr(blocks, "_known_lists", {})
-    cached = launch.processors, cc.ops.copy_blocks._plan, cc.ops.copy_blocks._current_stream
+    cached = (
+        launch.processors, cc.ops.copy_blocks._plan, cc.ops.copy_blocks._copier_of,
+        cc.ops.swap_blocks._plan, blocks.current_stream_for, block_pairs._describe,
+    )  # fmt: skip
     for function in cached:
         function.cache_clear()
     yield recorder
@@ -327,21 +333,88 @@ def test_more_than_one_launch_takes():
             launcher.has_work(grid, threads)
 
 
+def layers(count=3, shape=(8, 4, 3, 8)):
+    return [torch.zeros(shape, dtype=torch.float16) for _ in range(count)]
+
+
+def expect_copy(recorder, keys, values, pairs):
+    """One launch with these layers' addresses and these pairs."""
+    (sent,) = recorder.take()
+    words = np.frombuffer(sent[-1], np.uint64)[blocks.PARAMS.tail_at // 8 :]
+    pointers = [t.data_ptr() for layer in zip(keys, values) for t in layer]
+    packed = [to << 32 | of for of, to in pairs]
+    assert words[: len(pointers) + len(pairs)].tolist() == pointers + packed
+
+
 def test_lists_of_layers(recorder):
     """`copy_blocks` with a known list, a changed layer in it, and other tensors of its kind."""
-
-    def layers():
-        return [torch.zeros((8, 4, 3, 8), dtype=torch.float16) for _ in range(3)]
-
     pairs = [(1, 3), (2, 7)]
     for keys, values in [(layers(), layers()) for _ in range(3)]:
-        cc.copy_blocks(keys, values, pairs)
-        (sent,) = recorder.take()
-        words = np.frombuffer(sent[-1], np.uint64)[blocks.PARAMS.tail_at // 8 :]
-        pointers = [t.data_ptr() for layer in zip(keys, values) for t in layer]
-        assert words[:8].tolist() == [*pointers, 3 << 32 | 1, 7 << 32 | 2]
+        for _ in range(3):
+            cc.copy_blocks(keys, values, pairs)
+            expect_copy(recorder, keys, values, pairs)
     with pytest.raises(cc.ShapeError, match=r"key_caches\[1\]"):
         cc.copy_blocks([keys[0], torch.zeros((8, 4, 3, 16)).half(), keys[2]], values, pairs)
-    with pytest.raises(cc.ArgumentError, match="expected destination blocks in 0..7, got 8"):
-        cc.copy_blocks(keys, values, [(1, 8)])
+
+
+def test_layers_in_other_places(recorder):
+    """What is remembered of layers is used for their addresses alone: not after one of them got
+    other memory or another shape, nor for the same ones in another order."""
+    pairs = [(1, 3), (2, 7)]
+    keys, values = layers(), layers()
+
+    def copied():
+        cc.copy_blocks(keys, values, pairs)
+        expect_copy(recorder, keys, values, pairs)
+
+    copied()
+    copied()
+    before = keys[1].data_ptr()
+    keys[1].set_(torch.zeros((8, 4, 3, 8), dtype=torch.float16))
+    assert keys[1].data_ptr() != before
+    copied()
+    keys.reverse()
+    copied()
+    keys, values = values, keys
+    copied()
+    values[2].resize_(7, 4, 3, 8)  # at the same address
+    with pytest.raises(cc.ShapeError, match=r"value_caches\[2\]"):
+        cc.copy_blocks(keys, values, pairs)
+    for tensor in values:
+        tensor.resize_(7, 4, 3, 8)
+    with pytest.raises(cc.ShapeError, match="num_blocks"):
+        cc.copy_blocks(keys, values, pairs)
+    for tensor in keys:
+        tensor.resize_(7, 4, 3, 8)
+    with pytest.raises(cc.ArgumentError, match="0..6, got 7 in row 1"):
+        cc.copy_blocks(keys, values, pairs)
     assert not recorder.take()
+
+
+def test_views_of_the_same_memory(recorder):
+    """One address, several layouts: each has its own plan."""
+    flat = [torch.zeros(8 * 128, dtype=torch.float16) for _ in range(2)]
+    sent = []
+    for _ in range(2):
+        for shape, strides in (((8, 64), (128, 1)), ((8, 128), (128, 1)), ((16, 64), (64, 1))):
+            cc.copy_blocks_mla([t.as_strided(shape, strides) for t in flat], [(1, 3)])
+            sent += recorder.take()
+    assert sent[:3] == sent[3:] and len({record for *_, record in sent}) == 3
+
+
+def test_layers_are_not_kept_alive(recorder):
+    """By the functions; a `PagedKVCache` keeps its own."""
+    keys, values = layers(), layers()
+    watched = [weakref.ref(tensor) for tensor in (*keys, *values)]
+    for _ in range(3):
+        cc.copy_blocks(keys, values, [(1, 3)])
+        cc.swap_blocks(keys, values, [(1, 3)])
+    cache = cc.PagedKVCache(keys, values)
+    keys = values = None
+    gc.collect()
+    assert all(tensor() is not None for tensor in watched)
+    cache.copy_blocks([(1, 3)])
+    cache = None
+    gc.collect()
+    assert all(tensor() is None for tensor in watched)
+    recorder.take()

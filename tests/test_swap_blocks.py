@@ -7,8 +7,6 @@ import worlds
 
 import cupy_cache as cc
 from cupy_cache import blocks
-from cupy_cache.blocks import Pairs
-from cupy_cache.ops import swap_blocks as module
 
 
 def put(world, spec, where):
@@ -63,6 +61,20 @@ def test_runs_of_neighbours(world, rng, monkeypatch, source_at, destination_at):
     expect_swapped(world, source, destination, pairs)
 
 
+@pytest.mark.parametrize("source_at, destination_at", DIRECTIONS[1:])
+def test_many_runs_among_scattered_blocks(world, rng, monkeypatch, source_at, destination_at):
+    """Of random lengths, in random order; those of three blocks and more are long."""
+    monkeypatch.setattr(blocks, "RUN_BYTES", 3 * 24)
+    lengths = rng.integers(1, 6, 100)
+    ends = np.cumsum(lengths + 1)  # with a block between two runs
+    starts = zip(rng.permutation(400), rng.permutation(np.stack([ends - lengths, lengths], 1)))
+    pairs = np.array([(first + i, to + i) for first, (to, length) in starts for i in range(length)])
+    source = worlds.array(rng, (410, 24), "uint8")
+    destination = worlds.array(rng, (ends[-1] + 1, 24), "uint8")
+    cc.swap_blocks(put(world, source, source_at), put(world, destination, destination_at), pairs)
+    expect_swapped(world, source, destination, pairs)
+
+
 @pytest.mark.parametrize("source_at, destination_at", DIRECTIONS[:3])
 def test_more_blocks_than_thread_blocks(world, rng, source_at, destination_at):
     """Over the bus few thread blocks run, each of which takes many turns."""
@@ -71,12 +83,6 @@ def test_more_blocks_than_thread_blocks(world, rng, source_at, destination_at):
     pairs = random_pairs(rng, 150, 160, 130)
     cc.swap_blocks(put(world, source, source_at), put(world, destination, destination_at), pairs)
     expect_swapped(world, source, destination, pairs)
-
-
-def test_neighbours_groups_runs():
-    pairs = Pairs([3, 4, 5, 9, 8, 1, 2], [0, 1, 2, 3, 4, 7, 9])
-    assert list(module.neighbours(pairs)) == [(3, 0, 3), (9, 3, 1), (8, 4, 1), (1, 7, 1), (2, 9, 1)]
-    assert list(module.neighbours(Pairs([], []))) == []
 
 
 def test_all_layers_in_one_call(world, rng):

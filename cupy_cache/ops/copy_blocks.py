@@ -4,7 +4,7 @@
 
 import functools
 
-from .. import arrays, blocks, contract, cpu
+from .. import arrays, block_pairs, blocks, contract, cpu
 from ..errors import ShapeError
 
 
@@ -38,7 +38,7 @@ def copy_blocks(key_caches, value_caches, block_mapping, *, stream=None):
     """
     lists = {"key_caches": key_caches, "value_caches": value_caches}
     stream = None if stream is None else arrays.stream_pointer(stream)
-    Copier("copy_blocks", lists, stream).copy(block_mapping, stream)
+    copier("copy_blocks", lists, stream).copy(block_mapping, stream)
 
 
 def copy_blocks_mla(kv_caches, block_mapping, *, stream=None):
@@ -53,12 +53,12 @@ def copy_blocks_mla(kv_caches, block_mapping, *, stream=None):
         As for `copy_blocks`.
     """
     stream = None if stream is None else arrays.stream_pointer(stream)
-    Copier("copy_blocks_mla", {"kv_caches": kv_caches}, stream).copy(block_mapping, stream)
+    copier("copy_blocks_mla", {"kv_caches": kv_caches}, stream).copy(block_mapping, stream)
 
 
-class Copier:
-    """Copying within the caches of all layers, which are read once: what `copy_blocks` makes for
-    one call, a `PagedKVCache` keeps.
+def copier(op, lists, stream=None):
+    """The `Copier` for caches, which are read here: what `copy_blocks` gets for one call, and a
+    `PagedKVCache` keeps.
 
     Parameters
     ----------
@@ -69,26 +69,41 @@ class Copier:
     stream : int, optional
         See `copy_blocks`.
     """
+    for name, caches in lists.items():
+        blocks.require_list(op, name, caches)
+    first, caches = next(iter(lists.items()))
+    if caches and stream is None and arrays.is_foreign(caches[0], f"{op}: {first}[0]"):
+        stream = blocks.stream_of(op, f"{first}[0]", caches[0])
+    layers = [blocks.read_layers(op, name, caches, stream) for name, caches in lists.items()]
+    if len(set(map(len, lists.values()))) > 1:
+        raise ShapeError(
+            f"{op}: Invalid length of value_caches: expected as many layers as key_caches, got "
+            f"{len(lists['value_caches'])} where there are {len(lists['key_caches'])}"
+        )
+    return _copier_of(op, tuple(lists), tuple(layers))
 
-    def __init__(self, op, lists, stream=None):
-        for name, caches in lists.items():
-            blocks.require_list(op, name, caches)
-        self._op, self._lists = op, lists
-        self._first, caches = next(iter(lists.items()))
-        if caches and stream is None and arrays.is_foreign(caches[0], f"{op}: {self._first}[0]"):
-            stream = blocks.stream_of(op, f"{self._first}[0]", caches[0])
-        layers = [blocks.read_layers(op, name, caches, stream) for name, caches in lists.items()]
-        counts = {len(x.addresses) if x else 0 for x in layers}
-        if len(counts) > 1:
-            raise ShapeError(
-                f"{op}: Invalid length of value_caches: expected as many layers as key_caches, got "
-                f"{len(lists['value_caches'])} where there are {len(lists['key_caches'])}"
-            )
-        self.count = counts.pop()
-        self._facts = tuple(x.facts for x in layers) if self.count else ()
-        addresses = [a for layer in zip(*(x.addresses for x in layers if x)) for a in layer]
-        self._addresses, self._table, self._plans = addresses, None, {}
-        self._current_stream = _current_stream(self._facts[0]) if self.count else None
+
+class Copier:
+    """Copying within the caches of all layers. It knows their addresses, and keeps none alive.
+
+    Parameters
+    ----------
+    op : str
+    names : tuple of str
+        What the lists of arrays are called.
+    layers : tuple of blocks.Layers
+        The lists; None where they are empty.
+    """
+
+    def __init__(self, op, names, layers):
+        self._op, self._names = op, names
+        self._layers = () if None in layers else layers
+        self._facts = tuple(x.facts for x in self._layers)
+        # Layer by layer, a layer's tensors together.
+        self._addresses = [a for layer in zip(*(x.addresses for x in self._layers)) for a in layer]
+        self._table, self._plans, self._current_stream = None, {}, None
+        if self._facts:
+            self._current_stream = blocks.current_stream_for(self._facts[0], "the first layer")
 
     @property
     def dimensions(self):
@@ -97,12 +112,12 @@ class Copier:
 
     def check(self):
         """Raise what copying would raise, whatever the pairs."""
-        if self.count:
+        if self._facts:
             self._plan(None)
 
     def _plan(self, mapping_dtype):
         if mapping_dtype not in self._plans:
-            plan = _plan(self._op, tuple(self._lists), self._facts, mapping_dtype)
+            plan = _plan(self._op, self._names, self._facts, mapping_dtype)
             self._plans[mapping_dtype] = plan
         return self._plans[mapping_dtype]
 
@@ -113,35 +128,35 @@ class Copier:
             stream = arrays.stream_pointer(stream)
         elif self._current_stream is not None:
             stream = self._current_stream()
-        mapping = blocks.read_mapping(op, block_mapping, stream)
-        if not self.count:
+        mapping = block_pairs.read(op, block_mapping, stream)
+        if not self._facts:
             return
-        on_host = isinstance(mapping, blocks.Pairs)
-        dtype = None if on_host else mapping.dtype
-        num_blocks, device, plan = self._plan(dtype)
-        if on_host:
-            blocks.check_pairs(op, mapping, num_blocks, num_blocks)
-            blocks.check_disjoint(op, mapping)
+        pairs = None
+        if isinstance(mapping, block_pairs.Pairs):
+            pairs, mapping = mapping, None
+        num_blocks, device, plan = self._plan(mapping and mapping.dtype)
+        if pairs is not None:
+            block_pairs.check(op, pairs, num_blocks, num_blocks)
+            block_pairs.check_disjoint(op, pairs, num_blocks)
         else:
-            contract.same_device(op, "block_mapping", mapping.device, self._first, device)
+            contract.same_device(op, "block_mapping", mapping.device, self._names[0], device)
         if plan is None:
-            self._copy_on_cpu(mapping)
+            self._copy_on_cpu(pairs)
             return
         if self._table is None:
             self._table = plan.table(self._addresses, self._addresses)
-        plan.enqueue(stream, self._table, *((mapping,) if on_host else (None, mapping)))
+        plan.enqueue(stream, self._table, pairs, mapping)
 
-    def _copy_on_cpu(self, mapping):
-        for name, caches in self._lists.items():
-            for index, cache in enumerate(caches):
-                view = blocks.as_numpy(cache, f"{self._op}: {name}[{index}]")
-                cpu.copy_blocks(view, view, mapping)
+    def _copy_on_cpu(self, pairs):
+        for name, layers in zip(self._names, self._layers):
+            array = layers.describe(f"{self._op}: {name}")
+            for address in layers.addresses:
+                view = arrays.as_numpy(address, array.shape, array.strides, array.dtype.bits)
+                cpu.copy_blocks(view, view, pairs)
 
 
-@functools.lru_cache(maxsize=256)
-def _current_stream(facts):
-    array = arrays.describe(facts, "the first layer")
-    return None if array.device.kind == "cpu" else arrays.current_stream_of(array)
+# Remembered by all that a `Copier` depends on, the addresses included; none of it is an array.
+_copier_of = functools.lru_cache(maxsize=16)(Copier)
 
 
 @functools.lru_cache(maxsize=256)

@@ -5,7 +5,9 @@
 import functools
 import math
 
-from .. import arrays, blocks, contract, cpu, formats, launch
+import numpy as np
+
+from .. import arrays, block_pairs, blocks, contract, cpu, formats, launch
 from ..errors import ArgumentError, DeviceError, ShapeError
 from ..log import logger
 
@@ -64,16 +66,16 @@ def swap_blocks(src, dst, *block_mapping, block_size_in_bytes=None, stream=None)
             stream = blocks.stream_of(op, "src", sources[0])
     source = blocks.read_layers(op, "src", sources, stream)
     destination = blocks.read_layers(op, "dst", destinations, stream)
-    pairs = blocks.read_mapping(op, block_mapping, stream)
-    if not isinstance(pairs, blocks.Pairs):
+    pairs = block_pairs.read(op, block_mapping, stream)
+    if not isinstance(pairs, block_pairs.Pairs):
         raise DeviceError(
             f"{op}: Invalid device of block_mapping: expected host memory, got {pairs.device}"
         )
     plan = _plan(source.facts, destination.facts, block_size_in_bytes)
-    blocks.check_pairs(op, pairs, plan.source.shape[0], plan.destination.shape[0])
+    block_pairs.check(op, pairs, plan.source.shape[0], plan.destination.shape[0])
     _check_written_once(op, source.addresses, destination.addresses)
-    if plan.may_share and pairs.sources:
-        blocks.check_apart(
+    if plan.may_share and pairs.count:
+        block_pairs.check_apart(
             op, pairs, plan.source, plan.destination, source.addresses, destination.addresses
         )
     plan.run(source.addresses, destination.addresses, pairs, stream)
@@ -148,10 +150,11 @@ class _SwapPlan:
                 "swap_blocks", [(self.geometry, common)], False, source.shape[0],
                 destination.shape[0], None, gpu, max_blocks=limit,
             )  # fmt: skip
+            self._table = functools.lru_cache(maxsize=8)(self.copy.table)
 
     def run(self, sources, destinations, pairs, stream):
         """Copy for every layer."""
-        if not self.geometry.bytes or not pairs.sources:
+        if not self.geometry.bytes or not pairs.count:
             return
         if self.gpu is None:
             for addresses in zip(sources, destinations):
@@ -159,7 +162,7 @@ class _SwapPlan:
                     *map(self._numpy, (self.source, self.destination), addresses), pairs
                 )
         elif self.source.device == self.destination.device:
-            self.copy.enqueue(stream, self.copy.table(sources, destinations), pairs)
+            self.copy.enqueue(stream, self._table(sources, destinations), pairs)
         else:
             self._over_the_bus(sources, destinations, pairs, stream)
 
@@ -169,7 +172,7 @@ class _SwapPlan:
     def _over_the_bus(self, sources, destinations, pairs, stream):
         to_host = self.destination.device.kind == "cpu"
         host = destinations if to_host else sources
-        mapped = [launch.driver.mapped_address(address, self.gpu) for address in host]
+        mapped = tuple(launch.driver.mapped_address(address, self.gpu) for address in host)
         if None in mapped:
             logger.warning(
                 "swap_blocks: host memory is not pinned; the driver stages each copy, and may wait"
@@ -177,26 +180,24 @@ class _SwapPlan:
             self._by_driver(sources, destinations, pairs, stream)
             return
         runs, scattered = self._split(pairs)
-        if scattered.sources:
+        if scattered.count:
             sides = (sources, mapped) if to_host else (mapped, destinations)
-            self.copy.enqueue(stream, self.copy.table(*sides), scattered)
+            self.copy.enqueue(stream, self._table(*sides), scattered)
         for layer in zip(sources, destinations):
             for run in runs:
                 self._copy_run(*layer, *run, stream)
 
     def _split(self, pairs):
         """Runs (source, destination, blocks) long enough for the copy engines, and the rest."""
-        if not self.dense:
-            return [], pairs
         least = launch.ceil_div(blocks.RUN_BYTES, self.geometry.bytes)
-        runs, rest = [], blocks.Pairs([], [])
-        for source, destination, count in neighbours(pairs):
-            if count >= least:
-                runs.append((source, destination, count))
-            else:
-                rest.sources.extend(range(source, source + count))
-                rest.destinations.extend(range(destination, destination + count))
-        return runs, rest
+        if not self.dense or pairs.count < least:
+            return [], pairs
+        *sides, counts = pairs.runs()
+        long = counts >= least
+        if not long.any():
+            return [], pairs
+        runs = zip(*(numbers[long].tolist() for numbers in (*sides, counts)))
+        return list(runs), block_pairs.Pairs(pairs.numbers[:, ~np.repeat(long, counts)])
 
     def _copy_run(self, source, destination, first, to, count, stream):
         size = self.geometry.bytes
@@ -208,10 +209,10 @@ class _SwapPlan:
         g = self.geometry
         for layer in zip(sources, destinations):
             if self.dense:
-                for run in neighbours(pairs):
+                for run in zip(*(numbers.tolist() for numbers in pairs.runs())):
                     self._copy_run(*layer, *run, stream)
                 continue
-            for first, to in zip(*pairs):
+            for first, to in zip(*pairs.numbers.tolist()):
                 for outer in range(g.outer):
                     for middle in range(g.middle):
                         at = [
@@ -219,19 +220,3 @@ class _SwapPlan:
                             for base, block, s in zip(layer, (first, to), (g.source, g.destination))
                         ]
                         launch.driver.copy(at[1], at[0], g.run, stream, self.gpu)
-
-
-def neighbours(pairs):
-    """Group consecutive pairs whose sources and destinations both ascend by one: yields (source,
-    destination, count)."""
-    start = None
-    for source, destination in zip(*pairs):
-        if start is not None:
-            first, to, count = start
-            if source == first + count and destination == to + count:
-                start = first, to, count + 1
-                continue
-            yield start
-        start = source, destination, 1
-    if start is not None:
-        yield start
