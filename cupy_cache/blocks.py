@@ -25,9 +25,12 @@ FROM_HOST_BLOCKS = 48
 # 91 and 88 % of it (to the host, from there) in runs of 1 MiB, and 98 and 97 % in runs of 4 MiB;
 # the kernel has 95 and 92 % whatever the length.
 RUN_BYTES = 2 << 20
-# Vectors of each tensor that a thread has in flight. Within an H200, 64 pairs of 32 layers take
-# 70.6 us with one, 74.3 with two, 73.6 with four; over the bus four gain a percent over two.
-ITEMS, BUS_ITEMS = 1, 4
+# Vectors of each tensor that a thread has in flight: one where there is much to copy, more where
+# all thread blocks run at once and each waits for memory but once. With one and four, 64 pairs of
+# 32 layers take 95.4 and 95.9 us on an H100 (70.6 and 73.6 on an H200), 8 pairs 14.3 and 13.7, 1
+# pair 3.55 and 3.46. Over the bus four gain a percent over two.
+MANY_ITEMS, FEW_ITEMS = 1, 4
+FEW_BLOCKS = 4096  # thread blocks of `MANY_ITEMS`, up to which a launch copies little
 # Pairs of one launch: block numbers are packed in 32 bits, work indices are 32-bit in the kernel.
 _MAX_WORKS = 2**31 - 1
 
@@ -227,6 +230,15 @@ def geometry(op, name, source, destination):
 # --- the kernel -----------------------------------------------------------------------------------
 
 
+class _Way(NamedTuple):
+    """A way to copy: threads of a thread block, how many of these a block of a cache takes, and the
+    kernel."""
+
+    threads: int
+    chunks: int
+    launcher: launch.Launcher
+
+
 class CopyPlan:
     """How blocks of one or two tensors per layer are copied by the kernel on one GPU.
 
@@ -262,31 +274,30 @@ class CopyPlan:
             raise ShapeError(
                 f"{op}: blocks of {max(g.bytes for g in geometries)} bytes are too large"
             )
-        self.op, self.count, self.in_place, self.device = op, len(tensors), in_place, device
-        items = ITEMS if max_blocks is None else BUS_ITEMS
-        self.threads = launch.block_threads(launch.ceil_div(max(vectors), items), 1, MAX_THREADS)
-        self.chunks = launch.ceil_div(max(vectors), self.threads * items)
+        self.op, self.count, self.in_place = op, len(tensors), in_place
         self.max_blocks = max_blocks
-        self.mapping_dtype = mapping_dtype
         self._most_blocks = max(source_blocks, destination_blocks)
         index = "void" if mapping_dtype is None else formats.INDEX_NAMES[mapping_dtype.name]
         second = (runs * 2)[1]
-        constants = []
-        for g, n in zip(geometries * 2, vectors * 2):
+        constants = [source_blocks, destination_blocks]
+        for g, n in (list(zip(geometries, vectors)) * 2)[:2]:
             constants += [*g.source, *g.destination, n, g.middle]
-        self.kernel = modules.Kernel(
-            op,
-            "copy_blocks",
-            f"copy_blocks<{len(tensors)}, {str(in_place).lower()}, {vector}, {runs[0]}, {second}, "
-            f"{str(nested).lower()}, {items}, {index}, {MAX_THREADS}>",
-            PARAMS,
-            guarded=() if mapping_dtype is None else ("block_mapping",),
-        )
-        self._launcher = launch.Launcher(
-            self.kernel,
-            device,
-            (source_blocks, destination_blocks, *constants[:16], self.chunks, 0),
-        )
+
+        def way(items):
+            threads = launch.block_threads(launch.ceil_div(max(vectors), items), 1, MAX_THREADS)
+            chunks = launch.ceil_div(max(vectors), threads * items)
+            kernel = modules.Kernel(
+                op,
+                "copy_blocks",
+                f"copy_blocks<{len(tensors)}, {str(in_place).lower()}, {vector}, {runs[0]}, "
+                f"{second}, {str(nested).lower()}, {items}, {index}, {MAX_THREADS}>",
+                PARAMS,
+                guarded=() if mapping_dtype is None else ("block_mapping",),
+            )
+            return _Way(threads, chunks, launch.Launcher(kernel, device, (*constants, chunks, 0)))
+
+        self._few = way(FEW_ITEMS)
+        self._many = way(MANY_ITEMS) if max_blocks is None else self._few
 
     def table(self, sources, destinations):
         """What `enqueue` needs of the layers: for each launch (layers, packed pointers, how many
@@ -312,7 +323,7 @@ class CopyPlan:
     def enqueue(self, stream, table, pairs=None, mapping=None):
         """Launch for the layers of a `table`; ``pairs`` are `block_pairs.Pairs`, or ``mapping`` is
         an `arrays.Array` on the device."""
-        if not self.chunks:
+        if not self._many.chunks:
             return
         packed = None if pairs is None else self._packed(pairs)
         for layers, pointers, room in table:
@@ -330,20 +341,21 @@ class CopyPlan:
         return pairs.packed()
 
     def _enqueue_pairs(self, stream, pointers, layers, room, packed):
-        room = min(room, _MAX_WORKS // self.chunks)
+        room = min(room, _MAX_WORKS // self._many.chunks)
         for first in range(0, len(packed), 8 * room):
             part = packed[first : first + 8 * room]
             self._launch(stream, layers, len(part) // 8, 0, pointers + part)
 
     def _enqueue_mapped(self, stream, pointers, layers, mapping):
-        room = _MAX_WORKS // self.chunks
+        room = _MAX_WORKS // self._many.chunks
         step = 2 * mapping.dtype.bytes
         for first in range(0, mapping.shape[0], room):
             count = min(room, mapping.shape[0] - first)
             self._launch(stream, layers, count, mapping.ptr + first * step, pointers)
 
     def _launch(self, stream, layers, pairs, mapping, tail):
-        blocks = pairs * self.chunks
+        way = self._few if layers * pairs * self._many.chunks <= FEW_BLOCKS else self._many
+        blocks = pairs * way.chunks
         if self.max_blocks is not None:
             blocks = min(blocks, max(1, self.max_blocks // layers))
-        self._launcher.enqueue((blocks, layers, 1), self.threads, stream, pairs, mapping, tail=tail)
+        way.launcher.enqueue((blocks, layers, 1), way.threads, stream, pairs, mapping, tail=tail)

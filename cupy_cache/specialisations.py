@@ -8,6 +8,7 @@ where a launch tells its kernel instead. To add an operation, write its calls be
 name them in `OPERATIONS`.
 """
 
+import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -37,6 +38,9 @@ from .ops.zero_blocks import zero_blocks
 
 # Extents that no kernel depends on: blocks of a cache, rows of everything else.
 BLOCKS, ROWS = 1024, 64
+# Copies of few blocks and of many have kernels of their own.
+FEW = [[(0, 1)], 1]  # pairs, layers
+MANY = [[(n, BLOCKS // 2 + n) for n in range(BLOCKS // 2)], 16]
 QUANT_BLOCK = 128  # elements of an indexer's key that share a scale, where it divides them
 FLOAT32, INT64, UINT8 = (formats.DTYPES[name] for name in ("float32", "int64", "uint8"))
 
@@ -399,25 +403,33 @@ def _biases(model):
             yield compute, dtype.name, keys, slopes, queries
 
 
+def _mappings(model):
+    """Mappings and how many layers' blocks they are for."""
+    for pairs, layers in (FEW, MANY):
+        for mapping in (pairs, *model.numbers(len(pairs), 2)):
+            yield mapping, layers
+
+
 def _copies(model):
     for caches in model.layers():
         if len(caches) == 2:
-            for mapping in ([(0, 1)], *model.numbers(ROWS, 2)):
-                yield copy_blocks, *([cache] for cache in caches), mapping
+            for mapping, layers in _mappings(model):
+                yield copy_blocks, *([cache] * layers for cache in caches), mapping
 
 
 def _mla_copies(model):
     for cache in model.single():
-        for mapping in ([(0, 1)], *model.numbers(ROWS, 2)):
-            yield copy_blocks_mla, [cache], mapping
+        for mapping, layers in _mappings(model):
+            yield copy_blocks_mla, [cache] * layers, mapping
 
 
 def _swaps(model):
     """To host memory and back, and within the GPU, it is the same kernel. The other side has no
     gaps, and its dimensions in the cache's order or as they are written."""
     for cache in itertools.chain(*model.layers()):
-        for other in (cache.dense(), described(cache.shape, cache.dtype)):
-            yield swap_blocks, cache, other, [(0, 1)]
+        for like in (cache.dense, functools.partial(described, cache.shape, cache.dtype)):
+            for pairs, layers in (FEW, MANY):
+                yield swap_blocks, [cache] * layers, [like() for _ in range(layers)], pairs
 
 
 def _moves(function, by_slot=False):

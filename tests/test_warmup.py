@@ -9,7 +9,7 @@ import pytest
 import worlds
 
 import cupy_cache as cc
-from cupy_cache import arrays, attention, launch, modules
+from cupy_cache import arrays, attention, blocks, launch, modules
 from cupy_cache.specialisations import specialisations
 
 HEADS, SIZE, BLOCK = 4, 64, 16
@@ -191,6 +191,15 @@ def needed_by(emulated_world, rng, arguments):
 def test_each_kernel_once():
     kernels = list(specialisations(8, 128, 16, layouts=LAYOUTS, index_dtypes=("int32", "int64")))
     assert len({kernel.key for kernel in kernels}) == len(kernels)
+
+
+def test_copies_of_few_and_of_many_blocks():
+    for op in ("copy_blocks", "swap_blocks"):
+        items = {
+            int(kernel.expression.split(", ")[6])
+            for kernel in specialisations(8, 128, 16, ops=[op])
+        }
+        assert items == {blocks.FEW_ITEMS, blocks.MANY_ITEMS}
 
 
 def test_sparse_attention():
