@@ -274,6 +274,13 @@ def contiguous_dims(array):
     return count
 
 
+def rows_interleave(array):
+    """Whether rows, along the first dimension, lie between one another's parts: then it depends on
+    their number whether they overlap."""
+    span = sum((n - 1) * abs(s) for n, s in zip(array.shape[1:], array.strides[1:]))
+    return abs(array.strides[0]) <= span
+
+
 def overlaps_itself(array):
     """Whether two elements may share memory. Exact for layouts that nest (each stride covers the
     whole span below it), which all permuted, sliced and packed views do; others count as

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from typing import NamedTuple
 
-from . import arrays, launch, repeats, torch_tensors
+from . import arrays, contract, launch, repeats, torch_tensors
 from .errors import DTypeError, ShapeError
 
 MAX_PLANS = 1024
@@ -144,9 +144,9 @@ class Op:
             metas[index] = shape[1:], dtype, place
         key = (options, repeats.alignment(pointers, self.masks), *strides, *metas)
         known = entry = self._plans.get(key)
-        if entry is None:
+        if entry is None or (entry[3] is not None and whole[self.destination][0][0] > entry[3]):
             entry = self._remember(key, pointers, whole, strides, options)
-        plan, current_stream, steps = entry
+        plan, current_stream, steps, most_rows = entry
         if self.count is None:
             rows, counts = 1, ()
         else:
@@ -163,7 +163,8 @@ class Op:
         if len(pointers) < len(self.args):
             pointers += [0] * (len(self.args) - len(pointers))
         plan.launcher.enqueue(grid, threads, stream, *pointers, *counts)
-        return (plan, current_stream) if known and readers is _TORCH else None
+        again = known is not None and most_rows is None and readers is _TORCH
+        return (plan, current_stream) if again else None
 
     def _learn(self, known, objects, options, learnt):
         if known is None:
@@ -230,13 +231,19 @@ class Op:
 
     def _remember(self, key, pointers, metas, strides, options):
         """What the plans' memory holds: (plan, what gives the current stream or None on the CPU,
-        byte strides of each argument or None where it is absent)."""
+        byte strides of each argument or None where it is absent, the most rows of the destination
+        that the plan has been checked for or None where their number does not matter)."""
         described = self._describe(pointers, metas, strides)
         plan = self.plan(described, options)
         stream = None
         if isinstance(plan, GpuPlan):
             stream = arrays.current_stream_of(described[self.destination])
-        entry = plan, stream, [None if array is None else array.strides for array in described]
+        steps = [None if array is None else array.strides for array in described]
+        most_rows = None
+        destination = described[self.destination]
+        if self.args[self.destination].rows and contract.rows_interleave(destination):
+            most_rows = destination.shape[0]  # more may run into one another
+        entry = plan, stream, steps, most_rows
         if any(described[i] is not None and described[i].shape[0] == 0 for i in self._rows):
             # The strides of an empty array were not checked: they must not vouch for a full one,
             # which has the same signature if only its rows are missing.

@@ -453,6 +453,19 @@ class TestRefusals:
         arguments["dst"].strides = (0, *arguments["dst"].strides[1:])
         self.refused(world, arguments, cc.StrideError, "dst", "share")
 
+    def test_rows_that_overlap_from_some_number_on(self, world, arguments, rng):
+        """Heads around rows: more rows of the same strides would run into the next head, also
+        where fewer were seen before."""
+        dst = worlds.array(rng, (3, 5, 8), "float32")[:2].permuted(1, 0, 2)
+        arguments["dst"] = dst
+        for rows in (4, 4, 4, 5, 6, 5, 6):
+            dst.shape = (rows, 2, 8)
+            if rows <= 5:
+                check(world, list(arguments.values()), cc.gather_cache, oracle.gather_cache)
+            else:
+                with pytest.raises(cc.StrideError, match="dst.*share"):
+                    cc.gather_cache(*map(world.put, arguments.values()))
+
     @pytest.mark.parametrize("name", ["src_cache", "dst", "block_table", "cu_seq_lens"])
     def test_none(self, world, arguments, name):
         put = {n: world.put(s) for n, s in arguments.items()} | {name: None}
