@@ -42,8 +42,15 @@ struct Params {
 };
 
 __device__ __forceinline__ Sequences sequences_of(const Params& p) {
-  return {p.cu_seq_lens, p.block_table, p.seq_starts,   p.rows,        static_cast<i32>(p.sequences),
-          p.num_blocks,  p.table_width, p.table_stride, p.start_stride};
+  return {p.cu_seq_lens,
+          p.block_table,
+          p.seq_starts,
+          p.rows,
+          static_cast<i32>(p.sequences),
+          p.num_blocks,
+          p.table_width,
+          p.table_stride,
+          p.start_stride};
 }
 
 // The address of a token. kGroup slots of a block are equally far apart.

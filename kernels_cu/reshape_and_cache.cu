@@ -53,8 +53,8 @@ constexpr i64 kSkip = -1;
 __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
 // Which token of the tile, and which of its row's kVectors vectors, an item is. Where it can be, a
-// warp takes 4 tokens by 8 vectors, or 8 by 4, so that loads and stores both are runs of 64 bytes and
-// more: on an H100 1 to 3 % faster with consecutive slots, 5 % with random ones, than 16 by 2.
+// warp takes 4 tokens by 8 vectors, or 8 by 4, so that loads and stores both are runs of 64 bytes
+// and more: on an H100 1 to 3 % faster with consecutive slots, 5 % with random ones, than 16 by 2.
 template <int kVectors>
 struct Item {
   int token;
@@ -74,8 +74,8 @@ struct Item {
   }
 };
 
-// Which tokens, head and bytes of it a thread block takes. blockIdx.x counts the parts of all heads,
-// blockIdx.y and z the tiles; there may be more of these than there are tokens.
+// Which tokens, head and bytes of it a thread block takes. blockIdx.x counts the parts of all
+// heads, blockIdx.y and z the tiles; there may be more of these than there are tokens.
 //
 // The parts of a tile come together, because they are neighbours in all arrays. But where there are
 // many tokens, and neighbours have slots that are none, all tiles come before the next part:
@@ -208,7 +208,8 @@ __global__ void __launch_bounds__(kThreads)
     const int number = i * kThreads + thread;
     const Item<kValuePart / kValueVec> item(number);
     const int at = item.vector * kValueVec;  // in the part
-    if (number < kTile * (kValuePart / kValueVec) && item.token < left && begin + at < kValueBytes) {
+    if (number < kTile * (kValuePart / kValueVec) && item.token < left &&
+        begin + at < kValueBytes) {
       const Elements<kElement, kValueVec> elements(Values::convert(values[i], v_scale));
 #pragma unroll
       for (int j = 0; j < kValueVec / kElement; ++j) {

@@ -499,6 +499,17 @@ def test_unaligned_indices_are_refused(rng, emulated_world, kind, name):
         world.close()
 
 
+def test_more_sequences_than_kernels_number():
+    src, dst = np.zeros((1, 4, 8), np.float32), np.zeros((2, 8), np.float32)
+    table = np.broadcast_to(np.int32(0), (2**31, 1))
+    for call in (
+        lambda: cc.gather_cache(src, dst, table, np.array([0, 2])),
+        lambda: cc.slot_mapping(table, np.array([0]), np.array([0, 1]), 4),
+    ):
+        with pytest.raises(cc.ShapeError, match=r"block_table.*2\^31 sequences, got 2147483648"):
+            call()
+
+
 def test_read_only_rows_are_refused(rng):
     frozen = np.zeros((2, 8), np.float32)
     frozen.flags.writeable = False

@@ -79,8 +79,8 @@ struct Place {
         offset(static_cast<i32>(static_cast<u64>(slot) % kBlockSize)) {}
 };
 
-// The slot that a token is written to. Stores depend on `valid`, and come before `report`: what has
-// to be told of a bad slot must not stand between the others and their stores.
+// The slot that a token is written to. Stores are made if it is `valid` (store_vector's `when`),
+// not behind a branch, where the loads would go as well.
 template <int kBlockSize>
 struct Target {
   i64 slot;

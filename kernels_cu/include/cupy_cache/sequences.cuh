@@ -3,9 +3,9 @@
 // Rows of several sequences, one after the other: which sequence a row belongs to, and where in a
 // paged cache the token is that it stands for.
 //
-// What costs time here are loads that wait for one another. So the sequence is guessed as if all were
-// equally long, and the page with it; all that tells whether the guess is right is loaded together.
-// For one sequence, and for the steps of a decoding batch, it is.
+// What costs time here are loads that wait for one another. So the sequence is guessed as if all
+// were equally long, and the page with it; all that tells whether the guess is right is loaded
+// together. For one sequence, and for the steps of a decoding batch, it is.
 #pragma once
 
 #include "cupy_cache/ints.cuh"
@@ -19,9 +19,10 @@ struct Segment {
   i64 start;
 };
 
-// A search for the segment that holds `row`: starts[i] <= row < starts[i + 1], for `count` segments,
-// at least one, with non-decreasing starts. There are count + 1 entries of Index; if kOpenEnd count,
-// and the last segment has no end. Reads no others, whatever they hold. There are some `rows`.
+// A search for the segment that holds `row`: starts[i] <= row < starts[i + 1], for `count`
+// segments, at least one, with non-decreasing starts. There are count + 1 entries of Index; if
+// kOpenEnd count, and the last segment has no end. Reads no others, whatever they hold. There are
+// some `rows`.
 template <typename Index, bool kOpenEnd = false>
 class SegmentSearch {
  public:
@@ -115,9 +116,9 @@ struct Token {
 
 // A search for the token of a row.
 //
-// Where there is one sequence, the guessed token can be read before it is known whether it is the right
-// one. (Where there are several, that costs more for those of different lengths than it gains for the
-// others.) SeqStart is void where there are no seq_starts.
+// Where there is one sequence, the guessed token can be read before it is known whether it is the
+// right one. (Where there are several, that costs more for those of different lengths than it gains
+// for the others.) SeqStart is void where there are no seq_starts.
 template <int kBlockSize, bool kOpenEnd, typename Block, typename Start, typename SeqStart>
 class TokenSearch {
   static constexpr bool kStarts = !IsVoid<SeqStart>::value;
@@ -142,12 +143,14 @@ class TokenSearch {
 
   // Whether that is the token of the row.
   __device__ __forceinline__ bool right() const {
-    return search_.right() && row_ - search_.guessed().start == search_.row_in_guess;
+    // Unsigned, because the starts may hold anything.
+    const u64 in_sequence = static_cast<u64>(row_) - static_cast<u64>(search_.guessed().start);
+    return search_.right() && in_sequence == search_.row_in_guess;
   }
 
-  // The token of the row; not valid where the row belongs to no sequence, or its token is outside the
-  // table or the cache, which is recorded. `first_guarded` is the number of seq_starts in the list of
-  // guarded arguments; that of the block table is the next.
+  // The token of the row; not valid where the row belongs to no sequence, or its token is outside
+  // the table or the cache, which is recorded. `first_guarded` is the number of seq_starts in the
+  // list of guarded arguments; that of the block table is the next.
   __device__ __forceinline__ Token find(u32 first_guarded) const {
     constexpr Token kNone = {false, 0, 0};
     Segment segment = search_.guessed();
@@ -162,8 +165,7 @@ class TokenSearch {
     if (kStarts && !in_bounds(start, s_.table_width * kBlockSize, first_guarded, row_)) {
       return kNone;
     }
-    // Unsigned, because the starts may hold anything.
-    const u64 position =
+    const u64 position =  // unsigned like above
         static_cast<u64>(start) + (static_cast<u64>(row_) - static_cast<u64>(segment.start));
     const Place<kBlockSize> place(static_cast<i64>(position));
     const u32 block_table = first_guarded + 1;
