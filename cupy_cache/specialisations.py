@@ -38,9 +38,6 @@ from .ops.zero_blocks import zero_blocks
 
 # Extents that no kernel depends on: blocks of a cache, rows of everything else.
 BLOCKS, ROWS = 1024, 64
-# Copies of few blocks and of many have kernels of their own.
-FEW = [[(0, 1)], 1]  # pairs, layers
-MANY = [[(n, BLOCKS // 2 + n) for n in range(BLOCKS // 2)], 16]
 QUANT_BLOCK = 128  # elements of an indexer's key that share a scale, where it divides them
 FLOAT32, INT64, UINT8 = (formats.DTYPES[name] for name in ("float32", "int64", "uint8"))
 
@@ -403,9 +400,15 @@ def _biases(model):
             yield compute, dtype.name, keys, slopes, queries
 
 
+def _copied():
+    """Pairs, and how many layers' blocks they are for: to copy few and many takes two kernels."""
+    half = BLOCKS // 2
+    return ([(0, 1)], 1), ([(n, half + n) for n in range(half)], 10)
+
+
 def _mappings(model):
-    """Mappings and how many layers' blocks they are for."""
-    for pairs, layers in (FEW, MANY):
+    """The same, and mappings on the device."""
+    for pairs, layers in _copied():
         for mapping in (pairs, *model.numbers(len(pairs), 2)):
             yield mapping, layers
 
@@ -428,7 +431,7 @@ def _swaps(model):
     gaps, and its dimensions in the cache's order or as they are written."""
     for cache in itertools.chain(*model.layers()):
         for like in (cache.dense, functools.partial(described, cache.shape, cache.dtype)):
-            for pairs, layers in (FEW, MANY):
+            for pairs, layers in _copied():
                 yield swap_blocks, [cache] * layers, [like() for _ in range(layers)], pairs
 
 

@@ -47,7 +47,7 @@ class Memory:
     NumPy or CuPy. Numbers of blocks, slots and the like count up."""
 
     SIZE = 600_000
-    FEW = 4  # elements: caches and keys of integers have more
+    FEW = 8  # elements: caches and keys of integers have more
 
     def __init__(self, xp, rng, device):
         self.xp, self.place = xp, arrays.Place("real", device, True)
