@@ -83,7 +83,10 @@ def make(case):
     return suite.Workload(
         "copy_blocks", str(case), contenders, written, moved, sets,
         dtype="bfloat16", layout="NHD",
-        extra={"layers": case.layers, "pairs": case.pairs, "blocks": case.blocks},
+        extra={
+            "layers": case.layers, "pairs": case.pairs, "blocks": case.blocks,
+            "same_pairs": case.same,
+        },
     )  # fmt: skip
 
 

@@ -94,7 +94,8 @@ def make(case):
     }
     return suite.Workload(
         "gather_cache", str(case), contenders, [results[0]], moved, sets,
-        tokens=case.rows, dtype="bfloat16", layout=case.layout, extra={"sequences": case.sequences},
+        tokens=case.rows, dtype="bfloat16", layout=case.layout,
+        extra={"sequences": case.sequences, "lengths": case.lengths},
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results"
 OURS = "cupy_cache"
 COLOURS = {OURS: "#1b6ca8", "bound": "#6baed6", "compiled": "#4a4e69", "torch": "#d1495b",
-           "triton": "#edae49"}  # fmt: skip
+           "triton": "#edae49", "bare": "#2a9d8f"}  # fmt: skip
 
 # What the pictures show. Panels: title, operation, and what a record must say, if it says it.
 PANELS = (
@@ -27,8 +27,8 @@ PANELS = (
     ("x-packed write, consecutive slots", "reshape_and_cache",
      {"dtype": "bfloat16", "slots": "consecutive", "stored": "auto"}),
     ("MLA write", "concat_and_cache_mla", {"stored": "auto", "slots": "random"}),
-    ("gather, rows of 576", "gather_cache", {"layout": "rows"}),
-    ("copying blocks in 32 layers", "copy_blocks", {"blocks": "random"}),
+    ("gather, rows of 576", "gather_cache", {"layout": "rows", "lengths": "equal"}),
+    ("copying blocks in 32 layers", "copy_blocks", {"blocks": "random", "same_pairs": False}),
 )  # fmt: skip
 HOST_OPS = ("host time, in turns", "reshape_and_cache_flash", "reshape_and_cache",
             "concat_and_cache_mla", "gather_cache", "copy_blocks", "slot_mapping")  # fmt: skip
