@@ -25,12 +25,13 @@ FROM_HOST_BLOCKS = 48
 # 91 and 88 % of it (to the host, from there) in runs of 1 MiB, and 98 and 97 % in runs of 4 MiB;
 # the kernel has 95 and 92 % whatever the length.
 RUN_BYTES = 2 << 20
-# Vectors of each tensor that a thread has in flight: one where there is much to copy, more where
-# all thread blocks run at once and each waits for memory but once. With one and four, 64 pairs of
-# 32 layers take 95.4 and 95.9 us on an H100 (70.6 and 73.6 on an H200), 8 pairs 14.3 and 13.7, 1
-# pair 3.55 and 3.46. Over the bus four gain a percent over two.
-MANY_ITEMS, FEW_ITEMS = 1, 4
-FEW_BLOCKS = 4096  # thread blocks of `MANY_ITEMS`, up to which a launch copies little
+# Vectors of each tensor that a thread has in flight. One; but more where that would take no more
+# than a few waves of thread blocks, of which each waits for memory anew. With one and four, 64
+# pairs of 32 layers take 95.4 and 95.9 us on an H100 (70.6 and 73.6 on an H200), 8 pairs 14.3 and
+# 13.7, 1 pair 3.55 and 3.46; but 8 pairs of 1 layer, too few for four, 2.2 and 2.5.
+ITEMS, WAVE_ITEMS = 1, 4
+WAVE = range(256, 4097)  # thread blocks that `ITEMS` would take
+BUS_ITEMS = 4  # gains a percent over two
 # Pairs of one launch: block numbers are packed in 32 bits, work indices are 32-bit in the kernel.
 _MAX_WORKS = 2**31 - 1
 
@@ -296,8 +297,9 @@ class CopyPlan:
             )
             return _Way(threads, chunks, launch.Launcher(kernel, device, (*constants, chunks, 0)))
 
-        self._few = way(FEW_ITEMS)
-        self._many = way(MANY_ITEMS) if max_blocks is None else self._few
+        on_bus = max_blocks is not None
+        self._usual = way(BUS_ITEMS if on_bus else ITEMS)
+        self._wave = self._usual if on_bus else way(WAVE_ITEMS)
 
     def table(self, sources, destinations):
         """What `enqueue` needs of the layers: for each launch (layers, packed pointers, how many
@@ -323,7 +325,7 @@ class CopyPlan:
     def enqueue(self, stream, table, pairs=None, mapping=None):
         """Launch for the layers of a `table`; ``pairs`` are `block_pairs.Pairs`, or ``mapping`` is
         an `arrays.Array` on the device."""
-        if not self._many.chunks:
+        if not self._usual.chunks:
             return
         packed = None if pairs is None else self._packed(pairs)
         for layers, pointers, room in table:
@@ -341,20 +343,20 @@ class CopyPlan:
         return pairs.packed()
 
     def _enqueue_pairs(self, stream, pointers, layers, room, packed):
-        room = min(room, _MAX_WORKS // self._many.chunks)
+        room = min(room, _MAX_WORKS // self._usual.chunks)
         for first in range(0, len(packed), 8 * room):
             part = packed[first : first + 8 * room]
             self._launch(stream, layers, len(part) // 8, 0, pointers + part)
 
     def _enqueue_mapped(self, stream, pointers, layers, mapping):
-        room = _MAX_WORKS // self._many.chunks
+        room = _MAX_WORKS // self._usual.chunks
         step = 2 * mapping.dtype.bytes
         for first in range(0, mapping.shape[0], room):
             count = min(room, mapping.shape[0] - first)
             self._launch(stream, layers, count, mapping.ptr + first * step, pointers)
 
     def _launch(self, stream, layers, pairs, mapping, tail):
-        way = self._few if layers * pairs * self._many.chunks <= FEW_BLOCKS else self._many
+        way = self._wave if layers * pairs * self._usual.chunks in WAVE else self._usual
         blocks = pairs * way.chunks
         if self.max_blocks is not None:
             blocks = min(blocks, max(1, self.max_blocks // layers))

@@ -8,7 +8,6 @@ where a launch tells its kernel instead. To add an operation, write its calls be
 name them in `OPERATIONS`.
 """
 
-import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -400,39 +399,37 @@ def _biases(model):
             yield compute, dtype.name, keys, slopes, queries
 
 
-def _copied():
-    """Pairs, and how many layers' blocks they are for: to copy few and many takes two kernels."""
+def _pairs():
+    """Mappings of several lengths: how much there is to copy decides between two kernels."""
     half = BLOCKS // 2
-    return ([(0, 1)], 1), ([(n, half + n) for n in range(half)], 10)
+    return [[(n, half + n) for n in range(min(count, half))] for count in (1, 16, 256)]
 
 
 def _mappings(model):
     """The same, and mappings on the device."""
-    for pairs, layers in _copied():
-        for mapping in (pairs, *model.numbers(len(pairs), 2)):
-            yield mapping, layers
+    for pairs in _pairs():
+        yield from (pairs, *model.numbers(len(pairs), 2))
 
 
 def _copies(model):
     for caches in model.layers():
         if len(caches) == 2:
-            for mapping, layers in _mappings(model):
-                yield copy_blocks, *([cache] * layers for cache in caches), mapping
+            for mapping in _mappings(model):
+                yield copy_blocks, *([cache] for cache in caches), mapping
 
 
 def _mla_copies(model):
     for cache in model.single():
-        for mapping, layers in _mappings(model):
-            yield copy_blocks_mla, [cache] * layers, mapping
+        for mapping in _mappings(model):
+            yield copy_blocks_mla, [cache], mapping
 
 
 def _swaps(model):
     """To host memory and back, and within the GPU, it is the same kernel. The other side has no
     gaps, and its dimensions in the cache's order or as they are written."""
     for cache in itertools.chain(*model.layers()):
-        for like in (cache.dense, functools.partial(described, cache.shape, cache.dtype)):
-            for pairs, layers in _copied():
-                yield swap_blocks, [cache] * layers, [like() for _ in range(layers)], pairs
+        for other in (cache.dense(), described(cache.shape, cache.dtype)):
+            yield from ((swap_blocks, cache, other, pairs) for pairs in _pairs())
 
 
 def _moves(function, by_slot=False):

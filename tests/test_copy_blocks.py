@@ -64,10 +64,10 @@ def disjoint_pairs(rng, num_blocks, count):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "uint8", "float8_e4m3fn"])
 @pytest.mark.parametrize("where", ["list", "host", "device-int64", "device-int32"])
-@pytest.mark.parametrize("much", [False, True])
-def test_every_layout(world, rng, kind, dtype, where, much, monkeypatch):
-    if much:  # the kernel that copies many blocks copies these few
-        monkeypatch.setattr(blocks, "FEW_BLOCKS", 0)
+@pytest.mark.parametrize("wave", [False, True])
+def test_every_layout(world, rng, kind, dtype, where, wave, monkeypatch):
+    if wave:  # the kernel for more blocks than these
+        monkeypatch.setattr(blocks, "WAVE", range(100_000))
     keys, values = layers(rng, 3, kind, 11, dtype)
     pairs = disjoint_pairs(rng, 11, 4)
     cc.copy_blocks(

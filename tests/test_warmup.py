@@ -193,13 +193,14 @@ def test_each_kernel_once():
     assert len({kernel.key for kernel in kernels}) == len(kernels)
 
 
-def test_copies_of_few_and_of_many_blocks():
+@pytest.mark.parametrize("heads", (1, 8, 64, 1024))
+def test_copies_of_more_and_less(heads):
     for op in ("copy_blocks", "swap_blocks"):
         items = {
             int(kernel.expression.split(", ")[6])
-            for kernel in specialisations(8, 128, 16, ops=[op])
+            for kernel in specialisations(heads, 128, 16, ops=[op])
         }
-        assert items == {blocks.FEW_ITEMS, blocks.MANY_ITEMS}
+        assert items == {blocks.ITEMS, blocks.WAVE_ITEMS}
 
 
 def test_sparse_attention():
