@@ -34,8 +34,8 @@ __device__ __noinline__ void record_fault(u32 argument, i64 row, i64 value, i64 
   }
 }
 
-// The integer of type T at an address. It is read where this stands: an ordinary load the compiler
-// would move behind the next branch, and loads that need not wait for one another would.
+// The integer of type T at an address, read where this stands. The compiler moves ordinary loads
+// behind the branches before their use, where they wait for what those depend on.
 template <typename T>
 __device__ __forceinline__ i64 load_number(const char* at) {
 #ifdef __CUDA_ARCH__
