@@ -7,6 +7,7 @@ here loops over them in Python, except to say what is wrong with them.
 """
 
 import functools
+import itertools
 import operator
 import struct
 from typing import NamedTuple
@@ -63,7 +64,8 @@ def read(op, mapping, stream=None):
     if isinstance(mapping, (list, tuple)):
         return Pairs(_numbers(op, mapping))
     facts = arrays.read(mapping, f"{op}: block_mapping", stream)
-    array = _describe(op, facts._replace(ptr=0, keep=None))
+    low = facts.ptr | 16
+    array = _describe(op, facts._replace(ptr=low & -low, keep=None))  # of the address its alignment
     if array.device.kind == "cpu":
         view = arrays.as_numpy(facts.ptr, array.shape, array.strides, array.dtype.numpy)
         # A copy: what has been checked must not change before it is used.
@@ -73,13 +75,15 @@ def read(op, mapping, stream=None):
 
 @functools.lru_cache(maxsize=256)
 def _describe(op, facts):
-    """The `arrays.Array` of a mapping's facts but its address, checked."""
+    """The `arrays.Array` of a mapping's facts, checked; its address is the alignment of the real
+    one."""
     array = arrays.describe(facts, f"{op}: block_mapping")
     check = contract.Contract(op)
     check.shape("block_mapping", array, "_ 2")
     check.dtype("block_mapping", array, *formats.INDICES)
     if array.device.kind != "cpu":
         check.contiguous("block_mapping", array, 2)
+        check.aligned("block_mapping", array)
     return array
 
 
@@ -194,10 +198,12 @@ def check_apart(op, pairs, source, destination, sources, destinations):
         return
     alike = source.strides == destination.strides
     num_blocks = max(source.shape[0], destination.shape[0])
-    if alike and sources == destinations:
-        check_disjoint(op, pairs, num_blocks)
-        return
     (from_low, from_high), (to_low, to_high) = map(blocks.extent, (source, destination))
+    if alike and sources == destinations:
+        low, high = _block_extent(source)
+        if _apart(sources, from_high - from_low, abs(source.strides[0]), high - low):
+            check_disjoint(op, pairs, num_blocks)
+            return
     if max(sources) + from_high <= min(destinations) + to_low:
         return
     if max(destinations) + to_high <= min(sources) + from_low:
@@ -223,7 +229,25 @@ def check_apart(op, pairs, source, destination, sources, destinations):
             )
 
 
+@functools.lru_cache(maxsize=64)
+def _apart(addresses, size, step, block_size):
+    """Whether arrays of ``size`` bytes at these addresses surely share none: one lies behind the
+    other or, as in a pool of layers, their blocks, one every ``step`` bytes, lie between those of
+    the others."""
+    ordered = sorted(addresses)
+    if all(after - before >= size for before, after in itertools.pairwise(ordered)):
+        return True
+    inside = sorted(address % step for address in addresses) if step else [0, 0]
+    around = (*inside[1:], inside[0] + step)
+    return all(after - before >= block_size for before, after in zip(inside, around))
+
+
+def _block_extent(array):
+    """`blocks.extent` of a block of ``array``."""
+    return blocks.extent(array._replace(shape=(1, *array.shape[1:])))
+
+
 def _places(array, numbers):
     """Where blocks lie from the address of ``array`` on, and how many bytes one spans."""
-    low, high = blocks.extent(array._replace(shape=(1, *array.shape[1:])))
+    low, high = _block_extent(array)
     return numbers * array.strides[0] + low, high - low

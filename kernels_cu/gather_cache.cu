@@ -38,7 +38,7 @@ struct Params {
   i64 dst_outer_stride;
   i64 dst_head_stride;
   float scale_value;
-  u32 first_guarded;  // see find_token
+  u32 first_guarded;  // see TokenSearch::find
 };
 
 __device__ __forceinline__ Sequences sequences_of(const Params& p) {

@@ -25,7 +25,6 @@ struct Params {
   const char* k_scale;       // [heads] of float, or null: k_scale_value
   const char* v_scale;       // [heads] of float, or null: v_scale_value
   i64 tokens;
-  i64 heads;
   i64 num_blocks;
   i64 slot_stride;
   i64 key_token_stride;
@@ -96,7 +95,10 @@ struct Work {
     };
     const i64 middle = p.tokens / 2;
     const i64 a = slot(0), behind_a = slot(1), b = slot(middle), behind_b = slot(middle + 1);
-    if (a + 1 == behind_a || b + 1 == behind_b) return {tile, blockIdx.x};
+    const auto follows = [](i64 next, i64 one) {  // unsigned, because slots may be anything
+      return static_cast<u64>(next) - static_cast<u64>(one) == 1;
+    };
+    if (follows(behind_a, a) || follows(behind_b, b)) return {tile, blockIdx.x};
     const u32 block = tile * gridDim.x + blockIdx.x;
     return {block % tiles, block / tiles};
   }
@@ -144,7 +146,7 @@ __global__ void __launch_bounds__(kThreads)
   // elements of 8 bytes must stay aligned.
   constexpr int kRowWords = kTile * kElement / 4 + (kElement > 4 ? kElement / 4 : 1);
   constexpr int kValueElements = kValuePart / kElement;
-  __shared__ u32 transposed[kValueElements * kRowWords];
+  __shared__ __align__(16) u32 transposed[kValueElements * kRowWords];
   char* const transposed_bytes = reinterpret_cast<char*>(transposed);
 
   constexpr int kGroup = 16 / kElement;  // slots of a 16-byte vector

@@ -181,6 +181,20 @@ def test_nothing_to_copy(world, rng):
     expect_copied(world, keys + values, [])
 
 
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_unaligned_device_mapping_is_refused(emulated_world, rng, dtype):
+    world = emulated_world()
+    try:
+        keys, values = layers(rng, 1, "contiguous", 4, "float16")
+        pairs = worlds.Buffer(64, None, fill=0).view((2, 2), dtype, offset=2)
+        for _ in range(2):
+            with pytest.raises(cc.StrideError, match="block_mapping.*multiples"):
+                cc.copy_blocks([world.put(keys[0])], [world.put(values[0])], world.put(pairs))
+        expect_copied(world, keys + values, [])
+    finally:
+        world.close()
+
+
 def test_device_mapping_out_of_range_is_skipped_and_recorded(world, rng):
     if not world.on_gpu:
         pytest.skip("a mapping in host memory is refused before anything is written")

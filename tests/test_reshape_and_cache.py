@@ -6,7 +6,7 @@ import pytest
 import worlds
 
 import cupy_cache as cc
-from cupy_cache import formats
+from cupy_cache import formats, launch
 
 
 def caches(rng, num_blocks, heads, key_size, value_size, block_size, x, dtype, pad=0):
@@ -63,8 +63,12 @@ def test_every_shape(
 
 
 @pytest.mark.parametrize("slots", ["random", "consecutive", "random-then-consecutive"])
-def test_many_tokens(world, rng, slots):
-    """From 8,192 on the order of the work depends on what the slots look like."""
+@pytest.mark.parametrize("deep", [False, True])
+def test_many_tokens(world, rng, slots, deep, monkeypatch):
+    """From 8,192 on the order of the work depends on what the slots look like. The tiles may take
+    more than one dimension of the grid, which then has room for more than there are."""
+    if deep:
+        monkeypatch.setattr(launch, "MAX_GRID_YZ", 30)
     tokens, num_blocks = int(rng.integers(8192, 8300)), 600
     mapping = rng.permutation(num_blocks * 16)
     if slots == "consecutive":

@@ -173,6 +173,29 @@ def test_layers_that_share_memory_with_other_layers_are_refused(world, rng):
         np.testing.assert_array_equal(world.bytes_of(spec), expected[id(spec.buffer)])
 
 
+def test_layers_that_overlap_one_another(rng):
+    """Any two layers of one list, against what their bytes say: blocks of 4 bytes, one every 6."""
+    refused = 0
+    for _ in range(300):
+        memory = np.zeros(128, np.uint8)
+        at = [int(n) for n in rng.integers(0, 60, 2)]
+        layers = [np.ndarray((7, 4), np.uint8, memory, n, (6, 1)) for n in at]
+        numbers = rng.permutation(7)
+        pairs = [(int(a), int(b)) for a, b in (numbers[:2], numbers[2:4])]
+        read, written = (
+            [n + 6 * pair[side] + byte for n in at for pair in pairs for byte in range(4)]
+            for side in range(2)
+        )
+        try:
+            cc.swap_blocks(layers, layers, pairs)
+            assert set(read).isdisjoint(written)
+        except cc.ArgumentError:
+            refused += 1
+            assert at[0] == at[1] or not set(read).isdisjoint(written)
+            assert not memory.any()
+    assert 0 < refused < 300
+
+
 def test_layers_of_one_pool(world, rng):
     """Blocks of different layers lie between each other."""
     pool = worlds.array(rng, (6, 3, 4, 8), "float16")

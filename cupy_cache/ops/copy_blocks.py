@@ -20,7 +20,8 @@ def copy_blocks(key_caches, value_caches, block_mapping, *, stream=None):
     ----------
     key_caches : list of arrays [num_blocks, ...]
         One for each layer, all of the same shape, strides, dtype (any) and device. Blocks may have
-        gaps between and inside them (views of packed pages); only their elements are copied.
+        gaps between and inside them (views of packed pages); only their elements are copied, of
+        which no two arrays may share any.
     value_caches : list of arrays [num_blocks, ...]
         Likewise, as many; their blocks may be shaped differently from the keys'.
     block_mapping : sequence of (source, destination), or int32 or int64 array [num_pairs, 2]
@@ -103,7 +104,8 @@ class Copier:
         self._addresses = [a for layer in zip(*(x.addresses for x in self._layers)) for a in layer]
         self._table, self._plans, self._current_stream = None, {}, None
         if self._facts:
-            self._current_stream = blocks.current_stream_for(self._facts[0], "the first layer")
+            name = f"{op}: {names[0]}[0]"
+            self._current_stream = blocks.current_stream_for(self._facts[0], name)
 
     @property
     def dimensions(self):

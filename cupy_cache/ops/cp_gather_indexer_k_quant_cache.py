@@ -11,7 +11,7 @@ PARAMS = params.Struct(
     constant="num_blocks:i64 table_width:i64 table_stride:i64 block_stride:i64 k_stride:i64 "
     "scale_stride:i64",
 )
-VECTORS = 2  # of a key and of its scales that a thread moves: they pay for its binary search
+VECTORS = 2  # of a key and of its scales that a thread moves: they pay for its search
 
 
 def cp_gather_indexer_k_quant_cache(

@@ -11,7 +11,7 @@ NAME = "reshape_and_cache"
 PARAMS = params.Struct(
     per_call="key:ptr value:ptr key_cache:ptr value_cache:ptr slot_mapping:ptr k_scale:ptr "
     "v_scale:ptr tokens:i64",
-    constant="heads:i64 num_blocks:i64 slot_stride:i64 "
+    constant="num_blocks:i64 slot_stride:i64 "
     "key_token_stride:i64 key_head_stride:i64 value_token_stride:i64 value_head_stride:i64 "
     "key_block_stride:i64 key_cache_head_stride:i64 key_pack_stride:i64 key_offset_stride:i64 "
     "value_block_stride:i64 value_cache_head_stride:i64 value_slots_stride:i64 "
@@ -145,7 +145,7 @@ def _plan(op, described, options):
     launcher = launch.Launcher(
         kernel,
         key_cache.device.index,
-        (heads, size["num_blocks"], slot_mapping.strides[0], *key.strides[:2], *value.strides[:2],
+        (size["num_blocks"], slot_mapping.strides[0], *key.strides[:2], *value.strides[:2],
          *key_cache.strides[:4], block_stride, head_stride, slots_stride, element_stride,
          *scale_steps, *(number or 0.0 for number in numbers)),
     )  # fmt: skip

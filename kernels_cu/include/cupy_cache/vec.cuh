@@ -52,7 +52,8 @@ struct Elements {
 
 // What the L2 is to do with this launch's lines. How much is moved decides, and the number of
 // threads tells it: each moves 16 to 64 bytes. (Not where they loop, as for copies over the bus,
-// which are too slow to fill the L2.) Measured on an H200:
+// which are too slow to fill the L2; 2^32 threads and more are counted wrong, which costs a hint.)
+// Measured on an H200:
 // - Lines are the first to leave. What others keep in the L2 stays there, and what was written has
 //   reached the memory before later lines need its room.
 // - But a few (of fewer than `few` threads) that are read, from what was written just before, cost
