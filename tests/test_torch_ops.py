@@ -34,7 +34,6 @@ NOT_REGISTERED = {
 }
 CASES = [name for name in cases.CASES if name.partition("-")[0] not in NOT_REGISTERED]
 NAMES = [schema.partition("(")[0] for schema in torch_ops.SCHEMAS]
-WORLDS = ("torch-cpu", "torch-cuda")
 
 only_torch = pytest.mark.parametrize(
     "world",
