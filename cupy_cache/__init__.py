@@ -12,6 +12,7 @@ Modules, in dependency order (there are no cycles):
 * ``ops``, ``attention``
 * ``kv_cache``, ``warmup``
 * everything a user calls, here
+* ``torch_ops``, which a user imports for ``torch.compile``
 """
 
 from . import log

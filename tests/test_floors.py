@@ -26,7 +26,7 @@ FLOORS = (
     ("repeats", "dispatch", "block_numbers", "blocks", "block_pairs", "mla", "packing",
      "gathering", "indexer", "slots"),
     ("ops.*", "attention"),
-    ("specialisations", "warmup", "kv_cache", "torch_ops", "__init__"),
+    ("specialisations", "warmup", "kv_cache", "__init__", "torch_ops"),
     ("info", "demo", "__main__"),
 )  # fmt: skip
 SHARED_ROOMS = FLOORS[4]

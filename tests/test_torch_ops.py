@@ -1,0 +1,382 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""The operations as torch's: results, schemas, tracing, compiled code.
+
+What the operations do is tested elsewhere; here the common cases (tests/cases.py) are called
+through ``torch.ops.cupy_cache`` and compared with the same plain loops.
+"""
+
+import importlib
+import inspect
+import subprocess
+import sys
+
+import cases
+import numpy as np
+import oracle
+import pytest
+import worlds
+
+import cupy_cache as cc
+
+torch = pytest.importorskip("torch")
+
+from cupy_cache import torch_ops  # noqa: E402
+
+# Public functions that are not registered, and why.
+NOT_REGISTERED = {
+    "swap_blocks_batch": "it gets addresses: torch could not know what is written",
+    "alibi_slopes": "it takes no tensor, and what it returns is remembered",
+    "place_slopes": "likewise",
+    "packed_size": "a number, of shapes alone",
+    "raise_faults": "it waits for the device and returns nothing",
+    "warmup": "it compiles, and takes no tensor",
+}
+CASES = [name for name in cases.CASES if name.partition("-")[0] not in NOT_REGISTERED]
+NAMES = [schema.partition("(")[0] for schema in torch_ops.SCHEMAS]
+
+only_torch = pytest.mark.parametrize(
+    "world",
+    ["torch-cpu", pytest.param("torch-cuda", marks=pytest.mark.gpu)],
+    indirect=True,
+)
+
+
+def overload(name):
+    """The `OpOverload` of a name with or without an overload's."""
+    packet, _, which = name.partition(".")
+    return getattr(getattr(torch.ops.cupy_cache, packet), which or "default")
+
+
+# --- the common cases, through torch --------------------------------------------------------------
+
+
+def as_tensor(value):
+    """A NumPy array as a tensor of the same memory."""
+    bits = torch.from_numpy(value.view(f"i{value.itemsize}"))
+    return bits.view(getattr(torch, value.dtype.name))
+
+
+def translate(name, signature, args, options):
+    """A public function's call as an operation's: (the name with its overload, args, options)."""
+    given = dict(signature.bind(*args, **options).arguments)
+    if "block_mapping" in given and name == "swap_blocks":
+        (given["block_mapping"],) = given["block_mapping"]
+    for argument, value in list(given.items()):
+        if isinstance(value, np.ndarray):
+            given[argument] = as_tensor(value)
+        elif argument in ("block_mapping", "block_ids", "slot_mapping") and type(value) is list:
+            given[argument] = torch.tensor(value)
+        elif "scale" in argument and isinstance(value, float):
+            device = given["output"].device
+            given[argument] = torch.tensor([value], dtype=torch.float32, device=device)
+        elif argument == "caches":
+            given[argument] = [cache for layer in value for cache in layer]
+            given["with_values"] = True
+    if "out" in given and f"{name}.out" in NAMES:
+        name += ".out"
+    schema = overload(name)._schema
+    positional = [a.name for a in schema.arguments if not a.kwarg_only and a.name in given]
+    return name, [given.pop(argument) for argument in positional], given
+
+
+@pytest.fixture(params=CASES)
+def call_of(request, rng, monkeypatch):
+    """Makes, of ``run(operation, args, options)``, the common case whose call goes through it."""
+    name = request.param.partition("-")[0]
+    signature = inspect.signature(getattr(cc, name))
+
+    def make(run):
+        def through(*args, **options):
+            which, args, options = translate(name, signature, args, options)
+            run(overload(which), args, options)
+
+        monkeypatch.setattr(cc, name, through)
+        return cases.CASES[request.param](rng)
+
+    yield make
+
+
+@pytest.mark.whole
+@only_torch
+def test_common_case(world, call_of):
+    case = call_of(lambda operation, args, options: operation(*args, **options))
+    case.call(world)
+    case.check(world)
+
+
+@pytest.mark.whole
+@only_torch
+def test_opcheck(world, call_of):
+    """torch's own: what is written is what the schema says, and tracing sees what runs."""
+    case = call_of(lambda *call: torch.library.opcheck(*call))
+    case.call(world)
+
+
+@pytest.mark.whole
+@only_torch
+def test_compiled(world, call_of):
+    def run(operation, args, options):
+        def step(*args):
+            operation(*args, **options)
+
+        torch._dynamo.reset()
+        torch.compile(step, fullgraph=True, backend="aot_eager")(*args)
+
+    case = call_of(run)
+    case.call(world)
+    case.check(world)
+
+
+# --- results that are new -------------------------------------------------------------------------
+
+
+def step_arrays(rng):
+    """(block table, positions, query_start_loc) of three requests and nine tokens."""
+    table = rng.integers(0, 1000, (3, 2)).astype(np.int32)
+    return table, rng.integers(0, 32, 9), np.array([0, 4, 4, 9], np.int32)
+
+
+def put_all(world, values):
+    return [world.put(worlds.of_values(value)) for value in values]
+
+
+def check_new(world, name, args, options, expected):
+    """Called, and compiled, the operation returns ``expected``; opcheck has nothing to say."""
+    torch.library.opcheck(overload(name), args, options)
+    torch._dynamo.reset()
+    packet = getattr(torch.ops.cupy_cache, name)
+    compiled = torch.compile(
+        lambda *args: packet(*args, **options) + 0, fullgraph=True, backend="aot_eager"
+    )
+    for made in (packet(*args, **options), compiled(*args)):
+        assert made.dtype == getattr(torch, expected.dtype.name)
+        np.testing.assert_array_equal(made.cpu().float().numpy(), expected.astype(np.float32))
+
+
+@only_torch
+def test_new_slots(world, rng):
+    values = step_arrays(rng)
+    expected = np.empty(9, np.int64)
+    oracle.slot_mapping(*values, 8 * 4, expected, 2, 1, 4)
+    options = {"cp_world_size": 2, "cp_rank": 1, "cp_interleave": 4}
+    check_new(world, "slot_mapping", [*put_all(world, values), 32], options, expected)
+
+
+@only_torch
+def test_new_slots_of_groups(world, rng):
+    table, positions, starts = step_arrays(rng)
+    expected = np.empty((2, 9), np.int64)
+    oracle.slot_mapping(table, positions, starts, 16, expected[0])
+    expected[1] = -1
+    table, positions, starts = put_all(world, (table, positions, starts))
+    args = [table, table], None, positions, starts, [16, 8]
+    check_new(world, "slot_mapping_groups", args, {"enabled": [True, False]}, expected)
+
+
+@only_torch
+@pytest.mark.parametrize("dtype", [None, "float16"])
+def test_new_bias(world, rng, dtype):
+    values = np.array([0.5, 0.25, 0.75], np.float32), rng.integers(0, 99, 4), np.arange(24)
+    expected = np.empty((3, 4, 24), dtype or np.float32)
+    oracle.alibi_bias(*values, expected, sqrt=True)
+    options = {"dtype": dtype, "sqrt": True}
+    check_new(world, "alibi_bias", put_all(world, values), options, expected)
+
+
+# --- several in one function ----------------------------------------------------------------------
+
+
+def write_copy_and_gather(key, value, key_cache, value_cache, slots, pairs, table, bounds):
+    """Write a step's tokens, copy blocks and read keys back, all on what came before."""
+    torch.ops.cupy_cache.reshape_and_cache_flash(key * 2, value, key_cache, value_cache, slots)
+    torch.ops.cupy_cache.copy_blocks([key_cache], [value_cache], pairs)
+    rows = torch.zeros_like(key)
+    torch.ops.cupy_cache.cp_gather_cache(key_cache, rows, table, bounds, table.shape[0])
+    return rows + 1
+
+
+def numbers_of(rng, tokens):
+    """NumPy arrays for `write_copy_and_gather`; block 3 becomes a copy of block 1 and is read."""
+    key, value = rng.integers(-9, 9, (2, tokens, 2, 8)).astype(np.float32)
+    pages = rng.integers(-9, 9, (5, 4, 2, 16)).astype(np.float32)
+    slots = 4 + rng.permutation(4)[:tokens]
+    pairs, table = np.array([[1, 3]]), np.array([[3]], np.int32)
+    bounds = np.array([0, tokens], np.int32)
+    return key, value, pages, slots, pairs, table, bounds
+
+
+def run_step(function, world, values):
+    """``function`` on the world's arrays, with both caches views of one packed page; what it
+    returned and the pages, as NumPy."""
+    specs = [worlds.of_values(value) for value in values]
+    key, value, pages, *others = map(world.put, specs)
+    rows = function(key, value, pages[..., :8], pages[..., 8:], *others)
+    return rows.cpu().numpy(), specs[2].on(world.bytes_of(specs[2]))
+
+
+def expected_step(key, value, pages, slots, pairs, table, bounds):
+    pages, rows = pages.copy(), np.zeros_like(key)
+    key_cache, value_cache = pages[..., :8], pages[..., 8:]
+    oracle.reshape_and_cache_flash(key * 2, value, key_cache, value_cache, slots)
+    oracle.copy_blocks([key_cache, value_cache], pairs.tolist())
+    oracle.gather_cache(key_cache, rows, table, bounds, None)
+    return rows + 1, pages
+
+
+@only_torch
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiled_function(world, rng, dynamic):
+    """Steps of different length; the second one compiles for any, or finds that done."""
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        write_copy_and_gather, fullgraph=True, backend="aot_eager", dynamic=dynamic
+    )
+    for tokens in (4, 3):
+        values = numbers_of(rng, tokens)
+        for made, wanted in zip(run_step(compiled, world, values), expected_step(*values)):
+            np.testing.assert_array_equal(made, wanted)
+
+
+@only_torch
+def test_errors_keep_their_class(world, rng):
+    key, value, pages, slots, *others = numbers_of(rng, 4)
+    wrong = key, value, pages, slots[None], *others
+    torch._dynamo.reset()
+    compiled = torch.compile(write_copy_and_gather, fullgraph=True, backend="aot_eager")
+    for function in (write_copy_and_gather, compiled):
+        with pytest.raises(cc.ShapeError, match="Invalid shape of slot_mapping"):
+            run_step(function, world, wrong)
+
+
+@only_torch
+def test_an_odd_list_of_keys_and_values_is_refused(world, rng):
+    specs = [worlds.array(rng, (4, 2, 8), "float16") for _ in range(3)]
+    with pytest.raises(cc.ShapeError, match=r"Invalid length of caches\[1\]"):
+        torch.ops.cupy_cache.zero_blocks(
+            [world.put(spec) for spec in specs], torch.tensor([1]), with_values=True
+        )
+    for spec in specs:
+        np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
+
+
+@only_torch
+def test_one_cache_for_each_layer(world, rng):
+    specs = [worlds.array(rng, (4, 2, 8), "float16") for _ in range(3)]
+    expected = [spec.on(spec.buffer.bytes.copy()) for spec in specs]
+    torch.ops.cupy_cache.zero_blocks([world.put(spec) for spec in specs], torch.tensor([1, 2]))
+    oracle.zero_blocks(expected, [1, 2])
+    for spec, cache in zip(specs, expected):
+        np.testing.assert_array_equal(spec.on(world.bytes_of(spec)), cache)
+
+
+@only_torch
+@pytest.mark.parametrize("form", ["layers", "sized"])
+def test_other_forms_of_swap_blocks(world, rng, form):
+    source, destination = (worlds.array(rng, (n, 4, 8), "int32") for n in (3, 5))
+    src, dst, pairs = world.put(source), world.put(destination), torch.tensor([[2, 0], [0, 4]])
+    args = ([src], [dst], pairs) if form == "layers" else (src, dst, 128, pairs)
+    torch.library.opcheck(overload(f"swap_blocks.{form}"), args)
+    torch.ops.cupy_cache.swap_blocks(*args)
+    expected = destination.on(destination.buffer.bytes.copy())
+    oracle.swap_blocks(source.on(source.buffer.bytes), expected, pairs.tolist())
+    np.testing.assert_array_equal(destination.on(world.bytes_of(destination)), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("world", ["torch-cuda"], indirect=True)
+def test_graph(world, rng):
+    """Captured, the operation does nothing; replayed, it writes."""
+    warm = worlds.TorchCudaWorld()
+    case = cases.CASES["reshape_and_cache_flash"](rng)
+    operation = torch.ops.cupy_cache.reshape_and_cache_flash
+    operation(*case.put(warm))
+    put = case.put(world)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        operation(*put)
+    for spec in case.written:
+        np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
+    graph.replay()
+    case.check(world)
+
+
+# --- the table ------------------------------------------------------------------------------------
+
+
+def test_every_function_is_registered_or_has_a_reason():
+    public = {n for n in cc.__all__ if inspect.isfunction(getattr(cc, n))}
+    registered = {name.partition(".")[0] for name in NAMES}
+    assert registered | NOT_REGISTERED.keys() == public
+    assert not registered & NOT_REGISTERED.keys()
+    assert all(NOT_REGISTERED.values())
+
+
+def positional(parameter):
+    """An optional keyword as an argument that is needed."""
+    return parameter.replace(default=parameter.empty, kind=parameter.POSITIONAL_OR_KEYWORD)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments_are_those_of_the_function(name):
+    """Names, order, defaults. torch leaves out arguments that have their default, so those of the
+    schema must mean what the function's do."""
+    packet, _, which = name.partition(".")
+    wanted = dict(inspect.signature(getattr(cc, packet)).parameters)
+    del wanted["stream"]
+    if packet == "swap_blocks":
+        mapping, size = wanted.pop("block_mapping"), wanted.pop("block_size_in_bytes")
+        if which == "sized":
+            wanted["block_size_in_bytes"] = positional(size)
+        wanted["block_mapping"] = mapping
+    if "out" in wanted and packet in torch_ops._RESULTS:
+        out = wanted.pop("out")
+        if which == "out":
+            at = [p.kind is p.KEYWORD_ONLY for p in wanted.values()].index(True)
+            named = list(wanted.items())
+            wanted = dict([*named[:at], ("out", positional(out)), *named[at:]])
+    arguments = list(overload(name)._schema.arguments)
+    if "caches" in wanted:
+        assert arguments.pop().name == "with_values"
+    assert [argument.name for argument in arguments] == list(wanted)
+    for argument, parameter in zip(arguments, wanted.values()):
+        assert argument.kwarg_only == (parameter.kind is parameter.KEYWORD_ONLY)
+        has_default = parameter.default is not parameter.empty
+        assert argument.has_default_value() == has_default
+        if has_default:
+            same = (argument.name, packet) == ("scale", "convert_fp8") and parameter.default == 1.0
+            assert same or argument.default_value == parameter.default
+
+
+# --- importing ------------------------------------------------------------------------------------
+
+
+def test_reloading_and_importing_again(monkeypatch):
+    before = torch.ops.cupy_cache.convert_fp8
+    importlib.reload(torch_ops)
+    monkeypatch.delitem(sys.modules, "cupy_cache.torch_ops")
+    monkeypatch.setattr(cc, "torch_ops", torch_ops)
+    importlib.import_module("cupy_cache.torch_ops")
+    assert torch.ops.cupy_cache.convert_fp8 is before
+    stored = torch.zeros(3, dtype=torch.uint8)
+    before(stored, torch.ones(3))
+    assert stored.tolist() == [0x38] * 3  # 1.0 in e4m3
+
+
+def run_python(code):
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True,
+                          text=True, check=True).stdout  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "torch_is", ["None", "types.SimpleNamespace(library=0, __version__='2.3')"]
+)
+def test_without_torch(torch_is):
+    code = (
+        f"import sys, types, cupy_cache\nsys.modules['torch'] = {torch_is}\n"
+        "try: import cupy_cache.torch_ops\n"
+        "except cupy_cache.MissingDependencyError as error: print(error)"
+    )
+    assert "needs torch 2.4 or newer (pip install 'torch>=2.4')" in run_python(code)
