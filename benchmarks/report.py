@@ -264,6 +264,7 @@ def draw_host(pyplot, records):
     row = 0
     for op in HOST_OPS:
         group = [r for r in groups.get(op, []) if r["host_us"] and r["peers"]]
+        group = [r for r in group if not r.get("same_pairs")]  # the host does not care
         if not group:
             continue
         most = max(_compared_first(r) for r in group)

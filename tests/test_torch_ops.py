@@ -23,6 +23,9 @@ torch = pytest.importorskip("torch")
 
 from cupy_cache import torch_ops  # noqa: E402
 
+# Where there is a GPU, torch 2.11's compiler imports parts of torch that warn of other parts.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
+
 # Public functions that are not registered, and why.
 NOT_REGISTERED = {
     "swap_blocks_batch": "it gets addresses: torch could not know what is written",
