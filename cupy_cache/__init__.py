@@ -7,7 +7,7 @@ Modules, in dependency order (there are no cycles):
 * ``errors``, ``env``, ``log``
 * ``formats``, ``params``
 * ``torch_tensors``, ``arrays``, ``contract``
-* ``allocations``, ``modules``, ``launch``, ``cpu``
+* ``allocations``, ``modules``, ``launch``, ``conversions``, ``cpu``
 * ``repeats``, ``dispatch``
 * ``ops``, ``attention``
 * ``kv_cache``, ``warmup``

@@ -22,7 +22,7 @@ FLOORS = (
     ("errors", "env", "log", "_version"),
     ("formats", "params"),
     ("torch_tensors", "arrays", "contract"),
-    ("allocations", "modules", "launch", "cpu"),
+    ("allocations", "modules", "launch", "conversions", "cpu"),
     ("repeats", "dispatch", "block_numbers", "blocks", "block_pairs", "mla", "packing",
      "gathering", "indexer", "slots"),
     ("ops.*", "attention"),
