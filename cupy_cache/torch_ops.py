@@ -30,8 +30,9 @@ operations on tensors, and a `PagedKVCache` holds addresses: make and call them 
 compiled.
 
 Nothing has a gradient. Needs torch 2.4, for ``torch.library.register_fake``; the rest
-(``torch.library.Library``, its ``define`` and ``impl``, ``torch.Tag``) is older. Tried with 2.13,
-whose Inductor writes caches in place, views and lists of them too; older ones may copy them.
+(``torch.library.Library``, its ``define`` and ``impl``, ``torch.Tag``) is older. Tried with 2.4,
+which compiles no operation that writes a list of tensors, 2.5, 2.11 and 2.13, whose Inductor writes
+caches in place, views and lists of them too; older ones may copy them.
 """
 
 import inspect
