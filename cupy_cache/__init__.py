@@ -8,9 +8,10 @@ Modules, in dependency order (there are no cycles):
 * ``formats``, ``params``
 * ``torch_tensors``, ``arrays``, ``contract``
 * ``allocations``, ``modules``, ``launch``, ``conversions``, ``cpu``
-* ``repeats``, ``dispatch``
+* ``repeats``, ``dispatch``, and what several operations share: ``block_numbers``, ``blocks``,
+  ``block_pairs``, ``mla``, ``packing``, ``gathering``, ``indexer``, ``slots``
 * ``ops``, ``attention``
-* ``kv_cache``, ``warmup``
+* ``specialisations``, ``warmup``, ``kv_cache``
 * everything a user calls, here
 * ``torch_ops``, which a user imports for ``torch.compile``
 """

@@ -127,12 +127,12 @@ class PagedKVCache:
             raise ShapeError(
                 "swap_blocks: Invalid kind of other: expected value caches on both sides or on none"
             )
+        lists = [(self.key_caches, other.key_caches)]
         if self.value_caches is not None:
-            # Without pairs only the checks run: an error comes before anything is written.
-            swap_blocks.swap_blocks(self.key_caches, other.key_caches, [], stream=stream)
-            here, there = self.value_caches, other.value_caches
-            swap_blocks.swap_blocks(here, there, block_mapping, stream=stream)
-        swap_blocks.swap_blocks(self.key_caches, other.key_caches, block_mapping, stream=stream)
+            lists.append((self.value_caches, other.value_caches))
+        # All are checked before the first is copied: an error comes before anything is written.
+        for copy in [swap_blocks.checked(*sides, block_mapping, stream=stream) for sides in lists]:
+            copy()
 
 
 def _for_each_layer(name, scales, layers):

@@ -168,6 +168,23 @@ def test_swaps_with_another(world, rng, kind):
             )
 
 
+def test_swaps_refused_for_the_keys_alone_write_no_values(world, rng):
+    """Two that share key caches, in which blocks may not be both source and destination."""
+    (keys, values), (others,) = caches(rng, "flash", "float16"), caches(rng, "flash", "float16")[1:]
+    shared, *values_put = put(world, [keys, values, others])
+    here, there = (cc.PagedKVCache(shared, held) for held in values_put)
+    with pytest.raises(cc.ArgumentError, match="got block 2 as both"):
+        here.swap_blocks(there, [(1, 2), (2, 3)])
+    for spec in (*keys, *values, *others):
+        np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
+    here.swap_blocks(there, [(1, 2), (0, 3)])
+    for held, source in (*zip(keys, keys), *zip(others, values)):
+        expected = held.on(held.buffer.bytes.copy())
+        read = source.on(source.buffer.bytes)
+        expected[2], expected[3] = read[1], read[0]
+        np.testing.assert_array_equal(held.on(world.bytes_of(held)), expected)
+
+
 def test_refusals(world, rng):
     keys, values = caches(rng, "flash", "float32")
     with pytest.raises(cc.ShapeError, match="value_caches"):

@@ -20,7 +20,7 @@ def swap_blocks(src, dst, *block_mapping, block_size_in_bytes=None, stream=None)
     arrays of any shape.
 
     Between a GPU and pinned host memory, scattered blocks are moved by a kernel that accesses the
-    host memory itself, and runs of neighbouring blocks of 1 MiB or more by the copy engines; both
+    host memory itself, and runs of neighbouring blocks of 2 MiB or more by the copy engines; both
     are enqueued and can be captured. Host memory that is not pinned works too, slower: the driver
     stages it, and the call may wait.
 
@@ -50,6 +50,13 @@ def swap_blocks(src, dst, *block_mapping, block_size_in_bytes=None, stream=None)
         (block_mapping,) = block_mapping
     else:
         raise TypeError(f"{op}() takes block_mapping, or block_size_in_bytes and block_mapping")
+    checked(src, dst, block_mapping, block_size_in_bytes, stream)()
+
+
+def checked(src, dst, block_mapping, block_size_in_bytes=None, stream=None):
+    """`swap_blocks` as a function without arguments that copies; whatever there is to refuse is
+    refused here."""
+    op = "swap_blocks"
     sources, destinations = _as_list(src), _as_list(dst)
     if len(sources) != len(destinations):
         raise ShapeError(
@@ -57,7 +64,7 @@ def swap_blocks(src, dst, *block_mapping, block_size_in_bytes=None, stream=None)
             f"{len(destinations)}"
         )
     if not sources:
-        return
+        return _nothing
     if stream is not None:
         stream = arrays.stream_pointer(stream)
     else:
@@ -78,7 +85,11 @@ def swap_blocks(src, dst, *block_mapping, block_size_in_bytes=None, stream=None)
         block_pairs.check_apart(
             op, pairs, plan.source, plan.destination, source.addresses, destination.addresses
         )
-    plan.run(source.addresses, destination.addresses, pairs, stream)
+    return functools.partial(plan.run, source.addresses, destination.addresses, pairs, stream)
+
+
+def _nothing():
+    """No layers, nothing to copy."""
 
 
 def _check_written_once(op, sources, destinations):
