@@ -33,7 +33,7 @@ BENCH=${BENCH:-"benchmarks/bench_limits.py benchmarks/bench_reshape_and_cache_fl
   benchmarks/bench_quantised_writes.py benchmarks/bench_mla.py
   benchmarks/bench_reshape_and_cache.py benchmarks/bench_swap_blocks.py
   benchmarks/bench_ablation.py benchmarks/bench_growth.py benchmarks/bench_slot_mapping.py
-  benchmarks/bench_start.py benchmarks/bench_attention.py benchmarks/bench_packing.py
+  benchmarks/bench_start.py benchmarks/bench_alibi_slopes.py benchmarks/bench_packing.py
   benchmarks/bench_indexer.py"}
 
 # Compiling takes longest, so the tests share the cores where pytest-xdist is there.

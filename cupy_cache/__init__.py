@@ -16,9 +16,10 @@ Modules, in dependency order (there are no cycles):
 * ``torch_ops``, which a user imports for ``torch.compile``
 """
 
-from . import log
 from ._version import __version__
-from .attention import alibi_slopes, place_slopes
+from .attention.alibi_bias import alibi_bias
+from .attention.alibi_slopes import alibi_slopes, place_slopes
+from .compilation import warmup
 from .errors import (
     ArgumentError,
     CaptureError,
@@ -35,8 +36,6 @@ from .errors import (
     UnsupportedArchitectureError,
 )
 from .kv_cache import PagedKVCache
-from .launch import raise_faults
-from .ops.alibi_bias import alibi_bias
 from .ops.concat_and_cache_mla import concat_and_cache_mla
 from .ops.concat_and_cache_mla_grouped import concat_and_cache_mla_grouped
 from .ops.convert_fp8 import convert_fp8
@@ -47,13 +46,7 @@ from .ops.cp_gather_indexer_k_quant_cache import cp_gather_indexer_k_quant_cache
 from .ops.gather_and_maybe_dequant_cache import gather_and_maybe_dequant_cache
 from .ops.gather_cache import gather_cache
 from .ops.indexer_k_quant_and_cache import indexer_k_quant_and_cache
-from .ops.pack_blocks import (
-    pack_blocks,
-    pack_tokens,
-    packed_size,
-    unpack_blocks,
-    unpack_tokens,
-)
+from .ops.pack_blocks import pack_blocks, pack_tokens, packed_size, unpack_blocks, unpack_tokens
 from .ops.reshape_and_cache import reshape_and_cache
 from .ops.reshape_and_cache_flash import reshape_and_cache_flash
 from .ops.reshape_and_cache_flash_per_token_head import reshape_and_cache_flash_per_token_head
@@ -62,7 +55,8 @@ from .ops.slot_mapping_groups import slot_mapping_groups
 from .ops.swap_blocks import swap_blocks
 from .ops.swap_blocks_batch import swap_blocks_batch
 from .ops.zero_blocks import zero_blocks
-from .warmup import warmup
+from .runtime import log
+from .runtime.launch import raise_faults
 
 __all__ = [
     "ArgumentError",

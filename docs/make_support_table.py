@@ -3,7 +3,7 @@
 """Writes docs/support.md: operation x layout x dtype x framework x backend.
 
 Nothing is listed here by hand. Whether an operation takes a combination is asked of the operation
-itself, which gets the calls that `warmup` makes of it (`cupy_cache.specialisations`). Which kinds
+itself, which gets the calls that `warmup` makes of it (`cupy_cache.compilation`). Which kinds
 of arrays it takes is what the tests run its common case on (tests/cases.py, tests/conftest.py).
 tests/test_support_table.py compares the file with what this makes, and makes each marked call with
 real arrays.
@@ -17,9 +17,10 @@ import sys
 from pathlib import Path
 
 import cupy_cache as cc
-from cupy_cache import errors, formats
+from cupy_cache import errors
+from cupy_cache.compilation.specialisations import OPERATIONS, specialisations
 from cupy_cache.ops.concat_and_cache_mla import FP8_DS_MLA
-from cupy_cache.specialisations import OPERATIONS, specialisations
+from cupy_cache.runtime import formats
 
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "docs" / "support.md"

@@ -16,7 +16,7 @@ import oracle
 import worlds
 
 import cupy_cache as cc
-from cupy_cache import arrays
+from cupy_cache.runtime import arrays
 
 
 class Case:

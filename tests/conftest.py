@@ -16,7 +16,7 @@ sys.path.insert(0, os.path.dirname(__file__))
 import worlds
 
 import cupy_cache as cc
-from cupy_cache import env
+from cupy_cache.runtime import env
 
 
 def _gpu_missing():

@@ -7,7 +7,7 @@ import importlib.metadata
 import re
 import subprocess
 
-from cupy_cache import modules
+from cupy_cache.runtime import modules
 
 # heads, head size, block size, dtype
 ONE_SHAPE = (8, 128, 16, "bfloat16")

@@ -39,8 +39,8 @@ from machine_code import (
     template_parameters,
 )
 
-from cupy_cache import modules
-from cupy_cache.specialisations import specialisations
+from cupy_cache.compilation.specialisations import specialisations
+from cupy_cache.runtime import modules
 
 FOLDER = Path(__file__).resolve().parent / "resources"
 COMMAND = "python tests/make_resources.py"

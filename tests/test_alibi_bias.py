@@ -8,6 +8,7 @@ import pytest
 import worlds
 
 import cupy_cache as cc
+from cupy_cache.runtime import launch
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -176,7 +177,7 @@ def test_more_than_one_dimension_of_a_grid_holds(rng, shape):
 
 def test_a_grid_that_must_stride(world, rng, monkeypatch):
     """Queries and heads beyond what one launch's grid has, were the grid that small."""
-    monkeypatch.setattr(cc.launch, "MAX_GRID_YZ", 2)
+    monkeypatch.setattr(launch, "MAX_GRID_YZ", 2)
     specs = values(rng.normal(size=5), "float32"), values(range(7)), values(range(40))
     compute(world, *specs, worlds.array(rng, (5, 7, 40), "float16"), causal=True)
 

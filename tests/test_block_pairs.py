@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import cupy_cache as cc
-from cupy_cache import block_pairs
+from cupy_cache.ops.shared import block_pairs
 
 SOURCES, DESTINATIONS = 900, 1100  # blocks on either side
 

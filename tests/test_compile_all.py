@@ -21,8 +21,10 @@ from machine_code import (
     template_parameters,
 )
 
-from cupy_cache import attention, errors, formats, modules, params
-from cupy_cache.specialisations import OPERATIONS, specialisations
+from cupy_cache import errors
+from cupy_cache.attention import alibi_slopes as attention
+from cupy_cache.compilation.specialisations import OPERATIONS, specialisations
+from cupy_cache.runtime import formats, modules, params
 
 pytest.importorskip("cupy")
 

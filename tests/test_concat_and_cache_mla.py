@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cupy_cache as cc
-from cupy_cache import formats
+from cupy_cache.runtime import formats
 
 RULES = ("power_of_two", "amax")
 

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cupy_cache as cc
-from cupy_cache import arrays, formats, mla
+from cupy_cache.ops.shared import mla
+from cupy_cache.runtime import arrays, formats
 
 
 def caches(rng, layout, layers, num_blocks, block_size, entry, dtype, pad=0):

@@ -6,7 +6,8 @@ import numpy as np
 import oracle
 import pytest
 
-from cupy_cache import conversions, formats
+from cupy_cache.cpu import conversions
+from cupy_cache.runtime import formats
 
 
 @pytest.mark.whole

@@ -7,7 +7,7 @@ import pytest
 import worlds
 
 import cupy_cache as cc
-from cupy_cache import formats
+from cupy_cache.runtime import formats
 
 KINDS = {name: oracle.STORED[name] for name in ("fp8", "fp8_e4m3", "fp8_e5m2")}
 FLOATS = ("float16", "bfloat16", "float32")

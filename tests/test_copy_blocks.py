@@ -6,7 +6,8 @@ import pytest
 import worlds
 
 import cupy_cache as cc
-from cupy_cache import blocks, launch
+from cupy_cache.ops.shared import blocks
+from cupy_cache.runtime import launch
 
 
 def layers(rng, count, kind, num_blocks, dtype):

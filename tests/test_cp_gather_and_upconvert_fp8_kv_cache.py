@@ -11,8 +11,8 @@ from gathers import batches, check, refused, sequences, typed
 from guards import BAD
 
 import cupy_cache as cc
-from cupy_cache import formats, modules
-from cupy_cache.specialisations import specialisations
+from cupy_cache.compilation.specialisations import specialisations
+from cupy_cache.runtime import formats, modules
 
 OP = "cp_gather_and_upconvert_fp8_kv_cache"
 TARGETS = ("bfloat16", "float16", "float32")

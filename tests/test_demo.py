@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 import cupy_cache as cc
-from cupy_cache import __main__ as command_line
-from cupy_cache import demo
+from cupy_cache.cli import command_line, demo
 
 SMALL = ("--tokens", "6", "--beams", "3", "--layers", "2", "--block-size", "4")
 

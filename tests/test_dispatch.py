@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import cupy_cache as cc
-from cupy_cache import arrays, block_pairs, blocks, launch, modules, params, repeats, torch_tensors
 from cupy_cache.ops import reshape_and_cache_flash as flash
+from cupy_cache.ops.shared import block_pairs, blocks
+from cupy_cache.runtime import arrays, launch, modules, params, repeats, torch_tensors
 
 torch = pytest.importorskip("torch")
 KNOWN = 2  # calls after which a signature is known

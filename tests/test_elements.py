@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 
-from cupy_cache import env, formats, modules
+from cupy_cache.runtime import env, formats, modules
 
 SOURCE = """
 #define CUPY_CACHE_CONVERTS

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from cupy_cache import arrays, env, formats, launch, modules, params
+from cupy_cache.runtime import arrays, env, formats, launch, modules, params
 
 SOURCE = """\
 #include "cupy_cache/paging.cuh"

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import cupy_cache as cc
-from cupy_cache import formats
+from cupy_cache.runtime import formats
 
 FLOATS = [dtype.name for dtype in formats.FLOATS]
 KINDS = ["fp8", "fp8_e5m2", "int8"]

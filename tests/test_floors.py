@@ -10,28 +10,29 @@ import sys
 from pathlib import Path
 
 import cupy_cache
-from cupy_cache import modules
+from cupy_cache.runtime import modules
 
 PACKAGE = Path(cupy_cache.__file__).resolve().parent
 TESTS = Path(__file__).resolve().parent
 CHECKOUT = TESTS.parent
 
-# A module imports only from lower floors, and on its own floor from those that stand before it.
-# "ops.*" are the operations, which never import each other; __init__ is what users import.
+# The rooms, from the ground up: a module imports from its own room and from those below it. A
+# module of the package's own folder is a room by itself.
 FLOORS = (
-    ("errors", "env", "log", "_version"),
-    ("formats", "params"),
-    ("torch_tensors", "arrays", "contract"),
-    ("allocations", "modules", "launch", "conversions", "cpu"),
-    ("repeats", "dispatch", "block_numbers", "blocks", "block_pairs", "mla", "packing",
-     "gathering", "indexer", "slots"),
-    ("ops.*", "attention"),
-    ("specialisations", "warmup", "kv_cache", "__init__", "torch_ops"),
-    ("info", "demo", "__main__"),
-)  # fmt: skip
-SHARED_ROOMS = FLOORS[4]
-RANK = {name: rank for rank, name in enumerate(name for floor in FLOORS for name in floor)}
-MAY_IMPORT_TORCH = {"torch_ops"}
+    ("errors", "_version"),
+    ("runtime",),
+    ("cpu",),
+    ("ops", "attention"),
+    ("kv_cache", "compilation"),
+    ("__init__",),
+    ("integrations", "cli"),
+    ("__main__",),
+)
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
+# Rooms whose face, the package itself, is all that others import. Of `runtime`, `ops` and
+# `attention` it is the modules.
+FACES = ("cpu", "kv_cache", "compilation", "cli")
+MAY_IMPORT_TORCH = {"integrations.torch_ops"}
 MAX_LINES = 500
 LICENCE = (
     "SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors",
@@ -45,8 +46,7 @@ def module_name(path):
 
 
 SOURCES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
-MODULES = [name for name in SOURCES if name != "ops.__init__"]
-OPERATIONS = [name for name in MODULES if name.startswith("ops.")]
+OPERATIONS = [name for name in SOURCES if re.fullmatch(r"(ops|attention)\.(?!__init__)\w+", name)]
 KERNELS = sorted(modules.kernel_dir().glob("*.cu"))
 
 
@@ -79,7 +79,7 @@ def outside_packages(name, at_import=False):
 
 
 def own_imports(name):
-    """The modules of this package that a module imports."""
+    """The modules of this package that a module imports; a package's own is its ``__init__``."""
     for node in nodes(name):
         if isinstance(node, ast.ImportFrom) and node.level:
             above = name.split(".")[: -node.level]
@@ -90,34 +90,74 @@ def own_imports(name):
             for alias in node.names:
                 first, *parts = alias.name.split(".")
                 if first == "cupy_cache":
-                    yield ".".join(parts) or "__init__"
+                    yield _module(parts)
             continue
         else:
             continue
         for alias in node.names:
-            inner = ".".join([*parts, alias.name])
-            yield inner if inner in SOURCES else ".".join(parts) or "__init__"
+            inner = _module([*parts, alias.name])
+            yield inner if inner in SOURCES else _module(parts)
 
 
-def rank(name):
-    key = "ops.*" if name in OPERATIONS else name
-    assert key in RANK, f"module {name} has no floor: give it one in FLOORS"
-    return RANK[key]
+def _module(parts):
+    name = ".".join(parts)
+    return name if name in SOURCES else ".".join([*parts, "__init__"])
+
+
+def room(name):
+    first = name.partition(".")[0]
+    assert first in FLOOR, f"{first} has no floor: give it one in FLOORS"
+    return first
 
 
 def test_imports_go_downwards():
     assert not [
         f"{name} imports {other}, which does not stand below it"
-        for name in MODULES
+        for name in SOURCES
         for other in own_imports(name)
-        if rank(other) >= rank(name)
+        if room(other) != room(name) and FLOOR[room(other)] >= FLOOR[room(name)]
+    ]
+
+
+def test_no_module_imports_itself_by_way_of_others():
+    done, path = set(), []
+
+    def visit(name):
+        assert name not in path, f"imports in a circle: {' -> '.join([*path, name])}"
+        if name in done:
+            return
+        path.append(name)
+        for other in own_imports(name):
+            if other != name:
+                visit(other)
+        done.add(path.pop())
+
+    for name in SOURCES:
+        visit(name)
+
+
+def test_rooms_are_entered_by_their_faces():
+    assert not [
+        f"{name} imports {other}, past the face of its room"
+        for name in SOURCES
+        for other in own_imports(name)
+        if room(other) in FACES and room(other) != room(name) and other != f"{room(other)}.__init__"
+    ]
+
+
+def test_operations_do_not_import_each_other():
+    assert not [
+        f"{name} imports {other}"
+        for name in OPERATIONS
+        for other in own_imports(name)
+        if other in OPERATIONS
     ]
 
 
 def test_imports_are_seen():
-    """The rule above would hold for anything if no import were found."""
-    assert set(own_imports("specialisations")) >= {"arrays", "errors", "ops.copy_blocks"}
-    assert set(own_imports("ops.copy_blocks")) >= {"arrays", "blocks", "errors"}
+    """The rules above would hold for anything if no import were found."""
+    assert set(own_imports("compilation.specialisations")) >= {"runtime.arrays", "errors"}
+    assert set(own_imports("ops.copy_blocks")) >= {"cpu.__init__", "ops.shared.blocks"}
     assert "ops.swap_blocks" in set(own_imports("__init__"))
 
 
@@ -127,13 +167,13 @@ def test_only_env_reads_the_environment():
             return node.module == "os"
         return isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv")
 
-    assert [name for name in MODULES if any(map(reads, nodes(name)))] == ["env"]
+    assert [name for name in SOURCES if any(map(reads, nodes(name)))] == ["runtime.env"]
 
 
 def test_frameworks_are_not_imported_for_the_user():
     """torch by nobody but torch_ops; CuPy only inside functions, when a GPU is about to be used."""
     frameworks = {"torch", "jax", "cupy", "cupyx", "cupy_backends", "cuda"}
-    for name in MODULES:
+    for name in SOURCES:
         allowed = {"torch"} if name in MAY_IMPORT_TORCH else set()
         assert not frameworks & set(outside_packages(name, at_import=True)) - allowed, name
         assert not {"torch", "jax"} & set(outside_packages(name)) - allowed, name
@@ -157,10 +197,11 @@ def test_importing_the_package_imports_no_framework():
 def test_an_operation_has_its_kernel_and_its_test():
     """A kernel of the same stem, or one that a room shares among operations; and a test."""
     stems = {path.stem for path in KERNELS}
-    rooms = {room for room in SHARED_ROOMS if "modules.Kernel(" in text_of(room)}
+    shared = {name for name in SOURCES if name.startswith("ops.shared.")}
+    shared = {name for name in shared if "modules.Kernel(" in text_of(name)}
     for name in OPERATIONS:
-        stem = name.removeprefix("ops.")
-        assert stem in stems or rooms & set(own_imports(name)), f"{name} has no kernel"
+        stem = name.rpartition(".")[2]
+        assert stem in stems or shared & set(own_imports(name)), f"{name} has no kernel"
         assert (TESTS / f"test_{stem}.py").is_file(), f"{name} has no test of its name"
 
 
@@ -171,7 +212,7 @@ def test_a_kernel_is_used_and_has_one_struct():
             name
             for name in SOURCES
             if "modules.Kernel(" in text_of(name)
-            and (name == f"ops.{path.stem}" or f'"{path.stem}"' in text_of(name))
+            and (name.rpartition(".")[2] == path.stem or f'"{path.stem}"' in text_of(name))
         ], f"{path.name} is not used"
         text = path.read_text(encoding="utf-8")
         assert len(re.findall(r"^struct Params \{", text, re.MULTILINE)) == 1, path.name

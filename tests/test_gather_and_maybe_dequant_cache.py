@@ -8,9 +8,9 @@ import worlds
 from gathers import batches, cache, check, refused, sequences, typed
 
 import cupy_cache as cc
-from cupy_cache import formats, modules
+from cupy_cache.compilation.specialisations import specialisations
 from cupy_cache.ops import gather_and_maybe_dequant_cache as module
-from cupy_cache.specialisations import specialisations
+from cupy_cache.runtime import formats, modules
 
 TARGETS = ("float16", "bfloat16", "float32")
 

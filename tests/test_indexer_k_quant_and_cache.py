@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cupy_cache as cc
-from cupy_cache import formats
+from cupy_cache.runtime import formats
 
 SCALES = {
     "auto": "float32", "fp8": "float32", "fp8_e4m3": "float32", "ue8m0": "ue8m0", "mxfp8": "mxfp8",

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import cupy_cache as cc
-from cupy_cache import __main__ as command_line
-from cupy_cache import env, info
+from cupy_cache.cli import command_line, info
+from cupy_cache.runtime import env
 
 KEYS = {
     "cupy_cache", "python", "platform", "packages", "cupy", "driver", "nvrtc", "cuda_runtime",
@@ -50,7 +50,7 @@ def test_text(capsys, facts):
 def test_no_framework_is_imported():
     """Not CuPy either: importing it creates its kernel cache."""
     code = (
-        "import sys; from cupy_cache import info; info.collect(); "
+        "import sys; from cupy_cache.cli import info; info.collect(); "
         "print(sorted({'torch', 'cupy', 'cupyx'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

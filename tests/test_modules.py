@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 import cupy_cache as cc
-from cupy_cache import attention, modules
+from cupy_cache.attention import alibi_slopes as attention
+from cupy_cache.runtime import modules
 
 KERNEL = attention.ALIBI
 CUPY = SimpleNamespace(

@@ -17,7 +17,7 @@ import pytest
 import worlds
 
 import cupy_cache as cc
-from cupy_cache import dispatch, launch, modules
+from cupy_cache.runtime import dispatch, launch, modules
 
 pytestmark = pytest.mark.gpu
 

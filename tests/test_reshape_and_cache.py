@@ -6,7 +6,7 @@ import pytest
 import worlds
 
 import cupy_cache as cc
-from cupy_cache import formats, launch
+from cupy_cache.runtime import formats, launch
 
 
 def caches(rng, num_blocks, heads, key_size, value_size, block_size, x, dtype, pad=0):

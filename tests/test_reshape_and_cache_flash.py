@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cupy_cache as cc
-from cupy_cache import formats
+from cupy_cache.runtime import formats
 
 
 def caches(rng, layout, num_blocks, block_size, heads, key_size, value_size, dtype, pad=0):

@@ -6,7 +6,7 @@ import pytest
 import worlds
 
 import cupy_cache as cc
-from cupy_cache import formats
+from cupy_cache.runtime import formats
 
 NAME = "reshape_and_cache_flash_per_token_head"
 STORED = {

@@ -11,7 +11,7 @@ import make_resources
 import pytest
 from machine_code import NOT_READ, cuobjdump
 
-from cupy_cache import modules
+from cupy_cache.runtime import modules
 
 STEMS = sorted(path.stem for path in modules.kernel_dir().glob("*.cu"))
 BY_DEFAULT = (90,)  # starting the disassembler takes most of the time; --everything compares all

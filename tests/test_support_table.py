@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 import cupy_cache as cc
-from cupy_cache import arrays, specialisations
+from cupy_cache.compilation import specialisations
+from cupy_cache.runtime import arrays
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -6,7 +6,7 @@ import pytest
 import worlds
 
 import cupy_cache as cc
-from cupy_cache import blocks
+from cupy_cache.ops.shared import blocks
 
 
 def put(world, spec, where):

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cupy_cache as cc
-from cupy_cache import arrays, blocks, launch
 from cupy_cache.ops import swap_blocks_batch as module
+from cupy_cache.ops.shared import blocks
+from cupy_cache.runtime import arrays, launch
 
 
 def put(world, spec, where):

@@ -21,7 +21,8 @@ import cupy_cache as cc
 
 torch = pytest.importorskip("torch")
 
-from cupy_cache import torch_ops  # noqa: E402
+from cupy_cache import integrations  # noqa: E402
+from cupy_cache.integrations import torch_ops  # noqa: E402
 
 # Where there is a GPU, torch 2.11's compiler imports parts of torch that warn of other parts.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
@@ -359,9 +360,9 @@ def test_arguments_are_those_of_the_function(name):
 def test_reloading_and_importing_again(monkeypatch):
     before = torch.ops.cupy_cache.convert_fp8
     importlib.reload(torch_ops)
-    monkeypatch.delitem(sys.modules, "cupy_cache.torch_ops")
-    monkeypatch.setattr(cc, "torch_ops", torch_ops)
-    importlib.import_module("cupy_cache.torch_ops")
+    monkeypatch.delitem(sys.modules, "cupy_cache.integrations.torch_ops")
+    monkeypatch.setattr(integrations, "torch_ops", torch_ops)
+    importlib.import_module("cupy_cache.integrations.torch_ops")
     assert torch.ops.cupy_cache.convert_fp8 is before
     stored = torch.zeros(3, dtype=torch.uint8)
     before(stored, torch.ones(3))
@@ -379,7 +380,7 @@ def run_python(code):
 def test_without_torch(torch_is):
     code = (
         f"import sys, types, cupy_cache\nsys.modules['torch'] = {torch_is}\n"
-        "try: import cupy_cache.torch_ops\n"
+        "try: import cupy_cache.integrations.torch_ops\n"
         "except cupy_cache.MissingDependencyError as error: print(error)"
     )
     assert "needs torch 2.4 or newer (pip install 'torch>=2.4')" in run_python(code)

@@ -9,8 +9,10 @@ import pytest
 import worlds
 
 import cupy_cache as cc
-from cupy_cache import arrays, attention, blocks, launch, modules
-from cupy_cache.specialisations import specialisations
+from cupy_cache.attention import alibi_slopes as attention
+from cupy_cache.compilation.specialisations import specialisations
+from cupy_cache.ops.shared import blocks
+from cupy_cache.runtime import arrays, launch, modules
 
 HEADS, SIZE, BLOCK = 4, 64, 16
 LAYOUTS = ("NHD", "HND", "packed", "x-packed", "rows", "indexer")

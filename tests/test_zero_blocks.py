@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from layers import KINDS, WHERE, Storages, entries, given_as, layers_of, refused
 
 import cupy_cache as cc
-from cupy_cache import blocks
+from cupy_cache.ops.shared import blocks
 
 
 def check(world, layers, numbers, given):

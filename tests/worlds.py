@@ -10,7 +10,7 @@ whole storages are compared, a byte written outside a view is seen as well.
 
 import numpy as np
 
-from cupy_cache import formats
+from cupy_cache.runtime import formats
 
 
 class Spec:

@@ -17,7 +17,7 @@ import functools
 import struct
 from pathlib import Path
 
-from cupy_cache import launch, modules, params
+from cupy_cache.runtime import launch, modules, params
 
 TABLE_WORDS = 480
 COPY_PARAMS = params.Struct(

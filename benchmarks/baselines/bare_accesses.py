@@ -4,7 +4,7 @@
 
 import functools
 
-from cupy_cache import launch, params
+from cupy_cache.runtime import launch, params
 
 from . import Kernel, current_stream
 

@@ -4,9 +4,11 @@
 
 import functools
 
-from .. import contract, cpu, dispatch, formats, launch, mla, modules
+from .. import cpu
 from ..errors import ArgumentError
-from ..mla import DS_ENTRY_BYTES, DS_LATENT, DS_ROPE
+from ..runtime import contract, dispatch, formats, launch, modules
+from .shared import mla
+from .shared.mla import DS_ENTRY_BYTES, DS_LATENT, DS_ROPE
 
 FLOAT32 = formats.DTYPES["float32"]
 FP8_DS_MLA = "fp8_ds_mla"

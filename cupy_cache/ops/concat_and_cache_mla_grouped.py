@@ -4,8 +4,10 @@
 
 import struct
 
-from .. import arrays, blocks, contract, cpu, dispatch, formats, launch, mla
+from .. import cpu
 from ..errors import ArgumentError, ShapeError
+from ..runtime import arrays, contract, dispatch, formats, launch
+from .shared import blocks, mla
 
 NAME = "concat_and_cache_mla_grouped"
 INT64 = formats.DTYPES["int64"]

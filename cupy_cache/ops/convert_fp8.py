@@ -5,8 +5,9 @@
 import functools
 import math
 
-from .. import contract, cpu, dispatch, formats, launch, modules, params
+from .. import cpu
 from ..errors import ShapeError, StrideError
+from ..runtime import contract, dispatch, formats, launch, modules, params
 
 NAME = "convert_fp8"
 KV_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")

@@ -4,8 +4,10 @@
 
 import functools
 
-from .. import arrays, block_pairs, blocks, contract, cpu
+from .. import cpu
 from ..errors import ShapeError
+from ..runtime import arrays, contract
+from .shared import block_pairs, blocks
 
 
 def copy_blocks(key_caches, value_caches, block_mapping, *, stream=None):

@@ -4,8 +4,10 @@
 
 import functools
 
-from .. import contract, cpu, formats, gathering, mla, modules
+from .. import cpu
 from ..errors import ArgumentError
+from ..runtime import contract, formats, modules
+from .shared import gathering, mla
 
 NAME = "cp_gather_and_upconvert_fp8_kv_cache"
 ROPE_DTYPES = ("bfloat16", "float16")

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gathering the pages of sequences into contiguous rows, with vLLM's arguments."""
 
-from .. import gathering
 from ..errors import ArgumentError
+from .shared import gathering
 
 
 def cp_gather_cache(

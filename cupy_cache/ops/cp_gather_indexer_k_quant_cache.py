@@ -2,8 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gathering the quantised keys of sequences, and their scales, from an indexer's cache."""
 
-from .. import contract, cpu, dispatch, formats, indexer, launch, modules, params
+from .. import cpu
 from ..errors import ShapeError
+from ..runtime import contract, dispatch, formats, launch, modules, params
+from .shared import indexer
 
 PARAMS = params.Struct(
     per_call="kv_cache:ptr dst_k:ptr dst_scale:ptr block_table:ptr cu_seq_lens:ptr "

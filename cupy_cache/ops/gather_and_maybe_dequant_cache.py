@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gathering the pages of sequences into contiguous rows of numbers."""
 
-from .. import contract, formats, gathering
 from ..errors import ArgumentError, ShapeError
+from ..runtime import contract, formats
+from .shared import gathering
 
 NAME = "gather_and_maybe_dequant_cache"
 

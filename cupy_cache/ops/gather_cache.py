@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gathering the pages of sequences into contiguous rows."""
 
-from .. import contract, gathering
 from ..errors import ShapeError
+from ..runtime import contract
+from .shared import gathering
 
 
 def gather_cache(

@@ -4,8 +4,10 @@
 
 import functools
 
-from .. import contract, cpu, dispatch, formats, indexer, launch, modules, params
+from .. import cpu
 from ..errors import ArgumentError, ShapeError
+from ..runtime import contract, dispatch, formats, launch, modules, params
+from .shared import indexer
 
 PARAMS = params.Struct(
     per_call="k:ptr kv_cache:ptr slot_mapping:ptr tokens:i64",

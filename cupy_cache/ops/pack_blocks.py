@@ -3,8 +3,8 @@
 """Chosen blocks or tokens of all layers to and from one contiguous buffer: for sending a sequence
 to another machine, or storing it."""
 
-from .. import packing
 from ..errors import ArgumentError
+from .shared import packing
 
 
 def pack_blocks(caches, block_ids, out, *, layout="layer_first", stream=None):

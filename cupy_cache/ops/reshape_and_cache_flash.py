@@ -4,7 +4,8 @@
 
 import functools
 
-from .. import contract, cpu, dispatch, formats, launch, modules, params
+from .. import cpu
+from ..runtime import contract, dispatch, formats, launch, modules, params
 
 NAME = "reshape_and_cache_flash"
 PARAMS = params.Struct(

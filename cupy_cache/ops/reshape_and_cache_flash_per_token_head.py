@@ -4,8 +4,9 @@
 
 import functools
 
-from .. import contract, cpu, dispatch, formats, launch, modules, params
+from .. import cpu
 from ..errors import ShapeError
+from ..runtime import contract, dispatch, formats, launch, modules, params
 
 NAME = "reshape_and_cache_flash_per_token_head"
 PARAMS = params.Struct(

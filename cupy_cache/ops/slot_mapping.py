@@ -4,8 +4,10 @@
 
 import functools
 
-from .. import arrays, contract, cpu, dispatch, formats, launch, modules, params, slots
+from .. import cpu
 from ..errors import ShapeError
+from ..runtime import arrays, contract, dispatch, formats, launch, modules, params
+from .shared import slots
 
 PARAMS = params.Struct(
     per_call="block_table:ptr positions:ptr query_start_loc:ptr out:ptr "

@@ -4,8 +4,10 @@
 
 import struct
 
-from .. import arrays, blocks, contract, cpu, dispatch, formats, launch, modules, params, slots
+from .. import cpu
 from ..errors import ArgumentError, DTypeError, ShapeError, StrideError
+from ..runtime import arrays, contract, dispatch, formats, launch, modules, params
+from .shared import blocks, slots
 
 NAME = "slot_mapping_groups"
 MAX_GROUPS = 48  # kMaxGroups of the kernel

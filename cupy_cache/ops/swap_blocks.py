@@ -7,9 +7,11 @@ import math
 
 import numpy as np
 
-from .. import arrays, block_pairs, blocks, contract, cpu, formats, launch
+from .. import cpu
 from ..errors import ArgumentError, DeviceError, ShapeError
-from ..log import logger
+from ..runtime import arrays, contract, formats, launch
+from ..runtime.log import logger
+from .shared import block_pairs, blocks
 
 
 def swap_blocks(src, dst, *block_mapping, block_size_in_bytes=None, stream=None):

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .. import arrays, blocks, contract, formats, launch, modules, params
 from ..errors import ArgumentError, DeviceError, MissingDependencyError
-from ..log import logger
+from ..runtime import arrays, contract, formats, launch, modules, params
+from ..runtime.log import logger
+from .shared import blocks
 
 MAX_RANGES = 160  # kRanges of the kernel: what the 4 KiB of kernel parameters hold
 CHUNK_BYTES = 8192  # that one thread block copies at a time

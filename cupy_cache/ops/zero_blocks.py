@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Filling chosen blocks of all layers with zeros."""
 
-from .. import packing
+from .shared import packing
 
 
 def zero_blocks(caches, block_ids, *, stream=None):

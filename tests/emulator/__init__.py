@@ -30,7 +30,7 @@ from typing import NamedTuple
 import numpy as np
 import worlds
 
-from cupy_cache import allocations, arrays, formats, launch, modules
+from cupy_cache.runtime import allocations, arrays, formats, launch, modules
 
 HERE = Path(__file__).resolve().parent
 COMPILE = (

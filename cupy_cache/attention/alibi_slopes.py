@@ -10,8 +10,9 @@ import sys
 
 import numpy as np
 
-from . import arrays, contract, cpu, formats, launch, modules, params
-from .errors import ArgumentError, DeviceError, MissingDependencyError, ShapeError
+from .. import cpu
+from ..errors import ArgumentError, DeviceError, MissingDependencyError, ShapeError
+from ..runtime import arrays, contract, formats, launch, modules, params
 
 FLOAT32 = formats.DTYPES["float32"]
 MAX_HEADS = 1 << 20

@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import arrays, block_numbers, blocks, contract, cpu, formats, launch, modules, params
-from .errors import ArgumentError, ShapeError
-from .log import logger
+from ... import cpu
+from ...errors import ArgumentError, ShapeError
+from ...runtime import arrays, contract, formats, launch, modules, params
+from ...runtime.log import logger
+from . import block_numbers, blocks
 
 # A packed buffer in host memory that is not pinned goes through a buffer of this size on the GPU.
 STAGE_BYTES = 32 << 20

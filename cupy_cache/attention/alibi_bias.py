@@ -4,8 +4,9 @@
 
 import functools
 
-from .. import arrays, contract, cpu, formats, launch, modules, params
+from .. import cpu
 from ..errors import ArgumentError
+from ..runtime import arrays, contract, formats, launch, modules, params
 
 NAME = "alibi_bias"
 PARAMS = params.Struct(

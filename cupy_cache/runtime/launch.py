@@ -13,9 +13,7 @@ import functools
 import os
 import re
 
-from . import arrays, env, modules
-from .allocations import PointerAttributes
-from .errors import (
+from ..errors import (
     CaptureError,
     DeviceError,
     Fault,
@@ -24,6 +22,8 @@ from .errors import (
     MissingDependencyError,
     ShapeError,
 )
+from . import arrays, env, modules
+from .allocations import PointerAttributes
 
 WARP = 32
 MAX_THREADS = 1024

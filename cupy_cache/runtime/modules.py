@@ -15,8 +15,8 @@ import re
 import threading
 from pathlib import Path
 
+from ..errors import KernelError, MissingDependencyError, UnsupportedArchitectureError
 from . import arrays, env
-from .errors import KernelError, MissingDependencyError, UnsupportedArchitectureError
 from .log import logger
 
 # Options of every compile. CuPy adds the architecture, its own include paths and -ftz=true.
@@ -76,7 +76,7 @@ def kernel_dir():
     """The folder that holds the ``.cu`` sources: CUPYCACHE_KERNEL_DIR, else the installed one (in
     the package), else the checkout's (beside the package)."""
     chosen = env.text(env.KERNEL_DIR)
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     candidates = (
         [Path(chosen)] if chosen else [package / "kernels_cu", package.parent / "kernels_cu"]
     )

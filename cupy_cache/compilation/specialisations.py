@@ -12,28 +12,29 @@ import itertools
 import math
 from typing import NamedTuple
 
-from . import arrays, attention, formats, launch
-from .errors import ArgumentError
-from .ops.alibi_bias import alibi_bias
-from .ops.concat_and_cache_mla import DS_ENTRY_BYTES, FP8_DS_MLA, SCALE_RULES, concat_and_cache_mla
-from .ops.concat_and_cache_mla_grouped import concat_and_cache_mla_grouped
-from .ops.convert_fp8 import convert_fp8
-from .ops.copy_blocks import copy_blocks, copy_blocks_mla
-from .ops.cp_gather_and_upconvert_fp8_kv_cache import cp_gather_and_upconvert_fp8_kv_cache
-from .ops.cp_gather_cache import cp_gather_cache
-from .ops.cp_gather_indexer_k_quant_cache import cp_gather_indexer_k_quant_cache
-from .ops.gather_and_maybe_dequant_cache import gather_and_maybe_dequant_cache
-from .ops.gather_cache import gather_cache
-from .ops.indexer_k_quant_and_cache import indexer_k_quant_and_cache
-from .ops.pack_blocks import pack_blocks, pack_tokens, unpack_blocks, unpack_tokens
-from .ops.reshape_and_cache import reshape_and_cache
-from .ops.reshape_and_cache_flash import reshape_and_cache_flash
-from .ops.reshape_and_cache_flash_per_token_head import reshape_and_cache_flash_per_token_head
-from .ops.slot_mapping import slot_mapping
-from .ops.slot_mapping_groups import slot_mapping_groups
-from .ops.swap_blocks import swap_blocks
-from .ops.swap_blocks_batch import KERNEL as SWAP_BLOCKS_BATCH
-from .ops.zero_blocks import zero_blocks
+from ..attention import alibi_slopes as attention
+from ..attention.alibi_bias import alibi_bias
+from ..errors import ArgumentError
+from ..ops.concat_and_cache_mla import DS_ENTRY_BYTES, FP8_DS_MLA, SCALE_RULES, concat_and_cache_mla
+from ..ops.concat_and_cache_mla_grouped import concat_and_cache_mla_grouped
+from ..ops.convert_fp8 import convert_fp8
+from ..ops.copy_blocks import copy_blocks, copy_blocks_mla
+from ..ops.cp_gather_and_upconvert_fp8_kv_cache import cp_gather_and_upconvert_fp8_kv_cache
+from ..ops.cp_gather_cache import cp_gather_cache
+from ..ops.cp_gather_indexer_k_quant_cache import cp_gather_indexer_k_quant_cache
+from ..ops.gather_and_maybe_dequant_cache import gather_and_maybe_dequant_cache
+from ..ops.gather_cache import gather_cache
+from ..ops.indexer_k_quant_and_cache import indexer_k_quant_and_cache
+from ..ops.pack_blocks import pack_blocks, pack_tokens, unpack_blocks, unpack_tokens
+from ..ops.reshape_and_cache import reshape_and_cache
+from ..ops.reshape_and_cache_flash import reshape_and_cache_flash
+from ..ops.reshape_and_cache_flash_per_token_head import reshape_and_cache_flash_per_token_head
+from ..ops.slot_mapping import slot_mapping
+from ..ops.slot_mapping_groups import slot_mapping_groups
+from ..ops.swap_blocks import swap_blocks
+from ..ops.swap_blocks_batch import KERNEL as SWAP_BLOCKS_BATCH
+from ..ops.zero_blocks import zero_blocks
+from ..runtime import arrays, formats, launch
 
 # Extents that no kernel depends on: blocks of a cache, rows of everything else.
 BLOCKS, ROWS = 1024, 64

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import arrays, contract, formats
-from .errors import ArgumentError, DTypeError, ShapeError
+from ...errors import ArgumentError, DTypeError, ShapeError
+from ...runtime import arrays, contract, formats
 
 
 class Numbers(NamedTuple):

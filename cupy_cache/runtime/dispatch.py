@@ -12,8 +12,8 @@ import threading
 from collections import OrderedDict
 from typing import NamedTuple
 
+from ..errors import DTypeError, ShapeError
 from . import arrays, contract, launch, repeats, torch_tensors
-from .errors import DTypeError, ShapeError
 
 MAX_PLANS = 1024
 

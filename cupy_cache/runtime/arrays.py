@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..errors import DeviceError, DTypeError, MissingDependencyError, NotWritableError
 from . import formats
-from .errors import DeviceError, DTypeError, MissingDependencyError, NotWritableError
 
 
 class Device(NamedTuple):

@@ -17,9 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from . import env, modules
-from ._version import __version__
-from .errors import KernelError
+from .._version import __version__
+from ..errors import KernelError
+from ..runtime import env, modules
 
 CUPY_NEEDED = 14, 2
 OLDEST_CUDA, NEWEST_CUDA = 12, 13  # of the package's extras, cuda12x and cuda13x

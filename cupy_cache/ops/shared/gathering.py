@@ -10,8 +10,9 @@ import math
 import numbers
 from typing import NamedTuple
 
-from . import contract, cpu, dispatch, formats, launch, modules, params
-from .errors import ArgumentError, ShapeError, StrideError
+from ... import cpu
+from ...errors import ArgumentError, ShapeError, StrideError
+from ...runtime import contract, dispatch, formats, launch, modules, params
 
 STEM = "gather_cache"
 # One struct of both kernels: the arguments are those of `op`, in order.

@@ -6,8 +6,8 @@ It is declared as [NB, BS, D + 4 D/Q], for the size of a block alone. A block's 
 [BS, D] of e4m3, then [BS, D/Q] scales of four bytes, where Q elements share a scale.
 """
 
-from . import formats
-from .errors import ShapeError
+from ...errors import ShapeError
+from ...runtime import formats
 
 SCALE_BYTES = 4
 MAX_THREADS = 256

@@ -9,8 +9,8 @@ paid once, so it may be thorough.
 import math
 import numbers
 
+from ..errors import ArgumentError, DeviceError, DTypeError, ShapeError, StrideError
 from . import arrays, formats
-from .errors import ArgumentError, DeviceError, DTypeError, ShapeError, StrideError
 
 # What a float32 can hold without becoming zero or infinite.
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-149, 2.0**128 - 2.0**104

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from . import arrays, blocks, contract, formats
-from .errors import ArgumentError, ShapeError
+from ...errors import ArgumentError, ShapeError
+from ...runtime import arrays, contract, formats
+from . import blocks
 
 # Up to so many pairs are checked as Python's integers: NumPy's calls take 9 us however few there
 # are, as long as these take for 48.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from .errors import ArgumentError
+from ..errors import ArgumentError
 
 
 class DType(NamedTuple):

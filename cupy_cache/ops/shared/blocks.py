@@ -10,8 +10,8 @@ import operator
 import struct
 from typing import NamedTuple
 
-from . import arrays, contract, formats, launch, modules, params, torch_tensors
-from .errors import DeviceError, DTypeError, ShapeError, StrideError
+from ...errors import DeviceError, DTypeError, ShapeError, StrideError
+from ...runtime import arrays, contract, formats, launch, modules, params, torch_tensors
 
 TABLE_WORDS = 480  # with the fields before, what the 4 KiB of kernel parameters hold
 MAX_THREADS = 256

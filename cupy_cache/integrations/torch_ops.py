@@ -2,9 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations as ``torch.ops.cupy_cache.*``, for `torch.compile`.
 
-``import cupy_cache.torch_ops`` registers them, once a process; nothing else here imports torch.
-Calls outside compiled code need none of this: the public functions take torch tensors, and less
-time.
+``import cupy_cache.integrations.torch_ops`` registers them, once a process. Calls outside compiled
+code need none of this: the public functions take torch tensors, and less time.
 
 Each has the name of its public function, and of its arguments, in their order and with their
 defaults, and does what that function's docstring says, errors included. A schema declares every
@@ -39,10 +38,10 @@ import inspect
 
 import cupy_cache
 
-from . import formats
-from .errors import MissingDependencyError
+from ..errors import MissingDependencyError
+from ..runtime import formats
 
-_NEEDED = "cupy_cache.torch_ops needs torch 2.4 or newer (pip install 'torch>=2.4')"
+_NEEDED = "cupy_cache.integrations.torch_ops needs torch 2.4 or newer (pip install 'torch>=2.4')"
 try:
     import torch
 except ImportError as error:

@@ -7,8 +7,8 @@ import os
 import sys
 import time
 
-from . import contract, launch, modules
-from .errors import DeviceError
+from ..errors import DeviceError
+from ..runtime import contract, launch, modules
 from .specialisations import specialisations
 
 MAX_WORKERS = 16

@@ -6,7 +6,7 @@ Under context parallelism an entry stands for one block on each rank, and runs o
 to the ranks in turn.
 """
 
-from .errors import ArgumentError
+from ...errors import ArgumentError
 
 LARGEST = 2**63 - 1
 # `Table` of slots.cuh, from `stride` on; see `geometry`.

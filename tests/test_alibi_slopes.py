@@ -9,7 +9,8 @@ import pytest
 import worlds
 
 import cupy_cache as cc
-from cupy_cache import attention, launch
+from cupy_cache.attention import alibi_slopes as attention
+from cupy_cache.runtime import launch
 
 EIGHT = [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625]
 FORTY = [

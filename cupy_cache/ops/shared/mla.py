@@ -5,8 +5,8 @@
 Shared by the operations that write one layer and many.
 """
 
-from . import contract, formats, modules, params
-from .errors import ShapeError
+from ...errors import ShapeError
+from ...runtime import contract, formats, modules, params
 
 MAX_LAYERS = 128  # kMaxLayers of the kernel
 MAX_THREADS = 128

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from . import formats, launch
+from ..runtime import formats, launch
 from .conversions import decode, dequantise, encode, quantise
 
 MAX_WORD = 2**31  # bytes that an element of NumPy's cannot have

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The caches of a model's layers as one object, which decides once what depends on them alone."""
 
-from . import contract, dispatch, formats
-from .errors import ArgumentError, ShapeError
-from .ops import concat_and_cache_mla, reshape_and_cache, reshape_and_cache_flash, swap_blocks
-from .ops.copy_blocks import copier
+from ..errors import ArgumentError, ShapeError
+from ..ops import concat_and_cache_mla, reshape_and_cache, reshape_and_cache_flash, swap_blocks
+from ..ops.copy_blocks import copier
+from ..runtime import contract, dispatch, formats
 
 
 class PagedKVCache:

@@ -1,0 +1,237 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: ``python -m cupy_cache``, or ``cupy-cache`` once installed.
+
+Exit codes: 0 all is well, 1 the demo found a difference, 2 the command could not be run as given.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from .._version import __version__
+from ..errors import FaultError, KernelError, MissingDependencyError
+from . import demo, info
+
+PROMPT = 400  # bytes of the input that the demo reads, at most
+
+
+class CannotRun(Exception):
+    """The command cannot be run as given; the text says why."""
+
+
+def main(argv=None):
+    """Run the command line ``argv`` (by default the process's); returns the exit code."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        return args.command(args)
+    except (CannotRun, MissingDependencyError, KernelError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser():
+    parser = argparse.ArgumentParser(
+        prog="cupy-cache",
+        description="Paged key/value cache operations for any framework's arrays.",
+        epilog="exit codes: 0 all is well; 1 a difference was found; 2 the command cannot be run",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_info(commands)
+    return parser
+
+
+# --- info -----------------------------------------------------------------------------------------
+
+
+def _add_info(commands):
+    parser = commands.add_parser(
+        "info",
+        help="what is installed, what the GPU operations need, and what is missing",
+        description="Print versions, devices, where NVRTC and the CUDA headers are, the kernel "
+        "cache, the environment variables, and what is missing with the command that brings it.",
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.set_defaults(command=_info)
+
+
+def _info(args):
+    if args.json:
+        print(json.dumps(info.collect(), indent=2))
+    else:
+        info.show_config()
+    return 0
+
+
+# --- demo -----------------------------------------------------------------------------------------
+
+
+def _add_demo(commands):
+    parser = commands.add_parser(
+        "demo",
+        help="decode a text with a small model in a paged cache, and compare with a dense cache",
+        description="A small ALiBi decoder with random weights reads the first bytes of FILE and "
+        "continues them, greedily and by beam search. Its keys and values live in a paged cache: "
+        "written, forked, swapped out to host memory and back, gathered. Every step is compared "
+        "with the same model on a dense cache: keys and values bit for bit, logits within "
+        f"{demo.TOLERANCE:g}, and the tokens chosen. Exits with 1 at the first difference.",
+    )
+    parser.add_argument(
+        "file", nargs="?", metavar="FILE",
+        help=f"what to read, up to {PROMPT} bytes (default: this library's README)",
+    )  # fmt: skip
+    for option, kind, default, meaning in (
+        ("--backend", ("auto", "numpy", "cupy"), "auto", "auto is CuPy where there is a GPU"),
+        ("--tokens", _positive, 32, "how many to decode each time"),
+        ("--beams", _positive, 4, "width of the beam search"),
+        ("--layers", _positive, 3, "layers of the model"),
+        ("--seed", _natural, 0, "of the model's random weights"),
+        ("--block-size", _positive, 16, "slots of a cache block"),
+        ("--layout", ("NHD", "HND"), "NHD", "memory order of the cache"),
+        ("--dtype", tuple(demo.DTYPES), "float16", "of the cache's elements"),
+    ):
+        how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": "N"}
+        parser.add_argument(option, default=default, help=f"{meaning} (default: {default})", **how)
+    parser.set_defaults(command=_demo)
+
+
+def _natural(text):
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {value}")
+    return value
+
+
+def _positive(text):
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    return value
+
+
+def _demo(args):
+    name, prompt = _prompt(args.file)
+    xp, device = _machine(args.backend)
+    print(f"cupy_cache {__version__}, backend {xp.__name__} on {device}")
+    print(
+        f"model: {args.layers} layers, {demo.QUERY_HEADS} query heads, {demo.KV_HEADS} key/value "
+        f"heads of {demo.HEAD_SIZE}, seed {args.seed}\n"
+        f"cache: blocks of {args.block_size}, {args.dtype}, {args.layout}\n"
+        f"prompt: {len(prompt)} bytes of {name}",
+        flush=True,
+    )
+    totals = {"prompt": len(prompt), "greedy": args.tokens, "beam search": args.tokens}
+    try:
+        with Progress(totals, sys.stderr) as progress:
+            run, greedy, beams, preempted, elsewhere = demo.demo(
+                xp, prompt, args.tokens, args.beams, args.layers, args.seed, args.block_size,
+                args.layout, args.dtype, progress,
+            )  # fmt: skip
+    except (demo.Difference, FaultError) as difference:
+        print(f"DIFFERENCE: {difference}", file=sys.stderr)
+        return 1
+    print(f"greedy: {bytes(greedy.tokens)}")
+    for beam in beams:
+        print(f"beam, log probability {beam.score:.2f}: {bytes(beam.tokens)}")
+    rates = (f"{phase} {statistics.median(rates):,.0f}" for phase, rates in run.rates.items())
+    print(f"tokens per second, median of the steps: {', '.join(rates)}")
+    print(f"swapped out and in: {preempted} blocks, {elsewhere} of them into other places")
+    print(f"{'operation':<24}{'calls':>8}{'bytes moved':>16}   (comparing included)")
+    for operation, moved in run.paged.moved.items():
+        print(f"{operation:<24}{run.paged.calls[operation]:>8,}{moved:>16,}")
+    print(
+        f"OK: {run.steps} steps as with a dense cache: {run.compared:,} elements read back bit for "
+        f"bit, logits within {run.worst:.1g}"
+    )
+    return 0
+
+
+def _prompt(path):
+    """(Name, first bytes) of the file at ``path``, or of the README."""
+    if path is None:
+        package = Path(__file__).resolve().parent.parent
+        readme = package.parent / "README.md"
+        if (package.parent / "kernels_cu").is_dir() and readme.is_file():
+            path = readme  # a checkout: elsewhere a README beside the package would be another's
+    if path is not None:
+        try:
+            with open(path, "rb") as file:
+                prompt = file.read(PROMPT)
+        except OSError as error:
+            raise CannotRun(f"cannot read {path}: {error.strerror}") from error
+        if not prompt:
+            raise CannotRun(f"cannot decode {path}: it is empty, and the model needs a first byte")
+        return str(path), prompt
+    try:
+        text = importlib.metadata.metadata("cupy-cache").get("Description")
+    except importlib.metadata.PackageNotFoundError:
+        text = None
+    if not text:
+        raise CannotRun("there is no README beside the package or in its metadata: name a FILE")
+    return "the README in the package's metadata", text.encode()[:PROMPT]
+
+
+def _machine(backend):
+    """(Array module, the device in words) for ``backend``: auto, numpy or cupy."""
+    cpu = f"CPU ({os.cpu_count()} cores)"
+    if backend == "numpy":
+        return np, cpu
+    try:
+        import cupy
+
+        problem = None if cupy.cuda.is_available() else "CuPy sees no CUDA GPU"
+    except Exception as error:  # a broken installation raises whatever it likes
+        problem = f"CuPy cannot be imported: {error}"
+    if problem is None:
+        index = cupy.cuda.runtime.getDevice()
+        gpu = cupy.cuda.runtime.getDeviceProperties(index)
+        return cupy, f"cuda:{index}, {gpu['name'].decode()} (sm_{gpu['major']}{gpu['minor']})"
+    if backend == "cupy":
+        raise CannotRun(f"{problem}; `python -m cupy_cache info` says what is missing")
+    return np, f"{cpu}; {problem}"
+
+
+class Progress:
+    """How far the demo is: on a terminal one updated line, elsewhere a line now and then."""
+
+    WIDTH, SECONDS = 24, 5.0
+
+    def __init__(self, totals, stream):
+        self.totals, self.stream = totals, stream
+        self.done = dict.fromkeys(totals, 0)
+        self.terminal = stream.isatty()
+        self.last = time.monotonic()
+
+    def __call__(self, phase, tokens):
+        self.done[phase] += tokens
+        done, total = self.done[phase], self.totals[phase]
+        text = f"{phase}: {done} of {total} tokens"
+        if self.terminal:
+            part = sum(self.done.values()) / sum(self.totals.values())
+            bar = "#" * int(self.WIDTH * part)
+            self.stream.write(f"\r[{bar:<{self.WIDTH}}] {part:4.0%} {text}\x1b[K")
+            self.stream.flush()
+        elif done == total or time.monotonic() - self.last > self.SECONDS:
+            self.last = time.monotonic()
+            print(text, file=self.stream, flush=True)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        if self.terminal:  # leave no half line behind
+            self.stream.write("\r\x1b[K")
+            self.stream.flush()

@@ -1,0 +1,43 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""The operations on NumPy: what runs where there is no GPU, and what the kernels mean."""
+
+from .operations import (
+    alibi_bias,
+    alibi_slopes,
+    concat_and_cache_fp8_ds_mla,
+    concat_and_cache_mla,
+    convert_fp8,
+    copy_blocks,
+    cp_gather_indexer_k_quant_cache,
+    gather_cache,
+    gather_fp8_ds_mla,
+    indexer_k_quant_and_cache,
+    pack,
+    reshape_and_cache,
+    reshape_and_cache_flash,
+    reshape_and_cache_flash_per_token_head,
+    slot_mapping,
+    unpack,
+    zero,
+)
+
+__all__ = [
+    "alibi_bias",
+    "alibi_slopes",
+    "concat_and_cache_fp8_ds_mla",
+    "concat_and_cache_mla",
+    "convert_fp8",
+    "copy_blocks",
+    "cp_gather_indexer_k_quant_cache",
+    "gather_cache",
+    "gather_fp8_ds_mla",
+    "indexer_k_quant_and_cache",
+    "pack",
+    "reshape_and_cache",
+    "reshape_and_cache_flash",
+    "reshape_and_cache_flash_per_token_head",
+    "slot_mapping",
+    "unpack",
+    "zero",
+]
