@@ -28,7 +28,8 @@ LIMIT_BENCH=${LIMIT_BENCH:-240}
 SANITIZE=${SANITIZE:-"torch-cuda and not emulat and (test_case or out_of_range or past_the_cache
   or strided or neighbours or untouched or again or (flash and test_every_layout))"}
 # The order matters when time runs out.
-BENCH=${BENCH:-"benchmarks/bench_limits.py benchmarks/bench_reshape_and_cache_flash.py
+BENCH=${BENCH:-"benchmarks/bench_limits.py benchmarks/bench_host.py
+  benchmarks/bench_reshape_and_cache_flash.py
   benchmarks/bench_copy_blocks.py benchmarks/bench_gather_cache.py
   benchmarks/bench_quantised_writes.py benchmarks/bench_mla.py
   benchmarks/bench_reshape_and_cache.py benchmarks/bench_swap_blocks.py

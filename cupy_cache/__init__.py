@@ -1,19 +1,33 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Paged key/value cache operations for any framework's arrays, on the GPU and on the CPU.
+"""Paged key/value cache operations for the arrays of any framework, on the GPU and on the CPU.
 
-Modules, in dependency order (there are no cycles):
+The functions take arrays of torch, CuPy, NumPy and of anything else that offers DLPack or
+``__cuda_array_interface__``, and write in place. Most have the names and the arguments of vLLM's
+cache operations.
 
-* ``errors``, ``env``, ``log``
-* ``formats``, ``params``
-* ``torch_tensors``, ``arrays``, ``contract``
-* ``allocations``, ``modules``, ``launch``, ``conversions``, ``cpu``
-* ``repeats``, ``dispatch``, and what several operations share: ``block_numbers``, ``blocks``,
-  ``block_pairs``, ``mla``, ``packing``, ``gathering``, ``indexer``, ``slots``
-* ``ops``, ``attention``
-* ``specialisations``, ``warmup``, ``kv_cache``
-* everything a user calls, here
-* ``torch_ops``, which a user imports for ``torch.compile``
+Writing new tokens
+    `reshape_and_cache_flash`, `reshape_and_cache`, `reshape_and_cache_flash_per_token_head`,
+    `concat_and_cache_mla`, `concat_and_cache_mla_grouped`, `indexer_k_quant_and_cache`
+Copying, moving and clearing blocks and tokens
+    `copy_blocks`, `copy_blocks_mla`, `swap_blocks`, `swap_blocks_batch`, `pack_blocks`,
+    `unpack_blocks`, `pack_tokens`, `unpack_tokens`, `packed_size`, `zero_blocks`
+Reading and converting
+    `gather_cache`, `cp_gather_cache`, `gather_and_maybe_dequant_cache`,
+    `cp_gather_and_upconvert_fp8_kv_cache`, `cp_gather_indexer_k_quant_cache`, `convert_fp8`
+What a step needs besides
+    `slot_mapping`, `slot_mapping_groups`, `alibi_slopes`, `place_slopes`, `alibi_bias`
+The caches of all layers as one object, for the cheapest calls
+    `PagedKVCache`
+Compiling ahead, and asking for what was out of bounds
+    `warmup`, `raise_faults`
+
+Every error is a `CupyCacheError`, and also of the built-in kind that fits, such as `ValueError`. A
+wrong argument raises one before anything is written.
+
+The functions' docstrings give shapes, dtypes, units and errors. `cupy_cache.types` has the types of
+the arguments, `cupy_cache.integrations.torch_ops` the operations for ``torch.compile``. What is
+installed and what is missing: ``python -m cupy_cache info``.
 """
 
 from ._version import __version__
@@ -56,7 +70,7 @@ from .ops.swap_blocks import swap_blocks
 from .ops.swap_blocks_batch import swap_blocks_batch
 from .ops.zero_blocks import zero_blocks
 from .runtime import log
-from .runtime.launch import raise_faults
+from .runtime.faults import raise_faults
 
 __all__ = [
     "ArgumentError",
@@ -104,5 +118,11 @@ __all__ = [
     "warmup",
     "zero_blocks",
 ]
+
+
+def __dir__() -> list[str]:
+    """What is offered here, without the folders it comes from."""
+    return sorted(__all__)
+
 
 log.configure()

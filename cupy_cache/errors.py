@@ -7,6 +7,8 @@ message has the form ``op: Invalid <what> of <argument>: expected …, got …``
 one, ends with the way out.
 """
 
+from collections.abc import Iterable
+
 
 class CupyCacheError(Exception):
     """Base of every error raised here."""
@@ -58,7 +60,9 @@ class FaultError(CupyCacheError, IndexError):
     ``faults`` lists one `Fault` for each specialisation that recorded one (the first it met).
     """
 
-    def __init__(self, faults):
+    faults: tuple["Fault", ...]
+
+    def __init__(self, faults: Iterable["Fault"]) -> None:
         self.faults = tuple(faults)
         super().__init__("; ".join(str(fault) for fault in self.faults))
 
@@ -84,11 +88,20 @@ class Fault:
 
     __slots__ = ("argument", "device", "limit", "op", "row", "value")
 
-    def __init__(self, op, argument, row, value, limit, device):
+    op: str
+    argument: str
+    row: int
+    value: int
+    limit: int
+    device: str
+
+    def __init__(
+        self, op: str, argument: str, row: int, value: int, limit: int, device: str
+    ) -> None:
         self.op, self.argument, self.row = op, argument, row
         self.value, self.limit, self.device = value, limit, device
 
-    def __str__(self):
+    def __str__(self) -> str:
         return (
             f"{self.op}: {self.argument} at row {self.row} is {self.value}, "
             f"outside 0..{self.limit - 1} ({self.device}); it was skipped"

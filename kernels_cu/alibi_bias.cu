@@ -19,11 +19,11 @@ struct Params {
   i64 heads;
   i64 queries;
   i64 keys;
+  i64 out_head_stride;
+  i64 out_query_stride;
   i64 slope_stride;
   i64 query_stride;
   i64 key_stride;
-  i64 out_head_stride;
-  i64 out_query_stride;
   u32 causal;  // keys behind their query get -infinity
   u32 root;    // the bias grows with the square root of the distance
 };

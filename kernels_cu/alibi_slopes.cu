@@ -7,11 +7,11 @@ namespace cupy_cache {
 
 struct Params {
   char* out;    // [count] float
-  i64 stride;   // of out, in bytes
   i64 count;
   i64 first;    // this array's first head among all heads
   i64 power;    // the largest power of two that is at most the number of all heads
   double step;  // max_bias / (2 * power): every exponent is an integer multiple of it
+  i64 stride;   // of out, in bytes
 };
 
 template <int kMaxThreads>

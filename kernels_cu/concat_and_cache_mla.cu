@@ -24,18 +24,18 @@ struct Params {
   const char* slot_mapping;  // [layers, tokens]
   const char* scale;         // float32 [layers], or null: scale_value is used
   i64 tokens;
+  float scale_value;
+  u32 unused;
   i64 first_layer;  // the one of blockIdx.y = 0
-  i64 num_blocks;
   i64 kv_c_layer_stride;
   i64 k_pe_layer_stride;
   i64 slot_layer_stride;
+  i64 num_blocks;
   i64 kv_c_stride;
   i64 k_pe_stride;
   i64 slot_stride;
   i64 block_stride;
   i64 offset_stride;
-  float scale_value;
-  u32 unused;
   u64 caches[kMaxLayers];
 };
 

@@ -18,13 +18,13 @@ struct Params {
   char* output;
   const char* input;
   const float* scale;  // or null: scale_value
+  float scale_value;
+  u32 unused;
   i64 vectors;
   i64 run_vectors;
   i64 extents[kMaxDims];
   i64 output_strides[kMaxDims];
   i64 input_strides[kMaxDims];
-  float scale_value;
-  u32 unused;
 };
 
 // Converter makes vectors of kVec bytes of the output. kDims dimensions surround the run.

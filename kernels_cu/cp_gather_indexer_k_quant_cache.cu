@@ -22,9 +22,9 @@ struct Params {
   const char* cu_seq_lens;  // [sequences + 1] of Length
   i64 rows;
   i64 sequences;
-  i64 num_blocks;
   i64 table_width;
   i64 table_stride;
+  i64 num_blocks;
   i64 block_stride;
   i64 k_stride;
   i64 scale_stride;

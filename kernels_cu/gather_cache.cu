@@ -25,9 +25,11 @@ struct Params {
   const float* scale;       // one, or null: scale_value is used
   i64 rows;
   i64 sequences;
-  i64 num_blocks;
   i64 table_width;
   i64 table_stride;
+  float scale_value;
+  u32 first_guarded;  // see TokenSearch::find
+  i64 num_blocks;
   i64 start_stride;
   i64 src_block_stride;
   i64 src_group_stride;
@@ -37,8 +39,6 @@ struct Params {
   i64 dst_row_stride;
   i64 dst_outer_stride;
   i64 dst_head_stride;
-  float scale_value;
-  u32 first_guarded;  // see TokenSearch::find
 };
 
 __device__ __forceinline__ Sequences sequences_of(const Params& p) {

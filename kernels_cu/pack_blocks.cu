@@ -19,7 +19,6 @@ namespace cupy_cache {
 struct Tensor {
   Side cache;   // of a block; for slots, its runs are those of one token
   i64 slot;     // from slot to slot of a block
-  i64 packed;   // from item to item in the buffer, where an item's bytes are contiguous
   u32 vectors;  // of an item
   u32 middle_count;
 };
@@ -33,6 +32,7 @@ struct Params {
   i64 items;
   i64 first;         // the item's row in the caller's list, for faults
   i64 layer_stride;  // from layer to layer in the buffer
+  i64 item_stride[2];  // there, from item to item, whose bytes are contiguous, of each tensor
   i64 limit;         // the blocks, or slots, that there are
   i64 vectors;       // of an item of the tensor that has more
   Tensor tensors[2];
@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kMaxThreads) pack_blocks(const __grid_constant
                         : offset_in_block<kVec, kSecondRun, kNested>(tensor.cache, middles, index));
   };
   const auto in_buffer = [&](int t, u32 item, u32 index) {
-    return p.packed[t] + layer + item * p.tensors[t].packed + static_cast<i64>(index) * kVec;
+    return p.packed[t] + layer + item * p.item_stride[t] + static_cast<i64>(index) * kVec;
   };
   const auto has = [&](int t, u32 index) { return index < p.tensors[t].vectors; };
 

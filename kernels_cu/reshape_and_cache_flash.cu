@@ -23,6 +23,8 @@ struct Params {
   const char* k_scale;       // [heads] of float, or null: k_scale_value
   const char* v_scale;       // [heads] of float, or null: v_scale_value
   i64 tokens;
+  float k_scale_value;
+  float v_scale_value;
   i64 num_blocks;
   i64 slot_stride;
   i64 key_token_stride;
@@ -37,8 +39,6 @@ struct Params {
   i64 value_cache_head_stride;
   i64 k_scale_stride;
   i64 v_scale_stride;
-  float k_scale_value;
-  float v_scale_value;
 };
 
 constexpr u32 kSlotMapping = 1;

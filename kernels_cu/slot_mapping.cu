@@ -20,9 +20,9 @@ struct Params {
   i64 slots;
   i64 requests;
   i64 tokens;
-  i64 position_stride;
   i64 table_stride;
   i64 position_limit;
+  i64 position_stride;
   i64 block_limit;
   i64 block_size;
   i64 cp_world_size;

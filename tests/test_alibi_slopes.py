@@ -10,7 +10,7 @@ import worlds
 
 import cupy_cache as cc
 from cupy_cache.attention import alibi_slopes as attention
-from cupy_cache.runtime import launch
+from cupy_cache.runtime import driver
 
 EIGHT = [0.5, 0.25, 0.125, 0.0625, 0.03125, 0.015625, 0.0078125, 0.00390625]
 FORTY = [
@@ -207,7 +207,7 @@ class TestPlaceSlopes:
 
 class TestWhoseArray:
     def test_numpy_where_there_is_no_gpu(self, monkeypatch):
-        monkeypatch.setattr(launch.driver, "device_count", lambda: 0, raising=False)
+        monkeypatch.setattr(driver.active, "device_count", lambda: 0, raising=False)
         assert type(cc.alibi_slopes(8)) is np.ndarray
 
     def test_numpy_without_cupy(self, monkeypatch):
@@ -218,7 +218,7 @@ class TestWhoseArray:
 
     def test_no_such_gpu(self, monkeypatch):
         for count, word in ((0, "no CUDA GPU"), (2, "below 2")):
-            monkeypatch.setattr(launch.driver, "device_count", lambda n=count: n, raising=False)
+            monkeypatch.setattr(driver.active, "device_count", lambda n=count: n, raising=False)
             with pytest.raises(cc.DeviceError, match=word):
                 cc.alibi_slopes(8, device="cuda:2")
 
@@ -263,14 +263,14 @@ class TestRemembering:
         expect_close(slopes, oracle.alibi_slopes(8))
 
 
-class Mark:
-    """`launch.Mark` under a test's control."""
+class Event:
+    """`driver.Event` under a test's control."""
 
     def __init__(self, stream):
-        self.stream, self.is_reached, self.held = stream, False, []
+        self.stream, self.is_done, self.held = stream, False, []
 
-    def reached(self):
-        return self.is_reached
+    def done(self):
+        return self.is_done
 
     def hold(self, stream):
         self.held.append(stream)
@@ -285,15 +285,19 @@ def gpu(emulated_world):
     class Driver(type(world.driver)):
         def __init__(self):
             super().__init__()
-            self.is_capturing, self.launches, self.marks = False, [], []
+            self.is_capturing, self.launches, self.events = False, [], []
 
         def capturing(self, stream):
             return self.is_capturing
 
-        def mark(self, stream, device):
-            assert not self.is_capturing, "a captured stream cannot be marked"
-            self.marks.append(Mark(stream))
-            return self.marks[-1]
+        def event(self, stream, device):
+            assert not self.is_capturing, "a captured stream has no events"
+            self.events.append(Event(stream))
+            return self.events[-1]
+
+        def order(self, before, after, device):
+            if before != after and not self.is_capturing:
+                self.event(before, device).hold(after)
 
         def launch(self, loaded, grid, threads, stream, record):
             self.launches.append(stream)
@@ -303,8 +307,8 @@ def gpu(emulated_world):
         def slopes(**more):
             return cc.alibi_slopes(12, framework="emulated", **more)
 
-    driver = launch.driver = Driver()  # until the world is closed
-    yield driver
+    driver.active = Driver()  # until the world is closed
+    yield driver.active
     world.close()
 
 
@@ -320,19 +324,19 @@ class TestStreams:
 
     def test_another_stream_waits_until_the_array_is_there(self, gpu):
         first = gpu.slopes()
-        (mark,) = gpu.marks
-        assert mark.stream == 0
+        (event,) = gpu.events
+        assert event.stream == 0
         assert gpu.slopes(stream=5) is first
-        assert mark.held == [5]
-        mark.is_reached = True
+        assert event.held == [5]
+        event.is_done = True
         assert gpu.slopes(stream=6) is first
-        mark.reached = None  # known by now: nobody asks again
+        event.done = None  # known by now: nobody asks again
         assert gpu.slopes(stream=7) is first
-        assert mark.held == [5] and gpu.launches == [0]
+        assert event.held == [5] and gpu.launches == [0]
 
     def test_a_stream_other_than_the_allocating_one_waits_for_it(self, gpu):
         gpu.slopes(stream=9)
-        before, after = gpu.marks
+        before, after = gpu.events
         assert (before.stream, before.held) == (0, [9])
         assert (after.stream, after.held) == (9, [])
         assert gpu.launches == [9]
@@ -350,7 +354,7 @@ class TestStreams:
         gpu.is_capturing = True
         assert gpu.slopes() is not first  # for all that is known its kernel may still be running
         gpu.is_capturing = False
-        gpu.marks[0].is_reached = True
+        gpu.events[0].is_done = True
         assert gpu.slopes() is first
         gpu.is_capturing = True
         assert gpu.slopes() is first
@@ -369,7 +373,7 @@ class TestStreams:
         first = cc.place_slopes(values, framework="emulated")
         assert cc.place_slopes(values, framework="emulated", stream=4) is first
         np.testing.assert_array_equal(first.numpy(), np.array(values, np.float32))
-        assert gpu.launches == [0] and gpu.marks[0].held == [4]
+        assert gpu.launches == [0] and gpu.events[0].held == [4]
 
 
 @pytest.mark.gpu

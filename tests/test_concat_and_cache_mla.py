@@ -275,9 +275,9 @@ def test_no_rope_is_planned_once(world, rng):
         worlds.of_values(np.arange(5)),
     )
     check(world, specs, run=oracle.concat_and_cache_mla)
-    plans = len(OP._plans)
+    plans = len(OP.memory)
     check(world, specs, run=oracle.concat_and_cache_mla)
-    assert len(OP._plans) == plans > 0
+    assert len(OP.memory) == plans > 0
 
 
 class TestFp8DsMla:

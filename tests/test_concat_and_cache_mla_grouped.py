@@ -215,10 +215,10 @@ def test_the_number_of_tokens_is_no_part_of_the_plan(world, rng):
     kv_c, k_pe = call.kv_c, call.k_pe
     call.kv_c, call.k_pe = kv_c[:, :3], k_pe[:, :3]
     call.run(world)
-    plans = len(module._plans)
+    plans = len(module.OP.memory)
     call.kv_c, call.k_pe = kv_c[:, :5], k_pe[:, :5]
     call.run(world)
-    assert len(module._plans) == plans > 0
+    assert len(module.OP.memory) == plans > 0
     call.check(world)
 
 

@@ -7,7 +7,7 @@ import worlds
 
 import cupy_cache as cc
 from cupy_cache.ops.shared import blocks
-from cupy_cache.runtime import launch
+from cupy_cache.runtime import driver
 
 
 def layers(rng, count, kind, num_blocks, dtype):
@@ -130,7 +130,7 @@ def test_nothing_but_launches(emulated_world, rng, monkeypatch):
             return getattr(world.driver, name)
 
     try:
-        monkeypatch.setattr(launch, "driver", Watched())
+        monkeypatch.setattr(driver, "active", Watched())
         keys, values = layers(rng, 20, "contiguous", 9, "float16")
         pairs = disjoint_pairs(rng, 9, 4)
         for where in ("list", "device-int64"):

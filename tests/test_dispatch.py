@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""What is sent to the driver where a signature of torch tensors comes again: the short way past the
-plans must send what the long way sends, and refuse what it refuses."""
+"""What is sent to the driver where a signature of torch tensors comes again: the quick way must
+send what the long way sends, and refuse what it refuses."""
 
 import gc
 import weakref
@@ -10,12 +10,34 @@ import numpy as np
 import pytest
 
 import cupy_cache as cc
-from cupy_cache.ops import reshape_and_cache_flash as flash
-from cupy_cache.ops.shared import block_pairs, blocks
-from cupy_cache.runtime import arrays, launch, modules, params, repeats, torch_tensors
+from cupy_cache.attention import alibi_bias
+from cupy_cache.ops import (
+    concat_and_cache_mla,
+    concat_and_cache_mla_grouped,
+    copy_blocks,
+    gather_and_maybe_dequant_cache,
+    gather_cache,
+    reshape_and_cache_flash,
+    slot_mapping_groups,
+    swap_blocks,
+)
+from cupy_cache.ops.shared import blocks
+from cupy_cache.runtime import (
+    arrays,
+    dispatch,
+    driver,
+    fastpath,
+    guards,
+    launch,
+    modules,
+    params,
+    plans,
+    streams,
+)
 
 torch = pytest.importorskip("torch")
-KNOWN = 2  # calls after which a signature is known
+KNOWN = 2  # calls after which a signature has a quick way
+flash = reshape_and_cache_flash
 
 
 class Recorder:
@@ -23,6 +45,7 @@ class Recorder:
 
     def __init__(self):
         self.launches = []
+        self.lent = []
 
     def load(self, kernel, device, stream):
         del device, stream
@@ -48,36 +71,45 @@ class Recorder:
         return taken
 
 
-@pytest.fixture(params=(KNOWN, KNOWN + repeats.USES), ids=("known", "quickest"))
-def warm(request):
-    """Calls after which the next one goes a short way, or the shortest."""
-    return request.param
+OPS = (
+    flash.OP, concat_and_cache_mla.OP, concat_and_cache_mla_grouped.OP, copy_blocks.OP,
+    copy_blocks.MLA_OP, swap_blocks.OP,
+    gather_and_maybe_dequant_cache.OP, gather_cache.OP, alibi_bias.OP, slot_mapping_groups.OP,
+)  # fmt: skip
+
+
+def forget(patch):
+    """Nothing is remembered from here on, and what is will be forgotten again."""
+    for op in OPS:
+        patch.setattr(op, "memory", plans.Memory())
+        patch.setattr(op, "known", fastpath.Known(op))
 
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """CPU tensors count as on a GPU, whose driver only notes what it is told."""
+    """CPU tensors count as on a GPU, whose driver only notes what it is told. ``long`` counts the
+    calls that go the long way."""
     describe, recorder = arrays.describe, Recorder()
 
     def on_gpu(facts, name):
         return describe(facts, name)._replace(device=arrays.Device("cuda", 0))
 
     monkeypatch.setattr(arrays, "describe", on_gpu)
-    monkeypatch.setattr(arrays, "current_stream_of", lambda array: lambda: 77)
-    monkeypatch.setattr(launch, "driver", recorder)
-    # Plans made for this GPU must not outlive it.
-    monkeypatch.setattr(flash.OP, "_plans", type(flash.OP._plans)())
-    monkeypatch.setattr(flash.OP, "_repeats", {})
-    monkeypatch.setattr(blocks, "_known_lists", {})
-    cached = (
-        launch.processors, cc.ops.copy_blocks._plan, cc.ops.copy_blocks._copier_of,
-        cc.ops.swap_blocks._plan, blocks.current_stream_for, block_pairs._describe,
-    )  # fmt: skip
-    for function in cached:
-        function.cache_clear()
+    monkeypatch.setattr(streams, "current", lambda framework, device: lambda: 77)
+    monkeypatch.setattr(streams, "lend", lambda *lent: recorder.lent.append(lent))
+    monkeypatch.setattr(driver, "active", recorder)
+    forget(monkeypatch)
+    launch.processors.cache_clear()
+    run = dispatch.Op.run
+    recorder.long = 0
+
+    def counted(*arguments):
+        recorder.long += 1
+        return run(*arguments)
+
+    monkeypatch.setattr(dispatch.Op, "run", counted)
     yield recorder
-    for function in cached:
-        function.cache_clear()
+    launch.processors.cache_clear()
 
 
 def tensors(tokens=5, slots=None, heads=3, size=8, dtype=torch.float16, shift=0):
@@ -102,76 +134,169 @@ def fields(record):
 
 
 def expected_fields(given):
-    return (*(t.data_ptr() for t in given), 0, 0, len(given[4]))
+    return (*(t.data_ptr() for t in given), 0, 0, len(given[4]), 0.0, 0.0)
 
 
 def long_way(recorder, call, monkeypatch):
     """What is sent where nothing is remembered."""
     with monkeypatch.context() as patch:
-        patch.setattr(flash.OP, "_plans", type(flash.OP._plans)())
-        patch.setattr(flash.OP, "_repeats", {})
+        forget(patch)
         recorder.take()
         call()
         return recorder.take()
 
 
 def test_other_tensors_of_a_known_signature(recorder, monkeypatch):
-    made = [tensors(n) for n in (5, 5, 5, 7, 1, 300, 7)]
+    """Whatever their numbers of rows, one quick way serves them."""
+    made = [tensors(*n) for n in ((5,), (5,), (5,), (7,), (1,), (300, 6), (300,), (7,), (2,), (1,))]
     for given in made:
-        cc.reshape_and_cache_flash(*given)
-        (sent,) = recorder.take()
-        assert fields(sent[-1]) == expected_fields(given)
-        again = long_way(recorder, lambda g=given: cc.reshape_and_cache_flash(*g), monkeypatch)
-        assert again == [sent]
-    (known,) = flash.OP._repeats.values()
-    assert len(known._known) == 1  # else this test has shown nothing
-
-
-def test_the_quickest_way(recorder, monkeypatch):
-    """Shapes that come again and again with other addresses and streams."""
-    cases = (5, None), (7, None), (300, 6)
-    for _ in range(KNOWN + repeats.USES + 2):
-        for tokens, slots in cases:
-            given = tensors(tokens, slots)
-            stream = given[0].data_ptr() % 1000
-            call = lambda g=given, s=stream: cc.reshape_and_cache_flash(*g, stream=s)  # noqa: E731
+        stream = given[0].data_ptr() % 1000
+        for call in (
+            lambda g=given: cc.reshape_and_cache_flash(*g),
+            lambda g=given, s=stream: cc.reshape_and_cache_flash(*g, stream=s),
+        ):
             call()
             (sent,) = recorder.take()
-            assert fields(sent[-1]) == expected_fields(given) and sent[3] == stream
+            assert fields(sent[-1]) == expected_fields(given)
+            before = recorder.long
             assert long_way(recorder, call, monkeypatch) == [sent]
-    (known,) = flash.OP._repeats.values()
-    assert len(known.calls) == len(cases)
+            recorder.long = before
+    assert recorder.long == KNOWN
+    assert {sent for _, sent, _ in recorder.lent} == {g[0].data_ptr() % 1000 for g in made}
 
 
-def test_more_shapes_than_have_calls_of_their_own(recorder, monkeypatch):
-    """In turns, they do not push each other out all the time."""
-    made, same_as = [], torch_tensors.same_as
-    monkeypatch.setattr(torch_tensors, "same_as", lambda *a: made.append(a) or same_as(*a))
-    given = [tensors(tokens) for tokens in range(1, repeats.MAX_CALLS + 3)]
-    for _ in range(20):
-        for case in given:
-            cc.reshape_and_cache_flash(*case)
+def test_more_counts_than_are_remembered(recorder, monkeypatch):
+    monkeypatch.setattr(fastpath, "MAX_COUNTS", 3)
+    for _ in range(3):
+        for tokens in range(1, 9):
+            given = tensors(tokens)
+            cc.reshape_and_cache_flash(*given)
             (sent,) = recorder.take()
-            assert fields(sent[-1]) == expected_fields(case)
-    assert len(made) == 1 + len(given)  # the signature, and once each combination of extents
+            assert fields(sent[-1]) == expected_fields(given)
+    assert recorder.long == KNOWN
 
 
-def test_numbers_of_a_call_that_came_again(recorder, monkeypatch):
+def test_numbers_of_a_call_that_came_again(recorder):
     """They are no array's, and go to the kernel."""
-    op = cc.ops.gather_and_maybe_dequant_cache.OP
-    monkeypatch.setattr(op, "_plans", type(op._plans)())
-    monkeypatch.setattr(op, "_repeats", {})
+    op = gather_and_maybe_dequant_cache.OP
     src, table = torch.zeros((6, 4, 8), dtype=torch.float16), torch.zeros((2, 3), dtype=torch.int32)
     bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
-    for tokens in (*[9] * (KNOWN + repeats.USES + 1), 4, 9, 9, 4):
+    for tokens in (9, 9, 9, 4, 9, 9, 4):
         dst = torch.zeros((9, 8), dtype=torch.float16)
         cc.gather_and_maybe_dequant_cache(src, dst, table, bounds, None, tokens, "auto", None)
         (sent,) = recorder.take()
         count = len(op.args)
         words = np.frombuffer(sent[-1], np.int64)
         assert words[1] == dst.data_ptr() and words[count] == tokens
-    (known,) = op._repeats.values()
-    assert len(known.calls) == 2  # one for each number
+    assert recorder.long == KNOWN
+
+
+def gather_fields(record):
+    """Rows, sequences, width and stride of the table."""
+    words = np.frombuffer(record, np.int64)
+    return words[6:10].tolist()
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+@pytest.mark.parametrize("starts", [None, torch.zeros(2, dtype=torch.int32)], ids=["none", "given"])
+def test_tables_that_widen(recorder, monkeypatch, contiguous, starts):
+    """Their width is no part of the signature; nor is an argument that is absent in the middle a
+    reason for the long way."""
+    src, big = torch.zeros((6, 4, 8), dtype=torch.float16), torch.zeros((2, 99), dtype=torch.int32)
+    bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
+    for width in (3, 3, 4, 7, 5, 64, 3):
+        dst = torch.zeros((9, 8), dtype=torch.float16)
+        table = big[:, :width].contiguous() if contiguous else big[:, :width]
+        call = lambda t=table, d=dst: cc.gather_cache(src, d, t, bounds, starts)  # noqa: E731
+        call()
+        (sent,) = recorder.take()
+        assert gather_fields(sent[-1]) == [9, 2, width, 4 * (width if contiguous else 99)]
+        before = recorder.long
+        assert long_way(recorder, call, monkeypatch) == [sent]
+        recorder.long = before
+    assert recorder.long == KNOWN
+
+
+def test_a_bias_whose_every_extent_changes(recorder, monkeypatch):
+    for heads, queries, keys in ((3, 2, 16), (3, 2, 16), (3, 2, 24), (5, 1, 40), (3, 9, 16)):
+        step = [torch.zeros(heads), torch.arange(queries), torch.arange(keys)]
+        out = torch.zeros((heads, queries, keys + 8))[..., :keys]
+        call = lambda s=step, o=out: cc.alibi_bias(*s, out=o)  # noqa: E731
+        call()
+        (sent,) = recorder.take()
+        words = np.frombuffer(sent[-1], np.int64)
+        assert words[4:9].tolist() == [heads, queries, keys, *(4 * s for s in out.stride()[:2])]
+        before = recorder.long
+        assert long_way(recorder, call, monkeypatch) == [sent]
+        recorder.long = before
+    assert recorder.long == KNOWN
+    # Of another alignment: another kernel.
+    odd = torch.zeros((3, 2, 17))
+    cc.alibi_bias(torch.zeros(3), torch.arange(2), torch.arange(17), out=odd)
+    assert recorder.take()[0][0] != sent[0]
+    with pytest.raises(cc.StrideError, match="out"):
+        shared = torch.zeros(64).as_strided((3, 2, 16), (0, 16, 1))
+        cc.alibi_bias(torch.zeros(3), torch.arange(2), torch.arange(16), out=shared)
+
+
+def scaled(recorder, given, k_scale, v_scale):
+    """What is sent for these scales: (addresses, numbers)."""
+    cc.reshape_and_cache_flash(*given, "fp8", k_scale, v_scale)
+    (sent,) = recorder.take()
+    found = list(fields(sent[-1]))
+    return found[5:7], found[8:]
+
+
+@pytest.mark.parametrize("kind", ["numbers", "one array twice", "two arrays", "values alone"])
+def test_scales(recorder, kind):
+    key, value, *caches, slots = tensors(size=16)
+    given = key, value, *(c.view(torch.uint8)[..., :16] for c in caches), slots
+    for step in range(6):
+        one, other = torch.ones(1), torch.ones(1)
+        if kind == "numbers":
+            expected = [0, 0], [1.5 + step, 0.25 + step]
+            assert scaled(recorder, given, 1.5 + step, 0.25 + step) == expected
+        elif kind == "one array twice":
+            assert scaled(recorder, given, one, one)[0] == [one.data_ptr()] * 2
+        elif kind == "two arrays":
+            addresses = [one.data_ptr(), other.data_ptr()]
+            assert scaled(recorder, given, one, other)[0] == addresses
+        else:
+            found = scaled(recorder, given, None, other)
+            assert found == ([0, other.data_ptr()], [1.0, 0.0])
+    assert recorder.long == KNOWN
+    if kind == "one array twice":  # and then are two
+        addresses = [one.data_ptr(), other.data_ptr()]
+        assert scaled(recorder, given, one, other)[0] == addresses
+
+
+def test_layers_share_one_quick_way(recorder):
+    """New numbers of tokens at every step: of many layers none learns by itself."""
+    key, value, *_ = tensors(40)
+    layers_of = [tensors()[2:4] for _ in range(7)]
+    cache = cc.PagedKVCache(*(list(side) for side in zip(*layers_of)))
+    slots = torch.arange(40)
+    for tokens in (5, 9, 2, 40, 1, 5):
+        for layer, caches in enumerate(layers_of):
+            given = key[:tokens], value[:tokens], *caches, slots[:tokens]
+            cache.write(layer, *given[:2], given[-1])
+            (sent,) = recorder.take()
+            assert fields(sent[-1]) == expected_fields(given)
+    assert recorder.long == KNOWN
+
+
+def test_caches_that_differ_do_not_share_it(recorder):
+    """Only the caches' block size tells two of the same keys apart."""
+    key, value, *caches, slots = tensors()
+    others = [cache.view(3, 8, 3, 8) for cache in caches]
+    first, second = (cc.PagedKVCache(*([c] for c in pair)) for pair in (caches, others))
+    sent = []
+    for _ in range(4):
+        for cache in (first, second):
+            cache.write(0, key, value, slots)
+            sent += recorder.take()
+    assert len({expression for expression, *_ in sent}) == 2
+    assert sent[:2] == sent[2:4] == sent[4:6] == sent[6:]
 
 
 @pytest.mark.parametrize(
@@ -182,11 +307,11 @@ def test_numbers_of_a_call_that_came_again(recorder, monkeypatch):
     ],
     ids=str,
 )  # fmt: skip
-def test_another_signature_after_a_known_one(recorder, monkeypatch, other, warm):
+def test_another_signature_after_a_known_one(recorder, monkeypatch, other):
     given, changed = tensors(), tensors(**other)
-    for _ in range(warm):
+    for _ in range(KNOWN):
         cc.reshape_and_cache_flash(*given)
-    for _ in range(warm):
+    for _ in range(KNOWN):
         recorder.take()
         cc.reshape_and_cache_flash(*changed)
         (sent,) = recorder.take()
@@ -195,13 +320,13 @@ def test_another_signature_after_a_known_one(recorder, monkeypatch, other, warm)
         assert long_way(recorder, call, monkeypatch) == [sent]
 
 
-def test_strides_of_a_known_shape(recorder, monkeypatch, warm):
+def test_strides_of_a_known_shape(recorder, monkeypatch):
     """The same shapes as a view of wider rows."""
     given = tensors()
-    for _ in range(warm):
+    for _ in range(KNOWN):
         cc.reshape_and_cache_flash(*given)
     wide = torch.zeros((5, 3, 16), dtype=torch.float16)
-    for _ in range(warm):
+    for _ in range(KNOWN):
         recorder.take()
         call = lambda: cc.reshape_and_cache_flash(wide[..., :8], *given[1:])  # noqa: E731
         call()
@@ -209,9 +334,9 @@ def test_strides_of_a_known_shape(recorder, monkeypatch, warm):
         assert long_way(recorder, call, monkeypatch) == [sent]
 
 
-def test_what_is_refused_stays_refused(recorder, warm):
+def test_what_is_refused_stays_refused(recorder):
     given = tensors()
-    for _ in range(warm):
+    for _ in range(KNOWN):
         cc.reshape_and_cache_flash(*given)
     recorder.take()
     with pytest.raises(cc.ShapeError, match="slot_mapping"):
@@ -232,13 +357,12 @@ def test_where_slots_lie_does_not_matter(recorder):
         cc.reshape_and_cache_flash(*given)
         (sent,) = recorder.take()
         assert fields(sent[-1]) == expected_fields(given)
-    (known,) = flash.OP._repeats.values()
-    assert len(known._known) == 1 and len(flash.OP._plans) == 1 and len(known.calls) == 1
+    assert len(flash.OP.memory) == 1 and recorder.long == KNOWN
 
 
-def test_no_tokens_and_streams(recorder, warm):
+def test_no_tokens_and_streams(recorder):
     given = tensors()
-    for _ in range(warm):
+    for _ in range(KNOWN):
         cc.reshape_and_cache_flash(*given)
     recorder.take()
     cc.reshape_and_cache_flash(*given[:4], torch.arange(0))
@@ -249,30 +373,35 @@ def test_no_tokens_and_streams(recorder, warm):
 
 
 def test_one_object_given_twice(recorder):
-    """torch's comparison always refuses it: the long way every time."""
+    """torch's comparison always refuses it, so it gets each tensor once."""
     key, _, *rest = tensors()
-    for _ in range(KNOWN + repeats.USES + 1):
+    for _ in range(KNOWN + 3):
         cc.reshape_and_cache_flash(key, key, *rest)
         (sent,) = recorder.take()
         assert fields(sent[-1]) == expected_fields((key, key, *rest))
+    assert recorder.long == KNOWN
+    other = key.clone()
+    cc.reshape_and_cache_flash(key, other, *rest)
+    (sent,) = recorder.take()
+    assert fields(sent[-1]) == expected_fields((key, other, *rest))
 
 
 def test_more_signatures_than_are_known(recorder, monkeypatch):
     """Where many come in turns, few of them are learnt anew."""
-    made, same_as = [], torch_tensors.same_as
-    monkeypatch.setattr(torch_tensors, "same_as", lambda *a: made.append(a) or same_as(*a))
-    signatures = [tensors(heads=n) for n in range(1, repeats.MAX_REPEATS + 3)]
+    made, same_as = [], guards.same_as
+    monkeypatch.setattr(guards, "same_as", lambda *a: made.append(a) or same_as(*a))
+    signatures = [tensors(heads=n) for n in range(1, fastpath.MAX_WAYS + 3)]
     for _ in range(30):
         for given in signatures:
             cc.reshape_and_cache_flash(*given)
             (sent,) = recorder.take()
             assert fields(sent[-1]) == expected_fields(given)
-    # Each known one, and a call of its own; then one for every MORE_USES others.
-    assert len(made) <= 2 * repeats.MAX_REPEATS + 2 * 30 * len(signatures) / repeats.MORE_USES
-    for _ in range(3 * repeats.MORE_USES):  # but what stays is learnt
+    assert len(made) <= fastpath.MAX_WAYS + 2 + 30 * len(signatures) / fastpath.PATIENCE
+    for _ in range(3 * fastpath.PATIENCE):  # but what stays is learnt
         cc.reshape_and_cache_flash(*given)
-    (known,) = flash.OP._repeats.values()
-    assert known.calls[0](given, (), None)
+    recorder.long = 0
+    cc.reshape_and_cache_flash(*given)
+    assert not recorder.long
 
 
 def test_bound_to_its_caches(recorder):
@@ -285,10 +414,10 @@ def test_bound_to_its_caches(recorder):
         assert fields(sent[-1]) == expected_fields(given)
 
 
-def test_bound_with_too_few_or_too_many(recorder, warm):
+def test_bound_with_too_few_or_too_many(recorder):
     key, value, *caches, slots = tensors()
     write = cc.PagedKVCache(*([c] for c in caches)).writer(0)
-    for _ in range(warm):
+    for _ in range(KNOWN):
         write(key, value, slots)
         recorder.take()
         for given in ((key, value), (key, value, slots, slots)):
@@ -297,11 +426,11 @@ def test_bound_with_too_few_or_too_many(recorder, warm):
         assert not recorder.take()
 
 
-def test_without_the_comparison(recorder, monkeypatch, warm):
+def test_without_the_comparison(recorder, monkeypatch):
     """A torch that has none, or changed it."""
-    monkeypatch.setattr(torch_tensors, "_tensor_guards", lambda: None)
+    monkeypatch.setattr(guards, "_tensor_guards", lambda: None)
     given = tensors()
-    for _ in range(warm):
+    for _ in range(KNOWN):
         cc.reshape_and_cache_flash(*given)
         (sent,) = recorder.take()
         assert fields(sent[-1]) == expected_fields(given)
@@ -316,12 +445,12 @@ def test_a_comparison_that_lies_is_not_used(monkeypatch):
             del tensors
             return True
 
-    torch_tensors._tensor_guards.cache_clear()
-    assert torch_tensors._tensor_guards() is not None  # else nothing here was tested
-    torch_tensors._tensor_guards.cache_clear()
+    guards._tensor_guards.cache_clear()
+    assert guards._tensor_guards() is not None  # else nothing here was tested
+    guards._tensor_guards.cache_clear()
     monkeypatch.setattr(torch._C._dynamo.guards, "TensorGuards", Lies)
-    assert torch_tensors._tensor_guards() is None
-    torch_tensors._tensor_guards.cache_clear()
+    assert guards._tensor_guards() is None
+    guards._tensor_guards.cache_clear()
 
 
 def test_more_than_one_launch_takes():
@@ -390,6 +519,30 @@ def test_layers_in_other_places(recorder):
     with pytest.raises(cc.ArgumentError, match="0..6, got 7 in row 1"):
         cc.copy_blocks(keys, values, pairs)
     assert not recorder.take()
+
+
+def test_layers_whose_distance_changes(recorder, monkeypatch):
+    """With its alignment the kernel changes; without, nothing is learnt anew."""
+    caches = [torch.zeros((9, 4, 24), dtype=torch.float16) for _ in range(2)]
+    sent = []
+    for tokens in (4, 4, 8, 12, 4, 5, 6, 8):
+        wide = torch.zeros((2, 16, 24), dtype=torch.float16)
+        flat = wide.view(-1)
+        step = [flat.as_strided((2, tokens, n), (tokens * 24 + 8 * (tokens % 4), 24, 1))
+                for n in (16, 8)]  # fmt: skip
+        if tokens % 2:
+            step = [flat.as_strided(part.shape, (tokens * 24 + 1, 24, 1)) for part in step]
+        slots = torch.zeros((2, tokens), dtype=torch.int64)
+        call = lambda s=step, n=slots: cc.concat_and_cache_mla_grouped(*s, caches, n)  # noqa: E731
+        call()
+        sent += recorder.take()
+        before = recorder.long
+        assert long_way(recorder, call, monkeypatch) == [sent[-1]]
+        recorder.long = before
+        words = np.frombuffer(sent[-1][-1], np.int64)
+        assert words[8:11].tolist() == [2 * step[0].stride(0), 2 * step[1].stride(0), 8 * tokens]
+    assert sent[0][0] == sent[3][0] != sent[5][0]
+    assert recorder.long == KNOWN + 1
 
 
 def test_views_of_the_same_memory(recorder):

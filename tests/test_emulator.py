@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from cupy_cache.runtime import arrays, env, formats, launch, modules, params
+from cupy_cache.runtime import arrays, driver, env, formats, launch, modules, params, streams
 
 SOURCE = """\
 #include "cupy_cache/paging.cuh"
@@ -284,20 +284,20 @@ class TestRightKernels:
         to = bench.storage(np.zeros(8, np.uint8))
         body = "  in_bounds(thread == 9 ? p.number : 0, 5, 2, thread);"
         bench.run(body, to, number=77, guarded=("first", "second"))
-        (fault,) = launch.driver.take_faults()
+        (fault,) = driver.active.take_faults()
         assert (fault.argument, fault.row, fault.value, fault.limit) == ("second", 9, 77, 5)
-        assert not launch.driver.take_faults()
+        assert not driver.active.take_faults()
 
     def test_new_arrays(self, bench):
         """What an operation returns is made on the device, and is not blank."""
         device = arrays.Device("cuda", 0)
         for shape in ((3, 5), (0, 2), 7):
-            made = arrays.empty("emulated", device, shape, formats.DTYPES["int32"])
+            made = streams.empty("emulated", device, shape, formats.DTYPES["int32"])
             seen = arrays.view(made, "made")
             assert (seen.framework, seen.device, seen.writable) == ("emulated", device, True)
             assert bench.world.numpy(made).shape == np.empty(shape).shape
             assert (bench.world.numpy(made) == np.int32(-0x5A5A5A5B)).all()
-            assert arrays.current_stream_of(seen)() == 0
+            assert streams.current("emulated", 0)() == 0
 
 
 def test_the_cache_follows_the_text(bench):

@@ -436,13 +436,21 @@ class TestRefusals:
         arguments[name] = wide[..., ::2]
         self.refused(world, arguments, cc.StrideError, name, "contiguous")
 
-    def test_a_single_bound_with_a_gap(self, world, arguments, rng):
-        """The next call might bring more of them with the same stride."""
-        arguments["block_table"] = worlds.of_values(np.zeros((0, 2), np.int64))
-        arguments["seq_starts"] = worlds.of_values(np.zeros(0, np.int64))
-        arguments["cu_seq_lens"] = worlds.of_values(np.zeros(1, np.int64))
-        arguments["cu_seq_lens"].strides = (16,)
-        self.refused(world, arguments, cc.StrideError, "cu_seq_lens", "contiguous")
+    def test_bounds_with_gaps(self, world, arguments, rng):
+        """Of a single one the stride means nothing; with more of the same stride it does."""
+        arguments["block_table"] = worlds.of_values(np.zeros((1, 2), np.int64))
+        arguments["seq_starts"] = worlds.of_values(np.zeros(1, np.int64))
+        arguments["cu_seq_lens"] = worlds.of_values(np.zeros(4, np.int64))
+        bounds = arguments["cu_seq_lens"]
+        bounds.strides = (16,)
+        for count in (1, 1, 1, 2, 1, 2):
+            bounds.shape = (count,)
+            arguments["block_table"].shape = (count - 1, 2)
+            arguments["seq_starts"].shape = (count - 1,)
+            if count == 1:
+                check(world, list(arguments.values()), cc.gather_cache, oracle.gather_cache)
+            else:
+                self.refused(world, arguments, cc.StrideError, "cu_seq_lens", "contiguous")
 
     def test_more_than_two_dimensions_with_gaps(self, world, arguments, rng):
         arguments["src_cache"] = worlds.array(rng, (4, 4, 2, 3, 2, 8), "float32")

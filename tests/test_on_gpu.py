@@ -17,7 +17,7 @@ import pytest
 import worlds
 
 import cupy_cache as cc
-from cupy_cache.runtime import dispatch, launch, modules
+from cupy_cache.runtime import dispatch, driver, faults, modules, streams
 
 pytestmark = pytest.mark.gpu
 
@@ -103,7 +103,7 @@ def test_known_signature_among_several_gpus(torch, case, monkeypatch):
     ops = [op for op in gc.get_objects() if type(op) is dispatch.Op]
     for op in ops:
         monkeypatch.setattr(op, "_repeats", {})  # they launch as for one GPU
-    monkeypatch.setattr(launch.driver, "device_count", lambda: 2)
+    monkeypatch.setattr(driver.active, "device_count", lambda: 2)
     test_again_and_again(torch, case)
 
 
@@ -177,7 +177,7 @@ def test_stream_argument(cupy, rng):
     """``stream=`` takes CuPy's and torch's streams and addresses."""
     torch = pytest.importorskip("torch")
     for stream in (cupy.cuda.Stream(non_blocking=True), torch.cuda.Stream()):
-        for given in (stream, launch.arrays.stream_pointer(stream)):
+        for given in (stream, streams.pointer(stream)):
             world, case = worlds.CuPyWorld(), cases.CASES["reshape_and_cache_flash"](rng)
             put = case.put(world)
             cupy.cuda.Device().synchronize()
@@ -328,7 +328,7 @@ def test_an_edited_header_is_compiled_again(tmp_path):
 
 
 def test_debug_mode_raises_after_the_call(monkeypatch, rng):
-    monkeypatch.setattr(launch, "debug", True)
+    monkeypatch.setattr(faults, "debug", True)
     case = cases.CASES["reshape_and_cache_flash"](rng)
     case.specs[4].on(case.specs[4].buffer.bytes)[3] = 80
     with pytest.raises(cc.FaultError, match="slot_mapping at row 3 is 80"):

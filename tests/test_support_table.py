@@ -112,7 +112,7 @@ def run_all(table, monkeypatch, memory, dtypes_of):
     )
     marked = list(table.combinations())  # before anything is replaced
     monkeypatch.setattr(arrays, "_READERS", dict(arrays._READERS))
-    monkeypatch.setattr(arrays, "_FRAMEWORKS", dict(arrays._FRAMEWORKS))
+    monkeypatch.setattr(arrays, "FRAMEWORKS", dict(arrays.FRAMEWORKS))
     arrays.register_framework("real", Real, framework)
     monkeypatch.setattr(specialisations, "Described", Real)
     monkeypatch.setattr(specialisations, "BLOCKS", 8)

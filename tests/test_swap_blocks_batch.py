@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import ctypes
 import logging
+import types
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 import cupy_cache as cc
 from cupy_cache.ops import swap_blocks_batch as module
 from cupy_cache.ops.shared import blocks
-from cupy_cache.runtime import arrays, launch
+from cupy_cache.runtime import arrays, cuda, driver
 
 
 def put(world, spec, where):
@@ -178,12 +179,13 @@ def test_what_the_driver_tells(
             ctypes.memmove(place, ctypes.addressof(value), ctypes.sizeof(value))
         return 0
 
-    driver = launch.CudaDriver()
-    monkeypatch.setattr(driver, "_attributes", attributes)
-    assert driver.allocation(5000) == expected
-    monkeypatch.setattr(driver, "_attributes", lambda *a: 201)
+    library = types.SimpleNamespace(cuPointerGetAttributes=attributes)
+    monkeypatch.setattr(cuda, "_library", lambda: library)
+    monkeypatch.setattr(cuda, "_ensure_context", lambda: None)
+    assert driver.CudaDriver().allocation(5000) == expected
+    library.cuPointerGetAttributes = lambda *a: 201
     with pytest.raises(cc.KernelError, match=r"0x1388.*201"):
-        driver.allocation(5000)
+        driver.CudaDriver().allocation(5000)
 
 
 @pytest.mark.gpu
@@ -197,10 +199,10 @@ def test_what_cuda_tells_of_an_address():
         (on_gpu, on_gpu.data.ptr, "cuda"), (pinned, pinned.ctypes.data, "cpu"),
     ):  # fmt: skip
         for address in (base, base + 4999):
-            found = launch.driver.allocation(address)
+            found = driver.active.allocation(address)
             assert found.device.kind == kind and found.shift == 0
             assert found.start <= base and base + array.size <= found.end
-    assert launch.driver.allocation(np.empty(5000, np.uint8).ctypes.data) is None
+    assert driver.active.allocation(np.empty(5000, np.uint8).ctypes.data) is None
 
 
 def test_arguments_of_torch_and_order_hint(world, rng):

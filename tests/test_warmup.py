@@ -12,7 +12,7 @@ import cupy_cache as cc
 from cupy_cache.attention import alibi_slopes as attention
 from cupy_cache.compilation.specialisations import specialisations
 from cupy_cache.ops.shared import blocks
-from cupy_cache.runtime import arrays, launch, modules
+from cupy_cache.runtime import arrays, driver, modules
 
 HEADS, SIZE, BLOCK = 4, 64, 16
 LAYOUTS = ("NHD", "HND", "packed", "x-packed", "rows", "indexer")
@@ -162,7 +162,7 @@ def needed_by(emulated_world, rng, arguments):
     """The kernels that `Calls` load."""
     needed = set()
 
-    class Driver(launch.CudaDriver):
+    class Driver(driver.CudaDriver):
         def load(self, kernel, device, stream):
             needed.add(kernel)
 
@@ -182,7 +182,7 @@ def needed_by(emulated_world, rng, arguments):
             return 132
 
     world = emulated_world()
-    launch.driver = Driver()  # until the world is closed
+    driver.active = Driver()  # until the world is closed
     try:
         Calls(world, rng, *arguments).run()
     finally:
@@ -238,10 +238,10 @@ def test_only_the_operations_asked_for():
 @pytest.fixture
 def gpu(monkeypatch):
     """A machine that seems to have two GPUs, and a loader that notes what it is given."""
-    driver = launch.CudaDriver()
-    monkeypatch.setattr(driver, "device_count", lambda: 2, raising=False)
-    monkeypatch.setattr(driver, "current_device", lambda: 1, raising=False)
-    monkeypatch.setattr(launch, "driver", driver)
+    pair = driver.CudaDriver()
+    monkeypatch.setattr(pair, "device_count", lambda: 2, raising=False)
+    monkeypatch.setattr(pair, "current_device", lambda: 1, raising=False)
+    monkeypatch.setattr(driver, "active", pair)
     monkeypatch.setattr(modules, "_loaded", {})
     monkeypatch.setenv("CUPYCACHE_NO_COMPILE", "1")
     notes = []
@@ -324,7 +324,7 @@ def test_bad_arguments_are_refused(gpu, change, error, words):
 
 
 def test_refused_where_there_is_no_gpu(monkeypatch):
-    monkeypatch.setattr(launch.driver, "device_count", lambda: 0, raising=False)
+    monkeypatch.setattr(driver.active, "device_count", lambda: 0, raising=False)
     with pytest.raises(cc.DeviceError, match="expected a GPU"):
         cc.warmup(8, 128, 16)
 

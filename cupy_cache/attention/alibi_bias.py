@@ -3,16 +3,29 @@
 """The bias of attention with linear biases (ALiBi), for attention that takes it as a tensor."""
 
 import functools
+from typing import Any, Literal
 
 from .. import cpu
-from ..errors import ArgumentError
-from ..runtime import arrays, contract, formats, launch, modules, params
+from ..errors import ArgumentError, ShapeError
+from ..runtime import (
+    arrays,
+    contract,
+    dispatch,
+    formats,
+    launch,
+    modules,
+    params,
+    plans,
+    spelling,
+    streams,
+)
+from ..types import ArrayLike, StreamLike
 
 NAME = "alibi_bias"
 PARAMS = params.Struct(
     "slopes:ptr query_positions:ptr key_positions:ptr out:ptr heads:i64 queries:i64 keys:i64 "
-    "slope_stride:i64 query_stride:i64 key_stride:i64 out_head_stride:i64 out_query_stride:i64 "
-    "causal:u32 root:u32"
+    "out_head_stride:i64 out_query_stride:i64",
+    "slope_stride:i64 query_stride:i64 key_stride:i64 causal:u32 root:u32",
 )
 MAX_THREADS = 256
 VECTOR = 16
@@ -20,9 +33,16 @@ BLOCKS_PER_PROCESSOR = 8  # with fewer, the heads are spread over blocks too
 
 
 def alibi_bias(
-    slopes, query_positions, key_positions, *, out=None, dtype=None, sqrt=False, causal=False,
-    stream=None,
-):  # fmt: skip
+    slopes: ArrayLike,
+    query_positions: ArrayLike,
+    key_positions: ArrayLike,
+    *,
+    out: ArrayLike | None = None,
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    sqrt: bool = False,
+    causal: bool = False,
+    stream: StreamLike | None = None,
+) -> Any:
     """Compute what ALiBi adds to the scaled attention scores: for head ``h``, query ``i`` and key
     ``j``, ``slopes[h] * (key_positions[j] - query_positions[i])``.
 
@@ -74,42 +94,23 @@ def alibi_bias(
     ``sqrt``, of vLLM's attention kernels.
     """
     if stream is not None:
-        stream = arrays.stream_pointer(stream)
-    else:
-        owner = query_positions if out is None else out
-        described = arrays.view(owner, f"{NAME}: {'query_positions' if out is None else 'out'}")
-        if described.device.kind == "cuda":
-            stream = arrays.current_stream_of(described)()
-    check = contract.Contract(NAME)
-    given = {
-        "slopes": slopes, "query_positions": query_positions, "key_positions": key_positions
-    }  # fmt: skip
-    # The facts keep views through DLPack alive until all is enqueued.
-    facts = {name: arrays.read(value, f"{NAME}: {name}", stream) for name, value in given.items()}
-    described = {name: arrays.describe(fact, f"{NAME}: {name}") for name, fact in facts.items()}
-    for (name, array), size in zip(described.items(), ("num_heads", "num_queries", "num_keys")):
-        check.shape(name, array, size)
-        indices = formats.INDICES if size != "num_heads" else (formats.DTYPES["float32"],)
-        check.dtype(name, array, *indices)
-        check.device(name, array)
-        check.aligned(name, array)
+        stream = streams.pointer(stream)
     wanted = _dtype(dtype)
     if out is None:
-        like = described["query_positions"]
-        shape = tuple(check.sizes[size] for size in ("num_heads", "num_queries", "num_keys"))
-        wanted = wanted or formats.DTYPES["float32"]
-        out = arrays.empty(like.framework, like.device, shape, wanted)
-    facts["out"] = arrays.read(out, f"{NAME}: out", stream)
-    described["out"] = array = arrays.describe(facts["out"], f"{NAME}: out")
-    check.shape("out", array, "num_heads num_queries num_keys")
-    check.dtype("out", array, *([wanted] if wanted else formats.FLOATS))
-    check.device("out", array)
-    check.aligned("out", array)
-    check.contiguous("out", array)
-    check.writable("out", array)
-    if 0 not in array.shape:
-        run = _on_cpu if array.device.kind == "cpu" else _on_gpu
-        run(*described.values(), bool(sqrt), bool(causal), stream)
+        like = arrays.view(query_positions, f"{NAME}: query_positions")
+        heads, keys = (
+            arrays.view(array, f"{NAME}: {name}")
+            for name, array in (("slopes", slopes), ("key_positions", key_positions))
+        )
+        check = contract.Contract(NAME)
+        check.shape("slopes", heads, "num_heads")
+        check.shape("query_positions", like, "num_queries")
+        check.shape("key_positions", keys, "num_keys")
+        shape = *heads.shape, *like.shape, *keys.shape
+        made_of = wanted or formats.DTYPES["float32"]
+        out = streams.empty(like.framework, like.device, shape, made_of, stream)
+    options = wanted and wanted.name, bool(sqrt), bool(causal)
+    OP((slopes, query_positions, key_positions, out), options, stream)
     return out
 
 
@@ -126,41 +127,71 @@ def _dtype(dtype):
     return found
 
 
-def _on_cpu(slopes, queries, keys, out, sqrt, causal, stream):
-    del stream
-    views = (
-        arrays.as_numpy(a.ptr, a.shape, a.strides, a.dtype.numpy) for a in (slopes, queries, keys)
-    )
-    bits = arrays.as_numpy(out.ptr, out.shape, out.strides, out.dtype.bits)
-    cpu.alibi_bias(*views, bits, out.dtype, sqrt, causal)
+def _plan(op, described, options):
+    wanted, sqrt, causal = options
+    check = contract.Contract(NAME)
+    slopes, queries, keys, out = described
+    for arg, array in zip(op.args[:3], described):
+        check.shape(arg.name, array, "_")
+        indices = (formats.DTYPES["float32"],) if array is slopes else formats.INDICES
+        check.dtype(arg.name, array, *indices)
+    check.shape("out", out, "_ _ _")
+    check.dtype("out", out, *([formats.DTYPES[wanted]] if wanted else formats.FLOATS))
+    for arg, array in zip(op.args, described):
+        check.device(arg.name, array)
+        check.aligned(arg.name, array)
+    check.contiguous("out", out)
+    arrays.require_writable(out, NAME, "out")
+    if out.device.kind == "cpu":
+        run = functools.partial(cpu.alibi_bias, dtype=out.dtype, sqrt=sqrt, causal=causal)
+        return plans.NumPyPlan(run, (*(a.dtype.numpy for a in described[:3]), out.dtype.bits))
 
-
-def _on_gpu(slopes, queries, keys, out, sqrt, causal, stream):
-    heads, rows, columns = out.shape
+    device = out.device.index
     wide = contract.vector_bytes(out.ptr, *out.strides[:2]) == VECTOR
-    launcher = _launcher(out.dtype, wide, queries.dtype, keys.dtype, out.device.index)
-    vectors = launch.ceil_div(columns * out.dtype.bytes, VECTOR if wide else out.dtype.bytes)
-    threads = min(MAX_THREADS, launch.ceil_div(vectors, launch.WARP) * launch.WARP)
-    x, y = launch.ceil_div(vectors, threads), min(rows, launch.MAX_GRID_YZ)
-    enough = BLOCKS_PER_PROCESSOR * launch.processors(out.device.index)
-    z = min(heads, launch.ceil_div(enough, x * y), launch.MAX_GRID_YZ)
-    launcher.enqueue(
-        (x, y, z), threads, stream, slopes.ptr, queries.ptr, keys.ptr, out.ptr, heads, rows,
-        columns, slopes.strides[0], queries.strides[0], keys.strides[0], *out.strides[:2], causal,
-        sqrt,
-    )  # fmt: skip
+    vector = VECTOR if wide else out.dtype.bytes
+    types = ", ".join(spelling.INDEX_NAMES[array.dtype.name] for array in (queries, keys))
+    element = spelling.ELEMENT_NAMES[out.dtype.name]
+    kernel = modules.Kernel(
+        NAME, NAME, f"{NAME}<{element}, {vector}, {types}, {MAX_THREADS}>", PARAMS
+    )
+    strides = slopes.strides[0], queries.strides[0], keys.strides[0]
+    launcher = launch.Launcher(kernel, device, (*strides, causal, sqrt))
+
+    def shape(work):
+        heads, rows, columns = work
+        vectors = launch.ceil_div(columns * out.dtype.bytes, vector)
+        threads = min(MAX_THREADS, launch.ceil_div(vectors, launch.WARP) * launch.WARP)
+        x, y = launch.ceil_div(vectors, threads), min(rows, launch.MAX_GRID_YZ)
+        enough = BLOCKS_PER_PROCESSOR * launch.processors(device)
+        z = min(heads, launch.ceil_div(enough, x * y), launch.MAX_GRID_YZ)
+        return (x, y, z), threads
+
+    return plans.KernelPlan(launcher, shape)
 
 
-@functools.cache  # a few dtypes, on as many devices as there are
-def _launcher(dtype, wide, query, key, device):
-    return launch.Launcher(kernel(dtype, wide, query, key), device)
+def _count(extents, options, numbers):
+    """(Heads, queries and keys, or 0; these and the strides of heads and queries)."""
+    del options, numbers
+    *counts, (shape, strides) = extents
+    if (*shape,) != (*counts,):
+        raise ShapeError(
+            f"{NAME}: Invalid shape of out: expected [num_heads={counts[0]}, "
+            f"num_queries={counts[1]}, num_keys={counts[2]}], got {list(shape)}"
+        )
+    contract.check_apart(NAME, "out", shape, strides, strides[-1] if shape[-1] > 1 else 1)
+    fields = *shape, *strides[:2]
+    return tuple(shape) if 0 not in shape else 0, fields
 
 
-def kernel(dtype, wide, query, key):
-    """The specialisation for elements of ``dtype``, in vectors of 16 bytes if ``wide``, and for
-    these dtypes of the positions."""
-    vector = VECTOR if wide else dtype.bytes
-    indices = ", ".join(formats.INDEX_NAMES[index.name] for index in (query, key))
-    element = formats.ELEMENT_NAMES[dtype.name]
-    expression = f"{NAME}<{element}, {vector}, {indices}, {MAX_THREADS}>"
-    return modules.Kernel(NAME, NAME, expression, PARAMS)
+OP = dispatch.Op(
+    NAME,
+    args=(
+        dispatch.Arg("slopes", varies=dispatch.ROWS),
+        dispatch.Arg("query_positions", varies=dispatch.ROWS, index=True),
+        dispatch.Arg("key_positions", varies=dispatch.ROWS, index=True),
+        dispatch.Arg("out", varies=(0, 1, 2)),
+    ),
+    plan=_plan,
+    destination=3,
+    count=_count,
+)

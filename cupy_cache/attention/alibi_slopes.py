@@ -1,18 +1,32 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""What attention needs besides the cache: ALiBi slopes, born on the device.
+"""ALiBi slopes, born on the device.
 
 Slopes are a handful of constants, so each list is made once and remembered: a further call returns
 the same array and launches nothing.
 """
 
 import sys
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from .. import cpu
 from ..errors import ArgumentError, DeviceError, MissingDependencyError, ShapeError
-from ..runtime import arrays, contract, formats, launch, modules, params
+from ..runtime import (
+    contract,
+    devices,
+    dispatch,
+    driver,
+    formats,
+    launch,
+    modules,
+    params,
+    plans,
+    streams,
+)
+from ..types import ArrayLike, DeviceLike, FrameworkName, StreamLike
 
 FLOAT32 = formats.DTYPES["float32"]
 MAX_HEADS = 1 << 20
@@ -23,16 +37,23 @@ PLACED_VALUES = 1016  # kPlacedValues of the kernel
 # out is never recycled under a stream that still reads it.
 MAX_REMEMBERED = 256
 
-PARAMS = params.Struct("out:ptr stride:i64 count:i64 first:i64 power:i64 step:f64")
+PARAMS = params.Struct("out:ptr count:i64 first:i64 power:i64 step:f64", "stride:i64")
 PLACE_PARAMS = params.Struct("out:ptr stride:i64 count:i64", tail=f"values:f32[{PLACED_VALUES}]")
 ALIBI = modules.Kernel("alibi_slopes", "alibi_slopes", f"alibi_slopes<{MAX_THREADS}>", PARAMS)
 PLACE = modules.Kernel("place_slopes", "place_slopes", f"place_slopes<{MAX_THREADS}>", PLACE_PARAMS)
 
 
 def alibi_slopes(
-    num_heads, *, max_bias=8.0, tp_rank=0, tp_size=1, framework=None, device=None, out=None,
-    stream=None,
-):  # fmt: skip
+    num_heads: int,
+    *,
+    max_bias: float = 8.0,
+    tp_rank: int = 0,
+    tp_size: int = 1,
+    framework: FrameworkName | None = None,
+    device: DeviceLike | None = None,
+    out: ArrayLike | None = None,
+    stream: StreamLike | None = None,
+) -> Any:
     """The slopes of attention with linear biases (ALiBi), one for each query head.
 
     With c the largest power of two that is at most ``num_heads`` and M = ``max_bias``, they are
@@ -120,11 +141,18 @@ def alibi_slopes(
         )
     power = 1 << (num_heads.bit_length() - 1)
     count = num_heads // tp_size
-    values = _Computed(op, tp_rank * count, count, power, max_bias / (2 * power))
-    return _fill(values, framework, device, out, stream)
+    numbers = count, tp_rank * count, power, max_bias / (2 * power)
+    return _fill(OP, numbers, framework, device, out, stream)
 
 
-def place_slopes(slopes, *, framework=None, device=None, out=None, stream=None):
+def place_slopes(
+    slopes: Sequence[float] | np.ndarray[Any, Any],
+    *,
+    framework: FrameworkName | None = None,
+    device: DeviceLike | None = None,
+    out: ArrayLike | None = None,
+    stream: StreamLike | None = None,
+) -> Any:
     """A caller's own slopes as an array on the device, placed there once.
 
     The numbers travel inside the kernel's parameters: nothing is uploaded, nothing waits, and the
@@ -170,150 +198,145 @@ def place_slopes(slopes, *, framework=None, device=None, out=None, stream=None):
             f"{op}: Invalid value of slopes: expected numbers within float32, got "
             f"{lost[np.isfinite(lost)][0]:g}"
         )
-    return _fill(_Given(op, rounded), framework, device, out, stream)
+    return _fill(PLACE_OP, (rounded.size, rounded.tobytes()), framework, device, out, stream)
 
 
-# --- what an array is filled with -----------------------------------------------------------------
+# --- the operations -------------------------------------------------------------------------------
 
 
-class _Computed:
-    """Slopes by the formula: ``count`` of them from head ``first``."""
+class _PlacePlan:
+    """Numbers of the host, as many as fit the parameters in each launch."""
 
-    def __init__(self, op, first, count, power, step):
-        self.op, self.count = op, count
-        self._arguments = first, power, step
-        self.key = first, count, power, step
+    def __init__(self, out):
+        self._launcher = launch.Launcher(PLACE, out.device.index)
+        self._shape = launch.FlatShape(1, out.device.index, MAX_THREADS)
+        self._stride = out.strides[0]
 
-    def numpy(self):
-        first, power, step = self._arguments
-        return cpu.alibi_slopes(first, self.count, power, step)
-
-    def enqueue(self, array, stream):
-        grid, threads = _shape(self.count, array)
-        launch.Launcher(ALIBI, array.device.index).enqueue(
-            grid, threads, stream, array.ptr, array.strides[0], self.count, *self._arguments
-        )
-
-
-class _Given:
-    """Slopes that a caller brought, as a float32 NumPy array."""
-
-    def __init__(self, op, values):
-        self.op, self.count = op, values.size
-        self._values = values
-        self.key = values.tobytes()
-
-    def numpy(self):
-        return self._values
-
-    def enqueue(self, array, stream):
-        launcher = launch.Launcher(PLACE, array.device.index)
-        for first in range(0, self.count, PLACED_VALUES):
-            part = self._values[first : first + PLACED_VALUES]
-            grid, threads = _shape(part.size, array)
-            at = array.ptr + first * array.strides[0]
-            launcher.enqueue(
-                grid, threads, stream, at, array.strides[0], part.size, tail=part.tobytes()
+    def run(self, call):
+        """Enqueue."""
+        (out,), (count, values) = call.values, call.fields
+        for first in range(0, count, PLACED_VALUES):
+            part = min(PLACED_VALUES, count - first)
+            tail = values[first * FLOAT32.bytes : (first + part) * FLOAT32.bytes]
+            at = out + first * self._stride
+            self._launcher.enqueue(
+                *self._shape(part), call.stream, at, self._stride, part, tail=tail
             )
 
 
-def _shape(count, array):
-    return launch.FlatShape(1, array.device.index, MAX_THREADS)(count)
+def _place_on_cpu(out, count, values):
+    del count
+    out[...] = np.frombuffer(values, np.float32)
+
+
+def _check(op, out):
+    check = contract.Contract(op.name)
+    check.shape("out", out, "_")
+    check.dtype("out", out, FLOAT32)
+    check.aligned("out", out)
+    check.writable("out", out)
+
+
+def _plan(op, described, options):
+    del options
+    (out,) = described
+    _check(op, out)
+    if out.device.kind == "cpu":
+        return plans.NumPyPlan(cpu.alibi_slopes, [FLOAT32.numpy])
+    device = out.device.index
+    launcher = launch.Launcher(ALIBI, device, (out.strides[0],))
+    return plans.KernelPlan(launcher, launch.FlatShape(1, device, MAX_THREADS))
+
+
+def _place_plan(op, described, options):
+    del options
+    (out,) = described
+    _check(op, out)
+    if out.device.kind == "cpu":
+        return plans.NumPyPlan(_place_on_cpu, [FLOAT32.numpy])
+    return _PlacePlan(out)
+
+
+def _op(name, plan):
+    def count(extents, options, numbers):
+        del options
+        if extents[0] != numbers[0]:
+            raise ShapeError(
+                f"{name}: Invalid shape of out: expected [{numbers[0]}], got {list(extents)}"
+            )
+        return numbers[0], numbers
+
+    return dispatch.Op(name, [dispatch.Arg("out", varies=dispatch.ROWS)], plan, count=count)
+
+
+OP = _op("alibi_slopes", _plan)
+PLACE_OP = _op("place_slopes", _place_plan)
 
 
 # --- where it goes --------------------------------------------------------------------------------
 
 
 class _Remembered:
-    """An array, and the mark behind the kernel that fills it, until that was seen to be reached."""
+    """An array, and the event behind the kernel that fills it, until that was seen to be done."""
 
-    __slots__ = ("array", "mark")
+    __slots__ = ("array", "event")
 
-    def __init__(self, array, mark):
-        self.array, self.mark = array, mark
-
-
-_remembered = {}
+    def __init__(self, array, event):
+        self.array, self.event = array, event
 
 
-def _fill(values, framework, device, out, stream):
+_remembered: dict[tuple, _Remembered] = {}
+
+
+def _fill(op, numbers, framework, device, out, stream):
+    """``out`` filled by ``op``; without it, an array that is made and remembered."""
     if out is not None:
         if framework is not None or device is not None:
             raise ArgumentError(
-                f"{values.op}: Invalid value of framework or device: expected None, because out "
+                f"{op.name}: Invalid value of framework or device: expected None, because out "
                 f"decides both, got {framework!r} and {device!r}"
             )
-        _write(values, out, stream)
+        op((out,), (), stream, numbers)
         return out
-    framework, device = _home(values.op, framework, device)
-    key = framework, device, values.op, values.key
+    framework, device = _home(op.name, framework, device)
+    key = framework, device, op.name, numbers
     found = _remembered.get(key)
-    if found is not None and found.mark is None:
+    if found is not None and found.event is None:
         return found.array
-    wanted = arrays.Array(0, (values.count,), (FLOAT32.bytes,), FLOAT32, device, True, framework)
     if device.kind == "cuda":
-        return _on_gpu(values, wanted, key, found, stream)
-    made = _make(wanted)
-    _write(values, made, None)
+        return _on_gpu(op, numbers, framework, device, key, found, stream)
+    made = streams.empty(framework, device, numbers[:1], FLOAT32)
+    op((made,), (), None, numbers)
     if framework == "numpy":
         made.flags.writeable = False
     return _remember(key, made, None)
 
 
-def _on_gpu(values, wanted, key, found, stream):
-    index = wanted.device.index
-    current = arrays.current_stream_of(wanted)()
-    stream = current if stream is None else arrays.stream_pointer(stream)
-    # A stream that is being captured may neither wait for work outside its graph nor be marked.
-    capturing = launch.driver.capturing(stream)
-    mark = found.mark if found is not None else None
+def _on_gpu(op, numbers, framework, device, key, found, stream):
+    if stream is None:
+        stream = streams.current(framework, device.index)()
+    else:
+        stream = streams.pointer(stream)
+    # A stream that is being captured may neither wait for work outside its graph nor be asked.
+    capturing = driver.active.capturing(stream)
     if found is not None and not capturing:
-        if mark is None or mark.reached():
-            found.mark = None
+        event = found.event
+        if event is None or event.done():
+            found.event = None
         else:
-            mark.hold(stream)
+            event.hold(stream)
         return found.array
-    made = _make(wanted)
-    if stream != current and not capturing:
-        # The new memory may have been freed under work that the current stream has yet to do.
-        launch.driver.mark(current, index).hold(stream)
-    _write(values, made, stream)
+    made = streams.empty(framework, device, numbers[:1], FLOAT32, stream)
+    op((made,), (), stream, numbers)
     if capturing:
         return made
-    return _remember(key, made, launch.driver.mark(stream, index))
+    return _remember(key, made, driver.active.event(stream, device.index))
 
 
-def _make(wanted):
-    return arrays.empty(wanted.framework, wanted.device, wanted.shape, wanted.dtype)
-
-
-def _remember(key, made, mark):
+def _remember(key, made, event):
     if len(_remembered) < MAX_REMEMBERED:
-        _remembered[key] = _Remembered(made, mark)
+        _remembered[key] = _Remembered(made, event)
     return made
-
-
-def _write(values, out, stream):
-    """Fill ``out``, on its framework's current stream by default."""
-    name = f"{values.op}: out"
-    described = arrays.view(out, name)
-    if described.device.kind == "cuda":
-        if stream is None:
-            stream = arrays.current_stream_of(described)()
-        else:
-            stream = arrays.stream_pointer(stream)
-    facts = arrays.read(out, name, stream)  # keeps a DLPack view alive until all is enqueued
-    array = arrays.describe(facts, name)
-    check = contract.Contract(values.op)
-    check.shape("out", array, str(values.count))
-    check.dtype("out", array, FLOAT32)
-    check.aligned("out", array)
-    check.writable("out", array)
-    if array.device.kind == "cpu":
-        view = arrays.as_numpy(array.ptr, array.shape, array.strides, array.dtype.numpy)
-        view[:] = values.numpy()
-    else:
-        values.enqueue(array, stream)
 
 
 def _home(op, framework, device):
@@ -323,15 +346,15 @@ def _home(op, framework, device):
     if framework == "torch" and "torch" not in sys.modules:
         raise MissingDependencyError(f"{op}: framework 'torch' was asked for: import torch before")
     if device is None and framework == "numpy":
-        place = arrays.CPU
+        place = devices.CPU
     elif device is None and framework == "torch":
         gpu = sys.modules["torch"].cuda.is_available()
-        place = launch.device_named("cuda" if gpu else "cpu", f"{op}: device")
+        place = driver.device_named("cuda" if gpu else "cpu", f"{op}: device")
     else:
-        place = launch.device_named(device, f"{op}: device")
+        place = driver.device_named(device, f"{op}: device")
     if framework is None:
         framework = "numpy" if place.kind == "cpu" else "cupy"
-    if not arrays.makes(framework):
+    if not streams.can_make(framework):
         raise ArgumentError(
             f"{op}: Invalid value of framework: expected 'torch', 'cupy' or 'numpy', got "
             f"{framework!r}"

@@ -34,7 +34,7 @@ from ..ops.slot_mapping_groups import slot_mapping_groups
 from ..ops.swap_blocks import swap_blocks
 from ..ops.swap_blocks_batch import KERNEL as SWAP_BLOCKS_BATCH
 from ..ops.zero_blocks import zero_blocks
-from ..runtime import arrays, formats, launch
+from ..runtime import arrays, devices, formats, launch, spelling
 
 # Extents that no kernel depends on: blocks of a cache, rows of everything else.
 BLOCKS, ROWS = 1024, 64
@@ -52,7 +52,7 @@ def specialisations(
     """
     for name, given, allowed in (
         ("layouts", layouts, formats.LAYOUTS),
-        ("index_dtypes", index_dtypes, formats.INDEX_NAMES),
+        ("index_dtypes", index_dtypes, spelling.INDEX_NAMES),
         ("ops", OPERATIONS if ops is None else ops, OPERATIONS),
         ("kv_cache_dtype", [kv_cache_dtype], [*formats.CACHE_FORMATS, FP8_DS_MLA]),
     ):
@@ -131,7 +131,7 @@ def described(shape, dtype):
 
 
 _addresses = itertools.count(1)
-_PLACE = arrays.Place("described", arrays.Device("cuda", launch.NOWHERE), True)
+_PLACE = arrays.Place("described", arrays.Device("cuda", devices.NOWHERE), True)
 
 
 def _read(array):

@@ -6,18 +6,30 @@ import concurrent.futures
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 from ..errors import DeviceError
-from ..runtime import contract, launch, modules
+from ..runtime import contract, driver, modules
+from ..types import DeviceLike, DTypeLike
 from .specialisations import specialisations
 
 MAX_WORKERS = 16
 
 
 def warmup(
-    num_kv_heads, head_size, block_size, dtype="bfloat16", *, layouts=("NHD",), head_size_v=None,
-    kv_cache_dtype="auto", device=None, index_dtypes=("int64",), ops=None, progress=True,
-):  # fmt: skip
+    num_kv_heads: int,
+    head_size: int,
+    block_size: int,
+    dtype: DTypeLike = "bfloat16",
+    *,
+    layouts: Sequence[str] = ("NHD",),
+    head_size_v: int | None = None,
+    kv_cache_dtype: str = "auto",
+    device: DeviceLike | None = None,
+    index_dtypes: Sequence[str] = ("int64",),
+    ops: Sequence[str] | None = None,
+    progress: bool = True,
+) -> int:
     """Compile and load every kernel that a model's shape needs, in parallel.
 
     Later calls then neither compile nor read the disk cache, a CUDA graph can be captured from the
@@ -74,7 +86,7 @@ def warmup(
         ("head_size_v", head_size if head_size_v is None else head_size_v),
     ):  # fmt: skip
         check.positive(name, value)
-    place = launch.device_named(device, "warmup: device")
+    place = driver.device_named(device, "warmup: device")
     if place.kind == "cpu":
         raise DeviceError(
             "warmup: Invalid value of device: expected a GPU, got the CPU, where nothing is "

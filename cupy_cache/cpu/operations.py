@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from ..runtime import formats, launch
+from ..runtime import faults, formats
 from .conversions import decode, dequantise, encode, quantise
 
 MAX_WORD = 2**31  # bytes that an element of NumPy's cannot have
@@ -35,7 +35,7 @@ def _record_first(op, argument, bad, values, limit, rows):
     if bad.any():
         first = int(np.argmax(bad.reshape(-1)))
         row = first if rows is None else rows[first]
-        launch.record_host_fault(op, argument, row, values.reshape(-1)[first], limit)
+        faults.record(op, argument, row, values.reshape(-1)[first], limit)
 
 
 def _as_stored(rows, source, stored, scale, number):
@@ -48,8 +48,8 @@ def _as_stored(rows, source, stored, scale, number):
 
 
 def reshape_and_cache_flash(
-    key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale, rows, *,
-    source, stored, numbers,
+    key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale, rows, *numbers,
+    source, stored,
 ):  # fmt: skip
     """Write ``rows`` tokens into caches indexed [block, offset, head, element]."""
     num_blocks, block_size = key_cache.shape[:2]
@@ -145,8 +145,8 @@ def reshape_and_cache_flash_per_token_head(
 
 
 def reshape_and_cache(
-    key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale, rows, *,
-    source, stored, numbers,
+    key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale, rows, *numbers,
+    source, stored,
 ):  # fmt: skip
     """Write ``rows`` tokens into x-packed caches: keys [block, head, d / x, offset, d % x], values
     [block, head, d, offset] or, interleaved, [block, head, offset / x, d, offset % x]."""
@@ -165,8 +165,8 @@ def reshape_and_cache(
 
 
 def concat_and_cache_mla(
-    kv_c, k_pe, kv_cache, slot_mapping, scale, rows, *,
-    source, stored, number, op="concat_and_cache_mla", first_row=0,
+    kv_c, k_pe, kv_cache, slot_mapping, scale, rows, number, *_,
+    source, stored, op="concat_and_cache_mla", first_row=0,
 ):  # fmt: skip
     """Write ``rows`` entries [kv_c | k_pe] into a cache indexed [block, offset, element].
 
@@ -183,7 +183,7 @@ def concat_and_cache_mla(
 
 
 def concat_and_cache_fp8_ds_mla(
-    kv_c, k_pe, kv_cache, slot_mapping, scale, rows, *, source, power_of_two
+    kv_c, k_pe, kv_cache, slot_mapping, scale, rows, *_, source, power_of_two
 ):
     """Write ``rows`` entries of 656 bytes; see kernels_cu/concat_and_cache_mla.cu."""
     del scale
@@ -225,11 +225,8 @@ def indexer_k_quant_and_cache(
     scale_bytes[block, offset] = words.astype("<u4").view(np.uint8)
 
 
-def cp_gather_indexer_k_quant_cache(
-    kv_cache, dst_k, dst_scale, block_table, cu_seq_lens, rows, sequences
-):
+def cp_gather_indexer_k_quant_cache(kv_cache, dst_k, dst_scale, block_table, cu_seq_lens, rows, *_):
     """Copy keys and scales of the cache that the operation above writes to the ``rows``."""
-    del sequences
     row, block, offset = _gathered(
         "cp_gather_indexer_k_quant_cache", kv_cache.shape[:2], block_table, cu_seq_lens, None, rows
     )
@@ -280,7 +277,7 @@ def _kept(op, slot_mapping, num_slots, first_row=0):
     return good.nonzero()[0], slots[good]
 
 
-def convert_fp8(output, input, scale, *, source, target, number):
+def convert_fp8(output, input, scale, number, *_, source, target):
     """Convert ``source`` elements to ``target`` ones, one of which is an fp8 type."""
     scale = number if scale is None else scale.reshape(())
     convert = quantise if target.bytes == 1 else dequantise
@@ -304,18 +301,18 @@ def zero(cache, index):
 
 def copy_blocks(source, destination, pairs):
     """Copy whole blocks between caches indexed [block, …]; pairs are checked and independent."""
-    if pairs.count:
-        destination[pairs.destinations] = source[pairs.sources]
+    sources, destinations = pairs
+    destination[destinations] = source[sources]
 
 
-def alibi_slopes(first, count, power, step):
-    """float32 slopes of heads ``first`` to ``first + count``; see kernels_cu/alibi_slopes.cu."""
+def alibi_slopes(out, count, first, power, step):
+    """Write the slopes of heads ``first`` to ``first + count``; see kernels_cu/alibi_slopes.cu."""
     head = np.arange(first, first + count)
     steps = np.where(head < power, 2 * (head + 1), 2 * (head - power) + 1)
-    return np.exp2(-step * steps).astype(np.float32)
+    out[...] = np.exp2(-step * steps)
 
 
-def alibi_bias(slopes, query_positions, key_positions, out, dtype, sqrt, causal):
+def alibi_bias(slopes, query_positions, key_positions, out, *_, dtype, sqrt, causal):
     """Write the bits of the bias of ``dtype`` to ``out``; see kernels_cu/alibi_bias.cu."""
     queries, keys = (p.astype(np.int64) for p in (query_positions, key_positions))
     canonical = dtype.bits.type((1 << 8 * dtype.bytes - 1) - 1)
@@ -332,15 +329,15 @@ def alibi_bias(slopes, query_positions, key_positions, out, dtype, sqrt, causal)
 
 
 def gather_cache(
-    src_cache, dst, block_table, cu_seq_lens, seq_starts, scale, rows, sequences, *,
-    op, axes, stored, number, target,
+    src_cache, dst, block_table, cu_seq_lens, seq_starts, scale, rows, sequences, width, step,
+    number, *_, op, axes, stored, target,
 ):  # fmt: skip
     """Copy tokens of a cache to the ``rows`` of ``dst``; ``axes`` say where they are.
 
     ``stored`` is None where bytes are copied; else elements are multiplied by ``scale``, or by
     ``number`` where that is None.
     """
-    del sequences
+    del sequences, width, step
     cache = src_cache.transpose(0, *axes.slots, *axes.token)
     slots = cache.shape[1 : 1 + len(axes.slots)]
     row, block, offset = _gathered(
@@ -359,11 +356,10 @@ def gather_cache(
 
 
 def gather_fp8_ds_mla(
-    src_cache, dst, block_table, workspace_starts, seq_starts, scale, rows, sequences, *,
-    op, rope, target,
+    src_cache, dst, block_table, workspace_starts, seq_starts, scale, rows, *_, op, rope, target,
 ):  # fmt: skip
     """Convert entries of 656 bytes; see kernels_cu/gather_cache.cu."""
-    del scale, sequences
+    del scale
     bounds = np.append(workspace_starts, rows)
     row, block, offset = _gathered(op, src_cache.shape[:2], block_table, bounds, seq_starts, rows)
     latent, scales, rope_bytes = np.split(src_cache[block, offset], (512, 528), axis=1)
@@ -396,7 +392,7 @@ def _gathered(op, slots, block_table, cu_seq_lens, seq_starts, rows):
 
 
 def slot_mapping(
-    block_table, positions, query_start_loc, out, slots, requests, tokens, *,
+    block_table, positions, query_start_loc, out, slots, requests, tokens, *_,
     block_size, world, rank, interleave, op="slot_mapping", table_name="block_table",
     idx_mapping=None, first_row=0,
 ):  # fmt: skip

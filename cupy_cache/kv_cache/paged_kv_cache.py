@@ -2,10 +2,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The caches of a model's layers as one object, which decides once what depends on them alone."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from ..errors import ArgumentError, ShapeError
-from ..ops import concat_and_cache_mla, reshape_and_cache, reshape_and_cache_flash, swap_blocks
-from ..ops.copy_blocks import copier
-from ..runtime import contract, dispatch, formats
+from ..ops import (
+    concat_and_cache_mla,
+    copy_blocks,
+    reshape_and_cache,
+    reshape_and_cache_flash,
+    swap_blocks,
+)
+from ..runtime import contract, dispatch, lists
+from ..types import ArrayLike, Layers, Pairs, Scale, StreamLike, Writer
 
 
 class PagedKVCache:
@@ -43,20 +52,31 @@ class PagedKVCache:
     used: the addresses that they had at first are what is written to.
     """
 
+    key_caches: list[Any]
+    value_caches: list[Any] | None
+
     def __init__(
-        self, key_caches, value_caches=None, kv_cache_dtype="auto", k_scales=None, v_scales=None
-    ):
+        self,
+        key_caches: Layers,
+        value_caches: Layers | None = None,
+        kv_cache_dtype: str = "auto",
+        k_scales: Scale | Sequence[Scale] = None,
+        v_scales: Scale | Sequence[Scale] = None,
+    ) -> None:
         if value_caches is None:
             if v_scales is not None:
                 raise ArgumentError(
                     "PagedKVCache: Invalid value of v_scales: expected None, since there are no "
                     f"value caches, got {v_scales!r:.80}"
                 )
-            self._copier = copier("copy_blocks_mla", {"kv_caches": key_caches})
+            op, given = copy_blocks.MLA_OP, {"kv_caches": key_caches}
         else:
-            lists = {"key_caches": key_caches, "value_caches": value_caches}
-            self._copier = copier("copy_blocks", lists)
-        self._copier.check()
+            op = copy_blocks.OP
+            given = {"key_caches": key_caches, "value_caches": value_caches}
+        for name, caches in given.items():
+            lists.require_list("PagedKVCache", name, caches)
+        self._copy = dispatch.Bound(op, given)
+        self._copy.check()
         self.key_caches = list(key_caches)
         self.value_caches = None if value_caches is None else list(value_caches)
         k_scales = _for_each_layer("k_scales", k_scales, len(self))
@@ -66,35 +86,41 @@ class PagedKVCache:
             for layer in range(len(self))
         ]
 
-    def __len__(self):
+    def __len__(self) -> int:
         """How many layers there are."""
         return len(self.key_caches)
 
     def _writer(self, layer, kv_cache_dtype, k_scale, v_scale):
+        fixed, options = {}, (kv_cache_dtype,)
         if self.value_caches is None:
-            op, fixed = concat_and_cache_mla.OP, {"kv_cache": self.key_caches[layer]}
-            array, number = None, None
-            if formats.is_scaled(kv_cache_dtype):
-                array, number = contract.split_scale(op.name, "k_scales", k_scale)
-            scales = {"scale": array}
-            options = kv_cache_dtype, number, concat_and_cache_mla.SCALE_RULES[0]
+            op = concat_and_cache_mla.OP
+            fixed["kv_cache"] = self.key_caches[layer]
+            names = ("scale",)
+            scales, numbers = concat_and_cache_mla.scales_of("k_scales", kv_cache_dtype, k_scale)
+            options = (kv_cache_dtype, concat_and_cache_mla.SCALE_RULES[0])
         else:
-            packed = self._copier.dimensions == 5
-            op = reshape_and_cache.OP if packed else reshape_and_cache_flash.OP
-            fixed = {
-                "key_cache": self.key_caches[layer], "value_cache": self.value_caches[layer]
-            }  # fmt: skip
-            arrays, numbers = contract.split_scales(op.name, kv_cache_dtype, k_scale, v_scale)
-            scales = dict(zip(("k_scale", "v_scale"), arrays))
-            options = (kv_cache_dtype, *numbers, *((False,) if packed else ()))
-        fixed |= {name: array for name, array in scales.items() if array is not None}
-        return dispatch.Bound(op, fixed, options)
+            op, names = reshape_and_cache_flash.OP, ("k_scale", "v_scale")
+            if len(self._copy.found[0].facts.shape) == 5:
+                op, options = reshape_and_cache.OP, (kv_cache_dtype, False)
+            fixed["key_cache"] = self.key_caches[layer]
+            fixed["value_cache"] = self.value_caches[layer]
+            scales, numbers = contract.split_scales(op.name, kv_cache_dtype, k_scale, v_scale)
+        fixed |= {name: scale for name, scale in zip(names, scales) if scale is not None}
+        return dispatch.Bound(op, fixed, options, numbers)
 
-    def writer(self, layer):
+    def writer(self, layer: int) -> Writer:
         """`write` for one layer, as a function of the other arguments: the cheapest call."""
         return self._writers[layer]
 
-    def write(self, layer, key, value, slot_mapping, *, stream=None):
+    def write(
+        self,
+        layer: int,
+        key: ArrayLike,
+        value: ArrayLike,
+        slot_mapping: ArrayLike,
+        *,
+        stream: StreamLike | None = None,
+    ) -> None:
         """Write one step's keys and values into a layer's caches.
 
         Parameters
@@ -106,12 +132,14 @@ class PagedKVCache:
         """
         self._writers[layer](key, value, slot_mapping, stream=stream)
 
-    def copy_blocks(self, block_mapping, *, stream=None):
+    def copy_blocks(self, block_mapping: Pairs, *, stream: StreamLike | None = None) -> None:
         """Copy blocks within every layer: see `copy_blocks`. The host's time does not depend on the
         number of layers, as long as their pointers fit one launch."""
-        self._copier.copy(block_mapping, stream)
+        self._copy(block_mapping, stream=stream)
 
-    def swap_blocks(self, other, block_mapping, *, stream=None):
+    def swap_blocks(
+        self, other: "PagedKVCache", block_mapping: Pairs, *, stream: StreamLike | None = None
+    ) -> None:
         """Copy blocks of every layer to those of ``other``, a `PagedKVCache` with as many layers of
         like blocks, on the same GPU or in host memory: see `swap_blocks`.
 
@@ -127,12 +155,12 @@ class PagedKVCache:
             raise ShapeError(
                 "swap_blocks: Invalid kind of other: expected value caches on both sides or on none"
             )
-        lists = [(self.key_caches, other.key_caches)]
-        if self.value_caches is not None:
-            lists.append((self.value_caches, other.value_caches))
-        # All are checked before the first is copied: an error comes before anything is written.
-        for copy in [swap_blocks.checked(*sides, block_mapping, stream=stream) for sides in lists]:
-            copy()
+        swap_blocks.OP(
+            (self.key_caches, other.key_caches, self.value_caches, other.value_caches,
+             block_mapping),
+            (None,),
+            stream,
+        )  # fmt: skip
 
 
 def _for_each_layer(name, scales, layers):

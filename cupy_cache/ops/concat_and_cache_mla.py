@@ -3,10 +3,12 @@
 """Writing new tokens into one layer's cache of multi-head latent attention."""
 
 import functools
+from typing import Literal
 
 from .. import cpu
 from ..errors import ArgumentError
-from ..runtime import contract, dispatch, formats, launch, modules
+from ..runtime import contract, dispatch, formats, launch, modules, plans, spelling
+from ..types import ArrayLike, Scale, StreamLike
 from .shared import mla
 from .shared.mla import DS_ENTRY_BYTES, DS_LATENT, DS_ROPE
 
@@ -18,9 +20,17 @@ SCALE_RULES = ("power_of_two", "amax")
 
 
 def concat_and_cache_mla(
-    kv_c, k_pe, kv_cache, slot_mapping, kv_cache_dtype="auto", scale=None, skip_scale=False, *,
-    scale_rule="power_of_two", stream=None,
-):  # fmt: skip
+    kv_c: ArrayLike,
+    k_pe: ArrayLike,
+    kv_cache: ArrayLike,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: str = "auto",
+    scale: Scale = None,
+    skip_scale: bool = False,
+    *,
+    scale_rule: Literal["power_of_two", "amax"] = "power_of_two",
+    stream: StreamLike | None = None,
+) -> None:
     """Write one step's compressed keys and values into their slots of a paged MLA cache.
 
     The entry of token ``t`` is ``kv_c[t]`` followed by ``k_pe[t]``. It goes to block
@@ -77,16 +87,21 @@ def concat_and_cache_mla(
     one part in 2047 away from it, and both ways give the same bytes for every input. NaN does not
     count for ``a`` and is stored as 0x7f; an infinite value makes its tile's scale infinite.
     """
-    array = number = None
-    if formats.is_scaled(kv_cache_dtype):
-        scale = None if skip_scale else scale
-        array, number = contract.split_scale("concat_and_cache_mla", "scale", scale)
-    OP((kv_c, k_pe, kv_cache, slot_mapping, array), (kv_cache_dtype, number, scale_rule), stream)
+    array, numbers = scales_of("scale", kv_cache_dtype, None if skip_scale else scale)
+    OP((kv_c, k_pe, kv_cache, slot_mapping, *array), (kv_cache_dtype, scale_rule), stream, numbers)
+
+
+def scales_of(name, kv_cache_dtype, scale):
+    """The scale, which the caller calls ``name``, as (arrays, numbers); a raw copy has neither."""
+    if not formats.is_scaled(kv_cache_dtype):
+        return (), ()
+    array, number = contract.split_scale("concat_and_cache_mla", name, scale)
+    return (array,), (number,)
 
 
 def _plan(op, described, options):
     kv_c, k_pe, kv_cache, slot_mapping, scale = described
-    kv_cache_dtype, number, scale_rule = options
+    kv_cache_dtype, scale_rule = options
     if scale_rule not in SCALE_RULES:
         raise ArgumentError(
             f"{op.name}: Invalid value of scale_rule: expected {' or '.join(SCALE_RULES)}, got "
@@ -106,15 +121,13 @@ def _plan(op, described, options):
         check.scale("scale", scale)
 
     if kv_cache.device.kind == "cpu":
-        run = functools.partial(
-            cpu.concat_and_cache_mla, source=kv_c.dtype, stored=fmt.stored, number=number
-        )
+        run = functools.partial(cpu.concat_and_cache_mla, source=kv_c.dtype, stored=fmt.stored)
         return _cpu_plan(run, described)
 
     kernel, items = mla.entry_kernel(
         op.name, "kOne", kv_c, k_pe, kv_cache, fmt.stored, slot_mapping.dtype, mla.ONE_LAYER
     )
-    return _gpu_plan(kernel, items, described, number or 0.0)
+    return _gpu_plan(kernel, items, described)
 
 
 def _plan_fp8_ds_mla(check, described, scale_rule):
@@ -140,14 +153,15 @@ def _plan_fp8_ds_mla(check, described, scale_rule):
     kernel = modules.Kernel(
         check.op,
         mla.STEM,
-        f"concat_and_cache_fp8_ds_mla<{formats.ELEMENT_NAMES[kv_c.dtype.name]}, "
-        f"{str(power_of_two).lower()}, {source_vector}, {cache_vector}, {str(rope).lower()}, "
-        f"{kv_cache.shape[1]}, {formats.INDEX_NAMES[slot_mapping.dtype.name]}, {mla.MAX_THREADS}>",
+        f"concat_and_cache_fp8_ds_mla<{spelling.ELEMENT_NAMES[kv_c.dtype.name]}, "
+        f"{spelling.boolean(power_of_two)}, {source_vector}, {cache_vector}, "
+        f"{spelling.boolean(rope)}, {kv_cache.shape[1]}, "
+        f"{spelling.INDEX_NAMES[slot_mapping.dtype.name]}, {mla.MAX_THREADS}>",
         mla.ONE_LAYER,
         guarded=("slot_mapping",),
         converts=True,
     )
-    return _gpu_plan(kernel, DS_THREADS_PER_TOKEN, described, 0.0)
+    return _gpu_plan(kernel, DS_THREADS_PER_TOKEN, described)
 
 
 def _named(described):
@@ -158,31 +172,39 @@ def _named(described):
 def _cpu_plan(run, described):
     kv_c, k_pe, kv_cache, slot_mapping, _ = described
     bits = (a.dtype.bits for a in (kv_c, k_pe, kv_cache))
-    return dispatch.CpuPlan(run, (*bits, slot_mapping.dtype.numpy, FLOAT32.numpy))
+    return plans.NumPyPlan(run, (*bits, slot_mapping.dtype.numpy, FLOAT32.numpy))
 
 
-def _gpu_plan(kernel, items, described, number):
+def _gpu_plan(kernel, items, described):
     kv_c, k_pe, kv_cache, slot_mapping, _ = described
     device = kv_cache.device.index
     launcher = launch.Launcher(
         kernel,
         device,
-        (0, kv_cache.shape[0], 0, 0, 0, kv_c.strides[0], k_pe.strides[0], slot_mapping.strides[0],
-         *kv_cache.strides[:2], number, 0),
+        (0, 0, 0, 0, kv_cache.shape[0], kv_c.strides[0], k_pe.strides[0], slot_mapping.strides[0],
+         *kv_cache.strides[:2]),
     )  # fmt: skip
-    return dispatch.GpuPlan(launcher, launch.FlatShape(items, device, mla.MAX_THREADS))
+    return plans.KernelPlan(launcher, launch.FlatShape(items, device, mla.MAX_THREADS))
+
+
+_slots = contract.slot_count("concat_and_cache_mla", "kv_c", "k_pe", scales=1)
+
+
+def _count(extents, options, numbers):
+    tokens, fields = _slots(extents, options, numbers)
+    return tokens, (*fields, 0)
 
 
 OP = dispatch.Op(
     "concat_and_cache_mla",
     args=(
-        dispatch.Arg("kv_c", rows=True),
-        dispatch.Arg("k_pe", rows=True),
+        dispatch.Arg("kv_c", varies=dispatch.ROWS),
+        dispatch.Arg("k_pe", varies=dispatch.ROWS),
         dispatch.Arg("kv_cache"),
-        dispatch.Arg("slot_mapping", rows=True, index=True),
+        dispatch.Arg("slot_mapping", varies=dispatch.ROWS, index=True),
         dispatch.Arg("scale", optional=True),
     ),
     plan=_plan,
     destination=2,
-    count=contract.slot_count("concat_and_cache_mla", "kv_c", "k_pe"),
+    count=_count,
 )

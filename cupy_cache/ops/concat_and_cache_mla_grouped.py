@@ -7,19 +7,28 @@ import struct
 from .. import cpu
 from ..errors import ArgumentError, ShapeError
 from ..runtime import arrays, contract, dispatch, formats, launch
-from .shared import blocks, mla
+from ..types import ArrayLike, Layers, StreamLike
+from .shared import mla
 
 NAME = "concat_and_cache_mla_grouped"
 INT64 = formats.DTYPES["int64"]
 UINT8 = formats.DTYPES["uint8"]
 
-_plans = {}
-
 
 def concat_and_cache_mla_grouped(
-    kv_c, k_pe, kv_cache_ptrs, slot_mapping, block_size=None, block_stride=None, entry_stride=None,
-    kv_scales=None, kv_cache_dtype="auto", *, num_blocks=None, stream=None,
-):  # fmt: skip
+    kv_c: ArrayLike,
+    k_pe: ArrayLike,
+    kv_cache_ptrs: Layers | ArrayLike,
+    slot_mapping: ArrayLike,
+    block_size: int | None = None,
+    block_stride: int | None = None,
+    entry_stride: int | None = None,
+    kv_scales: ArrayLike | None = None,
+    kv_cache_dtype: str = "auto",
+    *,
+    num_blocks: int | None = None,
+    stream: StreamLike | None = None,
+) -> None:
     """Write one step's compressed keys and values of all layers into their caches, in one launch.
 
     The entry of token ``t`` of layer ``l`` is ``kv_c[l, t]`` followed by ``k_pe[l, t]``. With
@@ -68,108 +77,115 @@ def concat_and_cache_mla_grouped(
     Names, order and bytes are those of vLLM's cache operation of the same name, which takes
     addresses alone and does not bound slots.
     """
-    listed = isinstance(kv_cache_ptrs, (list, tuple))
-    if stream is not None:
-        stream = arrays.stream_pointer(stream)
-    elif not listed:
-        stream = blocks.stream_of(NAME, "kv_cache_ptrs", kv_cache_ptrs)
-    elif kv_cache_ptrs:
-        stream = blocks.stream_of(NAME, "kv_cache_ptrs[0]", kv_cache_ptrs[0])
-
-    facts = {"kv_c": kv_c, "k_pe": k_pe, "kv_cache_ptrs": kv_cache_ptrs,
-             "slot_mapping": slot_mapping, "kv_scales": kv_scales}  # fmt: skip
-    addresses = None
-    for name, value in facts.items():
-        if name == "kv_cache_ptrs" and listed:
-            layers = blocks.read_layers(NAME, name, value, stream)
-            if layers is None:
-                raise ShapeError(f"{NAME}: Invalid length of {name}: expected caches, got none")
-            facts[name], addresses = layers
-        elif name != "kv_scales" or value is not None:
-            facts[name] = arrays.read(value, f"{NAME}: {name}", stream)
-
-    geometry = block_size, block_stride, entry_stride, num_blocks
-    options = kv_cache_dtype, addresses and len(addresses), geometry
-    key = (options, *map(_signature, facts.items()))
-    known = _plans.get(key)
-    plan = known or _plan(
-        {name: fact and arrays.describe(fact, f"{NAME}: {name}") for name, fact in facts.items()},
-        *options,
-    )
-    tokens = _token_count(facts)
-    if not tokens:  # the strides of arrays without tokens were not checked: this is not remembered
-        return
-    if known is None:
-        if len(_plans) >= dispatch.MAX_PLANS:
-            _plans.clear()
-        _plans[key] = plan
-    plan.run(facts, addresses, tokens, stream)
+    caches, addresses = kv_cache_ptrs, None
+    if not isinstance(kv_cache_ptrs, (list, tuple)):
+        caches, addresses = None, kv_cache_ptrs
+    elif not kv_cache_ptrs:
+        raise ShapeError(f"{NAME}: Invalid length of kv_cache_ptrs: expected caches, got none")
+    options = kv_cache_dtype, (block_size, block_stride, entry_stride, num_blocks)
+    OP((kv_c, k_pe, caches, addresses, slot_mapping, kv_scales), options, stream)
 
 
-def _signature(item):
-    """What of an argument a plan depends on: all but its tokens, and where it is."""
-    name, fact = item
-    if fact is None:
-        return None
-    shape = tuple(fact.shape)
-    if name in ("kv_c", "k_pe", "slot_mapping"):
-        shape = (len(shape), *shape[:1], *shape[2:])
-    return shape, fact.strides, fact.dtype, fact.place, fact.ptr & 15
+class _Plan:
+    """How the entries of all layers are written."""
 
-
-def _token_count(facts):
-    tokens = facts["kv_c"].shape[1]
-    if facts["k_pe"].shape[1] != tokens:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of k_pe: expected {tokens} tokens like kv_c, got "
-            f"{list(facts['k_pe'].shape)}"
-        )
-    if facts["slot_mapping"].shape[1] < tokens:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of slot_mapping: expected at least {tokens} slots for each "
-            f"layer, the tokens of kv_c, got {list(facts['slot_mapping'].shape)}"
-        )
-    return tokens
-
-
-def _plan(described, kv_cache_dtype, listed, geometry):
-    """The plan for arrays by their names (None where absent); ``listed`` is the number of caches of
-    a list, described by the first, and None where the array holds their addresses."""
-    kv_c, k_pe, caches, slot_mapping, scales = described.values()
-    fmt = formats.cache_format(NAME, kv_cache_dtype)
-    check = contract.Contract(NAME)
-    check.shape("kv_c", kv_c, "num_layers _ kv_lora_rank")
-    check.shape("k_pe", k_pe, "num_layers _ qk_rope_head_dim")
-    check.shape("slot_mapping", slot_mapping, "num_layers _")
-    num_layers = check.sizes["num_layers"]
-    if listed is None:
-        check.shape("kv_cache_ptrs", caches, "num_layers")
-        check.dtype("kv_cache_ptrs", caches, INT64)
-        check.contiguous("kv_cache_ptrs", caches)
-        check.aligned("kv_cache_ptrs", caches)
-        kv_cache = _behind_addresses(check, caches, kv_c, k_pe, fmt, geometry)
-    else:
-        check.shape("kv_cache_ptrs", caches, "num_blocks block_size _")
-        if listed != num_layers:
-            raise ShapeError(
-                f"{NAME}: Invalid length of kv_cache_ptrs: expected {num_layers}, the layers of "
-                f"kv_c, got {listed}"
+    def __init__(self, described, kv_cache_dtype, geometry):
+        kv_c, k_pe, caches, addresses, slot_mapping, scales = described
+        fmt = formats.cache_format(NAME, kv_cache_dtype)
+        check = contract.Contract(NAME)
+        check.shape("kv_c", kv_c, "num_layers _ kv_lora_rank")
+        check.shape("k_pe", k_pe, "num_layers _ qk_rope_head_dim")
+        check.shape("slot_mapping", slot_mapping, "num_layers _")
+        self._layers = check.sizes["num_layers"]
+        if caches is None:
+            dispatch.require_array(NAME, "kv_cache_ptrs", addresses)
+            check.shape("kv_cache_ptrs", addresses, "num_layers")
+            check.dtype("kv_cache_ptrs", addresses, INT64)
+            check.contiguous("kv_cache_ptrs", addresses)
+            check.aligned("kv_cache_ptrs", addresses)
+            kv_cache = _behind_addresses(check, addresses, kv_c, k_pe, fmt, geometry)
+        else:
+            check.shape("kv_cache_ptrs", caches, "num_blocks block_size _")
+            kv_cache = caches
+            _compare(kv_cache, geometry)
+        writes = {"kv_c": kv_c, "k_pe": k_pe, "kv_cache_ptrs": kv_cache,
+                  "slot_mapping": slot_mapping}  # fmt: skip
+        mla.check_entries(check, writes, fmt.storage)
+        if fmt.stored is None and scales is not None:
+            raise ArgumentError(
+                f"{NAME}: Invalid value of kv_scales: expected None for kv_cache_dtype "
+                f"{kv_cache_dtype!r}, which is a raw copy, got an array"
             )
-        kv_cache = caches
-        _compare(kv_cache, geometry)
-    writes = {name: described[name] for name in described if name != "kv_scales"}
-    mla.check_entries(check, {**writes, "kv_cache_ptrs": kv_cache}, fmt.storage)
-    if fmt.stored is None and scales is not None:
-        raise ArgumentError(
-            f"{NAME}: Invalid value of kv_scales: expected None for kv_cache_dtype "
-            f"{kv_cache_dtype!r}, which is a raw copy, got an array"
+        if fmt.stored is not None:
+            dispatch.require_array(NAME, "kv_scales", scales)
+            check.scale("kv_scales", scales, self._layers)
+        self._described, self._kv_cache, self._stored = described, kv_cache, fmt.stored
+        self._listed = caches is not None
+        if kv_cache.device.kind == "cuda":
+            self._make_kernel(writes)
+
+    def _make_kernel(self, writes):
+        kv_c, k_pe, kv_cache, slots = writes.values()
+        self._device = kv_cache.device.index
+        kernel, self._items = mla.entry_kernel(
+            NAME, "kTable" if self._listed else "kPointers", kv_c, k_pe, kv_cache, self._stored,
+            slots.dtype, mla.MANY_LAYERS,
+        )  # fmt: skip
+        constants = kv_cache.shape[0], *(a.strides[1] for a in (kv_c, k_pe, slots))
+        self._launcher = launch.Launcher(kernel, self._device, (*constants, *kv_cache.strides[:2]))
+
+    def run(self, call):
+        """Write: a launch for `mla.MAX_LAYERS` layers, or for all where the kernel reads the
+        addresses; on the CPU layer after layer."""
+        kv_c, k_pe, caches, addresses, slots, scales = call.values
+        if self._listed and len(caches) != self._layers:
+            raise ShapeError(
+                f"{NAME}: Invalid length of kv_cache_ptrs: expected {self._layers}, the layers of "
+                f"kv_c, got {len(caches)}"
+            )
+        if call.stream is None:
+            self._run_cpu(call)
+            return
+        group = mla.MAX_LAYERS if self._listed else launch.MAX_GRID_YZ
+        items = call.rows * self._items
+        for first in range(0, self._layers, group):
+            count = min(group, self._layers - first)
+            threads = launch.block_threads(
+                items * count, launch.processors(self._device), mla.MAX_THREADS
+            )
+            tail = struct.pack(f"<{count}Q", *caches[first : first + count]) if caches else b""
+            self._launcher.enqueue(
+                (launch.ceil_div(items, threads), count, 1), threads, call.stream, kv_c, k_pe,
+                addresses, slots, scales, call.rows, 0.0, 0, first, *call.fields, tail=tail,
+            )  # fmt: skip
+
+    def _run_cpu(self, call):
+        kv_c, k_pe, _, pointers, slots, scales = (
+            None if shape is None else arrays.as_numpy(address, shape, strides, dtype)
+            for address, shape, strides, dtype in zip(
+                call.values, call.shapes, call.strides, self._numpy_dtypes()
+            )
         )
-    if fmt.stored is not None:
-        dispatch.require_array(NAME, "kv_scales", scales)
-        check.scale("kv_scales", scales, num_layers)
-    if kv_cache.device.kind == "cpu":
-        return _CpuPlan(kv_cache, fmt.stored)
-    return _GpuPlan(described, kv_cache, fmt.stored, listed is not None)
+        caches = pointers.tolist() if call.values[2] == 0 else call.values[2]
+        kv_cache = self._kv_cache
+        for layer, address in enumerate(caches):
+            cpu.concat_and_cache_mla(
+                kv_c[layer],
+                k_pe[layer],
+                arrays.as_numpy(address, kv_cache.shape, kv_cache.strides, kv_cache.dtype.bits),
+                slots[layer],
+                None if scales is None else scales[layer],
+                call.rows,
+                1.0,
+                source=self._described[0].dtype,
+                stored=self._stored,
+                op=NAME,
+                first_row=layer * call.rows,
+            )
+
+    def _numpy_dtypes(self):
+        moved, numbers = self._described[:2], self._described[2:]
+        return [a.dtype.bits for a in moved] + [a and a.dtype.numpy for a in numbers]
 
 
 def _behind_addresses(check, addresses, kv_c, k_pe, fmt, geometry):
@@ -216,75 +232,39 @@ def _compare(kv_cache, geometry):
             )
 
 
-class _CpuPlan:
-    """Layer after layer on NumPy."""
+def _plan(op, described, options):
+    del op
+    return _Plan(described, *options)
 
-    def __init__(self, kv_cache, stored):
-        self.kv_cache, self.stored = kv_cache, stored
 
-    def run(self, facts, addresses, tokens, stream):
-        """Write ``tokens`` of each layer; ``addresses`` are the caches', if not in an array."""
-        del stream
-        kv_c, k_pe, caches, slots, scales = (
-            fact and arrays.describe(fact, NAME) for fact in facts.values()
+def _count(extents, options, numbers):
+    """(Tokens, bytes from layer to layer of kv_c, k_pe and slot_mapping)."""
+    del options, numbers
+    (kv_c, of_kv_c), (k_pe, of_k_pe), (slots, of_slots) = extents
+    tokens = kv_c[1]
+    if k_pe[1] != tokens:
+        raise ShapeError(
+            f"{NAME}: Invalid shape of k_pe: expected {tokens} tokens like kv_c, got {list(k_pe)}"
         )
-        if addresses is None:
-            addresses = _view(caches, INT64.numpy).tolist()
-        kv_c_view, k_pe_view = (_view(a, a.dtype.bits) for a in (kv_c, k_pe))
-        slots = _view(slots, slots.dtype.numpy)
-        scales = scales and _view(scales, scales.dtype.numpy)
-        for layer, address in enumerate(addresses):
-            cpu.concat_and_cache_mla(
-                kv_c_view[layer],
-                k_pe_view[layer],
-                _view(self.kv_cache._replace(ptr=address), self.kv_cache.dtype.bits),
-                slots[layer],
-                None if scales is None else scales[layer],
-                tokens,
-                source=kv_c.dtype,
-                stored=self.stored,
-                number=None,
-                op=NAME,
-                first_row=layer * tokens,
-            )
+    if slots[1] < tokens:
+        raise ShapeError(
+            f"{NAME}: Invalid shape of slot_mapping: expected at least {tokens} slots for each "
+            f"layer, the tokens of kv_c, got {list(slots)}"
+        )
+    return tokens, (of_kv_c[0], of_k_pe[0], of_slots[0])
 
 
-def _view(array, dtype):
-    return arrays.as_numpy(array.ptr, array.shape, array.strides, dtype)
-
-
-class _GpuPlan:
-    """One launch for `mla.MAX_LAYERS` layers; for all where the kernel reads the addresses."""
-
-    def __init__(self, described, kv_cache, stored, listed):
-        kv_c, k_pe, _, slots, _ = described.values()
-        self.device = kv_cache.device.index
-        self.layers = kv_c.shape[0]
-        self.group = mla.MAX_LAYERS if listed else launch.MAX_GRID_YZ
-        kernel, self.items = mla.entry_kernel(
-            NAME, "kTable" if listed else "kPointers", kv_c, k_pe, kv_cache, stored, slots.dtype,
-            mla.MANY_LAYERS,
-        )  # fmt: skip
-        self.launcher = launch.Launcher(
-            kernel,
-            self.device,
-            (kv_cache.shape[0], kv_c.strides[0], k_pe.strides[0], slots.strides[0], kv_c.strides[1],
-             k_pe.strides[1], slots.strides[1], *kv_cache.strides[:2], 0.0, 0),
-        )  # fmt: skip
-
-    def run(self, facts, addresses, tokens, stream):
-        """Enqueue; the arguments are those of `_CpuPlan`."""
-        kv_c, k_pe, caches, slots, scales = (fact.ptr if fact else 0 for fact in facts.values())
-        items = tokens * self.items
-        for first in range(0, self.layers, self.group):
-            count = min(self.group, self.layers - first)
-            threads = launch.block_threads(
-                items * count, launch.processors(self.device), mla.MAX_THREADS
-            )
-            grid = (launch.ceil_div(items, threads), count, 1)
-            tail = b""
-            if addresses is not None:
-                tail = struct.pack(f"<{count}Q", *addresses[first : first + count])
-            self.launcher.enqueue(
-                grid, threads, stream, kv_c, k_pe, caches, slots, scales, tokens, first, tail=tail
-            )
+OP = dispatch.Op(
+    NAME,
+    args=(
+        dispatch.Arg("kv_c", varies=(1,)),
+        dispatch.Arg("k_pe", varies=(1,)),
+        dispatch.Arg("kv_cache_ptrs", layers=True, optional=True),
+        dispatch.Arg("kv_cache_ptrs", optional=True, index=True),
+        dispatch.Arg("slot_mapping", varies=(1,), index=True),
+        dispatch.Arg("kv_scales", optional=True),
+    ),
+    plan=_plan,
+    destination=(2, 3),
+    count=_count,
+)

@@ -7,20 +7,28 @@ import math
 
 from .. import cpu
 from ..errors import ShapeError, StrideError
-from ..runtime import contract, dispatch, formats, launch, modules, params
+from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
+from ..types import ArrayLike, Scale, StreamLike
 
 NAME = "convert_fp8"
 KV_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
 MAX_DIMS = 5  # kMaxDims of the kernel
 PARAMS = params.Struct(
-    per_call="output:ptr input:ptr scale:ptr",
+    per_call="output:ptr input:ptr scale:ptr scale_value:f32 unused:u32",
     constant=f"vectors:i64 run_vectors:i64 extents:i64[{MAX_DIMS}] "
-    f"output_strides:i64[{MAX_DIMS}] input_strides:i64[{MAX_DIMS}] scale_value:f32 unused:u32",
+    f"output_strides:i64[{MAX_DIMS}] input_strides:i64[{MAX_DIMS}]",
 )
 MAX_THREADS = 256
 
 
-def convert_fp8(output, input, scale=1.0, kv_dtype="fp8", *, stream=None):
+def convert_fp8(
+    output: ArrayLike,
+    input: ArrayLike,
+    scale: Scale = 1.0,
+    kv_dtype: str = "fp8",
+    *,
+    stream: StreamLike | None = None,
+) -> None:
     """Convert an array to fp8, or an fp8 array back.
 
     The direction is that of the dtypes. To fp8, an element becomes input / scale, a float32
@@ -54,12 +62,12 @@ def convert_fp8(output, input, scale=1.0, kv_dtype="fp8", *, stream=None):
     contiguous e4m3 arrays.
     """
     array, number = contract.split_scale(NAME, "scale", scale)
-    OP((output, input, array), (number, kv_dtype), stream)
+    OP((output, input, array), (kv_dtype,), stream, (number,))
 
 
 def _plan(op, described, options):
     output, source, scale = described
-    number, kv_dtype = options
+    (kv_dtype,) = options
     fmt = formats.cache_format(op.name, kv_dtype, KV_DTYPES, "kv_dtype")
     check = contract.Contract(op.name)
     if output.shape != source.shape:
@@ -84,10 +92,9 @@ def _plan(op, described, options):
             cpu.convert_fp8,
             source=source.dtype if quantises else fmt.stored,
             target=fmt.stored if quantises else output.dtype,
-            number=number,
         )
         bits = (array.dtype.bits for array in (output, source))
-        return dispatch.CpuPlan(run, (*bits, formats.DTYPES["float32"].numpy))
+        return plans.NumPyPlan(run, (*bits, formats.DTYPES["float32"].numpy))
 
     run_bytes = run_elements * output.dtype.bytes
     vector = contract.converting_vector_bytes(
@@ -96,9 +103,9 @@ def _plan(op, described, options):
         (run_bytes, output.ptr, *(stride for _, stride, _ in dims)),
     )
     if quantises:
-        converter = formats.quantiser(source.dtype, fmt.stored, vector)
+        converter = spelling.quantiser(source.dtype, fmt.stored, vector)
     else:
-        converter = formats.dequantiser(fmt.stored, output.dtype, vector)
+        converter = spelling.dequantiser(fmt.stored, output.dtype, vector)
     vectors = math.prod(output.shape) * output.dtype.bytes // vector
     kernel = modules.Kernel(
         op.name,
@@ -112,10 +119,14 @@ def _plan(op, described, options):
     launcher = launch.Launcher(
         kernel,
         device,
-        (vectors, run_bytes // vector, *(n for column in zip(*padded) for n in column),
-         number or 0.0, 0),
+        (vectors, run_bytes // vector, *(n for column in zip(*padded) for n in column)),
     )  # fmt: skip
-    return dispatch.GpuPlan(launcher, launch.FlatShape(vectors, device, MAX_THREADS))
+    return plans.KernelPlan(launcher, launch.FlatShape(vectors, device, MAX_THREADS))
+
+
+def _count(extents, options, numbers):
+    del extents, options
+    return 1, (*numbers, 0)
 
 
 def _merged(op, output, source):
@@ -149,4 +160,5 @@ OP = dispatch.Op(
     ),
     plan=_plan,
     destination=0,
+    count=_count,
 )

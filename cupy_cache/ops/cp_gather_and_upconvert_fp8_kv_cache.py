@@ -3,10 +3,12 @@
 """Reading fp8_ds_mla entries of sequences back into rows of numbers."""
 
 import functools
+from typing import Literal
 
 from .. import cpu
 from ..errors import ArgumentError
-from ..runtime import contract, formats, modules
+from ..runtime import contract, formats, modules, spelling
+from ..types import ArrayLike, StreamLike
 from .shared import gathering, mla
 
 NAME = "cp_gather_and_upconvert_fp8_kv_cache"
@@ -14,9 +16,16 @@ ROPE_DTYPES = ("bfloat16", "float16")
 
 
 def cp_gather_and_upconvert_fp8_kv_cache(
-    src_cache, dst, block_table, workspace_starts, batch_size, seq_starts=None, *,
-    rope_dtype=None, stream=None,
-):  # fmt: skip
+    src_cache: ArrayLike,
+    dst: ArrayLike,
+    block_table: ArrayLike,
+    workspace_starts: ArrayLike,
+    batch_size: int,
+    seq_starts: ArrayLike | None = None,
+    *,
+    rope_dtype: Literal["bfloat16", "float16"] | None = None,
+    stream: StreamLike | None = None,
+) -> None:
     """Read the fp8_ds_mla entries of several sequences out of a paged cache, as numbers, into rows.
 
     Sequence ``b < batch_size`` owns the rows ``workspace_starts[b] <= r < workspace_starts[b + 1]``
@@ -67,7 +76,7 @@ def cp_gather_and_upconvert_fp8_kv_cache(
     """
     batch_size = gathering.whole_number(NAME, "batch_size", batch_size)
     arrays = src_cache, dst, block_table, workspace_starts, seq_starts
-    OP(arrays, (rope_dtype,), stream, (batch_size,))
+    OP(arrays, (rope_dtype,), stream, (0.0, batch_size))
 
 
 def _plan(op, described, options):
@@ -100,7 +109,7 @@ def _plan(op, described, options):
     source_vector = contract.vector_bytes(src.ptr, *src.strides[:2])
     rope = None if rope_dtype == dst.dtype.name else formats.DTYPES[rope_dtype]
     converters = [
-        formats.dequantiser(stored, dst.dtype, vector)
+        spelling.dequantiser(stored, dst.dtype, vector)
         for stored in (formats.DTYPES["float8_e4m3fn"], rope)
     ]
     row_vectors = dst.shape[1] * dst.dtype.bytes // vector

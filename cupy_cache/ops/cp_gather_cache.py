@@ -3,12 +3,20 @@
 """Gathering the pages of sequences into contiguous rows, with vLLM's arguments."""
 
 from ..errors import ArgumentError
+from ..types import ArrayLike, StreamLike
 from .shared import gathering
 
 
 def cp_gather_cache(
-    src_cache, dst, block_table, cu_seq_lens, batch_size, seq_starts=None, *, stream=None
-):
+    src_cache: ArrayLike,
+    dst: ArrayLike,
+    block_table: ArrayLike,
+    cu_seq_lens: ArrayLike,
+    batch_size: int,
+    seq_starts: ArrayLike | None = None,
+    *,
+    stream: StreamLike | None = None,
+) -> None:
     """Copy the tokens of several sequences out of a paged cache into contiguous rows.
 
     `gather_cache` with vLLM's order of arguments. Sequence ``b < batch_size`` owns the rows
@@ -49,7 +57,7 @@ def cp_gather_cache(
     """
     batch_size = gathering.whole_number("cp_gather_cache", "batch_size", batch_size)
     arrays = src_cache, dst, block_table, cu_seq_lens, seq_starts
-    OP(arrays, (), stream, (batch_size,))
+    OP(arrays, (), stream, (0.0, batch_size))
 
 
 def _count(extents, batch_size):

@@ -4,21 +4,27 @@
 
 from .. import cpu
 from ..errors import ShapeError
-from ..runtime import contract, dispatch, formats, launch, modules, params
+from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
+from ..types import ArrayLike, StreamLike
 from .shared import indexer
 
 PARAMS = params.Struct(
     per_call="kv_cache:ptr dst_k:ptr dst_scale:ptr block_table:ptr cu_seq_lens:ptr "
-    "rows:i64 sequences:i64",
-    constant="num_blocks:i64 table_width:i64 table_stride:i64 block_stride:i64 k_stride:i64 "
-    "scale_stride:i64",
+    "rows:i64 sequences:i64 table_width:i64 table_stride:i64",
+    constant="num_blocks:i64 block_stride:i64 k_stride:i64 scale_stride:i64",
 )
 VECTORS = 2  # of a key and of its scales that a thread moves: they pay for its search
 
 
 def cp_gather_indexer_k_quant_cache(
-    kv_cache, dst_k, dst_scale, block_table, cu_seq_lens, *, stream=None
-):
+    kv_cache: ArrayLike,
+    dst_k: ArrayLike,
+    dst_scale: ArrayLike,
+    block_table: ArrayLike,
+    cu_seq_lens: ArrayLike,
+    *,
+    stream: StreamLike | None = None,
+) -> None:
     """Copy the quantised keys and the scales of several sequences into contiguous rows.
 
     Sequence ``b`` owns the rows ``cu_seq_lens[b] <= r < cu_seq_lens[b + 1]``. With ``p = r -
@@ -66,7 +72,7 @@ def _plan(op, described, options):
     check = contract.Contract(op.name)
     check.shape("dst_k", dst_k, "_ head_size")
     check.shape("dst_scale", dst_scale, "_ _")
-    check.shape("block_table", table, "_ table_width")
+    check.shape("block_table", table, "_ _")
     check.shape("cu_seq_lens", lengths, "_")
     check.dtype("dst_k", dst_k, *formats.BYTES)
     check.dtype("dst_scale", dst_scale, *formats.BYTES, formats.DTYPES["float32"])
@@ -95,7 +101,7 @@ def _plan(op, described, options):
     if kv_cache.device.kind == "cpu":
         bits = (a.dtype.bits for a in (kv_cache, dst_k, dst_scale))
         dtypes = (*bits, table.dtype.numpy, lengths.dtype.numpy)
-        return dispatch.CpuPlan(cpu.cp_gather_indexer_k_quant_cache, dtypes)
+        return plans.NumPyPlan(cpu.cp_gather_indexer_k_quant_cache, dtypes)
 
     num_blocks, block_size, _ = kv_cache.shape
     block_stride = kv_cache.strides[0]
@@ -108,7 +114,7 @@ def _plan(op, described, options):
     )  # fmt: skip
     most = max(head_size // vector, scale_bytes // scale_vector)
     threads = launch.ceil_div(most, VECTORS)
-    index = [formats.INDEX_NAMES[a.dtype.name] for a in (table, lengths)]
+    index = [spelling.INDEX_NAMES[a.dtype.name] for a in (table, lengths)]
     kernel = modules.Kernel(
         op.name,
         op.name,
@@ -121,14 +127,14 @@ def _plan(op, described, options):
     launcher = launch.Launcher(
         kernel,
         device,
-        (num_blocks, check.sizes["table_width"], table.strides[0], block_stride, dst_k.strides[0],
-         dst_scale.strides[0]),
+        (num_blocks, block_stride, dst_k.strides[0], dst_scale.strides[0]),
     )  # fmt: skip
-    return dispatch.GpuPlan(launcher, launch.FlatShape(threads, device, indexer.MAX_THREADS))
+    return plans.KernelPlan(launcher, launch.FlatShape(threads, device, indexer.MAX_THREADS))
 
 
-def _count(extents):
-    rows, scale_rows, sequences, bounds = extents
+def _count(extents, options, numbers):
+    del options, numbers
+    rows, scale_rows, ((sequences, width), (step, _)), bounds = extents
     contract.check_sequence_count("cp_gather_indexer_k_quant_cache", "block_table", sequences)
     if scale_rows != rows:
         raise ShapeError(
@@ -140,17 +146,17 @@ def _count(extents):
             f"cp_gather_indexer_k_quant_cache: Invalid shape of cu_seq_lens: expected "
             f"[{sequences + 1}], one more than the rows of block_table, got [{bounds}]"
         )
-    return rows, sequences
+    return rows, (rows, sequences, width, step)
 
 
 OP = dispatch.Op(
     "cp_gather_indexer_k_quant_cache",
     args=(
         dispatch.Arg("kv_cache"),
-        dispatch.Arg("dst_k", rows=True),
-        dispatch.Arg("dst_scale", rows=True),
-        dispatch.Arg("block_table", rows=True, index=True),
-        dispatch.Arg("cu_seq_lens", rows=True, index=True),
+        dispatch.Arg("dst_k", varies=dispatch.ROWS),
+        dispatch.Arg("dst_scale", varies=dispatch.ROWS),
+        dispatch.Arg("block_table", varies=(0, 1), index=True),
+        dispatch.Arg("cu_seq_lens", varies=dispatch.ROWS, index=True),
     ),
     plan=_plan,
     destination=1,

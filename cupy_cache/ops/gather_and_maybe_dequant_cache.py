@@ -4,15 +4,25 @@
 
 from ..errors import ArgumentError, ShapeError
 from ..runtime import contract, formats
+from ..types import ArrayLike, Scale, StreamLike
 from .shared import gathering
 
 NAME = "gather_and_maybe_dequant_cache"
 
 
 def gather_and_maybe_dequant_cache(
-    src_cache, dst, block_table, cu_seq_lens, token_to_seq, num_tokens, kv_cache_dtype, scale,
-    seq_starts=None, *, stream=None,
-):  # fmt: skip
+    src_cache: ArrayLike,
+    dst: ArrayLike,
+    block_table: ArrayLike,
+    cu_seq_lens: ArrayLike,
+    token_to_seq: object,
+    num_tokens: int,
+    kv_cache_dtype: str,
+    scale: Scale,
+    seq_starts: ArrayLike | None = None,
+    *,
+    stream: StreamLike | None = None,
+) -> None:
     """Read the tokens of several sequences out of a paged cache, as numbers, into contiguous rows.
 
     Sequence ``b`` owns the rows ``cu_seq_lens[b] <= r < cu_seq_lens[b + 1]`` of ``dst``, as far as
@@ -63,11 +73,11 @@ def gather_and_maybe_dequant_cache(
     """
     del token_to_seq
     num_tokens = gathering.whole_number(NAME, "num_tokens", num_tokens)
-    array = number = None
+    array, number = None, 0.0
     if formats.is_scaled(kv_cache_dtype):
         array, number = contract.split_scale(NAME, "scale", scale)
     arrays = src_cache, dst, block_table, cu_seq_lens, seq_starts, array
-    OP(arrays, ("NHD", kv_cache_dtype, number), stream, (num_tokens,))
+    OP(arrays, ("NHD", kv_cache_dtype), stream, (number, num_tokens))
 
 
 def _count(extents, num_tokens):

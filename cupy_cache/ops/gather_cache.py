@@ -4,12 +4,20 @@
 
 from ..errors import ShapeError
 from ..runtime import contract
+from ..types import ArrayLike, StreamLike
 from .shared import gathering
 
 
 def gather_cache(
-    src_cache, dst, block_table, cu_seq_lens, seq_starts=None, *, layout="NHD", stream=None
-):
+    src_cache: ArrayLike,
+    dst: ArrayLike,
+    block_table: ArrayLike,
+    cu_seq_lens: ArrayLike,
+    seq_starts: ArrayLike | None = None,
+    *,
+    layout: str = "NHD",
+    stream: StreamLike | None = None,
+) -> None:
     """Copy the tokens of several sequences out of a paged cache into contiguous rows.
 
     Sequence ``b`` owns the rows ``cu_seq_lens[b] <= r < cu_seq_lens[b + 1]`` of ``dst``. With

@@ -6,7 +6,8 @@ import functools
 
 from .. import cpu
 from ..errors import ArgumentError, ShapeError
-from ..runtime import contract, dispatch, formats, launch, modules, params
+from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
+from ..types import ArrayLike, StreamLike
 from .shared import indexer
 
 PARAMS = params.Struct(
@@ -24,8 +25,14 @@ SCALES = {
 
 
 def indexer_k_quant_and_cache(
-    k, kv_cache, slot_mapping, quant_block_size, kv_cache_dtype, *, stream=None
-):
+    k: ArrayLike,
+    kv_cache: ArrayLike,
+    slot_mapping: ArrayLike,
+    quant_block_size: int,
+    kv_cache_dtype: str,
+    *,
+    stream: StreamLike | None = None,
+) -> None:
     """Quantise one step's indexer keys and write them, with their scales, into their slots.
 
     Every ``quant_block_size`` elements of a key share a scale. With ``a`` the largest absolute
@@ -115,7 +122,7 @@ def _plan(op, described, options):
             exponents=scales == "kExponents",
         )
         dtypes = (k.dtype.bits, kv_cache.dtype.bits, slot_mapping.dtype.numpy)
-        return dispatch.CpuPlan(run, dtypes)
+        return plans.NumPyPlan(run, dtypes)
 
     num_blocks, block_size, _ = kv_cache.shape
     vector = contract.converting_vector_bytes(
@@ -131,9 +138,9 @@ def _plan(op, described, options):
     kernel = modules.Kernel(
         op.name,
         op.name,
-        f"indexer_k_quant_and_cache<{formats.ELEMENT_NAMES[k.dtype.name]}, "
+        f"indexer_k_quant_and_cache<{spelling.ELEMENT_NAMES[k.dtype.name]}, "
         f"cupy_cache::Scales::{scales}, {vector}, {scale_vector}, {quant_block_size}, "
-        f"{quant_blocks}, {lanes}, {block_size}, {formats.INDEX_NAMES[slot_mapping.dtype.name]}, "
+        f"{quant_blocks}, {lanes}, {block_size}, {spelling.INDEX_NAMES[slot_mapping.dtype.name]}, "
         f"{indexer.MAX_THREADS}>",
         PARAMS,
         guarded=("slot_mapping",),
@@ -145,27 +152,28 @@ def _plan(op, described, options):
         device,
         (num_blocks, slot_mapping.strides[0], k.strides[0], kv_cache.strides[0]),
     )
-    return dispatch.GpuPlan(
+    return plans.KernelPlan(
         launcher, launch.FlatShape(quant_blocks * lanes, device, indexer.MAX_THREADS)
     )
 
 
-def _count(extents):
+def _count(extents, options, numbers):
+    del options, numbers
     rows, slots = extents
     if slots > rows:
         raise ShapeError(
             f"indexer_k_quant_and_cache: Invalid shape of slot_mapping: expected at most {rows} "
             f"slots, the rows of k, got {slots}"
         )
-    return (slots,)
+    return slots, (slots,)
 
 
 OP = dispatch.Op(
     "indexer_k_quant_and_cache",
     args=(
-        dispatch.Arg("k", rows=True),
+        dispatch.Arg("k", varies=dispatch.ROWS),
         dispatch.Arg("kv_cache"),
-        dispatch.Arg("slot_mapping", rows=True, index=True),
+        dispatch.Arg("slot_mapping", varies=dispatch.ROWS, index=True),
     ),
     plan=_plan,
     destination=1,

@@ -4,10 +4,18 @@
 to another machine, or storing it."""
 
 from ..errors import ArgumentError
+from ..types import ArrayLike, Indices, LayersOrPairs, PackedLayout, StreamLike
 from .shared import packing
 
 
-def pack_blocks(caches, block_ids, out, *, layout="layer_first", stream=None):
+def pack_blocks(
+    caches: LayersOrPairs,
+    block_ids: Indices,
+    out: ArrayLike,
+    *,
+    layout: PackedLayout = "layer_first",
+    stream: StreamLike | None = None,
+) -> None:
     """Copy chosen blocks of every layer into one contiguous buffer.
 
     On a GPU it is one launch, into GPU memory or directly into pinned host memory: block numbers in
@@ -65,10 +73,17 @@ def pack_blocks(caches, block_ids, out, *, layout="layer_first", stream=None):
     >>> pack_blocks(layers, ids, buffer)
     >>> torch.distributed.send(buffer, dst=1)
     """
-    packing.run("pack_blocks", packing.PACK, caches, block_ids, stream, out, layout)
+    PACK_BLOCKS(caches, block_ids, stream, out, layout=layout)
 
 
-def unpack_blocks(packed, caches, block_ids, *, layout="layer_first", stream=None):
+def unpack_blocks(
+    packed: ArrayLike,
+    caches: LayersOrPairs,
+    block_ids: Indices,
+    *,
+    layout: PackedLayout = "layer_first",
+    stream: StreamLike | None = None,
+) -> None:
     """Copy blocks out of one contiguous buffer into every layer: the reverse of `pack_blocks`.
 
     Parameters
@@ -87,10 +102,17 @@ def unpack_blocks(packed, caches, block_ids, *, layout="layer_first", stream=Non
     ArgumentError
         Or one of its kinds, before anything is written.
     """
-    packing.run("unpack_blocks", packing.UNPACK, caches, block_ids, stream, packed, layout)
+    UNPACK_BLOCKS(caches, block_ids, stream, packed, layout=layout)
 
 
-def pack_tokens(caches, slot_mapping, out, *, layout="layer_first", stream=None):
+def pack_tokens(
+    caches: LayersOrPairs,
+    slot_mapping: Indices,
+    out: ArrayLike,
+    *,
+    layout: PackedLayout = "layer_first",
+    stream: StreamLike | None = None,
+) -> None:
     """Copy the tokens of chosen slots of every layer into one contiguous buffer.
 
     `pack_blocks` with slots instead of blocks: sequences that start or end inside a block, ranges
@@ -112,12 +134,17 @@ def pack_tokens(caches, slot_mapping, out, *, layout="layer_first", stream=None)
     ArgumentError
         Or one of its kinds, before anything is written.
     """
-    packing.run(
-        "pack_tokens", packing.PACK, caches, slot_mapping, stream, out, layout, by_slot=True
-    )
+    PACK_TOKENS(caches, slot_mapping, stream, out, layout=layout)
 
 
-def unpack_tokens(packed, caches, slot_mapping, *, layout="layer_first", stream=None):
+def unpack_tokens(
+    packed: ArrayLike,
+    caches: LayersOrPairs,
+    slot_mapping: Indices,
+    *,
+    layout: PackedLayout = "layer_first",
+    stream: StreamLike | None = None,
+) -> None:
     """Copy tokens out of one contiguous buffer into their slots of every layer: the reverse of
     `pack_tokens`.
 
@@ -136,12 +163,12 @@ def unpack_tokens(packed, caches, slot_mapping, *, layout="layer_first", stream=
     ArgumentError
         Or one of its kinds, before anything is written.
     """
-    packing.run(
-        "unpack_tokens", packing.UNPACK, caches, slot_mapping, stream, packed, layout, by_slot=True
-    )
+    UNPACK_TOKENS(caches, slot_mapping, stream, packed, layout=layout)
 
 
-def packed_size(caches, *, num_blocks=None, num_tokens=None):
+def packed_size(
+    caches: LayersOrPairs, *, num_blocks: int | None = None, num_tokens: int | None = None
+) -> int:
     """How many bytes `pack_blocks` or `pack_tokens` write, in either layout.
 
     Parameters
@@ -168,4 +195,14 @@ def packed_size(caches, *, num_blocks=None, num_tokens=None):
         raise ArgumentError(
             f"{op}: Invalid value of {name}: expected an integer of at least 0, got {count!r}"
         )
-    return count * packing.item_bytes(op, caches, by_slot=num_blocks is None)
+    operation = SIZE_OF_BLOCKS if num_tokens is None else SIZE_OF_TOKENS
+    return count * operation.item_bytes(caches)
+
+
+PACK_BLOCKS = packing.Operation("pack_blocks", packing.PACK)
+UNPACK_BLOCKS = packing.Operation("unpack_blocks", packing.UNPACK)
+PACK_TOKENS = packing.Operation("pack_tokens", packing.PACK, by_slot=True)
+UNPACK_TOKENS = packing.Operation("unpack_tokens", packing.UNPACK, by_slot=True)
+# Of these only the plans are made.
+SIZE_OF_BLOCKS = packing.Operation("packed_size", packing.ZERO)
+SIZE_OF_TOKENS = packing.Operation("packed_size", packing.ZERO, by_slot=True)

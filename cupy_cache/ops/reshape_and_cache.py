@@ -6,18 +6,19 @@ import functools
 
 from .. import cpu
 from ..errors import ShapeError
-from ..runtime import contract, dispatch, formats, launch, modules, params
+from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
+from ..types import ArrayLike, Scale, StreamLike
 
 NAME = "reshape_and_cache"
 PARAMS = params.Struct(
     per_call="key:ptr value:ptr key_cache:ptr value_cache:ptr slot_mapping:ptr k_scale:ptr "
-    "v_scale:ptr tokens:i64",
+    "v_scale:ptr tokens:i64 k_scale_value:f32 v_scale_value:f32",
     constant="num_blocks:i64 slot_stride:i64 "
     "key_token_stride:i64 key_head_stride:i64 value_token_stride:i64 value_head_stride:i64 "
     "key_block_stride:i64 key_cache_head_stride:i64 key_pack_stride:i64 key_offset_stride:i64 "
     "value_block_stride:i64 value_cache_head_stride:i64 value_slots_stride:i64 "
     "value_element_stride:i64 "
-    "k_scale_stride:i64 v_scale_stride:i64 k_scale_value:f32 v_scale_value:f32",
+    "k_scale_stride:i64 v_scale_stride:i64",
 )
 TILE = 16  # kTile of the kernel
 PART_BYTES = 128  # of a head, that a thread block takes
@@ -26,9 +27,18 @@ SCALES = formats.DTYPES["float32"].numpy
 
 
 def reshape_and_cache(
-    key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype="auto",
-    k_scale=None, v_scale=None, interleaved_v=False, *, stream=None,
-):  # fmt: skip
+    key: ArrayLike,
+    value: ArrayLike,
+    key_cache: ArrayLike,
+    value_cache: ArrayLike,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: str = "auto",
+    k_scale: Scale = None,
+    v_scale: Scale = None,
+    interleaved_v: bool = False,
+    *,
+    stream: StreamLike | None = None,
+) -> None:
     """Write one step's keys and values into their slots of an x-packed paged cache.
 
     The layout of vLLM's first paged-attention kernels: with x elements in 16 bytes, element ``d``
@@ -75,12 +85,12 @@ def reshape_and_cache(
     """
     arrays, numbers = contract.split_scales(NAME, kv_cache_dtype, k_scale, v_scale)
     objects = (key, value, key_cache, value_cache, slot_mapping, *arrays)
-    OP(objects, (kv_cache_dtype, *numbers, bool(interleaved_v)), stream)
+    OP(objects, (kv_cache_dtype, bool(interleaved_v)), stream, numbers)
 
 
 def _plan(op, described, options):
     key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale = described
-    kv_cache_dtype, *numbers, interleaved = options
+    kv_cache_dtype, interleaved = options
     fmt = formats.cache_format(op.name, kv_cache_dtype)
     check = contract.Contract(op.name)
     check.shape("key", key, "_ num_kv_heads head_size")
@@ -102,11 +112,9 @@ def _plan(op, described, options):
     )
 
     if key_cache.device.kind == "cpu":
-        run = functools.partial(
-            cpu.reshape_and_cache, source=key.dtype, stored=stored, numbers=numbers
-        )
+        run = functools.partial(cpu.reshape_and_cache, source=key.dtype, stored=stored)
         bits = (array.dtype.bits for array in described[:4])
-        return dispatch.CpuPlan(run, (*bits, slot_mapping.dtype.numpy, SCALES, SCALES))
+        return plans.NumPyPlan(run, (*bits, slot_mapping.dtype.numpy, SCALES, SCALES))
 
     element = key_cache.dtype.bytes
     ratio = key.dtype.bytes // element
@@ -131,14 +139,14 @@ def _plan(op, described, options):
     vectors = TILE * max(min(PART_BYTES, length) // vector for length, vector in sides)
     threads = launch.block_threads(vectors, 1, MAX_THREADS)
     parts = heads * launch.ceil_div(max(key_bytes, value_bytes), PART_BYTES)
-    index = formats.INDEX_NAMES[slot_mapping.dtype.name]
+    index = spelling.INDEX_NAMES[slot_mapping.dtype.name]
     kernel = modules.Kernel(
         op.name,
         op.name,
-        f"reshape_and_cache<{formats.quantiser(key.dtype, stored, key_vector)}, "
-        f"{formats.quantiser(key.dtype, stored, value_vector)}, {element}, {pack}, {key_vector}, "
+        f"reshape_and_cache<{spelling.quantiser(key.dtype, stored, key_vector)}, "
+        f"{spelling.quantiser(key.dtype, stored, value_vector)}, {element}, {pack}, {key_vector}, "
         f"{value_vector}, {key_bytes}, {value_bytes}, {size['block_size']}, {slots}, "
-        f"{str(vector_values).lower()}, {index}, {PART_BYTES}, {threads}>",
+        f"{spelling.boolean(vector_values)}, {index}, {PART_BYTES}, {threads}>",
         PARAMS,
         guarded=("slot_mapping",),
         converts=stored is not None,
@@ -148,7 +156,7 @@ def _plan(op, described, options):
         key_cache.device.index,
         (size["num_blocks"], slot_mapping.strides[0], *key.strides[:2], *value.strides[:2],
          *key_cache.strides[:4], block_stride, head_stride, slots_stride, element_stride,
-         *scale_steps, *(number or 0.0 for number in numbers)),
+         *scale_steps),
     )  # fmt: skip
 
     def shape(tokens):
@@ -156,7 +164,7 @@ def _plan(op, described, options):
         layers = launch.ceil_div(tiles, launch.MAX_GRID_YZ)
         return (parts, launch.ceil_div(tiles, layers) if layers else 0, layers), threads
 
-    return dispatch.GpuPlan(launcher, shape)
+    return plans.KernelPlan(launcher, shape)
 
 
 def _check_packs(check, name, cache, whole):
@@ -172,11 +180,11 @@ def _check_packs(check, name, cache, whole):
 OP = dispatch.Op(
     NAME,
     args=(
-        dispatch.Arg("key", rows=True),
-        dispatch.Arg("value", rows=True),
+        dispatch.Arg("key", varies=dispatch.ROWS),
+        dispatch.Arg("value", varies=dispatch.ROWS),
         dispatch.Arg("key_cache"),
         dispatch.Arg("value_cache"),
-        dispatch.Arg("slot_mapping", rows=True, index=True),
+        dispatch.Arg("slot_mapping", varies=dispatch.ROWS, index=True),
         dispatch.Arg("k_scale", optional=True),
         dispatch.Arg("v_scale", optional=True),
     ),

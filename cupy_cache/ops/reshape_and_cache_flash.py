@@ -5,17 +5,18 @@
 import functools
 
 from .. import cpu
-from ..runtime import contract, dispatch, formats, launch, modules, params
+from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
+from ..types import ArrayLike, Scale, StreamLike
 
 NAME = "reshape_and_cache_flash"
 PARAMS = params.Struct(
     per_call="key:ptr value:ptr key_cache:ptr value_cache:ptr slot_mapping:ptr k_scale:ptr "
-    "v_scale:ptr tokens:i64",
+    "v_scale:ptr tokens:i64 k_scale_value:f32 v_scale_value:f32",
     constant="num_blocks:i64 slot_stride:i64 "
     "key_token_stride:i64 key_head_stride:i64 value_token_stride:i64 value_head_stride:i64 "
     "key_block_stride:i64 key_offset_stride:i64 key_cache_head_stride:i64 "
     "value_block_stride:i64 value_offset_stride:i64 value_cache_head_stride:i64 "
-    "k_scale_stride:i64 v_scale_stride:i64 k_scale_value:f32 v_scale_value:f32",
+    "k_scale_stride:i64 v_scale_stride:i64",
 )
 # 256 tokens take an H200 2.0 us with 128, 2.2 with 256, 512 or 1024; many tokens the same.
 MAX_THREADS = 128
@@ -23,9 +24,17 @@ SCALES = formats.DTYPES["float32"].numpy
 
 
 def reshape_and_cache_flash(
-    key, value, key_cache, value_cache, slot_mapping, kv_cache_dtype="auto",
-    k_scale=None, v_scale=None, *, stream=None,
-):  # fmt: skip
+    key: ArrayLike,
+    value: ArrayLike,
+    key_cache: ArrayLike,
+    value_cache: ArrayLike,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: str = "auto",
+    k_scale: Scale = None,
+    v_scale: Scale = None,
+    *,
+    stream: StreamLike | None = None,
+) -> None:
     """Write one step's keys and values into their slots of a paged cache.
 
     Token ``t`` goes to block ``slot_mapping[t] // block_size`` at offset ``slot_mapping[t] %
@@ -71,14 +80,17 @@ def reshape_and_cache_flash(
 
     Names, order and meaning are those of vLLM's cache operation of the same name.
     """
+    if kv_cache_dtype in formats.RAW:  # the usual case, without ado
+        OP((key, value, key_cache, value_cache, slot_mapping), (kv_cache_dtype,), stream)
+        return
     arrays, numbers = contract.split_scales(NAME, kv_cache_dtype, k_scale, v_scale)
     objects = (key, value, key_cache, value_cache, slot_mapping, *arrays)
-    OP(objects, (kv_cache_dtype, *numbers), stream)
+    OP(objects, (kv_cache_dtype,), stream, numbers)
 
 
 def _plan(op, described, options):
     key, value, key_cache, value_cache, slot_mapping, k_scale, v_scale = described
-    kv_cache_dtype, *numbers = options
+    (kv_cache_dtype,) = options
     fmt = formats.cache_format(op.name, kv_cache_dtype)
     check = contract.Contract(op.name)
     check.shape("key", key, "_ num_kv_heads head_size")
@@ -94,11 +106,9 @@ def _plan(op, described, options):
     )
 
     if key_cache.device.kind == "cpu":
-        run = functools.partial(
-            cpu.reshape_and_cache_flash, source=key.dtype, stored=stored, numbers=numbers
-        )
+        run = functools.partial(cpu.reshape_and_cache_flash, source=key.dtype, stored=stored)
         bits = (array.dtype.bits for array in described[:4])
-        return dispatch.CpuPlan(run, (*bits, slot_mapping.dtype.numpy, SCALES, SCALES))
+        return plans.NumPyPlan(run, (*bits, slot_mapping.dtype.numpy, SCALES, SCALES))
 
     size, element = check.sizes, key_cache.dtype.bytes
     sides = (size["head_size"], key, key_cache), (size["head_size_v"], value, value_cache)
@@ -114,11 +124,11 @@ def _plan(op, described, options):
         [key_bytes, value_bytes,
          *(n for a in (key_cache, value_cache) for n in (a.ptr, *a.strides[:-1]))],
     )  # fmt: skip
-    index = formats.INDEX_NAMES[slot_mapping.dtype.name]
+    index = spelling.INDEX_NAMES[slot_mapping.dtype.name]
     kernel = modules.Kernel(
         op.name,
         op.name,
-        f"reshape_and_cache_flash<{formats.quantiser(key.dtype, stored, vector)}, {vector}, "
+        f"reshape_and_cache_flash<{spelling.quantiser(key.dtype, stored, vector)}, {vector}, "
         f"{segments}, {key_bytes}, {value_bytes}, {size['block_size']}, {index}, {MAX_THREADS}>",
         PARAMS,
         guarded=("slot_mapping",),
@@ -129,11 +139,10 @@ def _plan(op, described, options):
         kernel,
         device,
         (size["num_blocks"], slot_mapping.strides[0], *key.strides[:2], *value.strides[:2],
-         *key_cache.strides[:3], *value_cache.strides[:3], *scale_steps,
-         *(number or 0.0 for number in numbers)),
+         *key_cache.strides[:3], *value_cache.strides[:3], *scale_steps),
     )  # fmt: skip
     items = segments * max(key_bytes, value_bytes) // vector
-    return dispatch.GpuPlan(launcher, launch.FlatShape(items, device, MAX_THREADS))
+    return plans.KernelPlan(launcher, launch.FlatShape(items, device, MAX_THREADS))
 
 
 def _segments(heads, width, source, cache):
@@ -145,11 +154,11 @@ def _segments(heads, width, source, cache):
 OP = dispatch.Op(
     NAME,
     args=(
-        dispatch.Arg("key", rows=True),
-        dispatch.Arg("value", rows=True),
+        dispatch.Arg("key", varies=dispatch.ROWS),
+        dispatch.Arg("value", varies=dispatch.ROWS),
         dispatch.Arg("key_cache"),
         dispatch.Arg("value_cache"),
-        dispatch.Arg("slot_mapping", rows=True, index=True),
+        dispatch.Arg("slot_mapping", varies=dispatch.ROWS, index=True),
         dispatch.Arg("k_scale", optional=True),
         dispatch.Arg("v_scale", optional=True),
     ),

@@ -6,7 +6,8 @@ import functools
 
 from .. import cpu
 from ..errors import ShapeError
-from ..runtime import contract, dispatch, formats, launch, modules, params
+from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
+from ..types import ArrayLike, StreamLike
 
 NAME = "reshape_and_cache_flash_per_token_head"
 PARAMS = params.Struct(
@@ -24,9 +25,17 @@ MAX_HEAD_SIZE = 2048  # a warp holds a head in its registers
 
 
 def reshape_and_cache_flash_per_token_head(
-    key, value, key_cache, value_cache, k_scale_cache, v_scale_cache, slot_mapping, kv_cache_dtype,
-    *, stream=None,
-):  # fmt: skip
+    key: ArrayLike,
+    value: ArrayLike,
+    key_cache: ArrayLike,
+    value_cache: ArrayLike,
+    k_scale_cache: ArrayLike,
+    v_scale_cache: ArrayLike,
+    slot_mapping: ArrayLike,
+    kv_cache_dtype: str,
+    *,
+    stream: StreamLike | None = None,
+) -> None:
     """Write one step's keys and values into their slots of a quantised paged cache, each head of
     each token with a scale of its own, which goes beside the cache.
 
@@ -110,7 +119,7 @@ def _plan(op, described, options):
         )
         bits = (array.dtype.bits for array in described[:4])
         scales = (array.dtype.numpy for array in described[4:])
-        return dispatch.CpuPlan(run, (*bits, *scales))
+        return plans.NumPyPlan(run, (*bits, *scales))
 
     vector = contract.converting_vector_bytes(
         key.dtype.bytes,
@@ -120,13 +129,13 @@ def _plan(op, described, options):
     # A power of two that has a lane for each vector, if a warp has as many.
     lanes = min(launch.WARP, 1 << (max(sizes) // vector - 1).bit_length())
     heads = size["num_kv_heads"]
-    source, stored = (formats.ELEMENT_NAMES[d.name] for d in (key.dtype, fmt.stored))
+    source, stored = (spelling.ELEMENT_NAMES[d.name] for d in (key.dtype, fmt.stored))
     kernel = modules.Kernel(
         op.name,
         op.name,
         f"{NAME}<{source}, {stored}, {formats.LARGEST[fmt.stored.name]}, {vector}, {lanes}, "
         f"{heads}, {sizes[0]}, {sizes[1]}, {size['block_size']}, "
-        f"{formats.INDEX_NAMES[slot_mapping.dtype.name]}, {MAX_THREADS}>",
+        f"{spelling.INDEX_NAMES[slot_mapping.dtype.name]}, {MAX_THREADS}>",
         PARAMS,
         guarded=("slot_mapping",),
         converts=True,
@@ -139,21 +148,21 @@ def _plan(op, described, options):
          *key_cache.strides[:3], *value_cache.strides[:3], *k_scale_cache.strides,
          *v_scale_cache.strides),
     )  # fmt: skip
-    return dispatch.GpuPlan(launcher, launch.FlatShape(heads * lanes, device, MAX_THREADS))
+    return plans.KernelPlan(launcher, launch.FlatShape(heads * lanes, device, MAX_THREADS))
 
 
 OP = dispatch.Op(
     NAME,
     args=(
-        dispatch.Arg("key", rows=True),
-        dispatch.Arg("value", rows=True),
+        dispatch.Arg("key", varies=dispatch.ROWS),
+        dispatch.Arg("value", varies=dispatch.ROWS),
         dispatch.Arg("key_cache"),
         dispatch.Arg("value_cache"),
         dispatch.Arg("k_scale_cache"),
         dispatch.Arg("v_scale_cache"),
-        dispatch.Arg("slot_mapping", rows=True, index=True),
+        dispatch.Arg("slot_mapping", varies=dispatch.ROWS, index=True),
     ),
     plan=_plan,
     destination=2,
-    count=contract.slot_count(NAME),
+    count=contract.slot_count(NAME, scales=0),
 )

@@ -3,26 +3,47 @@
 """From tokens' positions to their slots in a paged cache."""
 
 import functools
+from typing import Any
 
 from .. import cpu
 from ..errors import ShapeError
-from ..runtime import arrays, contract, dispatch, formats, launch, modules, params
+from ..runtime import (
+    arrays,
+    contract,
+    dispatch,
+    formats,
+    launch,
+    modules,
+    params,
+    plans,
+    spelling,
+    streams,
+)
+from ..types import ArrayLike, StreamLike
 from .shared import slots
 
 PARAMS = params.Struct(
     per_call="block_table:ptr positions:ptr query_start_loc:ptr out:ptr "
-    "slots:i64 requests:i64 tokens:i64",
-    constant="position_stride:i64 table_stride:i64 position_limit:i64 block_limit:i64 "
-    "block_size:i64 cp_world_size:i64 cp_rank:i64 cp_interleave:i64",
+    "slots:i64 requests:i64 tokens:i64 table_stride:i64 position_limit:i64",
+    constant="position_stride:i64 block_limit:i64 block_size:i64 "
+    "cp_world_size:i64 cp_rank:i64 cp_interleave:i64",
 )
 MAX_THREADS = 256
 INT64 = formats.DTYPES["int64"]
 
 
 def slot_mapping(
-    block_table, positions, query_start_loc, block_size, *, out=None,
-    cp_world_size=1, cp_rank=0, cp_interleave=1, stream=None,
-):  # fmt: skip
+    block_table: ArrayLike,
+    positions: ArrayLike,
+    query_start_loc: ArrayLike,
+    block_size: int,
+    *,
+    out: ArrayLike | None = None,
+    cp_world_size: int = 1,
+    cp_rank: int = 0,
+    cp_interleave: int = 1,
+    stream: StreamLike | None = None,
+) -> Any:
     """Compute the slot of each token of a step.
 
     Token ``t`` belongs to the request ``b`` with ``query_start_loc[b] <= t < query_start_loc[b +
@@ -77,10 +98,10 @@ def slot_mapping(
     The formulas are those of vLLM's block tables.
     """
     if stream is not None:
-        stream = arrays.stream_pointer(stream)
+        stream = streams.pointer(stream)
     if out is None:
-        array = arrays.describe(arrays.read(positions, "positions", stream), "positions")
-        out = arrays.empty(array.framework, array.device, array.shape[:1], INT64)
+        like = arrays.view(positions, "slot_mapping: positions")
+        out = streams.empty(like.framework, like.device, like.shape[:1], INT64, stream)
     options = (block_size, cp_world_size, cp_rank, cp_interleave)
     OP((block_table, positions, query_start_loc, out), options, stream)
     return out
@@ -110,13 +131,13 @@ def _plan(op, described, options):
         run = functools.partial(
             cpu.slot_mapping, block_size=block_size, world=world, rank=rank, interleave=interleave
         )
-        return dispatch.CpuPlan(run, tuple(array.dtype.numpy for array in described))
+        return plans.NumPyPlan(run, tuple(array.dtype.numpy for array in described))
 
-    index = ", ".join(formats.INDEX_NAMES[a.dtype.name] for a in (table, positions, starts))
+    index = ", ".join(spelling.INDEX_NAMES[a.dtype.name] for a in (table, positions, starts))
     kernel = modules.Kernel(
         op.name,
         op.name,
-        f"slot_mapping<{str(world > 1).lower()}, {index}, {MAX_THREADS}>",
+        f"slot_mapping<{spelling.boolean(world > 1)}, {index}, {MAX_THREADS}>",
         PARAMS,
         guarded=("positions", "block_table"),
     )
@@ -124,34 +145,37 @@ def _plan(op, described, options):
     launcher = launch.Launcher(
         kernel,
         device,
-        (positions.strides[0], *slots.geometry(table, block_size, world, rank, interleave)),
+        (positions.strides[0], slots.LARGEST // block_size, block_size, world, rank, interleave),
     )
-    return dispatch.GpuPlan(launcher, launch.FlatShape(1, device, MAX_THREADS))
+    return plans.KernelPlan(launcher, launch.FlatShape(1, device, MAX_THREADS))
 
 
-def _count(extents):
-    requests, tokens, bounds, slots = extents
+def _count(extents, options, numbers):
+    del numbers
+    ((requests, width), (step, _)), tokens, bounds, count = extents
     contract.check_sequence_count("slot_mapping", "block_table", requests)
     if bounds != requests + 1:
         raise ShapeError(
             f"slot_mapping: Invalid shape of query_start_loc: expected [{requests + 1}], one more "
             f"than the rows of block_table, got [{bounds}]"
         )
-    if slots < tokens:
+    if count < tokens:
         raise ShapeError(
             f"slot_mapping: Invalid shape of out: expected at least {tokens} entries, as many as "
-            f"positions, got [{slots}]"
+            f"positions, got [{count}]"
         )
-    return slots, requests, tokens
+    block_size, world, *_ = options
+    limit = slots.position_limit(width, block_size, world)
+    return count, (count, requests, tokens, step, limit)
 
 
 OP = dispatch.Op(
     "slot_mapping",
     args=(
-        dispatch.Arg("block_table", rows=True, index=True),
-        dispatch.Arg("positions", rows=True, index=True),
-        dispatch.Arg("query_start_loc", rows=True, index=True),
-        dispatch.Arg("out", rows=True, index=True),
+        dispatch.Arg("block_table", varies=(0, 1), index=True),
+        dispatch.Arg("positions", varies=dispatch.ROWS, index=True),
+        dispatch.Arg("query_start_loc", varies=dispatch.ROWS, index=True),
+        dispatch.Arg("out", varies=dispatch.ROWS, index=True),
     ),
     plan=_plan,
     destination=3,

@@ -3,11 +3,25 @@
 """From tokens' positions to their slots in the caches of several groups of layers, at once."""
 
 import struct
+from collections.abc import Sequence
+from typing import Any
 
 from .. import cpu
-from ..errors import ArgumentError, DTypeError, ShapeError, StrideError
-from ..runtime import arrays, contract, dispatch, formats, launch, modules, params
-from .shared import blocks, slots
+from ..errors import ArgumentError, ShapeError, StrideError
+from ..runtime import (
+    arrays,
+    contract,
+    dispatch,
+    formats,
+    launch,
+    lists,
+    modules,
+    params,
+    spelling,
+    streams,
+)
+from ..types import ArrayLike, Layers, StreamLike
+from .shared import slots
 
 NAME = "slot_mapping_groups"
 MAX_GROUPS = 48  # kMaxGroups of the kernel
@@ -23,13 +37,22 @@ INT64 = formats.DTYPES["int64"]
 # A disabled group's `FIELDS`.
 DISABLED = (0,) * len(slots.FIELDS)
 
-_plans = {}
-
 
 def slot_mapping_groups(
-    block_tables, idx_mapping, positions, query_start_loc, block_sizes, *, out=None, enabled=None,
-    sharded=None, cp_world_size=1, cp_rank=0, cp_interleave=1, stream=None,
-):  # fmt: skip
+    block_tables: Layers,
+    idx_mapping: ArrayLike | None,
+    positions: ArrayLike,
+    query_start_loc: ArrayLike,
+    block_sizes: Sequence[int],
+    *,
+    out: ArrayLike | None = None,
+    enabled: Sequence[bool] | None = None,
+    sharded: Sequence[bool] | None = None,
+    cp_world_size: int = 1,
+    cp_rank: int = 0,
+    cp_interleave: int = 1,
+    stream: StreamLike | None = None,
+) -> Any:
     """Compute the slot of each token of a step for every group of layers, in one launch.
 
     Models with several kinds of attention keep a block table for each group of layers that are
@@ -86,47 +109,23 @@ def slot_mapping_groups(
 
     The formulas are those of vLLM's block tables.
     """
-    owner = ("positions", positions) if out is None else ("out", out)
-    stream = blocks.stream_of(NAME, *owner) if stream is None else arrays.stream_pointer(stream)
-    if not isinstance(block_tables, (list, tuple)):
-        raise DTypeError(
-            f"{NAME}: Invalid type of block_tables: expected a list of arrays, one for each group, "
-            f"got {type(block_tables).__name__}"
-        )
+    lists.require_list(NAME, "block_tables", block_tables)
     groups = len(block_tables)
     if not groups:
         raise ShapeError(f"{NAME}: Invalid length of block_tables: expected tables, got none")
+    if stream is not None:
+        stream = streams.pointer(stream)
     if out is None:
-        array = arrays.view(positions, f"{NAME}: positions")
-        shape = groups, *array.shape[:1]
-        out = arrays.empty(array.framework, array.device, shape, INT64)
-    # The facts keep views through DLPack alive until all is enqueued.
-    facts = {f"block_tables[{i}]": table for i, table in enumerate(block_tables)}
-    facts |= {"positions": positions, "query_start_loc": query_start_loc, "out": out}
-    facts = {name: arrays.read(value, f"{NAME}: {name}", stream) for name, value in facts.items()}
-    facts["idx_mapping"] = None
-    if idx_mapping is not None:
-        facts["idx_mapping"] = arrays.read(idx_mapping, f"{NAME}: idx_mapping", stream)
-
+        like = arrays.view(positions, f"{NAME}: positions")
+        shape = groups, *like.shape[:1]
+        out = streams.empty(like.framework, like.device, shape, INT64, stream)
     options = (
         _each("block_sizes", block_sizes, groups),
         _each("enabled", (True,) * groups if enabled is None else enabled, groups),
         _each("sharded", (True,) * groups if sharded is None else sharded, groups),
         (cp_world_size, cp_rank, cp_interleave),
     )
-    key = (options, *(_signature(name, fact) for name, fact in facts.items()))
-    plan = _plans.get(key)
-    if plan is None:
-        described = {
-            name: fact and arrays.describe(fact, f"{NAME}: {name}") for name, fact in facts.items()
-        }
-        plan = _Plan(described, *options)
-        if not any(fact and 0 in fact.shape for fact in facts.values()):
-            # The strides of empty arrays were not checked: they must not vouch for full ones.
-            if len(_plans) >= dispatch.MAX_PLANS:
-                _plans.clear()
-            _plans[key] = plan
-    plan.run(facts, *_counts(facts), stream)
+    OP((block_tables, idx_mapping, positions, query_start_loc, out), options, stream)
     return out
 
 
@@ -140,31 +139,125 @@ def _each(name, values, groups):
     return tuple(values)
 
 
-def _signature(name, fact):
-    """What of an argument a plan depends on: not its address, requests and tokens."""
-    if fact is None:
-        return None
-    shape = (len(fact.shape), *fact.shape[1:])
-    if name == "out":
-        return (len(shape), *fact.shape[:1]), fact.strides[1:], fact.dtype, fact.place, fact.ptr & 7
-    return shape, fact.strides, fact.dtype, fact.place, fact.ptr & 7
+class _Plan:
+    """How the slots of all groups are computed."""
+
+    def __init__(self, op, described, block_sizes, enabled, sharded, ranks):
+        groups = len(block_sizes)
+        check = contract.Contract(NAME)
+        slots.check_ranks(check, *ranks)
+        named = {arg.name: array for arg, array in zip(op.args, described)}
+        table, out = named["block_tables"], named["out"]
+        patterns = {"block_tables": "_ _", "out": f"{groups} _"}
+        for name, array in named.items():
+            if array is None:
+                continue
+            check.shape(name, array, patterns.get(name, "_"))
+            check.dtype(name, array, *((INT64,) if name == "out" else formats.INDICES))
+            check.device(name, array)
+            check.aligned(name, array)
+        check.contiguous("block_tables", table)
+        check.contiguous_rows("query_start_loc", named["query_start_loc"])
+        arrays.require_writable(out, NAME, "out")
+        if 0 not in out.shape and out.strides[1] != INT64.bytes:
+            raise StrideError(
+                f"{NAME}: Invalid strides of out: expected contiguous rows, got byte strides "
+                f"{list(out.strides)}"
+            )
+        self._groups = []  # of each, what each of its rows means; None where disabled
+        for index, (size, on, shared) in enumerate(zip(block_sizes, enabled, sharded)):
+            own = ranks if shared else (1, 0, 1)
+            slots.check_block_size(check, f"block_sizes[{index}]", size, own[0], own[2])
+            self._groups.append((size, *own) if on else None)
+        self._named = named
+        if out.device.kind == "cuda":
+            self._specialise(out.device.index)
+
+    def _specialise(self, device):
+        self._device = device
+        table, idx, positions, bounds, _ = self._named.values()
+        types = (
+            spelling.INDEX_NAMES[a.dtype.name] for a in (table, idx or table, positions, bounds)
+        )
+        parallel = any(group is not None and group[1] > 1 for group in self._groups)
+        kernel = modules.Kernel(
+            NAME,
+            NAME,
+            f"{NAME}<{spelling.boolean(parallel)}, {', '.join(types)}, {MAX_THREADS}>",
+            PARAMS,
+            guarded=("positions", "block_tables", "idx_mapping"),
+        )
+        constants = (idx.strides[0] if idx else 0, positions.strides[0])
+        self._launcher = launch.Launcher(kernel, device, constants)
+
+    def run(self, call):
+        """Compute the slots: a launch for every `MAX_GROUPS` groups, or a group at a time."""
+        tables, idx, positions, bounds, out = call.values
+        geometries, requests, tokens, stride = call.fields
+        if call.stream is None:
+            self._run_cpu(call, geometries, requests, tokens)
+            return
+        count = call.rows
+        for first in range(0, len(tables), MAX_GROUPS):
+            words = []
+            for index in range(first, min(first + MAX_GROUPS, len(tables))):
+                (shape, strides), group = geometries[index], self._groups[index]
+                fields = DISABLED
+                if group is not None:
+                    fields = slots.geometry(shape, strides, *group)
+                words += (tables[index], shape[0], *fields)
+            groups = len(words) // TABLE_WORDS
+            threads = launch.block_threads(
+                count * groups, launch.processors(self._device), MAX_THREADS
+            )
+            self._launcher.enqueue(
+                (launch.ceil_div(count, threads), groups, 1), threads, call.stream, idx, positions,
+                bounds, out + first * stride, count, requests, tokens, first, stride,
+                tail=struct.pack(f"<{len(words)}Q", *(word & 2**64 - 1 for word in words)),
+            )  # fmt: skip
+
+    def _run_cpu(self, call, geometries, requests, tokens):
+        tables, *addresses = call.values
+        _, *named = self._named.values()
+        idx, positions, bounds, out = (
+            array and arrays.as_numpy(address, shape, strides, array.dtype.numpy)
+            for array, address, shape, strides in zip(
+                named, addresses, call.shapes[1:], call.strides[1:]
+            )
+        )
+        out[...] = -1
+        dtype = self._named["block_tables"].dtype.numpy
+        for index, group in enumerate(self._groups):
+            if group is None:
+                continue
+            size, world, rank, interleave = group
+            table = arrays.as_numpy(tables[index], *geometries[index], dtype)
+            cpu.slot_mapping(
+                table, positions, bounds, out[index], call.rows, requests, tokens, block_size=size,
+                world=world, rank=rank, interleave=interleave, op=NAME, table_name="block_tables",
+                idx_mapping=idx, first_row=index * tokens,
+            )  # fmt: skip
 
 
-def _counts(facts):
-    """Slots, requests and tokens of a call, and the bytes from row to row of the result."""
-    (groups, count), (tokens,) = facts["out"].shape, facts["positions"].shape
-    requests = facts["query_start_loc"].shape[0] - 1
+def _plan(op, described, options):
+    return _Plan(op, described, *options)
+
+
+def _count(extents, options, numbers):
+    """(Slots, (shapes and strides of the tables, requests, tokens, bytes between the rows of
+    out))."""
+    del options, numbers
+    tables, idx, tokens, bounds, ((groups, count), (stride, _)) = extents
+    requests = bounds - 1
     contract.check_sequence_count(NAME, "query_start_loc", requests)
-    idx = facts["idx_mapping"]
-    if requests < 0 or (idx is not None and idx.shape[0] != requests):
-        wanted = "at least 1" if idx is None else idx.shape[0] + 1
+    if requests < 0 or (idx is not None and idx != requests):
+        wanted = "at least 1" if idx is None else idx + 1
         raise ShapeError(
             f"{NAME}: Invalid shape of query_start_loc: expected [{wanted}], one more than there "
-            f"are requests{'' if idx is None else ' in idx_mapping'}, got [{requests + 1}]"
+            f"are requests{'' if idx is None else ' in idx_mapping'}, got [{bounds}]"
         )
     if idx is None:
-        for index in range(groups):
-            rows = facts[f"block_tables[{index}]"].shape[0]
+        for index, ((rows, _), _) in enumerate(tables):
             if rows < requests:
                 raise ShapeError(
                     f"{NAME}: Invalid shape of block_tables[{index}]: expected at least {requests} "
@@ -175,113 +268,24 @@ def _counts(facts):
             f"{NAME}: Invalid shape of out: expected at least {tokens} columns, as many as "
             f"positions, got [{groups}, {count}]"
         )
-    if not count:
-        return 0, requests, tokens, 0
-    row, column = facts["out"].strides
-    stride = row * INT64.bytes // column  # frameworks count in elements or in bytes
-    if groups > 1 and abs(stride) < count * INT64.bytes:
+    if groups > 1 and count and abs(stride) < count * INT64.bytes:
         raise StrideError(
             f"{NAME}: Invalid strides of out: expected rows that do not share memory, got rows of "
             f"{count * INT64.bytes} bytes every {stride} bytes"
         )
-    return count, requests, tokens, stride
+    return count, (tables, requests, tokens, stride)
 
 
-class _Plan:
-    """What a signature decides."""
-
-    def __init__(self, described, block_sizes, enabled, sharded, ranks):
-        groups = len(block_sizes)
-        check = contract.Contract(NAME)
-        slots.check_ranks(check, *ranks)
-        out = described["out"]
-        tables = [described[f"block_tables[{index}]"] for index in range(groups)]
-        for name, array in described.items():
-            if array is None:
-                continue
-            is_table = name.startswith("block_tables")
-            check.shape(name, array, "_ _" if is_table else f"{groups} _" if name == "out" else "_")
-            allowed = (tables[0].dtype,) if is_table and array is not tables[0] else formats.INDICES
-            check.dtype(name, array, *((INT64,) if name == "out" else allowed))
-            check.device(name, array)
-            check.aligned(name, array)
-            if is_table:
-                check.contiguous(name, array)
-        check.contiguous_rows("query_start_loc", described["query_start_loc"])
-        arrays.require_writable(out, NAME, "out")
-        if 0 not in out.shape and out.strides[1] != INT64.bytes:
-            raise StrideError(
-                f"{NAME}: Invalid strides of out: expected contiguous rows, got byte strides "
-                f"{list(out.strides)}"
-            )
-        self.groups = []  # of each, what each of its rows means; None where disabled
-        for index, (size, on, shared) in enumerate(zip(block_sizes, enabled, sharded)):
-            own = ranks if shared else (1, 0, 1)
-            slots.check_block_size(check, f"block_sizes[{index}]", size, own[0], own[2])
-            self.groups.append((size, *own) if on else None)
-        self.on_cpu = out.device.kind == "cpu"
-        if not self.on_cpu:
-            self._specialise(described, tables, out.device.index)
-
-    def _specialise(self, described, tables, device):
-        self.device = device
-        self.fields = [
-            DISABLED if group is None else slots.geometry(table, *group)
-            for table, group in zip(tables, self.groups)
-        ]
-        idx = described["idx_mapping"] or tables[0]
-        positions, bounds = described["positions"], described["query_start_loc"]
-        types = (formats.INDEX_NAMES[a.dtype.name] for a in (tables[0], idx, positions, bounds))
-        parallel = str(any(group is not None and group[1] > 1 for group in self.groups)).lower()
-        kernel = modules.Kernel(
-            NAME,
-            NAME,
-            f"{NAME}<{parallel}, {', '.join(types)}, {MAX_THREADS}>",
-            PARAMS,
-            guarded=("positions", "block_tables", "idx_mapping"),
-        )
-        self.launcher = launch.Launcher(kernel, device, (idx.strides[0], positions.strides[0]))
-
-    def run(self, facts, count, requests, tokens, stride, stream):
-        if not count:
-            return
-        if self.on_cpu:
-            self._run_cpu(facts, count, requests, tokens)
-            return
-        idx, positions, bounds, out = (
-            fact.ptr if fact else 0
-            for fact in map(facts.get, ("idx_mapping", "positions", "query_start_loc", "out"))
-        )
-        for first in range(0, len(self.fields), MAX_GROUPS):
-            words = []
-            for index, fields in enumerate(self.fields[first : first + MAX_GROUPS], first):
-                table = facts[f"block_tables[{index}]"]
-                words += (table.ptr, table.shape[0], *fields)
-            groups = len(words) // TABLE_WORDS
-            threads = launch.block_threads(
-                count * groups, launch.processors(self.device), MAX_THREADS
-            )
-            self.launcher.enqueue(
-                (launch.ceil_div(count, threads), groups, 1), threads, stream, idx, positions,
-                bounds, out + first * stride, count, requests, tokens, first, stride,
-                tail=struct.pack(f"<{len(words)}Q", *(word & 2**64 - 1 for word in words)),
-            )  # fmt: skip
-
-    def _run_cpu(self, facts, count, requests, tokens):
-        views = {name: fact and _view(name, fact) for name, fact in facts.items()}
-        views["out"][...] = -1
-        for index, group in enumerate(self.groups):
-            if group is None:
-                continue
-            size, world, rank, interleave = group
-            cpu.slot_mapping(
-                views[f"block_tables[{index}]"], views["positions"], views["query_start_loc"],
-                views["out"][index], count, requests, tokens, block_size=size, world=world,
-                rank=rank, interleave=interleave, op=NAME, table_name="block_tables",
-                idx_mapping=views["idx_mapping"], first_row=index * tokens,
-            )  # fmt: skip
-
-
-def _view(name, fact):
-    array = arrays.describe(fact, f"{NAME}: {name}")
-    return arrays.as_numpy(array.ptr, array.shape, array.strides, array.dtype.numpy)
+OP = dispatch.Op(
+    NAME,
+    args=(
+        dispatch.Arg("block_tables", layers=True, varies=(0, 1), index=True),
+        dispatch.Arg("idx_mapping", varies=dispatch.ROWS, optional=True, index=True),
+        dispatch.Arg("positions", varies=dispatch.ROWS, index=True),
+        dispatch.Arg("query_start_loc", varies=dispatch.ROWS, index=True),
+        dispatch.Arg("out", varies=(1,), index=True),
+    ),
+    plan=_plan,
+    destination=4,
+    count=_count,
+)

@@ -2,19 +2,48 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copying blocks between two caches: within a GPU, between a GPU and the host, within the host."""
 
-import functools
 import math
+from typing import overload
 
 import numpy as np
 
 from .. import cpu
 from ..errors import ArgumentError, DeviceError, ShapeError
-from ..runtime import arrays, contract, formats, launch
+from ..runtime import arrays, contract, dispatch, driver, formats, launch
 from ..runtime.log import logger
-from .shared import block_pairs, blocks
+from ..types import ArrayLike, Layers, Pairs, StreamLike
+from .shared import blocks, mappings
+
+NAME = "swap_blocks"
 
 
-def swap_blocks(src, dst, *block_mapping, block_size_in_bytes=None, stream=None):
+@overload
+def swap_blocks(
+    src: ArrayLike | Layers,
+    dst: ArrayLike | Layers,
+    block_mapping: Pairs,
+    /,
+    *,
+    block_size_in_bytes: int | None = None,
+    stream: StreamLike | None = None,
+) -> None: ...
+@overload
+def swap_blocks(
+    src: ArrayLike | Layers,
+    dst: ArrayLike | Layers,
+    block_size_in_bytes: int | None,
+    block_mapping: Pairs,
+    /,
+    *,
+    stream: StreamLike | None = None,
+) -> None: ...
+def swap_blocks(
+    src: ArrayLike | Layers,
+    dst: ArrayLike | Layers,
+    *block_mapping: Pairs | int | None,
+    block_size_in_bytes: int | None = None,
+    stream: StreamLike | None = None,
+) -> None:
     """Copy blocks ``src[i]`` -> ``dst[j]`` for each pair (i, j) of the mapping (not an exchange).
 
     Called ``swap_blocks(src, dst, block_mapping)``, or ``swap_blocks(src, dst,
@@ -45,93 +74,47 @@ def swap_blocks(src, dst, *block_mapping, block_size_in_bytes=None, stream=None)
     ArgumentError
         Or one of its kinds, before anything is written.
     """
-    op = "swap_blocks"
     if len(block_mapping) == 2:
         block_size_in_bytes, block_mapping = block_mapping
     elif len(block_mapping) == 1:
         (block_mapping,) = block_mapping
     else:
-        raise TypeError(f"{op}() takes block_mapping, or block_size_in_bytes and block_mapping")
-    checked(src, dst, block_mapping, block_size_in_bytes, stream)()
+        raise TypeError(f"{NAME}() takes block_mapping, or block_size_in_bytes and block_mapping")
+    if not isinstance(src, (list, tuple)):
+        src = [src]
+    if not isinstance(dst, (list, tuple)):
+        dst = [dst]
+    OP((src, dst, None, None, block_mapping), (block_size_in_bytes,), stream)
 
 
-def checked(src, dst, block_mapping, block_size_in_bytes=None, stream=None):
-    """`swap_blocks` as a function without arguments that copies; whatever there is to refuse is
-    refused here."""
-    op = "swap_blocks"
-    sources, destinations = _as_list(src), _as_list(dst)
-    if len(sources) != len(destinations):
-        raise ShapeError(
-            f"{op}: Invalid length of dst: expected as many layers as src, {len(sources)}, got "
-            f"{len(destinations)}"
-        )
-    if not sources:
-        return _nothing
-    if stream is not None:
-        stream = arrays.stream_pointer(stream)
-    else:
-        stream = blocks.stream_of(op, "dst", destinations[0])
-        if stream is None:
-            stream = blocks.stream_of(op, "src", sources[0])
-    source = blocks.read_layers(op, "src", sources, stream)
-    destination = blocks.read_layers(op, "dst", destinations, stream)
-    pairs = block_pairs.read(op, block_mapping, stream)
-    if not isinstance(pairs, block_pairs.Pairs):
-        raise DeviceError(
-            f"{op}: Invalid device of block_mapping: expected host memory, got {pairs.device}"
-        )
-    plan = _plan(source.facts, destination.facts, block_size_in_bytes)
-    block_pairs.check(op, pairs, plan.source.shape[0], plan.destination.shape[0])
-    _check_written_once(op, source.addresses, destination.addresses)
-    if plan.may_share and pairs.count:
-        block_pairs.check_apart(
-            op, pairs, plan.source, plan.destination, source.addresses, destination.addresses
-        )
-    return functools.partial(plan.run, source.addresses, destination.addresses, pairs, stream)
+class _Tensor:
+    """One array of each layer, from and to."""
 
-
-def _nothing():
-    """No layers, nothing to copy."""
-
-
-def _check_written_once(op, sources, destinations):
-    """Refuse an array that two different layers are to be copied to."""
-    if len(set(zip(sources, destinations))) != len(set(destinations)):
-        layer = next(i for i, to in enumerate(destinations) if to in destinations[:i])
-        raise ArgumentError(
-            f"{op}: Invalid value of dst: expected every array once, got one twice, again in layer "
-            f"{layer}"
+    def __init__(self, check, names, source, destination, block_size_in_bytes):
+        if block_size_in_bytes is not None:
+            check.positive("block_size_in_bytes", block_size_in_bytes)
+            for name, array in zip(names, (source, destination)):
+                check.contiguous(name, array, len(array.shape))
+            source = _as_blocks_of_bytes(source, block_size_in_bytes)
+            destination = _as_blocks_of_bytes(destination, block_size_in_bytes)
+        check.shape(names[0], source, "_ ...")
+        check.shape(names[1], destination, " ".join(["_", *map(str, source.shape[1:])]))
+        check.dtype(names[1], destination, source.dtype)
+        check.writable(names[1], destination)
+        self.source, self.destination = source, destination
+        self.geometry = blocks.geometry(check.op, names[1], source, destination)
+        # Blocks that touch their neighbours on both sides can be copied several at a time.
+        self.dense = self.geometry.contiguous and (
+            self.geometry.source[0] == self.geometry.destination[0] == self.geometry.bytes
         )
 
-
-def _as_list(value):
-    return list(value) if isinstance(value, (list, tuple)) else [value]
-
-
-@functools.lru_cache(maxsize=256)
-def _plan(source_facts, destination_facts, block_size_in_bytes):
-    op = "swap_blocks"
-    source = arrays.describe(source_facts, f"{op}: src")
-    destination = arrays.describe(destination_facts, f"{op}: dst")
-    check = contract.Contract(op)
-    if block_size_in_bytes is not None:
-        check.positive("block_size_in_bytes", block_size_in_bytes)
-        for name, array in (("src", source), ("dst", destination)):
-            check.contiguous(name, array, len(array.shape))
-        source, destination = (
-            _as_blocks_of_bytes(array, block_size_in_bytes) for array in (source, destination)
-        )
-    check.shape("src", source, "_ ...")
-    check.shape("dst", destination, " ".join(["_", *map(str, source.shape[1:])]))
-    check.dtype("dst", destination, source.dtype)
-    check.writable("dst", destination)
-    gpus = {a.device for a in (source, destination) if a.device.kind == "cuda"}
-    if len(gpus) > 1:
-        raise DeviceError(
-            f"{op}: Invalid device of dst: expected host memory or {source.device}, got "
-            f"{destination.device}"
-        )
-    return _SwapPlan(source, destination, gpus.pop().index if gpus else None)
+    def numpy(self, source, destination):
+        """Views of both sides of a layer."""
+        sides = (self.source, source), (self.destination, destination)
+        return [
+            arrays.as_numpy(address, array.shape, array.strides, array.dtype.bits)
+            for array, address in sides
+        ]
 
 
 def _as_blocks_of_bytes(array, size):
@@ -141,95 +124,176 @@ def _as_blocks_of_bytes(array, size):
     )
 
 
-class _SwapPlan:
-    """How blocks of one signature travel; ``gpu`` is None where both sides are in host memory."""
+class _Plan:
+    """How blocks of one signature travel."""
 
-    def __init__(self, source, destination, gpu):
-        self.source, self.destination, self.gpu = source, destination, gpu
-        self.geometry = blocks.geometry("swap_blocks", "dst", source, destination)
-        self.may_share = source.device == destination.device
-        # Blocks that touch their neighbours on both sides can be copied several at a time.
-        self.dense = self.geometry.contiguous and (
-            self.geometry.source[0] == self.geometry.destination[0] == self.geometry.bytes
-        )
-        if gpu is not None:
-            limit = None
-            if destination.device.kind == "cpu":
-                limit = blocks.TO_HOST_BLOCKS
-            elif source.device.kind == "cpu":
-                limit = blocks.FROM_HOST_BLOCKS
-            common = (source.ptr | destination.ptr) & -(source.ptr | destination.ptr)
-            self.copy = blocks.CopyPlan(
-                "swap_blocks", [(self.geometry, common)], False, source.shape[0],
-                destination.shape[0], None, gpu, max_blocks=limit,
-            )  # fmt: skip
-            self._table = functools.lru_cache(maxsize=8)(self.copy.table)
+    def __init__(self, described, block_size_in_bytes):
+        *sides, mapping = described
+        if mapping is not None:
+            raise DeviceError(
+                f"{NAME}: Invalid device of block_mapping: expected host memory, got "
+                f"{mapping.device}"
+            )
+        check = contract.Contract(NAME)
+        self._tensors = [
+            _Tensor(check, names, source, destination, block_size_in_bytes)
+            for names, source, destination in zip(_NAMES, sides[::2], sides[1::2])
+            if source is not None
+        ]
+        first = self._tensors[0]
+        self._source_blocks = first.source.shape[0]
+        self._destination_blocks = first.destination.shape[0]
+        self._check_devices(sides)
+        self._from, self._to = first.source.device, first.destination.device
+        gpus = [device.index for device in (self._from, self._to) if device.kind == "cuda"]
+        self._gpu = gpus[0] if gpus else None
+        if self._gpu is not None:
+            self._make_kernel()
 
-    def run(self, sources, destinations, pairs, stream):
-        """Copy for every layer."""
-        if not self.geometry.bytes or not pairs.count:
+    def _check_devices(self, sides):
+        source, destination, *values = sides
+        if {source.device.kind, destination.device.kind} == {"cuda"}:
+            contract.same_device(NAME, "dst", destination.device, "src", source.device)
+        for name, array, other in zip(_NAMES[1], values, (source, destination)):
+            if array is not None:
+                contract.same_device(NAME, name, array.device, name, other.device)
+                if array.shape[0] != other.shape[0]:
+                    raise ShapeError(
+                        f"{NAME}: Invalid shape of {name}: expected {other.shape[0]} blocks like "
+                        f"those of keys, got {list(array.shape)}"
+                    )
+
+    def _make_kernel(self):
+        limit = None
+        if self._to.kind == "cpu":
+            limit = blocks.TO_HOST_BLOCKS
+        elif self._from.kind == "cpu":
+            limit = blocks.FROM_HOST_BLOCKS
+        tensors = [(t.geometry, t.source.ptr | t.destination.ptr) for t in self._tensors]
+        self._copy = blocks.CopyPlan(
+            NAME, tensors, False, self._source_blocks, self._destination_blocks, None, self._gpu,
+            max_blocks=limit,
+        )  # fmt: skip
+
+    def tables(self, values):
+        """(The lists of sources, those of destinations, both as the kernel wants them)."""
+        given = [side for side in values[:-1] if side]
+        sources, destinations = given[::2], given[1::2]
+        for of, to in zip(sources, destinations):
+            _check_written_once(of, to)
+        sides = [blocks.interleaved(side) for side in (sources, destinations)]
+        if self._gpu is not None and self._from == self._to:
+            sides = self._copy.tables(*sides)
+        return sources, destinations, sides
+
+    def run(self, call):
+        """Check the pairs, and copy."""
+        pairs = call.values[-1]
+        sources, destinations, sides = call.tables
+        mappings.check(NAME, pairs, self._source_blocks, self._destination_blocks)
+        if self._from == self._to:
+            for tensor, of, to in zip(self._tensors, sources, destinations):
+                mappings.check_apart(NAME, pairs, tensor.source, tensor.destination, of, to)
+        if not any(tensor.geometry.bytes for tensor in self._tensors):
             return
-        if self.gpu is None:
-            for addresses in zip(sources, destinations):
-                cpu.copy_blocks(
-                    *map(self._numpy, (self.source, self.destination), addresses), pairs
-                )
-        elif self.source.device == self.destination.device:
-            self.copy.enqueue(stream, self._table(sources, destinations), pairs)
+        if self._gpu is None:
+            for tensor, *given in zip(self._tensors, sources, destinations):
+                for addresses in zip(*given):
+                    cpu.copy_blocks(*tensor.numpy(*addresses), pairs)
+        elif self._from == self._to:
+            self._copy.enqueue_pairs(call.stream, sides, pairs)
         else:
-            self._over_the_bus(sources, destinations, pairs, stream)
+            self._over_the_bus(sides, pairs, call.stream)
 
-    def _numpy(self, array, address):
-        return arrays.as_numpy(address, array.shape, array.strides, array.dtype.bits)
-
-    def _over_the_bus(self, sources, destinations, pairs, stream):
-        to_host = self.destination.device.kind == "cpu"
-        host = destinations if to_host else sources
-        mapped = tuple(launch.driver.mapped_address(address, self.gpu) for address in host)
+    def _over_the_bus(self, sides, pairs, stream):
+        to_host = self._to.kind == "cpu"
+        host = sides[to_host]
+        mapped = [driver.active.mapped_address(address, self._gpu) for address in host]
         if None in mapped:
             logger.warning(
-                "swap_blocks: host memory is not pinned; the driver stages each copy, and may wait"
+                "%s: host memory is not pinned; the driver stages each copy, and may wait", NAME
             )
-            self._by_driver(sources, destinations, pairs, stream)
+            self._by_driver(*sides, pairs, stream)
             return
         runs, scattered = self._split(pairs)
-        if scattered.count:
-            sides = (sources, mapped) if to_host else (mapped, destinations)
-            self.copy.enqueue(stream, self._table(*sides), scattered)
-        for layer in zip(sources, destinations):
+        if scattered.shape[1]:
+            on_gpu = list(sides)
+            on_gpu[to_host] = mapped
+            self._copy.enqueue_pairs(stream, self._copy.tables(*on_gpu), scattered)
+        for at, layer in enumerate(zip(*sides)):
             for run in runs:
-                self._copy_run(*layer, *run, stream)
+                self._copy_run(self._tensors[at % len(self._tensors)], *layer, *run, stream)
 
     def _split(self, pairs):
         """Runs (source, destination, blocks) long enough for the copy engines, and the rest."""
-        least = launch.ceil_div(blocks.RUN_BYTES, self.geometry.bytes)
-        if not self.dense or pairs.count < least:
+        smallest = min(tensor.geometry.bytes for tensor in self._tensors)
+        least = launch.ceil_div(blocks.RUN_BYTES, max(smallest, 1))
+        if pairs.shape[1] < least or not all(tensor.dense for tensor in self._tensors):
             return [], pairs
-        *sides, counts = pairs.runs()
+        *sides, counts = mappings.runs(pairs)
         long = counts >= least
         if not long.any():
             return [], pairs
         runs = zip(*(numbers[long].tolist() for numbers in (*sides, counts)))
-        return list(runs), block_pairs.Pairs(pairs.numbers[:, ~np.repeat(long, counts)])
+        return list(runs), np.ascontiguousarray(pairs[:, ~np.repeat(long, counts)])
 
-    def _copy_run(self, source, destination, first, to, count, stream):
-        size = self.geometry.bytes
-        launch.driver.copy(
-            destination + to * size, source + first * size, count * size, stream, self.gpu
+    def _copy_run(self, tensor, source, destination, first, to, count, stream):
+        size = tensor.geometry.bytes
+        driver.active.copy(
+            destination + to * size, source + first * size, count * size, stream, self._gpu
         )
 
     def _by_driver(self, sources, destinations, pairs, stream):
-        g = self.geometry
-        for layer in zip(sources, destinations):
-            if self.dense:
-                for run in zip(*(numbers.tolist() for numbers in pairs.runs())):
-                    self._copy_run(*layer, *run, stream)
+        for at, layer in enumerate(zip(sources, destinations)):
+            tensor = self._tensors[at % len(self._tensors)]
+            g = tensor.geometry
+            if tensor.dense:
+                for run in zip(*(numbers.tolist() for numbers in mappings.runs(pairs))):
+                    self._copy_run(tensor, *layer, *run, stream)
                 continue
-            for first, to in zip(*pairs.numbers.tolist()):
+            for first, to in zip(*pairs.tolist()):
                 for outer in range(g.outer):
                     for middle in range(g.middle):
-                        at = [
+                        of, onto = (
                             base + block * s[0] + outer * s[1] + middle * s[2]
                             for base, block, s in zip(layer, (first, to), (g.source, g.destination))
-                        ]
-                        launch.driver.copy(at[1], at[0], g.run, stream, self.gpu)
+                        )
+                        driver.active.copy(onto, of, g.run, stream, self._gpu)
+
+
+def _check_written_once(sources, destinations):
+    """Refuse an array that two different layers are to be copied to."""
+    if len(set(zip(sources, destinations))) != len(set(destinations)):
+        layer = next(i for i, to in enumerate(destinations) if to in destinations[:i])
+        raise ArgumentError(
+            f"{NAME}: Invalid value of dst: expected every array once, got one twice, again in "
+            f"layer {layer}"
+        )
+
+
+def _plan(op, described, options):
+    del op
+    return _Plan(described, *options)
+
+
+def _count(extents, options, numbers):
+    del options, numbers
+    (pairs,) = extents
+    return pairs, ()
+
+
+_NAMES = ("src", "dst"), ("src_values", "dst_values")
+# The second two lists are a `PagedKVCache`'s.
+OP = dispatch.Op(
+    NAME,
+    args=(
+        dispatch.Arg("src", layers=True),
+        dispatch.Arg("dst", layers=True),
+        dispatch.Arg("src_values", layers=True, optional=True),
+        dispatch.Arg("dst_values", layers=True, optional=True),
+        dispatch.Arg("block_mapping", varies=dispatch.ROWS, chosen=True, pairs=True),
+    ),
+    plan=_plan,
+    destination=(1, 0),
+    count=_count,
+)

@@ -7,9 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import ArgumentError, DeviceError, MissingDependencyError
-from ..runtime import arrays, contract, formats, launch, modules, params
+from ..errors import ArgumentError, DeviceError, MissingDependencyError, ShapeError
+from ..runtime import arrays, devices, dispatch, driver, launch, modules, params, streams
 from ..runtime.log import logger
+from ..types import ArrayLike, StreamLike
 from .shared import blocks
 
 MAX_RANGES = 160  # kRanges of the kernel: what the 4 KiB of kernel parameters hold
@@ -17,15 +18,20 @@ CHUNK_BYTES = 8192  # that one thread block copies at a time
 MAX_THREADS = 256
 # Sizes are 32-bit in the kernel: longer ranges are cut.
 MAX_RANGE_BYTES = 1 << 30
+NAME = "swap_blocks_batch"
 PARAMS = params.Struct(per_call="ranges:i64 chunks:i64", tail=f"table:u64[{3 * MAX_RANGES}]")
-KERNEL = modules.Kernel(
-    "swap_blocks_batch", "swap_blocks_batch", f"swap_blocks_batch<{CHUNK_BYTES}, {MAX_THREADS}>",
-    PARAMS,
-)  # fmt: skip
+KERNEL = modules.Kernel(NAME, NAME, f"{NAME}<{CHUNK_BYTES}, {MAX_THREADS}>", PARAMS)
 _ROW = np.dtype([("source", "<u8"), ("destination", "<u8"), ("end", "<u4"), ("bytes", "<u4")])
 
 
-def swap_blocks_batch(src_ptrs, dst_ptrs, sizes, is_src_access_order_any=False, *, stream=None):
+def swap_blocks_batch(
+    src_ptrs: ArrayLike,
+    dst_ptrs: ArrayLike,
+    sizes: ArrayLike,
+    is_src_access_order_any: bool = False,
+    *,
+    stream: StreamLike | None = None,
+) -> None:
     """Copy ``sizes[i]`` bytes from address ``src_ptrs[i]`` to ``dst_ptrs[i]``, for every i.
 
     Addresses may be on GPUs, in pinned and in other host memory, in any mixture. What a GPU reaches
@@ -60,90 +66,112 @@ def swap_blocks_batch(src_ptrs, dst_ptrs, sizes, is_src_access_order_any=False, 
     ranges that overlap in no defined order.
     """
     del is_src_access_order_any
-    op = "swap_blocks_batch"
-    if stream is not None:
-        stream = arrays.stream_pointer(stream)
-    framework, (sources, destinations, counts) = _read(
-        op, {"src_ptrs": src_ptrs, "dst_ptrs": dst_ptrs, "sizes": sizes}
-    )
-    if not len(counts):
-        return
-    _check_apart(op, sources, destinations, counts)
-    if not _gpus():
-        _copy_on_host(sources, destinations, counts)
-        return
-    from_sides = _locate(op, "src_ptrs", sources, counts)
-    to_sides = _locate(op, "dst_ptrs", destinations, counts)
-    on_gpu = [s.device for s in (*to_sides.all, *from_sides.all) if s.device.kind == "cuda"]
-    if not on_gpu:
-        _copy_on_host(sources, destinations, counts)
-        return
-    device = on_gpu[0]
-    if stream is None:
-        stream = launch.driver.current_stream(framework, device)
-    if _PAGEABLE in (*from_sides.all, *to_sides.all):
-        logger.warning(
-            "%s: host memory is not pinned; the driver stages each copy, and may wait", op
-        )
-    joined = _join(sources, destinations, counts, from_sides, to_sides)
-    _copy(device, stream, from_sides, to_sides, *joined)
+    for name, column in (("src_ptrs", src_ptrs), ("sizes", sizes)):
+        arrays.reader_for(column, f"{NAME}: {name}")  # a list would be taken too
+    framework = arrays.view(dst_ptrs, f"{NAME}: dst_ptrs").framework
+    OP((src_ptrs, dst_ptrs, sizes), (framework,), stream)
+
+
+class _Plan:
+    """Copies of ranges; where they are is found at each call."""
+
+    def __init__(self, framework):
+        self._framework = framework
+        self._launchers = {}  # by GPU
+
+    def run(self, call):
+        """Check the ranges, and copy them."""
+        sources, destinations, sizes = call.values
+        _check_ranges(sources, destinations, sizes)
+        used = sizes > 0
+        if not used.all():
+            sources, destinations, sizes = (column[used] for column in call.values)
+        if not len(sizes):
+            return
+        _check_apart(sources, destinations, sizes)
+        if not _gpus():
+            _copy_on_host(sources, destinations, sizes)
+            return
+        from_sides = _locate("src_ptrs", sources, sizes)
+        to_sides = _locate("dst_ptrs", destinations, sizes)
+        on_gpu = [s.device for s in (*to_sides.all, *from_sides.all) if s.device.kind == "cuda"]
+        if not on_gpu:
+            _copy_on_host(sources, destinations, sizes)
+            return
+        device, stream = on_gpu[0], call.stream
+        if stream is None:
+            stream = streams.current(self._framework, device.index)()
+        if _PAGEABLE in (*from_sides.all, *to_sides.all):
+            logger.warning(
+                "%s: host memory is not pinned; the driver stages each copy, and may wait", NAME
+            )
+        joined = _join(sources, destinations, sizes, from_sides, to_sides)
+        _copy(self._launcher(device.index), device, stream, from_sides, to_sides, *joined)
+
+    def _launcher(self, gpu):
+        if gpu not in self._launchers:
+            self._launchers[gpu] = launch.Launcher(KERNEL, gpu)
+        return self._launchers[gpu]
 
 
 # --- the arguments --------------------------------------------------------------------------------
 
 
-def _read(op, named):
-    """The framework of the second array, and all as int64 columns without ranges of no bytes."""
-    check = contract.Contract(op)
-    columns = []
-    for name, value in named.items():
-        array = arrays.view(value, f"{op}: {name}")
-        check.shape(name, array, "n")
-        check.dtype(name, array, formats.DTYPES["int64"])
-        if array.device.kind != "cpu":
+def _plan(op, described, options):
+    for arg, array in zip(op.args, described):
+        if array is not None:
             raise DeviceError(
-                f"{op}: Invalid device of {name}: expected host memory, got {array.device}"
+                f"{NAME}: Invalid device of {arg.name}: expected host memory, got {array.device}"
             )
-        if name == "dst_ptrs":
-            framework = array.framework
-        columns.append(arrays.as_numpy(array.ptr, array.shape, array.strides, array.dtype.numpy))
-    *addresses, sizes = columns
-    _require(op, "sizes", sizes, sizes >= 0, "0 bytes or more")
-    for name, column in zip(named, addresses):
-        _require(op, name, column, (column > 0) | (sizes == 0), "an address that is not null")
-        most = np.iinfo(np.int64).max - sizes
-        _require(op, name, column, column <= most, "an address of that many bytes")
-    used = sizes > 0
-    return framework, [column[used] for column in columns]
+    return _Plan(*options)
 
 
-def _require(op, name, column, good, expected):
+def _count(extents, options, numbers):
+    del options, numbers
+    if len(set(extents)) > 1:
+        name, got = ("dst_ptrs", extents[1]) if extents[1] != extents[0] else ("sizes", extents[2])
+        raise ShapeError(
+            f"{NAME}: Invalid shape of {name}: expected [n={extents[0]}], got [{got}] (n = {got} "
+            f"where src_ptrs has {extents[0]})"
+        )
+    return extents[0], ()
+
+
+def _check_ranges(sources, destinations, sizes):
+    _require("sizes", sizes, sizes >= 0, "0 bytes or more")
+    most = np.iinfo(np.int64).max - sizes
+    for name, column in (("src_ptrs", sources), ("dst_ptrs", destinations)):
+        _require(name, column, (column > 0) | (sizes == 0), "an address that is not null")
+        _require(name, column, column <= most, "an address of that many bytes")
+
+
+def _require(name, column, good, expected):
     if not good.all():
         row = int(np.argmin(good))
         raise ArgumentError(
-            f"{op}: Invalid value of {name}: expected {expected}, got {column[row]} in row {row}"
+            f"{NAME}: Invalid value of {name}: expected {expected}, got {column[row]} in row {row}"
         )
 
 
-def _check_apart(op, sources, destinations, sizes):
+def _check_apart(sources, destinations, sizes):
     """Refuse ranges that overlap where one of them is written: they are copied all at once."""
     order = np.argsort(destinations, kind="stable")
     starts, ends = destinations[order], (destinations + sizes)[order]
     twice = starts[1:] < ends[:-1]
     if twice.any():
         at = int(np.argmax(twice))
-        _refuse_overlap(op, "dst_ptrs", starts[at + 1], starts[at], ends[at])
+        _refuse_overlap("dst_ptrs", starts[at + 1], starts[at], ends[at])
     # The first destination that ends behind each source's start.
     near = np.minimum(np.searchsorted(ends, sources, side="right"), len(ends) - 1)
     shared = (starts[near] < sources + sizes) & (ends[near] > sources)
     if shared.any():
         row = int(np.argmax(shared))
-        _refuse_overlap(op, "src_ptrs", sources[row], starts[near[row]], ends[near[row]])
+        _refuse_overlap("src_ptrs", sources[row], starts[near[row]], ends[near[row]])
 
 
-def _refuse_overlap(op, name, address, start, end):
+def _refuse_overlap(name, address, start, end):
     raise ArgumentError(
-        f"{op}: Invalid value of {name}: expected ranges that overlap no other destination, got "
+        f"{NAME}: Invalid value of {name}: expected ranges that overlap no other destination, got "
         f"{address:#x} where {start:#x} to {end:#x} is written; copy in two calls"
     )
 
@@ -155,7 +183,7 @@ class _Side(NamedTuple):
     """A kind of memory that ranges are in. A GPU reaches it at the address plus ``shift``; None if
     none does."""
 
-    device: arrays.Device
+    device: devices.Device
     shift: int | None
 
 
@@ -167,29 +195,29 @@ class _Sides(NamedTuple):
     allocation: np.ndarray
 
 
-_PAGEABLE = _Side(arrays.CPU, None)
+_PAGEABLE = _Side(devices.CPU, None)
 
 
 def _gpus():
     try:
-        return launch.driver.device_count()
+        return driver.active.device_count()
     except MissingDependencyError:
         return 0
 
 
-def _locate(op, name, addresses, sizes):
+def _locate(name, addresses, sizes):
     """Where each range is, asking once for each allocation."""
     order = np.argsort(addresses, kind="stable")
     starts, ends = addresses[order], (addresses + sizes)[order]
     sides, index, allocation = [], np.empty(len(order), np.int64), np.empty(len(order), np.int64)
     at = asked = 0
     while at < len(order):
-        found = launch.driver.allocation(int(starts[at]))
+        found = driver.active.allocation(int(starts[at]))
         side = _PAGEABLE if found is None else _Side(found.device, found.shift)
         behind = at + 1
         if found is not None and found.end > starts[at]:
             behind = int(np.searchsorted(starts, found.end))
-            _check_inside(op, name, found, int(ends[at:behind].max()))
+            _check_inside(name, found, int(ends[at:behind].max()))
         if side not in sides:
             sides.append(side)
         index[order[at:behind]] = sides.index(side)
@@ -198,15 +226,15 @@ def _locate(op, name, addresses, sizes):
     return _Sides(sides, index, allocation)
 
 
-def _check_inside(op, name, found, end):
+def _check_inside(name, found, end):
     """Require the memory up to ``end`` to be there. Allocations that are mapped piece by piece go
     on in the next one."""
     while found.end < end:
-        following = launch.driver.allocation(found.end)
+        following = driver.active.allocation(found.end)
         if following is None or following[2:] != found[2:]:
             raise ArgumentError(
-                f"{op}: Invalid value of {name}: expected ranges inside their allocations, got one "
-                f"up to {end:#x} where {found.device} memory ends at {found.end:#x}"
+                f"{NAME}: Invalid value of {name}: expected ranges inside their allocations, got "
+                f"one up to {end:#x} where {found.device} memory ends at {found.end:#x}"
             )
         found = following
 
@@ -231,7 +259,7 @@ def _join(sources, destinations, sizes, from_sides, to_sides):
     return sources[first], destinations[first], np.add.reduceat(sizes, first), first
 
 
-def _copy(device, stream, from_sides, to_sides, sources, destinations, sizes, first):
+def _copy(launcher, device, stream, from_sides, to_sides, sources, destinations, sizes, first):
     """Enqueue the copies, those between one pair of sides after the other."""
     from_index, to_index = from_sides.index[first], to_sides.index[first]
     for i, source in enumerate(from_sides.all):
@@ -247,11 +275,11 @@ def _copy(device, stream, from_sides, to_sides, sources, destinations, sizes, fi
                 elif source.device.kind == "cpu":
                     limit = blocks.FROM_HOST_BLOCKS
                 _launch(
-                    device, stream, sources[by_kernel] + source.shift,
+                    launcher, stream, sources[by_kernel] + source.shift,
                     destinations[by_kernel] + destination.shift, sizes[by_kernel], limit,
                 )  # fmt: skip
             for row in np.flatnonzero(chosen & ~by_kernel).tolist():
-                launch.driver.copy(
+                driver.active.copy(
                     int(destinations[row]), int(sources[row]), int(sizes[row]), stream, device.index
                 )
 
@@ -263,12 +291,12 @@ def _kernel_takes(device, source, destination, sizes):
         return np.True_
     sides = (source, destination)
     reached = None not in (source.shift, destination.shift)
-    if not reached or {s.device for s in sides} != {device, arrays.CPU}:
+    if not reached or {s.device for s in sides} != {device, devices.CPU}:
         return np.False_
     return sizes < blocks.RUN_BYTES
 
 
-def _launch(device, stream, sources, destinations, sizes, limit):
+def _launch(launcher, stream, sources, destinations, sizes, limit):
     pieces = -(-sizes // MAX_RANGE_BYTES)
     if (pieces > 1).any():
         sources, destinations, sizes = _cut(sources, destinations, sizes, pieces)
@@ -280,9 +308,7 @@ def _launch(device, stream, sources, destinations, sizes, limit):
         table["end"], table["bytes"] = ends, sizes[part]
         chunks = int(ends[-1])
         grid = chunks if limit is None else min(chunks, limit)
-        _launcher(device.index).enqueue(
-            (grid, 1, 1), MAX_THREADS, stream, len(ends), chunks, tail=table.tobytes()
-        )
+        launcher.enqueue((grid, 1, 1), MAX_THREADS, stream, len(ends), chunks, tail=table.tobytes())
 
 
 def _cut(sources, destinations, sizes, pieces):
@@ -297,10 +323,13 @@ def _cut(sources, destinations, sizes, pieces):
     )
 
 
-_launchers = {}
-
-
-def _launcher(device):
-    if device not in _launchers:
-        _launchers[device] = launch.Launcher(KERNEL, device)
-    return _launchers[device]
+OP = dispatch.Op(
+    NAME,
+    args=[
+        dispatch.Arg(name, varies=dispatch.ROWS, chosen=True)
+        for name in ("src_ptrs", "dst_ptrs", "sizes")
+    ],
+    plan=_plan,
+    destination=1,
+    count=_count,
+)

@@ -2,10 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Filling chosen blocks of all layers with zeros."""
 
+from ..types import Indices, LayersOrPairs, StreamLike
 from .shared import packing
 
 
-def zero_blocks(caches, block_ids, *, stream=None):
+def zero_blocks(
+    caches: LayersOrPairs, block_ids: Indices, *, stream: StreamLike | None = None
+) -> None:
     """Fill whole blocks of every layer with zero bytes.
 
     On a GPU it is one launch that can be captured in a CUDA graph; what does not fit one launch's
@@ -29,4 +32,7 @@ def zero_blocks(caches, block_ids, *, stream=None):
     ArgumentError
         Or one of its kinds, before anything is written.
     """
-    packing.run("zero_blocks", packing.ZERO, caches, block_ids, stream)
+    OP(caches, block_ids, stream)
+
+
+OP = packing.Operation("zero_blocks", packing.ZERO)

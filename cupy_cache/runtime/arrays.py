@@ -2,49 +2,37 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any framework's array -> pointer, shape, strides, dtype, device, whether it can be written.
 
-Two steps, because one of them runs on every call:
+Two steps, because one of them runs at every call that is not known yet:
 
 * a *reader* (`reader_for`) tells an array's `Facts` in the framework's own terms, as cheaply as
   that framework allows; facts without the pointer are hashable and make a plan's signature;
 * `describe` turns facts into an `Array`, once per signature.
 
 torch, CuPy and NumPy arrays are read through their attributes (a few tenths of a microsecond each,
-against 19 for ``cupy.from_dlpack``). Everything else comes through DLPack, whose capsule is read
-here: CuPy's importer refuses fp8 and forgets the read-only flag. Nothing is ever copied.
+against 19 for ``cupy.from_dlpack``). Everything else comes through DLPack (dlpack.py) or
+``__cuda_array_interface__``. Nothing is ever copied.
 """
 
-import ctypes
-import functools
 import sys
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import DeviceError, DTypeError, MissingDependencyError, NotWritableError
-from . import formats
-
-
-class Device(NamedTuple):
-    """Where memory is: kind is "cpu" or "cuda"."""
-
-    kind: str
-    index: int
-
-    def __str__(self):
-        return self.kind if self.kind == "cpu" else f"{self.kind}:{self.index}"
-
-
-CPU = Device("cpu", 0)
+from ..errors import DeviceError, DTypeError, NotWritableError
+from . import dlpack, formats
+from .devices import CPU, Device
 
 
 class Facts(NamedTuple):
-    """What a reader tells, in the framework's own units; see `describe`."""
+    """What a reader tells, in the framework's own units; see `describe`. ``keep`` owns the memory
+    of an export: it must live until the work is enqueued."""
 
     ptr: int
     shape: tuple
     strides: tuple
-    dtype: object
-    place: object
+    dtype: Any
+    place: Any
     keep: object = None
 
 
@@ -60,7 +48,7 @@ class Array(NamedTuple):
     framework: str
 
     @property
-    def alignment(self):
+    def alignment(self) -> int:
         """The largest power of two, at most 16, that divides the address."""
         return (self.ptr | 16) & -(self.ptr | 16)
 
@@ -81,12 +69,13 @@ class Framework(NamedTuple):
     empty : ``empty(device, shape, dtype)`` -> an uninitialised, contiguous array.
     """
 
-    read: object
-    current_stream: object
-    empty: object
+    read: Callable
+    current_stream: Callable[[int], int]
+    empty: Callable
 
 
-_FRAMEWORKS = {}
+FRAMEWORKS: dict[str, Framework] = {}
+MAX_READERS = 256  # types of arrays that are remembered
 
 
 # --- readers ------------------------------------------------------------------------------------
@@ -94,11 +83,6 @@ _FRAMEWORKS = {}
 
 def _read_torch(tensor):
     return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, None
-
-
-def all_torch(readers):
-    """Whether `torch_tensors.read` can do the work of all these readers."""
-    return all(reader is _read_torch for reader in readers)
 
 
 def _read_cupy(array):
@@ -112,45 +96,9 @@ def _read_numpy(array):
     return array.ctypes.data, array.shape, array.strides, array.dtype, place, None
 
 
-class _DLPackPlace(NamedTuple):
-    device_type: int
-    device_id: int
-    read_only: bool
-    framework: str
-
-
-def _read_dlpack(array, stream=None):
-    kind, _ = array.__dlpack_device__()
-    options = {}
-    if int(kind) in (_DL_CUDA, _DL_CUDA_MANAGED):
-        # 0 would be ambiguous in the protocol: 1 names the legacy default stream.
-        options["stream"] = stream or 1
-    framework = type(array).__module__.partition(".")[0]
-    try:
-        capsule = array.__dlpack__(max_version=(1, 0), **options)
-    except TypeError:  # a producer from before DLPack 1.0
-        capsule = array.__dlpack__(**options)
-    return _parse_capsule(capsule, framework)
-
-
-def _read_cuda_interface(array, stream=None):
-    interface = array.__cuda_array_interface__
-    ptr, read_only = interface["data"]
-    dtype = np.dtype(interface["typestr"])
-    shape = tuple(interface["shape"])
-    strides = interface.get("strides")
-    if strides is None:
-        strides = _contiguous(shape, dtype.itemsize)
-    _wait_for(interface.get("stream"), stream)
-    index = _pointer_device(ptr)
-    framework = type(array).__module__.partition(".")[0]
-    place = _DLPackPlace(_DL_CUDA, index, bool(read_only), framework)
-    return ptr, shape, tuple(strides), dtype, place, None
-
-
-_READERS = {np.ndarray: _read_numpy}
+_READERS: dict[type, Callable] = {np.ndarray: _read_numpy}
 # Readers that must know the stream the data will be used on.
-FOREIGN = (_read_dlpack, _read_cuda_interface)
+_FOREIGN = (dlpack.read, dlpack.read_cuda_interface)
 
 
 def reader_for(value, name):
@@ -158,14 +106,16 @@ def reader_for(value, name):
     kind = type(value)
     reader = _READERS.get(kind)
     if reader is None:
-        reader = _READERS[kind] = _find_reader(value, name)
+        reader = _find_reader(value, name)
+        if len(_READERS) < MAX_READERS:
+            _READERS[kind] = reader
     return reader
 
 
 def register_framework(name, kind, framework):
     """Serve arrays of type ``kind`` as ``framework`` (a `Framework` called ``name``) says."""
     _READERS[kind] = framework.read
-    _FRAMEWORKS[name] = framework
+    FRAMEWORKS[name] = framework
 
 
 def _find_reader(value, name):
@@ -178,9 +128,9 @@ def _find_reader(value, name):
     if isinstance(value, np.ndarray):
         return _read_numpy
     if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
-        return _read_dlpack
+        return dlpack.read
     if hasattr(value, "__cuda_array_interface__"):
-        return _read_cuda_interface
+        return dlpack.read_cuda_interface
     raise DTypeError(
         f"Invalid type of {name}: expected an array (torch, CuPy, NumPy, or anything with "
         f"__dlpack__ or __cuda_array_interface__), got {type(value).__name__}"
@@ -189,52 +139,92 @@ def _find_reader(value, name):
 
 def is_foreign(value, name):
     """Whether ``value`` is read through a protocol, which must know the stream."""
-    return reader_for(value, name) in FOREIGN
+    return reader_for(value, name) in _FOREIGN
+
+
+def is_torch(value):
+    """Whether ``value`` is a torch tensor."""
+    return _READERS.get(type(value)) is _read_torch
 
 
 def read(value, name, stream=None):
-    """``value``'s `Facts`."""
+    """``value``'s `Facts`. What comes through a protocol is exported for use on ``stream``, behind
+    what its producer has enqueued."""
     reader = reader_for(value, name)
-    return Facts(*(reader(value, stream) if reader in FOREIGN else reader(value)))
+    return Facts(*(reader(value, stream) if reader in _FOREIGN else reader(value)))
+
+
+def device_of(value, name):
+    """The `Device` of an array, without an export."""
+    reader = reader_for(value, name)
+    if reader is dlpack.read:
+        return _device(*dlpack.device_of(value), name)
+    if reader is dlpack.read_cuda_interface:
+        return Device("cuda", dlpack.interface_device(value))
+    return describe(Facts(*reader(value)), name).device
 
 
 def describe(facts, name):
     """Turn `Facts` into an `Array`; ``name`` is the argument's, for errors."""
-    place = facts.place
-    if isinstance(place, _DLPackPlace):
-        dtype = facts.dtype
+    ptr, shape, strides, dtype, place, _ = facts
+    if isinstance(place, dlpack.Place):
+        framework = place.framework
+        device = _device(place.device_type, place.device_id, name)
         if isinstance(dtype, tuple):
-            dtype, strides = _dlpack_dtype(dtype, name), facts.strides
+            dtype = _dlpack_dtype(dtype, name)
             strides = tuple(s * dtype.bytes for s in strides)
         else:
-            dtype, strides = formats.dtype_named(dtype), facts.strides
-        device = _dlpack_device(place, name)
+            dtype = _named(dtype, name)
         # JAX arrays are immutable, but do not say so through DLPack.
-        writable = not place.read_only and place.framework not in ("jax", "jaxlib")
-        return Array(facts.ptr, facts.shape, strides, dtype, device, writable, place.framework)
+        writable = not place.read_only and framework not in ("jax", "jaxlib")
+        return Array(ptr, shape, strides, dtype, device, writable, framework)
+    dtype = _named(dtype, name)
     if isinstance(place, Place):
-        shape, strides, dtype = facts.shape, facts.strides, _named(facts.dtype, name)
-        device, writable, framework = place.device, place.writable, place.framework
-        return Array(facts.ptr, shape, strides, dtype, device, writable, framework)
+        return Array(ptr, shape, strides, dtype, place.device, place.writable, place.framework)
     if isinstance(place, int):
-        dtype = _named(facts.dtype, name)
-        device = Device("cuda", place)
-        return Array(facts.ptr, tuple(facts.shape), facts.strides, dtype, device, True, "cupy")
+        return Array(ptr, tuple(shape), strides, dtype, Device("cuda", place), True, "cupy")
     if isinstance(place, str):
-        dtype = _named(facts.dtype, name)
-        writable = place == "numpy, writable"
-        return Array(facts.ptr, facts.shape, facts.strides, dtype, CPU, writable, "numpy")
-    dtype = _named(facts.dtype, name)
-    strides = tuple(s * dtype.bytes for s in facts.strides)
+        return Array(ptr, shape, strides, dtype, CPU, place == "numpy, writable", "numpy")
+    strides = tuple(s * dtype.bytes for s in strides)
     if place.type not in ("cpu", "cuda"):
         raise DeviceError(f"Invalid device of {name}: expected cpu or cuda, got {place}")
     device = CPU if place.type == "cpu" else Device("cuda", place.index)
-    return Array(facts.ptr, tuple(facts.shape), strides, dtype, device, True, "torch")
+    return Array(ptr, tuple(shape), strides, dtype, device, True, "torch")
+
+
+def stride_unit(facts):
+    """The bytes that the strides are counted in: an element's, as by torch and DLPack, or 1."""
+    place, dtype = facts.place, facts.dtype
+    if isinstance(place, (Place, int, str)):
+        return 1
+    if isinstance(place, dlpack.Place):
+        return dtype[1] * dtype[2] // 8 if isinstance(dtype, tuple) else 1
+    return dtype.itemsize  # torch's
+
+
+def element_step(facts):
+    """The stride from one element to the next without gaps, as the strides are counted."""
+    place, dtype = facts.place, facts.dtype
+    counts_bytes = isinstance(place, (Place, int, str)) or isinstance(dtype, np.dtype)
+    return formats.dtype_named(dtype).bytes if counts_bytes else 1
+
+
+def regular(varies, shape, strides, size):
+    """``strides``, in which ``size`` is that of an element, where extents of 1 among the dimensions
+    that vary have the stride that more would need without gaps: theirs means nothing."""
+    if not any(shape[at] == 1 for at in varies):
+        return strides
+    strides = list(strides)
+    for at in sorted(varies, reverse=True):
+        if shape[at] != 1:
+            continue
+        strides[at] = strides[at + 1] * shape[at + 1] if at + 1 < len(shape) else size
+    return tuple(strides)
 
 
 def view(value, name):
-    """``value`` as an `Array`."""
-    return describe(read(value, name), name)
+    """``value`` as an `Array`, to look at: nothing is ordered for its sake."""
+    return describe(read(value, name, dlpack.LOOK), name)
 
 
 def as_numpy(ptr, shape, strides, dtype):
@@ -264,167 +254,6 @@ def _named(dtype, name):
         ) from None
 
 
-def _contiguous(shape, itemsize):
-    strides, step = [], itemsize
-    for extent in reversed(shape):
-        strides.append(step)
-        step *= max(extent, 1)
-    return tuple(reversed(strides))
-
-
-# --- streams and new arrays -----------------------------------------------------------------------
-
-
-def stream_pointer(stream):
-    """The address of a stream: an integer, or any object with ``__cuda_stream__``, ``ptr`` or
-    ``cuda_stream``."""
-    if isinstance(stream, int):
-        return stream
-    protocol = getattr(stream, "__cuda_stream__", None)
-    if protocol is not None:
-        return int(protocol()[1] if callable(protocol) else protocol[1])
-    for attribute in ("ptr", "cuda_stream"):
-        if hasattr(stream, attribute):
-            return int(getattr(stream, attribute))
-    raise DTypeError(
-        "Invalid type of stream: expected an integer address or an object with __cuda_stream__, "
-        f"ptr or cuda_stream, got {type(stream).__name__}"
-    )
-
-
-def current_stream_of(array):
-    """A function that returns the current stream's address of the framework that owns ``array``
-    (an `Array` on a GPU), on its device."""
-    index = array.device.index
-    registered = _FRAMEWORKS.get(array.framework)
-    if registered is not None:
-        return lambda: registered.current_stream(index)
-    if array.framework == "torch":
-        torch = sys.modules["torch"]
-        raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-        if raw is not None:  # 0.1 us, against 4.6 for the documented call
-            return functools.partial(raw, index)
-        return lambda: torch.cuda.current_stream(index).cuda_stream
-    cupy = import_cupy(f"an array on {array.device}")
-    return lambda: cupy.cuda.get_current_stream(index).ptr
-
-
-def import_cupy(why):
-    """The cupy module, or `MissingDependencyError` saying what needs it."""
-    try:
-        import cupy
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{why} needs CuPy 14.2 or newer, which could not be imported ({error}): "
-            "pip install 'cupy-cache[cuda13x]' (or [cuda12x] for CUDA 12 drivers)"
-        ) from error
-    return cupy
-
-
-def makes(framework):
-    """Whether `empty` knows ``framework`` by name."""
-    return framework in ("torch", "cupy", "numpy") or framework in _FRAMEWORKS
-
-
-def empty(framework, device, shape, dtype):
-    """An uninitialised, contiguous array of ``framework`` ("torch", "cupy", "numpy" or a registered
-    one; anything else means CuPy on a GPU and NumPy elsewhere)."""
-    if framework in _FRAMEWORKS:
-        return _FRAMEWORKS[framework].empty(device, shape, dtype)
-    if framework == "torch":
-        torch = sys.modules["torch"]
-        return torch.empty(shape, dtype=getattr(torch, dtype.name), device=str(device))
-    if device.kind == "cpu":
-        return np.empty(shape, dtype.numpy)
-    cupy = import_cupy(f"an array on {device}")
-    with cupy.cuda.Device(device.index):
-        return cupy.empty(shape, dtype.numpy)
-
-
-def _wait_for(producer, stream):
-    if producer is None or producer == stream or producer == (stream or 1):
-        return
-    cupy = import_cupy("an array with __cuda_array_interface__")
-    event = cupy.cuda.Event(disable_timing=True)
-    cupy.cuda.Stream.from_external(_RawStream(producer)).record(event)
-    cupy.cuda.Stream.from_external(_RawStream(stream or 1)).wait_event(event)
-
-
-class _RawStream:
-    def __init__(self, ptr):
-        self.ptr = ptr
-
-    def __cuda_stream__(self):
-        return 0, self.ptr
-
-
-def _pointer_device(ptr):
-    cupy = import_cupy("an array with __cuda_array_interface__")
-    if not ptr:
-        return cupy.cuda.runtime.getDevice()
-    return cupy.cuda.runtime.pointerGetAttributes(ptr).device
-
-
-# --- DLPack ---------------------------------------------------------------------------------------
-# Layout of the structs: https://dmlc.github.io/dlpack/latest/c_api.html (DLPack 1.0).
-
-_DL_CPU, _DL_CUDA, _DL_CUDA_HOST, _DL_CUDA_MANAGED = 1, 2, 3, 13
-_DL_FLAG_READ_ONLY, _DL_FLAG_IS_COPIED = 1, 2
-
-
-class _DLTensor(ctypes.Structure):
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),
-        ("byte_offset", ctypes.c_uint64),
-    ]
-
-
-class _DLManagedTensorVersioned(ctypes.Structure):
-    _fields_ = [
-        ("major", ctypes.c_uint32),
-        ("minor", ctypes.c_uint32),
-        ("manager_ctx", ctypes.c_void_p),
-        ("deleter", ctypes.c_void_p),
-        ("flags", ctypes.c_uint64),
-        ("tensor", _DLTensor),
-    ]
-
-
-_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-_capsule_pointer.restype = ctypes.c_void_p
-_capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
-_capsule_is = ctypes.pythonapi.PyCapsule_IsValid
-_capsule_is.restype = ctypes.c_int
-_capsule_is.argtypes = [ctypes.py_object, ctypes.c_char_p]
-
-
-def _parse_capsule(capsule, framework):
-    # The capsule is only looked into, never consumed: it stays the owner, and its destructor
-    # returns the tensor to the producer when the caller drops it.
-    read_only = False
-    if _capsule_is(capsule, b"dltensor_versioned"):
-        managed = _DLManagedTensorVersioned.from_address(
-            _capsule_pointer(capsule, b"dltensor_versioned")
-        )
-        tensor = managed.tensor
-        read_only = bool(managed.flags & (_DL_FLAG_READ_ONLY | _DL_FLAG_IS_COPIED))
-    else:
-        tensor = _DLTensor.from_address(_capsule_pointer(capsule, b"dltensor"))
-    shape = tuple(tensor.shape[: tensor.ndim])
-    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else _contiguous(shape, 1)
-    place = _DLPackPlace(tensor.device_type, tensor.device_id, read_only, framework)
-    dtype = (tensor.code, tensor.bits, tensor.lanes)
-    return (tensor.data or 0) + tensor.byte_offset, shape, strides, dtype, place, capsule
-
-
 def _dlpack_dtype(code, name):
     found = formats.BY_DLPACK.get(code[:2])
     if found is None or code[2] != 1:
@@ -435,14 +264,14 @@ def _dlpack_dtype(code, name):
     return found
 
 
-def _dlpack_device(place, name):
-    if place.device_type in (_DL_CPU, _DL_CUDA_HOST):
+def _device(device_type, device_id, name):
+    if device_type in (dlpack.CPU, dlpack.CUDA_HOST):
         return CPU
-    if place.device_type in (_DL_CUDA, _DL_CUDA_MANAGED):
-        return Device("cuda", place.device_id)
+    if device_type in (dlpack.CUDA, dlpack.CUDA_MANAGED):
+        return Device("cuda", device_id)
     raise DeviceError(
         f"Invalid device of {name}: expected CPU, pinned or CUDA memory, got DLPack device type "
-        f"{place.device_type}"
+        f"{device_type}"
     )
 
 

@@ -87,11 +87,7 @@ class Contract:
         arrays.require_writable(array, self.op, name)
         if rows and array.shape[:1] == (1,):
             array = array._replace(shape=(2, *array.shape[1:]))
-        if overlaps_itself(array):
-            raise StrideError(
-                f"{self.op}: Invalid strides of {name}: expected elements that do not share "
-                f"memory, got byte strides {list(array.strides)} for shape {list(array.shape)}"
-            )
+        check_apart(self.op, name, array.shape, array.strides, array.dtype.bytes)
 
     def contiguous(self, name, array, dims=1):
         """Require the last ``dims`` dimensions to be contiguous; strides of an empty array mean
@@ -202,6 +198,20 @@ class Contract:
             )
 
 
+def check_apart(op, name, shape, strides, size):
+    """Refuse an array, of elements of ``size`` bytes, in which two may share memory: exact for
+    layouts that nest (each stride covers the whole span below it), which all permuted, sliced and
+    packed views do; others count as overlapping."""
+    span = size
+    for stride, extent in sorted((abs(s), e) for s, e in zip(strides, shape) if e > 1):
+        if stride < span and 0 not in shape:
+            raise StrideError(
+                f"{op}: Invalid strides of {name}: expected elements that do not share memory, got "
+                f"byte strides {list(strides)} for shape {list(shape)}"
+            )
+        span += stride * (extent - 1)
+
+
 def same_device(op, name, device, other_name, other):
     """Require ``device`` to be ``other``, that of the argument ``other_name``."""
     if device != other:
@@ -218,12 +228,14 @@ def check_sequence_count(op, name, count):
         )
 
 
-def slot_count(op, first="key", second="value"):
-    """What operations that write tokens count: ``count(extents of two sources and slot_mapping)``
-    is the slots alone, of which there may not be more than rows of the sources, called ``first``
-    and ``second``."""
+def slot_count(op, first="key", second="value", scales=2):
+    """The count of operations that write tokens: of slots, of which there may not be more than rows
+    of the sources, called ``first`` and ``second``. The fields are the slots and so many
+    ``scales`` that are numbers."""
+    no_numbers = (0.0,) * scales
 
-    def count(extents):
+    def count(extents, options, numbers):
+        del options
         ones, others, slots = extents
         if slots > ones or slots > others:
             name, rows = (first, ones) if slots > ones else (second, others)
@@ -231,13 +243,13 @@ def slot_count(op, first="key", second="value"):
                 f"{op}: Invalid shape of slot_mapping: expected at most {rows} slots, the rows of "
                 f"{name}, got {slots}"
             )
-        return (slots,)
+        return slots, (slots, *(numbers or no_numbers))
 
     return count
 
 
 def split_scale(op, name, scale):
-    """A scale, of which None means 1.0, as (array, number): exactly one of them is not None."""
+    """A scale, of which None means 1.0, as (array or None, number that counts where it is None)."""
     if scale is None:
         return None, 1.0
     if isinstance(scale, bool):
@@ -245,7 +257,7 @@ def split_scale(op, name, scale):
             f"{op}: Invalid value of {name}: expected a number or a float32 array, got {scale}"
         )
     if not isinstance(scale, numbers.Real):
-        return scale, None
+        return scale, 0.0
     if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
         raise ArgumentError(
             f"{op}: Invalid value of {name}: expected a positive, finite float32, got {scale!r}"
@@ -254,10 +266,10 @@ def split_scale(op, name, scale):
 
 
 def split_scales(op, kv_cache_dtype, k_scale, v_scale):
-    """The scales of keys and values as (arrays, numbers): for each, exactly one of array and number
-    is not None. For a raw copy, which has no scales, the arrays are left out."""
+    """The scales of keys and values as (arrays, numbers); an array is None where the number counts.
+    A raw copy has neither."""
     if not formats.is_scaled(kv_cache_dtype):
-        return (), (None, None)
+        return (), ()
     k_array, k_number = split_scale(op, "k_scale", k_scale)
     v_array, v_number = split_scale(op, "v_scale", v_scale)
     return (k_array, v_array), (k_number, v_number)
@@ -279,20 +291,6 @@ def rows_interleave(array):
     their number whether they overlap."""
     span = sum((n - 1) * abs(s) for n, s in zip(array.shape[1:], array.strides[1:]))
     return abs(array.strides[0]) <= span
-
-
-def overlaps_itself(array):
-    """Whether two elements may share memory. Exact for layouts that nest (each stride covers the
-    whole span below it), which all permuted, sliced and packed views do; others count as
-    overlapping."""
-    if 0 in array.shape:
-        return False
-    span = array.dtype.bytes
-    for stride, extent in sorted((abs(s), e) for s, e in zip(array.strides, array.shape) if e > 1):
-        if stride < span:
-            return True
-        span += stride * (extent - 1)
-    return False
 
 
 def vector_bytes(*numbers):

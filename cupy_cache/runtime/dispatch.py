@@ -1,316 +1,477 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""One call path for every operation, on the GPU and on the CPU.
+"""From a call to its plan: the one way of every operation, on the GPU and on the CPU.
 
 Everything about a call that depends only on its *signature* (shapes, strides, dtypes, devices,
-alignment, options) is decided once, in the operation's plan function, and remembered. The extents
-of dimensions declared as rows (the tokens of a step) are not part of the signature: they change at
-every step and are checked at every call.
+alignment, options) is decided once, in the operation's plan function, and remembered. What changes
+from call to call is no part of it: addresses, the extents that an argument declares to vary (the
+tokens of a step, the width of a block table), scales that are numbers, chosen blocks in host
+memory, how many layers there are.
 """
 
-import threading
-from collections import OrderedDict
+import functools
+import operator
+from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+
 from ..errors import DTypeError, ShapeError
-from . import arrays, contract, launch, repeats, torch_tensors
-
-MAX_PLANS = 1024
-
-
-# The facts of an optional argument that is absent.
-_NOTHING = (0, (None,), None, None, None, None)
-# In place of readers: `torch_tensors.read` reads them all.
-_TORCH = object()
-
-
-def _read_nothing(value):
-    del value
-    return _NOTHING
+from . import arrays, contract, driver, fastpath, indices, lists, plans, streams
 
 
 class Arg(NamedTuple):
-    """An array argument of an operation.
+    """An argument of an operation.
 
-    name : the argument's name. rows : its first dimension varies from call to call. optional : may
-    be None. index : it holds indices, read one by one: that it is aligned to more than their size
-    means nothing to the plan.
+    varies : the dimensions whose extents change from call to call; the strides of the dimensions
+        before the last of them then change too.
+    optional : may be None.
+    index : holds indices, read one by one: that it is aligned to more than their size means nothing
+        to the plan.
+    layers : a list of arrays that are alike, but for what varies; all such lists of an operation
+        are equally long. ``suffix``: what errors call the items is ``name[i]suffix``.
+    chosen : blocks or slots, in host memory or in an array on the GPU, with any number of `ROWS`.
+        ``pairs``: of pairs [n, 2].
     """
 
     name: str
-    rows: bool = False
+    varies: tuple = ()
     optional: bool = False
     index: bool = False
+    layers: bool = False
+    suffix: str = ""
+    chosen: bool = False
+    pairs: bool = False
+
+    @property
+    def mask(self):
+        """The low bits of an address that mean something to a plan."""
+        return 7 if self.index or self.chosen else 15
+
+    def item(self, index):
+        """What errors call array ``index`` of a list."""
+        return f"{self.name}[{index}]{self.suffix}"
 
 
-class GpuPlan(NamedTuple):
-    """How a signature runs on a GPU.
-
-    launcher : `launch.Launcher` whose per-call fields are all array pointers in order of the
-    operation's arguments, then what `Op`'s count gave, as i64.
-    shape : row count -> (grid, threads).
-    """
-
-    launcher: launch.Launcher
-    shape: object
+ROWS = (0,)  # what varies where the first dimension is the tokens of a step
 
 
-class CpuPlan(NamedTuple):
-    """How a signature runs on the CPU: ``run(*numpy views, *what Op's count gave)``; a missing
-    optional argument is None. ``dtypes`` are the NumPy dtypes to view each argument as."""
-
-    run: object
-    dtypes: tuple
-
-
-def _views(plan, pointers, metas, steps):
-    """The arrays of a `CpuPlan` as NumPy sees them; None where absent."""
-    views = [
-        None if step is None else arrays.as_numpy(pointer, meta[0], step, dtype)
-        for pointer, meta, step, dtype in zip(pointers, metas, steps, plan.dtypes)
-    ]
-    return views + [None] * (len(plan.dtypes) - len(views))
+def extent(varies, shape, strides, unit):
+    """What an operation's count gets of an array whose strides are counted in ``unit`` bytes."""
+    if varies == ROWS:
+        return shape[0]
+    return tuple(shape), tuple(stride * unit for stride in strides)
 
 
 class Op:
-    """An operation on arrays.
+    """An operation.
 
     Parameters
     ----------
     name : str
         The public function's name.
-    args : tuple of Arg
-        Its array arguments, in the order of the kernel's pointers.
+    args : sequence of Arg
+        Its arguments that are arrays, in the order of the kernel's pointers.
     plan : callable
-        ``plan(op, arrays, options)`` -> `GpuPlan` or `CpuPlan`; ``arrays`` are `arrays.Array` or
-        None. Checks everything that the signature decides and raises before anything is written.
-    destination : int
-        Index of the argument that decides device and stream.
+        ``plan(op, described, options)`` -> an object with ``run(plans.Call)``, and, if it wants,
+        ``tables(values)``, see there. ``described`` are
+        `arrays.Array`\\ s: the first of a list, at the address of the alignment common to all; None
+        for what is absent or in host memory. Checks everything that the signature decides, and
+        raises before anything is written.
+    destination : int or tuple of int
+        Indices of arguments; the first of them that is on a GPU decides device and stream.
     count : callable, optional
-        ``count(extents, *numbers)`` -> a tuple of integers that the kernel gets at every call: the
-        rows to process, then whatever else it needs of the call's numbers and of the first extents
-        of the ``rows`` arguments, which come in order (None where absent); raises where they do not
-        fit each other. None where the plan decides everything: the shape is then asked for one row.
+        ``count(extents, options, numbers)`` -> (rows, fields): how much there is to do, nothing if
+        0, and the kernel's fields that change at every call. ``extents`` has an entry for each
+        argument that varies or is chosen, None where absent: the first extent where that alone
+        varies, else (shape, byte strides); of a list, a list of these; of what is chosen, how many.
+        Raises where they do not fit each other. Without it there is one row and no field.
     """
 
-    def __init__(self, name, args, plan, destination, count=None):
-        self.name, self.args, self.destination, self.count = name, args, destination, count
-        self._make = plan
-        self.masks = [7 if arg.index else 15 for arg in args]  # indices have at most 8 bytes
-        self._rows = tuple(index for index, arg in enumerate(args) if arg.rows)
-        self._readers = {}
-        self._plans = OrderedDict()
-        self._repeats = {}
-        self._lock = threading.Lock()
+    def __init__(
+        self,
+        name: str,
+        args,
+        plan: Callable,
+        destination: int | tuple = 0,
+        count: Callable | None = None,
+    ):
+        self.name, self.args = name, tuple(args)
+        self.make_plan, self.count = plan, count
+        self.destination = destination if isinstance(destination, tuple) else (destination,)
+        self.has_lists = any(arg.layers or arg.chosen for arg in self.args)
+        self.memory = plans.Memory()
+        self.known = fastpath.Known(self)
 
     def __call__(self, objects, options=(), stream=None, numbers=()):
-        """Run on ``objects``, one for each `Arg`; ``options`` is hashable and given to the plan.
-        Optional arguments at the end may be left out, which costs less than None. ``numbers``
-        change from call to call and go to ``count``."""
+        """Run on ``objects``, one for each `Arg`; optional ones at the end may be left out.
+        ``options`` is hashable and goes to the plan, ``numbers`` change from call to call and go to
+        ``count``."""
         if stream is not None and type(stream) is not int:
-            stream = arrays.stream_pointer(stream)
-        objects = self._without_absent(objects) if objects[-1] is None else objects
+            stream = streams.pointer(stream)
         # From here to the launch every statement runs at every call: a microsecond is ten of them.
-        known = self._repeats.get((options, len(objects)))
-        if known is not None and known.run(objects, numbers, stream):
-            return
-        learnt = self.run(objects, options, stream, numbers)
-        if learnt is not None:
-            self._learn(known, objects, options, learnt)
+        tensors, form = objects, (options, len(objects))
+        if self.has_lists:
+            objects, tensors, form = fastpath.flattened(self, objects, options)
+        ways = self.known.forms.get(form, ())
+        for way in ways:
+            if way(tensors, numbers, stream, objects):
+                return
+        entry = self.run(self.read(objects, stream), objects, options, numbers, stream)
+        if entry is not None:
+            self.known.learn(self.known.ways(form), entry, objects, options)
 
-    def run(self, objects, options, stream, numbers):
-        """Run by reading every array. Returns what the plan's memory holds, (plan, current stream),
-        where the signature is not new and all arrays are torch's on a GPU; else None."""
-        try:
-            readers = self._readers[tuple(map(type, objects))]
-        except KeyError:
-            readers = self._find_readers(objects)
-        if readers is _TORCH:
-            pointers, strides, metas = torch_tensors.read(objects)
-        else:
-            facts, stream = self._read(readers, objects, stream)
-            pointers = [fact[0] for fact in facts]
-            strides = [fact[2] for fact in facts]
-            metas = [(fact[1], fact[3], fact[4]) for fact in facts]
-        whole, extents = metas.copy(), []
-        for index in self._rows:
-            if index >= len(metas):
-                extents.append(None)
+    # --- reading
+
+    def read(self, objects, stream, only=None):
+        """What each argument is: `arrays.Facts`, `lists.Layers`, the numbers in host memory as a
+        NumPy array, or None. ``only``: indices of those that are wanted; the others are None."""
+        wanted = range(len(objects)) if only is None else only
+        if stream is None and self._has_foreign(objects, wanted):
+            stream = self._stream_before_reading(objects)
+        found, keep = [], []
+        for index, (arg, value) in enumerate(zip(self.args, objects)):
+            if index not in wanted:
+                found.append(None)
+            elif value is None:
+                if not arg.optional:
+                    require_array(self.name, arg.name, value)
+                found.append(None)
+            elif arg.layers:
+                layers, kept = lists.read(self.name, arg, value, stream)
+                found.append(layers)
+                keep += kept
+            elif arg.chosen:
+                host, facts = indices.read(self.name, arg, value, stream)
+                found.append(facts if host is None else host)
+            else:
+                found.append(arrays.read(value, f"{self.name}: {arg.name}", stream))
+        found += [None] * (len(self.args) - len(found))
+        return Read(found, keep)
+
+    def _has_foreign(self, objects, wanted):
+        """Whether any array must be read through a protocol."""
+        for index in wanted:
+            value, arg = objects[index], self.args[index]
+            if arg.layers and value is not None:
+                lists.require_list(self.name, arg.name, value)
+                kinds = {type(array): array for array in value}.values()
+            elif value is None or isinstance(value, (indices.Chosen, list, tuple, range)):
                 continue
-            shape, dtype, place = metas[index]
-            if not shape:
-                self._refuse_scalar(index)
-            extents.append(shape[0])
-            metas[index] = shape[1:], dtype, place
-        key = (options, repeats.alignment(pointers, self.masks), *strides, *metas)
-        known = entry = self._plans.get(key)
-        if entry is None or (entry[3] is not None and whole[self.destination][0][0] > entry[3]):
-            entry = self._remember(key, pointers, whole, strides, options)
-        plan, current_stream, steps, most_rows = entry
-        if self.count is None:
-            rows, counts = 1, ()
-        else:
-            counts = self.count(extents, *numbers)
-            rows = counts[0]
+            else:
+                kinds = (value,)
+            if any(arrays.is_foreign(array, f"{self.name}: {arg.name}") for array in kinds):
+                return True
+        return False
+
+    def _leaves(self, objects):
+        """All arrays."""
+        for arg, value in zip(self.args, objects):
+            if arg.layers and value is not None:
+                yield from value
+            elif not (value is None or isinstance(value, (indices.Chosen, list, tuple, range))):
+                yield value
+
+    def _stream_before_reading(self, objects):
+        """The stream that the work will go to, which producers of exports must know: the current
+        one of the destination's framework; None on the CPU."""
+        for index in self.destination:
+            value, arg = (objects[index] if index < len(objects) else None), self.args[index]
+            if arg.layers and value:
+                value = value[0]
+            if value is None or isinstance(value, (list, tuple)):
+                continue
+            name = f"{self.name}: {arg.name}"
+            device = arrays.device_of(value, name)
+            if device.kind == "cuda":
+                foreign = arrays.is_foreign(value, name)
+                framework = None if foreign else arrays.view(value, name).framework
+                return streams.current(framework, device.index)()
+        return None
+
+    # --- running
+
+    def run(self, read, objects, options, numbers, stream):
+        """Find or make the plan for what was read, and run it; ``objects`` are what was read.
+        Returns what is remembered of the signature if it came again."""
+        signature, values, extents = self.signature(read.found, options)
+        if signature is None:  # a list is empty: there is nothing to do
+            return None
+        entry = known = self.memory.get(signature)
+        if entry is None or self._has_more_rows(entry, read.found):
+            entry = self.remember(signature, read.found, options)
+        shapes, strides = (), ()
+        if entry.device is None:
+            shapes, strides = self._views(read.found, entry)
+        call = plans.Call(values, 1, (), None, stream, shapes, strides)
+        self.finish(entry, call, extents, objects, options, numbers)
+        return entry if entry is known else None
+
+    def finish(self, entry, call, extents, objects, options, numbers):
+        """Run a plan on the stream that it belongs to, behind all that it must wait for. Of
+        ``call``, rows and fields are still to be found, and tables and stream may be."""
+        values, rows, fields, tables, stream, shapes, strides = call
+        if self.count is not None:
+            rows, fields = self.count(extents, options, numbers)
         if not rows:
-            return None
-        if current_stream is None:
-            plan.run(*_views(plan, pointers, whole, steps), *counts)
-            return None
-        if stream is None:
-            stream = current_stream()
-        grid, threads = plan.shape(rows)
-        if len(pointers) < len(self.args):
-            pointers += [0] * (len(self.args) - len(pointers))
-        plan.launcher.enqueue(grid, threads, stream, *pointers, *counts)
-        again = known is not None and most_rows is None and readers is _TORCH
-        return (plan, current_stream) if again else None
+            return
+        if entry.device is not None:
+            if stream is None:
+                stream = entry.current_stream()
+            for other in entry.others:
+                driver.active.order(other(), stream, entry.device)
+            if entry.torchs is not None and stream != entry.torchs():
+                streams.lend(self._leaves(objects), stream, entry.device)
+        if tables is None and entry.tables is not None:
+            tables = entry.tables(values)
+        entry.plan.run(plans.Call(values, rows, fields, tables, stream, shapes, strides))
+        if entry.hosted:
+            kept = [objects[index] for index in entry.hosted]
+            streams.keep_until_done(kept, stream, entry.device)
 
-    def _learn(self, known, objects, options, learnt):
-        if known is None:
-            if len(self._repeats) >= MAX_PLANS:
-                self._repeats.clear()
-            known = repeats.Repeats(self, range(len(objects)))
-            self._repeats[options, len(objects)] = known
-        known.learn(objects, *learnt)
+    def signature(self, found, options):
+        """(What the plan depends on, None where a list is empty; the values of `plans.Call`; the
+        extents for ``count``)."""
+        signature, values, extents = [options], [], []
+        lengths, empty = {}, False
+        for arg, fact in zip(self.args, found):
+            varies = arg.varies
+            if fact is None:
+                empty |= arg.layers and not arg.optional
+                signature.append(None)
+                values.append(0)
+                if varies:
+                    extents.append(None)
+                continue
+            if isinstance(fact, np.ndarray):
+                signature.append("host")
+                values.append(fact)
+                extents.append(fact.shape[-1])
+                continue
+            if type(fact) is lists.Layers:
+                values.append(fact.addresses)
+                lengths[arg.name + arg.suffix] = len(fact.addresses)
+                if varies:
+                    unit = arrays.stride_unit(fact.facts)
+                    pairs = zip(fact.shapes, fact.strides)
+                    extents.append([extent(varies, *pair, unit) for pair in pairs])
+                fact = fact.facts
+            else:
+                values.append(fact.ptr)
+                if varies:
+                    self._refuse_rank(arg, fact.shape, max(varies))
+                    extents.append(
+                        extent(varies, fact.shape, fact.strides, arrays.stride_unit(fact))
+                    )
+            ptr, shape, strides, dtype, place, _ = fact
+            low = ptr
+            if varies:
+                last, unit = max(varies), arrays.stride_unit(fact)
+                if not arg.index or unit == 1:
+                    low = functools.reduce(operator.or_, (s * unit for s in strides[:last]), ptr)
+                if 1 in shape:
+                    strides = arrays.regular(varies, shape, strides, arrays.element_step(fact))
+                strides = strides[last:]
+                shape = (len(shape), *(n for at, n in enumerate(shape) if at not in varies))
+            signature.append((shape, strides, dtype, place, low & arg.mask))
+        if len(set(lengths.values())) > 1:
+            self._refuse_lengths(lengths)
+        return None if empty else tuple(signature), values, extents
 
-    def _without_absent(self, objects):
-        """``objects`` without the optional ones at the end that are None."""
-        count = len(objects)
-        while count and objects[count - 1] is None and self.args[count - 1].optional:
-            count -= 1
-        return tuple(objects[:count])
-
-    def _read(self, readers, objects, stream):
-        """The facts of all arguments, and the stream, which protocols must know."""
-        if readers is not None:
-            return [read(value) for read, value in zip(readers, objects)], stream
-        if stream is None:
-            stream = self._stream_for(objects[self.destination])
-        facts = [
-            _NOTHING if value is None and arg.optional else arrays.read(value, arg.name, stream)
-            for value, arg in zip(objects, self.args)
-        ]
-        return facts, stream
-
-    def _find_readers(self, objects):
-        """One reader for each argument, remembered by the arguments' types; `_TORCH` where all are
-        torch's, None where one of them must be read through a protocol."""
-        readers = tuple(
-            _read_nothing if value is None and arg.optional else arrays.reader_for(value, arg.name)
-            for value, arg in zip(objects, self.args)
-        )
-        if any(reader in arrays.FOREIGN for reader in readers):
-            readers = None
-        elif arrays.all_torch(readers):
-            readers = _TORCH
-        self._readers[tuple(map(type, objects))] = readers
-        return readers
-
-    def _refuse_scalar(self, index):
+    def _refuse_rank(self, arg, shape, last):
+        if len(shape) > last:
+            return
+        expected = f"{last + 1} dimensions" if last else "one dimension"
+        got = f"{list(shape)} ({len(shape)} dimensions)" if shape else "a scalar"
         raise ShapeError(
-            f"{self.name}: Invalid shape of {self.args[index].name}: expected at least one "
-            "dimension, got a scalar"
+            f"{self.name}: Invalid shape of {arg.name}: expected at least {expected}, got {got}"
         )
 
-    def plan(self, described, options=()):
-        """The plan for `arrays.Array` descriptions (None where absent), not remembered."""
-        return self._make(self, described, options)
-
-    def _describe(self, pointers, metas, strides):
-        absent = (None,) * (len(self.args) - len(pointers))
-        described = tuple(
-            None
-            if place is None
-            else arrays.describe(
-                arrays.Facts(ptr, shape, step, dtype, place), f"{self.name}: {arg.name}"
-            )
-            for arg, ptr, (shape, dtype, place), step in zip(self.args, pointers, metas, strides)
+    def _refuse_lengths(self, lengths):
+        (first, expected), *others = lengths.items()
+        name, got = next(item for item in others if item[1] != expected)
+        raise ShapeError(
+            f"{self.name}: Invalid length of {name}: expected as many layers as {first}, "
+            f"{expected}, got {got}"
         )
-        return described + absent
 
-    def _remember(self, key, pointers, metas, strides, options):
-        """What the plans' memory holds: (plan, what gives the current stream or None on the CPU,
-        byte strides of each argument or None where it is absent, the most rows of the destination
-        that the plan has been checked for or None where their number does not matter)."""
-        described = self._describe(pointers, metas, strides)
-        plan = self.plan(described, options)
-        stream = None
-        if isinstance(plan, GpuPlan):
-            stream = arrays.current_stream_of(described[self.destination])
-        steps = [None if array is None else array.strides for array in described]
-        most_rows = None
-        destination = described[self.destination]
-        if self.args[self.destination].rows and contract.rows_interleave(destination):
-            most_rows = destination.shape[0]  # more may run into one another
-        entry = plan, stream, steps, most_rows
-        if any(described[i] is not None and described[i].shape[0] == 0 for i in self._rows):
+    def _has_more_rows(self, entry, found):
+        destination = found[self.destination[0]]
+        return entry.most_rows is not None and destination.shape[0] > entry.most_rows
+
+    def _views(self, found, entry):
+        """Shapes and byte strides of all arrays, for NumPy."""
+        shapes, strides = [], []
+        for arg, fact, known in zip(self.args, found, entry.strides):
+            is_array = type(fact) is arrays.Facts
+            shapes.append(fact.shape if is_array else None)
+            if is_array and arg.varies:
+                unit = arrays.stride_unit(fact)
+                known = tuple(s * unit for s in fact.strides)
+            strides.append(known)
+        return shapes, strides
+
+    # --- plans
+
+    def describe(self, found):
+        """`arrays.Array`\\ s of what was read; None for what is absent or in host memory."""
+        described = []
+        for arg, fact in zip(self.args, found):
+            name = arg.name
+            if type(fact) is lists.Layers:
+                fact, name = fact.facts, arg.item(0)
+            if type(fact) is not arrays.Facts:
+                described.append(None)
+                continue
+            array = arrays.describe(fact, f"{self.name}: {name}")
+            strides = arrays.regular(arg.varies, array.shape, array.strides, array.dtype.bytes)
+            described.append(array._replace(strides=strides))
+        return described
+
+    def remember(self, signature, found, options):
+        """Make the `plans.Entry` of a signature."""
+        described = self.describe(found)
+        for arg, array in zip(self.args, described):
+            if arg.chosen and array is not None:
+                indices.check(self.name, arg, array)
+        entry = self._entry(self.make_plan(self, described, options), described)
+        if not any(array is not None and 0 in array.shape for array in described):
             # The strides of an empty array were not checked: they must not vouch for a full one,
             # which has the same signature if only its rows are missing.
-            return entry
-        with self._lock:
-            while len(self._plans) >= MAX_PLANS:
-                self._plans.popitem(last=False)
-            self._plans[key] = entry
+            self.memory.add(signature, entry)
         return entry
 
-    def _stream_for(self, destination):
-        array = arrays.view(destination, self.args[self.destination].name)
-        if array.device.kind == "cpu":
-            return None
-        return arrays.current_stream_of(array)()
+    def _entry(self, plan, described):
+        destination, tables = self._destination(described), getattr(plan, "tables", None)
+        strides = [None if array is None else array.strides for array in described]
+        most_rows = None
+        written = self.args[self.destination[0]]
+        if destination and written.varies == ROWS and contract.rows_interleave(destination):
+            most_rows = destination.shape[0]  # more may run into one another
+        if destination is None or destination.device.kind == "cpu":
+            return plans.Entry(plan, tables, None, None, (), None, (), strides, most_rows)
+        device, framework = destination.device.index, destination.framework
+        owners = {a.framework for a in described if a is not None and a.device.kind == "cuda"}
+        others = tuple(
+            streams.current(owner, device)
+            for owner in sorted(owners - {framework})
+            if streams.knows(owner)
+        )
+        torchs = streams.current("torch", device) if "torch" in owners else None
+        hosted = tuple(
+            index
+            for index, array in enumerate(described)
+            if array is not None and array.device.kind == "cpu"
+        )
+        current = streams.current(framework, device)
+        return plans.Entry(
+            plan, tables, device, current, others, torchs, hosted, strides, most_rows
+        )
+
+    def _destination(self, described):
+        """The description of the array that decides device and stream; None where there is none."""
+        given = [described[i] for i in self.destination if described[i] is not None]
+        on_gpu = [array for array in given if array.device.kind == "cuda"]
+        return (on_gpu or given or [None])[0]
+
+
+class Read(NamedTuple):
+    """What `Op.read` found. ``keep`` owns the memory of exports in lists."""
+
+    found: list
+    keep: list
 
 
 class Bound:
-    """An operation with some arrays and its options given once: an engine's caches.
+    """An operation with some arguments and its options given once: an engine's caches.
 
-    The arrays are kept alive. Their memory must stay where it is, and their shapes as they are: of
-    torch tensors on a GPU, the addresses that they had at first are used.
+    The arrays are kept alive and not read again. Their memory must stay where it is, and their
+    shapes as they are.
 
     Parameters
     ----------
     op : Op
     fixed : dict
-        {name of an argument: array}.
-    options : tuple
+        {name of an argument: array or list of arrays}.
+    options, numbers : tuple
         As for a call of ``op``.
     """
 
-    def __init__(self, op, fixed, options=()):
-        self._op, self._options = op, options
+    def __init__(self, op, fixed, options=(), numbers=()):
+        self.op, self.options, self.numbers = op, options, numbers
         names = [arg.name for arg in op.args]
-        count = 1 + max(
-            index for index, arg in enumerate(op.args) if arg.name in fixed or not arg.optional
+        self._objects = [fixed.get(name) for name in names]
+        self.given = tuple(
+            index for index, arg in enumerate(op.args) if arg.name not in fixed and not arg.optional
         )
-        self._objects = [fixed.get(name) for name in names[:count]]
-        self._given = [
-            index
-            for index, arg in enumerate(op.args[:count])
-            if arg.name not in fixed and not arg.optional
-        ]
-        self._known = None
+        self._count = len(self.given)
+        self._in_host_memory = None  # (entry, values, tables), see `check`; () for empty lists
+        others = [index for index, value in enumerate(self._objects) if value is not None]
+        self.found = op.read(self._objects, None, others).found
+        self._ways = op.known.ways(("bound", options, self.given, self._signature()))
+        self._addresses = [self.found[index].ptr for index in others] if not op.has_lists else []
 
-    def __call__(self, *objects, stream=None):
-        """Run on the other arrays, in the order of the operation's arguments."""
-        if len(objects) != len(self._given):
-            names = ", ".join(self._op.args[index].name for index in self._given)
-            raise TypeError(f"{self._op.name}: expected {names}, got {len(objects)} arrays")
+    def _signature(self):
+        """What of the fixed arguments a plan depends on."""
+        signature = []
+        for arg, fact in zip(self.op.args, self.found):
+            fact = fact.facts if type(fact) is lists.Layers else fact
+            if fact is not None:
+                signature.append(fact._replace(ptr=fact.ptr & arg.mask, keep=None))
+        return tuple(signature)
+
+    def check(self):
+        """Raise what can be told from the fixed arguments alone; what is chosen is taken to be in
+        host memory."""
+        if self._in_host_memory is not None:
+            return
+        found = self.found.copy()
+        for index in self.given:
+            found[index] = np.empty((2, 0) if self.op.args[index].pairs else 0, np.int64)
+        signature, values, _ = self.op.signature(found, self.options)
+        if signature is None:
+            self._in_host_memory = ()
+            return
+        entry = self.op.memory.get(signature) or self.op.remember(signature, found, self.options)
+        tables = None if entry.tables is None else entry.tables(values)
+        self._in_host_memory = entry, values, tables
+
+    def __call__(self, *given, stream=None):
+        """Run on the other arguments, in the order of the operation's."""
+        if len(given) != self._count:
+            names = ", ".join(self.op.args[index].name for index in self.given)
+            raise TypeError(f"{self.op.name}: expected {names}, got {len(given)} arrays")
         if stream is not None and type(stream) is not int:
-            stream = arrays.stream_pointer(stream)
-        known = self._known
-        if known is not None and known.run(objects, (), stream):
+            stream = streams.pointer(stream)
+        for way in self._ways:
+            if way(given, self.numbers, stream, self._addresses):
+                return
+        op, objects = self.op, self._objects.copy()
+        for index, value in zip(self.given, given):
+            if op.args[index].chosen:
+                value = indices.read_host(op.name, op.args[index], value)
+            objects[index] = value
+        if all(type(objects[index]) is indices.Chosen for index in self.given):
+            self._run_chosen(objects, stream)
             return
-        everything = self._objects.copy()
-        for index, value in zip(self._given, objects):
-            everything[index] = value
-        learnt = self._op.run(everything, self._options, stream, ())
-        if learnt is None:
+        read = op.read(objects, stream, self.given)
+        found = [read.found[i] if i in self.given else fact for i, fact in enumerate(self.found)]
+        entry = op.run(Read(found, read.keep), objects, self.options, self.numbers, stream)
+        if entry is not None and not op.has_lists:
+            op.known.learn(self._ways, entry, objects, self.options, self.given)
+
+    def _run_chosen(self, objects, stream):
+        """Run where all that is given is in host memory: nothing else is left to find out."""
+        self.check()
+        if not self._in_host_memory:
             return
-        if known is None:
-            addresses = torch_tensors.addresses(everything)
-            fixed = {i: a for i, a in enumerate(addresses) if i not in self._given}
-            known = self._known = repeats.Repeats(self._op, self._given, fixed)
-        known.learn(objects, *learnt)
+        entry, values, tables = self._in_host_memory
+        values, extents = values.copy(), []
+        for index in self.given:
+            values[index] = objects[index].numbers
+            extents.append(values[index].shape[-1])
+        call = plans.Call(values, 1, (), tables, stream, (), ())
+        self.op.finish(entry, call, extents, objects, self.options, self.numbers)
 
 
 def require_array(op, name, value):

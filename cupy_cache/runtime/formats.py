@@ -60,8 +60,6 @@ FLOATS = tuple(DTYPES[n] for n in ("float16", "bfloat16", "float32"))
 INDICES = tuple(DTYPES[n] for n in ("int32", "int64"))
 # What caches that hold more than elements of one type may be declared as.
 BYTES = tuple(d for d in DTYPES.values() if d.bytes == 1 and d.name != "bool")
-# How an index type is spelled in a kernel's template arguments.
-INDEX_NAMES = {"int32": "int", "int64": "long long"}
 
 
 class Layout(NamedTuple):
@@ -159,16 +157,6 @@ PER_TOKEN_HEAD_FORMATS = {
 # What the largest magnitude becomes that a scale is found from.
 LARGEST = {"int8": 127, "float8_e4m3fn": 448}
 
-# How an element type is spelled in a kernel's template arguments (elements.cuh).
-ELEMENT_NAMES = {
-    "float32": "cupy_cache::F32",
-    "float16": "cupy_cache::F16",
-    "bfloat16": "cupy_cache::BF16",
-    "float8_e4m3fn": "cupy_cache::E4M3",
-    "float8_e5m2": "cupy_cache::E5M2",
-    "int8": "cupy_cache::I8",
-}
-
 
 def dtype_named(name):
     """The `DType` called ``name`` (a string, NumPy dtype or torch dtype)."""
@@ -216,24 +204,7 @@ def conversion(fmt, source):
     return None, (BYTES if source == carrier else (source, carrier))
 
 
-def quantiser(source, stored, vector_bytes):
-    """How the converter is spelled (convert.cuh) that makes vectors of ``vector_bytes`` of a cache:
-    from ``source`` elements to ``stored`` ones, or by copying where ``stored`` is None."""
-    if stored is None:
-        return f"cupy_cache::Copy<{vector_bytes}>"
-    types = f"{ELEMENT_NAMES[source.name]}, {ELEMENT_NAMES[stored.name]}"
-    return f"cupy_cache::Quantise<{types}, {vector_bytes}>"
-
-
-def dequantiser(stored, target, vector_bytes):
-    """How the converter is spelled that makes vectors of ``vector_bytes`` of ``target`` elements,
-    from ``stored`` ones, or by copying where ``stored`` is None."""
-    if stored is None:
-        return f"cupy_cache::Copy<{vector_bytes}>"
-    types = f"{ELEMENT_NAMES[stored.name]}, {ELEMENT_NAMES[target.name]}"
-    return f"cupy_cache::Dequantise<{types}, {vector_bytes}>"
-
-
+RAW = frozenset(name for name, fmt in CACHE_FORMATS.items() if fmt.stored is None)
 _SCALED = frozenset(name for name, fmt in CACHE_FORMATS.items() if fmt.stored is not None)
 
 

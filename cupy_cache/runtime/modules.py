@@ -10,13 +10,14 @@ in the key, no absolute path is, and compile errors still name ``kernels_cu/X.cu
 One name expression per module: about 35 ms to a first kernel, against half a second for 32.
 """
 
+import ctypes
 import functools
 import re
 import threading
 from pathlib import Path
 
-from ..errors import KernelError, MissingDependencyError, UnsupportedArchitectureError
-from . import arrays, env
+from ..errors import Fault, KernelError, MissingDependencyError, UnsupportedArchitectureError
+from . import cuda, env
 from .log import logger
 
 # Options of every compile. CuPy adds the architecture, its own include paths and -ftz=true.
@@ -70,6 +71,23 @@ class Kernel:
 
     def __repr__(self):
         return f"<Kernel {self.stem}.cu {self.expression}>"
+
+
+class FaultRecord(ctypes.Structure):
+    """`Fault` of paging.cuh: what the module of a guarded kernel holds under `FAULT_SYMBOL`."""
+
+    _fields_ = [
+        ("taken", ctypes.c_uint32),
+        ("argument", ctypes.c_uint32),
+        ("row", ctypes.c_int64),
+        ("value", ctypes.c_int64),
+        ("limit", ctypes.c_int64),
+    ]
+
+    def fault(self, kernel, device):
+        """The `Fault` that it tells of."""
+        op, argument = kernel.guarded[self.argument - 1]
+        return Fault(op, argument, self.row, self.value, self.limit, device)
 
 
 def kernel_dir():
@@ -181,11 +199,11 @@ class warming:
 
 
 def _load(kernel, device):
-    cupy = arrays.import_cupy(f"{kernel.op} on cuda:{device}")
+    cupy = cuda.import_cupy(f"{kernel.op} on cuda:{device}")
     _require_cupy_version(cupy)
     options = OPTIONS + (("-lineinfo",) if env.flag(env.LINEINFO) else ())
     logger.debug("loading %s on cuda:%d", kernel, device)
-    with cupy.cuda.Device(device):
+    with cuda.on_device(device):
         module = cupy.RawModule(
             code=kernel.source(), options=options, name_expressions=(kernel.expression,)
         )

@@ -40,6 +40,8 @@ class Struct:
         self._tail, end = _parse(tail, self.tail_at)
         self.size = -(-end // 8) * 8
         self.per_call = struct.Struct("<" + "".join(f.letters for f in self._call))
+        # `struct`'s letters of each of the fields of a call.
+        self.call_letters = tuple(f.letters for f in self._call)
         self.constant = struct.Struct("<" + "".join(f.letters for f in self._constant))
 
     def record(self, *constants):

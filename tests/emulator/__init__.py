@@ -30,7 +30,8 @@ from typing import NamedTuple
 import numpy as np
 import worlds
 
-from cupy_cache.runtime import allocations, arrays, formats, launch, modules
+from cupy_cache.ops import swap_blocks_batch
+from cupy_cache.runtime import arrays, cuda, devices, driver, formats, launch, modules
 
 HERE = Path(__file__).resolve().parent
 COMPILE = (
@@ -129,7 +130,7 @@ class EmulatedArray:
         return np.ndarray(self.shape, numpy, raw, self.offset, self.strides).copy()
 
 
-_PLACE = arrays.Place("emulated", arrays.Device("cuda", 0), True)
+_PLACE = arrays.Place("emulated", devices.Device("cuda", 0), True)
 
 
 def _read(array):
@@ -258,7 +259,7 @@ class Runner:
                 *grid, threads, self.TIMEOUT, 0, seed,
             )  # fmt: skip
             pairs = [number for pair in (*storages, *built.shared) for number in pair]
-            fault = launch.FaultRecord()
+            fault = modules.FaultRecord()
             try:
                 self._process.stdin.write(
                     request + path + struct.pack(f"<{len(pairs)}Q", *pairs) + record
@@ -311,10 +312,10 @@ def _readable(report):
     return "\n".join(lines).strip()
 
 
-class Reached:
-    """What `launch.Mark` is, for a device whose work is done when enqueueing returns."""
+class Done:
+    """What `driver.Event` is, for a device whose work is done when enqueueing returns."""
 
-    def reached(self):
+    def done(self):
         return True
 
     def hold(self, stream):
@@ -322,7 +323,7 @@ class Reached:
 
 
 class EmulatedDriver:
-    """What `launch.CudaDriver` is, for the emulated device.
+    """What `driver.CudaDriver` is, for the emulated device.
 
     Parameters
     ----------
@@ -359,14 +360,20 @@ class EmulatedDriver:
     def processors(self, device):
         return PROCESSORS
 
-    def current_stream(self, framework, device):
+    def current_stream(self, device):
+        return 0
+
+    def device_at(self, address):
         return 0
 
     def capturing(self, stream):
         return False
 
-    def mark(self, stream, device):
-        return Reached()
+    def event(self, stream, device):
+        return Done()
+
+    def order(self, before, after, device):
+        pass
 
     def mapped_address(self, address, device):
         """Storages of the emulated device serve as pinned memory too; no other memory is mapped."""
@@ -387,8 +394,8 @@ class EmulatedDriver:
     def allocation(self, address):
         for storage in memory().storages():
             if storage.holds(address, 1):
-                device = arrays.CPU if storage in self.pinned else arrays.Device("cuda", 0)
-                return allocations.Allocation(storage.ptr, storage.ptr + storage.nbytes, device, 0)
+                device = devices.CPU if storage in self.pinned else devices.Device("cuda", 0)
+                return cuda.Allocation(storage.ptr, storage.ptr + storage.nbytes, device, 0)
         return None
 
     def take_faults(self, device=None):
@@ -405,12 +412,17 @@ class EmulatedWorld(worlds.World):
     def __init__(self, seed=0):
         super().__init__()
         self.driver = EmulatedDriver(seed)
-        self._replaced, launch.driver = launch.driver, self.driver
-        launch.processors.cache_clear()
+        self._replaced = driver.active
+        self._use(self.driver)
 
     def close(self):
-        launch.driver = self._replaced
+        self._use(self._replaced)
+
+    def _use(self, used):
+        driver.active = used
+        # What is remembered by a GPU's index alone.
         launch.processors.cache_clear()
+        swap_blocks_batch.OP.memory.clear()
 
     def upload(self, raw):
         storage = memory().allocate(raw.size)

@@ -1,17 +1,12 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Moving whole blocks: lists of layers, the geometry of blocks, and the copy kernel's plan.
+"""Moving whole blocks: their geometry, and the copy kernel."""
 
-Shared by the operations that copy and swap blocks.
-"""
-
-import functools
-import operator
 import struct
 from typing import NamedTuple
 
-from ...errors import DeviceError, DTypeError, ShapeError, StrideError
-from ...runtime import arrays, contract, formats, launch, modules, params, torch_tensors
+from ...errors import ShapeError, StrideError
+from ...runtime import contract, driver, launch, modules, params, spelling
 
 TABLE_WORDS = 480  # with the fields before, what the 4 KiB of kernel parameters hold
 MAX_THREADS = 256
@@ -50,107 +45,6 @@ PARAMS = params.Struct(
 )
 
 
-# --- a list of layers -----------------------------------------------------------------------------
-
-
-class Layers(NamedTuple):
-    """One tensor of each layer, all alike: the facts of the first (its address replaced by the
-    alignment common to all), and every address."""
-
-    facts: arrays.Facts
-    addresses: tuple
-
-    def describe(self, name):
-        """The `arrays.Array` that stands for all of them."""
-        return arrays.describe(self.facts, name)
-
-
-def require_list(op, name, caches):
-    """Refuse anything but a list of arrays."""
-    if not isinstance(caches, (list, tuple)):
-        raise DTypeError(
-            f"{op}: Invalid type of {name}: expected a list of arrays, one for each layer, got "
-            f"{type(caches).__name__}"
-        )
-
-
-# {layers: the latest lists of as many torch tensors, as ((what tells such a list), (its facts))}
-_known_lists = {}
-_MAX_KNOWN_LISTS = 4
-
-
-def read_layers(op, name, caches, stream, suffix=""):
-    """Read a list of equally shaped, equally laid out arrays; None where it is empty. For errors,
-    array i is called ``name[i]`` and the ``suffix``."""
-    if not caches:
-        return None
-    for same, facts in _known_lists.get(len(caches), ()):
-        if same(*caches):
-            return _layers(facts, tuple(torch_tensors.addresses(caches)))
-    first = arrays.read(caches[0], f"{op}: {name}[0]{suffix}", stream)._replace(keep=None)
-    kinds = set(map(type, caches))
-    if len(kinds) == 1 and arrays.all_torch([arrays.reader_for(caches[0], name)]):
-        addresses, strides, metas = torch_tensors.read(caches)
-        alike = strides.count(strides[0]) == metas.count(metas[0]) == len(caches)
-        if alike:
-            _know_list(caches, first)
-    else:
-        others = [
-            arrays.read(cache, f"{op}: {name}[{index}]{suffix}", stream)
-            for index, cache in enumerate(caches[1:], 1)
-        ]
-        addresses = [first.ptr, *(fact.ptr for fact in others)]
-        alike = all(fact[1:5] == first[1:5] for fact in others)
-    if not alike:
-        for index, cache in enumerate(caches):
-            fact = arrays.read(cache, name, stream)
-            _refuse_layer(op, f"{name}[{index}]{suffix}", f"{name}[0]{suffix}", fact, first)
-    return _layers(first, tuple(addresses))
-
-
-@functools.lru_cache(maxsize=64)
-def _layers(facts, addresses):
-    common = functools.reduce(operator.or_, addresses, 16)
-    return Layers(facts._replace(ptr=common & -common), addresses)
-
-
-def _know_list(tensors, facts):
-    same = torch_tensors.same_as(tensors)
-    if same is not None:
-        others = _known_lists.get(len(tensors), ())[: _MAX_KNOWN_LISTS - 1]
-        _known_lists[len(tensors)] = ((same, facts), *others)
-
-
-def _refuse_layer(op, name, first_name, fact, first):
-    for what, error, index in (
-        ("shape", ShapeError, 1),
-        ("dtype", DTypeError, 3),
-        ("device", DeviceError, 4),
-        ("strides", StrideError, 2),
-    ):
-        if fact[index] != first[index]:
-            raise error(
-                f"{op}: Invalid {what} of {name}: expected {first[index]} like {first_name}, got "
-                f"{fact[index]}"
-            )
-
-
-def stream_of(op, name, array):
-    """The stream to work on for ``array`` before it is read: the current one of its framework; None
-    on the CPU."""
-    name = f"{op}: {name}"
-    facts = arrays.read(array, name)._replace(ptr=0, shape=(), strides=(), keep=None)
-    current_stream = current_stream_for(facts, name)
-    return None if current_stream is None else current_stream()
-
-
-@functools.lru_cache(maxsize=256)
-def current_stream_for(facts, name):
-    """What tells the current stream of an array's framework and device; None on the CPU."""
-    array = arrays.describe(facts, name)
-    return None if array.device.kind == "cpu" else arrays.current_stream_of(array)
-
-
 def extent(array):
     """The bytes from the address of ``array``, which is not empty, to its first byte in memory and
     to behind its last one."""
@@ -159,10 +53,15 @@ def extent(array):
     return low, high + array.dtype.bytes
 
 
+def interleaved(lists):
+    """The addresses of lists of arrays, layer by layer, a layer's tensors together."""
+    return [address for layer in zip(*lists) for address in layer]
+
+
 def mapped_range(address, size, device):
     """The address at which GPU ``device`` reaches these bytes of host memory; None if they are not
     pinned from the first to the last."""
-    first, last = (launch.driver.mapped_address(a, device) for a in (address, address + size - 1))
+    first, last = (driver.active.mapped_address(a, device) for a in (address, address + size - 1))
     return first if None not in (first, last) and last - first == size - 1 else None
 
 
@@ -231,9 +130,9 @@ def geometry(op, name, source, destination):
 # --- the kernel -----------------------------------------------------------------------------------
 
 
-class _Way(NamedTuple):
-    """A way to copy: threads of a thread block, how many of these a block of a cache takes, and the
-    kernel."""
+class _Variant(NamedTuple):
+    """A specialisation: threads of a thread block, how many of these a block of a cache takes, and
+    the kernel."""
 
     threads: int
     chunks: int
@@ -278,38 +177,40 @@ class CopyPlan:
         self.op, self.count, self.in_place = op, len(tensors), in_place
         self.max_blocks = max_blocks
         self._most_blocks = max(source_blocks, destination_blocks)
-        index = "void" if mapping_dtype is None else formats.INDEX_NAMES[mapping_dtype.name]
+        self._index_bytes = 0 if mapping_dtype is None else mapping_dtype.bytes
+        index = "void" if mapping_dtype is None else spelling.INDEX_NAMES[mapping_dtype.name]
         second = (runs * 2)[1]
         constants = [source_blocks, destination_blocks]
         for g, n in (list(zip(geometries, vectors)) * 2)[:2]:
             constants += [*g.source, *g.destination, n, g.middle]
 
-        def way(items):
+        def variant(items):
             threads = launch.block_threads(launch.ceil_div(max(vectors), items), 1, MAX_THREADS)
             chunks = launch.ceil_div(max(vectors), threads * items)
             kernel = modules.Kernel(
                 op,
                 "copy_blocks",
-                f"copy_blocks<{len(tensors)}, {str(in_place).lower()}, {vector}, {runs[0]}, "
-                f"{second}, {str(nested).lower()}, {items}, {index}, {MAX_THREADS}>",
+                f"copy_blocks<{len(tensors)}, {spelling.boolean(in_place)}, {vector}, {runs[0]}, "
+                f"{second}, {spelling.boolean(nested)}, {items}, {index}, {MAX_THREADS}>",
                 PARAMS,
                 guarded=() if mapping_dtype is None else ("block_mapping",),
             )
-            return _Way(threads, chunks, launch.Launcher(kernel, device, (*constants, chunks, 0)))
+            return _Variant(
+                threads, chunks, launch.Launcher(kernel, device, (*constants, chunks, 0))
+            )
 
         on_bus = max_blocks is not None
-        self._usual = way(BUS_ITEMS if on_bus else ITEMS)
-        self._wave = self._usual if on_bus else way(WAVE_ITEMS)
+        self._usual = variant(BUS_ITEMS if on_bus else ITEMS)
+        self._wave = self._usual if on_bus else variant(WAVE_ITEMS)
 
-    def table(self, sources, destinations):
-        """What `enqueue` needs of the layers: for each launch (layers, packed pointers, how many
-        pairs fit beside them). ``sources`` and ``destinations`` are addresses, layer by layer, a
-        layer's tensors together."""
+    def tables(self, sources, destinations):
+        """For each launch (layers, packed pointers, how many pairs fit beside them). ``sources``
+        and ``destinations`` are addresses, as `interleaved` gives them."""
+        tables = []
         words = self.count * (1 if self.in_place else 2)
         layers = len(sources) // self.count
         # Room for at least half a table of pairs; more layers than that take another launch.
         group = min(layers, TABLE_WORDS // 2 // words)
-        launches = []
         for first in range(0, layers, group):
             size = min(group, layers - first)
             table = sources[first * self.count : (first + size) * self.count]
@@ -318,46 +219,42 @@ class CopyPlan:
                 for layer in range(first, first + size):
                     part = slice(layer * self.count, (layer + 1) * self.count)
                     table += sources[part] + destinations[part]
-            room = TABLE_WORDS - len(table)
-            launches.append((size, struct.pack(f"<{len(table)}Q", *table), room))
-        return launches
+            pointers = struct.pack(f"<{len(table)}Q", *table)
+            tables.append((size, pointers, TABLE_WORDS - len(table)))
+        return tables
 
-    def enqueue(self, stream, table, pairs=None, mapping=None):
-        """Launch for the layers of a `table`; ``pairs`` are `block_pairs.Pairs`, or ``mapping`` is
-        an `arrays.Array` on the device."""
+    def enqueue_pairs(self, stream, tables, pairs):
+        """Launch for ``pairs`` of blocks, int64 [2, n], in the layers of `tables`."""
         if not self._usual.chunks:
             return
-        packed = None if pairs is None else self._packed(pairs)
-        for layers, pointers, room in table:
-            if packed is None:
-                self._enqueue_mapped(stream, pointers, layers, mapping)
-            else:
-                self._enqueue_pairs(stream, pointers, layers, room, packed)
-
-    def _packed(self, pairs):
-        if self._most_blocks > 2**32 <= pairs.numbers.max(initial=0):
+        if self._most_blocks > 2**32 <= pairs.max(initial=0):
             raise ShapeError(
                 f"{self.op}: Invalid value of block_mapping: expected numbers below {2**32} in "
-                f"host memory, got {pairs.numbers.max()}"
+                f"host memory, got {pairs.max()}"
             )
-        return pairs.packed()
+        packed = pairs.T.astype("<u4").tobytes()  # source, destination, 32 bits each
+        for layers, pointers, room in tables:
+            room = min(room, _MAX_WORKS // self._usual.chunks)
+            for first in range(0, len(packed), 8 * room):
+                part = packed[first : first + 8 * room]
+                self._launch(stream, layers, len(part) // 8, 0, pointers + part)
 
-    def _enqueue_pairs(self, stream, pointers, layers, room, packed):
-        room = min(room, _MAX_WORKS // self._usual.chunks)
-        for first in range(0, len(packed), 8 * room):
-            part = packed[first : first + 8 * room]
-            self._launch(stream, layers, len(part) // 8, 0, pointers + part)
-
-    def _enqueue_mapped(self, stream, pointers, layers, mapping):
+    def enqueue_mapping(self, stream, tables, mapping, count):
+        """The same for ``count`` pairs in an array on the device, at the address ``mapping``."""
+        if not self._usual.chunks:
+            return
         room = _MAX_WORKS // self._usual.chunks
-        step = 2 * mapping.dtype.bytes
-        for first in range(0, mapping.shape[0], room):
-            count = min(room, mapping.shape[0] - first)
-            self._launch(stream, layers, count, mapping.ptr + first * step, pointers)
+        step = 2 * self._index_bytes
+        for layers, pointers, _ in tables:
+            for first in range(0, count, room):
+                pairs = min(room, count - first)
+                self._launch(stream, layers, pairs, mapping + first * step, pointers)
 
     def _launch(self, stream, layers, pairs, mapping, tail):
-        way = self._wave if layers * pairs * self._usual.chunks in WAVE else self._usual
-        blocks = pairs * way.chunks
+        variant = self._wave if layers * pairs * self._usual.chunks in WAVE else self._usual
+        blocks = pairs * variant.chunks
         if self.max_blocks is not None:
             blocks = min(blocks, max(1, self.max_blocks // layers))
-        way.launcher.enqueue((blocks, layers, 1), way.threads, stream, pairs, mapping, tail=tail)
+        variant.launcher.enqueue(
+            (blocks, layers, 1), variant.threads, stream, pairs, mapping, tail=tail
+        )

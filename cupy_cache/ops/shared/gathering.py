@@ -12,17 +12,17 @@ from typing import NamedTuple
 
 from ... import cpu
 from ...errors import ArgumentError, ShapeError, StrideError
-from ...runtime import contract, dispatch, formats, launch, modules, params
+from ...runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
 
 STEM = "gather_cache"
 # One struct of both kernels: the arguments are those of `op`, in order.
 PARAMS = params.Struct(
     per_call="src_cache:ptr dst:ptr block_table:ptr cu_seq_lens:ptr seq_starts:ptr scale:ptr "
-    "rows:i64 sequences:i64",
-    constant="num_blocks:i64 table_width:i64 table_stride:i64 start_stride:i64 "
+    "rows:i64 sequences:i64 table_width:i64 table_stride:i64 scale_value:f32 first_guarded:u32",
+    constant="num_blocks:i64 start_stride:i64 "
     "src_block_stride:i64 src_group_stride:i64 src_offset_stride:i64 "
     "src_outer_stride:i64 src_head_stride:i64 "
-    "dst_row_stride:i64 dst_outer_stride:i64 dst_head_stride:i64 scale_value:f32 first_guarded:u32",
+    "dst_row_stride:i64 dst_outer_stride:i64 dst_head_stride:i64",
 )
 GUARDED = ("seq_starts", "block_table")
 # A raw copy is one kernel for all of these, so faults tell which it was.
@@ -32,20 +32,31 @@ MAX_THREADS = 128
 
 def op(name, plan, count, bounds="cu_seq_lens"):
     """The `dispatch.Op` of an operation; ``bounds`` is what it calls the sequences' first rows.
-    ``count`` gets the rows of dst, block_table, ``bounds`` and seq_starts."""
+    ``count(rows of dst, block_table, ``bounds`` and seq_starts, numbers)`` gives the rows to
+    process and the sequences; of ``numbers``, the scale is the first."""
+    # The fault number of seq_starts.
+    first_guarded = 1 + len(GUARDED) * SHARING.index(name) if name in SHARING else 1
+
+    def fields(extents, options, numbers):
+        del options
+        rows, ((sequences, width), (step, _)), first_rows, starts = extents
+        scale, *others = numbers or (0.0,)
+        rows, sequences = count((rows, sequences, first_rows, starts), *others)
+        return rows, (rows, sequences, width, step, scale, first_guarded)
+
     return dispatch.Op(
         name,
         args=(
             dispatch.Arg("src_cache"),
-            dispatch.Arg("dst", rows=True),
-            dispatch.Arg("block_table", rows=True, index=True),
-            dispatch.Arg(bounds, rows=True, index=True),
-            dispatch.Arg("seq_starts", rows=True, optional=True, index=True),
+            dispatch.Arg("dst", varies=dispatch.ROWS),
+            dispatch.Arg("block_table", varies=(0, 1), index=True),
+            dispatch.Arg(bounds, varies=dispatch.ROWS, index=True),
+            dispatch.Arg("seq_starts", varies=dispatch.ROWS, optional=True, index=True),
             dispatch.Arg("scale", optional=True),
         ),
         plan=plan,
         destination=1,
-        count=count,
+        count=fields,
     )
 
 
@@ -57,7 +68,7 @@ def check_arrays(check, op, described):
     devices, indices, and how the memory is laid out."""
     src, dst, table, bounds, starts, _ = described
     indices = {op.args[2].name: table, op.args[3].name: bounds}
-    check.shape("block_table", table, "_ table_width")
+    check.shape("block_table", table, "_ _")
     check.shape(op.args[3].name, bounds, "_")
     if starts is not None:
         check.shape("seq_starts", starts, "_")
@@ -129,9 +140,9 @@ def _check_layout(check, src, dst, layout):
 # --- rows of tokens -------------------------------------------------------------------------------
 
 
-def plan(op, described, layout="NHD", kv_cache_dtype="auto", number=None):
+def plan(op, described, layout="NHD", kv_cache_dtype="auto"):
     """The plan of an operation whose rows are the cache's tokens: as they are, or their elements
-    times ``number``, or times the argument scale where that is None."""
+    times a scale."""
     src, dst, *_, scale = described
     check = contract.Contract(op.name)
     fmt = formats.cache_format(op.name, kv_cache_dtype)
@@ -154,9 +165,8 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto", number=None):
 
     if dst.device.kind == "cpu":
         run = functools.partial(
-            cpu.gather_cache, op=op.name, axes=axes, stored=fmt.stored, number=number,
-            target=dst.dtype,
-        )  # fmt: skip
+            cpu.gather_cache, op=op.name, axes=axes, stored=fmt.stored, target=dst.dtype
+        )
         return cpu_plan(run, described)
     group = src.shape[axes.slots[-1]]
     group_stride, offset_stride = (src.strides[axes.slots[0]], src.strides[axes.slots[-1]])
@@ -174,7 +184,7 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto", number=None):
     kernel = modules.Kernel(
         op.name,
         STEM,
-        f"gather_cache<{formats.dequantiser(fmt.stored, dst.dtype, vector)}, {vector}, "
+        f"gather_cache<{spelling.dequantiser(fmt.stored, dst.dtype, vector)}, {vector}, "
         f"{shape.outer}, {shape.heads}, "
         f"{length}, {block_size}, {group}, {index_names(described)}, {per_thread}, {MAX_THREADS}>",
         PARAMS,
@@ -184,8 +194,7 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto", number=None):
     strides = (src.strides[0], group_stride, offset_stride, *shape.src_strides,
                dst.strides[0], *shape.dst_strides)  # fmt: skip
     items = launch.ceil_div(row_vectors, per_thread)
-    first_guarded = 1 + len(GUARDED) * SHARING.index(op.name)
-    return gpu_plan(kernel, items, described, strides, number or 0.0, first_guarded)
+    return gpu_plan(kernel, items, described, strides)
 
 
 def vectors_of_thread(row_vectors):
@@ -239,25 +248,24 @@ def _row_shape(check, src, dst, axes):
 def index_names(described):
     """The index types of block table, bounds and starts, as a kernel's template arguments."""
     indices = described[2:5]
-    return ", ".join("void" if a is None else formats.INDEX_NAMES[a.dtype.name] for a in indices)
+    return ", ".join("void" if a is None else spelling.INDEX_NAMES[a.dtype.name] for a in indices)
 
 
 def cpu_plan(run, described):
     """The plan of a function of `cpu`."""
     src, dst, *indices, _ = described
     dtypes = (src.dtype.bits, dst.dtype.bits, *(a and a.dtype.numpy for a in indices))
-    return dispatch.CpuPlan(run, (*dtypes, formats.DTYPES["float32"].numpy))
+    return plans.NumPyPlan(run, (*dtypes, formats.DTYPES["float32"].numpy))
 
 
-def gpu_plan(kernel, items, described, strides, number=0.0, first_guarded=1):
+def gpu_plan(kernel, items, described, strides):
     """The plan of a kernel with ``items`` threads for each row; ``strides`` are the struct's, from
-    src_block_stride on, and ``first_guarded`` is the fault number of seq_starts."""
-    src, dst, table, _, starts, _ = described
+    src_block_stride on."""
+    src, dst, _, _, starts, _ = described
     device = dst.device.index
     launcher = launch.Launcher(
         kernel,
         device,
-        (src.shape[0], table.shape[1], table.strides[0], starts.strides[0] if starts else 0,
-         *strides, number, first_guarded),
-    )  # fmt: skip
-    return dispatch.GpuPlan(launcher, launch.FlatShape(items, device, MAX_THREADS))
+        (src.shape[0], starts.strides[0] if starts else 0, *strides),
+    )
+    return plans.KernelPlan(launcher, launch.FlatShape(items, device, MAX_THREADS))

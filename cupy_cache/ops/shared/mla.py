@@ -6,7 +6,7 @@ Shared by the operations that write one layer and many.
 """
 
 from ...errors import ShapeError
-from ...runtime import contract, formats, modules, params
+from ...runtime import contract, formats, modules, params, spelling
 
 MAX_LAYERS = 128  # kMaxLayers of the kernel
 MAX_THREADS = 128
@@ -14,17 +14,20 @@ STEM = "concat_and_cache_mla"
 # The fp8_ds_mla entry.
 DS_LATENT, DS_ROPE, DS_ENTRY_BYTES = 512, 64, 656
 
-_POINTERS = "kv_c:ptr k_pe:ptr kv_cache:ptr slot_mapping:ptr scale:ptr tokens:i64"
-_FIRST_LAYER = "first_layer:i64"
+_EACH_CALL = (
+    "kv_c:ptr k_pe:ptr kv_cache:ptr slot_mapping:ptr scale:ptr tokens:i64 scale_value:f32 "
+    "unused:u32"
+)
+_LAYERS = "first_layer:i64 kv_c_layer_stride:i64 k_pe_layer_stride:i64 slot_layer_stride:i64"
 _CONSTANTS = (
-    "num_blocks:i64 kv_c_layer_stride:i64 k_pe_layer_stride:i64 slot_layer_stride:i64 "
-    "kv_c_stride:i64 k_pe_stride:i64 slot_stride:i64 block_stride:i64 offset_stride:i64 "
-    "scale_value:f32 unused:u32"
+    "num_blocks:i64 kv_c_stride:i64 k_pe_stride:i64 slot_stride:i64 block_stride:i64 "
+    "offset_stride:i64"
 )
 _CACHES = f"caches:u64[{MAX_LAYERS}]"
-# One struct of the kernel's: only calls for many layers say which one is the first.
-ONE_LAYER = params.Struct(_POINTERS, f"{_FIRST_LAYER} {_CONSTANTS}", _CACHES)
-MANY_LAYERS = params.Struct(f"{_POINTERS} {_FIRST_LAYER}", _CONSTANTS, _CACHES)
+# One struct of the kernel's: only calls for many layers say which one is the first, and how far
+# they lie apart.
+ONE_LAYER = params.Struct(_EACH_CALL, f"{_LAYERS} {_CONSTANTS}", _CACHES)
+MANY_LAYERS = params.Struct(f"{_EACH_CALL} {_LAYERS}", _CONSTANTS, _CACHES)
 
 
 def check_entries(check, described, storage):
@@ -75,12 +78,12 @@ def entry_kernel(op, caches, kv_c, k_pe, kv_cache, stored, slot_dtype, params_st
         [n for a in sources for n in (a.ptr, *a.strides[:-1])],
         (latent, rope, kv_cache.ptr, *kv_cache.strides[:-1]),
     )
-    converter = formats.quantiser(kv_c.dtype, stored, vector)
+    converter = spelling.quantiser(kv_c.dtype, stored, vector)
     kernel = modules.Kernel(
         op,
         STEM,
         f"concat_and_cache_mla<{converter}, cupy_cache::Caches::{caches}, {vector}, {latent}, "
-        f"{rope}, {kv_cache.shape[-2]}, {formats.INDEX_NAMES[slot_dtype.name]}, {MAX_THREADS}>",
+        f"{rope}, {kv_cache.shape[-2]}, {spelling.INDEX_NAMES[slot_dtype.name]}, {MAX_THREADS}>",
         params_struct,
         guarded=("slot_mapping",),
         converts=stored is not None,

@@ -6,7 +6,6 @@ contiguous buffer, and the plan that moves them.
 Shared by the operations that pack, unpack and zero.
 """
 
-import functools
 import math
 import struct
 from typing import NamedTuple
@@ -15,9 +14,19 @@ import numpy as np
 
 from ... import cpu
 from ...errors import ArgumentError, ShapeError
-from ...runtime import arrays, contract, formats, launch, modules, params
+from ...runtime import (
+    arrays,
+    contract,
+    dispatch,
+    driver,
+    launch,
+    lists,
+    modules,
+    params,
+    spelling,
+)
 from ...runtime.log import logger
-from . import block_numbers, blocks
+from . import blocks
 
 # A packed buffer in host memory that is not pinned goes through a buffer of this size on the GPU.
 STAGE_BYTES = 32 << 20
@@ -25,22 +34,19 @@ LAYOUTS = ("layer_first", "page_first")
 MAX_THREADS = 256
 ITEMS = 2  # vectors of each tensor that a thread has in flight
 _MAX_WORKS = 2**31 - 1  # work indices are 32-bit in the kernel
-_MAX_PACKED_NUMBER = 2**31  # numbers in the parameters are 32-bit, negative ones padding
+_MAX_PACKED_INDEX = 2**31  # those in the parameters are 32-bit, negative ones padding
 
-_TENSOR = (
-    "cache.block:i64 cache.outer:i64 cache.middle:i64 slot:i64 packed:i64 vectors:u32 "
-    "middle_count:u32"
-)
+_TENSOR = "cache.block:i64 cache.outer:i64 cache.middle:i64 slot:i64 vectors:u32 middle_count:u32"
 PARAMS = params.Struct(
     per_call="packed[0]:ptr packed[1]:ptr index:ptr index_stride:i64 items:i64 first:i64 "
-    "layer_stride:i64",
+    "layer_stride:i64 item_stride[0]:i64 item_stride[1]:i64",
     constant="limit:i64 vectors:i64 "
     + " ".join(f"tensors[{t}].{field}" for t in (0, 1) for field in _TENSOR.split()),
     tail=f"table:u64[{blocks.TABLE_WORDS}]",
 )
 
 
-class Move(NamedTuple):
+class Direction(NamedTuple):
     """What is done with the items: its spelling in the kernel, whether it writes the caches, and
     what the operation's argument for the buffer is called (None: there is no buffer)."""
 
@@ -49,53 +55,63 @@ class Move(NamedTuple):
     buffer: str | None
 
 
-PACK = Move("kPack", False, "out")
-UNPACK = Move("kUnpack", True, "packed")
-ZERO = Move("kZero", True, None)
+PACK = Direction("kPack", False, "out")
+UNPACK = Direction("kUnpack", True, "packed")
+ZERO = Direction("kZero", True, None)
 
 
-def run(op, move, caches, numbers, stream, buffer=None, layout="layer_first", *, by_slot=False):
-    """Check everything, then do it: what the operations are.
+class Operation:
+    """An operation on chosen items of all layers.
 
-    ``numbers`` are slots if ``by_slot``, else blocks.
+    Parameters
+    ----------
+    name : str
+    direction : Direction
+    by_slot : bool
+        Items are the tokens of slots, in caches [num_blocks, block_size, ...]; else blocks, in
+        caches [num_blocks, ...].
     """
-    lists = _tensor_lists(op, caches)
-    if stream is not None:
-        stream = arrays.stream_pointer(stream)
-    else:
-        stream = blocks.stream_of(op, move.buffer, buffer) if move is PACK else None
-        if stream is None and lists:
-            stream = blocks.stream_of(op, "caches[0]", lists[0][0])
-    tensors = _read_tensors(op, lists, stream)
-    numbers = block_numbers.read(op, "slot_mapping" if by_slot else "block_ids", numbers, stream)
-    if move.buffer is not None:
-        buffer = _read_buffer(op, move.buffer, buffer, stream, written=move is PACK)
-    if not tensors:
-        return
-    plan = plan_of(
-        op, move, tuple(t.facts for t in tensors), len(tensors[0].addresses), by_slot, layout,
-        None if numbers.device is None else numbers.device.dtype,
-        16 if buffer is None else buffer.array.alignment,
-        buffer is not None and buffer.device.kind == "cpu",
-    )  # fmt: skip
-    if numbers.device is not None:
-        contract.same_device(op, numbers.name, numbers.device.device, "caches", plan.device)
-    else:
-        block_numbers.check(op, numbers, plan.limit, padding=by_slot, distinct=move is UNPACK)
-    addresses = [layer.addresses for layer in tensors]
-    if buffer is not None:
-        _check_buffer(op, buffer, numbers.count, plan, addresses)
-    plan.run([a for layer in zip(*addresses) for a in layer], numbers, stream, buffer)
 
+    def __init__(self, name, direction, by_slot=False):
+        self.name, self.direction, self.by_slot = name, direction, by_slot
+        self._ops = {tensors: self._op(tensors) for tensors in (1, 2)}
 
-def item_bytes(op, caches, by_slot):
-    """The bytes of one block, or token, in all layers together."""
-    lists = _tensor_lists(op, caches)
-    if not lists:
-        return 0
-    tensors = _read_tensors(op, lists, blocks.stream_of(op, "caches[0]", lists[0][0]))
-    facts, layers = tuple(t.facts for t in tensors), len(tensors[0].addresses)
-    return plan_of(op, PACK, facts, layers, by_slot, LAYOUTS[0], None, 1, False).item_bytes
+    def _op(self, tensors):
+        """The `dispatch.Op` for layers of so many tensors."""
+        suffixes = ("",) if tensors == 1 else ("[0]", "[1]")
+        index = "slot_mapping" if self.by_slot else "block_ids"
+        args = [dispatch.Arg("caches", layers=True, suffix=suffix) for suffix in suffixes]
+        args.append(dispatch.Arg(index, varies=dispatch.ROWS, chosen=True))
+        destination = 0
+        if self.direction.buffer is not None:
+            args.append(dispatch.Arg(self.direction.buffer, varies=dispatch.ROWS))
+            if self.direction is PACK:
+                destination = (len(args) - 1, 0)
+        return dispatch.Op(self.name, args, self._plan, destination, self._count)
+
+    def _plan(self, op, described, options):
+        return Plan(op, self.direction, self.by_slot, described, *options)
+
+    @staticmethod
+    def _count(extents, options, numbers):
+        del options, numbers
+        count, *rows = extents
+        return count, tuple(rows)
+
+    def __call__(self, caches, chosen, stream, *buffer, layout=None):
+        """Check everything, then do it."""
+        tensors = _tensor_lists(self.name, caches)
+        objects = (*tensors, chosen, *buffer)
+        self._ops[len(tensors)](objects, () if layout is None else (layout,), stream)
+
+    def item_bytes(self, caches):
+        """The bytes of one item in all layers together."""
+        tensors = _tensor_lists(self.name, caches)
+        if not caches:
+            return 0
+        op = self._ops[len(tensors)]
+        described = op.describe(op.read((*tensors, []), None).found)
+        return len(caches) * sum(Plan(op, self.direction, self.by_slot, described).sizes)
 
 
 # --- the caches -----------------------------------------------------------------------------------
@@ -103,13 +119,13 @@ def item_bytes(op, caches, by_slot):
 
 def _tensor_lists(op, caches):
     """``caches``, a list with one array or one tuple of arrays for each layer, as a list with all
-    layers' arrays for each tensor of a layer. Empty where there are no layers."""
-    blocks.require_list(op, "caches", caches)
-    if not caches:
-        return []
-    first = caches[0]
-    if not isinstance(first, (list, tuple)):
+    layers' arrays for each tensor of a layer."""
+    lists.require_list(op, "caches", caches)
+    if not caches or not isinstance(caches[0], (list, tuple)):
         return [caches]
+    first = caches[0]
+    if set(map(type, caches)) <= {tuple, list} and set(map(len, caches)) in ({1}, {2}):
+        return list(zip(*caches))
     for index, layer in enumerate(caches):
         if not isinstance(layer, (list, tuple)) or not 1 <= len(layer) == len(first) <= 2:
             got = f"{len(layer)}" if isinstance(layer, (list, tuple)) else type(layer).__name__
@@ -118,68 +134,6 @@ def _tensor_lists(op, caches):
                 f"them like caches[0], got {got}"
             )
     return list(zip(*caches))
-
-
-def _read_tensors(op, lists, stream):
-    """`_tensor_lists` as a tuple of `blocks.Layers`."""
-    suffixes = ("",) if len(lists) == 1 else ("[0]", "[1]")
-    return tuple(
-        blocks.read_layers(op, "caches", tensors, stream, suffix)
-        for tensors, suffix in zip(lists, suffixes)
-    )
-
-
-# --- the buffer -----------------------------------------------------------------------------------
-
-
-class Buffer(NamedTuple):
-    """A contiguous array as bytes."""
-
-    name: str
-    address: int
-    size: int
-    array: arrays.Array
-
-    @property
-    def device(self):
-        return self.array.device
-
-
-def _read_buffer(op, name, buffer, stream, written):
-    """``buffer`` as a `Buffer`."""
-    array = arrays.describe(arrays.read(buffer, f"{op}: {name}", stream), f"{op}: {name}")
-    check = contract.Contract(op)
-    check.contiguous(name, array, len(array.shape))
-    if written:
-        check.writable(name, array)
-    return Buffer(name, array.ptr, math.prod(array.shape) * array.dtype.bytes, array)
-
-
-def _check_buffer(op, buffer, count, plan, addresses):
-    """Require a buffer that the plan's device reaches, with room for ``count`` items, and none of
-    the caches' bytes in it. ``addresses`` are those of each tensor."""
-    size = count * plan.item_bytes
-    if buffer.device.kind != "cpu" or plan.device.kind == "cpu":
-        contract.same_device(op, buffer.name, buffer.device, "caches", plan.device)
-    if size > buffer.size:
-        raise ShapeError(
-            f"{op}: Invalid size of {buffer.name}: expected at least {size} bytes for {count} "
-            f"items of {plan.item_bytes} bytes in all layers, got {buffer.size}"
-        )
-    if not size or buffer.device != plan.device:
-        return
-    for tensor, places in zip(plan.tensors, addresses):
-        if 0 in tensor.shape:
-            continue
-        low, high = blocks.extent(tensor)
-        begin, end = buffer.address - high, buffer.address + size - low
-        if min(places) < end and begin < max(places):
-            for layer, address in enumerate(places):
-                if begin < address < end:
-                    raise ArgumentError(
-                        f"{op}: Invalid memory of {buffer.name}: expected memory of its own, got "
-                        f"some that layer {layer} of caches lies in"
-                    )
 
 
 class Places(NamedTuple):
@@ -202,59 +156,67 @@ class Plan:
 
     Parameters
     ----------
-    op : str
-    move : Move
-    facts : tuple of arrays.Facts
-        For each tensor of a layer, its ``ptr`` the alignment common to all layers.
-    layers : int
+    op : dispatch.Op
+    direction : Direction
     by_slot : bool
-        Items are the tokens of slots, in caches [num_blocks, block_size, ...]; else blocks, in
-        caches [num_blocks, ...].
+        See `Operation`.
+    described : list of arrays.Array
+        The tensors of a layer, each at the alignment common to all layers; what is chosen, None
+        where that is in host memory; and the buffer, if there is one.
     layout : str
         Of the buffer, one of `LAYOUTS`.
-    index_dtype : formats.DType or None
-        None: numbers travel in the parameters. Else they are read on the device.
-    buffer_alignment : int
-    on_host : bool
-        There is a buffer, and it is in host memory.
     """
 
-    def __init__(
-        self, op, move, facts, layers, by_slot, layout, index_dtype, buffer_alignment, on_host
-    ):
+    def __init__(self, op, direction, by_slot, described, layout="layer_first"):
         if layout not in LAYOUTS:
             raise ArgumentError(
-                f"{op}: Invalid value of layout: expected {' or '.join(LAYOUTS)}, got {layout!r}"
+                f"{op.name}: Invalid value of layout: expected {' or '.join(LAYOUTS)}, got "
+                f"{layout!r}"
             )
-        self.op, self.move, self.layers, self.by_slot = op, move, layers, by_slot
-        names = ["caches"] if len(facts) == 1 else [f"caches[0][{t}]" for t in range(len(facts))]
-        self.tensors = [arrays.describe(f, f"{op}: {n}") for f, n in zip(facts, names)]
-        check = contract.Contract(op)
+        self.op, self.direction, self.by_slot = op.name, direction, by_slot
+        count = sum(arg.layers for arg in op.args)
+        self.tensors, (chosen, *buffer) = described[:count], described[count:]
+        self.argument, *self.buffer_name = (arg.name for arg in op.args[count:])
+        check = contract.Contract(op.name)
         pattern = "num_blocks block_size ..." if by_slot else "num_blocks ..."
+        names = [arg.item(0) if count > 1 else arg.name for arg in op.args[:count]]
         for name, tensor in zip(names, self.tensors):
             check.shape(name, tensor, pattern)
             check.device(name, tensor)
-            if move.writes_cache:
+            if direction.writes_cache:
                 check.writable(name, tensor)
         self.device = self.tensors[0].device
+        if chosen is not None:
+            contract.same_device(op.name, self.argument, chosen.device, "caches", self.device)
+        self.chosen = chosen
         self.block_size = check.sizes["block_size"] if by_slot else None
         self.limit = check.sizes["num_blocks"] * (self.block_size if by_slot else 1)
         self.geometries = [
-            _item_geometry(op, name, tensor, by_slot) for name, tensor in zip(names, self.tensors)
+            _item_geometry(op.name, name, tensor, by_slot)
+            for name, tensor in zip(names, self.tensors)
         ]
         self.sizes = [g.bytes for g in self.geometries]
-        # Of one item in all layers.
-        self.item_bytes = layers * sum(self.sizes)
         self.page_first = layout == "page_first"
-        whole = [self.item_bytes] * len(self.sizes)
-        self.packed_strides = tuple(whole if self.page_first else self.sizes)
+        self.buffer = buffer[0] if buffer else None
         self.max_blocks = None
-        if on_host:
-            self.max_blocks = blocks.FROM_HOST_BLOCKS if move is UNPACK else blocks.TO_HOST_BLOCKS
-        if self.device.kind == "cuda" and self.item_bytes:
-            self._make_kernel(facts, index_dtype, buffer_alignment)
+        if self.buffer is not None:
+            self._check_buffer(check)
+        if self.device.kind == "cuda" and sum(self.sizes):
+            self._make_kernel()
 
-    def _make_kernel(self, facts, index_dtype, buffer_alignment):
+    def _check_buffer(self, check):
+        (name,), buffer = self.buffer_name, self.buffer
+        check.contiguous(name, buffer, len(buffer.shape))
+        if self.direction is PACK:
+            check.writable(name, buffer)
+        if buffer.device.kind != "cpu" or self.device.kind == "cpu":
+            contract.same_device(self.op, name, buffer.device, "caches", self.device)
+        elif self.direction is UNPACK:
+            self.max_blocks = blocks.FROM_HOST_BLOCKS
+        else:
+            self.max_blocks = blocks.TO_HOST_BLOCKS
+
+    def _make_kernel(self):
         dense = self.by_slot and all(
             tensor.strides[0] == self.block_size * tensor.strides[1] for tensor in self.tensors
         )
@@ -265,8 +227,8 @@ class Plan:
         ]
         block_size = 0 if not self.by_slot else 1 if dense else max(self.block_size, 1)
         vector = contract.vector_bytes(
-            buffer_alignment,
-            *(fact.ptr for fact in facts),
+            16 if self.buffer is None else self.buffer.alignment,
+            *(tensor.ptr for tensor in self.tensors),
             *(n for pair in strides for n in pair),
             *(n for g in self.geometries for n in (g.run, *g.source[1:])),
         )
@@ -276,93 +238,117 @@ class Plan:
         self.vectors = max(vectors)
         if self.vectors > _MAX_WORKS:
             raise ShapeError(f"{self.op}: items of {max(self.sizes)} bytes are too large")
-        argument = "slot_mapping" if self.by_slot else "block_ids"
-        index = "void" if index_dtype is None else formats.INDEX_NAMES[index_dtype.name]
-        self.kernel = modules.Kernel(
+        index = "void" if self.chosen is None else spelling.INDEX_NAMES[self.chosen.dtype.name]
+        kernel = modules.Kernel(
             self.op,
             "pack_blocks",
-            f"pack_blocks<cupy_cache::Move::{self.move.name}, {len(vectors)}, {vector}, {runs[0]}, "
-            f"{runs[-1]}, {str(nested).lower()}, {block_size}, {ITEMS}, {index}, "
+            f"pack_blocks<cupy_cache::Move::{self.direction.name}, {len(vectors)}, {vector}, "
+            f"{runs[0]}, {runs[-1]}, {spelling.boolean(nested)}, {block_size}, {ITEMS}, {index}, "
             f"{MAX_THREADS}>",
             PARAMS,
-            guarded=() if index_dtype is None else (argument,),
+            guarded=() if self.chosen is None else (self.argument,),
         )
         constants = [
-            (block, *g.source[1:], slot, packed, count, g.middle)
-            for (block, slot), g, packed, count in zip(
-                strides, self.geometries, self.packed_strides, vectors
-            )
+            (block, *g.source[1:], slot, count, g.middle)
+            for (block, slot), g, count in zip(strides, self.geometries, vectors)
         ]
         first, second = (constants * 2)[:2]
         self._launcher = launch.Launcher(
-            self.kernel, self.device.index, (self.limit, self.vectors, *first, *second)
+            kernel, self.device.index, (self.limit, self.vectors, *first, *second)
         )
-
-    def places(self, address, count):
-        """The `Places` of ``count`` items in a buffer at ``address``."""
-        if self.page_first:
-            return Places((address, address + self.sizes[0]), sum(self.sizes))
-        return Places((address, address + count * self.sizes[0]), count * sum(self.sizes))
 
     # --- running
 
-    def run(self, addresses, numbers, stream, buffer=None):
-        """Move the items ``numbers``, a checked `Numbers`.
+    def tables(self, values):
+        """(The lists of layers, all addresses layer by layer)."""
+        layers = values[: len(self.tensors)]
+        return layers, blocks.interleaved(layers)
 
-        ``addresses`` are the caches', layer by layer, a layer's tensors together; ``buffer`` is a
-        `Buffer` of sufficient size.
-        """
-        count = numbers.count
-        if not count or not self.item_bytes:
+    def run(self, call):
+        """Check what depends on the call, then move."""
+        lists, addresses = call.tables
+        chosen, *buffer = call.values[len(self.tensors) :]
+        layers, items = len(lists[0]), call.rows
+        if self.chosen is None:
+            distinct = self.direction is UNPACK
+            check_range(self.op, self.argument, chosen, self.limit, self.by_slot, distinct)
+        work = _Work(self, layers, items, chosen, call.stream)
+        if self.buffer is not None:
+            self._check_room(buffer[0], call.fields[0], work, lists)
+        if not work.item_bytes:
             return
         if self.device.kind == "cpu":
-            places = None if buffer is None else self.places(buffer.address, count)
-            self._run_cpu(addresses, numbers.host, places)
+            self._run_cpu(addresses, work, buffer)
             return
-        if numbers.device is None and self.limit > _MAX_PACKED_NUMBER:
+        if self.chosen is None and self.limit > _MAX_PACKED_INDEX:
             raise ShapeError(
-                f"{self.op}: Invalid device of {numbers.name}: expected the caches' GPU, since "
-                f"there are more than {_MAX_PACKED_NUMBER} blocks or slots"
+                f"{self.op}: Invalid device of {self.argument}: expected the caches' GPU, since "
+                f"there are more than {_MAX_PACKED_INDEX} blocks or slots"
             )
-        if buffer is None:
-            self._enqueue(stream, addresses, Places((0, 0), 0), numbers, 0, count)
+        if self.buffer is None:
+            self._enqueue(work, addresses, Places((0, 0), 0), 0, items)
             return
-        address = buffer.address
-        if buffer.device.kind == "cpu":
-            address = blocks.mapped_range(address, count * self.item_bytes, self.device.index)
-            if address is None:
-                self._run_staged(stream, addresses, buffer, numbers)
+        (address,) = buffer
+        if self.buffer.device.kind == "cpu":
+            size = items * work.item_bytes
+            mapped = blocks.mapped_range(address, size, self.device.index)
+            if mapped is None:
+                self._run_staged(work, addresses, address)
                 return
-        self._enqueue(stream, addresses, self.places(address, count), numbers, 0, count)
+            address = mapped
+        self._enqueue(work, addresses, work.places(address, items), 0, items)
 
-    def _enqueue(self, stream, addresses, places, numbers, begin, end):
+    def _check_room(self, address, rows, work, lists):
+        """Require room for all items in the buffer, and none of the caches' bytes in it."""
+        (name,), buffer = self.buffer_name, self.buffer
+        room = rows * math.prod(buffer.shape[1:]) * buffer.dtype.bytes
+        size = work.items * work.item_bytes
+        if size > room:
+            raise ShapeError(
+                f"{self.op}: Invalid size of {name}: expected at least {size} bytes for "
+                f"{work.items} items of {work.item_bytes} bytes in all layers, got {room}"
+            )
+        if not size or buffer.device != self.device:
+            return
+        for tensor, places in zip(self.tensors, lists):
+            if 0 in tensor.shape:
+                continue
+            low, high = blocks.extent(tensor)
+            begin, end = address - high, address + size - low
+            if min(places) < end and begin < max(places):
+                for layer, place in enumerate(places):
+                    if begin < place < end:
+                        raise ArgumentError(
+                            f"{self.op}: Invalid memory of {name}: expected memory of its own, got "
+                            f"some that layer {layer} of caches lies in"
+                        )
+
+    def _enqueue(self, work, addresses, places, begin, end):
         """Launch for items ``begin`` to ``end`` of the list; the first of them is at ``places``."""
         tensors = len(self.sizes)
         layers = len(addresses) // tensors
-        # Room for at least half a table of numbers; more layers than that take another launch.
+        # Room for at least half a table of indices; more layers than that take another launch.
         group = min(layers, blocks.TABLE_WORDS // 2 // tensors)
         for layer in range(0, layers, group):
             pointers = addresses[layer * tensors : (layer + group) * tensors]
             table = struct.pack(f"<{len(pointers)}Q", *pointers)
             room = _MAX_WORKS // self.vectors
-            if numbers.device is None:
+            if self.chosen is None:
                 room = min(room, 2 * (blocks.TABLE_WORDS - len(pointers)))
             for first in range(begin, end, room):
-                packed = places.of_layer(layer, first - begin, self.packed_strides * 2)
+                packed = places.of_layer(layer, first - begin, work.strides)
                 items = min(room, end - first)
                 index, stride, tail = 0, 0, table
-                if numbers.device is None:
-                    part = numbers.host[first : first + items]
+                if self.chosen is None:
+                    part = work.chosen[first : first + items]
                     tail += np.maximum(part, -1).astype("<i4").tobytes()
                 else:
-                    stride = numbers.device.strides[0]
-                    index = numbers.device.ptr + first * stride
-                self._launch(
-                    stream, len(pointers) // tensors, items, tail, *packed, index, stride, items,
-                    first, places.layer,
-                )  # fmt: skip
+                    stride = self.chosen.strides[0]
+                    index = work.chosen + first * stride
+                values = (*packed, index, stride, items, first, places.layer, *work.strides)
+                self._launch(work.stream, len(pointers) // tensors, items, tail, values)
 
-    def _launch(self, stream, layers, items, tail, *values):
+    def _launch(self, stream, layers, items, tail, values):
         works = items * self.vectors
         work_threads = launch.ceil_div(works * layers, ITEMS)
         threads = launch.block_threads(
@@ -375,58 +361,45 @@ class Plan:
 
     # --- a buffer in host memory that is not pinned
 
-    def _run_staged(self, stream, addresses, buffer, numbers):
+    def _run_staged(self, work, addresses, buffer):
         logger.warning(
-            "%s: %s is not pinned; the driver stages its bytes, and may wait", self.op, buffer.name
-        )
-        count, tensors = numbers.count, len(self.sizes)
-        host = self.places(buffer.address, count)
-        pieces = list(self._pieces(count))
+            "%s: %s is not pinned; the driver stages its bytes, and may wait",
+            self.op, self.buffer_name[0],
+        )  # fmt: skip
+        count, tensors = work.items, len(self.sizes)
+        host = work.places(buffer, count)
+        pieces = list(work.pieces())
         largest = max(layers * items * sum(self.sizes) for _, layers, _, items in pieces)
-        device = self.device.index
+        device, stream = self.device.index, work.stream
         # What is skipped keeps its bytes, so they have to make the round trip.
-        skips = self.move is PACK and (numbers.device is not None or (numbers.host < 0).any())
-        with launch.driver.staging(largest, stream, device) as address:
+        skips = self.direction is PACK and (self.chosen is not None or (work.chosen < 0).any())
+        with driver.active.staging(largest, stream, device) as address:
             for layer, layers, first, items in pieces:
                 part = addresses[layer * tensors : (layer + layers) * tensors]
-                staged = self.places(address, items)
-                outside = host.of_layer(layer, first, self.packed_strides)
+                staged = work.places(address, items)
+                outside = host.of_layer(layer, first, work.strides)
                 if self.page_first or items == count:  # one stretch of the buffer
                     spans = [(outside[0], address, layers * items * sum(self.sizes))]
                 else:
                     sizes = [items * size for size in self.sizes]
                     spans = list(zip(outside, staged.starts, sizes))
-                if self.move is UNPACK or skips:
+                if self.direction is UNPACK or skips:
                     for at, inside, size in spans:
-                        launch.driver.copy(inside, at, size, stream, device)
-                self._enqueue(stream, part, staged, numbers, first, first + items)
-                if self.move is PACK:
+                        driver.active.copy(inside, at, size, stream, device)
+                self._enqueue(work, part, staged, first, first + items)
+                if self.direction is PACK:
                     for at, inside, size in spans:
-                        launch.driver.copy(at, inside, size, stream, device)
-
-    def _pieces(self, count):
-        """Cuts the work into parts of at most `STAGE_BYTES`, if an item of a layer has no more:
-        yields (first layer, layers, first item, items)."""
-        row = sum(self.sizes)
-        if self.page_first:
-            layers = group = self.layers
-            items = max(1, STAGE_BYTES // self.item_bytes)
-        else:
-            layers = self.layers
-            group = max(1, STAGE_BYTES // (count * row))
-            items = count if count * row <= STAGE_BYTES else max(1, STAGE_BYTES // row)
-        for layer in range(0, layers, group):
-            for first in range(0, count, items):
-                yield layer, min(group, layers - layer), first, min(items, count - first)
+                        driver.active.copy(at, inside, size, stream, device)
 
     # --- the CPU
 
-    def _run_cpu(self, addresses, numbers, places):
-        rows = slice(None)
-        if self.by_slot and (numbers < 0).any():
-            rows = np.flatnonzero(numbers >= 0)
-        chosen = numbers[rows]
-        index = np.divmod(chosen, self.block_size) if self.by_slot else (chosen,)
+    def _run_cpu(self, addresses, work, buffer):
+        chosen, rows = work.chosen, slice(None)
+        if self.by_slot and (chosen < 0).any():
+            rows = np.flatnonzero(chosen >= 0)
+        kept = chosen[rows]
+        index = np.divmod(kept, self.block_size) if self.by_slot else (kept,)
+        places = work.places(buffer[0], work.items) if buffer else None
         for at, address in enumerate(addresses):
             layer, t = divmod(at, len(self.sizes))
             tensor = self.tensors[t]
@@ -436,14 +409,72 @@ class Plan:
                 continue
             packed = arrays.as_numpy(
                 places.of_layer(layer)[t],
-                (len(numbers), *tensor.shape[1 + self.by_slot :]),
-                (self.packed_strides[t], *_dense_strides(tensor, 1 + self.by_slot)),
+                (work.items, *tensor.shape[1 + self.by_slot :]),
+                (work.strides[t], *_dense_strides(tensor, 1 + self.by_slot)),
                 tensor.dtype.bits,
             )
-            if self.move is PACK:
+            if self.direction is PACK:
                 cpu.pack(cache, index, packed, rows)
             else:
                 cpu.unpack(packed, rows, cache, index)
+
+
+class _Work:
+    """What there is to do in one call of a `Plan`.
+
+    ``chosen`` are int64 indices in host memory, or the address of those on the device; ``strides``
+    the bytes from item to item of each tensor in the buffer; ``item_bytes`` those of an item in all
+    layers.
+    """
+
+    def __init__(self, plan, layers, items, chosen, stream):
+        self._plan = plan
+        self.layers, self.items, self.chosen, self.stream = layers, items, chosen, stream
+        self.item_bytes = layers * sum(plan.sizes)
+        whole = [self.item_bytes] * len(plan.sizes)
+        self.strides = tuple((whole if plan.page_first else plan.sizes) * 2)[:2]
+
+    def places(self, address, count):
+        """The `Places` of ``count`` items in a buffer at ``address``."""
+        sizes = self._plan.sizes
+        if self._plan.page_first:
+            return Places((address, address + sizes[0]), sum(sizes))
+        return Places((address, address + count * sizes[0]), count * sum(sizes))
+
+    def pieces(self):
+        """Cuts the work into parts of at most `STAGE_BYTES`, if an item of a layer has no more:
+        yields (first layer, layers, first item, items)."""
+        row = sum(self._plan.sizes)
+        if self._plan.page_first:
+            group, items = self.layers, max(1, STAGE_BYTES // self.item_bytes)
+        else:
+            group = max(1, STAGE_BYTES // (self.items * row))
+            items = self.items if self.items * row <= STAGE_BYTES else max(1, STAGE_BYTES // row)
+        for layer in range(0, self.layers, group):
+            for first in range(0, self.items, items):
+                yield layer, min(group, self.layers - layer), first, min(items, self.items - first)
+
+
+def check_range(op, name, chosen, limit, padding, distinct):
+    """Refuse indices in host memory that are out of range or, if ``distinct``, repeated. Negative
+    ones are allowed if they are ``padding``."""
+    if not len(chosen):
+        return
+    if int(chosen.max()) >= limit or (int(chosen.min()) < 0 and not padding):
+        bad = (chosen >= limit) | ((chosen < 0) & (not padding))
+        row = int(np.argmax(bad))
+        raise ArgumentError(
+            f"{op}: Invalid value of {name}: expected {'padding or ' if padding else ''}numbers in "
+            f"0..{limit - 1}, got {chosen[row]} in row {row}"
+        )
+    if distinct:
+        used = np.sort(chosen[chosen >= 0]) if padding else np.sort(chosen)
+        again = used[1:][used[1:] == used[:-1]]
+        if len(again):
+            raise ArgumentError(
+                f"{op}: Invalid value of {name}: expected distinct destinations, got {again[0]} "
+                "twice"
+            )
 
 
 def _item_geometry(op, name, tensor, by_slot):
@@ -461,7 +492,3 @@ def _item_geometry(op, name, tensor, by_slot):
 def _dense_strides(tensor, lead):
     shape = tensor.shape[lead:]
     return [tensor.dtype.bytes * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-
-
-# A plan for each signature, remembered.
-plan_of = functools.lru_cache(maxsize=256)(Plan)

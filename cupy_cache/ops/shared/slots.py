@@ -40,7 +40,12 @@ def check_block_size(check, name, block_size, world, interleave):
         )
 
 
-def geometry(table, block_size, world, rank, interleave):
-    """The values of `FIELDS` for an `arrays.Array` [rows, W] of block numbers."""
-    limit = min(table.shape[1] * block_size * world, LARGEST)
-    return table.strides[0], limit, LARGEST // block_size, block_size, world, rank, interleave
+def position_limit(width, block_size, world):
+    """The positions that a table of so many columns has entries for."""
+    return min(width * block_size * world, LARGEST)
+
+
+def geometry(shape, strides, block_size, world, rank, interleave):
+    """The values of `FIELDS` for a table of block numbers [rows, W]; strides in bytes."""
+    limit = position_limit(shape[1], block_size, world)
+    return strides[0], limit, LARGEST // block_size, block_size, world, rank, interleave

@@ -1,21 +1,17 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Block mappings: the (source, destination) pairs that a caller chose, read and checked.
+"""Block mappings in host memory, int64 [2, n] of (sources, destinations): checked, and
+cut into runs.
 
-Shared by the operations that copy and swap blocks. Those in host memory may be thousands: nothing
-here loops over them in Python, except to say what is wrong with them.
+They may be thousands: nothing here loops over them in Python, except to say what is wrong with
+them.
 """
 
-import functools
 import itertools
-import operator
-import struct
-from typing import NamedTuple
 
 import numpy as np
 
-from ...errors import ArgumentError, ShapeError
-from ...runtime import arrays, contract, formats
+from ...errors import ArgumentError
 from . import blocks
 
 # Up to so many pairs are checked as Python's integers: NumPy's calls take 9 us however few there
@@ -26,96 +22,19 @@ FEW = 48
 MOST_IN_TABLE = 1 << 20
 
 
-class Pairs(NamedTuple):
-    """A mapping in host memory: the sources and the destinations, int64 [2, count]. Objects only
-    where one of them has more bits, and so is out of any range."""
-
-    numbers: np.ndarray
-
-    @property
-    def count(self):
-        return self.numbers.shape[1]
-
-    @property
-    def sources(self):
-        return self.numbers[0]
-
-    @property
-    def destinations(self):
-        return self.numbers[1]
-
-    def packed(self):
-        """What the kernel reads: source, destination, 32 bits each."""
-        return self.numbers.T.astype("<u4").tobytes()
-
-    def runs(self):
-        """Consecutive pairs whose sources and destinations both ascend by one: the first source and
-        destination, and how many, as three arrays."""
-        edge = np.ones(self.count + 1, bool)
-        edge[1:-1] = (self.numbers[:, 1:] != self.numbers[:, :-1] + 1).any(axis=0)
-        edges = edge.nonzero()[0]
-        return *self.numbers[:, edges[:-1]], edges[1:] - edges[:-1]
-
-
-def read(op, mapping, stream=None):
-    """``block_mapping`` as `Pairs`, or as an `arrays.Array` where it is on a GPU.
-
-    A sequence of (source, destination) pairs, or an int32/int64 array [n, 2].
-    """
-    if isinstance(mapping, (list, tuple)):
-        return Pairs(_numbers(op, mapping))
-    facts = arrays.read(mapping, f"{op}: block_mapping", stream)
-    low = facts.ptr | 16
-    array = _describe(op, facts._replace(ptr=low & -low, keep=None))  # of the address its alignment
-    if array.device.kind == "cpu":
-        view = arrays.as_numpy(facts.ptr, array.shape, array.strides, array.dtype.numpy)
-        # A copy: what has been checked must not change before it is used.
-        return Pairs(view.T.astype(np.int64, order="C"))
-    return array._replace(ptr=facts.ptr)
-
-
-@functools.lru_cache(maxsize=256)
-def _describe(op, facts):
-    """The `arrays.Array` of a mapping's facts, checked; its address is the alignment of the real
-    one."""
-    array = arrays.describe(facts, f"{op}: block_mapping")
-    check = contract.Contract(op)
-    check.shape("block_mapping", array, "_ 2")
-    check.dtype("block_mapping", array, *formats.INDICES)
-    if array.device.kind != "cpu":
-        check.contiguous("block_mapping", array, 2)
-        check.aligned("block_mapping", array)
-    return array
-
-
-def _numbers(op, mapping):
-    """`Pairs.numbers` of a sequence."""
-    if not mapping:
-        return np.empty((2, 0), np.int64)
-    try:
-        sources, destinations = zip(*mapping, strict=True)
-        try:
-            # A third of the time of np.array, and it takes nothing but integers.
-            flat = struct.pack(f"{2 * len(mapping)}q", *sources, *destinations)
-        except struct.error:
-            sides = [list(map(operator.index, side)) for side in (sources, destinations)]
-            return np.array(sides, object)
-    except (ValueError, TypeError) as error:
-        raise ShapeError(
-            f"{op}: Invalid shape of block_mapping: expected (source, destination) pairs of "
-            f"integers, got {mapping!r:.80}"
-        ) from error
-    return np.ndarray((2, len(mapping)), np.int64, flat)
-
-
-# --- the checks -----------------------------------------------------------------------------------
+def runs(pairs):
+    """Consecutive pairs whose sources and destinations both ascend by one: the first source and
+    destination, and how many, as three arrays."""
+    edge = np.ones(pairs.shape[1] + 1, bool)
+    edge[1:-1] = (pairs[:, 1:] != pairs[:, :-1] + 1).any(axis=0)
+    edges = edge.nonzero()[0]
+    return *pairs[:, edges[:-1]], edges[1:] - edges[:-1]
 
 
 def check(op, pairs, source_blocks, destination_blocks):
     """Refuse numbers out of range and a destination named twice."""
-    numbers = pairs.numbers
-    if numbers.shape[1] <= FEW:
-        sources, destinations = numbers.tolist()
+    if pairs.shape[1] <= FEW:
+        sources, destinations = pairs.tolist()
         good = not sources or (
             min(sources) >= 0
             and max(sources) < source_blocks
@@ -124,15 +43,15 @@ def check(op, pairs, source_blocks, destination_blocks):
             and len(set(destinations)) == len(destinations)
         )
     else:
-        from_high, to_high = numbers.max(axis=1)
+        from_high, to_high = pairs.max(axis=1)
         good = (
-            numbers.min() >= 0
+            pairs.min() >= 0
             and from_high < source_blocks
             and to_high < destination_blocks
-            and _distinct(pairs.destinations, destination_blocks)
+            and _distinct(pairs[1], destination_blocks)
         )
     if not good:
-        _refuse(op, *numbers.tolist(), source_blocks, destination_blocks)
+        _refuse(op, *pairs.tolist(), source_blocks, destination_blocks)
 
 
 def _refuse(op, sources, destinations, source_blocks, destination_blocks):
@@ -157,13 +76,13 @@ def _refuse(op, sources, destinations, source_blocks, destination_blocks):
 def check_disjoint(op, pairs, num_blocks):
     """Refuse a block that is both source and destination: pairs are copied all at once. They have
     been checked to be below ``num_blocks``."""
-    if pairs.numbers.shape[1] <= FEW:
-        sources, destinations = pairs.numbers.tolist()
+    if pairs.shape[1] <= FEW:
+        sources, destinations = pairs.tolist()
         good = set(destinations).isdisjoint(sources)
     else:
-        good = _disjoint(pairs.sources, pairs.destinations, num_blocks)
+        good = _disjoint(*pairs, num_blocks)
     if not good:
-        both = np.intersect1d(pairs.sources, pairs.destinations)
+        both = np.intersect1d(*pairs)
         raise ArgumentError(
             f"{op}: Invalid value of block_mapping: expected blocks to be either source or "
             f"destination, got block {both[0]} as both; copy in two calls"
@@ -211,8 +130,8 @@ def check_apart(op, pairs, source, destination, sources, destinations):
         return
     of, to = np.array(sources)[:, None], np.array(destinations)
     near = (to + to_low < of + from_high) & (of + from_low < to + to_high)
-    reads, read_size = _places(source, pairs.sources)
-    writes, write_size = _places(destination, pairs.destinations)
+    reads, read_size = _places(source, pairs[0])
+    writes, write_size = _places(destination, pairs[1])
     for layer in np.flatnonzero(near.any(axis=1)):
         others = to[near[layer]]
         if alike and (others == of[layer]).any():
@@ -225,12 +144,11 @@ def check_apart(op, pairs, source, destination, sources, destinations):
         if hit.any():
             raise ArgumentError(
                 f"{op}: Invalid value of block_mapping: expected blocks to be either source or "
-                f"destination, got source block {pairs.sources[int(np.argmax(hit))]} of layer "
+                f"destination, got source block {pairs[0][int(np.argmax(hit))]} of layer "
                 f"{layer} in memory that a destination block shares"
             )
 
 
-@functools.lru_cache(maxsize=64)
 def _apart(addresses, size, step, block_size):
     """Whether arrays of ``size`` bytes at these addresses surely share none: one lies behind the
     other or, as in a pool of layers, their blocks, one every ``step`` bytes, lie between those of

@@ -1,36 +1,24 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Reading several torch tensors at once, in C where torch allows: most of what a call costs."""
+"""Comparing torch tensors with earlier ones, in C++."""
 
 import functools
-import operator
 import sys
 
-_META = operator.attrgetter("shape", "dtype", "device")
+from . import arrays
 
 
-def read(tensors):
-    """Addresses, strides and (shape, dtype, device) of several torch tensors, as three lists.
-
-    The loops run in C: half the time of asking each.
-    """
+def readers():
+    """What tells the address of a torch tensor, and its number of elements."""
     kind = sys.modules["torch"].Tensor
-    return (
-        list(map(kind.data_ptr, tensors)),
-        list(map(kind.stride, tensors)),
-        list(map(_META, tensors)),
-    )
+    return kind.data_ptr, kind.numel
 
 
-def addresses(tensors):
-    """The addresses of several torch tensors."""
-    return list(map(sys.modules["torch"].Tensor.data_ptr, tensors))
-
-
-def same_as(tensors, rows=()):
+def same_as(tensors, varies):
     """A function that tells whether as many objects are torch tensors of the same types, dtypes,
-    devices, shapes and strides as ``tensors``, but for the first extents of those numbered
-    ``rows``; None where this torch has no such comparison.
+    devices, shapes and strides as ``tensors``, but for the dimensions that each of ``varies``
+    names, and the strides of those before the last of them; None where this torch has no such
+    comparison.
 
     It is what guards the results of torch.compile: one call into C++, 0.1 us a tensor, where asking
     each tensor for its attributes takes four times as long. It keeps no tensor alive. It always
@@ -39,10 +27,17 @@ def same_as(tensors, rows=()):
     guards = _tensor_guards()
     if guards is None or len(set(map(id, tensors))) < len(tensors):
         return None
-    shapes = [list(tensor.shape) for tensor in tensors]
-    for index in rows:
-        shapes[index][0] = None
-    strides = [list(tensor.stride()) for tensor in tensors]
+    shapes, strides = [], []
+    for tensor, dims in zip(tensors, varies):
+        shape = list(tensor.shape)
+        # Of an extent of 1, the stride that more would need: the plan is made for that one.
+        steps = list(arrays.regular(dims, shape, tensor.stride(), 1))
+        for dim in dims:
+            shape[dim] = None
+        for dim in range(max(dims, default=0)):
+            steps[dim] = None
+        shapes.append(shape)
+        strides.append(steps)
     try:
         return _guard_of(guards, tensors, shapes, strides)
     except Exception:  # of a kind of tensor that cannot be guarded
@@ -67,6 +62,8 @@ def _tensor_guards():
             empty((3, 4, 1)), empty((3, 5))[:, :4], empty((4, 4)).t()[:3], None,
         )  # fmt: skip
         works = same(empty((3, 4))) and same(empty((2, 4))) and not any(map(same, others))
+        wide = _guard_of(guards, (empty((3, 4)),), [[None, None]], [[None, 1]])
+        works = works and wide(empty((2, 9))) and not wide(empty((4, 4)).t())
     except Exception:
         return None
     return guards if works else None

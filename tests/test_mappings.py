@@ -2,15 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mappings in host memory, few and many pairs, against plain loops."""
 
-import struct
-
 import numpy as np
 import pytest
 
 import cupy_cache as cc
-from cupy_cache.ops.shared import block_pairs
+from cupy_cache.ops.shared import mappings
+from cupy_cache.runtime import dispatch, indices
 
 SOURCES, DESTINATIONS = 900, 1100  # blocks on either side
+MAPPING = dispatch.Arg("block_mapping", varies=dispatch.ROWS, chosen=True, pairs=True)
+
+
+def read(mapping):
+    host, on_device = indices.read("an_op", MAPPING, mapping, None)
+    assert on_device is None
+    return host
 
 
 @pytest.fixture(params=["integers", "table", "sorted", "by-number"])
@@ -18,10 +24,10 @@ def way(request, monkeypatch):
     """How pairs are checked: always as Python's integers, by a table, by sorting; or as usual."""
     few, most = {
         "integers": (10**9, 0), "table": (-1, 10**9), "sorted": (-1, 0),
-        "by-number": (block_pairs.FEW, block_pairs.MOST_IN_TABLE),
+        "by-number": (mappings.FEW, mappings.MOST_IN_TABLE),
     }[request.param]  # fmt: skip
-    monkeypatch.setattr(block_pairs, "FEW", few)
-    monkeypatch.setattr(block_pairs, "MOST_IN_TABLE", most)
+    monkeypatch.setattr(mappings, "FEW", few)
+    monkeypatch.setattr(mappings, "MOST_IN_TABLE", most)
 
 
 def random_pairs(rng, count):
@@ -58,22 +64,21 @@ KINDS = (
 
 @pytest.mark.whole
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("count", [0, 1, 7, block_pairs.FEW, block_pairs.FEW + 1, 400])
-def test_what_is_read_and_packed(rng, kind, count):
+@pytest.mark.parametrize("count", [0, 1, 7, mappings.FEW, mappings.FEW + 1, 400])
+def test_what_is_read(rng, kind, count):
     pairs = random_pairs(rng, count)
-    read = block_pairs.read("an_op", given_as(pairs, kind))
-    assert read.numbers.dtype == np.int64 and read.count == count
-    assert list(zip(read.sources.tolist(), read.destinations.tolist())) == pairs
-    assert read.packed() == b"".join(struct.pack("<II", *pair) for pair in pairs)
+    found = read(given_as(pairs, kind))
+    assert found.dtype == np.int64 and found.shape == (2, count)
+    assert list(zip(*found.tolist())) == pairs
 
 
 def test_an_array_is_copied(rng):
     """What changes it after the checks must not matter."""
     table = np.array(random_pairs(rng, 5))
-    read = block_pairs.read("an_op", table)
-    before = read.numbers.copy()
+    found = read(table)
+    before = found.copy()
     table[:] = -1
-    np.testing.assert_array_equal(read.numbers, before)
+    np.testing.assert_array_equal(found, before)
 
 
 def test_runs(rng):
@@ -87,9 +92,9 @@ def test_runs(rng):
                 expected[-1][2] += 1
             else:
                 expected.append([source, destination, 1])
-        runs = block_pairs.read("an_op", pairs).runs()
+        runs = mappings.runs(read(pairs))
         assert np.stack(runs, 1).tolist() == expected
-    assert [run.tolist() for run in block_pairs.read("an_op", []).runs()] == [[], [], []]
+    assert [run.tolist() for run in mappings.runs(read([]))] == [[], [], []]
 
 
 def complaint(pairs, source_blocks, destination_blocks, disjoint):
@@ -110,13 +115,13 @@ def complaint(pairs, source_blocks, destination_blocks, disjoint):
 
 
 def check(pairs, disjoint):
-    block_pairs.check("an_op", pairs, SOURCES, DESTINATIONS)
+    mappings.check("an_op", pairs, SOURCES, DESTINATIONS)
     if disjoint:
-        block_pairs.check_disjoint("an_op", pairs, max(SOURCES, DESTINATIONS))
+        mappings.check_disjoint("an_op", pairs, max(SOURCES, DESTINATIONS))
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("count", [1, 2, 30, block_pairs.FEW + 1, 400])
+@pytest.mark.parametrize("count", [1, 2, 30, mappings.FEW + 1, 400])
 @pytest.mark.parametrize("kind", ["tuples", "int64"])
 @pytest.mark.parametrize("disjoint", [False, True])
 def test_what_is_wrong_is_found(rng, way, kind, count, disjoint):
@@ -136,12 +141,12 @@ def test_what_is_wrong_is_found(rng, way, kind, count, disjoint):
             ][rng.integers(0, 10)]  # fmt: skip
         expected = complaint(pairs, SOURCES, DESTINATIONS, disjoint)
         found.add(expected and expected[:20])
-        read = block_pairs.read("an_op", given_as(pairs, kind))
+        found_pairs = read(given_as(pairs, kind))
         if expected is None:
-            check(read, disjoint)
+            check(found_pairs, disjoint)
             continue
         with pytest.raises(cc.ArgumentError) as caught:
-            check(read, disjoint)
+            check(found_pairs, disjoint)
         assert f"an_op: Invalid value of block_mapping: {expected}" in str(caught.value)
     assert len(found) > 1
 
@@ -156,9 +161,8 @@ def test_more_bits_than_int64(rng, way, count, side, number):
     pairs = random_pairs(rng, count)
     row = int(rng.integers(0, count))
     pairs[row] = (number, pairs[row][1]) if side == 0 else (pairs[row][0], number)
-    read = block_pairs.read("an_op", pairs)
     with pytest.raises(cc.ArgumentError, match=f"got {number} in row {row}"):
-        check(read, True)
+        check(read(pairs), True)
 
 
 @pytest.mark.whole
@@ -175,10 +179,10 @@ def test_no_pairs_of_integers(rng, count, bad):
     pairs = random_pairs(rng, count)
     pairs[rng.integers(0, count)] = bad
     with pytest.raises(cc.ShapeError, match="block_mapping: expected .* pairs of integers, got"):
-        block_pairs.read("an_op", pairs)
+        read(pairs)
 
 
 @pytest.mark.parametrize("dtype", [np.bool_, np.uint64, np.float64, np.int16])
 def test_arrays_of_other_dtypes(dtype):
     with pytest.raises(cc.DTypeError, match="block_mapping"):
-        block_pairs.read("an_op", np.ones((200, 2), dtype))
+        read(np.ones((200, 2), dtype))

@@ -1,0 +1,132 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Reading arrays through DLPack and ``__cuda_array_interface__``.
+
+CuPy's importer refuses fp8 and forgets the read-only flag, so the capsule is read here. It is only
+looked into, never consumed: it stays the owner, and its destructor returns the tensor to the
+producer when the caller drops it.
+
+Layout of the structs: https://dmlc.github.io/dlpack/latest/c_api.html (DLPack 1.0).
+"""
+
+import ctypes
+from typing import NamedTuple
+
+import numpy as np
+
+from . import driver
+
+CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
+LOOK = -1  # in place of a stream: nothing will be enqueued
+_READ_ONLY, _IS_COPIED = 1, 2  # flags
+
+
+class Place(NamedTuple):
+    """Where an exported array is, in DLPack's terms, and the package of its type."""
+
+    device_type: int
+    device_id: int
+    read_only: bool
+    framework: str
+
+
+def device_of(array):
+    """(Device type, device id) of an array, as integers, without exporting it."""
+    kind, index = array.__dlpack_device__()
+    return int(kind), int(index)
+
+
+def read(array, stream=None):
+    """The fields of `arrays.Facts`; strides in elements, the dtype as DLPack's triple. The producer
+    makes ``stream`` wait for what it has enqueued, but not if that is `LOOK`."""
+    options = {}
+    if device_of(array)[0] in (CUDA, CUDA_MANAGED):
+        # 0 would be ambiguous in the protocol: 1 names the legacy default stream.
+        options["stream"] = stream or 1
+    try:
+        capsule = array.__dlpack__(max_version=(1, 0), **options)
+    except TypeError:  # a producer from before DLPack 1.0
+        capsule = array.__dlpack__(**options)
+    return _parse(capsule, type(array).__module__.partition(".")[0])
+
+
+def read_cuda_interface(array, stream=None):
+    """The fields of `arrays.Facts`; strides in bytes, the dtype NumPy's."""
+    interface = array.__cuda_array_interface__
+    ptr, read_only = interface["data"]
+    dtype = np.dtype(interface["typestr"])
+    shape = tuple(interface["shape"])
+    strides = interface.get("strides")
+    if strides is None:
+        strides = _contiguous(shape, dtype.itemsize)
+    index = interface_device(array)
+    producer = interface.get("stream")
+    if producer is not None and stream != LOOK:
+        driver.active.order(producer, stream or 1, index)
+    framework = type(array).__module__.partition(".")[0]
+    place = Place(CUDA, index, bool(read_only), framework)
+    return ptr, shape, tuple(strides), dtype, place, None
+
+
+def interface_device(array):
+    """The index of the GPU that an array with ``__cuda_array_interface__`` is on."""
+    return driver.active.device_at(array.__cuda_array_interface__["data"][0])
+
+
+class _Tensor(ctypes.Structure):
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+    ]
+
+
+class _ManagedTensorVersioned(ctypes.Structure):
+    _fields_ = [
+        ("major", ctypes.c_uint32),
+        ("minor", ctypes.c_uint32),
+        ("manager_ctx", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _Tensor),
+    ]
+
+
+_capsule_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_capsule_pointer.restype = ctypes.c_void_p
+_capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+_capsule_is = ctypes.pythonapi.PyCapsule_IsValid
+_capsule_is.restype = ctypes.c_int
+_capsule_is.argtypes = [ctypes.py_object, ctypes.c_char_p]
+
+
+def _parse(capsule, framework):
+    read_only = False
+    if _capsule_is(capsule, b"dltensor_versioned"):
+        managed = _ManagedTensorVersioned.from_address(
+            _capsule_pointer(capsule, b"dltensor_versioned")
+        )
+        tensor = managed.tensor
+        read_only = bool(managed.flags & (_READ_ONLY | _IS_COPIED))
+    else:
+        tensor = _Tensor.from_address(_capsule_pointer(capsule, b"dltensor"))
+    shape = tuple(tensor.shape[: tensor.ndim])
+    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else _contiguous(shape, 1)
+    place = Place(tensor.device_type, tensor.device_id, read_only, framework)
+    dtype = (tensor.code, tensor.bits, tensor.lanes)
+    return (tensor.data or 0) + tensor.byte_offset, shape, strides, dtype, place, capsule
+
+
+def _contiguous(shape, itemsize):
+    strides, step = [], itemsize
+    for extent in reversed(shape):
+        strides.append(step)
+        step *= max(extent, 1)
+    return tuple(reversed(strides))

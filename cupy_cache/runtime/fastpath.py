@@ -1,0 +1,547 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""The quick way of signatures that come again with torch tensors on a GPU: what an engine does at
+every layer and step.
+
+A call is compared with an earlier one in C++ (guards.py); then only addresses and numbers of
+elements are asked of the tensors, and the rest is known. There is one function for each signature
+(`_kernel_way`, `_plan_way`), for any counts, and the layers of a `PagedKVCache` share it.
+"""
+
+import functools
+import operator
+import struct
+
+from . import arrays, faults, guards, indices, lists, plans, streams
+
+MAX_WAYS = 8  # signatures of calls of one form
+MAX_FORMS = 256
+MAX_COUNTS = 256  # combinations of extents and numbers, of one signature
+PATIENCE = 64  # calls before a new signature takes the place of one of so many: learning takes long
+
+
+class Known:
+    """The quick ways of an operation, by the *form* of a call: its options, and which arguments
+    there are, which is what can be told at once."""
+
+    def __init__(self, op):
+        self._op = op
+        self.forms = {}
+
+    def ways(self, form):
+        """The ways for calls of this form: a list, of the latest first, that is kept up to date."""
+        found = self.forms.get(form)
+        if found is None:
+            if len(self.forms) >= MAX_FORMS:
+                self.forms.clear()
+            found = self.forms[form] = Ways()
+        return found
+
+    def learn(self, ways, entry, objects, options, given=None):
+        """Know a signature from now on, if it has a quick way. ``given``: the indices of arguments
+        that are not bound."""
+        if entry.device is None or entry.most_rows is not None or not ways.may_learn():
+            return
+        make = _plan_way if self._op.has_lists else _kernel_way
+        way = make(self._op, entry, objects, options, given)
+        if way is not None:
+            ways.learn(way)
+
+
+class Ways(list):
+    """The quick ways of the latest signatures of one form: each a function ``way(tensors, numbers,
+    stream, more)`` that runs a call, or returns False with nothing done. ``more``: the addresses of
+    arguments that are bound, or the objects of an operation with lists."""
+
+    _patience = 0
+
+    def may_learn(self):
+        """Whether it is time for a further one."""
+        if len(self) < MAX_WAYS:
+            return True
+        self._patience -= 1
+        if self._patience > 0:
+            return False
+        self._patience = PATIENCE
+        return True
+
+    def learn(self, way):
+        """Have a way for a further signature."""
+        self[:] = [way, *self[: MAX_WAYS - 1]]
+
+
+# --- one kernel -----------------------------------------------------------------------------------
+
+
+class _Launches:
+    """The launches of a signature, by what decides them: {numbers of elements, shapes and numbers
+    of a call: (enqueue, errors, what to call at these instead, fields, records)}; empty where there
+    is nothing to do. The records are filled but for the addresses, and for the fields where there
+    are numbers. One in use by a thread must not be repacked by another: each takes one and puts it
+    back."""
+
+    def __init__(self, op, entry, options, find):
+        self._op, self._options, self._find = op, options, find
+        self._launcher, self._shape = entry.plan.launcher, entry.plan.shape
+        letters = self._launcher.kernel.params.call_letters[len(op.args) :]
+        self._pack = struct.Struct("<" + "".join(letters)).pack_into
+        self._fields_at = 8 * len(op.args)
+        self._grids = {}  # {rows: (enqueue, errors, what to call at these instead)}
+        self._records = []  # of launches with numbers
+        self.known = {}
+
+    def prepare(self, key, tensors, numbers):
+        """A further one; None where the tensors are not those of the plan."""
+        extents = self._find(tensors)
+        if extents is None:
+            return None
+        rows, fields = 1, ()
+        if self._op.count is not None:
+            rows, fields = self._op.count(extents, self._options, numbers)
+        launch = ()
+        if rows:
+            launch = self._grids.get(rows) or self._of_grid(rows)
+            if launch:
+                launch = *launch, fields, self._records if numbers else []
+        if len(self.known) >= MAX_COUNTS:
+            self.known.clear()
+            self._grids.clear()
+        self.known[key] = launch
+        return launch
+
+    def _of_grid(self, rows):
+        grid, threads = self._shape(rows)
+        if not self._launcher.has_work(grid, threads):
+            return ()
+        enqueue, failed = self._launcher.prepare(grid, threads)
+        again = functools.partial(self._launcher.launch, grid, threads)
+        self._grids[rows] = enqueue, failed, again
+        return self._grids[rows]
+
+    def new_record(self, fields):
+        """A record with these fields."""
+        record = self._launcher.new_record()
+        self.fill(record, fields)
+        return record
+
+    def fill(self, record, fields):
+        """Write the fields."""
+        self._pack(record.buffer, self._fields_at, *fields)
+
+
+def _kernel_way(op, entry, objects, options, given):
+    """The quick way of a `plans.KernelPlan`: one launch."""
+    given = list(range(len(objects)) if given is None else given)
+    bound = [i for i, value in enumerate(objects) if value is not None and i not in given]
+    present = [index for index in given if objects[index] is not None]
+    if entry.others or not all(arrays.is_torch(objects[i]) for i in (*present, *bound)):
+        return None
+    # torch's comparison refuses one tensor given twice: it gets each once.
+    unique = []
+    for index in present:
+        if not any(objects[index] is objects[other] for other in unique):
+            unique.append(index)
+    tensors = [objects[index] for index in unique]
+    if not all(tensor.numel() for tensor in tensors):
+        return None  # then the number of elements does not tell the rows
+    same = guards.same_as(tensors, [op.args[index].varies for index in unique])
+    if same is None:
+        return None
+    pick = _Pick(given, objects, unique)
+    pointers = _Pointers(op, objects, unique, pick.twins, bound)
+    extents = _Extents(op, objects, unique)
+    launches = _Launches(op, entry, options, extents.find)
+    sized = [at for at, index in enumerate(unique) if op.args[index].varies == (0,)]
+    plain = not (pick.needed or extents.free or pointers.arrange or pointers.odd)
+    if plain:
+        if len(unique) == 3 and sized == [0, 1, 2] and pointers.insert_at == 2:
+            return _bound_write_way(entry, same, launches, pointers)
+        if len(unique) == 5 and sized == [0, 1, 4] and not bound:
+            return _write_way(entry, same, launches, pointers)
+    # Every statement of `run` is one of every call: all that it needs is at hand.
+    picks, pick = pick.needed, pick.pick
+    insert_at, arrange, pack = pointers.insert_at, pointers.arrange, pointers.pack
+    misaligned, sized, free = pointers.misaligned, extents.sized, extents.free
+    known, prepare, new_record = launches.known, launches.prepare, launches.new_record
+    current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
+    address, elements, fill = *guards.readers(), launches.fill
+
+    def run(objects, numbers, stream, bound):
+        tensors = objects
+        if picks:
+            tensors = pick(objects)
+            if tensors is None:
+                return False
+        if not same(*tensors):
+            return False
+        key = tuple(map(elements, tensors if sized is None else sized(tensors)))
+        if numbers:
+            key += numbers
+        if free is not None:
+            key += free(tensors)
+        launch = known.get(key)
+        if launch is None:
+            launch = prepare(key, tensors, numbers)
+            if launch is None:
+                return False
+        if not launch:
+            return True
+        addresses = list(map(address, tensors))
+        if insert_at:
+            addresses[insert_at:insert_at] = bound
+        if arrange is not None:
+            addresses = arrange(addresses)
+        if misaligned(addresses):
+            return False
+        enqueue, failed, again, fields, records = launch
+        try:
+            record = records.pop()
+        except IndexError:
+            record = new_record(fields)
+        if numbers:
+            fill(record, fields)
+        pack(record.buffer, 0, *addresses)
+        if stream is None:
+            stream = current_stream()
+        elif stream != torchs():
+            streams.lend(tensors, stream, device)
+        try:
+            enqueue(stream, record.address, 0)
+        except failed:
+            again(stream, record)
+        records.append(record)
+        if faults.debug:
+            faults.after_launch(stream, device)
+        return True
+
+    return run
+
+
+# The writes of an engine's every layer, written out for their five tensors, or three where the
+# caches are bound. What `_kernel_way` does with any number of them takes 0.7 us more.
+
+
+def _write_way(entry, same, launches, pointers):
+    """`_kernel_way` of two sources, two caches and slots."""
+    pack, misaligned = pointers.pack, pointers.misaligned
+    known, prepare, new_record = launches.known, launches.prepare, launches.new_record
+    current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
+    address, elements = guards.readers()
+
+    def run(objects, numbers, stream, bound):
+        del bound
+        if numbers or not same(*objects):
+            return False
+        key, value, key_cache, value_cache, slots = objects
+        sizes = elements(key), elements(value), elements(slots)
+        launch = known.get(sizes)
+        if launch is None:
+            launch = prepare(sizes, objects, numbers)
+        if not launch:
+            return True
+        a, b, c = address(key), address(value), address(key_cache)
+        d, e = address(value_cache), address(slots)
+        if (a | b | c | d | e) & 15 and misaligned((a, b, c, d, e)):
+            return False
+        enqueue, failed, again, fields, records = launch
+        try:
+            record = records.pop()
+        except IndexError:
+            record = new_record(fields)
+        pack(record.buffer, 0, a, b, c, d, e)
+        if stream is None:
+            stream = current_stream()
+        elif stream != torchs():
+            streams.lend(objects, stream, device)
+        try:
+            enqueue(stream, record.address, 0)
+        except failed:
+            again(stream, record)
+        records.append(record)
+        if faults.debug:
+            faults.after_launch(stream, device)
+        return True
+
+    return run
+
+
+def _bound_write_way(entry, same, launches, pointers):
+    """`_kernel_way` of two sources and slots; the caches are bound, at addresses that are aligned
+    as the plan wants them."""
+    pack, misaligned = pointers.pack, pointers.misaligned
+    known, prepare, new_record = launches.known, launches.prepare, launches.new_record
+    current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
+    address, elements, fill = *guards.readers(), launches.fill
+
+    def run(objects, numbers, stream, bound):
+        if not same(*objects):
+            return False
+        key, value, slots = objects
+        sizes = elements(key), elements(value), elements(slots), numbers
+        launch = known.get(sizes)
+        if launch is None:
+            launch = prepare(sizes, objects, numbers)
+        if not launch:
+            return True
+        a, b, c = address(key), address(value), address(slots)
+        if (a | b | c) & 15 and misaligned((a, b, *bound, c)):
+            return False
+        enqueue, failed, again, fields, records = launch
+        try:
+            record = records.pop()
+        except IndexError:
+            record = new_record(fields)
+        if numbers:
+            fill(record, fields)
+        pack(record.buffer, 0, a, b, *bound, c)
+        if stream is None:
+            stream = current_stream()
+        elif stream != torchs():
+            streams.lend(objects, stream, device)
+        try:
+            enqueue(stream, record.address, 0)
+        except failed:
+            again(stream, record)
+        records.append(record)
+        if faults.debug:
+            faults.after_launch(stream, device)
+        return True
+
+    return run
+
+
+class _Pick:
+    """The tensors that are compared, from the objects of a call, where these are not they: some are
+    absent, or one is given twice.
+
+    twins : of each argument that is a tensor given before, its index and the place of that tensor.
+    """
+
+    def __init__(self, given, objects, unique):
+        place = {id(objects[index]): at for at, index in enumerate(unique)}
+        twins = [index for index in given if objects[index] is not None and index not in unique]
+        self.twins = [(index, place[id(objects[index])]) for index in twins]
+        self._absent = [given.index(index) for index in given if objects[index] is None]
+        self._twins = [(given.index(index), at) for index, at in self.twins]
+        self._take = _getter([given.index(index) for index in unique])
+        self.needed = unique != given
+
+    def pick(self, objects):
+        """The tensors; None where others are absent, or given twice."""
+        tensors = self._take(objects)
+        for at in self._absent:
+            if objects[at] is not None:
+                return None
+        for at, one in self._twins:
+            if objects[at] is not tensors[one]:
+                return None
+        return tensors
+
+
+class _Pointers:
+    """Where the addresses of a call go in the kernel's parameters.
+
+    insert_at : where the addresses that are bound come between those of the tensors; 0 where none
+    are. arrange : what then brings all in the order of the arguments; None where they are. pack :
+    writes them into a record. odd : whether the plan was made for addresses that are not all
+    multiples of 16.
+    """
+
+    def __init__(self, op, objects, unique, twins, bound):
+        self.insert_at = next((at for at, i in enumerate(unique) if bound and i > bound[0]), 0)
+        if bound and not self.insert_at:
+            self.insert_at = len(unique)
+        order = [*unique[: self.insert_at], *bound, *unique[self.insert_at :]]
+        sources = {index: at for at, index in enumerate(order)}
+        sources |= {index: sources[unique[at]] for index, at in twins}
+        everything = sorted(sources)
+        self.arrange = None
+        if order != everything:
+            self.arrange = _getter([sources[index] for index in everything])
+        letters = ["Q" if index in sources else "8x" for index in range(everything[-1] + 1)]
+        self.pack = struct.Struct("<" + "".join(letters)).pack_into
+        self._masks = [op.args[index].mask for index in everything]
+        self._low = self._low_bits([objects[index].data_ptr() for index in everything])
+        self.odd = any(self._low)
+
+    def _low_bits(self, addresses):
+        return [address & mask for address, mask in zip(addresses, self._masks)]
+
+    def misaligned(self, addresses):
+        """Whether addresses are aligned otherwise than those that the plan was made for."""
+        bits = functools.reduce(operator.or_, addresses) & 15
+        return bool(bits or self.odd) and self._low_bits(addresses) != self._low
+
+
+def _getter(places):
+    """What takes a tuple's items at ``places``, as a tuple."""
+    if len(places) == 1:
+        return lambda items: (items[places[0]],)
+    return operator.itemgetter(*places) if places else lambda items: ()
+
+
+class _Extents:
+    """How the extents of a call are found: from the number of elements where only the first one
+    varies, else from shapes and strides.
+
+    sized : the tensors of which the number of elements is asked; None where that is all of them.
+    free : tensors -> shapes and strides of the others; None where there are none. find : tensors ->
+    what the operation's count gets; None where strides are aligned otherwise than the plan's.
+    """
+
+    def __init__(self, op, objects, unique):
+        self._parts = []  # of each argument that varies: (itself, its tensor, elements of a row)
+        whole, free = [], []
+        for index, arg in enumerate(op.args):
+            value = objects[index] if index < len(objects) else None
+            if not arg.varies:
+                continue
+            if value is None:
+                self._parts.append((arg, None, 0))
+                continue
+            at = next(at for at, one in enumerate(unique) if objects[one] is value)
+            rows = arg.varies == (0,)
+            self._parts.append((arg, at, value.numel() // value.shape[0] if rows else 0))
+            (whole if rows else free).append(at)
+        self.sized = None if whole == list(range(len(unique))) else _getter(whole)
+        self.free = None
+        self._low = {
+            at: _low_bits(arg, objects[unique[at]]) for arg, at, _ in self._parts if at in free
+        }
+        if free:
+
+            def shapes_and_strides(tensors):
+                return tuple((tensors[at].shape, tensors[at].stride()) for at in free)
+
+            self.free = shapes_and_strides
+
+    def find(self, tensors):
+        extents = []
+        for arg, at, elements in self._parts:
+            if at is None:
+                extents.append(None)
+            elif elements:
+                extents.append(tensors[at].numel() // elements)
+            elif _low_bits(arg, tensors[at]) != self._low[at]:
+                return None
+            else:
+                extents.append(_extent(arg, tensors[at]))
+        return extents
+
+
+def _extent(arg, tensor):
+    """What an operation's count gets of a tensor."""
+    if arg.varies == (0,):
+        return tensor.shape[0]
+    size = tensor.element_size()
+    return tuple(tensor.shape), tuple(stride * size for stride in tensor.stride())
+
+
+def _low_bits(arg, tensor):
+    """Of the strides that change from call to call, what their alignment means to a plan."""
+    if arg.index:
+        return 0
+    strides = tensor.stride()[: max(arg.varies, default=0)]
+    return functools.reduce(operator.or_, strides, 0) * tensor.element_size() & 15
+
+
+# --- any plan of an operation with lists ----------------------------------------------------------
+
+
+def flattened(op, objects, options):
+    """``objects`` with the numbers in host memory read, all their tensors in one list, and the form
+    of the call."""
+    read, tensors, form = [], [], [options]
+    for arg, value in zip(op.args, objects):
+        if arg.chosen and value is not None:
+            value = indices.read_host(op.name, arg, value)
+        read.append(value)
+        if value is None or type(value) is indices.Chosen:
+            form.append(type(value))
+        elif arg.layers:
+            lists.require_list(op.name, arg.name, value)
+            tensors += value
+            form.append(len(value))
+        else:
+            tensors.append(value)
+            form.append(True)
+    return read, tensors, tuple(form)
+
+
+def _plan_way(op, entry, objects, options, given):
+    """The quick way of any other plan: what is remembered is found without reading the arrays."""
+    if given is not None or entry.others:
+        return None
+    _, tensors, form = flattened(op, objects, options)
+    if not tensors or not all(map(arrays.is_torch, tensors)):
+        return None
+    args = []  # of each tensor
+    for arg, length in zip(op.args, form[1:]):
+        if type(length) is not type:
+            args += [arg] * int(length)
+    free = [at for at, arg in enumerate(args) if arg.varies and arg.varies != (0,)]
+    low_bits = [_low_bits(args[at], tensors[at]) for at in free]
+    address, _ = guards.readers()
+    same = guards.same_as(tensors, [arg.varies for arg in args])
+    if same is None or _any_bits(map(address, tensors)) & 15:
+        return None
+    parts, at = (
+        [],
+        0,
+    )  # of each argument: (itself, its first tensor, how many, or what is no tensor)
+    for arg, length in zip(op.args, form[1:]):
+        parts.append((arg, at, length))
+        at += 0 if type(length) is type else int(length)
+    latest = [None, None, None]  # addresses, and what was made of them: values, tables
+
+    def values_of(addresses):
+        """The values of `plans.Call`, but for what is chosen in host memory; the plan's tables."""
+        if _any_bits(addresses) & 15:
+            return None, None
+        values = []
+        for _, at, length in parts:
+            if type(length) is type:
+                values.append(0)
+            else:
+                values.append(
+                    addresses[at] if length is True else tuple(addresses[at : at + length])
+                )
+        tables = None if entry.tables is None else entry.tables(values)
+        return values, tables
+
+    def run(tensors, numbers, stream, objects):
+        if not same(*tensors):
+            return False
+        addresses = list(map(address, tensors))
+        known, values, tables = latest
+        if addresses != known:
+            values, tables = values_of(addresses)
+            if values is None:
+                return False
+            latest[:] = addresses, values, tables
+        if free and [_low_bits(args[at], tensors[at]) for at in free] != low_bits:
+            return False
+        values, extents = values.copy(), []
+        for index, (arg, at, length) in enumerate(parts):
+            if not arg.varies:
+                continue
+            if type(length) is type:
+                extent = None
+                if objects[index] is not None:
+                    values[index] = objects[index].numbers
+                    extent = values[index].shape[-1]
+            elif length is True:
+                extent = _extent(arg, tensors[at])
+            else:
+                extent = [_extent(arg, tensor) for tensor in tensors[at : at + length]]
+            extents.append(extent)
+        call = plans.Call(values, 1, (), tables, stream, (), ())
+        op.finish(entry, call, extents, objects, options, numbers)
+        return True
+
+    return run
+
+
+def _any_bits(addresses):
+    """All bits that are set in any of them."""
+    return functools.reduce(operator.or_, addresses)

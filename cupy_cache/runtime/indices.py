@@ -1,0 +1,104 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks, slots or pairs of blocks that a caller chose: in host memory, or in an array on a GPU.
+
+Those in host memory may be thousands: nothing here loops over them in Python.
+"""
+
+import operator
+import struct
+
+import numpy as np
+
+from ..errors import DTypeError, ShapeError
+from . import arrays, contract, formats
+
+
+class Chosen:
+    """What was chosen in host memory, read: int64 [n] or, of pairs, [2, n]."""
+
+    __slots__ = ("numbers",)
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+
+def read_host(op, arg, value):
+    """``value`` as `Chosen` if it is surely in host memory, else as it is."""
+    if isinstance(value, (list, tuple, range)):
+        return Chosen((_pairs if arg.pairs else _numbers)(op, arg.name, value))
+    return value
+
+
+def read(op, arg, value, stream):
+    """(int64 NumPy array, None) of what is in host memory, [n] or, of pairs, [2, n]; (None,
+    `arrays.Facts`) of an array on a GPU."""
+    value = read_host(op, arg, value)
+    if type(value) is Chosen:
+        return value.numbers, None
+    facts = arrays.read(value, f"{op}: {arg.name}", stream)
+    array = arrays.describe(facts, f"{op}: {arg.name}")
+    if array.device.kind != "cpu":
+        return None, facts
+    check(op, arg, array)
+    # A copy: what has been checked must not change before it is used.
+    view = arrays.as_numpy(array.ptr, array.shape, array.strides, array.dtype.numpy)
+    return (view.T if arg.pairs else view).astype(np.int64, order="C"), None
+
+
+def check(op, arg, array):
+    """Refuse an array of another shape or dtype, or one on a GPU that the kernels cannot read."""
+    contracted = contract.Contract(op)
+    contracted.shape(arg.name, array, "_ 2" if arg.pairs else "_")
+    contracted.dtype(arg.name, array, *formats.INDICES)
+    if array.device.kind != "cpu":
+        contracted.aligned(arg.name, array)
+        if arg.pairs:
+            contracted.contiguous(arg.name, array, 2)
+
+
+def _pairs(op, name, value):
+    """A sequence of (source, destination) pairs; of objects where one has more than 64 bits."""
+    if not value:
+        return np.empty((2, 0), np.int64)
+    try:
+        sources, destinations = zip(*value, strict=True)
+        try:
+            # A third of the time of np.array, and it takes nothing but integers.
+            flat = struct.pack(f"{2 * len(value)}q", *sources, *destinations)
+        except struct.error:
+            sides = [list(map(operator.index, side)) for side in (sources, destinations)]
+            return np.array(sides, object)
+    except (ValueError, TypeError) as error:
+        raise ShapeError(
+            f"{op}: Invalid shape of {name}: expected (source, destination) pairs of integers, got "
+            f"{value!r:.80}"
+        ) from error
+    return np.frombuffer(flat, np.int64).reshape(2, -1)
+
+
+def _numbers(op, name, value):
+    try:
+        table = as_integers(value)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise DTypeError(
+            f"{op}: Invalid type of {name}: expected integers, got {value!r:.80}"
+        ) from error
+    if table.ndim != 1:
+        raise ShapeError(
+            f"{op}: Invalid shape of {name}: expected one dimension, got {list(table.shape)}"
+        )
+    return table
+
+
+def as_integers(values):
+    """A sequence of integers, nested or not, as an int64 array; `TypeError`, `ValueError` or
+    `OverflowError` where it is something else."""
+    table = np.array(values)
+    if not table.size:
+        return table.astype(np.int64)
+    if table.dtype.kind not in "iu":
+        raise TypeError(f"no integers: {table.dtype}")
+    if table.dtype.kind == "u" and int(table.max()) > np.iinfo(np.int64).max:
+        raise OverflowError(f"more than 63 bits: {table.max()}")
+    return table.astype(np.int64, copy=False)

@@ -1,0 +1,101 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Arguments that are lists of arrays, one for each layer."""
+
+import functools
+import operator
+from typing import NamedTuple
+
+from ..errors import DeviceError, DTypeError, ShapeError, StrideError
+from . import arrays
+
+
+class Layers(NamedTuple):
+    """Arrays that are alike, but for the dimensions that may vary.
+
+    facts : of the first; its address is replaced by the alignment common to all, at most 16.
+    addresses : of each.
+    shapes, strides : of each, where dimensions vary; else None.
+    """
+
+    facts: arrays.Facts
+    addresses: tuple
+    shapes: tuple | None = None
+    strides: tuple | None = None
+
+
+def require_list(op, name, value):
+    """Refuse anything but a list of arrays."""
+    if not isinstance(value, (list, tuple)):
+        raise DTypeError(
+            f"{op}: Invalid type of {name}: expected a list of arrays, one for each layer, got "
+            f"{type(value).__name__}"
+        )
+
+
+def read(op, arg, values, stream):
+    """A list of arrays as `Layers`, and what must be kept alive; `Layers` is None where the list is
+    empty. For errors, array i is called by ``arg.item``."""
+    if not values:
+        return None, ()
+    facts = [
+        arrays.read(value, f"{op}: {arg.item(index)}", stream) for index, value in enumerate(values)
+    ]
+    first = facts[0]
+    wanted = _alike(arg, first)
+    if any(_alike(arg, fact) != wanted for fact in facts):
+        for index, fact in enumerate(facts):
+            _compare(op, arg, index, fact, first)
+    addresses = tuple(fact.ptr for fact in facts)
+    common = functools.reduce(operator.or_, addresses, 16)
+    common = first._replace(ptr=common & -common, keep=None)
+    keep = [fact.keep for fact in facts]
+    if not arg.varies:
+        return Layers(common, addresses), keep
+    shapes, strides = (tuple(fact[at] for fact in facts) for at in (1, 2))
+    return Layers(common, addresses, shapes, strides), keep
+
+
+def _alike(arg, fact):
+    """What arrays of a list have in common."""
+    _, shape, strides, dtype, place, _ = fact
+    return *_fixed(arg, shape, strides), dtype, place
+
+
+def _fixed(arg, shape, strides):
+    """Extents and strides, None where they vary."""
+    if not arg.varies:
+        return tuple(shape), strides
+    last = max(arg.varies)
+    shape = tuple(None if at in arg.varies else n for at, n in enumerate(shape))
+    return shape, (*(None for _ in strides[:last]), *strides[last:])
+
+
+def _compare(op, arg, index, fact, first):
+    """Refuse an array that is not like the first one."""
+    name, first_name = arg.item(index), arg.item(0)
+    got, wanted = (arrays.describe(f, f"{op}: {n}") for f, n in ((fact, name), (first, first_name)))
+    unlike = [
+        (what, error, one, other)
+        for (what, error), one, other in zip(_KINDS, _shown(arg, got), _shown(arg, wanted))
+        if one != other
+    ]
+    if unlike:
+        what, error, one, other = unlike[0]
+        raise error(
+            f"{op}: Invalid {what} of {name}: expected {other} like {first_name}, got {one}"
+        )
+
+
+_KINDS = ("shape", ShapeError), ("dtype", DTypeError), ("device", DeviceError), (
+    "strides", StrideError
+)  # fmt: skip
+
+
+def _shown(arg, array):
+    """What arrays of a list have in common, as errors show it."""
+    if len(array.shape) <= max(arg.varies, default=-1):
+        return f"{list(array.shape)} ({len(array.shape)} dimensions)", None, None, None
+    shape, strides = _fixed(arg, array.shape, array.strides)
+    extents = ", ".join("_" if n is None else str(n) for n in shape)
+    return f"[{extents}]", array.dtype.name, array.device, list(strides)

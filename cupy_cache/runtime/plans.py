@@ -1,0 +1,131 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Plans: how calls of one signature run, and the memory of them."""
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from . import arrays, launch
+
+MAX_PLANS = 1024  # of one operation
+
+
+class Call(NamedTuple):
+    """What a plan gets of one call.
+
+    values : for each argument of the operation its address, 0 where it is absent; the addresses of
+        a list of layers; or the numbers that are in host memory, as NumPy's int64.
+    rows, fields : what the operation's count gave.
+    tables : what the plan's own ``tables(values)`` made of the addresses in lists, which is kept
+        for as long as they stay the same; None where the plan has no such method.
+    stream : the address of a stream; None on the CPU.
+    shapes, strides : of each array, where the plan is for NumPy; strides in bytes.
+    """
+
+    values: list
+    rows: int
+    fields: tuple
+    tables: Any
+    stream: int | None
+    shapes: list
+    strides: list
+
+
+class KernelPlan:
+    """One launch.
+
+    Parameters
+    ----------
+    launcher : launch.Launcher
+        Its per-call fields are the addresses of all arguments, in order, then the fields that the
+        operation's count gave.
+    shape : callable
+        rows -> (grid, threads).
+    """
+
+    __slots__ = ("launcher", "shape")
+
+    def __init__(self, launcher: launch.Launcher, shape: Callable):
+        self.launcher, self.shape = launcher, shape
+
+    def run(self, call):
+        """Enqueue."""
+        grid, threads = self.shape(call.rows)
+        self.launcher.enqueue(grid, threads, call.stream, *call.values, *call.fields)
+
+
+class NumPyPlan:
+    """A function on NumPy arrays.
+
+    Parameters
+    ----------
+    function : callable
+        ``function(*views, *fields)``; the view of a missing argument is None.
+    dtypes : sequence of numpy.dtype
+        What to view each argument as.
+    """
+
+    __slots__ = ("dtypes", "function")
+
+    def __init__(self, function: Callable, dtypes):
+        self.function, self.dtypes = function, tuple(dtypes)
+
+    def run(self, call):
+        """Run it, here and now."""
+        views = [
+            None if shape is None else arrays.as_numpy(address, shape, strides, dtype)
+            for address, shape, strides, dtype in zip(
+                call.values, call.shapes, call.strides, self.dtypes
+            )
+        ]
+        self.function(*views, *call.fields)
+
+
+class Entry(NamedTuple):
+    """What is remembered of a signature.
+
+    plan : an object with ``run(call)``. tables : its method of that name, or None.
+    device : index of the GPU it runs on; None for the CPU.
+    current_stream : a function that gives the current stream of the destination's framework.
+    others : the like of other frameworks that own arguments.
+    torchs : the like of torch, if any argument on the GPU is torch's; else None.
+    hosted : the indices of arrays in host memory, if the plan runs on a GPU.
+    strides : of each argument, in bytes.
+    most_rows : the most rows of the destination that were checked; None if any number will do.
+    """
+
+    plan: Any
+    tables: Callable | None
+    device: int | None
+    current_stream: Callable | None
+    others: tuple
+    torchs: Callable | None
+    hosted: tuple
+    strides: list
+    most_rows: int | None
+
+
+class Memory:
+    """Entries by their signatures; the oldest goes where a new one finds no room."""
+
+    def __init__(self):
+        self._entries: OrderedDict[tuple, Entry] = OrderedDict()
+        self._lock = threading.Lock()
+        self.get = self._entries.get
+
+    def __len__(self):
+        return len(self._entries)
+
+    def add(self, signature, entry):
+        """Remember an entry."""
+        with self._lock:
+            while len(self._entries) >= MAX_PLANS:
+                self._entries.popitem(last=False)
+            self._entries[signature] = entry
+
+    def clear(self):
+        """Forget all."""
+        with self._lock:
+            self._entries.clear()

@@ -1,0 +1,39 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""How C++ says what Python has decided: template arguments of the kernels."""
+
+# Index types.
+INDEX_NAMES = {"int32": "int", "int64": "long long"}
+
+# Element types (elements.cuh).
+ELEMENT_NAMES = {
+    "float32": "cupy_cache::F32",
+    "float16": "cupy_cache::F16",
+    "bfloat16": "cupy_cache::BF16",
+    "float8_e4m3fn": "cupy_cache::E4M3",
+    "float8_e5m2": "cupy_cache::E5M2",
+    "int8": "cupy_cache::I8",
+}
+
+
+def boolean(value):
+    """``value`` as ``true`` or ``false``."""
+    return "true" if value else "false"
+
+
+def quantiser(source, stored, vector_bytes):
+    """How the converter is spelled (convert.cuh) that makes vectors of ``vector_bytes`` of a cache:
+    from ``source`` elements to ``stored`` ones, or by copying where ``stored`` is None."""
+    if stored is None:
+        return f"cupy_cache::Copy<{vector_bytes}>"
+    types = f"{ELEMENT_NAMES[source.name]}, {ELEMENT_NAMES[stored.name]}"
+    return f"cupy_cache::Quantise<{types}, {vector_bytes}>"
+
+
+def dequantiser(stored, target, vector_bytes):
+    """How the converter is spelled that makes vectors of ``vector_bytes`` of ``target`` elements,
+    from ``stored`` ones, or by copying where ``stored`` is None."""
+    if stored is None:
+        return f"cupy_cache::Copy<{vector_bytes}>"
+    types = f"{ELEMENT_NAMES[stored.name]}, {ELEMENT_NAMES[target.name]}"
+    return f"cupy_cache::Dequantise<{types}, {vector_bytes}>"

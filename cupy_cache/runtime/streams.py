@@ -1,0 +1,125 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Streams: where work is enqueued, behind what it must wait, and how long memory must live.
+
+The rules, of which this module is the one owner:
+
+* Work goes to the current stream of the framework that owns the destination, on its device, or to
+  the stream that the caller names.
+* Arrays of that framework are in that stream's order. What another framework owns may have been
+  written on that framework's current stream, so the work waits for it, on the device.
+  Arrays behind a protocol are ordered by their producer, which is told the stream.
+* A result is made by its framework, on the framework's current stream. Work on another stream waits
+  for that one first: the memory may have been freed under work that is still to come (`empty`).
+* torch tensors used on another stream than torch's current one are told to torch's allocator
+  (`lend`), so that dropping them early does no harm. Host memory under a copy that is enqueued is
+  kept until the copy is done (`keep_until_done`).
+* A stream that is being captured into a graph can neither wait for work outside the graph nor be
+  asked. There the caller orders the streams, and what the graph uses must live as long as it.
+"""
+
+import collections
+import functools
+import sys
+
+import numpy as np
+
+from ..errors import DTypeError
+from . import arrays, cuda, driver
+
+
+def pointer(stream):
+    """The address of a stream: an integer, or any object with ``__cuda_stream__``, ``ptr`` or
+    ``cuda_stream``."""
+    if isinstance(stream, int):
+        return stream
+    protocol = getattr(stream, "__cuda_stream__", None)
+    if protocol is not None:
+        return int(protocol()[1] if callable(protocol) else protocol[1])
+    for attribute in ("ptr", "cuda_stream"):
+        if hasattr(stream, attribute):
+            return int(getattr(stream, attribute))
+    raise DTypeError(
+        "Invalid type of stream: expected an integer address or an object with __cuda_stream__, "
+        f"ptr or cuda_stream, got {type(stream).__name__}"
+    )
+
+
+def current(framework, device):
+    """A function that returns the address of a framework's current stream on GPU ``device``, an
+    index. Of a framework that is not known it is CuPy's."""
+    if framework in arrays.FRAMEWORKS:
+        return functools.partial(arrays.FRAMEWORKS[framework].current_stream, device)
+    torch = sys.modules["torch"] if framework == "torch" else None
+    if torch is not None and torch.version.cuda is not None:
+        raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+        if raw is not None:  # 0.1 us, against 4.6 for the documented call
+            return functools.partial(raw, device)
+        return lambda: torch.cuda.current_stream(device).cuda_stream
+    return functools.partial(driver.active.current_stream, device)
+
+
+def knows(framework):
+    """Whether `current` tells the stream of ``framework`` itself."""
+    return framework in ("torch", "cupy") or framework in arrays.FRAMEWORKS
+
+
+def lend(tensors, stream, device):
+    """Tell torch's allocator that those of ``tensors`` that are torch's on a GPU are used on
+    ``stream``, which is not torch's current one there."""
+    torch = sys.modules["torch"]
+    shown = torch.cuda.ExternalStream(stream, device=device)
+    for tensor in tensors:
+        if arrays.is_torch(tensor) and tensor.is_cuda:
+            tensor.record_stream(shown)
+
+
+_kept: collections.deque = collections.deque()
+
+
+def keep_until_done(objects, stream, device):
+    """Keep ``objects``, which own host memory, until what ``stream`` holds is done. They are let go
+    at the next call of this, or of `let_go`, after that."""
+    let_go()
+    if not driver.active.capturing(stream):
+        _kept.append((driver.active.event(stream, device), objects))
+
+
+def let_go():
+    """Drop what was kept for work that is done."""
+    while _kept:
+        try:
+            event, objects = _kept.popleft()
+        except IndexError:  # another thread was quicker
+            return
+        if not event.done():
+            _kept.appendleft((event, objects))
+            return
+
+
+def can_make(framework):
+    """Whether `empty` knows ``framework`` by name."""
+    return framework in ("torch", "cupy", "numpy") or framework in arrays.FRAMEWORKS
+
+
+def empty(framework, device, shape, dtype, stream=None):
+    """An uninitialised, contiguous array of ``framework`` ("torch", "cupy", "numpy" or a registered
+    one; anything else means CuPy on a GPU and NumPy elsewhere), to be written on ``stream``, by
+    default the framework's current one."""
+    if framework in arrays.FRAMEWORKS:
+        made = arrays.FRAMEWORKS[framework].empty(device, shape, dtype)
+    elif framework == "torch":
+        torch = sys.modules["torch"]
+        made = torch.empty(shape, dtype=getattr(torch, dtype.name), device=str(device))
+    elif device.kind == "cpu":
+        return np.empty(shape, dtype.numpy)
+    else:
+        with cuda.on_device(device.index):
+            made = cuda.import_cupy(f"an array on {device}").empty(shape, dtype.numpy)
+    if stream is not None and device.kind == "cuda":
+        made_on = current(framework, device.index)()
+        if stream != made_on:
+            driver.active.order(made_on, stream, device.index)
+            if framework == "torch":
+                lend([made], stream, device.index)
+    return made

@@ -1,0 +1,34 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""What setup.cfg cannot say: the kernels' sources are beside the package in a checkout, and inside it
+in a wheel. `cupy_cache.runtime.modules.kernel_dir` finds them in either place.
+
+If ``package_dir`` said so, an editable install would be an import hook, which type checkers do not
+follow. This way it is a path.
+"""
+
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command import build_py
+
+SOURCES = sorted(Path("kernels_cu").rglob("*.cu*"))
+
+
+class BuildPy(build_py.build_py):
+    """With the kernels' sources, but for an editable install."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            for source in SOURCES:
+                target = Path(self.build_lib, "cupy_cache", source)
+                self.mkpath(str(target.parent))
+                self.copy_file(str(source), str(target))
+
+    def get_source_files(self):
+        """What a source distribution contains."""
+        return [*super().get_source_files(), *map(str, SOURCES)]
+
+
+setup(cmdclass={"build_py": BuildPy})

@@ -1,0 +1,249 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+# pyright: strict, reportUnnecessaryTypeIgnoreComment=true
+"""A user's module that calls everything public, for type checkers; see test_typing.py.
+
+What it calls with arrays is checked, and run, once for each kind of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+import cupy_cache as cc
+from cupy_cache.types import ArrayLike, Indices, Pairs, Scale, StreamLike, Writer
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Own:
+    """An array that offers no more than DLPack."""
+
+    def __init__(self, array: npt.NDArray[Any]) -> None:
+        self._array = array
+
+    def __dlpack__(self, *, max_version: tuple[int, int] | None = None) -> object:
+        return self._array.__dlpack__(max_version=max_version)
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 1, 0
+
+
+class OnGPU:
+    """An array that offers no more than the CUDA array interface."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, object]:
+        raise NotImplementedError
+
+
+Array = TypeVar("Array", "npt.NDArray[Any]", "torch.Tensor", Own)
+Make = Callable[["npt.NDArray[Any]"], Array]
+
+BLOCKS, BLOCK_SIZE, HEADS, SIZE, TOKENS = 4, 4, 2, 16, 3
+
+
+def numbers(*values: int) -> npt.NDArray[np.int64]:
+    return np.array(values, np.int64)
+
+
+def zeros(*shape: int, dtype: npt.DTypeLike = np.float32) -> npt.NDArray[Any]:
+    return np.zeros(shape, dtype)
+
+
+# --- with each kind of array ----------------------------------------------------------------------
+
+
+def writes(make: Make[Array]) -> None:
+    key, slots = make(zeros(TOKENS, HEADS, SIZE)), make(numbers(0, 5, -1))
+    cache, value_cache = (make(zeros(BLOCKS, BLOCK_SIZE, HEADS, SIZE)) for _ in range(2))
+    cc.reshape_and_cache_flash(key, key, cache, value_cache, slots)
+    eighth = make(zeros(BLOCKS, BLOCK_SIZE, HEADS, SIZE, dtype=np.uint8))
+    scale = make(np.ones(HEADS, np.float32))
+    cc.reshape_and_cache_flash(
+        key, key, eighth, make(zeros(BLOCKS, BLOCK_SIZE, HEADS, SIZE, dtype=np.uint8)), slots,
+        "fp8", scale, v_scale=np.float32(0.5), stream=None,
+    )  # fmt: skip
+    cc.reshape_and_cache(
+        key, key, make(zeros(BLOCKS, HEADS, SIZE // 4, BLOCK_SIZE, 4)),
+        make(zeros(BLOCKS, HEADS, SIZE, BLOCK_SIZE)), slots, "auto", 1.0, None, interleaved_v=False,
+    )  # fmt: skip
+    scales = [make(zeros(BLOCKS, BLOCK_SIZE, HEADS)) for _ in range(2)]
+    cc.reshape_and_cache_flash_per_token_head(
+        key, key, eighth, make(zeros(BLOCKS, BLOCK_SIZE, HEADS, SIZE, dtype=np.uint8)),
+        scales[0], scales[1], slots, "int8",
+    )  # fmt: skip
+    latent, rope = make(zeros(TOKENS, 24)), make(zeros(TOKENS, 8))
+    rows = make(zeros(BLOCKS, BLOCK_SIZE, 32))
+    cc.concat_and_cache_mla(latent, rope, rows, slots, scale=2, scale_rule="amax")
+    cc.concat_and_cache_mla_grouped(
+        make(zeros(1, TOKENS, 24)), make(zeros(1, TOKENS, 8)), [rows],
+        make(numbers(0, 5, -1).reshape(1, 3)), BLOCK_SIZE, num_blocks=BLOCKS,
+    )  # fmt: skip
+    indexed = make(zeros(BLOCKS, BLOCK_SIZE, 132, dtype=np.uint8))
+    cc.indexer_k_quant_and_cache(make(zeros(TOKENS, 128)), indexed, slots, 128, "ue8m0")
+
+
+def copies(make: Make[Array]) -> None:
+    caches = [make(zeros(BLOCKS, BLOCK_SIZE, HEADS, SIZE)) for _ in range(4)]
+    keys, values = caches[:2], tuple(caches[2:])
+    cc.copy_blocks(keys, values, [(0, 1), (np.int64(2), 3)])
+    cc.copy_blocks(keys, values, make(numbers(0, 1).reshape(1, 2)))
+    cc.copy_blocks_mla(caches, ((0, 1), (2, 3)))
+    cc.swap_blocks(caches[0], caches[1], [(0, 1)])
+    cc.swap_blocks(caches[0], caches[1], 64, [(0, 1)])
+    cc.swap_blocks(keys, values, make(numbers(0, 1).reshape(1, 2)), block_size_in_bytes=None)
+    pairs = list(zip(keys, values))
+    buffer = make(zeros(cc.packed_size(pairs, num_blocks=2), dtype=np.uint8))
+    cc.pack_blocks(pairs, [0, np.int32(2)], buffer, layout="page_first")
+    cc.unpack_blocks(buffer, pairs, range(2), layout="page_first")
+    cc.pack_tokens(caches, make(numbers(3, -1)), buffer)
+    cc.unpack_tokens(buffer, caches, (3, -1))
+    cc.zero_blocks(pairs, make(numbers(1)))
+    kept = [zeros(8), zeros(8)]
+    source, destination = (make(numbers(array.ctypes.data)) for array in kept)
+    cc.swap_blocks_batch(source, destination, make(numbers(32)), True)
+
+
+def reads(make: Make[Array]) -> None:
+    table, bounds = make(numbers(3, 1).reshape(1, 2)), make(numbers(0, 3))
+    cache = make(zeros(BLOCKS, BLOCK_SIZE, SIZE))
+    rows, starts = make(zeros(TOKENS, SIZE)), make(numbers(1))
+    cc.gather_cache(cache, rows, table, bounds, starts, layout="NHD")
+    cc.cp_gather_cache(cache, rows, table, bounds, 1, seq_starts=starts)
+    stored = make(zeros(BLOCKS, BLOCK_SIZE, SIZE, dtype=np.uint8))
+    one = make(np.ones(1, np.float32))
+    cc.gather_and_maybe_dequant_cache(stored, rows, table, bounds, None, 3, "fp8", one, starts)
+    entries = make(zeros(BLOCKS, BLOCK_SIZE, 656, dtype=np.uint8))
+    wide = make(zeros(TOKENS, 576))
+    cc.cp_gather_and_upconvert_fp8_kv_cache(
+        entries, wide, table, make(numbers(0)), 1, rope_dtype="float16"
+    )
+    indexed = make(zeros(BLOCKS, BLOCK_SIZE, 132, dtype=np.uint8))
+    keys, scales = make(zeros(TOKENS, 128, dtype=np.uint8)), make(zeros(TOKENS, 1))
+    cc.cp_gather_indexer_k_quant_cache(indexed, keys, scales, table, bounds)
+    cc.convert_fp8(stored, cache)
+    cc.convert_fp8(cache, stored, one, "fp8_e5m2")
+
+
+def helpers(make: Make[Array]) -> None:
+    table, bounds = make(numbers(3, 1).reshape(1, 2)), make(numbers(0, 3))
+    positions = make(numbers(0, 1, 2))
+    # A new array may be passed on as it is, and used as what it is.
+    slots = cc.slot_mapping(table, positions, bounds, BLOCK_SIZE, cp_world_size=2, cp_interleave=2)
+    row = make(zeros(TOKENS, SIZE))
+    cc.concat_and_cache_mla(row, row, make(zeros(BLOCKS, BLOCK_SIZE, 2 * SIZE)), slots)
+    assert slots.shape == (TOKENS,)
+    cc.slot_mapping(table, positions, bounds, BLOCK_SIZE, out=make(numbers(0, 0, 0)))
+    groups = cc.slot_mapping_groups(
+        [table, table], None, positions, bounds, (4, 8), enabled=[True, False], sharded=None
+    )
+    assert groups.shape == (2, TOKENS)
+    slopes = cc.alibi_slopes(HEADS, device="cpu", framework="numpy")
+    placed = cc.place_slopes(slopes, out=make(zeros(HEADS)))
+    cc.place_slopes([0.5, 0.25], device="cpu")
+    bias = cc.alibi_bias(placed, positions, positions, dtype="float16", causal=True)
+    assert bias.shape == (HEADS, TOKENS, TOKENS)
+
+
+def objects(make: Make[Array]) -> None:
+    keys, values, others = (
+        [make(zeros(BLOCKS, BLOCK_SIZE, HEADS, SIZE)) for _ in range(2)] for _ in range(3)
+    )
+    key, slots = make(zeros(TOKENS, HEADS, SIZE)), make(numbers(0, 5, -1))
+    cache = cc.PagedKVCache(keys, values)
+    cache.write(0, key, key, slots)
+    write: Writer = cache.writer(1)
+    write(key, key, slots, stream=None)
+    cache.copy_blocks([(0, 1)])
+    cache.swap_blocks(cc.PagedKVCache(others, others[::-1]), [(1, 2)])
+    assert len(cache) == len(cache.key_caches) == 2
+    if cache.value_caches is not None:
+        assert cache.value_caches[0] is values[0]
+    eighth = [make(zeros(BLOCKS, BLOCK_SIZE, HEADS, SIZE, dtype=np.uint8)) for _ in range(2)]
+    one = make(np.ones(1, np.float32))
+    cc.PagedKVCache(eighth[:1], eighth[1:], "fp8", k_scales=[0.5], v_scales=one)
+
+
+EVERYTHING = (writes, copies, reads, helpers, objects)
+
+
+# --- annotations of one's own ---------------------------------------------------------------------
+
+
+def wrapped(array: ArrayLike, chosen: Indices, mapping: Pairs, stream: StreamLike) -> None:
+    cc.zero_blocks([array], chosen, stream=stream)
+    cc.copy_blocks([array], [array], mapping, stream=stream)
+
+
+def scaled(array: ArrayLike, scale: Scale) -> None:
+    cc.convert_fp8(array, array, scale)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def errors() -> tuple[type[cc.CupyCacheError], ...]:
+    try:
+        cc.raise_faults("cpu")
+    except cc.FaultError as error:
+        fault: cc.Fault = error.faults[0]
+        text: str = fault.op + fault.argument + fault.device + str(fault)
+        count: int = fault.row + fault.value + fault.limit
+        print(text, count)
+    print(cc.__version__.upper(), cc.FaultError([cc.Fault("op", "slots", 0, 9, 8, "cpu")]))
+    return (
+        cc.ArgumentError,
+        cc.CaptureError,
+        cc.DTypeError,
+        cc.DeviceError,
+        cc.KernelError,
+        cc.MissingDependencyError,
+        cc.NotWritableError,
+        cc.ShapeError,
+        cc.StrideError,
+        cc.UnsupportedArchitectureError,
+    )
+
+
+# --- for a GPU: not run ---------------------------------------------------------------------------
+
+
+def on_gpu(array: OnGPU, tensor: torch.Tensor, stream: torch.cuda.Stream) -> None:
+    cc.zero_blocks([array], [0], stream=stream)
+    cc.zero_blocks([tensor], [0], stream=stream.cuda_stream)
+    cc.alibi_slopes(8, device=tensor.device, stream=stream)
+    cc.raise_faults(tensor.device)
+    cc.raise_faults(0)
+    ready: int = cc.warmup(
+        HEADS, SIZE, BLOCK_SIZE, tensor.dtype, layouts=["NHD", "rows"], device="cuda:0",
+        ops=("copy_blocks",), progress=False,
+    )  # fmt: skip
+    cc.warmup(HEADS, SIZE, BLOCK_SIZE, np.dtype(np.float16))
+    cc.warmup(HEADS, SIZE, BLOCK_SIZE, np.float16)
+    print(ready)
+
+
+# --- mistakes, which checkers find: not run -------------------------------------------------------
+
+
+def mistakes(array: npt.NDArray[Any]) -> None:
+    cc.zero_blocks(array, [0])  # type: ignore[arg-type]
+    cc.zero_blocks([array], 0)  # type: ignore[arg-type]
+    cc.zero_blocks([array], [0.5])  # type: ignore[list-item]
+    cc.zero_blocks([array], [0], stream="legacy")  # type: ignore[arg-type]
+    cc.copy_blocks([array], [array], [(0, 1, 2)])  # type: ignore[list-item]
+    cc.copy_blocks([array], array, [(0, 1)])  # type: ignore[arg-type]
+    cc.convert_fp8(array, [1.0])  # type: ignore[arg-type]
+    cc.convert_fp8(array, array, "fp8")  # type: ignore[arg-type]
+    cc.pack_blocks([array], [0], array, layout="tokens")  # type: ignore[arg-type]
+    cc.alibi_slopes(8, framework="jax")  # type: ignore[arg-type]
+    cc.raise_faults(1.5)  # type: ignore[arg-type]
+    cc.swap_blocks(array, array)  # type: ignore[call-overload]
+    size: str = cc.packed_size([array], num_blocks=1)  # type: ignore[assignment]
+    print(size)
