@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""What setup.cfg cannot say: the kernels' sources are beside the package in a checkout, and inside it
-in a wheel. `cupy_cache.runtime.modules.kernel_dir` finds them in either place.
+"""What setup.cfg cannot say: the kernels' sources are inside the package in a wheel, and beside it
+in a checkout. `cupy_cache.runtime.modules.kernel_dir` finds them in either place.
 
 If ``package_dir`` said so, an editable install would be an import hook, which type checkers do not
 follow. This way it is a path.

@@ -7,6 +7,8 @@ message has the form ``op: Invalid <what> of <argument>: expected …, got …``
 one, ends with the way out.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterable
 
 
@@ -60,9 +62,9 @@ class FaultError(CupyCacheError, IndexError):
     ``faults`` lists one `Fault` for each specialisation that recorded one (the first it met).
     """
 
-    faults: tuple["Fault", ...]
+    faults: tuple[Fault, ...]
 
-    def __init__(self, faults: Iterable["Fault"]) -> None:
+    def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults = tuple(faults)
         super().__init__("; ".join(str(fault) for fault in self.faults))
 

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bias of attention with linear biases (ALiBi), for attention that takes it as a tensor."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any, Literal
 

@@ -6,6 +6,8 @@ Slopes are a handful of constants, so each list is made once and remembered: a f
 the same array and launches nothing.
 """
 
+from __future__ import annotations
+
 import sys
 from collections.abc import Sequence
 from typing import Any

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Compiling and loading kernels before they are needed."""
 
+from __future__ import annotations
+
 import concurrent.futures
 import os
 import sys

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The caches of a model's layers as one object, which decides once what depends on them alone."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from typing import Any
 
@@ -130,7 +132,13 @@ class PagedKVCache:
             As for `reshape_and_cache_flash` or `reshape_and_cache`; without value caches ``kv_c``,
             ``k_pe`` and ``slot_mapping`` of `concat_and_cache_mla`.
         """
-        self._writers[layer](key, value, slot_mapping, stream=stream)
+        bound = self._writers[layer]
+        if stream is None:  # what the call of ``bound`` begins with: an engine's every layer
+            given = key, value, slot_mapping
+            for way in bound.ways:
+                if way(given, bound.numbers, None, bound.addresses):
+                    return
+        bound(key, value, slot_mapping, stream=stream)
 
     def copy_blocks(self, block_mapping: Pairs, *, stream: StreamLike | None = None) -> None:
         """Copy blocks within every layer: see `copy_blocks`. The host's time does not depend on the
@@ -138,7 +146,7 @@ class PagedKVCache:
         self._copy(block_mapping, stream=stream)
 
     def swap_blocks(
-        self, other: "PagedKVCache", block_mapping: Pairs, *, stream: StreamLike | None = None
+        self, other: PagedKVCache, block_mapping: Pairs, *, stream: StreamLike | None = None
     ) -> None:
         """Copy blocks of every layer to those of ``other``, a `PagedKVCache` with as many layers of
         like blocks, on the same GPU or in host memory: see `swap_blocks`.

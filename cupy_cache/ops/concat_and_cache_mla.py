@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing new tokens into one layer's cache of multi-head latent attention."""
 
+from __future__ import annotations
+
 import functools
 from typing import Literal
 

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing new tokens into the caches of all layers of multi-head latent attention at once."""
 
+from __future__ import annotations
+
 import struct
 
 from .. import cpu

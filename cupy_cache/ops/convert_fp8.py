@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Converting whole arrays to and from fp8."""
 
+from __future__ import annotations
+
 import functools
 import math
 

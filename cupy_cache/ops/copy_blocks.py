@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copying blocks inside paged caches, all layers and pairs in one launch."""
 
+from __future__ import annotations
+
 import numpy as np
 
 from .. import cpu

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading fp8_ds_mla entries of sequences back into rows of numbers."""
 
+from __future__ import annotations
+
 import functools
 from typing import Literal
 

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gathering the pages of sequences into contiguous rows, with vLLM's arguments."""
 
+from __future__ import annotations
+
 from ..errors import ArgumentError
 from ..types import ArrayLike, StreamLike
 from .shared import gathering

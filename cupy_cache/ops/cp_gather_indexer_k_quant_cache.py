@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gathering the quantised keys of sequences, and their scales, from an indexer's cache."""
 
+from __future__ import annotations
+
 from .. import cpu
 from ..errors import ShapeError
 from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling

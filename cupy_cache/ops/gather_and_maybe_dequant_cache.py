@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gathering the pages of sequences into contiguous rows of numbers."""
 
+from __future__ import annotations
+
 from ..errors import ArgumentError, ShapeError
 from ..runtime import contract, formats
 from ..types import ArrayLike, Scale, StreamLike

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Gathering the pages of sequences into contiguous rows."""
 
+from __future__ import annotations
+
 from ..errors import ShapeError
 from ..runtime import contract
 from ..types import ArrayLike, StreamLike

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quantising the keys of a sparse-attention indexer into its cache."""
 
+from __future__ import annotations
+
 import functools
 
 from .. import cpu

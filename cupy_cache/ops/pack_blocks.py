@@ -3,6 +3,8 @@
 """Chosen blocks or tokens of all layers to and from one contiguous buffer: for sending a sequence
 to another machine, or storing it."""
 
+from __future__ import annotations
+
 from ..errors import ArgumentError
 from ..types import ArrayLike, Indices, LayersOrPairs, PackedLayout, StreamLike
 from .shared import packing

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Writing new tokens into a cache indexed [block, offset, head, element]."""
 
+from __future__ import annotations
+
 import functools
 
 from .. import cpu

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From tokens' positions to their slots in a paged cache."""
 
+from __future__ import annotations
+
 import functools
 from typing import Any
 

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From tokens' positions to their slots in the caches of several groups of layers, at once."""
 
+from __future__ import annotations
+
 import struct
 from collections.abc import Sequence
 from typing import Any

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copying blocks between two caches: within a GPU, between a GPU and the host, within the host."""
 
+from __future__ import annotations
+
 import math
 from typing import overload
 

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Copying many ranges of bytes, given by raw addresses."""
 
+from __future__ import annotations
+
 import ctypes
 from typing import NamedTuple
 
@@ -83,8 +85,8 @@ class _Plan:
         """Check the ranges, and copy them."""
         sources, destinations, sizes = call.values
         _check_ranges(sources, destinations, sizes)
-        used = sizes > 0
-        if not used.all():
+        if not sizes.all():
+            used = sizes > 0
             sources, destinations, sizes = (column[used] for column in call.values)
         if not len(sizes):
             return
@@ -138,9 +140,15 @@ def _count(extents, options, numbers):
 
 
 def _check_ranges(sources, destinations, sizes):
+    addresses = ("src_ptrs", sources), ("dst_ptrs", destinations)
+    most = np.iinfo(np.int64).max - max(int(sizes.max()), 0)
+    if sizes.min() >= 0 and all(
+        0 < column.min() and column.max() <= most for _, column in addresses
+    ):
+        return
     _require("sizes", sizes, sizes >= 0, "0 bytes or more")
     most = np.iinfo(np.int64).max - sizes
-    for name, column in (("src_ptrs", sources), ("dst_ptrs", destinations)):
+    for name, column in addresses:
         _require(name, column, (column > 0) | (sizes == 0), "an address that is not null")
         _require(name, column, column <= most, "an address of that many bytes")
 
@@ -155,12 +163,15 @@ def _require(name, column, good, expected):
 
 def _check_apart(sources, destinations, sizes):
     """Refuse ranges that overlap where one of them is written: they are copied all at once."""
-    order = np.argsort(destinations, kind="stable")
-    starts, ends = destinations[order], (destinations + sizes)[order]
+    order = np.argsort(destinations)
+    starts = destinations[order]
+    ends = starts + sizes[order]
     twice = starts[1:] < ends[:-1]
     if twice.any():
         at = int(np.argmax(twice))
         _refuse_overlap("dst_ptrs", starts[at + 1], starts[at], ends[at])
+    if sources.min() >= ends[-1] or (sources + sizes).max() <= starts[0]:
+        return
     # The first destination that ends behind each source's start.
     near = np.minimum(np.searchsorted(ends, sources, side="right"), len(ends) - 1)
     shared = (starts[near] < sources + sizes) & (ends[near] > sources)
@@ -207,7 +218,12 @@ def _gpus():
 
 def _locate(name, addresses, sizes):
     """Where each range is, asking once for each allocation."""
-    order = np.argsort(addresses, kind="stable")
+    first, end = int(addresses.min()), int((addresses + sizes).max())
+    found = driver.active.allocation(first)
+    if found is not None and found.start < found.end >= end:  # one allocation holds them all
+        zeros = np.zeros(len(sizes), np.int64)
+        return _Sides([_Side(found.device, found.shift)], zeros, zeros)
+    order = np.argsort(addresses)
     starts, ends = addresses[order], (addresses + sizes)[order]
     sides, index, allocation = [], np.empty(len(order), np.int64), np.empty(len(order), np.int64)
     at = asked = 0
@@ -249,12 +265,12 @@ def _copy_on_host(sources, destinations, sizes):
 
 def _join(sources, destinations, sizes, from_sides, to_sides):
     """One range for each run of neighbours: (sources, destinations, sizes, index of the first)."""
-    joined = (
-        (sources[1:] == sources[:-1] + sizes[:-1])
-        & (destinations[1:] == destinations[:-1] + sizes[:-1])
-        & (from_sides.allocation[1:] == from_sides.allocation[:-1])
-        & (to_sides.allocation[1:] == to_sides.allocation[:-1])
-    )
+    joined = sources[1:] == sources[:-1] + sizes[:-1]
+    if not joined.any():
+        return sources, destinations, sizes, slice(None)
+    joined &= destinations[1:] == destinations[:-1] + sizes[:-1]
+    for sides in (from_sides, to_sides):
+        joined &= sides.allocation[1:] == sides.allocation[:-1]
     first = np.flatnonzero(np.concatenate(([True], ~joined)))
     return sources[first], destinations[first], np.add.reduceat(sizes, first), first
 
@@ -264,55 +280,67 @@ def _copy(launcher, device, stream, from_sides, to_sides, sources, destinations,
     from_index, to_index = from_sides.index[first], to_sides.index[first]
     for i, source in enumerate(from_sides.all):
         for j, destination in enumerate(to_sides.all):
-            chosen = (from_index == i) & (to_index == j)
-            if not chosen.any():
-                continue
-            by_kernel = chosen & _kernel_takes(device, source, destination, sizes)
-            if by_kernel.any():
-                limit = None
-                if destination.device.kind == "cpu":
-                    limit = blocks.TO_HOST_BLOCKS
-                elif source.device.kind == "cpu":
-                    limit = blocks.FROM_HOST_BLOCKS
-                _launch(
-                    launcher, stream, sources[by_kernel] + source.shift,
-                    destinations[by_kernel] + destination.shift, sizes[by_kernel], limit,
-                )  # fmt: skip
-            for row in np.flatnonzero(chosen & ~by_kernel).tolist():
-                driver.active.copy(
-                    int(destinations[row]), int(sources[row]), int(sizes[row]), stream, device.index
-                )
+            columns = sources, destinations, sizes
+            if len(from_sides.all) > 1 or len(to_sides.all) > 1:
+                chosen = (from_index == i) & (to_index == j)
+                columns = [column[chosen] for column in columns]
+            if len(columns[0]):
+                _copy_between(launcher, device, stream, source, destination, *columns)
+
+
+def _copy_between(launcher, device, stream, source, destination, sources, destinations, sizes):
+    by_kernel = _kernel_takes(device, source, destination, sizes)
+    if by_kernel.all():
+        by_kernel = slice(None)
+        others = ()
+    else:
+        others = np.flatnonzero(~by_kernel).tolist()
+    if len(others) < len(sizes):
+        limit = None
+        if destination.device.kind == "cpu":
+            limit = blocks.TO_HOST_BLOCKS
+        elif source.device.kind == "cpu":
+            limit = blocks.FROM_HOST_BLOCKS
+        _launch(
+            launcher, stream, sources[by_kernel] + source.shift,
+            destinations[by_kernel] + destination.shift, sizes[by_kernel], limit,
+        )  # fmt: skip
+    for row in others:
+        driver.active.copy(
+            int(destinations[row]), int(sources[row]), int(sizes[row]), stream, device.index
+        )
 
 
 def _kernel_takes(device, source, destination, sizes):
     """Whether ranges between these sides are the kernel's: what ``device`` reaches, short of what
     the copy engines do faster."""
+    every = np.ones(len(sizes), bool)
     if source.device == destination.device == device:
-        return np.True_
+        return every
     sides = (source, destination)
     reached = None not in (source.shift, destination.shift)
     if not reached or {s.device for s in sides} != {device, devices.CPU}:
-        return np.False_
+        return ~every
     return sizes < blocks.RUN_BYTES
 
 
 def _launch(launcher, stream, sources, destinations, sizes, limit):
-    pieces = -(-sizes // MAX_RANGE_BYTES)
-    if (pieces > 1).any():
-        sources, destinations, sizes = _cut(sources, destinations, sizes, pieces)
+    if sizes.max() > MAX_RANGE_BYTES:
+        sources, destinations, sizes = _cut(sources, destinations, sizes)
+    rows = np.empty(len(sizes), _ROW)
+    rows["source"], rows["destination"], rows["bytes"] = sources, destinations, sizes
+    chunks = -(-sizes // CHUNK_BYTES)
     for first in range(0, len(sizes), MAX_RANGES):
-        part = slice(first, first + MAX_RANGES)
-        ends = np.cumsum(-(-sizes[part] // CHUNK_BYTES))
-        table = np.empty(len(ends), _ROW)
-        table["source"], table["destination"] = sources[part], destinations[part]
-        table["end"], table["bytes"] = ends, sizes[part]
-        chunks = int(ends[-1])
-        grid = chunks if limit is None else min(chunks, limit)
-        launcher.enqueue((grid, 1, 1), MAX_THREADS, stream, len(ends), chunks, tail=table.tobytes())
+        part = rows[first : first + MAX_RANGES]
+        part["end"] = ends = np.cumsum(chunks[first : first + MAX_RANGES])
+        count = int(ends[-1])
+        grid = count if limit is None else min(count, limit)
+        launcher.enqueue((grid, 1, 1), MAX_THREADS, stream, len(part), count, tail=part.tobytes())
 
 
-def _cut(sources, destinations, sizes, pieces):
+def _cut(sources, destinations, sizes):
     """The same ranges in pieces of at most `MAX_RANGE_BYTES`."""
+    pieces = -(-sizes // MAX_RANGE_BYTES)
     of = np.repeat(np.arange(len(sizes)), pieces)
     number = np.arange(len(of)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
     offset = number * MAX_RANGE_BYTES

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Filling chosen blocks of all layers with zeros."""
 
+from __future__ import annotations
+
 from ..types import Indices, LayersOrPairs, StreamLike
 from .shared import packing
 

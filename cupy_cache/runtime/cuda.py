@@ -68,6 +68,17 @@ def on_device(index):
         _check(_library().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())), "cuCtxPopCurrent")
 
 
+@contextlib.contextmanager
+def during_captures():
+    """Where this is entered, the thread may ask what a capture of any thread would forbid."""
+    mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
+    _library().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    try:
+        yield
+    finally:
+        _library().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+
+
 def _ensure_context():
     """Have a context in this thread: the driver does not answer without one."""
     cuda = import_cupy("a raw address").cuda

@@ -11,6 +11,7 @@ memory, how many layers there are.
 
 import functools
 import operator
+import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -51,6 +52,16 @@ class Arg(NamedTuple):
     def item(self, index):
         """What errors call array ``index`` of a list."""
         return f"{self.name}[{index}]{self.suffix}"
+
+
+_all: weakref.WeakSet = weakref.WeakSet()
+
+
+def forget_everything():
+    """Have no operation remember any plan: the kernels of those made so far are gone."""
+    for op in _all:
+        op.memory.clear()
+        op.known.clear()
 
 
 ROWS = (0,)  # what varies where the first dimension is the tokens of a step
@@ -102,6 +113,7 @@ class Op:
         self.has_lists = any(arg.layers or arg.chosen for arg in self.args)
         self.memory = plans.Memory()
         self.known = fastpath.Known(self)
+        _all.add(self)
 
     def __call__(self, objects, options=(), stream=None, numbers=()):
         """Run on ``objects``, one for each `Arg`; optional ones at the end may be left out.
@@ -119,7 +131,7 @@ class Op:
                 return
         entry = self.run(self.read(objects, stream), objects, options, numbers, stream)
         if entry is not None:
-            self.known.learn(self.known.ways(form), entry, objects, options)
+            self.known.learn(self.known.ways(form), entry, objects, options, numbers)
 
     # --- reading
 
@@ -282,9 +294,9 @@ class Op:
         if len(shape) > last:
             return
         expected = f"{last + 1} dimensions" if last else "one dimension"
-        got = f"{list(shape)} ({len(shape)} dimensions)" if shape else "a scalar"
         raise ShapeError(
-            f"{self.name}: Invalid shape of {arg.name}: expected at least {expected}, got {got}"
+            f"{self.name}: Invalid shape of {arg.name}: expected at least {expected}, got "
+            f"{list(shape)} ({len(shape)} dimensions)"
         )
 
     def _refuse_lengths(self, lengths):
@@ -408,8 +420,8 @@ class Bound:
         self._in_host_memory = None  # (entry, values, tables), see `check`; () for empty lists
         others = [index for index, value in enumerate(self._objects) if value is not None]
         self.found = op.read(self._objects, None, others).found
-        self._ways = op.known.ways(("bound", options, self.given, self._signature()))
-        self._addresses = [self.found[index].ptr for index in others] if not op.has_lists else []
+        self.ways = op.known.ways(("bound", options, self.given, self._signature()))
+        self.addresses = [self.found[index].ptr for index in others] if not op.has_lists else []
 
     def _signature(self):
         """What of the fixed arguments a plan depends on."""
@@ -443,8 +455,8 @@ class Bound:
             raise TypeError(f"{self.op.name}: expected {names}, got {len(given)} arrays")
         if stream is not None and type(stream) is not int:
             stream = streams.pointer(stream)
-        for way in self._ways:
-            if way(given, self.numbers, stream, self._addresses):
+        for way in self.ways:
+            if way(given, self.numbers, stream, self.addresses):
                 return
         op, objects = self.op, self._objects.copy()
         for index, value in zip(self.given, given):
@@ -458,7 +470,7 @@ class Bound:
         found = [read.found[i] if i in self.given else fact for i, fact in enumerate(self.found)]
         entry = op.run(Read(found, read.keep), objects, self.options, self.numbers, stream)
         if entry is not None and not op.has_lists:
-            op.known.learn(self._ways, entry, objects, self.options, self.given)
+            op.known.learn(self.ways, entry, objects, self.options, self.numbers, self.given)
 
     def _run_chosen(self, objects, stream):
         """Run where all that is given is in host memory: nothing else is left to find out."""

@@ -24,6 +24,10 @@ class CudaDriver:
     def __init__(self):
         self._launch = None
 
+    @functools.cached_property
+    def _runtime(self):
+        return cuda.import_cupy("a CUDA device").cuda.runtime
+
     # --- kernels
 
     def load(self, kernel, device, stream):
@@ -42,7 +46,7 @@ class CudaDriver:
         """Enqueue on ``stream`` of the kernel's device, whatever device is current."""
         if self._launch is None:
             self._find_entries()
-        if self._current_device() != loaded.device:
+        if self._several and self._current_device() != loaded.device:
             with cuda.on_device(loaded.device):
                 self._enqueue(loaded, grid, threads, stream, record)
             return
@@ -66,7 +70,7 @@ class CudaDriver:
         if self._launch is None:
             self._find_entries()
         entry = functools.partial(self._launch, loaded.handle, *grid, threads, 1, 1, 0)
-        if self.device_count() == 1:
+        if not self._several:
             return entry, self._driver_error
         current_device, device = self._current_device, loaded.device
 
@@ -83,6 +87,7 @@ class CudaDriver:
         cupy = cuda.import_cupy("a launch")
         self._current_device = cupy.cuda.runtime.getDevice
         self._driver_error = binding.CUDADriverError
+        self._several = self.device_count() > 1
         self._launch = binding.launchKernel
 
     # --- devices and memory
@@ -94,7 +99,7 @@ class CudaDriver:
 
     def current_device(self):
         """The index of this thread's current GPU."""
-        return cuda.import_cupy("a CUDA device").cuda.runtime.getDevice()
+        return self._runtime.getDevice()
 
     def processors(self, device):
         """How many multiprocessors a GPU has."""
@@ -112,8 +117,7 @@ class CudaDriver:
 
     def mapped_address(self, address, device):
         """The address at which GPU ``device`` reaches this host memory; None if not pinned."""
-        runtime = cuda.import_cupy("host memory").cuda.runtime
-        return runtime.pointerGetAttributes(address).devicePointer or None
+        return self._runtime.pointerGetAttributes(address).devicePointer or None
 
     # --- streams
 
@@ -123,8 +127,7 @@ class CudaDriver:
 
     def capturing(self, stream):
         """Whether ``stream`` is being captured into a CUDA graph."""
-        cupy = cuda.import_cupy("a stream")
-        return bool(cupy.cuda.runtime.streamIsCapturing(stream)) if stream else False
+        return bool(self._runtime.streamIsCapturing(stream)) if stream else False
 
     def _capture_is_in_the_way(self, stream):
         try:
@@ -210,13 +213,20 @@ class Event:
     def __init__(self, stream, device):
         cupy_cuda = cuda.import_cupy("a stream").cuda
         self._runtime = cupy_cuda.runtime
-        with cuda.on_device(device):
-            self._event = cupy_cuda.Event(disable_timing=True)
-            self._runtime.eventRecord(self._event.ptr, stream)
+        if self._runtime.getDevice() == device and cupy_cuda.driver.ctxGetCurrent():
+            self._record(cupy_cuda, stream)
+        else:
+            with cuda.on_device(device):
+                self._record(cupy_cuda, stream)
+
+    def _record(self, cupy_cuda, stream):
+        self._event = cupy_cuda.Event(disable_timing=True)
+        self._runtime.eventRecord(self._event.ptr, stream)
 
     def done(self):
         """Whether the GPU has got there."""
-        return self._event.done
+        with cuda.during_captures():
+            return self._event.done
 
     def hold(self, stream):
         """Make what is enqueued on ``stream`` from now on wait for it, without waiting here."""

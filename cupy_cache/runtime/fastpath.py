@@ -37,13 +37,23 @@ class Known:
             found = self.forms[form] = Ways()
         return found
 
-    def learn(self, ways, entry, objects, options, given=None):
+    def clear(self):
+        """Forget all."""
+        for ways in self.forms.values():
+            ways.clear()
+
+    def learn(self, ways, entry, objects, options, numbers, given=None):
         """Know a signature from now on, if it has a quick way. ``given``: the indices of arguments
         that are not bound."""
-        if entry.device is None or entry.most_rows is not None or not ways.may_learn():
+        on_cpu = entry.device is None and any(entry.strides)
+        if on_cpu or entry.most_rows is not None or not ways.may_learn():
             return
-        make = _plan_way if self._op.has_lists else _kernel_way
-        way = make(self._op, entry, objects, options, given)
+        if self._op.has_lists:
+            way = _plan_way(self._op, entry, objects, options, given)
+        elif isinstance(entry.plan, plans.KernelPlan):
+            way = _kernel_way(self._op, entry, objects, options, numbers, given)
+        else:
+            way = None
         if way is not None:
             ways.learn(way)
 
@@ -76,18 +86,19 @@ class Ways(list):
 class _Launches:
     """The launches of a signature, by what decides them: {numbers of elements, shapes and numbers
     of a call: (enqueue, errors, what to call at these instead, fields, records)}; empty where there
-    is nothing to do. The records are filled but for the addresses, and for the fields where there
-    are numbers. One in use by a thread must not be repacked by another: each takes one and puts it
-    back."""
+    is nothing to do. The records are filled but for the addresses, and for the fields where these
+    are ``varied``: by more than the numbers of rows, so that few are met again. One in use by a
+    thread must not be repacked by another: each takes one and puts it back."""
 
-    def __init__(self, op, entry, options, find):
+    def __init__(self, op, entry, options, find, varied):
         self._op, self._options, self._find = op, options, find
         self._launcher, self._shape = entry.plan.launcher, entry.plan.shape
         letters = self._launcher.kernel.params.call_letters[len(op.args) :]
         self._pack = struct.Struct("<" + "".join(letters)).pack_into
         self._fields_at = 8 * len(op.args)
         self._grids = {}  # {rows: (enqueue, errors, what to call at these instead)}
-        self._records = []  # of launches with numbers
+        self._records = []  # of all launches, where the fields are varied
+        self.varied = varied
         self.known = {}
 
     def prepare(self, key, tensors, numbers):
@@ -102,7 +113,7 @@ class _Launches:
         if rows:
             launch = self._grids.get(rows) or self._of_grid(rows)
             if launch:
-                launch = *launch, fields, self._records if numbers else []
+                launch = *launch, fields, self._records if self.varied else []
         if len(self.known) >= MAX_COUNTS:
             self.known.clear()
             self._grids.clear()
@@ -129,7 +140,7 @@ class _Launches:
         self._pack(record.buffer, self._fields_at, *fields)
 
 
-def _kernel_way(op, entry, objects, options, given):
+def _kernel_way(op, entry, objects, options, numbers, given):
     """The quick way of a `plans.KernelPlan`: one launch."""
     given = list(range(len(objects)) if given is None else given)
     bound = [i for i, value in enumerate(objects) if value is not None and i not in given]
@@ -150,12 +161,13 @@ def _kernel_way(op, entry, objects, options, given):
     pick = _Pick(given, objects, unique)
     pointers = _Pointers(op, objects, unique, pick.twins, bound)
     extents = _Extents(op, objects, unique)
-    launches = _Launches(op, entry, options, extents.find)
+    varied = extents.free is not None or bool(numbers)
+    launches = _Launches(op, entry, options, extents.find, varied)
     sized = [at for at, index in enumerate(unique) if op.args[index].varies == (0,)]
     plain = not (pick.needed or extents.free or pointers.arrange or pointers.odd)
     if plain:
         if len(unique) == 3 and sized == [0, 1, 2] and pointers.insert_at == 2:
-            return _bound_write_way(entry, same, launches, pointers)
+            return _bound_write_way(entry, same, launches, pointers, varied)
         if len(unique) == 5 and sized == [0, 1, 4] and not bound:
             return _write_way(entry, same, launches, pointers)
     # Every statement of `run` is one of every call: all that it needs is at hand.
@@ -198,7 +210,7 @@ def _kernel_way(op, entry, objects, options, given):
             record = records.pop()
         except IndexError:
             record = new_record(fields)
-        if numbers:
+        if varied:
             fill(record, fields)
         pack(record.buffer, 0, *addresses)
         if stream is None:
@@ -265,7 +277,7 @@ def _write_way(entry, same, launches, pointers):
     return run
 
 
-def _bound_write_way(entry, same, launches, pointers):
+def _bound_write_way(entry, same, launches, pointers, varied):
     """`_kernel_way` of two sources and slots; the caches are bound, at addresses that are aligned
     as the plan wants them."""
     pack, misaligned = pointers.pack, pointers.misaligned
@@ -291,7 +303,7 @@ def _bound_write_way(entry, same, launches, pointers):
             record = records.pop()
         except IndexError:
             record = new_record(fields)
-        if numbers:
+        if varied:
             fill(record, fields)
         pack(record.buffer, 0, a, b, *bound, c)
         if stream is None:
@@ -473,7 +485,7 @@ def _plan_way(op, entry, objects, options, given):
     if given is not None or entry.others:
         return None
     _, tensors, form = flattened(op, objects, options)
-    if not tensors or not all(map(arrays.is_torch, tensors)):
+    if not all(map(arrays.is_torch, tensors)):
         return None
     args = []  # of each tensor
     for arg, length in zip(op.args, form[1:]):
@@ -481,8 +493,8 @@ def _plan_way(op, entry, objects, options, given):
             args += [arg] * int(length)
     free = [at for at, arg in enumerate(args) if arg.varies and arg.varies != (0,)]
     low_bits = [_low_bits(args[at], tensors[at]) for at in free]
-    address, _ = guards.readers()
-    same = guards.same_as(tensors, [arg.varies for arg in args])
+    address = guards.readers()[0] if tensors else None
+    same = guards.same_as(tensors, [arg.varies for arg in args]) if tensors else _no_tensors
     if same is None or _any_bits(map(address, tensors)) & 15:
         return None
     parts, at = (
@@ -512,7 +524,7 @@ def _plan_way(op, entry, objects, options, given):
     def run(tensors, numbers, stream, objects):
         if not same(*tensors):
             return False
-        addresses = list(map(address, tensors))
+        addresses = list(map(address, tensors)) if tensors else []
         known, values, tables = latest
         if addresses != known:
             values, tables = values_of(addresses)
@@ -544,4 +556,9 @@ def _plan_way(op, entry, objects, options, given):
 
 def _any_bits(addresses):
     """All bits that are set in any of them."""
-    return functools.reduce(operator.or_, addresses)
+    return functools.reduce(operator.or_, addresses, 0)
+
+
+def _no_tensors():
+    """What is chosen in host memory needs no comparison."""
+    return True

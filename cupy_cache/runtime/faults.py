@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What kernels, and NumPy, met outside its bounds and skipped."""
 
+from __future__ import annotations
+
 from ..errors import Fault, FaultError
 from ..types import DeviceLike
 from . import driver, env

@@ -13,6 +13,8 @@ import numpy as np
 from ..errors import DTypeError, ShapeError
 from . import arrays, contract, formats
 
+_INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
+
 
 class Chosen:
     """What was chosen in host memory, read: int64 [n] or, of pairs, [2, n]."""
@@ -24,9 +26,20 @@ class Chosen:
 
 
 def read_host(op, arg, value):
-    """``value`` as `Chosen` if it is surely in host memory, else as it is."""
+    """``value`` as `Chosen` if it is in host memory; what must be exported to tell, as it is."""
     if isinstance(value, (list, tuple, range)):
         return Chosen((_pairs if arg.pairs else _numbers)(op, arg.name, value))
+    if arrays.is_torch(value) and not value.is_cuda and not value.is_floating_point():
+        value = value.numpy()
+    if isinstance(value, np.ndarray):
+        if (
+            value.dtype not in _INTEGERS
+            or value.ndim != 1 + arg.pairs
+            or value.shape[1:] != (2,) * arg.pairs
+        ):
+            _read_array(op, arg, value, None)  # says what is wrong
+        # A copy: what has been checked must not change before it is used.
+        return Chosen((value.T if arg.pairs else value).astype(np.int64, order="C"))
     return value
 
 
@@ -36,6 +49,10 @@ def read(op, arg, value, stream):
     value = read_host(op, arg, value)
     if type(value) is Chosen:
         return value.numbers, None
+    return _read_array(op, arg, value, stream)
+
+
+def _read_array(op, arg, value, stream):
     facts = arrays.read(value, f"{op}: {arg.name}", stream)
     array = arrays.describe(facts, f"{op}: {arg.name}")
     if array.device.kind != "cpu":

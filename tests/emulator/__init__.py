@@ -30,8 +30,7 @@ from typing import NamedTuple
 import numpy as np
 import worlds
 
-from cupy_cache.ops import swap_blocks_batch
-from cupy_cache.runtime import arrays, cuda, devices, driver, formats, launch, modules
+from cupy_cache.runtime import arrays, cuda, devices, dispatch, driver, formats, launch, modules
 
 HERE = Path(__file__).resolve().parent
 COMPILE = (
@@ -422,7 +421,7 @@ class EmulatedWorld(worlds.World):
         driver.active = used
         # What is remembered by a GPU's index alone.
         launch.processors.cache_clear()
-        swap_blocks_batch.OP.memory.clear()
+        dispatch.forget_everything()
 
     def upload(self, raw):
         storage = memory().allocate(raw.size)
