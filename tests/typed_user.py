@@ -27,11 +27,23 @@ class Own:
     def __init__(self, array: npt.NDArray[Any]) -> None:
         self._array = array
 
-    def __dlpack__(self, *, max_version: tuple[int, int] | None = None) -> object:
-        return self._array.__dlpack__(max_version=max_version)
+    def __dlpack__(self, **options: Any) -> object:
+        return self._array.__dlpack__(**options)
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return 1, 0
+
+
+class Declared:
+    """An array that says what the methods of DLPack take."""
+
+    def __dlpack__(
+        self, *, stream: int | None = None, max_version: tuple[int, int] | None = None
+    ) -> object:
+        raise NotImplementedError
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        raise NotImplementedError
 
 
 class OnGPU:
@@ -214,8 +226,11 @@ def errors() -> tuple[type[cc.CupyCacheError], ...]:
 # --- for a GPU: not run ---------------------------------------------------------------------------
 
 
-def on_gpu(array: OnGPU, tensor: torch.Tensor, stream: torch.cuda.Stream) -> None:
+def on_gpu(
+    array: OnGPU, declared: Declared, tensor: torch.Tensor, stream: torch.cuda.Stream
+) -> None:
     cc.zero_blocks([array], [0], stream=stream)
+    cc.zero_blocks([declared], [0], stream=1)
     cc.zero_blocks([tensor], [0], stream=stream.cuda_stream)
     cc.alibi_slopes(8, device=tensor.device, stream=stream)
     cc.raise_faults(tensor.device)

@@ -131,7 +131,7 @@ class Op:
                 return
         entry = self.run(self.read(objects, stream), objects, options, numbers, stream)
         if entry is not None:
-            self.known.learn(self.known.ways(form), entry, objects, options, numbers)
+            self.known.learn(self.known.ways(form), entry, objects, options)
 
     # --- reading
 
@@ -470,7 +470,7 @@ class Bound:
         found = [read.found[i] if i in self.given else fact for i, fact in enumerate(self.found)]
         entry = op.run(Read(found, read.keep), objects, self.options, self.numbers, stream)
         if entry is not None and not op.has_lists:
-            op.known.learn(self.ways, entry, objects, self.options, self.numbers, self.given)
+            op.known.learn(self.ways, entry, objects, self.options, self.given)
 
     def _run_chosen(self, objects, stream):
         """Run where all that is given is in host memory: nothing else is left to find out."""

@@ -42,7 +42,7 @@ class Known:
         for ways in self.forms.values():
             ways.clear()
 
-    def learn(self, ways, entry, objects, options, numbers, given=None):
+    def learn(self, ways, entry, objects, options, given=None):
         """Know a signature from now on, if it has a quick way. ``given``: the indices of arguments
         that are not bound."""
         on_cpu = entry.device is None and any(entry.strides)
@@ -51,7 +51,7 @@ class Known:
         if self._op.has_lists:
             way = _plan_way(self._op, entry, objects, options, given)
         elif isinstance(entry.plan, plans.KernelPlan):
-            way = _kernel_way(self._op, entry, objects, options, numbers, given)
+            way = _kernel_way(self._op, entry, objects, options, given)
         else:
             way = None
         if way is not None:
@@ -84,22 +84,22 @@ class Ways(list):
 
 
 class _Launches:
-    """The launches of a signature, by what decides them: {numbers of elements, shapes and numbers
-    of a call: (enqueue, errors, what to call at these instead, fields, records)}; empty where there
-    is nothing to do. The records are filled but for the addresses, and for the fields where these
-    are ``varied``: by more than the numbers of rows, so that few are met again. One in use by a
-    thread must not be repacked by another: each takes one and puts it back."""
+    """The launches of a signature.
 
-    def __init__(self, op, entry, options, find, varied):
+    known : by what decides them, {numbers of elements, shapes and numbers of a call: (enqueue,
+        errors, what to call at these instead, fields)}; empty where there is nothing to do.
+    records : parameters, each with the fields that it was filled with last. One in use by a thread
+        must not be repacked by another: each takes one and puts it back.
+    """
+
+    def __init__(self, op, entry, options, find):
         self._op, self._options, self._find = op, options, find
         self._launcher, self._shape = entry.plan.launcher, entry.plan.shape
         letters = self._launcher.kernel.params.call_letters[len(op.args) :]
         self._pack = struct.Struct("<" + "".join(letters)).pack_into
         self._fields_at = 8 * len(op.args)
         self._grids = {}  # {rows: (enqueue, errors, what to call at these instead)}
-        self._records = []  # of all launches, where the fields are varied
-        self.varied = varied
-        self.known = {}
+        self.known, self.records = {}, []
 
     def prepare(self, key, tensors, numbers):
         """A further one; None where the tensors are not those of the plan."""
@@ -113,7 +113,7 @@ class _Launches:
         if rows:
             launch = self._grids.get(rows) or self._of_grid(rows)
             if launch:
-                launch = *launch, fields, self._records if self.varied else []
+                launch = *launch, fields
         if len(self.known) >= MAX_COUNTS:
             self.known.clear()
             self._grids.clear()
@@ -129,18 +129,16 @@ class _Launches:
         self._grids[rows] = enqueue, failed, again
         return self._grids[rows]
 
-    def new_record(self, fields):
-        """A record with these fields."""
-        record = self._launcher.new_record()
-        self.fill(record, fields)
+    def fill(self, record, fields):
+        """A record with these fields: ``record``, or a new one for None."""
+        if record is None:
+            record = self._launcher.new_record()
+        self._pack(record.buffer, self._fields_at, *fields)
+        record.fields = fields
         return record
 
-    def fill(self, record, fields):
-        """Write the fields."""
-        self._pack(record.buffer, self._fields_at, *fields)
 
-
-def _kernel_way(op, entry, objects, options, numbers, given):
+def _kernel_way(op, entry, objects, options, given):
     """The quick way of a `plans.KernelPlan`: one launch."""
     given = list(range(len(objects)) if given is None else given)
     bound = [i for i, value in enumerate(objects) if value is not None and i not in given]
@@ -161,22 +159,22 @@ def _kernel_way(op, entry, objects, options, numbers, given):
     pick = _Pick(given, objects, unique)
     pointers = _Pointers(op, objects, unique, pick.twins, bound)
     extents = _Extents(op, objects, unique)
-    varied = extents.free is not None or bool(numbers)
-    launches = _Launches(op, entry, options, extents.find, varied)
+    launches = _Launches(op, entry, options, extents.find)
     sized = [at for at, index in enumerate(unique) if op.args[index].varies == (0,)]
     plain = not (pick.needed or extents.free or pointers.arrange or pointers.odd)
     if plain:
-        if len(unique) == 3 and sized == [0, 1, 2] and pointers.insert_at == 2:
-            return _bound_write_way(entry, same, launches, pointers, varied)
+        if len(unique) == 3 and sized == [0, 1, 2] and pointers.insert_at == len(bound) == 2:
+            return _bound_write_way(entry, same, launches, pointers)
         if len(unique) == 5 and sized == [0, 1, 4] and not bound:
             return _write_way(entry, same, launches, pointers)
     # Every statement of `run` is one of every call: all that it needs is at hand.
     picks, pick = pick.needed, pick.pick
     insert_at, arrange, pack = pointers.insert_at, pointers.arrange, pointers.pack
     misaligned, sized, free = pointers.misaligned, extents.sized, extents.free
-    known, prepare, new_record = launches.known, launches.prepare, launches.new_record
+    known, prepare = launches.known, launches.prepare
+    records, fill = launches.records, launches.fill
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
-    address, elements, fill = *guards.readers(), launches.fill
+    address, elements = guards.readers()
 
     def run(objects, numbers, stream, bound):
         tensors = objects
@@ -205,12 +203,12 @@ def _kernel_way(op, entry, objects, options, numbers, given):
             addresses = arrange(addresses)
         if misaligned(addresses):
             return False
-        enqueue, failed, again, fields, records = launch
+        enqueue, failed, again, fields = launch
         try:
             record = records.pop()
         except IndexError:
-            record = new_record(fields)
-        if varied:
+            record = fill(None, fields)
+        if record.fields is not fields:
             fill(record, fields)
         pack(record.buffer, 0, *addresses)
         if stream is None:
@@ -236,7 +234,8 @@ def _kernel_way(op, entry, objects, options, numbers, given):
 def _write_way(entry, same, launches, pointers):
     """`_kernel_way` of two sources, two caches and slots."""
     pack, misaligned = pointers.pack, pointers.misaligned
-    known, prepare, new_record = launches.known, launches.prepare, launches.new_record
+    known, prepare = launches.known, launches.prepare
+    records, fill = launches.records, launches.fill
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
     address, elements = guards.readers()
 
@@ -255,11 +254,13 @@ def _write_way(entry, same, launches, pointers):
         d, e = address(value_cache), address(slots)
         if (a | b | c | d | e) & 15 and misaligned((a, b, c, d, e)):
             return False
-        enqueue, failed, again, fields, records = launch
+        enqueue, failed, again, fields = launch
         try:
             record = records.pop()
         except IndexError:
-            record = new_record(fields)
+            record = fill(None, fields)
+        if record.fields is not fields:
+            fill(record, fields)
         pack(record.buffer, 0, a, b, c, d, e)
         if stream is None:
             stream = current_stream()
@@ -277,13 +278,14 @@ def _write_way(entry, same, launches, pointers):
     return run
 
 
-def _bound_write_way(entry, same, launches, pointers, varied):
+def _bound_write_way(entry, same, launches, pointers):
     """`_kernel_way` of two sources and slots; the caches are bound, at addresses that are aligned
     as the plan wants them."""
     pack, misaligned = pointers.pack, pointers.misaligned
-    known, prepare, new_record = launches.known, launches.prepare, launches.new_record
+    known, prepare = launches.known, launches.prepare
+    records, fill = launches.records, launches.fill
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
-    address, elements, fill = *guards.readers(), launches.fill
+    address, elements = guards.readers()
 
     def run(objects, numbers, stream, bound):
         if not same(*objects):
@@ -296,16 +298,17 @@ def _bound_write_way(entry, same, launches, pointers, varied):
         if not launch:
             return True
         a, b, c = address(key), address(value), address(slots)
-        if (a | b | c) & 15 and misaligned((a, b, *bound, c)):
+        d, e = bound
+        if (a | b | c) & 15 and misaligned((a, b, d, e, c)):
             return False
-        enqueue, failed, again, fields, records = launch
+        enqueue, failed, again, fields = launch
         try:
             record = records.pop()
         except IndexError:
-            record = new_record(fields)
-        if varied:
+            record = fill(None, fields)
+        if record.fields is not fields:
             fill(record, fields)
-        pack(record.buffer, 0, a, b, *bound, c)
+        pack(record.buffer, 0, a, b, d, e, c)
         if stream is None:
             stream = current_stream()
         elif stream != torchs():

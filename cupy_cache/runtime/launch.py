@@ -138,9 +138,10 @@ class Launcher:
 
 
 class Record:
-    """A parameter struct's bytes and the array of one pointer that the driver wants."""
+    """A parameter struct's bytes and the array of one pointer that the driver wants. ``fields`` is
+    for whoever fills it."""
 
-    __slots__ = ("_pointers", "address", "buffer", "tail")
+    __slots__ = ("_pointers", "address", "buffer", "fields", "tail")
 
     def __init__(self, template, tail_at):
         self.buffer = ctypes.create_string_buffer(template, len(template))
