@@ -40,7 +40,7 @@ struct Params {
   u64 table[kTableWords];
 };
 
-enum class Move { kPack, kUnpack, kZero };
+enum class Direction { kPack, kUnpack, kZero };
 
 constexpr u32 kIndices = 1;
 
@@ -56,7 +56,7 @@ __device__ __forceinline__ i64 number_of(const Params& p, u32 item) {
 
 // kFirstRun and kSecondRun belong to tensors 0 and 1. kBlockSize 0: items are blocks; else they are
 // slots, of which negative ones are padding. kItems work items per thread.
-template <Move kMove, int kTensors, int kVec, int kFirstRun, int kSecondRun, bool kNested,
+template <Direction kMove, int kTensors, int kVec, int kFirstRun, int kSecondRun, bool kNested,
           int kBlockSize, int kItems, typename Index, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) pack_blocks(const __grid_constant__ Params p) {
   const u64* caches = p.table + blockIdx.y * kTensors;
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(kMaxThreads) pack_blocks(const __grid_constant
       const u32 work = start + i * blockDim.x;
       number[i] = work < works ? number_of<kTensors, Index>(p, work / vectors) : -1;
     }
-    if constexpr (kMove == Move::kUnpack) {  // only the stores have to wait for the numbers
+    if constexpr (kMove == Direction::kUnpack) {  // only the stores have to wait for the numbers
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         const u32 work = start + i * blockDim.x;
@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kMaxThreads) pack_blocks(const __grid_constant
         if (!in_bounds(number[i], p.limit, kIndices, p.first + work / vectors)) number[i] = -1;
       }
     }
-    if constexpr (kMove == Move::kPack) {
+    if constexpr (kMove == Direction::kPack) {
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         const u32 index = (start + i * blockDim.x) % vectors;
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(kMaxThreads) pack_blocks(const __grid_constant
       for (int t = 0; t < kTensors; ++t) {
         if (number[i] < 0 || !has(t, index)) continue;
         store_vector<kVec>(
-            kMove == Move::kPack ? in_buffer(t, item, index) : in_cache(t, number[i], index),
+            kMove == Direction::kPack ? in_buffer(t, item, index) : in_cache(t, number[i], index),
             held[i][t]);
       }
     }

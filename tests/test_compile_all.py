@@ -47,7 +47,7 @@ PAIRS = [name for name in formats.LAYOUTS if name not in ("rows", "indexer")]
 # architecture: starting the disassembler takes longer than compiling a dozen kernels.
 READ_EVERYWHERE = ("copy_blocks", "reshape_and_cache_flash", "gather_cache")
 # A vector is of what is written: these read less, or nothing.
-READ_LESS = ("Dequantise", "Move::kZero", "alibi_bias")
+READ_LESS = ("Dequantise", "Direction::kZero", "alibi_bias")
 TOGETHER = 64  # kernels of one source that are compiled and read at a time
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""What is sent to the driver where a signature of torch tensors comes again: the quick way must
+"""What is sent to the driver where a signature of torch tensors comes again: the fast path must
 send what the long way sends, and refuse what it refuses."""
 
 import gc
@@ -36,7 +36,7 @@ from cupy_cache.runtime import (
 )
 
 torch = pytest.importorskip("torch")
-KNOWN = 2  # calls after which a signature has a quick way
+KNOWN = 2  # calls after which a signature has a fast path
 flash = reshape_and_cache_flash
 
 
@@ -82,7 +82,7 @@ def forget(patch):
     """Nothing is remembered from here on, and what is will be forgotten again."""
     for op in OPS:
         patch.setattr(op, "memory", plans.Memory())
-        patch.setattr(op, "known", fastpath.Known(op))
+        patch.setattr(op, "fast_paths", fastpath.FastPaths(op))
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def long_way(recorder, call, monkeypatch):
 
 
 def test_other_tensors_of_a_known_signature(recorder, monkeypatch):
-    """Whatever their numbers of rows, one quick way serves them."""
+    """Whatever their numbers of rows, one fast path serves them."""
     made = [tensors(*n) for n in ((5,), (5,), (5,), (7,), (1,), (300, 6), (300,), (7,), (2,), (1,))]
     for given in made:
         stream = given[0].data_ptr() % 1000
@@ -390,13 +390,13 @@ def test_more_signatures_than_are_known(recorder, monkeypatch):
     """Where many come in turns, few of them are learnt anew."""
     made, same_as = [], guards.same_as
     monkeypatch.setattr(guards, "same_as", lambda *a: made.append(a) or same_as(*a))
-    signatures = [tensors(heads=n) for n in range(1, fastpath.MAX_WAYS + 3)]
+    signatures = [tensors(heads=n) for n in range(1, fastpath.MAX_PATHS + 3)]
     for _ in range(30):
         for given in signatures:
             cc.reshape_and_cache_flash(*given)
             (sent,) = recorder.take()
             assert fields(sent[-1]) == expected_fields(given)
-    assert len(made) <= fastpath.MAX_WAYS + 2 + 30 * len(signatures) / fastpath.PATIENCE
+    assert len(made) <= fastpath.MAX_PATHS + 2 + 30 * len(signatures) / fastpath.PATIENCE
     for _ in range(3 * fastpath.PATIENCE):  # but what stays is learnt
         cc.reshape_and_cache_flash(*given)
     recorder.long = 0

@@ -102,7 +102,7 @@ def test_known_signature_among_several_gpus(torch, case, monkeypatch):
     # Not isinstance, which asks strange objects what they are, and some of them warn.
     ops = [op for op in gc.get_objects() if type(op) is dispatch.Op]
     for op in ops:
-        monkeypatch.setattr(op, "known", fastpath.Known(op))  # what is known is for one GPU
+        monkeypatch.setattr(op, "fast_paths", fastpath.FastPaths(op))  # those are for one GPU
     monkeypatch.setattr(driver, "active", driver.CudaDriver())
     monkeypatch.setattr(driver.active, "device_count", lambda: 2)
     test_again_and_again(torch, case)

@@ -171,9 +171,9 @@ def _plan(op, described, options):
     return plans.KernelPlan(launcher, shape)
 
 
-def _count(extents, options, numbers):
+def _count(extents, options, scalars):
     """(Heads, queries and keys, or 0; these and the strides of heads and queries)."""
-    del options, numbers
+    del options, scalars
     *counts, (shape, strides) = extents
     if (*shape,) != (*counts,):
         raise ShapeError(

@@ -143,8 +143,8 @@ def alibi_slopes(
         )
     power = 1 << (num_heads.bit_length() - 1)
     count = num_heads // tp_size
-    numbers = count, tp_rank * count, power, max_bias / (2 * power)
-    return _fill(OP, numbers, framework, device, out, stream)
+    scalars = count, tp_rank * count, power, max_bias / (2 * power)
+    return _fill(OP, scalars, framework, device, out, stream)
 
 
 def place_slopes(
@@ -260,13 +260,13 @@ def _place_plan(op, described, options):
 
 
 def _op(name, plan):
-    def count(extents, options, numbers):
+    def count(extents, options, scalars):
         del options
-        if extents[0] != numbers[0]:
+        if extents[0] != scalars[0]:
             raise ShapeError(
-                f"{name}: Invalid shape of out: expected [{numbers[0]}], got {list(extents)}"
+                f"{name}: Invalid shape of out: expected [{scalars[0]}], got {list(extents)}"
             )
-        return numbers[0], numbers
+        return scalars[0], scalars
 
     return dispatch.Op(name, [dispatch.Arg("out", varies=dispatch.ROWS)], plan, count=count)
 
@@ -290,7 +290,7 @@ class _Remembered:
 _remembered: dict[tuple, _Remembered] = {}
 
 
-def _fill(op, numbers, framework, device, out, stream):
+def _fill(op, scalars, framework, device, out, stream):
     """``out`` filled by ``op``; without it, an array that is made and remembered."""
     if out is not None:
         if framework is not None or device is not None:
@@ -298,23 +298,23 @@ def _fill(op, numbers, framework, device, out, stream):
                 f"{op.name}: Invalid value of framework or device: expected None, because out "
                 f"decides both, got {framework!r} and {device!r}"
             )
-        op((out,), (), stream, numbers)
+        op((out,), (), stream, scalars)
         return out
     framework, device = _home(op.name, framework, device)
-    key = framework, device, op.name, numbers
+    key = framework, device, op.name, scalars
     found = _remembered.get(key)
     if found is not None and found.event is None:
         return found.array
     if device.kind == "cuda":
-        return _on_gpu(op, numbers, framework, device, key, found, stream)
-    made = streams.empty(framework, device, numbers[:1], FLOAT32)
-    op((made,), (), None, numbers)
+        return _on_gpu(op, scalars, framework, device, key, found, stream)
+    made = streams.empty(framework, device, scalars[:1], FLOAT32)
+    op((made,), (), None, scalars)
     if framework == "numpy":
         made.flags.writeable = False
     return _remember(key, made, None)
 
 
-def _on_gpu(op, numbers, framework, device, key, found, stream):
+def _on_gpu(op, scalars, framework, device, key, found, stream):
     if stream is None:
         stream = streams.current(framework, device.index)()
     else:
@@ -328,8 +328,8 @@ def _on_gpu(op, numbers, framework, device, key, found, stream):
         else:
             event.hold(stream)
         return found.array
-    made = streams.empty(framework, device, numbers[:1], FLOAT32, stream)
-    op((made,), (), stream, numbers)
+    made = streams.empty(framework, device, scalars[:1], FLOAT32, stream)
+    op((made,), (), stream, scalars)
     if capturing:
         return made
     return _remember(key, made, driver.active.event(stream, device.index))

@@ -85,7 +85,7 @@ def _kernel_of(call):
     function, *arguments = call
     try:
         function(*arguments)
-    except launch.Noted as noted:
+    except launch.KernelNeeded as noted:
         return noted.kernel
     raise AssertionError(f"{function.__name__} launched nothing")
 
@@ -455,7 +455,7 @@ def _launches(*kernels):
     """The calls of what needs the same kernels always."""
 
     def note(kernel):
-        raise launch.Noted(kernel)
+        raise launch.KernelNeeded(kernel)
 
     return lambda model: ((note, kernel) for kernel in kernels)
 

@@ -98,17 +98,17 @@ class PagedKVCache:
             op = concat_and_cache_mla.OP
             fixed["kv_cache"] = self.key_caches[layer]
             names = ("scale",)
-            scales, numbers = concat_and_cache_mla.scales_of("k_scales", kv_cache_dtype, k_scale)
+            scales, scalars = concat_and_cache_mla.scales_of("k_scales", kv_cache_dtype, k_scale)
             options = (kv_cache_dtype, concat_and_cache_mla.SCALE_RULES[0])
         else:
             op, names = reshape_and_cache_flash.OP, ("k_scale", "v_scale")
-            if len(self._copy.found[0].facts.shape) == 5:
+            if len(self._copy.found[0].metadata.shape) == 5:
                 op, options = reshape_and_cache.OP, (kv_cache_dtype, False)
             fixed["key_cache"] = self.key_caches[layer]
             fixed["value_cache"] = self.value_caches[layer]
-            scales, numbers = contract.split_scales(op.name, kv_cache_dtype, k_scale, v_scale)
+            scales, scalars = contract.split_scales(op.name, kv_cache_dtype, k_scale, v_scale)
         fixed |= {name: scale for name, scale in zip(names, scales) if scale is not None}
-        return dispatch.Bound(op, fixed, options, numbers)
+        return dispatch.Bound(op, fixed, options, scalars)
 
     def writer(self, layer: int) -> Writer:
         """`write` for one layer, as a function of the other arguments: the cheapest call."""
@@ -135,8 +135,8 @@ class PagedKVCache:
         bound = self._writers[layer]
         if stream is None:  # what the call of ``bound`` begins with: an engine's every layer
             given = key, value, slot_mapping
-            for way in bound.ways:
-                if way(given, bound.numbers, None, bound.addresses):
+            for path in bound.fast_paths:
+                if path(given, bound.scalars, None, bound.addresses):
                     return
         bound(key, value, slot_mapping, stream=stream)
 

@@ -89,12 +89,12 @@ def concat_and_cache_mla(
     one part in 2047 away from it, and both ways give the same bytes for every input. NaN does not
     count for ``a`` and is stored as 0x7f; an infinite value makes its tile's scale infinite.
     """
-    array, numbers = scales_of("scale", kv_cache_dtype, None if skip_scale else scale)
-    OP((kv_c, k_pe, kv_cache, slot_mapping, *array), (kv_cache_dtype, scale_rule), stream, numbers)
+    array, scalars = scales_of("scale", kv_cache_dtype, None if skip_scale else scale)
+    OP((kv_c, k_pe, kv_cache, slot_mapping, *array), (kv_cache_dtype, scale_rule), stream, scalars)
 
 
 def scales_of(name, kv_cache_dtype, scale):
-    """The scale, which the caller calls ``name``, as (arrays, numbers); a raw copy has neither."""
+    """The scale, which the caller calls ``name``, as (arrays, floats); a raw copy has neither."""
     if not formats.is_scaled(kv_cache_dtype):
         return (), ()
     array, number = contract.split_scale("concat_and_cache_mla", name, scale)
@@ -192,8 +192,8 @@ def _gpu_plan(kernel, items, described):
 _slots = contract.slot_count("concat_and_cache_mla", "kv_c", "k_pe", scales=1)
 
 
-def _count(extents, options, numbers):
-    tokens, fields = _slots(extents, options, numbers)
+def _count(extents, options, scalars):
+    tokens, fields = _slots(extents, options, scalars)
     return tokens, (*fields, 0)
 
 

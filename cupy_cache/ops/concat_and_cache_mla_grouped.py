@@ -239,9 +239,9 @@ def _plan(op, described, options):
     return _Plan(described, *options)
 
 
-def _count(extents, options, numbers):
+def _count(extents, options, scalars):
     """(Tokens, bytes from layer to layer of kv_c, k_pe and slot_mapping)."""
-    del options, numbers
+    del options, scalars
     (kv_c, of_kv_c), (k_pe, of_k_pe), (slots, of_slots) = extents
     tokens = kv_c[1]
     if k_pe[1] != tokens:

@@ -126,9 +126,9 @@ def _plan(op, described, options):
     return plans.KernelPlan(launcher, launch.FlatShape(vectors, device, MAX_THREADS))
 
 
-def _count(extents, options, numbers):
+def _count(extents, options, scalars):
     del extents, options
-    return 1, (*numbers, 0)
+    return 1, (*scalars, 0)
 
 
 def _merged(op, output, source):

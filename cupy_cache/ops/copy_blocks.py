@@ -101,8 +101,8 @@ class _Plan:
         """Check the pairs that are in host memory, and copy."""
         mapping = call.values[-1]
         if isinstance(mapping, np.ndarray):
-            mappings.check(self._op, mapping, self._num_blocks, self._num_blocks)
-            mappings.check_disjoint(self._op, mapping, self._num_blocks)
+            count = self._num_blocks
+            mappings.check(self._op, mapping, count, count, disjoint=True)
             if self._copy is None:
                 self._run_cpu(call.tables, mapping)
             else:
@@ -122,8 +122,8 @@ def _plan(op, described, options):
     return _Plan(op, described)
 
 
-def _count(extents, options, numbers):
-    del options, numbers
+def _count(extents, options, scalars):
+    del options, scalars
     (pairs,) = extents
     return pairs, ()
 

@@ -134,8 +134,8 @@ def _plan(op, described, options):
     return plans.KernelPlan(launcher, launch.FlatShape(threads, device, indexer.MAX_THREADS))
 
 
-def _count(extents, options, numbers):
-    del options, numbers
+def _count(extents, options, scalars):
+    del options, scalars
     rows, scale_rows, ((sequences, width), (step, _)), bounds = extents
     contract.check_sequence_count("cp_gather_indexer_k_quant_cache", "block_table", sequences)
     if scale_rows != rows:

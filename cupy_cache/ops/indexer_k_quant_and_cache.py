@@ -159,8 +159,8 @@ def _plan(op, described, options):
     )
 
 
-def _count(extents, options, numbers):
-    del options, numbers
+def _count(extents, options, scalars):
+    del options, scalars
     rows, slots = extents
     if slots > rows:
         raise ShapeError(

@@ -85,9 +85,9 @@ def reshape_and_cache(
     -----
     Names, order and meaning are those of vLLM's cache operation of the same name.
     """
-    arrays, numbers = contract.split_scales(NAME, kv_cache_dtype, k_scale, v_scale)
+    arrays, scalars = contract.split_scales(NAME, kv_cache_dtype, k_scale, v_scale)
     objects = (key, value, key_cache, value_cache, slot_mapping, *arrays)
-    OP(objects, (kv_cache_dtype, bool(interleaved_v)), stream, numbers)
+    OP(objects, (kv_cache_dtype, bool(interleaved_v)), stream, scalars)
 
 
 def _plan(op, described, options):

@@ -85,9 +85,9 @@ def reshape_and_cache_flash(
     if kv_cache_dtype in formats.RAW:  # the usual case, without ado
         OP((key, value, key_cache, value_cache, slot_mapping), (kv_cache_dtype,), stream)
         return
-    arrays, numbers = contract.split_scales(NAME, kv_cache_dtype, k_scale, v_scale)
+    arrays, scalars = contract.split_scales(NAME, kv_cache_dtype, k_scale, v_scale)
     objects = (key, value, key_cache, value_cache, slot_mapping, *arrays)
-    OP(objects, (kv_cache_dtype,), stream, numbers)
+    OP(objects, (kv_cache_dtype,), stream, scalars)
 
 
 def _plan(op, described, options):

@@ -152,8 +152,8 @@ def _plan(op, described, options):
     return plans.KernelPlan(launcher, launch.FlatShape(1, device, MAX_THREADS))
 
 
-def _count(extents, options, numbers):
-    del numbers
+def _count(extents, options, scalars):
+    del scalars
     ((requests, width), (step, _)), tokens, bounds, count = extents
     contract.check_sequence_count("slot_mapping", "block_table", requests)
     if bounds != requests + 1:

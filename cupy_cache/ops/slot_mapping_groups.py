@@ -245,10 +245,10 @@ def _plan(op, described, options):
     return _Plan(op, described, *options)
 
 
-def _count(extents, options, numbers):
+def _count(extents, options, scalars):
     """(Slots, (shapes and strides of the tables, requests, tokens, bytes between the rows of
     out))."""
-    del options, numbers
+    del options, scalars
     tables, idx, tokens, bounds, ((groups, count), (stride, _)) = extents
     requests = bounds - 1
     contract.check_sequence_count(NAME, "query_start_loc", requests)

@@ -278,8 +278,8 @@ def _plan(op, described, options):
     return _Plan(described, *options)
 
 
-def _count(extents, options, numbers):
-    del options, numbers
+def _count(extents, options, scalars):
+    del options, scalars
     (pairs,) = extents
     return pairs, ()
 

@@ -128,8 +128,8 @@ def _plan(op, described, options):
     return _Plan(*options)
 
 
-def _count(extents, options, numbers):
-    del options, numbers
+def _count(extents, options, scalars):
+    del options, scalars
     if len(set(extents)) > 1:
         name, got = ("dst_ptrs", extents[1]) if extents[1] != extents[0] else ("sizes", extents[2])
         raise ShapeError(
@@ -265,10 +265,10 @@ def _copy_on_host(sources, destinations, sizes):
 
 def _join(sources, destinations, sizes, from_sides, to_sides):
     """One range for each run of neighbours: (sources, destinations, sizes, index of the first)."""
-    joined = sources[1:] == sources[:-1] + sizes[:-1]
+    joined = destinations[1:] - destinations[:-1] == sizes[:-1]
     if not joined.any():
         return sources, destinations, sizes, slice(None)
-    joined &= destinations[1:] == destinations[:-1] + sizes[:-1]
+    joined &= sources[1:] == sources[:-1] + sizes[:-1]
     for sides in (from_sides, to_sides):
         joined &= sides.allocation[1:] == sides.allocation[:-1]
     first = np.flatnonzero(np.concatenate(([True], ~joined)))

@@ -4,9 +4,9 @@
 
 Two steps, because one of them runs at every call that is not known yet:
 
-* a *reader* (`reader_for`) tells an array's `Facts` in the framework's own terms, as cheaply as
-  that framework allows; facts without the pointer are hashable and make a plan's signature;
-* `describe` turns facts into an `Array`, once per signature.
+* a *reader* (`reader_for`) tells an array's `Metadata` in the framework's own terms, as cheaply as
+  that framework allows; metadata without the pointer are hashable and make a plan's signature;
+* `describe` turns metadata into an `Array`, once per signature.
 
 torch, CuPy and NumPy arrays are read through their attributes (a few tenths of a microsecond each,
 against 19 for ``cupy.from_dlpack``). Everything else comes through DLPack (dlpack.py) or
@@ -24,7 +24,7 @@ from . import dlpack, formats
 from .devices import CPU, Device
 
 
-class Facts(NamedTuple):
+class Metadata(NamedTuple):
     """What a reader tells, in the framework's own units; see `describe`. ``keep`` owns the memory
     of an export: it must live until the work is enqueued."""
 
@@ -64,7 +64,8 @@ class Place(NamedTuple):
 class Framework(NamedTuple):
     """What a further framework with arrays on a GPU brings along.
 
-    read : ``read(array)`` -> `Facts` fields: tuples, strides in bytes, a dtype's name, a `Place`.
+    read : ``read(array)`` -> the fields of `Metadata`: tuples, strides in bytes, a dtype's name, a
+        `Place`.
     current_stream : ``current_stream(device index)`` -> the address of its current stream.
     empty : ``empty(device, shape, dtype)`` -> an uninitialised, contiguous array.
     """
@@ -148,10 +149,10 @@ def is_torch(value):
 
 
 def read(value, name, stream=None):
-    """``value``'s `Facts`. What comes through a protocol is exported for use on ``stream``, behind
-    what its producer has enqueued."""
+    """``value``'s `Metadata`. What comes through a protocol is exported for use on ``stream``,
+    behind what its producer has enqueued."""
     reader = reader_for(value, name)
-    return Facts(*(reader(value, stream) if reader in _FOREIGN else reader(value)))
+    return Metadata(*(reader(value, stream) if reader in _FOREIGN else reader(value)))
 
 
 def device_of(value, name):
@@ -161,12 +162,12 @@ def device_of(value, name):
         return _device(*dlpack.device_of(value), name)
     if reader is dlpack.read_cuda_interface:
         return Device("cuda", dlpack.interface_device(value))
-    return describe(Facts(*reader(value)), name).device
+    return describe(Metadata(*reader(value)), name).device
 
 
-def describe(facts, name):
-    """Turn `Facts` into an `Array`; ``name`` is the argument's, for errors."""
-    ptr, shape, strides, dtype, place, _ = facts
+def describe(metadata, name):
+    """Turn `Metadata` into an `Array`; ``name`` is the argument's, for errors."""
+    ptr, shape, strides, dtype, place, _ = metadata
     if isinstance(place, dlpack.Place):
         framework = place.framework
         device = _device(place.device_type, place.device_id, name)
@@ -192,9 +193,9 @@ def describe(facts, name):
     return Array(ptr, tuple(shape), strides, dtype, device, True, "torch")
 
 
-def stride_unit(facts):
+def stride_unit(metadata):
     """The bytes that the strides are counted in: an element's, as by torch and DLPack, or 1."""
-    place, dtype = facts.place, facts.dtype
+    place, dtype = metadata.place, metadata.dtype
     if isinstance(place, (Place, int, str)):
         return 1
     if isinstance(place, dlpack.Place):
@@ -202,9 +203,9 @@ def stride_unit(facts):
     return dtype.itemsize  # torch's
 
 
-def element_step(facts):
+def element_step(metadata):
     """The stride from one element to the next without gaps, as the strides are counted."""
-    place, dtype = facts.place, facts.dtype
+    place, dtype = metadata.place, metadata.dtype
     counts_bytes = isinstance(place, (Place, int, str)) or isinstance(dtype, np.dtype)
     return formats.dtype_named(dtype).bytes if counts_bytes else 1
 

@@ -231,10 +231,10 @@ def check_sequence_count(op, name, count):
 def slot_count(op, first="key", second="value", scales=2):
     """The count of operations that write tokens: of slots, of which there may not be more than rows
     of the sources, called ``first`` and ``second``. The fields are the slots and so many
-    ``scales`` that are numbers."""
-    no_numbers = (0.0,) * scales
+    ``scales`` that are floats."""
+    no_scalars = (0.0,) * scales
 
-    def count(extents, options, numbers):
+    def count(extents, options, scalars):
         del options
         ones, others, slots = extents
         if slots > ones or slots > others:
@@ -243,7 +243,7 @@ def slot_count(op, first="key", second="value", scales=2):
                 f"{op}: Invalid shape of slot_mapping: expected at most {rows} slots, the rows of "
                 f"{name}, got {slots}"
             )
-        return slots, (slots, *(numbers or no_numbers))
+        return slots, (slots, *(scalars or no_scalars))
 
     return count
 
@@ -266,7 +266,7 @@ def split_scale(op, name, scale):
 
 
 def split_scales(op, kv_cache_dtype, k_scale, v_scale):
-    """The scales of keys and values as (arrays, numbers); an array is None where the number counts.
+    """The scales of keys and values as (arrays, floats); an array is None where the float counts.
     A raw copy has neither."""
     if not formats.is_scaled(kv_cache_dtype):
         return (), ()

@@ -125,8 +125,7 @@ class _PointerAttributes(ctypes.Structure):
     def places(self):
         """The fields' addresses, in the order of the numbers."""
         at = ctypes.addressof(self)
-        offsets = (getattr(type(self), name).offset for name, _ in self._fields_)
-        return (ctypes.c_void_p * 5)(*(at + offset for offset in offsets))
+        return _FivePointers(*(at + offset for offset in _OFFSETS))
 
     def allocation(self, address):
         """The `Allocation`, if there is one."""
@@ -138,3 +137,9 @@ class _PointerAttributes(ctypes.Structure):
         if self.memory_type in (0, self._HOST):
             return None
         return Allocation(start, end, Device("cuda", self.ordinal), 0)
+
+
+_FivePointers = ctypes.c_void_p * 5
+_OFFSETS = tuple(
+    getattr(_PointerAttributes, name).offset for name, _ in _PointerAttributes._fields_
+)

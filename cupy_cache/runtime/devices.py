@@ -17,5 +17,5 @@ class Device(NamedTuple):
 
 CPU = Device("cpu", 0)
 # The index of a GPU that is not there: arrays on it are only described, launches raise
-# `launch.Noted`.
+# `launch.KernelNeeded`.
 NOWHERE = -1

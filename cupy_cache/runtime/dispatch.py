@@ -5,7 +5,7 @@
 Everything about a call that depends only on its *signature* (shapes, strides, dtypes, devices,
 alignment, options) is decided once, in the operation's plan function, and remembered. What changes
 from call to call is no part of it: addresses, the extents that an argument declares to vary (the
-tokens of a step, the width of a block table), scales that are numbers, chosen blocks in host
+tokens of a step, the width of a block table), scales that are floats, chosen blocks in host
 memory, how many layers there are.
 """
 
@@ -61,7 +61,7 @@ def forget_everything():
     """Have no operation remember any plan: the kernels of those made so far are gone."""
     for op in _all:
         op.memory.clear()
-        op.known.clear()
+        op.fast_paths.clear()
 
 
 ROWS = (0,)  # what varies where the first dimension is the tokens of a step
@@ -92,7 +92,7 @@ class Op:
     destination : int or tuple of int
         Indices of arguments; the first of them that is on a GPU decides device and stream.
     count : callable, optional
-        ``count(extents, options, numbers)`` -> (rows, fields): how much there is to do, nothing if
+        ``count(extents, options, scalars)`` -> (rows, fields): how much there is to do, nothing if
         0, and the kernel's fields that change at every call. ``extents`` has an entry for each
         argument that varies or is chosen, None where absent: the first extent where that alone
         varies, else (shape, byte strides); of a list, a list of these; of what is chosen, how many.
@@ -112,12 +112,12 @@ class Op:
         self.destination = destination if isinstance(destination, tuple) else (destination,)
         self.has_lists = any(arg.layers or arg.chosen for arg in self.args)
         self.memory = plans.Memory()
-        self.known = fastpath.Known(self)
+        self.fast_paths = fastpath.FastPaths(self)
         _all.add(self)
 
-    def __call__(self, objects, options=(), stream=None, numbers=()):
+    def __call__(self, objects, options=(), stream=None, scalars=()):
         """Run on ``objects``, one for each `Arg`; optional ones at the end may be left out.
-        ``options`` is hashable and goes to the plan, ``numbers`` change from call to call and go to
+        ``options`` is hashable and goes to the plan, ``scalars`` change from call to call and go to
         ``count``."""
         if stream is not None and type(stream) is not int:
             stream = streams.pointer(stream)
@@ -125,19 +125,19 @@ class Op:
         tensors, form = objects, (options, len(objects))
         if self.has_lists:
             objects, tensors, form = fastpath.flattened(self, objects, options)
-        ways = self.known.forms.get(form, ())
-        for way in ways:
-            if way(tensors, numbers, stream, objects):
+        paths = self.fast_paths.forms.get(form, ())
+        for path in paths:
+            if path(tensors, scalars, stream, objects):
                 return
-        entry = self.run(self.read(objects, stream), objects, options, numbers, stream)
+        entry = self.run(self.read(objects, stream), objects, options, scalars, stream)
         if entry is not None:
-            self.known.learn(self.known.ways(form), entry, objects, options)
+            self.fast_paths.learn(self.fast_paths.of(form), entry, objects, options)
 
     # --- reading
 
     def read(self, objects, stream, only=None):
-        """What each argument is: `arrays.Facts`, `lists.Layers`, the numbers in host memory as a
-        NumPy array, or None. ``only``: indices of those that are wanted; the others are None."""
+        """What each argument is: `arrays.Metadata`, `lists.Layers`, a NumPy array of what is chosen
+        in host memory, or None. ``only``: indices of those that are wanted; the others are None."""
         wanted = range(len(objects)) if only is None else only
         if stream is None and self._has_foreign(objects, wanted):
             stream = self._stream_before_reading(objects)
@@ -154,8 +154,8 @@ class Op:
                 found.append(layers)
                 keep += kept
             elif arg.chosen:
-                host, facts = indices.read(self.name, arg, value, stream)
-                found.append(facts if host is None else host)
+                host, metadata = indices.read(self.name, arg, value, stream)
+                found.append(metadata if host is None else host)
             else:
                 found.append(arrays.read(value, f"{self.name}: {arg.name}", stream))
         found += [None] * (len(self.args) - len(found))
@@ -203,7 +203,7 @@ class Op:
 
     # --- running
 
-    def run(self, read, objects, options, numbers, stream):
+    def run(self, read, objects, options, scalars, stream):
         """Find or make the plan for what was read, and run it; ``objects`` are what was read.
         Returns what is remembered of the signature if it came again."""
         signature, values, extents = self.signature(read.found, options)
@@ -216,15 +216,15 @@ class Op:
         if entry.device is None:
             shapes, strides = self._views(read.found, entry)
         call = plans.Call(values, 1, (), None, stream, shapes, strides)
-        self.finish(entry, call, extents, objects, options, numbers)
+        self.finish(entry, call, extents, objects, options, scalars)
         return entry if entry is known else None
 
-    def finish(self, entry, call, extents, objects, options, numbers):
+    def finish(self, entry, call, extents, objects, options, scalars):
         """Run a plan on the stream that it belongs to, behind all that it must wait for. Of
         ``call``, rows and fields are still to be found, and tables and stream may be."""
         values, rows, fields, tables, stream, shapes, strides = call
         if self.count is not None:
-            rows, fields = self.count(extents, options, numbers)
+            rows, fields = self.count(extents, options, scalars)
         if not rows:
             return
         if entry.device is not None:
@@ -246,43 +246,43 @@ class Op:
         extents for ``count``)."""
         signature, values, extents = [options], [], []
         lengths, empty = {}, False
-        for arg, fact in zip(self.args, found):
+        for arg, meta in zip(self.args, found):
             varies = arg.varies
-            if fact is None:
+            if meta is None:
                 empty |= arg.layers and not arg.optional
                 signature.append(None)
                 values.append(0)
                 if varies:
                     extents.append(None)
                 continue
-            if isinstance(fact, np.ndarray):
+            if isinstance(meta, np.ndarray):
                 signature.append("host")
-                values.append(fact)
-                extents.append(fact.shape[-1])
+                values.append(meta)
+                extents.append(meta.shape[-1])
                 continue
-            if type(fact) is lists.Layers:
-                values.append(fact.addresses)
-                lengths[arg.name + arg.suffix] = len(fact.addresses)
+            if type(meta) is lists.Layers:
+                values.append(meta.addresses)
+                lengths[arg.name + arg.suffix] = len(meta.addresses)
                 if varies:
-                    unit = arrays.stride_unit(fact.facts)
-                    pairs = zip(fact.shapes, fact.strides)
+                    unit = arrays.stride_unit(meta.metadata)
+                    pairs = zip(meta.shapes, meta.strides)
                     extents.append([extent(varies, *pair, unit) for pair in pairs])
-                fact = fact.facts
+                meta = meta.metadata
             else:
-                values.append(fact.ptr)
+                values.append(meta.ptr)
                 if varies:
-                    self._refuse_rank(arg, fact.shape, max(varies))
+                    self._refuse_rank(arg, meta.shape, max(varies))
                     extents.append(
-                        extent(varies, fact.shape, fact.strides, arrays.stride_unit(fact))
+                        extent(varies, meta.shape, meta.strides, arrays.stride_unit(meta))
                     )
-            ptr, shape, strides, dtype, place, _ = fact
+            ptr, shape, strides, dtype, place, _ = meta
             low = ptr
             if varies:
-                last, unit = max(varies), arrays.stride_unit(fact)
+                last, unit = max(varies), arrays.stride_unit(meta)
                 if not arg.index or unit == 1:
                     low = functools.reduce(operator.or_, (s * unit for s in strides[:last]), ptr)
                 if 1 in shape:
-                    strides = arrays.regular(varies, shape, strides, arrays.element_step(fact))
+                    strides = arrays.regular(varies, shape, strides, arrays.element_step(meta))
                 strides = strides[last:]
                 shape = (len(shape), *(n for at, n in enumerate(shape) if at not in varies))
             signature.append((shape, strides, dtype, place, low & arg.mask))
@@ -314,12 +314,12 @@ class Op:
     def _views(self, found, entry):
         """Shapes and byte strides of all arrays, for NumPy."""
         shapes, strides = [], []
-        for arg, fact, known in zip(self.args, found, entry.strides):
-            is_array = type(fact) is arrays.Facts
-            shapes.append(fact.shape if is_array else None)
+        for arg, meta, known in zip(self.args, found, entry.strides):
+            is_array = type(meta) is arrays.Metadata
+            shapes.append(meta.shape if is_array else None)
             if is_array and arg.varies:
-                unit = arrays.stride_unit(fact)
-                known = tuple(s * unit for s in fact.strides)
+                unit = arrays.stride_unit(meta)
+                known = tuple(s * unit for s in meta.strides)
             strides.append(known)
         return shapes, strides
 
@@ -328,14 +328,14 @@ class Op:
     def describe(self, found):
         """`arrays.Array`\\ s of what was read; None for what is absent or in host memory."""
         described = []
-        for arg, fact in zip(self.args, found):
+        for arg, meta in zip(self.args, found):
             name = arg.name
-            if type(fact) is lists.Layers:
-                fact, name = fact.facts, arg.item(0)
-            if type(fact) is not arrays.Facts:
+            if type(meta) is lists.Layers:
+                meta, name = meta.metadata, arg.item(0)
+            if type(meta) is not arrays.Metadata:
                 described.append(None)
                 continue
-            array = arrays.describe(fact, f"{self.name}: {name}")
+            array = arrays.describe(meta, f"{self.name}: {name}")
             strides = arrays.regular(arg.varies, array.shape, array.strides, array.dtype.bytes)
             described.append(array._replace(strides=strides))
         return described
@@ -347,9 +347,10 @@ class Op:
             if arg.chosen and array is not None:
                 indices.check(self.name, arg, array)
         entry = self._entry(self.make_plan(self, described, options), described)
-        if not any(array is not None and 0 in array.shape for array in described):
-            # The strides of an empty array were not checked: they must not vouch for a full one,
-            # which has the same signature if only its rows are missing.
+        # The strides of an empty array were not checked: they must not vouch for a full one, which
+        # has the same signature if only what varies is missing.
+        given = [pair for pair in zip(self.args, described) if pair[1] is not None]
+        if not any(array.shape[dim] == 0 for arg, array in given for dim in arg.varies):
             self.memory.add(signature, entry)
         return entry
 
@@ -405,12 +406,12 @@ class Bound:
     op : Op
     fixed : dict
         {name of an argument: array or list of arrays}.
-    options, numbers : tuple
+    options, scalars : tuple
         As for a call of ``op``.
     """
 
-    def __init__(self, op, fixed, options=(), numbers=()):
-        self.op, self.options, self.numbers = op, options, numbers
+    def __init__(self, op, fixed, options=(), scalars=()):
+        self.op, self.options, self.scalars = op, options, scalars
         names = [arg.name for arg in op.args]
         self._objects = [fixed.get(name) for name in names]
         self.given = tuple(
@@ -420,16 +421,16 @@ class Bound:
         self._in_host_memory = None  # (entry, values, tables), see `check`; () for empty lists
         others = [index for index, value in enumerate(self._objects) if value is not None]
         self.found = op.read(self._objects, None, others).found
-        self.ways = op.known.ways(("bound", options, self.given, self._signature()))
+        self.fast_paths = op.fast_paths.of(("bound", options, self.given, self._signature()))
         self.addresses = [self.found[index].ptr for index in others] if not op.has_lists else []
 
     def _signature(self):
         """What of the fixed arguments a plan depends on."""
         signature = []
-        for arg, fact in zip(self.op.args, self.found):
-            fact = fact.facts if type(fact) is lists.Layers else fact
-            if fact is not None:
-                signature.append(fact._replace(ptr=fact.ptr & arg.mask, keep=None))
+        for arg, meta in zip(self.op.args, self.found):
+            meta = meta.metadata if type(meta) is lists.Layers else meta
+            if meta is not None:
+                signature.append(meta._replace(ptr=meta.ptr & arg.mask, keep=None))
         return tuple(signature)
 
     def check(self):
@@ -455,8 +456,8 @@ class Bound:
             raise TypeError(f"{self.op.name}: expected {names}, got {len(given)} arrays")
         if stream is not None and type(stream) is not int:
             stream = streams.pointer(stream)
-        for way in self.ways:
-            if way(given, self.numbers, stream, self.addresses):
+        for path in self.fast_paths:
+            if path(given, self.scalars, stream, self.addresses):
                 return
         op, objects = self.op, self._objects.copy()
         for index, value in zip(self.given, given):
@@ -467,10 +468,10 @@ class Bound:
             self._run_chosen(objects, stream)
             return
         read = op.read(objects, stream, self.given)
-        found = [read.found[i] if i in self.given else fact for i, fact in enumerate(self.found)]
-        entry = op.run(Read(found, read.keep), objects, self.options, self.numbers, stream)
+        found = [read.found[i] if i in self.given else meta for i, meta in enumerate(self.found)]
+        entry = op.run(Read(found, read.keep), objects, self.options, self.scalars, stream)
         if entry is not None and not op.has_lists:
-            op.known.learn(self.ways, entry, objects, self.options, self.given)
+            op.fast_paths.learn(self.fast_paths, entry, objects, self.options, self.given)
 
     def _run_chosen(self, objects, stream):
         """Run where all that is given is in host memory: nothing else is left to find out."""
@@ -483,7 +484,7 @@ class Bound:
             values[index] = objects[index].numbers
             extents.append(values[index].shape[-1])
         call = plans.Call(values, 1, (), tables, stream, (), ())
-        self.op.finish(entry, call, extents, objects, self.options, self.numbers)
+        self.op.finish(entry, call, extents, objects, self.options, self.scalars)
 
 
 def require_array(op, name, value):

@@ -37,8 +37,8 @@ def device_of(array):
 
 
 def read(array, stream=None):
-    """The fields of `arrays.Facts`; strides in elements, the dtype as DLPack's triple. The producer
-    makes ``stream`` wait for what it has enqueued, but not if that is `LOOK`."""
+    """The fields of `arrays.Metadata`; strides in elements, the dtype as DLPack's triple. The
+    producer makes ``stream`` wait for what it has enqueued, but not if that is `LOOK`."""
     options = {}
     if device_of(array)[0] in (CUDA, CUDA_MANAGED):
         # 0 would be ambiguous in the protocol: 1 names the legacy default stream.
@@ -51,7 +51,7 @@ def read(array, stream=None):
 
 
 def read_cuda_interface(array, stream=None):
-    """The fields of `arrays.Facts`; strides in bytes, the dtype NumPy's."""
+    """The fields of `arrays.Metadata`; strides in bytes, the dtype NumPy's."""
     interface = array.__cuda_array_interface__
     ptr, read_only = interface["data"]
     dtype = np.dtype(interface["typestr"])

@@ -1,11 +1,11 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""The quick way of signatures that come again with torch tensors on a GPU: what an engine does at
+"""The fast path of signatures that come again with torch tensors on a GPU: what an engine does at
 every layer and step.
 
 A call is compared with an earlier one in C++ (guards.py); then only addresses and numbers of
 elements are asked of the tensors, and the rest is known. There is one function for each signature
-(`_kernel_way`, `_plan_way`), for any counts, and the layers of a `PagedKVCache` share it.
+(`_kernel_path`, `_plan_path`), for any counts, and the layers of a `PagedKVCache` share it.
 """
 
 import functools
@@ -14,52 +14,52 @@ import struct
 
 from . import arrays, faults, guards, indices, lists, plans, streams
 
-MAX_WAYS = 8  # signatures of calls of one form
+MAX_PATHS = 8  # signatures of calls of one form
 MAX_FORMS = 256
-MAX_COUNTS = 256  # combinations of extents and numbers, of one signature
+MAX_COUNTS = 256  # combinations of extents and scalars, of one signature
 PATIENCE = 64  # calls before a new signature takes the place of one of so many: learning takes long
 
 
-class Known:
-    """The quick ways of an operation, by the *form* of a call: its options, and which arguments
+class FastPaths:
+    """The fast paths of an operation, by the *form* of a call: its options, and which arguments
     there are, which is what can be told at once."""
 
     def __init__(self, op):
         self._op = op
         self.forms = {}
 
-    def ways(self, form):
-        """The ways for calls of this form: a list, of the latest first, that is kept up to date."""
+    def of(self, form):
+        """The fast paths for calls of this form, the latest first: kept up to date."""
         found = self.forms.get(form)
         if found is None:
             if len(self.forms) >= MAX_FORMS:
                 self.forms.clear()
-            found = self.forms[form] = Ways()
+            found = self.forms[form] = Recent()
         return found
 
     def clear(self):
         """Forget all."""
-        for ways in self.forms.values():
-            ways.clear()
+        for paths in self.forms.values():
+            paths.clear()
 
-    def learn(self, ways, entry, objects, options, given=None):
-        """Know a signature from now on, if it has a quick way. ``given``: the indices of arguments
+    def learn(self, paths, entry, objects, options, given=None):
+        """Know a signature from now on, if it has a fast path. ``given``: the indices of arguments
         that are not bound."""
         on_cpu = entry.device is None and any(entry.strides)
-        if on_cpu or entry.most_rows is not None or not ways.may_learn():
+        if on_cpu or entry.most_rows is not None or not paths.may_learn():
             return
         if self._op.has_lists:
-            way = _plan_way(self._op, entry, objects, options, given)
+            path = _plan_path(self._op, entry, objects, options, given)
         elif isinstance(entry.plan, plans.KernelPlan):
-            way = _kernel_way(self._op, entry, objects, options, given)
+            path = _kernel_path(self._op, entry, objects, options, given)
         else:
-            way = None
-        if way is not None:
-            ways.learn(way)
+            path = None
+        if path is not None:
+            paths.learn(path)
 
 
-class Ways(list):
-    """The quick ways of the latest signatures of one form: each a function ``way(tensors, numbers,
+class Recent(list):
+    """The fast paths of the latest signatures of one form: each a function ``path(tensors, scalars,
     stream, more)`` that runs a call, or returns False with nothing done. ``more``: the addresses of
     arguments that are bound, or the objects of an operation with lists."""
 
@@ -67,7 +67,7 @@ class Ways(list):
 
     def may_learn(self):
         """Whether it is time for a further one."""
-        if len(self) < MAX_WAYS:
+        if len(self) < MAX_PATHS:
             return True
         self._patience -= 1
         if self._patience > 0:
@@ -75,9 +75,9 @@ class Ways(list):
         self._patience = PATIENCE
         return True
 
-    def learn(self, way):
-        """Have a way for a further signature."""
-        self[:] = [way, *self[: MAX_WAYS - 1]]
+    def learn(self, path):
+        """Have a fast path for a further signature."""
+        self[:] = [path, *self[: MAX_PATHS - 1]]
 
 
 # --- one kernel -----------------------------------------------------------------------------------
@@ -86,7 +86,7 @@ class Ways(list):
 class _Launches:
     """The launches of a signature.
 
-    known : by what decides them, {numbers of elements, shapes and numbers of a call: (enqueue,
+    known : by what decides them, {numbers of elements, shapes and scalars of a call: (enqueue,
         errors, what to call at these instead, fields)}; empty where there is nothing to do.
     records : parameters, each with the fields that it was filled with last. One in use by a thread
         must not be repacked by another: each takes one and puts it back.
@@ -101,14 +101,14 @@ class _Launches:
         self._grids = {}  # {rows: (enqueue, errors, what to call at these instead)}
         self.known, self.records = {}, []
 
-    def prepare(self, key, tensors, numbers):
+    def prepare(self, key, tensors, scalars):
         """A further one; None where the tensors are not those of the plan."""
         extents = self._find(tensors)
         if extents is None:
             return None
         rows, fields = 1, ()
         if self._op.count is not None:
-            rows, fields = self._op.count(extents, self._options, numbers)
+            rows, fields = self._op.count(extents, self._options, scalars)
         launch = ()
         if rows:
             launch = self._grids.get(rows) or self._of_grid(rows)
@@ -138,8 +138,8 @@ class _Launches:
         return record
 
 
-def _kernel_way(op, entry, objects, options, given):
-    """The quick way of a `plans.KernelPlan`: one launch."""
+def _kernel_path(op, entry, objects, options, given):
+    """The fast path of a `plans.KernelPlan`: one launch."""
     given = list(range(len(objects)) if given is None else given)
     bound = [i for i, value in enumerate(objects) if value is not None and i not in given]
     present = [index for index in given if objects[index] is not None]
@@ -164,9 +164,9 @@ def _kernel_way(op, entry, objects, options, given):
     plain = not (pick.needed or extents.free or pointers.arrange or pointers.odd)
     if plain:
         if len(unique) == 3 and sized == [0, 1, 2] and pointers.insert_at == len(bound) == 2:
-            return _bound_write_way(entry, same, launches, pointers)
+            return _bound_write_path(entry, same, launches, pointers)
         if len(unique) == 5 and sized == [0, 1, 4] and not bound:
-            return _write_way(entry, same, launches, pointers)
+            return _write_path(entry, same, launches, pointers)
     # Every statement of `run` is one of every call: all that it needs is at hand.
     picks, pick = pick.needed, pick.pick
     insert_at, arrange, pack = pointers.insert_at, pointers.arrange, pointers.pack
@@ -176,7 +176,7 @@ def _kernel_way(op, entry, objects, options, given):
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
     address, elements = guards.readers()
 
-    def run(objects, numbers, stream, bound):
+    def run(objects, scalars, stream, bound):
         tensors = objects
         if picks:
             tensors = pick(objects)
@@ -185,13 +185,13 @@ def _kernel_way(op, entry, objects, options, given):
         if not same(*tensors):
             return False
         key = tuple(map(elements, tensors if sized is None else sized(tensors)))
-        if numbers:
-            key += numbers
+        if scalars:
+            key += scalars
         if free is not None:
             key += free(tensors)
         launch = known.get(key)
         if launch is None:
-            launch = prepare(key, tensors, numbers)
+            launch = prepare(key, tensors, scalars)
             if launch is None:
                 return False
         if not launch:
@@ -228,26 +228,26 @@ def _kernel_way(op, entry, objects, options, given):
 
 
 # The writes of an engine's every layer, written out for their five tensors, or three where the
-# caches are bound. What `_kernel_way` does with any number of them takes 0.7 us more.
+# caches are bound. What `_kernel_path` does with any number of them takes 0.7 us more.
 
 
-def _write_way(entry, same, launches, pointers):
-    """`_kernel_way` of two sources, two caches and slots."""
+def _write_path(entry, same, launches, pointers):
+    """`_kernel_path` of two sources, two caches and slots."""
     pack, misaligned = pointers.pack, pointers.misaligned
     known, prepare = launches.known, launches.prepare
     records, fill = launches.records, launches.fill
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
     address, elements = guards.readers()
 
-    def run(objects, numbers, stream, bound):
+    def run(objects, scalars, stream, bound):
         del bound
-        if numbers or not same(*objects):
+        if not same(*objects):
             return False
         key, value, key_cache, value_cache, slots = objects
-        sizes = elements(key), elements(value), elements(slots)
+        sizes = elements(key), elements(value), elements(slots), scalars
         launch = known.get(sizes)
         if launch is None:
-            launch = prepare(sizes, objects, numbers)
+            launch = prepare(sizes, objects, scalars)
         if not launch:
             return True
         a, b, c = address(key), address(value), address(key_cache)
@@ -278,8 +278,8 @@ def _write_way(entry, same, launches, pointers):
     return run
 
 
-def _bound_write_way(entry, same, launches, pointers):
-    """`_kernel_way` of two sources and slots; the caches are bound, at addresses that are aligned
+def _bound_write_path(entry, same, launches, pointers):
+    """`_kernel_path` of two sources and slots; the caches are bound, at addresses that are aligned
     as the plan wants them."""
     pack, misaligned = pointers.pack, pointers.misaligned
     known, prepare = launches.known, launches.prepare
@@ -287,14 +287,14 @@ def _bound_write_way(entry, same, launches, pointers):
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
     address, elements = guards.readers()
 
-    def run(objects, numbers, stream, bound):
+    def run(objects, scalars, stream, bound):
         if not same(*objects):
             return False
         key, value, slots = objects
-        sizes = elements(key), elements(value), elements(slots), numbers
+        sizes = elements(key), elements(value), elements(slots), scalars
         launch = known.get(sizes)
         if launch is None:
-            launch = prepare(sizes, objects, numbers)
+            launch = prepare(sizes, objects, scalars)
         if not launch:
             return True
         a, b, c = address(key), address(value), address(slots)
@@ -464,7 +464,7 @@ def _low_bits(arg, tensor):
 
 
 def flattened(op, objects, options):
-    """``objects`` with the numbers in host memory read, all their tensors in one list, and the form
+    """``objects`` with what is in host memory read, all their tensors in one list, and the form
     of the call."""
     read, tensors, form = [], [], [options]
     for arg, value in zip(op.args, objects):
@@ -483,8 +483,8 @@ def flattened(op, objects, options):
     return read, tensors, tuple(form)
 
 
-def _plan_way(op, entry, objects, options, given):
-    """The quick way of any other plan: what is remembered is found without reading the arrays."""
+def _plan_path(op, entry, objects, options, given):
+    """The fast path of any other plan: what is remembered is found without reading the arrays."""
     if given is not None or entry.others:
         return None
     _, tensors, form = flattened(op, objects, options)
@@ -524,7 +524,7 @@ def _plan_way(op, entry, objects, options, given):
         tables = None if entry.tables is None else entry.tables(values)
         return values, tables
 
-    def run(tensors, numbers, stream, objects):
+    def run(tensors, scalars, stream, objects):
         if not same(*tensors):
             return False
         addresses = list(map(address, tensors)) if tensors else []
@@ -551,7 +551,7 @@ def _plan_way(op, entry, objects, options, given):
                 extent = [_extent(arg, tensor) for tensor in tensors[at : at + length]]
             extents.append(extent)
         call = plans.Call(values, 1, (), tables, stream, (), ())
-        op.finish(entry, call, extents, objects, options, numbers)
+        op.finish(entry, call, extents, objects, options, scalars)
         return True
 
     return run

@@ -45,7 +45,7 @@ def read_host(op, arg, value):
 
 def read(op, arg, value, stream):
     """(int64 NumPy array, None) of what is in host memory, [n] or, of pairs, [2, n]; (None,
-    `arrays.Facts`) of an array on a GPU."""
+    `arrays.Metadata`) of an array on a GPU."""
     value = read_host(op, arg, value)
     if type(value) is Chosen:
         return value.numbers, None
@@ -53,10 +53,10 @@ def read(op, arg, value, stream):
 
 
 def _read_array(op, arg, value, stream):
-    facts = arrays.read(value, f"{op}: {arg.name}", stream)
-    array = arrays.describe(facts, f"{op}: {arg.name}")
+    metadata = arrays.read(value, f"{op}: {arg.name}", stream)
+    array = arrays.describe(metadata, f"{op}: {arg.name}")
     if array.device.kind != "cpu":
-        return None, facts
+        return None, metadata
     check(op, arg, array)
     # A copy: what has been checked must not change before it is used.
     view = arrays.as_numpy(array.ptr, array.shape, array.strides, array.dtype.numpy)

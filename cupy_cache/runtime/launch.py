@@ -61,7 +61,7 @@ def processors(device):
     return 1 if device == NOWHERE else driver.active.processors(device)
 
 
-class Noted(Exception):
+class KernelNeeded(Exception):
     """A launch on the GPU that is not there: ``kernel`` is the one that it needs."""
 
     def __init__(self, kernel):
@@ -129,7 +129,7 @@ class Launcher:
 
     def _load(self, stream):
         if self.device == NOWHERE:
-            raise Noted(self.kernel)
+            raise KernelNeeded(self.kernel)
         self._loaded = driver.active.load(self.kernel, self.device, stream)
 
     def new_record(self):

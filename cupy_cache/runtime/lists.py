@@ -13,12 +13,12 @@ from . import arrays
 class Layers(NamedTuple):
     """Arrays that are alike, but for the dimensions that may vary.
 
-    facts : of the first; its address is replaced by the alignment common to all, at most 16.
+    metadata : of the first; its address is replaced by the alignment common to all, at most 16.
     addresses : of each.
     shapes, strides : of each, where dimensions vary; else None.
     """
 
-    facts: arrays.Facts
+    metadata: arrays.Metadata
     addresses: tuple
     shapes: tuple | None = None
     strides: tuple | None = None
@@ -38,27 +38,27 @@ def read(op, arg, values, stream):
     empty. For errors, array i is called by ``arg.item``."""
     if not values:
         return None, ()
-    facts = [
+    metadata = [
         arrays.read(value, f"{op}: {arg.item(index)}", stream) for index, value in enumerate(values)
     ]
-    first = facts[0]
+    first = metadata[0]
     wanted = _alike(arg, first)
-    if any(_alike(arg, fact) != wanted for fact in facts):
-        for index, fact in enumerate(facts):
-            _compare(op, arg, index, fact, first)
-    addresses = tuple(fact.ptr for fact in facts)
+    if any(_alike(arg, meta) != wanted for meta in metadata):
+        for index, meta in enumerate(metadata):
+            _compare(op, arg, index, meta, first)
+    addresses = tuple(meta.ptr for meta in metadata)
     common = functools.reduce(operator.or_, addresses, 16)
     common = first._replace(ptr=common & -common, keep=None)
-    keep = [fact.keep for fact in facts]
+    keep = [meta.keep for meta in metadata]
     if not arg.varies:
         return Layers(common, addresses), keep
-    shapes, strides = (tuple(fact[at] for fact in facts) for at in (1, 2))
+    shapes, strides = (tuple(meta[at] for meta in metadata) for at in (1, 2))
     return Layers(common, addresses, shapes, strides), keep
 
 
-def _alike(arg, fact):
+def _alike(arg, meta):
     """What arrays of a list have in common."""
-    _, shape, strides, dtype, place, _ = fact
+    _, shape, strides, dtype, place, _ = meta
     return *_fixed(arg, shape, strides), dtype, place
 
 
@@ -71,10 +71,10 @@ def _fixed(arg, shape, strides):
     return shape, (*(None for _ in strides[:last]), *strides[last:])
 
 
-def _compare(op, arg, index, fact, first):
+def _compare(op, arg, index, meta, first):
     """Refuse an array that is not like the first one."""
     name, first_name = arg.item(index), arg.item(0)
-    got, wanted = (arrays.describe(f, f"{op}: {n}") for f, n in ((fact, name), (first, first_name)))
+    got, wanted = (arrays.describe(f, f"{op}: {n}") for f, n in ((meta, name), (first, first_name)))
     unlike = [
         (what, error, one, other)
         for (what, error), one, other in zip(_KINDS, _shown(arg, got), _shown(arg, wanted))

@@ -16,7 +16,7 @@ class Call(NamedTuple):
     """What a plan gets of one call.
 
     values : for each argument of the operation its address, 0 where it is absent; the addresses of
-        a list of layers; or the numbers that are in host memory, as NumPy's int64.
+        a list of layers; or what is chosen in host memory, as NumPy's int64.
     rows, fields : what the operation's count gave.
     tables : what the plan's own ``tables(values)`` made of the addresses in lists, which is kept
         for as long as they stay the same; None where the plan has no such method.

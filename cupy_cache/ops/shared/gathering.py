@@ -32,15 +32,15 @@ MAX_THREADS = 128
 
 def op(name, plan, count, bounds="cu_seq_lens"):
     """The `dispatch.Op` of an operation; ``bounds`` is what it calls the sequences' first rows.
-    ``count(rows of dst, block_table, ``bounds`` and seq_starts, numbers)`` gives the rows to
-    process and the sequences; of ``numbers``, the scale is the first."""
+    ``count(rows of dst, block_table, ``bounds`` and seq_starts, scalars)`` gives the rows to
+    process and the sequences; of ``scalars``, the scale is the first."""
     # The fault number of seq_starts.
     first_guarded = 1 + len(GUARDED) * SHARING.index(name) if name in SHARING else 1
 
-    def fields(extents, options, numbers):
+    def fields(extents, options, scalars):
         del options
         rows, ((sequences, width), (step, _)), first_rows, starts = extents
-        scale, *others = numbers or (0.0,)
+        scale, *others = scalars or (0.0,)
         rows, sequences = count((rows, sequences, first_rows, starts), *others)
         return rows, (rows, sequences, width, step, scale, first_guarded)
 

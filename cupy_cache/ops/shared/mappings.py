@@ -31,17 +31,21 @@ def runs(pairs):
     return *pairs[:, edges[:-1]], edges[1:] - edges[:-1]
 
 
-def check(op, pairs, source_blocks, destination_blocks):
-    """Refuse numbers out of range and a destination named twice."""
+def check(op, pairs, source_blocks, destination_blocks, disjoint=False):
+    """Refuse numbers out of range and a destination named twice; if ``disjoint``, also a block that
+    is both source and destination."""
     if pairs.shape[1] <= FEW:
         sources, destinations = pairs.tolist()
+        written = set(destinations)
         good = not sources or (
             min(sources) >= 0
             and max(sources) < source_blocks
             and min(destinations) >= 0
             and max(destinations) < destination_blocks
-            and len(set(destinations)) == len(destinations)
+            and len(written) == len(destinations)
         )
+        if good and (not disjoint or written.isdisjoint(sources)):
+            return
     else:
         from_high, to_high = pairs.max(axis=1)
         good = (
@@ -52,6 +56,8 @@ def check(op, pairs, source_blocks, destination_blocks):
         )
     if not good:
         _refuse(op, *pairs.tolist(), source_blocks, destination_blocks)
+    if disjoint:
+        check_disjoint(op, pairs, max(source_blocks, destination_blocks))
 
 
 def _refuse(op, sources, destinations, source_blocks, destination_blocks):
@@ -90,7 +96,7 @@ def check_disjoint(op, pairs, num_blocks):
 
 
 def _distinct(numbers, num_blocks):
-    """Whether none of ``numbers`` is there twice."""
+    """Whether none of ``scalars`` is there twice."""
     if num_blocks > MOST_IN_TABLE:
         return len(np.unique(numbers)) == len(numbers)
     # Of two with the same number, one does not find its own row in the table, of which only the

@@ -93,8 +93,8 @@ class Operation:
         return Plan(op, self.direction, self.by_slot, described, *options)
 
     @staticmethod
-    def _count(extents, options, numbers):
-        del options, numbers
+    def _count(extents, options, scalars):
+        del options, scalars
         count, *rows = extents
         return count, tuple(rows)
 
@@ -242,7 +242,7 @@ class Plan:
         kernel = modules.Kernel(
             self.op,
             "pack_blocks",
-            f"pack_blocks<cupy_cache::Move::{self.direction.name}, {len(vectors)}, {vector}, "
+            f"pack_blocks<cupy_cache::Direction::{self.direction.name}, {len(vectors)}, {vector}, "
             f"{runs[0]}, {runs[-1]}, {spelling.boolean(nested)}, {block_size}, {ITEMS}, {index}, "
             f"{MAX_THREADS}>",
             PARAMS,
