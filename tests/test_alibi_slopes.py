@@ -287,7 +287,7 @@ def gpu(emulated_world):
             super().__init__()
             self.is_capturing, self.launches, self.events = False, [], []
 
-        def capturing(self, stream):
+        def capturing(self, stream, device):
             return self.is_capturing
 
         def event(self, stream, device):

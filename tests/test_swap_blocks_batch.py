@@ -1,5 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
 import ctypes
 import logging
 import types
@@ -181,7 +182,7 @@ def test_what_the_driver_tells(
 
     library = types.SimpleNamespace(cuPointerGetAttributes=attributes)
     monkeypatch.setattr(cuda, "_library", lambda: library)
-    monkeypatch.setattr(cuda, "_ensure_context", lambda: None)
+    monkeypatch.setattr(cuda, "in_a_context", contextlib.nullcontext)
     assert driver.CudaDriver().allocation(5000) == expected
     library.cuPointerGetAttributes = lambda *a: 201
     with pytest.raises(cc.KernelError, match=r"0x1388.*201"):

@@ -169,7 +169,7 @@ def needed_by(emulated_world, rng, arguments):
         def launch(self, loaded, grid, threads, stream, record):
             pass
 
-        def capturing(self, stream):
+        def capturing(self, stream, device):
             return True
 
         def device_count(self):

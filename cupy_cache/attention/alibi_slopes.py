@@ -320,7 +320,7 @@ def _on_gpu(op, scalars, framework, device, key, found, stream):
     else:
         stream = streams.pointer(stream)
     # A stream that is being captured may neither wait for work outside its graph nor be asked.
-    capturing = driver.active.capturing(stream)
+    capturing = driver.active.capturing(stream, device.index)
     if found is not None and not capturing:
         event = found.event
         if event is None or event.done():

@@ -79,20 +79,36 @@ def during_captures():
         _library().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
-def _ensure_context():
-    """Have a context in this thread: the driver does not answer without one."""
+@contextlib.contextmanager
+def in_a_context():
+    """Where this is entered, the thread has a context: the driver does not answer without one. Any
+    GPU's will do, so one that is in use serves, and no GPU gets one that nobody else asked for."""
     cuda = import_cupy("a raw address").cuda
-    if not cuda.driver.ctxGetCurrent():
-        cuda.runtime.setDevice(cuda.runtime.getDevice())
+    if cuda.driver.ctxGetCurrent():
+        yield
+        return
+    in_use = filter(_has_context, range(cuda.runtime.getDeviceCount()))
+    with on_device(next(in_use, 0)):
+        yield
+
+
+def _has_context(index):
+    """Whether GPU ``index`` has the context that all frameworks share."""
+    library, device = _library(), ctypes.c_int()
+    flags, active = ctypes.c_uint(), ctypes.c_int()
+    _check(library.cuDeviceGet(ctypes.byref(device), index), f"cuDeviceGet({index})")
+    status = library.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active))
+    _check(status, f"cuDevicePrimaryCtxGetState({index})")
+    return bool(active.value)
 
 
 def allocation_at(address):
     """The `Allocation` that holds ``address``; None where CUDA knows of none."""
     found = _PointerAttributes()
-    _ensure_context()
-    status = _library().cuPointerGetAttributes(
-        len(found.IDS), found.IDS, found.places(), ctypes.c_uint64(address)
-    )
+    with in_a_context():
+        status = _library().cuPointerGetAttributes(
+            len(found.IDS), found.IDS, found.places(), ctypes.c_uint64(address)
+        )
     _check(status, f"asking for what is at {address:#x}")
     return found.allocation(address)
 

@@ -6,10 +6,14 @@ import contextlib
 import ctypes
 import functools
 import re
+import sys
 
 from ..errors import CaptureError, DeviceError, KernelError, MissingDependencyError
 from . import cuda, modules
 from .devices import CPU, Device
+
+# The default stream that waits for all others. It is never captured.
+_LEGACY = (0, 1)
 
 _UNPINNED = "host memory that is not pinned cannot be copied while a CUDA graph is captured: pin it"
 
@@ -35,7 +39,7 @@ class CudaDriver:
         try:
             return modules.load(kernel, device)
         except KernelError as error:
-            if self._capture_is_in_the_way(stream):
+            if self._capture_is_in_the_way(stream, device):
                 raise CaptureError(
                     f"{kernel!r} was met for the first time while a CUDA graph is captured, and "
                     f"could not be loaded there: call warmup() for this shape before ({error})"
@@ -109,7 +113,10 @@ class CudaDriver:
     def device_at(self, address):
         """The index of the GPU whose memory is at ``address``; the current one's for null."""
         runtime = cuda.import_cupy("an array with __cuda_array_interface__").cuda.runtime
-        return runtime.pointerGetAttributes(address).device if address else runtime.getDevice()
+        if not address:
+            return runtime.getDevice()
+        with cuda.in_a_context():
+            return runtime.pointerGetAttributes(address).device
 
     def allocation(self, address):
         """The `cuda.Allocation` that holds ``address``; None where CUDA knows of none."""
@@ -117,7 +124,8 @@ class CudaDriver:
 
     def mapped_address(self, address, device):
         """The address at which GPU ``device`` reaches this host memory; None if not pinned."""
-        return self._runtime.pointerGetAttributes(address).devicePointer or None
+        with cuda.on_device(device):
+            return self._runtime.pointerGetAttributes(address).devicePointer or None
 
     # --- streams
 
@@ -125,16 +133,20 @@ class CudaDriver:
         """The address of CuPy's current stream on a GPU."""
         return cuda.import_cupy(f"cuda:{device}").cuda.get_current_stream(device).ptr
 
-    def capturing(self, stream):
-        """Whether ``stream`` is being captured into a CUDA graph."""
-        return bool(self._runtime.streamIsCapturing(stream)) if stream else False
+    def capturing(self, stream, device):
+        """Whether ``stream`` of GPU ``device`` is being captured into a CUDA graph."""
+        if stream in _LEGACY:
+            return False
+        with cuda.on_device(device):
+            return bool(self._runtime.streamIsCapturing(stream))
 
-    def _capture_is_in_the_way(self, stream):
-        try:
-            return self.capturing(stream)
-        except Exception as error:
-            # Asking about the legacy stream while another captures is itself an error of capture.
-            return "capture" in str(error).lower()
+    def _capture_is_in_the_way(self, stream, device):
+        """Whether ``stream`` is being captured, or one that it would wait for."""
+        with cuda.on_device(device):
+            try:
+                return bool(self._runtime.streamIsCapturing(stream))
+            except Exception as error:
+                return "capture" in str(error).lower()
 
     def event(self, stream, device):
         """An `Event` behind everything enqueued so far on ``stream`` of GPU ``device``."""
@@ -143,8 +155,9 @@ class CudaDriver:
     def order(self, before, after, device):
         """Make what is enqueued on stream ``after`` from now on wait for what ``before`` holds, on
         GPU ``device``. Nothing is done for a stream that is being captured."""
-        if before != after and not (self.capturing(before) or self.capturing(after)):
-            self.event(before, device).hold(after)
+        if before == after or self.capturing(before, device) or self.capturing(after, device):
+            return
+        self.event(before, device).hold(after)
 
     # --- copies
 
@@ -155,7 +168,7 @@ class CudaDriver:
             with cuda.on_device(device):
                 runtime.memcpyAsync(destination, source, size, runtime.memcpyDefault, stream)
         except runtime.CUDARuntimeError as error:
-            if self._capture_is_in_the_way(stream):
+            if self._capture_is_in_the_way(stream, device):
                 raise CaptureError(f"{_UNPINNED} ({error})") from error
             raise KernelError(f"a copy of {size} bytes failed on cuda:{device}: {error}") from error
 
@@ -164,7 +177,7 @@ class CudaDriver:
         """The address of ``size`` bytes on GPU ``device`` for the work enqueued on ``stream`` while
         this is entered: they are freed behind it, in the stream's order."""
         runtime = cuda.import_cupy("a copy").cuda.runtime
-        if self._capture_is_in_the_way(stream):
+        if self._capture_is_in_the_way(stream, device):
             raise CaptureError(_UNPINNED)
         with cuda.on_device(device):
             try:
@@ -208,29 +221,35 @@ class CudaDriver:
 
 
 class Event:
-    """A point in a stream's work. Not for a stream that is being captured."""
+    """A point in the work of a stream of GPU ``device``. Not for a stream that is being captured.
+
+    Its GPU is made current for all that is asked of it: a default stream is that of the current
+    GPU, and a thread that has none would get a context on the first one.
+    """
+
+    _event = None
 
     def __init__(self, stream, device):
-        cupy_cuda = cuda.import_cupy("a stream").cuda
-        self._runtime = cupy_cuda.runtime
-        if self._runtime.getDevice() == device and cupy_cuda.driver.ctxGetCurrent():
-            self._record(cupy_cuda, stream)
-        else:
-            with cuda.on_device(device):
-                self._record(cupy_cuda, stream)
+        self._runtime, self._device = cuda.import_cupy("a stream").cuda.runtime, device
+        with cuda.on_device(device):
+            self._event = self._runtime.eventCreateWithFlags(self._runtime.eventDisableTiming)
+            self._runtime.eventRecord(self._event, stream)
 
-    def _record(self, cupy_cuda, stream):
-        self._event = cupy_cuda.Event(disable_timing=True)
-        self._runtime.eventRecord(self._event.ptr, stream)
+    def __del__(self):
+        if self._event is not None and not sys.is_finalizing():
+            with cuda.on_device(self._device):
+                self._runtime.eventDestroy(self._event)
 
     def done(self):
         """Whether the GPU has got there."""
-        with cuda.during_captures():
-            return self._event.done
+        with cuda.on_device(self._device), cuda.during_captures():
+            return self._runtime.eventQuery(self._event) == 0
 
     def hold(self, stream):
-        """Make what is enqueued on ``stream`` from now on wait for it, without waiting here."""
-        self._runtime.streamWaitEvent(stream, self._event.ptr)
+        """Make what is enqueued on ``stream`` of the same GPU from now on wait for it, without
+        waiting here."""
+        with cuda.on_device(self._device):
+            self._runtime.streamWaitEvent(stream, self._event)
 
 
 # What loads and launches. The tests put an emulator here that runs the same sources on the CPU.

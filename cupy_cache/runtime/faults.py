@@ -25,7 +25,7 @@ def record(op, argument, row, value, limit):
 def after_launch(stream, device):
     """What CUPYCACHE_DEBUG=1 asks for: raise what was recorded on GPU ``device``, unless ``stream``
     is being captured, where nothing runs and nothing may wait."""
-    if not driver.active.capturing(stream):
+    if not driver.active.capturing(stream, device):
         raise_faults(device)
 
 

@@ -80,7 +80,7 @@ _kept: collections.deque = collections.deque()
 def keep_until_done(objects, stream, device):
     """Keep ``objects``, which own host memory, until what ``stream`` holds is done. They are let go
     at the next call of this, or of `let_go`, after that."""
-    if not driver.active.capturing(stream):
+    if not driver.active.capturing(stream, device):
         let_go()
         _kept.append((driver.active.event(stream, device), objects))
 

@@ -365,7 +365,7 @@ class EmulatedDriver:
     def device_at(self, address):
         return 0
 
-    def capturing(self, stream):
+    def capturing(self, stream, device):
         return False
 
     def event(self, stream, device):
