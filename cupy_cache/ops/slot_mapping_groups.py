@@ -172,6 +172,7 @@ class _Plan:
             slots.check_block_size(check, f"block_sizes[{index}]", size, own[0], own[2])
             self._groups.append((size, *own) if on else None)
         self._named = named
+        self._latest = None, ()  # (addresses and shapes of tables, what was made of them)
         if out.device.kind == "cuda":
             self._specialise(out.device.index)
 
@@ -200,6 +201,22 @@ class _Plan:
             self._run_cpu(call, geometries, requests, tokens)
             return
         count = call.rows
+        for first, groups, words in self._words(tables, geometries):
+            threads = launch.block_threads(
+                count * groups, launch.processors(self._device), MAX_THREADS
+            )
+            self._launcher.enqueue(
+                (launch.ceil_div(count, threads), groups, 1), threads, call.stream, idx, positions,
+                bounds, out + first * stride, count, requests, tokens, first, stride,
+                tail=words,
+            )  # fmt: skip
+
+    def _words(self, tables, geometries):
+        """For each launch its first group, how many, and their tables as the kernel wants them."""
+        known, made = self._latest
+        if known == (tables, geometries):
+            return made
+        made = []
         for first in range(0, len(tables), MAX_GROUPS):
             words = []
             for index in range(first, min(first + MAX_GROUPS, len(tables))):
@@ -208,15 +225,10 @@ class _Plan:
                 if group is not None:
                     fields = slots.geometry(shape, strides, *group)
                 words += (tables[index], shape[0], *fields)
-            groups = len(words) // TABLE_WORDS
-            threads = launch.block_threads(
-                count * groups, launch.processors(self._device), MAX_THREADS
-            )
-            self._launcher.enqueue(
-                (launch.ceil_div(count, threads), groups, 1), threads, call.stream, idx, positions,
-                bounds, out + first * stride, count, requests, tokens, first, stride,
-                tail=struct.pack(f"<{len(words)}Q", *(word & 2**64 - 1 for word in words)),
-            )  # fmt: skip
+            packed = struct.pack(f"<{len(words)}q", *words)
+            made.append((first, len(words) // TABLE_WORDS, packed))
+        self._latest = (tables, geometries), made
+        return made
 
     def _run_cpu(self, call, geometries, requests, tokens):
         tables, *addresses = call.values

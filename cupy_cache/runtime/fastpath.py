@@ -92,8 +92,9 @@ class _Launches:
         must not be repacked by another: each takes one and puts it back.
     """
 
-    def __init__(self, op, entry, options, find):
-        self._op, self._options, self._find = op, options, find
+    def __init__(self, op, entry, options, extents):
+        self._op, self._options = op, options
+        self._alike, self._find = extents.alike, extents.find
         self._launcher, self._shape = entry.plan.launcher, entry.plan.shape
         letters = self._launcher.kernel.params.call_letters[len(op.args) :]
         self._pack = struct.Struct("<" + "".join(letters)).pack_into
@@ -103,9 +104,9 @@ class _Launches:
 
     def prepare(self, key, tensors, scalars):
         """A further one; None where the tensors are not those of the plan."""
-        extents = self._find(tensors)
-        if extents is None:
+        if not self._alike(tensors):
             return None
+        extents = self._find(tensors)
         rows, fields = 1, ()
         if self._op.count is not None:
             rows, fields = self._op.count(extents, self._options, scalars)
@@ -159,7 +160,7 @@ def _kernel_path(op, entry, objects, options, given):
     pick = _Pick(given, objects, unique)
     pointers = _Pointers(op, objects, unique, pick.twins, bound)
     extents = _Extents(op, objects, unique)
-    launches = _Launches(op, entry, options, extents.find)
+    launches = _Launches(op, entry, options, extents)
     sized = [at for at, index in enumerate(unique) if op.args[index].varies == (0,)]
     plain = not (pick.needed or extents.free or pointers.arrange or pointers.odd)
     if plain:
@@ -400,8 +401,7 @@ class _Extents:
     varies, else from shapes and strides.
 
     sized : the tensors of which the number of elements is asked; None where that is all of them.
-    free : tensors -> shapes and strides of the others; None where there are none. find : tensors ->
-    what the operation's count gets; None where strides are aligned otherwise than the plan's.
+    free : tensors -> shapes and strides of the others; None where there are none.
     """
 
     def __init__(self, op, objects, unique):
@@ -420,9 +420,11 @@ class _Extents:
             (whole if rows else free).append(at)
         self.sized = None if whole == list(range(len(unique))) else _getter(whole)
         self.free = None
-        self._low = {
-            at: _low_bits(arg, objects[unique[at]]) for arg, at, _ in self._parts if at in free
-        }
+        self._low = [
+            (arg, at, _low_bits(arg, objects[unique[at]]))
+            for arg, at, _ in self._parts
+            if at in free and not arg.index
+        ]
         if free:
 
             def shapes_and_strides(tensors):
@@ -430,15 +432,18 @@ class _Extents:
 
             self.free = shapes_and_strides
 
+    def alike(self, tensors):
+        """Whether the strides are aligned as the plan wants them."""
+        return all(_low_bits(arg, tensors[at]) == low for arg, at, low in self._low)
+
     def find(self, tensors):
+        """What the operation's count gets."""
         extents = []
         for arg, at, elements in self._parts:
             if at is None:
                 extents.append(None)
             elif elements:
                 extents.append(tensors[at].numel() // elements)
-            elif _low_bits(arg, tensors[at]) != self._low[at]:
-                return None
             else:
                 extents.append(_extent(arg, tensors[at]))
         return extents
@@ -449,7 +454,7 @@ def _extent(arg, tensor):
     if arg.varies == (0,):
         return tensor.shape[0]
     size = tensor.element_size()
-    return tuple(tensor.shape), tuple(stride * size for stride in tensor.stride())
+    return tensor.shape, tuple([stride * size for stride in tensor.stride()])
 
 
 def _low_bits(arg, tensor):
@@ -457,7 +462,7 @@ def _low_bits(arg, tensor):
     if arg.index:
         return 0
     strides = tensor.stride()[: max(arg.varies, default=0)]
-    return functools.reduce(operator.or_, strides, 0) * tensor.element_size() & 15
+    return _any_bits(strides) * tensor.element_size() & 15
 
 
 # --- any plan of an operation with lists ----------------------------------------------------------
@@ -500,10 +505,7 @@ def _plan_path(op, entry, objects, options, given):
     same = guards.same_as(tensors, [arg.varies for arg in args]) if tensors else _no_tensors
     if same is None or _any_bits(map(address, tensors)) & 15:
         return None
-    parts, at = (
-        [],
-        0,
-    )  # of each argument: (itself, its first tensor, how many, or what is no tensor)
+    parts, at = [], 0  # of each argument: (itself, its first tensor, how many or no tensor's type)
     for arg, length in zip(op.args, form[1:]):
         parts.append((arg, at, length))
         at += 0 if type(length) is type else int(length)

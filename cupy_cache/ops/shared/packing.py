@@ -136,6 +136,29 @@ def _tensor_lists(op, caches):
     return list(zip(*caches))
 
 
+class _Group(NamedTuple):
+    """Layers of one launch: the first one, how many, the addresses of their tensors as the kernel
+    wants them, and how many indices fit beside these."""
+
+    first: int
+    layers: int
+    pointers: bytes
+    room: int
+
+
+def _groups(addresses, tensors):
+    """Cut addresses, layer by layer, into what one launch each takes: a list of `_Group`."""
+    groups, layers = [], len(addresses) // tensors
+    # Room for at least half a table of indices; more layers than that take another launch.
+    size = max(1, min(layers, blocks.TABLE_WORDS // 2 // tensors))
+    for first in range(0, layers, size):
+        part = addresses[first * tensors : (first + size) * tensors]
+        pointers = struct.pack(f"<{len(part)}Q", *part)
+        room = 2 * (blocks.TABLE_WORDS - len(part))
+        groups.append(_Group(first, len(part) // tensors, pointers, room))
+    return groups
+
+
 class Places(NamedTuple):
     """Where the items are in a buffer: the address of item 0 of layer 0 of each tensor, and the
     bytes from layer to layer. From item to item it is `Plan.packed_strides`."""
@@ -196,6 +219,7 @@ class Plan:
             for name, tensor in zip(names, self.tensors)
         ]
         self.sizes = [g.bytes for g in self.geometries]
+        self._extents = [blocks.extent(t) for t in self.tensors if 0 not in t.shape]
         self.page_first = layout == "page_first"
         self.buffer = buffer[0] if buffer else None
         self.max_blocks = None
@@ -260,13 +284,14 @@ class Plan:
     # --- running
 
     def tables(self, values):
-        """(The lists of layers, all addresses layer by layer)."""
-        layers = values[: len(self.tensors)]
-        return layers, blocks.interleaved(layers)
+        """(The lists of layers; all addresses, layer by layer; these in groups, see `_groups`)."""
+        lists, tensors = values[: len(self.tensors)], len(self.tensors)
+        addresses = blocks.interleaved(lists)
+        return lists, addresses, _groups(addresses, tensors)
 
     def run(self, call):
         """Check what depends on the call, then move."""
-        lists, addresses = call.tables
+        lists, addresses, groups = call.tables
         chosen, *buffer = call.values[len(self.tensors) :]
         layers, items = len(lists[0]), call.rows
         if self.chosen is None:
@@ -286,7 +311,7 @@ class Plan:
                 f"there are more than {_MAX_PACKED_INDEX} blocks or slots"
             )
         if self.buffer is None:
-            self._enqueue(work, addresses, Places((0, 0), 0), 0, items)
+            self._enqueue(work, groups, Places((0, 0), 0), 0, items)
             return
         (address,) = buffer
         if self.buffer.device.kind == "cpu":
@@ -296,7 +321,7 @@ class Plan:
                 self._run_staged(work, addresses, address)
                 return
             address = mapped
-        self._enqueue(work, addresses, work.places(address, items), 0, items)
+        self._enqueue(work, groups, work.places(address, items), 0, items)
 
     def _check_room(self, address, rows, work, lists):
         """Require room for all items in the buffer, and none of the caches' bytes in it."""
@@ -310,10 +335,7 @@ class Plan:
             )
         if not size or buffer.device != self.device:
             return
-        for tensor, places in zip(self.tensors, lists):
-            if 0 in tensor.shape:
-                continue
-            low, high = blocks.extent(tensor)
+        for (low, high), places in zip(self._extents, lists):
             begin, end = address - high, address + size - low
             if min(places) < end and begin < max(places):
                 for layer, place in enumerate(places):
@@ -323,22 +345,16 @@ class Plan:
                             f"some that layer {layer} of caches lies in"
                         )
 
-    def _enqueue(self, work, addresses, places, begin, end):
+    def _enqueue(self, work, groups, places, begin, end):
         """Launch for items ``begin`` to ``end`` of the list; the first of them is at ``places``."""
-        tensors = len(self.sizes)
-        layers = len(addresses) // tensors
-        # Room for at least half a table of indices; more layers than that take another launch.
-        group = min(layers, blocks.TABLE_WORDS // 2 // tensors)
-        for layer in range(0, layers, group):
-            pointers = addresses[layer * tensors : (layer + group) * tensors]
-            table = struct.pack(f"<{len(pointers)}Q", *pointers)
+        for group in groups:
             room = _MAX_WORKS // self.vectors
             if self.chosen is None:
-                room = min(room, 2 * (blocks.TABLE_WORDS - len(pointers)))
+                room = min(room, group.room)
             for first in range(begin, end, room):
-                packed = places.of_layer(layer, first - begin, work.strides)
+                packed = places.of_layer(group.first, first - begin, work.strides)
                 items = min(room, end - first)
-                index, stride, tail = 0, 0, table
+                index, stride, tail = 0, 0, group.pointers
                 if self.chosen is None:
                     part = work.chosen[first : first + items]
                     tail += np.maximum(part, -1).astype("<i4").tobytes()
@@ -346,7 +362,7 @@ class Plan:
                     stride = self.chosen.strides[0]
                     index = work.chosen + first * stride
                 values = (*packed, index, stride, items, first, places.layer, *work.strides)
-                self._launch(work.stream, len(pointers) // tensors, items, tail, values)
+                self._launch(work.stream, group.layers, items, tail, values)
 
     def _launch(self, stream, layers, items, tail, values):
         works = items * self.vectors
@@ -375,7 +391,7 @@ class Plan:
         skips = self.direction is PACK and (self.chosen is not None or (work.chosen < 0).any())
         with driver.active.staging(largest, stream, device) as address:
             for layer, layers, first, items in pieces:
-                part = addresses[layer * tensors : (layer + layers) * tensors]
+                part = _groups(addresses[layer * tensors : (layer + layers) * tensors], tensors)
                 staged = work.places(address, items)
                 outside = host.of_layer(layer, first, work.strides)
                 if self.page_first or items == count:  # one stretch of the buffer
