@@ -96,7 +96,7 @@ def check_disjoint(op, pairs, num_blocks):
 
 
 def _distinct(numbers, num_blocks):
-    """Whether none of ``scalars`` is there twice."""
+    """Whether none of ``numbers`` is there twice."""
     if num_blocks > MOST_IN_TABLE:
         return len(np.unique(numbers)) == len(numbers)
     # Of two with the same number, one does not find its own row in the table, of which only the
