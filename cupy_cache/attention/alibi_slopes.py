@@ -94,8 +94,8 @@ def alibi_slopes(
 
     Raises
     ------
-    ArgumentError
-        Or one of its kinds.
+    CupyCacheError
+        One of its kinds.
     MissingDependencyError
         For a GPU without CuPy, or torch's arrays where torch has not been imported.
 
@@ -174,8 +174,8 @@ def place_slopes(
 
     Raises
     ------
-    ArgumentError
-        Or one of its kinds.
+    CupyCacheError
+        One of its kinds.
     MissingDependencyError
         As for `alibi_slopes`.
     """

@@ -72,8 +72,8 @@ def warmup(
 
     Raises
     ------
-    ArgumentError
-        Or one of its kinds, such as `DeviceError` where there is no GPU.
+    CupyCacheError
+        One of its kinds, such as `DeviceError` where there is no GPU.
     MissingDependencyError, UnsupportedArchitectureError, KernelError
         A kernel could not be compiled or loaded; the first error that was met.
 

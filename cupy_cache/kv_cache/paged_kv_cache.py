@@ -44,8 +44,8 @@ class PagedKVCache:
 
     Raises
     ------
-    ArgumentError
-        Or one of its kinds, where the lists or the scales do not fit each other; the writing
+    CupyCacheError
+        One of its kinds, where the lists or the scales do not fit each other; the writing
         functions' errors come at the first write.
 
     Notes
@@ -166,7 +166,7 @@ class PagedKVCache:
         swap_blocks.OP(
             (self.key_caches, other.key_caches, self.value_caches, other.value_caches,
              block_mapping),
-            (None,),
+            dispatch.exact(None),
             stream,
         )  # fmt: skip
 

@@ -84,7 +84,10 @@ def concat_and_cache_mla_grouped(
         caches, addresses = None, kv_cache_ptrs
     elif not kv_cache_ptrs:
         raise ShapeError(f"{NAME}: Invalid length of kv_cache_ptrs: expected caches, got none")
-    options = kv_cache_dtype, (block_size, block_stride, entry_stride, num_blocks)
+    options = (
+        kv_cache_dtype,
+        dispatch.exact(block_size, block_stride, entry_stride, num_blocks),
+    )
     OP((kv_c, k_pe, caches, addresses, slot_mapping, kv_scales), options, stream)
 
 
@@ -93,6 +96,7 @@ class _Plan:
 
     def __init__(self, described, kv_cache_dtype, geometry):
         kv_c, k_pe, caches, addresses, slot_mapping, scales = described
+        geometry, _ = geometry
         fmt = formats.cache_format(NAME, kv_cache_dtype)
         check = contract.Contract(NAME)
         check.shape("kv_c", kv_c, "num_layers _ kv_lora_rank")
@@ -123,6 +127,7 @@ class _Plan:
             check.scale("kv_scales", scales, self._layers)
         self._described, self._kv_cache, self._stored = described, kv_cache, fmt.stored
         self._listed = caches is not None
+        self._device = None
         if kv_cache.device.kind == "cuda":
             self._make_kernel(writes)
 
@@ -145,7 +150,7 @@ class _Plan:
                 f"{NAME}: Invalid length of kv_cache_ptrs: expected {self._layers}, the layers of "
                 f"kv_c, got {len(caches)}"
             )
-        if call.stream is None:
+        if self._device is None:
             self._run_cpu(call)
             return
         group = mla.MAX_LAYERS if self._listed else launch.MAX_GRID_YZ

@@ -44,8 +44,8 @@ def copy_blocks(
 
     Raises
     ------
-    ArgumentError
-        Or one of its kinds, before anything is written.
+    CupyCacheError
+        One of its kinds, before anything is written.
     """
     OP((key_caches, value_caches, block_mapping), (), stream)
 

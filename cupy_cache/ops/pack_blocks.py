@@ -36,8 +36,8 @@ def pack_blocks(
         where they are: numbers out of range are skipped, so that the buffer keeps its bytes there,
         and recorded (see `raise_faults`).
     out : contiguous array
-        Of any shape and dtype, on the caches' device or in host memory, apart from the caches. Its
-        first bytes are written: `packed_size` tells how many.
+        Of any dtype and any shape with at least one dimension, on the caches' device or in host
+        memory, apart from the caches. Its first bytes are written: `packed_size` tells how many.
     layout : {"layer_first", "page_first"}
         The order in the buffer. With B the bytes of a layer's block, Bk of its key and Bv of its
         value block (B = Bk + Bv; without values Bv = 0), L layers and n block numbers, block i of
@@ -55,8 +55,8 @@ def pack_blocks(
 
     Raises
     ------
-    ArgumentError
-        Or one of its kinds, before anything is written.
+    CupyCacheError
+        One of its kinds, before anything is written.
 
     See Also
     --------
@@ -101,8 +101,8 @@ def unpack_blocks(
 
     Raises
     ------
-    ArgumentError
-        Or one of its kinds, before anything is written.
+    CupyCacheError
+        One of its kinds, before anything is written.
     """
     UNPACK_BLOCKS(caches, block_ids, stream, packed, layout=layout)
 
@@ -133,8 +133,8 @@ def pack_tokens(
 
     Raises
     ------
-    ArgumentError
-        Or one of its kinds, before anything is written.
+    CupyCacheError
+        One of its kinds, before anything is written.
     """
     PACK_TOKENS(caches, slot_mapping, stream, out, layout=layout)
 
@@ -162,8 +162,8 @@ def unpack_tokens(
 
     Raises
     ------
-    ArgumentError
-        Or one of its kinds, before anything is written.
+    CupyCacheError
+        One of its kinds, before anything is written.
     """
     UNPACK_TOKENS(caches, slot_mapping, stream, packed, layout=layout)
 
@@ -206,5 +206,5 @@ UNPACK_BLOCKS = packing.Operation("unpack_blocks", packing.UNPACK)
 PACK_TOKENS = packing.Operation("pack_tokens", packing.PACK, by_slot=True)
 UNPACK_TOKENS = packing.Operation("unpack_tokens", packing.UNPACK, by_slot=True)
 # Of these only the plans are made.
-SIZE_OF_BLOCKS = packing.Operation("packed_size", packing.ZERO)
-SIZE_OF_TOKENS = packing.Operation("packed_size", packing.ZERO, by_slot=True)
+SIZE_OF_BLOCKS = packing.Operation("packed_size", packing.SIZE)
+SIZE_OF_TOKENS = packing.Operation("packed_size", packing.SIZE, by_slot=True)

@@ -104,14 +104,14 @@ def slot_mapping(
     if out is None:
         like = arrays.view(positions, "slot_mapping: positions")
         out = streams.empty(like.framework, like.device, like.shape[:1], INT64, stream)
-    options = (block_size, cp_world_size, cp_rank, cp_interleave)
+    options = dispatch.exact(block_size, cp_world_size, cp_rank, cp_interleave)
     OP((block_table, positions, query_start_loc, out), options, stream)
     return out
 
 
 def _plan(op, described, options):
     table, positions, starts, out = described
-    block_size, world, rank, interleave = options
+    (block_size, world, rank, interleave), _ = options
     check = contract.Contract(op.name)
     slots.check_ranks(check, world, rank, interleave)
     slots.check_block_size(check, "block_size", block_size, world, interleave)
@@ -166,7 +166,7 @@ def _count(extents, options, scalars):
             f"slot_mapping: Invalid shape of out: expected at least {tokens} entries, as many as "
             f"positions, got [{count}]"
         )
-    block_size, world, *_ = options
+    (block_size, world, *_), _ = options
     limit = slots.position_limit(width, block_size, world)
     return count, (count, requests, tokens, step, limit)
 

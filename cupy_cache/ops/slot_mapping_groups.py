@@ -125,26 +125,27 @@ def slot_mapping_groups(
         _each("block_sizes", block_sizes, groups),
         _each("enabled", (True,) * groups if enabled is None else enabled, groups),
         _each("sharded", (True,) * groups if sharded is None else sharded, groups),
-        (cp_world_size, cp_rank, cp_interleave),
+        dispatch.exact(cp_world_size, cp_rank, cp_interleave),
     )
     OP((block_tables, idx_mapping, positions, query_start_loc, out), options, stream)
     return out
 
 
 def _each(name, values, groups):
-    """A value for each group, as a tuple."""
+    """A value for each group, as `dispatch.exact` options."""
     if not isinstance(values, (list, tuple)) or len(values) != groups:
         raise ArgumentError(
             f"{NAME}: Invalid value of {name}: expected a list of {groups} values, one for each of "
             f"block_tables, got {values!r}"
         )
-    return tuple(values)
+    return dispatch.exact(*values)
 
 
 class _Plan:
     """How the slots of all groups are computed."""
 
-    def __init__(self, op, described, block_sizes, enabled, sharded, ranks):
+    def __init__(self, op, described, options):
+        (block_sizes, enabled, sharded, ranks), _ = zip(*options)
         groups = len(block_sizes)
         check = contract.Contract(NAME)
         slots.check_ranks(check, *ranks)
@@ -172,6 +173,7 @@ class _Plan:
             slots.check_block_size(check, f"block_sizes[{index}]", size, own[0], own[2])
             self._groups.append((size, *own) if on else None)
         self._named = named
+        self._device = None
         self._latest = None, ()  # (addresses and shapes of tables, what was made of them)
         if out.device.kind == "cuda":
             self._specialise(out.device.index)
@@ -197,7 +199,7 @@ class _Plan:
         """Compute the slots: a launch for every `MAX_GROUPS` groups, or a group at a time."""
         tables, idx, positions, bounds, out = call.values
         geometries, requests, tokens, stride = call.fields
-        if call.stream is None:
+        if self._device is None:
             self._run_cpu(call, geometries, requests, tokens)
             return
         count = call.rows
@@ -254,7 +256,7 @@ class _Plan:
 
 
 def _plan(op, described, options):
-    return _Plan(op, described, *options)
+    return _Plan(op, described, options)
 
 
 def _count(extents, options, scalars):

@@ -73,8 +73,8 @@ def swap_blocks(
 
     Raises
     ------
-    ArgumentError
-        Or one of its kinds, before anything is written.
+    CupyCacheError
+        One of its kinds, before anything is written.
     """
     if len(block_mapping) == 2:
         block_size_in_bytes, block_mapping = block_mapping
@@ -86,7 +86,7 @@ def swap_blocks(
         src = [src]
     if not isinstance(dst, (list, tuple)):
         dst = [dst]
-    OP((src, dst, None, None, block_mapping), (block_size_in_bytes,), stream)
+    OP((src, dst, None, None, block_mapping), dispatch.exact(block_size_in_bytes), stream)
 
 
 class _Tensor:
@@ -275,7 +275,8 @@ def _check_written_once(sources, destinations):
 
 def _plan(op, described, options):
     del op
-    return _Plan(described, *options)
+    (block_size_in_bytes,), _ = options
+    return _Plan(described, block_size_in_bytes)
 
 
 def _count(extents, options, scalars):

@@ -56,8 +56,8 @@ def swap_blocks_batch(
 
     Raises
     ------
-    ArgumentError
-        Or one of its kinds, before anything is written: arrays that do not match, a null address, a
+    CupyCacheError
+        One of its kinds, before anything is written: arrays that do not match, a null address, a
         negative size, a range that leaves the allocation it starts in (of memory that CUDA knows),
         or one that overlaps a destination. Nothing else can be told from an address: it is the
         caller who keeps the memory alive.

@@ -31,8 +31,8 @@ def zero_blocks(
 
     Raises
     ------
-    ArgumentError
-        Or one of its kinds, before anything is written.
+    CupyCacheError
+        One of its kinds, before anything is written.
     """
     OP(caches, block_ids, stream)
 

@@ -206,8 +206,9 @@ def stride_unit(metadata):
 def element_step(metadata):
     """The stride from one element to the next without gaps, as the strides are counted."""
     place, dtype = metadata.place, metadata.dtype
-    counts_bytes = isinstance(place, (Place, int, str)) or isinstance(dtype, np.dtype)
-    return formats.dtype_named(dtype).bytes if counts_bytes else 1
+    if isinstance(place, Place):
+        return formats.DTYPES[dtype].bytes if dtype in formats.DTYPES else 1
+    return dtype.itemsize if isinstance(dtype, np.dtype) else 1
 
 
 def regular(varies, shape, strides, size):
@@ -219,7 +220,8 @@ def regular(varies, shape, strides, size):
     for at in sorted(varies, reverse=True):
         if shape[at] != 1:
             continue
-        strides[at] = strides[at + 1] * shape[at + 1] if at + 1 < len(shape) else size
+        inner = zip(strides[at + 1 :], shape[at + 1 :])
+        strides[at] = max([size, *(abs(stride) * extent for stride, extent in inner)])
     return tuple(strides)
 
 

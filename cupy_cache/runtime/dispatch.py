@@ -54,14 +54,23 @@ class Arg(NamedTuple):
         return f"{self.name}[{index}]{self.suffix}"
 
 
-_all: weakref.WeakSet = weakref.WeakSet()
+_ops: weakref.WeakSet = weakref.WeakSet()
+_bound: weakref.WeakSet = weakref.WeakSet()
 
 
 def forget_everything():
     """Have no operation remember any plan: the kernels of those made so far are gone."""
-    for op in _all:
+    for op in _ops:
         op.memory.clear()
         op.fast_paths.clear()
+    for bound in _bound:
+        bound.forget()
+
+
+def exact(*values):
+    """Options that are numbers, with their types: True and 1.0 equal 1, and must not find the plan
+    that was made for it."""
+    return values, tuple(map(type, values))
 
 
 ROWS = (0,)  # what varies where the first dimension is the tokens of a step
@@ -113,7 +122,7 @@ class Op:
         self.has_lists = any(arg.layers or arg.chosen for arg in self.args)
         self.memory = plans.Memory()
         self.fast_paths = fastpath.FastPaths(self)
-        _all.add(self)
+        _ops.add(self)
 
     def __call__(self, objects, options=(), stream=None, scalars=()):
         """Run on ``objects``, one for each `Arg`; optional ones at the end may be left out.
@@ -238,7 +247,11 @@ class Op:
             tables = entry.tables(values)
         entry.plan.run(plans.Call(values, rows, fields, tables, stream, shapes, strides))
         if entry.hosted:
-            kept = [objects[index] for index in entry.hosted]
+            # A caller's list may be another by the time that the work is done.
+            kept = [
+                tuple(value) if isinstance(value, list) else value
+                for value in (objects[index] for index in entry.hosted)
+            ]
             streams.keep_until_done(kept, stream, entry.device)
 
     def signature(self, found, options):
@@ -249,7 +262,6 @@ class Op:
         for arg, meta in zip(self.args, found):
             varies = arg.varies
             if meta is None:
-                empty |= arg.layers and not arg.optional
                 signature.append(None)
                 values.append(0)
                 if varies:
@@ -263,6 +275,12 @@ class Op:
             if type(meta) is lists.Layers:
                 values.append(meta.addresses)
                 lengths[arg.name + arg.suffix] = len(meta.addresses)
+                if meta.metadata is None:
+                    empty = True
+                    signature.append(None)
+                    if varies:
+                        extents.append([])
+                    continue
                 if varies:
                     unit = arrays.stride_unit(meta.metadata)
                     pairs = zip(meta.shapes, meta.strides)
@@ -279,10 +297,10 @@ class Op:
             low = ptr
             if varies:
                 last, unit = max(varies), arrays.stride_unit(meta)
-                if not arg.index or unit == 1:
-                    low = functools.reduce(operator.or_, (s * unit for s in strides[:last]), ptr)
                 if 1 in shape:
                     strides = arrays.regular(varies, shape, strides, arrays.element_step(meta))
+                if not arg.index or unit == 1:
+                    low = functools.reduce(operator.or_, (s * unit for s in strides[:last]), ptr)
                 strides = strides[last:]
                 shape = (len(shape), *(n for at, n in enumerate(shape) if at not in varies))
             signature.append((shape, strides, dtype, place, low & arg.mask))
@@ -358,9 +376,10 @@ class Op:
         destination, tables = self._destination(described), getattr(plan, "tables", None)
         strides = [None if array is None else array.strides for array in described]
         most_rows = None
-        written = self.args[self.destination[0]]
-        if destination and written.varies == ROWS and contract.rows_interleave(destination):
-            most_rows = destination.shape[0]  # more may run into one another
+        rows_of = described[self.destination[0]]
+        varies = self.args[self.destination[0]].varies
+        if rows_of is not None and varies == ROWS and contract.rows_interleave(rows_of):
+            most_rows = rows_of.shape[0]  # more may run into one another
         if destination is None or destination.device.kind == "cpu":
             return plans.Entry(plan, tables, None, None, (), None, (), strides, most_rows)
         device, framework = destination.device.index, destination.framework
@@ -398,8 +417,8 @@ class Read(NamedTuple):
 class Bound:
     """An operation with some arguments and its options given once: an engine's caches.
 
-    The arrays are kept alive and not read again. Their memory must stay where it is, and their
-    shapes as they are.
+    The arrays, but not the lists, are kept, alive, and not read again. Their memory must stay where
+    it is, and their shapes as they are.
 
     Parameters
     ----------
@@ -413,25 +432,36 @@ class Bound:
     def __init__(self, op, fixed, options=(), scalars=()):
         self.op, self.options, self.scalars = op, options, scalars
         names = [arg.name for arg in op.args]
-        self._objects = [fixed.get(name) for name in names]
+        self._objects = [
+            list(value) if isinstance(value, (list, tuple)) else value
+            for value in map(fixed.get, names)
+        ]
         self.given = tuple(
             index for index, arg in enumerate(op.args) if arg.name not in fixed and not arg.optional
         )
         self._count = len(self.given)
+        self._torchs = self._device = None  # tensors that are bound, and their GPU, see `_lend`
         self._in_host_memory = None  # (entry, values, tables), see `check`; () for empty lists
         others = [index for index, value in enumerate(self._objects) if value is not None]
         self.found = op.read(self._objects, None, others).found
         self.fast_paths = op.fast_paths.of(("bound", options, self.given, self._signature()))
         self.addresses = [self.found[index].ptr for index in others] if not op.has_lists else []
+        _bound.add(self)
 
     def _signature(self):
-        """What of the fixed arguments a plan depends on."""
+        """What of the fixed arguments a plan depends on, and which there are."""
         signature = []
         for arg, meta in zip(self.op.args, self.found):
             meta = meta.metadata if type(meta) is lists.Layers else meta
             if meta is not None:
-                signature.append(meta._replace(ptr=meta.ptr & arg.mask, keep=None))
+                meta = meta._replace(ptr=meta.ptr & arg.mask, keep=None)
+            signature.append(meta)
         return tuple(signature)
+
+    def forget(self):
+        """Forget what is remembered for calls."""
+        self.fast_paths.clear()
+        self._in_host_memory = None
 
     def check(self):
         """Raise what can be told from the fixed arguments alone; what is chosen is taken to be in
@@ -458,6 +488,8 @@ class Bound:
             stream = streams.pointer(stream)
         for path in self.fast_paths:
             if path(given, self.scalars, stream, self.addresses):
+                if stream is not None:
+                    self._lend(stream)
                 return
         op, objects = self.op, self._objects.copy()
         for index, value in zip(self.given, given):
@@ -472,6 +504,18 @@ class Bound:
         entry = op.run(Read(found, read.keep), objects, self.options, self.scalars, stream)
         if entry is not None and not op.has_lists:
             op.fast_paths.learn(self.fast_paths, entry, objects, self.options, self.given)
+
+    def _lend(self, stream):
+        """What `Op.finish` does for tensors on another stream than torch's: a fast path knows only
+        those that are given."""
+        if self._torchs is None:
+            bound = zip(self.op.args, self._objects, self.found)
+            tensors = [triple for triple in bound if arrays.is_torch(triple[1])]
+            self._torchs = [tensor for _, tensor, _ in tensors]
+            for arg, _, meta in tensors[:1]:
+                self._device = arrays.describe(meta, f"{self.op.name}: {arg.name}").device.index
+        if self._torchs and streams.current("torch", self._device)() != stream:
+            streams.lend(self._torchs, stream, self._device)
 
     def _run_chosen(self, objects, stream):
         """Run where all that is given is in host memory: nothing else is left to find out."""

@@ -103,7 +103,8 @@ class _Launches:
         self.known, self.records = {}, []
 
     def prepare(self, key, tensors, scalars):
-        """A further one; None where the tensors are not those of the plan."""
+        """A further one; None where the tensors are not those of the plan, or no kernel is loaded
+        yet."""
         if not self._alike(tensors):
             return None
         extents = self._find(tensors)
@@ -113,6 +114,8 @@ class _Launches:
         launch = ()
         if rows:
             launch = self._grids.get(rows) or self._of_grid(rows)
+            if launch is None:
+                return None
             if launch:
                 launch = *launch, fields
         if len(self.known) >= MAX_COUNTS:
@@ -125,6 +128,8 @@ class _Launches:
         grid, threads = self._shape(rows)
         if not self._launcher.has_work(grid, threads):
             return ()
+        if not self._launcher.loaded:  # the calls before had no work: the long way loads it
+            return None
         enqueue, failed = self._launcher.prepare(grid, threads)
         again = functools.partial(self._launcher.launch, grid, threads)
         self._grids[rows] = enqueue, failed, again
@@ -249,6 +254,8 @@ def _write_path(entry, same, launches, pointers):
         launch = known.get(sizes)
         if launch is None:
             launch = prepare(sizes, objects, scalars)
+            if launch is None:
+                return False
         if not launch:
             return True
         a, b, c = address(key), address(value), address(key_cache)
@@ -296,6 +303,8 @@ def _bound_write_path(entry, same, launches, pointers):
         launch = known.get(sizes)
         if launch is None:
             launch = prepare(sizes, objects, scalars)
+            if launch is None:
+                return False
         if not launch:
             return True
         a, b, c = address(key), address(value), address(slots)
@@ -461,7 +470,8 @@ def _low_bits(arg, tensor):
     """Of the strides that change from call to call, what their alignment means to a plan."""
     if arg.index:
         return 0
-    strides = tensor.stride()[: max(arg.varies, default=0)]
+    strides = arrays.regular(arg.varies, tensor.shape, tensor.stride(), 1)
+    strides = strides[: max(arg.varies, default=0)]
     return _any_bits(strides) * tensor.element_size() & 15
 
 

@@ -30,7 +30,10 @@ def read_host(op, arg, value):
     if isinstance(value, (list, tuple, range)):
         return Chosen((_pairs if arg.pairs else _numbers)(op, arg.name, value))
     if arrays.is_torch(value) and not value.is_cuda and not value.is_floating_point():
-        value = value.numpy()
+        try:
+            value = value.numpy()
+        except (TypeError, RuntimeError):  # on another device, say, or sparse
+            return value
     if isinstance(value, np.ndarray):
         if (
             value.dtype not in _INTEGERS

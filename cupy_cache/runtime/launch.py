@@ -117,6 +117,11 @@ class Launcher:
             )
         return bool(x and y and z)
 
+    @property
+    def loaded(self):
+        """Whether the kernel is."""
+        return self._loaded is not None
+
     def prepare(self, grid, threads):
         """A launch of this shape once the kernel is loaded, as a function of the stream, a record's
         address and 0; and the errors at which `launch` must be called instead: in a thread without

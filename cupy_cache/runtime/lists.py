@@ -13,12 +13,13 @@ from . import arrays
 class Layers(NamedTuple):
     """Arrays that are alike, but for the dimensions that may vary.
 
-    metadata : of the first; its address is replaced by the alignment common to all, at most 16.
+    metadata : of the first that is not empty; its address is replaced by the alignment common to
+        all, at most 16. None where there are no arrays.
     addresses : of each.
     shapes, strides : of each, where dimensions vary; else None.
     """
 
-    metadata: arrays.Metadata
+    metadata: arrays.Metadata | None
     addresses: tuple
     shapes: tuple | None = None
     strides: tuple | None = None
@@ -34,10 +35,10 @@ def require_list(op, name, value):
 
 
 def read(op, arg, values, stream):
-    """A list of arrays as `Layers`, and what must be kept alive; `Layers` is None where the list is
-    empty. For errors, array i is called by ``arg.item``."""
+    """A list of arrays as `Layers`, and what must be kept alive. For errors, array i is called by
+    ``arg.item``."""
     if not values:
-        return None, ()
+        return Layers(None, (), (), ()), ()
     metadata = [
         arrays.read(value, f"{op}: {arg.item(index)}", stream) for index, value in enumerate(values)
     ]
@@ -48,7 +49,12 @@ def read(op, arg, values, stream):
             _compare(op, arg, index, meta, first)
     addresses = tuple(meta.ptr for meta in metadata)
     common = functools.reduce(operator.or_, addresses, 16)
-    common = first._replace(ptr=common & -common, keep=None)
+    if arg.varies:  # strides that vary are aligned alike too, or it is all that counts
+        unit = arrays.stride_unit(first)
+        for meta in metadata:
+            common = functools.reduce(operator.or_, (s * unit for s in _varying(arg, meta)), common)
+    described = next((meta for meta in metadata if 0 not in meta.shape), first)
+    common = described._replace(ptr=common & -common, keep=None)
     keep = [meta.keep for meta in metadata]
     if not arg.varies:
         return Layers(common, addresses), keep
@@ -59,14 +65,24 @@ def read(op, arg, values, stream):
 def _alike(arg, meta):
     """What arrays of a list have in common."""
     _, shape, strides, dtype, place, _ = meta
-    return *_fixed(arg, shape, strides), dtype, place
+    return *_fixed(arg, shape, strides, arrays.element_step(meta)), dtype, place
 
 
-def _fixed(arg, shape, strides):
-    """Extents and strides, None where they vary."""
+def _varying(arg, meta):
+    """The strides that vary, as a plan takes them."""
+    if len(meta.shape) <= max(arg.varies):
+        return ()
+    step = arrays.element_step(meta)
+    return arrays.regular(arg.varies, meta.shape, meta.strides, step)[: max(arg.varies)]
+
+
+def _fixed(arg, shape, strides, size):
+    """Extents and strides, None where they vary; ``size`` is an element's, as strides count."""
     if not arg.varies:
         return tuple(shape), strides
     last = max(arg.varies)
+    if len(shape) > last:
+        strides = arrays.regular(arg.varies, shape, strides, size)
     shape = tuple(None if at in arg.varies else n for at, n in enumerate(shape))
     return shape, (*(None for _ in strides[:last]), *strides[last:])
 
@@ -96,6 +112,6 @@ def _shown(arg, array):
     """What arrays of a list have in common, as errors show it."""
     if len(array.shape) <= max(arg.varies, default=-1):
         return f"{list(array.shape)} ({len(array.shape)} dimensions)", None, None, None
-    shape, strides = _fixed(arg, array.shape, array.strides)
-    extents = ", ".join("_" if n is None else str(n) for n in shape)
-    return f"[{extents}]", array.dtype.name, array.device, list(strides)
+    fixed = _fixed(arg, array.shape, array.strides, array.dtype.bytes)
+    shape, strides = (", ".join("_" if n is None else str(n) for n in part) for part in fixed)
+    return f"[{shape}]", array.dtype.name, array.device, f"[{strides}]"

@@ -58,6 +58,7 @@ class Direction(NamedTuple):
 PACK = Direction("kPack", False, "out")
 UNPACK = Direction("kUnpack", True, "packed")
 ZERO = Direction("kZero", True, None)
+SIZE = Direction("kPack", False, None)  # nothing is done, only measured
 
 
 class Operation:
@@ -99,10 +100,10 @@ class Operation:
         return count, tuple(rows)
 
     def __call__(self, caches, chosen, stream, *buffer, layout=None):
-        """Check everything, then do it."""
+        """Check everything, then do it; ``layout`` is that of ``buffer``, where there is one."""
         tensors = _tensor_lists(self.name, caches)
         objects = (*tensors, chosen, *buffer)
-        self._ops[len(tensors)](objects, () if layout is None else (layout,), stream)
+        self._ops[len(tensors)](objects, (layout,) if buffer else (), stream)
 
     def item_bytes(self, caches):
         """The bytes of one item in all layers together."""
@@ -161,7 +162,7 @@ def _groups(addresses, tensors):
 
 class Places(NamedTuple):
     """Where the items are in a buffer: the address of item 0 of layer 0 of each tensor, and the
-    bytes from layer to layer. From item to item it is `Plan.packed_strides`."""
+    bytes from layer to layer. From item to item it is ``strides`` of `_Work`."""
 
     starts: tuple
     layer: int
@@ -219,7 +220,7 @@ class Plan:
             for name, tensor in zip(names, self.tensors)
         ]
         self.sizes = [g.bytes for g in self.geometries]
-        self._extents = [blocks.extent(t) for t in self.tensors if 0 not in t.shape]
+        self._extents = [None if 0 in t.shape else blocks.extent(t) for t in self.tensors]
         self.page_first = layout == "page_first"
         self.buffer = buffer[0] if buffer else None
         self.max_blocks = None
@@ -335,7 +336,10 @@ class Plan:
             )
         if not size or buffer.device != self.device:
             return
-        for (low, high), places in zip(self._extents, lists):
+        for extent, places in zip(self._extents, lists):
+            if extent is None:
+                continue
+            low, high = extent
             begin, end = address - high, address + size - low
             if min(places) < end and begin < max(places):
                 for layer, place in enumerate(places):
