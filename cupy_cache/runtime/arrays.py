@@ -214,7 +214,7 @@ def element_step(metadata):
 def regular(varies, shape, strides, size):
     """``strides``, in which ``size`` is that of an element, where extents of 1 among the dimensions
     that vary have the stride that more would need without gaps: theirs means nothing."""
-    if not any(shape[at] == 1 for at in varies):
+    if 1 not in shape:
         return strides
     strides = list(strides)
     for at in sorted(varies, reverse=True):

@@ -470,8 +470,9 @@ def _low_bits(arg, tensor):
     """Of the strides that change from call to call, what their alignment means to a plan."""
     if arg.index:
         return 0
-    strides = arrays.regular(arg.varies, tensor.shape, tensor.stride(), 1)
-    strides = strides[: max(arg.varies, default=0)]
+    if not arg.varies:
+        return 0
+    strides = arrays.regular(arg.varies, tensor.shape, tensor.stride(), 1)[: max(arg.varies)]
     return _any_bits(strides) * tensor.element_size() & 15
 
 

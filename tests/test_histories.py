@@ -1,0 +1,489 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""What earlier calls, or other arguments, must not change."""
+
+import collections
+import contextlib
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import worlds
+
+import cupy_cache as cc
+from cupy_cache.ops import copy_blocks, reshape_and_cache_flash
+from cupy_cache.runtime import arrays, dispatch, driver, launch, streams
+
+PAIRS = [(0, 1)]
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    """Each test has its own history, and leaves none."""
+    dispatch.forget_everything()
+    yield
+    dispatch.forget_everything()
+
+
+class Event:
+    """Work whose end the test decides."""
+
+    is_done = False
+
+    def done(self):
+        return self.is_done
+
+
+class Driver:
+    """A driver that notes launches: (loaded, stream, bytes of the parameters)."""
+
+    def __init__(self):
+        self.launches, self.lent, self.made = [], [], []
+        self.host = ()  # words in the names of arguments that are in host memory
+        self.event_made = Event()
+
+    def load(self, kernel, device, stream):
+        del device, stream
+        return kernel
+
+    def launch(self, loaded, grid, threads, stream, record):
+        del grid, threads
+        self.launches.append((loaded, stream, bytes(record.buffer)))
+
+    def prepare(self, loaded, grid, threads):
+        """Nothing quicker than `launch`."""
+        del loaded, grid, threads
+        return self.refuse, NotImplementedError
+
+    def refuse(self, *arguments):
+        raise NotImplementedError(arguments)
+
+    def processors(self, device):
+        del device
+        return 132
+
+    def capturing(self, stream, device):
+        del stream, device
+        return False
+
+    def order(self, before, after, device):
+        pass
+
+    def event(self, stream, device):
+        del stream, device
+        return self.event_made
+
+    def mapped_address(self, address, device):
+        del device
+        return address
+
+    def take(self):
+        taken, self.launches = self.launches, []
+        return taken
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """CPU tensors count as on a GPU, but for those named in ``host``; what its driver is told is
+    noted, and so is what torch's allocator is told (``lent``)."""
+    describe, recorder = arrays.describe, Driver()
+
+    def on_gpu(facts, name):
+        array = describe(facts, name)
+        if any(word in name for word in recorder.host):
+            return array
+        return array._replace(device=arrays.Device("cuda", 0))
+
+    monkeypatch.setattr(arrays, "describe", on_gpu)
+    monkeypatch.setattr(streams, "current", lambda framework, device: lambda: 77)
+    monkeypatch.setattr(
+        streams, "lend", lambda lent, stream, device: recorder.lent.append((list(lent), stream))
+    )
+    monkeypatch.setattr(streams, "_kept", collections.deque())
+    monkeypatch.setattr(driver, "active", recorder)
+    launch.processors.cache_clear()
+    yield recorder
+    launch.processors.cache_clear()
+
+
+def tensor(*shape, dtype="float16"):
+    """Zeros, 16-byte aligned."""
+    torch = pytest.importorskip("torch")
+    dtype = getattr(torch, dtype)
+    nbytes = int(np.prod(shape)) * dtype.itemsize
+    flat = torch.zeros(nbytes + 16, dtype=torch.uint8)
+    start = -flat.data_ptr() % 16
+    return flat[start : start + nbytes].view(dtype).view(shape)
+
+
+def is_among(wanted, lent):
+    return any(wanted is found for found in lent)
+
+
+def counted_plans(monkeypatch, op):
+    """A list that grows with every plan that ``op`` makes."""
+    made, make = [], op.make_plan
+    monkeypatch.setattr(op, "make_plan", lambda *given: made.append(1) or make(*given))
+    return made
+
+
+# --- other arguments ------------------------------------------------------------------------------
+
+
+def test_scales_in_different_arguments(recorder):
+    """An array for the keys and a number for the values, then the other way round."""
+    one, other = tensor(1, dtype="float32"), tensor(1, dtype="float32")
+    step = tensor(5, 3, 16), tensor(5, 3, 16), tensor(5, dtype="int64")
+
+    def cache(k_scale, v_scale):
+        layer = [[tensor(6, 4, 3, 16, dtype="uint8")] for _ in range(2)]
+        return cc.PagedKVCache(*layer, "fp8", k_scale, v_scale)
+
+    def sent(cache):
+        cache.write(0, *step)
+        ((_, _, record),) = recorder.take()
+        fields = reshape_and_cache_flash.PARAMS.per_call.unpack_from(record)
+        return fields[5:7], fields[8:]
+
+    first, second = cache(one, 2.0), cache(3.0, other)
+    for _ in range(4):
+        addresses, (_, number) = sent(first)
+        assert addresses == (one.data_ptr(), 0) and number == 2.0
+    for _ in range(4):
+        addresses, (number, _) = sent(second)
+        assert addresses == (0, other.data_ptr()) and number == 3.0
+        addresses, (_, number) = sent(first)
+        assert addresses == (one.data_ptr(), 0) and number == 2.0
+
+
+def test_one_row_does_not_vouch_for_the_alignment_of_more(emulated_world):
+    """Of one query the rows are 16-byte aligned, of four they are not."""
+    world = emulated_world()
+    try:
+        buffer = worlds.Buffer(4096, None, fill=0)
+        one = buffer.view((3, 1, 16), "float32", strides=(64, 8, 4))
+        four = buffer.view((3, 4, 16), "float32", strides=(288, 72, 4))
+        slopes = np.array([1, 0.5, 2], np.float32)
+        for out in (one, four):
+            queries = out.shape[1]
+            given = (slopes, np.arange(queries), np.arange(16))
+            cc.alibi_bias(
+                *(world.put(worlds.of_values(values)) for values in given), out=world.put(out)
+            )
+            distance = np.arange(16) - np.arange(queries)[:, None]
+            assert (out.on(world.bytes_of(out)) == slopes[:, None, None] * distance).all()
+    finally:
+        world.close()
+
+
+def test_one_row_does_not_vouch_for_the_addresses_of_more():
+    """Rows 22 bytes apart of 4-byte numbers."""
+    raw = worlds.aligned_bytes(64)
+    raw[:] = 0
+
+    def compute(rows):
+        table = np.lib.stride_tricks.as_strided(raw.view(np.int32), (rows, 2), (22, 4))
+        return cc.slot_mapping(table, np.arange(rows), np.arange(rows + 1), 4)
+
+    for _ in range(3):
+        with pytest.raises(cc.StrideError, match="block_table"):
+            compute(2)
+        with contextlib.suppress(cc.StrideError):  # either way, it must not change the other
+            compute(1)
+
+
+def with_tables(world, tables):
+    """`slot_mapping_groups` of two requests, at position 0 and 5, in blocks of 4."""
+    step = (np.array([0, 5]), np.array([0, 1, 2], np.int32))
+    positions, bounds = (world.put(worlds.of_values(values)) for values in step)
+    result = cc.slot_mapping_groups(tables, None, positions, bounds, [4] * len(tables))
+    world.synchronize()
+    return world.numpy(result)
+
+
+def test_empty_first_table(emulated_world):
+    """It has no strides that the others could be like."""
+    numbers = np.arange(24, dtype=np.int32).reshape(2, 12)
+    plain = worlds.NumPyWorld()
+    emulated = emulated_world()
+    try:
+        spec = worlds.of_values(numbers)
+
+        def view(width):
+            return emulated.put(worlds.Spec(spec.buffer, 0, (2, width), (48, 8), "int32"))
+
+        for world, tables in (
+            (plain, [numbers[:, 0:0:2], numbers[:, 0:6:2]]),
+            (emulated, [view(0), view(3)]),
+        ):
+            for _ in range(2):
+                with pytest.raises(cc.StrideError, match="block_tables"):
+                    with_tables(world, tables)
+    finally:
+        emulated.close()
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", ["copy_blocks", "swap_blocks", "PagedKVCache"])
+@pytest.mark.parametrize("lengths", [(1, 0), (0, 1)])
+def test_one_list_is_empty(name, lengths):
+    lists = [[np.zeros((8, 4, 2, 8), np.float32)] * length for length in lengths]
+    pairs = () if name == "PagedKVCache" else (PAIRS,)
+    with pytest.raises(cc.ShapeError, match="Invalid length"):
+        getattr(cc, name)(*lists, *pairs)
+
+
+def test_an_empty_tensor_before_one_that_overlaps_the_buffer():
+    base = np.arange(256, dtype=np.uint8)
+    layer = np.zeros((4, 2, 0), np.uint8), base[64:128].reshape(4, 2, 8)
+    with pytest.raises(cc.ArgumentError, match="memory"):
+        cc.pack_blocks([layer], [0, 1], base[72:136])
+    assert (base == np.arange(256)).all()
+
+
+def test_calls_without_work_come_first(recorder):
+    """What the first launch needs is made then."""
+    source, table = tensor(6, 4, 8), tensor(2, 3, dtype="int32")
+    bounds, destination = tensor(3, dtype="int32"), tensor(9, 8)
+    for tokens in (0, 0, 0, 9, 0, 9):
+        cc.gather_and_maybe_dequant_cache(
+            source, destination, table, bounds, None, tokens, "auto", None
+        )
+        sent = recorder.take()
+        assert len(sent) == (1 if tokens else 0)
+        assert all(loaded is not None for loaded, *_ in sent)
+
+
+def test_a_stream_means_nothing_on_the_cpu():
+    table = np.array([[5, 2], [0, 7]], np.int32)
+    step = [table], None, np.array([1, 5]), np.array([0, 1, 2]), [4]
+    for _ in range(3):
+        for stream in (0, None):
+            assert cc.slot_mapping_groups(*step, stream=stream).tolist() == [[21, 29]]
+
+
+def test_a_stream_means_nothing_on_the_cpu_for_layers(rng):
+    latent, rope = rng.random((2, 4, 8), np.float32), rng.random((2, 4, 4), np.float32)
+    slots = np.stack([np.arange(4), np.arange(4) + 7])
+    for stream in (0, None, 0):
+        caches = [np.zeros((6, 4, 12), np.float32) for _ in range(2)]
+        cc.concat_and_cache_mla_grouped(latent, rope, caches, slots, stream=stream)
+        for layer, cache in enumerate(caches):
+            rows = cache.reshape(24, 12)
+            assert (rows[slots[layer]] == np.concatenate([latent[layer], rope[layer]], 1)).all()
+            assert np.count_nonzero(rows) == np.count_nonzero(rows[slots[layer]])
+
+
+def test_one_row_of_permuted_dimensions(rng):
+    """The stride of a single row says nothing about where the next one would be."""
+    source = rng.random((6, 4, 3, 5, 8), np.float32)
+    for rows in (1, 2, 1):
+        destination = np.zeros((rows, 5, 3, 8), np.float32).transpose(0, 2, 1, 3)
+        cc.gather_cache(source, destination, np.array([[2]]), np.array([0, rows]))
+        assert (destination == source[2, :rows]).all()
+
+
+def test_one_column_of_another_stride():
+    """Tables of two and of three rows; the first, a transposed row, has one column."""
+    column = np.array([[3, 6]], np.int32).T
+    wide = np.array([[1, 2, 3, 4], [5, 6, 7, 8], [9, 9, 9, 9]], np.int32)
+    step = None, np.array([1, 2]), np.array([0, 1, 2]), [4, 4]
+    for _ in range(3):
+        assert cc.slot_mapping_groups([column, wide], *step).tolist() == [[13, 26], [5, 22]]
+        assert cc.slot_mapping_groups([wide, column], *step).tolist() == [[5, 22], [13, 26]]
+
+
+# --- what is kept, lent and forgotten -------------------------------------------------------------
+
+
+def test_host_memory_of_a_list_that_is_cleared(recorder):
+    """It is kept until the copy is done, whatever the caller does with the list."""
+    recorder.host = ("dst",)
+    source, host = [tensor(4, 4, 8)], [tensor(4, 4, 8)]
+    cc.swap_blocks(source, host, PAIRS)
+    kept = weakref.ref(host[0])
+    host.clear()
+    gc.collect()
+    assert kept() is not None
+    recorder.event_made.is_done = True
+    streams.let_go()
+    gc.collect()
+    assert kept() is None
+
+
+def test_bound_caches_are_lent_at_every_call(recorder):
+    """Also where the fast path is taken."""
+    keys, values = tensor(4, 4, 2, 8), tensor(4, 4, 2, 8)
+    cache = cc.PagedKVCache([keys], [values])
+    step = tensor(3, 2, 8), tensor(3, 2, 8), tensor(3, dtype="int64")
+    for _ in range(6):
+        recorder.lent.clear()
+        cache.write(0, *step, stream=5)
+        assert {stream for _, stream in recorder.lent} == {5}
+        lent = [array for arrays_lent, _ in recorder.lent for array in arrays_lent]
+        assert all(is_among(array, lent) for array in (keys, values, *step))
+
+
+def test_clearing_the_lists_that_were_given(recorder):
+    keys, values = [tensor(4, 4, 2, 8)], [tensor(4, 4, 2, 8)]
+    caches = *keys, *values
+    cache = cc.PagedKVCache(keys, values)
+    keys.clear()
+    values.clear()
+    for _ in range(3):
+        recorder.lent.clear()
+        cache.copy_blocks(PAIRS, stream=5)
+        assert {stream for _, stream in recorder.lent} == {5}
+        lent = [array for arrays_lent, _ in recorder.lent for array in arrays_lent]
+        assert all(is_among(array, lent) for array in caches)
+
+
+def test_forgetting_everything_reaches_bound_caches(recorder, monkeypatch):
+    """More of them than an operation remembers signatures."""
+    made = counted_plans(monkeypatch, copy_blocks.OP)
+    step = tensor(3, 2, 8), tensor(3, 2, 8), tensor(3, dtype="int64")
+    caches = [
+        cc.PagedKVCache([tensor(4 + n, 4, 2, 8)], [tensor(4 + n, 4, 2, 8)]) for n in range(300)
+    ]
+    for cache in caches:
+        for _ in range(3):
+            cache.write(0, *step)
+    assert any(cache.writer(0).fast_paths for cache in caches)  # else nothing here was tested
+    held = [cache.writer(0).fast_paths for cache in caches]
+    dispatch.forget_everything()
+    assert not any(held)
+    assert not any(cache.writer(0).fast_paths for cache in caches)
+    made.clear()
+    recorder.take()
+    for cache in caches:
+        cache.copy_blocks(PAIRS)
+        cache.write(0, *step)
+    assert len(made) == len(caches) and len(recorder.take()) == 2 * len(caches)
+
+
+def test_a_buffer_with_more_rows_than_blocks(recorder, monkeypatch):
+    """It is in host memory; the caches' blocks interleave, the buffer's rows do not."""
+    recorder.host = ("out",)
+    made = []
+    remember = dispatch.Op.remember
+    monkeypatch.setattr(dispatch.Op, "remember", lambda *a: made.append(1) or remember(*a))
+    cache = tensor(2, 4, 8).transpose(0, 1)
+    out = tensor(64, 64, dtype="uint8")
+    for _ in range(6):
+        cc.pack_blocks([cache], [0], out)
+        (_,) = recorder.take()
+    assert len(made) == 1
+
+
+# --- what is no array that can be read ------------------------------------------------------------
+
+
+def test_chosen_blocks_without_memory():
+    torch = pytest.importorskip("torch")
+    caches = [torch.zeros(8, 4, 2, 8)]
+    with pytest.raises(cc.CupyCacheError, match="block_mapping"):
+        cc.copy_blocks(caches, caches, torch.zeros(1, 2, dtype=torch.int64, device="meta"))
+    with pytest.raises(cc.CupyCacheError, match="block_ids"):
+        cc.zero_blocks(caches, torch.zeros(1, dtype=torch.int64, device="meta"))
+
+
+def test_chosen_blocks_with_the_negative_bit():
+    """The right blocks or none."""
+    torch = pytest.importorskip("torch")
+    cache, touched = torch.ones(8, 4), {1, 2}
+    try:
+        cc.zero_blocks([cache], torch._neg_view(torch.tensor([-1, -2])))
+    except cc.CupyCacheError:
+        touched = set()
+    assert {n for n in range(8) if not cache[n].any()} == touched
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_complex_keys(tokens):
+    """Of one row as of several."""
+    keys, values = np.zeros((tokens, 2, 8), np.complex64), np.zeros((tokens, 2, 8), np.float32)
+    caches = [np.zeros((4, 4, 2, 8), np.float32) for _ in range(2)]
+    with pytest.raises(cc.DTypeError, match="reshape_and_cache_flash: .*key"):
+        cc.reshape_and_cache_flash(keys, values, *caches, np.arange(tokens))
+
+
+def test_size_of_caches_that_cannot_be_written():
+    """Nothing is written: two blocks, or tokens, of 4 * 8 floats in each of two layers."""
+    fixed = np.zeros((8, 4, 8), np.float32)
+    fixed.flags.writeable = False
+    assert cc.packed_size([fixed, fixed], num_blocks=2) == 2 * 2 * 4 * 8 * 4
+    shared = np.broadcast_to(np.zeros((1, 4, 8), np.float32), (8, 4, 8))
+    assert cc.packed_size([shared, shared], num_blocks=2) == 2 * 2 * 4 * 8 * 4
+    assert cc.packed_size([fixed, fixed], num_tokens=2) == 2 * 2 * 8 * 4
+
+
+@pytest.mark.parametrize("name", ["pack_blocks", "unpack_blocks", "pack_tokens", "unpack_tokens"])
+def test_no_layout(name):
+    caches, buffer = [np.zeros((8, 4, 8), np.float32)], np.zeros(128, np.uint8)
+    first, *rest = (buffer, caches, [0]) if name.startswith("un") else (caches, [0], buffer)
+    for _ in range(2):
+        with pytest.raises(cc.ArgumentError, match="layout"):
+            getattr(cc, name)(first, *rest, layout=None)
+
+
+def test_buffer_without_dimensions():
+    with pytest.raises(cc.ShapeError, match="out"):
+        cc.pack_blocks([np.zeros((8, 1), np.uint8)], [1], np.zeros((), np.uint8))
+
+
+@pytest.mark.parametrize("skip", [True, False])
+def test_skip_scale_is_any_truth_value(skip):
+    """1.0 in E4M3 is 0x38, and 1.0 / 4.0 is 0x28."""
+    for given in (skip, np.array(skip), skip):
+        cache = np.zeros((2, 4, 12), np.uint8)
+        step = np.ones((2, 8), np.float32), np.ones((2, 4), np.float32)
+        cc.concat_and_cache_mla(*step, cache, np.arange(2), "fp8", 4.0, given)
+        assert (cache[0, :2] == (0x38 if skip else 0x28)).all()
+
+
+# --- numbers that equal others --------------------------------------------------------------------
+
+STEP = np.arange(6, dtype=np.int32).reshape(2, 3), np.arange(2), np.arange(3)
+
+
+@pytest.mark.parametrize("other", [True, 1.0])
+def test_block_size_that_equals_a_known_one(other):
+    """True == 1 == 1.0, but only one of them is an integer."""
+    for _ in range(3):
+        cc.slot_mapping(*STEP, block_size=1)
+        with pytest.raises(cc.ArgumentError, match="block_size"):
+            cc.slot_mapping(*STEP, block_size=other)
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "other"),
+    [("cp_rank", 0, 0.0), ("cp_interleave", 1, 1.0), ("cp_interleave", 1, True)],
+)
+def test_ranks_that_equal_known_ones(name, known, other):
+    table, *step = STEP
+    for _ in range(3):
+        cc.slot_mapping(*STEP, 2, cp_world_size=2, **{name: known})
+        with pytest.raises(cc.ArgumentError, match=name):
+            cc.slot_mapping(*STEP, 2, cp_world_size=2, **{name: other})
+        cc.slot_mapping_groups([table], None, *step, [2], cp_world_size=2, **{name: known})
+        with pytest.raises(cc.ArgumentError, match=name):
+            cc.slot_mapping_groups([table], None, *step, [2], cp_world_size=2, **{name: other})
+
+
+@pytest.mark.parametrize("other", [True, 1.0])
+def test_block_sizes_that_equal_known_ones(other):
+    table, *step = STEP
+    for _ in range(3):
+        cc.slot_mapping_groups([table], None, *step, [1])
+        with pytest.raises(cc.ArgumentError, match="block_sizes"):
+            cc.slot_mapping_groups([table], None, *step, [other])
+
+
+@pytest.mark.parametrize("other", [True, 1.0])
+def test_block_bytes_that_equal_known_ones(other):
+    source, destination = np.zeros((8, 1), np.uint8), np.zeros((8, 1), np.uint8)
+    for _ in range(3):
+        cc.swap_blocks(source, destination, PAIRS, block_size_in_bytes=1)
+        with pytest.raises(cc.ArgumentError, match="block_size_in_bytes"):
+            cc.swap_blocks(source, destination, PAIRS, block_size_in_bytes=other)
