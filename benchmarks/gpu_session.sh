@@ -27,15 +27,17 @@ LIMIT_RACECHECK=${LIMIT_RACECHECK:-240}
 LIMIT_BENCH=${LIMIT_BENCH:-240}
 SANITIZE=${SANITIZE:-"torch-cuda and not emulat and (test_case or out_of_range or past_the_cache
   or strided or neighbours or untouched or again or (flash and test_every_layout))"}
-# The order matters when time runs out.
-BENCH=${BENCH:-"benchmarks/bench_limits.py benchmarks/bench_host.py
+# The order matters when time runs out. All other files follow these.
+FIRST="benchmarks/bench_limits.py benchmarks/bench_host.py
   benchmarks/bench_reshape_and_cache_flash.py
   benchmarks/bench_copy_blocks.py benchmarks/bench_gather_cache.py
   benchmarks/bench_quantised_writes.py benchmarks/bench_mla.py
   benchmarks/bench_reshape_and_cache.py benchmarks/bench_swap_blocks.py
   benchmarks/bench_ablation.py benchmarks/bench_growth.py benchmarks/bench_slot_mapping.py
   benchmarks/bench_start.py benchmarks/bench_alibi_slopes.py benchmarks/bench_packing.py
-  benchmarks/bench_indexer.py"}
+  benchmarks/bench_indexer.py"
+OTHERS=$(printf '%s\n' benchmarks/bench_*.py | grep -vxF "$(printf '%s\n' $FIRST)")
+BENCH=${BENCH:-"$FIRST $OTHERS"}
 
 # Compiling takes longest, so the tests share the cores where pytest-xdist is there.
 PARALLEL=$("$PYTHON" -c 'import xdist; print("-n 12")' 2>/dev/null)

@@ -3,6 +3,8 @@
 """What users see without reading code: names, annotations, and what type checkers make of them."""
 
 import ast
+import builtins
+import collections.abc
 import importlib.util
 import inspect
 import os
@@ -28,6 +30,16 @@ METHODS = {
 }
 
 
+def has_overloads(function):
+    """Whether it is declared more than once."""
+    tree = ast.parse(inspect.getsource(inspect.getmodule(function)))
+    names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return names.count(function.__name__) > 1
+
+
+OVERLOADED = {name for name, function in FUNCTIONS.items() if has_overloads(function)}
+
+
 def test_names():
     assert dir(cc) == sorted(cc.__all__)
 
@@ -35,7 +47,7 @@ def test_names():
 @pytest.mark.whole
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_package_tells_of_every_function(name):
-    assert f"`{name}`" in cc.__doc__
+    assert f"`{name}`" in cc.__doc__, "name it in the docstring of cupy_cache/__init__.py"
 
 
 @pytest.mark.whole
@@ -51,9 +63,21 @@ def test_annotations_are_complete(name):
 # --- a user's module ------------------------------------------------------------------------------
 
 
+def kinds(functions):
+    """The annotations of their parameters."""
+    return {
+        text
+        for function in functions
+        for name, text in function.__annotations__.items()
+        if name != "return"
+    }
+
+
 def test_the_user_uses_everything():
+    """Every class, method and function with overloads, and every kind of argument. What else is
+    called as it is declared (`passing_on`)."""
     nodes = list(ast.walk(ast.parse(USER.read_text(encoding="utf-8"))))
-    called = [node.func for node in nodes if isinstance(node, ast.Call)]
+    calls = [node.func for node in nodes if isinstance(node, ast.Call)]
 
     def attributes(nodes, of_package):
         """Names after a dot: of the package, or of anything else."""
@@ -64,10 +88,41 @@ def test_the_user_uses_everything():
         }
 
     methods = {name.partition(".")[2] for name in METHODS if "__" not in name}
-    assert methods
-    assert sorted(set(PUBLIC) - attributes(nodes, of_package=True)) == []
-    assert sorted(set(FUNCTIONS) - attributes(called, of_package=True)) == []
-    assert sorted(methods - attributes(called, of_package=False)) == []
+    called = attributes(calls, of_package=True)
+    tried = kinds(FUNCTIONS[name] for name in called & FUNCTIONS.keys())
+    where = f"nowhere in {USER.name}"
+    assert methods and OVERLOADED and tried
+    assert not PUBLIC.keys() - FUNCTIONS.keys() - attributes(nodes, of_package=True), where
+    assert not OVERLOADED - called, where
+    assert not methods - attributes(calls, of_package=False), where
+    assert not kinds(FUNCTIONS.values()) - tried, where
+
+
+def passing_on():
+    """The text of a user's module that calls each function by way of one that is declared alike."""
+    imports, functions = {"import cupy_cache as cc"}, []
+    for name in sorted(FUNCTIONS.keys() - OVERLOADED):
+        function = FUNCTIONS[name]
+        signature = inspect.signature(function)
+        for node in ast.walk(ast.parse("; ".join(function.__annotations__.values()))):
+            if isinstance(node, ast.Name) and not hasattr(builtins, node.id):
+                imports.add(import_of(node.id, function))
+        given = [
+            f"{p.name}={p.name}" if p.kind is p.KEYWORD_ONLY else p.name
+            for p in signature.parameters.values()
+        ]
+        result = "" if function.__annotations__["return"] == "None" else "return "
+        functions.append(f"def {name}{signature}:\n    {result}cc.{name}({', '.join(given)})\n")
+    return "\n".join(["from __future__ import annotations", *sorted(imports), "", *functions])
+
+
+def import_of(name, function):
+    """The line that imports what the annotations of ``function`` call ``name``."""
+    value = function.__globals__[name]
+    if inspect.ismodule(value):
+        return f"import {value.__name__} as {name}"
+    home = next(home for home in (collections.abc, typing, cc.types) if hasattr(home, name))
+    return f"from {home.__name__} import {name}"
 
 
 @pytest.mark.whole
@@ -122,7 +177,8 @@ def test_the_user_is_without_errors(checker, tmp_path):
     started = run("--version")
     if started.returncode:
         skip(f"{checker} does not start: {started.stderr[-500:]}")
-    module = tmp_path / USER.name
-    module.write_text(USER.read_text(encoding="utf-8"), encoding="utf-8")
-    found = run(*CHECKERS[checker], module.name)
+    modules = {USER.name: USER.read_text(encoding="utf-8"), "passing_on.py": passing_on()}
+    for name, text in modules.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    found = run(*CHECKERS[checker], *modules)
     assert not found.returncode, found.stdout + found.stderr
