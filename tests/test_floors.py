@@ -3,7 +3,9 @@
 """The house rules, read from the sources: who imports whom, and what every file has."""
 
 import ast
+import configparser
 import functools
+import itertools
 import re
 import subprocess
 import sys
@@ -204,6 +206,29 @@ def test_an_operation_has_its_kernel_and_its_test():
         assert (TESTS / f"test_{stem}.py").is_file(), f"{name} has no test of its name"
 
 
+def test_the_package_offers_every_operation():
+    """What takes a stream is one."""
+    functions = [
+        node
+        for name in OPERATIONS
+        for node in tree(name).body
+        if isinstance(node, ast.FunctionDef) and not node.name.startswith("_")
+    ]
+    offered = {f.name for f in functions if any(a.arg == "stream" for a in f.args.kwonlyargs)}
+    assert len(offered) >= len(OPERATIONS)
+    missing = sorted(offered - set(cupy_cache.__all__))
+    assert not missing, f"import {missing} in cupy_cache/__init__.py, and name them in __all__"
+
+
+def test_every_room_is_installed():
+    """setup.cfg names each folder of the package."""
+    config = configparser.ConfigParser()
+    config.read(CHECKOUT / "setup.cfg", encoding="utf-8")
+    folders = [path.parent.relative_to(CHECKOUT) for path in PACKAGE.rglob("__init__.py")]
+    expected = sorted(".".join(folder.parts) for folder in folders)
+    assert config["options"]["packages"].split() == expected, "in setup.cfg"
+
+
 def test_a_kernel_is_used_and_has_one_struct():
     """By the operation of its stem or, by name, by another module."""
     for path in KERNELS:
@@ -234,3 +259,73 @@ def test_every_file_has_its_licence():
         != [wanted[path.suffix] + line for line in LICENCE]
     ]
     assert not without
+
+
+# --- documents ------------------------------------------------------------------------------------
+
+DOCUMENTS = [CHECKOUT / "README.md", CHECKOUT / "CHANGELOG.md", *(CHECKOUT / "docs").glob("*.md")]
+PATH = re.compile(r"(?:[\w.-]+/)*[\w.-]+\.(?:py|cu|cuh|h|cpp|md|sh|cfg|txt|json)|(?:[\w.-]+/)+")
+
+
+def documents():
+    """(Name, text) of each."""
+    return [(str(path.relative_to(CHECKOUT)), path.read_text("utf-8")) for path in DOCUMENTS]
+
+
+def test_links_lead_to_files():
+    missing = []
+    for path in DOCUMENTS:
+        links = re.findall(r"\]\(([^()\s]+)\)", path.read_text(encoding="utf-8"))
+        for link in (link.partition("#")[0] for link in links if "://" not in link):
+            if link and not (path.parent / link).exists():
+                missing.append(f"{path.name}: {link}")
+    assert not missing
+
+
+def test_documents_name_files_that_exist():
+    """X stands for an operation, such as copy_blocks."""
+    missing = []
+    for path, text in documents():
+        for name in re.findall(r"`([^`\s]+)`", text):
+            if not PATH.fullmatch(name):
+                continue
+            name = re.sub(r"\bX\b|(?<=_)X\b", "copy_blocks", name)
+            if not any((folder / name).exists() for folder in (CHECKOUT, PACKAGE)):
+                missing.append(f"{path}: {name}")
+    assert not missing
+
+
+def test_texts_name_what_there_is():
+    """`cupy_cache.a.b` is a module or something in one; so is `a.b` for modules of `runtime`."""
+    missing = []
+    texts = itertools.chain(documents(), ((name, text_of(name)) for name in SOURCES))
+    for where, text in texts:
+        if where == "CHANGELOG.md":  # names what there was
+            continue
+        for name in re.findall(r"(?<![\w.])cupy_cache\.([a-z_]\w*(?:\.\w+)*)", text):
+            if not _is_defined(name):
+                missing.append(f"{where}: cupy_cache.{name}")
+    for where, text in documents():
+        for first, second in re.findall(r"`(\w+)\.(\w+)[`(]", text):
+            if f"runtime.{first}" in SOURCES and not _is_defined(f"runtime.{first}.{second}"):
+                missing.append(f"{where}: {first}.{second}")
+    assert not missing
+
+
+def _is_defined(name):
+    """Whether dotted names lead to a module, or to a word in the text of one."""
+    parts = name.split(".")
+    for length in range(len(parts), 0, -1):
+        module = _module(parts[:length])
+        if module in SOURCES:
+            return all(re.search(rf"\b{part}\b", text_of(module)) for part in parts[length:])
+    return parts[0] in cupy_cache.__all__
+
+
+def test_the_readme_names_functions_that_exist():
+    """In its table. All there are docs/support.md lists, which is made from them."""
+    table = dict(documents())["README.md"].partition("## What it does")[2].partition("\n## ")[0]
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    named = set(re.findall(r"`([a-z]\w+)`", "\n".join(rows)))
+    assert len(named) > 20 and not named - set(cupy_cache.__all__)
+    assert "(docs/support.md)" in table

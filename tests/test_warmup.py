@@ -4,13 +4,15 @@ import io
 import re
 import threading
 
+import cases
 import numpy as np
 import pytest
 import worlds
+from machine_code import CONVERTING
 
 import cupy_cache as cc
 from cupy_cache.attention import alibi_slopes as attention
-from cupy_cache.compilation.specialisations import specialisations
+from cupy_cache.compilation.specialisations import OPERATIONS, specialisations
 from cupy_cache.ops.shared import blocks
 from cupy_cache.runtime import arrays, driver, modules
 
@@ -147,7 +149,9 @@ def test_calls_find_all_their_kernels_warm(emulated_world, rng, value_size, kv_c
     for layout in ("NHD", "HND", "packed-NHD", "packed-HND", "x-packed", "rows"):
         for index in ("int32", "int64"):
             arguments = layout, index, value_size, kv_cache_dtype
-            needed = needed_by(emulated_world, rng, arguments)
+            needed = needed_by(
+                emulated_world, lambda world, given=arguments: Calls(world, rng, *given).run()
+            )
             named = [layout.partition("-")[0] if "packed-" in layout else layout]
             warm = specialisations(
                 HEADS, SIZE, BLOCK, layouts=named, head_size_v=value_size, index_dtypes=[index],
@@ -158,11 +162,11 @@ def test_calls_find_all_their_kernels_warm(emulated_world, rng, value_size, kv_c
             assert {kernel.stem for kernel in needed} >= {"copy_blocks", "slot_mapping"}
 
 
-def needed_by(emulated_world, rng, arguments):
-    """The kernels that `Calls` load."""
-    needed = set()
+def needed_by(emulated_world, run):
+    """The kernels that ``run(world)`` loads."""
+    world, needed = emulated_world(), set()
 
-    class Driver(driver.CudaDriver):
+    class Driver(type(world.driver)):
         def load(self, kernel, device, stream):
             needed.add(kernel)
 
@@ -172,22 +176,56 @@ def needed_by(emulated_world, rng, arguments):
         def capturing(self, stream, device):
             return True
 
-        def device_count(self):
-            return 1
-
-        def current_device(self):
-            return 0
-
-        def processors(self, device):
-            return 132
-
-    world = emulated_world()
-    driver.active = Driver()  # until the world is closed
+    noting = Driver()
+    noting.pinned = world.driver.pinned
+    driver.active = noting  # until the world is closed
     try:
-        Calls(world, rng, *arguments).run()
+        run(world)
     finally:
         world.close()
     return needed
+
+
+def function_of(kernel):
+    return re.match(r"cupy_cache::(\w+)", kernel.expression)[1]
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("op", sorted({name.partition("-")[0] for name in cases.CASES}))
+def test_every_operation_can_be_warmed(emulated_world, rng, op):
+    """What its ordinary calls launch is among what it needs for the one or the other model."""
+    assert op in OPERATIONS, "write its calls in cupy_cache/compilation/specialisations.py"
+    warm = {
+        function_of(kernel)
+        for kv_cache_dtype, layouts in (
+            ("auto", LAYOUTS),
+            ("fp8", LAYOUTS),
+            ("fp8_ds_mla", ["rows"]),
+        )
+        for kernel in specialisations(
+            1, 576, 16, layouts=layouts, head_size_v=512, kv_cache_dtype=kv_cache_dtype, ops=[op]
+        )
+    }
+    for name in cases.CASES:
+        if name.partition("-")[0] == op:
+            needed = needed_by(emulated_world, cases.CASES[name](rng).call)
+            assert needed and {function_of(kernel) for kernel in needed} <= warm
+
+
+def test_operations_that_convert_are_compiled_as_such():
+    """tests/machine_code.py names them."""
+
+    def kernels(op, name):
+        layouts = ("NHD", "HND", "packed", "x-packed")
+        return specialisations(8, 128, 16, layouts=layouts, kv_cache_dtype=name, ops=[op])
+
+    converting = {
+        op
+        for op in OPERATIONS
+        for name in ("fp8", "int8")
+        if any(kernel.converts for kernel in kernels(op, name))
+    }
+    assert converting == set(CONVERTING)
 
 
 def test_each_kernel_once():

@@ -145,14 +145,15 @@ SCHEMAS = (
 # --- what runs ------------------------------------------------------------------------------------
 
 
-def _implementation(name):
+def _implementation(schema):
     """The public function; around it, what its schema has otherwise."""
+    name = schema.partition("(")[0]
     packet, _, overload = name.partition(".")
     function = getattr(cupy_cache, packet)
     if overload == "out":
         return _writing_out(function)
-    parameters = list(inspect.signature(function).parameters)
-    if "caches" in parameters:
+    if "bool with_values" in schema:
+        parameters = list(inspect.signature(function).parameters)
         return _taking_one_list(function, parameters.index("caches"))
     return function
 
@@ -223,7 +224,7 @@ def _register():
     for schema in SCHEMAS:
         name = schema.partition("(")[0]
         library.define(schema, tags=tags)
-        implementation = _implementation(name)
+        implementation = _implementation(schema)
         for key in ("CPU", "CUDA"):
             library.impl(name, implementation, key)
         fake = _RESULTS.get(name, _no_result)
