@@ -8,6 +8,7 @@ import weakref
 
 import numpy as np
 import pytest
+import recording
 
 import cupy_cache as cc
 from cupy_cache.attention import alibi_bias
@@ -23,52 +24,18 @@ from cupy_cache.ops import (
 )
 from cupy_cache.ops.shared import blocks
 from cupy_cache.runtime import (
-    arrays,
     dispatch,
-    driver,
     fastpath,
     guards,
     launch,
     modules,
     params,
     plans,
-    streams,
 )
 
 torch = pytest.importorskip("torch")
 KNOWN = 2  # calls after which a signature has a fast path
 flash = reshape_and_cache_flash
-
-
-class Recorder:
-    """A driver that notes launches: (grid, threads, stream, bytes of the parameters)."""
-
-    def __init__(self):
-        self.launches = []
-        self.lent = []
-
-    def load(self, kernel, device, stream):
-        del device, stream
-        return kernel
-
-    def launch(self, loaded, grid, threads, stream, record):
-        self.launches.append((loaded.expression, grid, threads, stream, bytes(record.buffer)))
-
-    def prepare(self, loaded, grid, threads):
-        """Nothing quicker than `launch`."""
-        del loaded, grid, threads
-        return self.refuse, NotImplementedError
-
-    def refuse(self, *arguments):
-        raise NotImplementedError(arguments)
-
-    def processors(self, device):
-        del device
-        return 132
-
-    def take(self):
-        taken, self.launches = self.launches, []
-        return taken
 
 
 OPS = (
@@ -87,19 +54,9 @@ def forget(patch):
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """CPU tensors count as on a GPU, whose driver only notes what it is told. ``long`` counts the
-    calls that go the long way."""
-    describe, recorder = arrays.describe, Recorder()
-
-    def on_gpu(facts, name):
-        return describe(facts, name)._replace(device=arrays.Device("cuda", 0))
-
-    monkeypatch.setattr(arrays, "describe", on_gpu)
-    monkeypatch.setattr(streams, "current", lambda framework, device: lambda: 77)
-    monkeypatch.setattr(streams, "lend", lambda *lent: recorder.lent.append(lent))
-    monkeypatch.setattr(driver, "active", recorder)
+    """Its ``long`` counts the calls that go the long way."""
+    recorder = recording.recorder(monkeypatch)
     forget(monkeypatch)
-    launch.processors.cache_clear()
     run = dispatch.Op.run
     recorder.long = 0
 

@@ -136,7 +136,7 @@ class PagedKVCache:
         if stream is None:  # what the call of ``bound`` begins with: an engine's every layer
             given = key, value, slot_mapping
             for path in bound.fast_paths:
-                if path(given, bound.scalars, None, bound.addresses):
+                if path(given, bound.scalars, None, bound):
                     return
         bound(key, value, slot_mapping, stream=stream)
 

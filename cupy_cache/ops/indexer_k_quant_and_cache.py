@@ -82,12 +82,12 @@ def indexer_k_quant_and_cache(
     quant block infinite ("mxfp8": 255, which UE8M0 reads as NaN); it is stored as 0x7f, its finite
     neighbours as zeros.
     """
-    OP((k, kv_cache, slot_mapping), (*dispatch.exact(quant_block_size), kv_cache_dtype), stream)
+    OP((k, kv_cache, slot_mapping), (dispatch.exact(quant_block_size), kv_cache_dtype), stream)
 
 
 def _plan(op, described, options):
     k, kv_cache, slot_mapping = described
-    (quant_block_size,), _, kv_cache_dtype = options
+    ((quant_block_size,), _), kv_cache_dtype = options
     if kv_cache_dtype not in SCALES:
         raise ArgumentError(
             f"{op.name}: Invalid value of kv_cache_dtype: expected one of {', '.join(SCALES)}, got "

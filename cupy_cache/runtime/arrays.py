@@ -13,6 +13,8 @@ against 19 for ``cupy.from_dlpack``). Everything else comes through DLPack (dlpa
 ``__cuda_array_interface__``. Nothing is ever copied.
 """
 
+import functools
+import operator
 import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -223,6 +225,21 @@ def regular(varies, shape, strides, size):
         inner = zip(strides[at + 1 :], shape[at + 1 :])
         strides[at] = max([size, *(abs(stride) * extent for stride, extent in inner)])
     return tuple(strides)
+
+
+ROWS = (0,)  # what varies where the first dimension is the tokens of a step
+
+
+def extent(varies, shape, strides, unit):
+    """What an operation's count gets of an array whose strides are counted in ``unit`` bytes."""
+    if varies == ROWS:
+        return shape[0]
+    return tuple(shape), tuple([stride * unit for stride in strides])
+
+
+def any_bits(numbers):
+    """All bits that are set in any of ``numbers``."""
+    return functools.reduce(operator.or_, numbers, 0)
 
 
 def view(value, name):

@@ -9,8 +9,6 @@ tokens of a step, the width of a block table), scales that are floats, chosen bl
 memory, how many layers there are.
 """
 
-import functools
-import operator
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -73,14 +71,7 @@ def exact(*values):
     return values, tuple(map(type, values))
 
 
-ROWS = (0,)  # what varies where the first dimension is the tokens of a step
-
-
-def extent(varies, shape, strides, unit):
-    """What an operation's count gets of an array whose strides are counted in ``unit`` bytes."""
-    if varies == ROWS:
-        return shape[0]
-    return tuple(shape), tuple(stride * unit for stride in strides)
+ROWS = arrays.ROWS
 
 
 class Op:
@@ -284,14 +275,14 @@ class Op:
                 if varies:
                     unit = arrays.stride_unit(meta.metadata)
                     pairs = zip(meta.shapes, meta.strides)
-                    extents.append([extent(varies, *pair, unit) for pair in pairs])
+                    extents.append([arrays.extent(varies, *pair, unit) for pair in pairs])
                 meta = meta.metadata
             else:
                 values.append(meta.ptr)
                 if varies:
                     self._refuse_rank(arg, meta.shape, max(varies))
                     extents.append(
-                        extent(varies, meta.shape, meta.strides, arrays.stride_unit(meta))
+                        arrays.extent(varies, meta.shape, meta.strides, arrays.stride_unit(meta))
                     )
             ptr, shape, strides, dtype, place, _ = meta
             low = ptr
@@ -300,7 +291,7 @@ class Op:
                 if 1 in shape:
                     strides = arrays.regular(varies, shape, strides, arrays.element_step(meta))
                 if not arg.index or unit == 1:
-                    low = functools.reduce(operator.or_, (s * unit for s in strides[:last]), ptr)
+                    low |= arrays.any_bits(strides[:last]) * unit
                 strides = strides[last:]
                 shape = (len(shape), *(n for at, n in enumerate(shape) if at not in varies))
             signature.append((shape, strides, dtype, place, low & arg.mask))
@@ -440,12 +431,15 @@ class Bound:
             index for index, arg in enumerate(op.args) if arg.name not in fixed and not arg.optional
         )
         self._count = len(self.given)
-        self._torchs = self._device = None  # tensors that are bound, and their GPU, see `_lend`
         self._in_host_memory = None  # (entry, values, tables), see `check`; () for empty lists
         others = [index for index, value in enumerate(self._objects) if value is not None]
         self.found = op.read(self._objects, None, others).found
         self.fast_paths = op.fast_paths.of(("bound", options, self.given, self._signature()))
-        self.addresses = [self.found[index].ptr for index in others] if not op.has_lists else []
+        # What fast paths ask for.
+        self.addresses = self.tensors = ()
+        if not op.has_lists:
+            self.addresses = [self.found[index].ptr for index in others]
+            self.tensors = [v for v in map(self._objects.__getitem__, others) if arrays.is_torch(v)]
         _bound.add(self)
 
     def _signature(self):
@@ -487,9 +481,7 @@ class Bound:
         if stream is not None and type(stream) is not int:
             stream = streams.pointer(stream)
         for path in self.fast_paths:
-            if path(given, self.scalars, stream, self.addresses):
-                if stream is not None:
-                    self._lend(stream)
+            if path(given, self.scalars, stream, self):
                 return
         op, objects = self.op, self._objects.copy()
         for index, value in zip(self.given, given):
@@ -504,18 +496,6 @@ class Bound:
         entry = op.run(Read(found, read.keep), objects, self.options, self.scalars, stream)
         if entry is not None and not op.has_lists:
             op.fast_paths.learn(self.fast_paths, entry, objects, self.options, self.given)
-
-    def _lend(self, stream):
-        """What `Op.finish` does for tensors on another stream than torch's: a fast path knows only
-        those that are given."""
-        if self._torchs is None:
-            bound = zip(self.op.args, self._objects, self.found)
-            tensors = [triple for triple in bound if arrays.is_torch(triple[1])]
-            self._torchs = [tensor for _, tensor, _ in tensors]
-            for arg, _, meta in tensors[:1]:
-                self._device = arrays.describe(meta, f"{self.op.name}: {arg.name}").device.index
-        if self._torchs and streams.current("torch", self._device)() != stream:
-            streams.lend(self._torchs, stream, self._device)
 
     def _run_chosen(self, objects, stream):
         """Run where all that is given is in host memory: nothing else is left to find out."""

@@ -60,8 +60,8 @@ class FastPaths:
 
 class Recent(list):
     """The fast paths of the latest signatures of one form: each a function ``path(tensors, scalars,
-    stream, more)`` that runs a call, or returns False with nothing done. ``more``: the addresses of
-    arguments that are bound, or the objects of an operation with lists."""
+    stream, more)`` that runs a call, or returns False with nothing done. ``more``: the
+    `dispatch.Bound` that was called, or else the call's objects."""
 
     _patience = 0
 
@@ -166,13 +166,13 @@ def _kernel_path(op, entry, objects, options, given):
     pointers = _Pointers(op, objects, unique, pick.twins, bound)
     extents = _Extents(op, objects, unique)
     launches = _Launches(op, entry, options, extents)
-    sized = [at for at, index in enumerate(unique) if op.args[index].varies == (0,)]
+    sized = [at for at, index in enumerate(unique) if op.args[index].varies == arrays.ROWS]
     plain = not (pick.needed or extents.free or pointers.arrange or pointers.odd)
     if plain:
         if len(unique) == 3 and sized == [0, 1, 2] and pointers.insert_at == len(bound) == 2:
-            return _bound_write_path(entry, same, launches, pointers)
+            return _write_path(entry, same, launches, pointers, caches_bound=True)
         if len(unique) == 5 and sized == [0, 1, 4] and not bound:
-            return _write_path(entry, same, launches, pointers)
+            return _write_path(entry, same, launches, pointers, caches_bound=False)
     # Every statement of `run` is one of every call: all that it needs is at hand.
     picks, pick = pick.needed, pick.pick
     insert_at, arrange, pack = pointers.insert_at, pointers.arrange, pointers.pack
@@ -182,7 +182,7 @@ def _kernel_path(op, entry, objects, options, given):
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
     address, elements = guards.readers()
 
-    def run(objects, scalars, stream, bound):
+    def run(objects, scalars, stream, more):
         tensors = objects
         if picks:
             tensors = pick(objects)
@@ -204,7 +204,7 @@ def _kernel_path(op, entry, objects, options, given):
             return True
         addresses = list(map(address, tensors))
         if insert_at:
-            addresses[insert_at:insert_at] = bound
+            addresses[insert_at:insert_at] = more.addresses
         if arrange is not None:
             addresses = arrange(addresses)
         if misaligned(addresses):
@@ -220,7 +220,7 @@ def _kernel_path(op, entry, objects, options, given):
         if stream is None:
             stream = current_stream()
         elif stream != torchs():
-            streams.lend(tensors, stream, device)
+            streams.lend((*tensors, *more.tensors) if insert_at else tensors, stream, device)
         try:
             enqueue(stream, record.address, 0)
         except failed:
@@ -233,11 +233,11 @@ def _kernel_path(op, entry, objects, options, given):
     return run
 
 
-# The writes of an engine's every layer, written out for their five tensors, or three where the
-# caches are bound. What `_kernel_path` does with any number of them takes 0.7 us more.
+# The writes of an engine's every layer, written out for their five tensors, of which the caches may
+# be bound. What `_kernel_path` does with any number of them takes 0.7 us more.
 
 
-def _write_path(entry, same, launches, pointers):
+def _write_path(entry, same, launches, pointers, caches_bound):
     """`_kernel_path` of two sources, two caches and slots."""
     pack, misaligned = pointers.pack, pointers.misaligned
     known, prepare = launches.known, launches.prepare
@@ -245,11 +245,15 @@ def _write_path(entry, same, launches, pointers):
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
     address, elements = guards.readers()
 
-    def run(objects, scalars, stream, bound):
-        del bound
+    def run(objects, scalars, stream, more):
         if not same(*objects):
             return False
-        key, value, key_cache, value_cache, slots = objects
+        if caches_bound:
+            key, value, slots = objects
+            c, d = more.addresses
+        else:
+            key, value, key_cache, value_cache, slots = objects
+            c, d = address(key_cache), address(value_cache)
         sizes = elements(key), elements(value), elements(slots), scalars
         launch = known.get(sizes)
         if launch is None:
@@ -258,8 +262,7 @@ def _write_path(entry, same, launches, pointers):
                 return False
         if not launch:
             return True
-        a, b, c = address(key), address(value), address(key_cache)
-        d, e = address(value_cache), address(slots)
+        a, b, e = address(key), address(value), address(slots)
         if (a | b | c | d | e) & 15 and misaligned((a, b, c, d, e)):
             return False
         enqueue, failed, again, fields = launch
@@ -273,56 +276,7 @@ def _write_path(entry, same, launches, pointers):
         if stream is None:
             stream = current_stream()
         elif stream != torchs():
-            streams.lend(objects, stream, device)
-        try:
-            enqueue(stream, record.address, 0)
-        except failed:
-            again(stream, record)
-        records.append(record)
-        if faults.debug:
-            faults.after_launch(stream, device)
-        return True
-
-    return run
-
-
-def _bound_write_path(entry, same, launches, pointers):
-    """`_kernel_path` of two sources and slots; the caches are bound, at addresses that are aligned
-    as the plan wants them."""
-    pack, misaligned = pointers.pack, pointers.misaligned
-    known, prepare = launches.known, launches.prepare
-    records, fill = launches.records, launches.fill
-    current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
-    address, elements = guards.readers()
-
-    def run(objects, scalars, stream, bound):
-        if not same(*objects):
-            return False
-        key, value, slots = objects
-        sizes = elements(key), elements(value), elements(slots), scalars
-        launch = known.get(sizes)
-        if launch is None:
-            launch = prepare(sizes, objects, scalars)
-            if launch is None:
-                return False
-        if not launch:
-            return True
-        a, b, c = address(key), address(value), address(slots)
-        d, e = bound
-        if (a | b | c) & 15 and misaligned((a, b, d, e, c)):
-            return False
-        enqueue, failed, again, fields = launch
-        try:
-            record = records.pop()
-        except IndexError:
-            record = fill(None, fields)
-        if record.fields is not fields:
-            fill(record, fields)
-        pack(record.buffer, 0, a, b, d, e, c)
-        if stream is None:
-            stream = current_stream()
-        elif stream != torchs():
-            streams.lend(objects, stream, device)
+            streams.lend((*objects, *more.tensors) if caches_bound else objects, stream, device)
         try:
             enqueue(stream, record.address, 0)
         except failed:
@@ -394,7 +348,7 @@ class _Pointers:
 
     def misaligned(self, addresses):
         """Whether addresses are aligned otherwise than those that the plan was made for."""
-        bits = functools.reduce(operator.or_, addresses) & 15
+        bits = arrays.any_bits(addresses) & 15
         return bool(bits or self.odd) and self._low_bits(addresses) != self._low
 
 
@@ -424,7 +378,7 @@ class _Extents:
                 self._parts.append((arg, None, 0))
                 continue
             at = next(at for at, one in enumerate(unique) if objects[one] is value)
-            rows = arg.varies == (0,)
+            rows = arg.varies == arrays.ROWS
             self._parts.append((arg, at, value.numel() // value.shape[0] if rows else 0))
             (whole if rows else free).append(at)
         self.sized = None if whole == list(range(len(unique))) else _getter(whole)
@@ -459,11 +413,8 @@ class _Extents:
 
 
 def _extent(arg, tensor):
-    """What an operation's count gets of a tensor."""
-    if arg.varies == (0,):
-        return tensor.shape[0]
-    size = tensor.element_size()
-    return tensor.shape, tuple([stride * size for stride in tensor.stride()])
+    """`arrays.extent` of a tensor."""
+    return arrays.extent(arg.varies, tensor.shape, tensor.stride(), tensor.element_size())
 
 
 def _low_bits(arg, tensor):
@@ -473,7 +424,7 @@ def _low_bits(arg, tensor):
     if not arg.varies:
         return 0
     strides = arrays.regular(arg.varies, tensor.shape, tensor.stride(), 1)[: max(arg.varies)]
-    return _any_bits(strides) * tensor.element_size() & 15
+    return arrays.any_bits(strides) * tensor.element_size() & 15
 
 
 # --- any plan of an operation with lists ----------------------------------------------------------
@@ -510,11 +461,11 @@ def _plan_path(op, entry, objects, options, given):
     for arg, length in zip(op.args, form[1:]):
         if type(length) is not type:
             args += [arg] * int(length)
-    free = [at for at, arg in enumerate(args) if arg.varies and arg.varies != (0,)]
+    free = [at for at, arg in enumerate(args) if arg.varies and arg.varies != arrays.ROWS]
     low_bits = [_low_bits(args[at], tensors[at]) for at in free]
     address = guards.readers()[0] if tensors else None
     same = guards.same_as(tensors, [arg.varies for arg in args]) if tensors else _no_tensors
-    if same is None or _any_bits(map(address, tensors)) & 15:
+    if same is None or arrays.any_bits(map(address, tensors)) & 15:
         return None
     parts, at = [], 0  # of each argument: (itself, its first tensor, how many or no tensor's type)
     for arg, length in zip(op.args, form[1:]):
@@ -524,7 +475,7 @@ def _plan_path(op, entry, objects, options, given):
 
     def values_of(addresses):
         """The values of `plans.Call`, but for what is chosen in host memory; the plan's tables."""
-        if _any_bits(addresses) & 15:
+        if arrays.any_bits(addresses) & 15:
             return None, None
         values = []
         for _, at, length in parts:
@@ -568,11 +519,6 @@ def _plan_path(op, entry, objects, options, given):
         return True
 
     return run
-
-
-def _any_bits(addresses):
-    """All bits that are set in any of them."""
-    return functools.reduce(operator.or_, addresses, 0)
 
 
 def _no_tensors():

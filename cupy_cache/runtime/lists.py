@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments that are lists of arrays, one for each layer."""
 
-import functools
-import operator
 from typing import NamedTuple
 
 from ..errors import DeviceError, DTypeError, ShapeError, StrideError
@@ -48,11 +46,10 @@ def read(op, arg, values, stream):
         for index, meta in enumerate(metadata):
             _compare(op, arg, index, meta, first)
     addresses = tuple(meta.ptr for meta in metadata)
-    common = functools.reduce(operator.or_, addresses, 16)
-    if arg.varies:  # strides that vary are aligned alike too, or it is all that counts
+    common = 16 | arrays.any_bits(addresses)
+    if arg.varies:  # then strides of which those of one array say nothing count too
         unit = arrays.stride_unit(first)
-        for meta in metadata:
-            common = functools.reduce(operator.or_, (s * unit for s in _varying(arg, meta)), common)
+        common |= arrays.any_bits(arrays.any_bits(_varying(arg, meta)) for meta in metadata) * unit
     described = next((meta for meta in metadata if 0 not in meta.shape), first)
     common = described._replace(ptr=common & -common, keep=None)
     keep = [meta.keep for meta in metadata]

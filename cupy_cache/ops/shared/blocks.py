@@ -58,6 +58,29 @@ def interleaved(lists):
     return [address for layer in zip(*lists) for address in layer]
 
 
+class PointerTable(NamedTuple):
+    """Layers of one launch: the first one, how many, the addresses of their tensors as the kernel
+    wants them, and how many words fit beside these."""
+
+    first: int
+    layers: int
+    pointers: bytes
+    room: int
+
+
+def pointer_tables(addresses, tensors):
+    """Addresses, layer by layer, each of so many ``tensors``, cut into what one launch takes: a
+    list of `PointerTable`."""
+    tables, layers = [], len(addresses) // tensors
+    # Room for at least half a table of numbers; more layers than that take another launch.
+    size = max(1, min(layers, TABLE_WORDS // 2 // tensors))
+    for first in range(0, layers, size):
+        part = addresses[first * tensors : (first + size) * tensors]
+        pointers = struct.pack(f"<{len(part)}Q", *part)
+        tables.append(PointerTable(first, len(part) // tensors, pointers, TABLE_WORDS - len(part)))
+    return tables
+
+
 def mapped_range(address, size, device):
     """The address at which GPU ``device`` reaches these bytes of host memory; None if they are not
     pinned from the first to the last."""
@@ -204,24 +227,15 @@ class CopyPlan:
         self._wave = self._usual if on_bus else variant(WAVE_ITEMS)
 
     def tables(self, sources, destinations):
-        """For each launch (layers, packed pointers, how many pairs fit beside them). ``sources``
-        and ``destinations`` are addresses, as `interleaved` gives them."""
-        tables = []
-        words = self.count * (1 if self.in_place else 2)
-        layers = len(sources) // self.count
-        # Room for at least half a table of pairs; more layers than that take another launch.
-        group = min(layers, TABLE_WORDS // 2 // words)
-        for first in range(0, layers, group):
-            size = min(group, layers - first)
-            table = sources[first * self.count : (first + size) * self.count]
-            if not self.in_place:
-                table = []
-                for layer in range(first, first + size):
-                    part = slice(layer * self.count, (layer + 1) * self.count)
-                    table += sources[part] + destinations[part]
-            pointers = struct.pack(f"<{len(table)}Q", *table)
-            tables.append((size, pointers, TABLE_WORDS - len(table)))
-        return tables
+        """`pointer_tables` of addresses as `interleaved` gives them; in the kernel's, a layer's
+        destinations are behind its sources."""
+        if self.in_place:
+            return pointer_tables(sources, self.count)
+        addresses = []
+        for at in range(0, len(sources), self.count):
+            part = slice(at, at + self.count)
+            addresses += sources[part] + destinations[part]
+        return pointer_tables(addresses, 2 * self.count)
 
     def enqueue_pairs(self, stream, tables, pairs):
         """Launch for ``pairs`` of blocks, int64 [2, n], in the layers of `tables`."""
@@ -233,7 +247,7 @@ class CopyPlan:
                 f"host memory, got {pairs.max()}"
             )
         packed = pairs.T.astype("<u4").tobytes()  # source, destination, 32 bits each
-        for layers, pointers, room in tables:
+        for _, layers, pointers, room in tables:
             room = min(room, _MAX_WORKS // self._usual.chunks)
             for first in range(0, len(packed), 8 * room):
                 part = packed[first : first + 8 * room]
@@ -245,7 +259,7 @@ class CopyPlan:
             return
         room = _MAX_WORKS // self._usual.chunks
         step = 2 * self._index_bytes
-        for layers, pointers, _ in tables:
+        for _, layers, pointers, _ in tables:
             for first in range(0, count, room):
                 pairs = min(room, count - first)
                 self._launch(stream, layers, pairs, mapping + first * step, pointers)

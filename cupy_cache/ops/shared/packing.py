@@ -7,7 +7,6 @@ Shared by the operations that pack, unpack and zero.
 """
 
 import math
-import struct
 from typing import NamedTuple
 
 import numpy as np
@@ -137,29 +136,6 @@ def _tensor_lists(op, caches):
     return list(zip(*caches))
 
 
-class _Group(NamedTuple):
-    """Layers of one launch: the first one, how many, the addresses of their tensors as the kernel
-    wants them, and how many indices fit beside these."""
-
-    first: int
-    layers: int
-    pointers: bytes
-    room: int
-
-
-def _groups(addresses, tensors):
-    """Cut addresses, layer by layer, into what one launch each takes: a list of `_Group`."""
-    groups, layers = [], len(addresses) // tensors
-    # Room for at least half a table of indices; more layers than that take another launch.
-    size = max(1, min(layers, blocks.TABLE_WORDS // 2 // tensors))
-    for first in range(0, layers, size):
-        part = addresses[first * tensors : (first + size) * tensors]
-        pointers = struct.pack(f"<{len(part)}Q", *part)
-        room = 2 * (blocks.TABLE_WORDS - len(part))
-        groups.append(_Group(first, len(part) // tensors, pointers, room))
-    return groups
-
-
 class Places(NamedTuple):
     """Where the items are in a buffer: the address of item 0 of layer 0 of each tensor, and the
     bytes from layer to layer. From item to item it is ``strides`` of `_Work`."""
@@ -285,14 +261,14 @@ class Plan:
     # --- running
 
     def tables(self, values):
-        """(The lists of layers; all addresses, layer by layer; these in groups, see `_groups`)."""
+        """(The lists of layers; all addresses, layer by layer; their `blocks.PointerTable`)."""
         lists, tensors = values[: len(self.tensors)], len(self.tensors)
         addresses = blocks.interleaved(lists)
-        return lists, addresses, _groups(addresses, tensors)
+        return lists, addresses, blocks.pointer_tables(addresses, tensors)
 
     def run(self, call):
         """Check what depends on the call, then move."""
-        lists, addresses, groups = call.tables
+        lists, addresses, tables = call.tables
         chosen, *buffer = call.values[len(self.tensors) :]
         layers, items = len(lists[0]), call.rows
         if self.chosen is None:
@@ -312,7 +288,7 @@ class Plan:
                 f"there are more than {_MAX_PACKED_INDEX} blocks or slots"
             )
         if self.buffer is None:
-            self._enqueue(work, groups, Places((0, 0), 0), 0, items)
+            self._enqueue(work, tables, Places((0, 0), 0), 0, items)
             return
         (address,) = buffer
         if self.buffer.device.kind == "cpu":
@@ -322,7 +298,7 @@ class Plan:
                 self._run_staged(work, addresses, address)
                 return
             address = mapped
-        self._enqueue(work, groups, work.places(address, items), 0, items)
+        self._enqueue(work, tables, work.places(address, items), 0, items)
 
     def _check_room(self, address, rows, work, lists):
         """Require room for all items in the buffer, and none of the caches' bytes in it."""
@@ -349,16 +325,16 @@ class Plan:
                             f"some that layer {layer} of caches lies in"
                         )
 
-    def _enqueue(self, work, groups, places, begin, end):
+    def _enqueue(self, work, tables, places, begin, end):
         """Launch for items ``begin`` to ``end`` of the list; the first of them is at ``places``."""
-        for group in groups:
+        for table in tables:
             room = _MAX_WORKS // self.vectors
             if self.chosen is None:
-                room = min(room, group.room)
+                room = min(room, 2 * table.room)  # 32 bits each
             for first in range(begin, end, room):
-                packed = places.of_layer(group.first, first - begin, work.strides)
+                packed = places.of_layer(table.first, first - begin, work.strides)
                 items = min(room, end - first)
-                index, stride, tail = 0, 0, group.pointers
+                index, stride, tail = 0, 0, table.pointers
                 if self.chosen is None:
                     part = work.chosen[first : first + items]
                     tail += np.maximum(part, -1).astype("<i4").tobytes()
@@ -366,7 +342,7 @@ class Plan:
                     stride = self.chosen.strides[0]
                     index = work.chosen + first * stride
                 values = (*packed, index, stride, items, first, places.layer, *work.strides)
-                self._launch(work.stream, group.layers, items, tail, values)
+                self._launch(work.stream, table.layers, items, tail, values)
 
     def _launch(self, stream, layers, items, tail, values):
         works = items * self.vectors
@@ -395,7 +371,8 @@ class Plan:
         skips = self.direction is PACK and (self.chosen is not None or (work.chosen < 0).any())
         with driver.active.staging(largest, stream, device) as address:
             for layer, layers, first, items in pieces:
-                part = _groups(addresses[layer * tensors : (layer + layers) * tensors], tensors)
+                part = addresses[layer * tensors : (layer + layers) * tensors]
+                part = blocks.pointer_tables(part, tensors)
                 staged = work.places(address, items)
                 outside = host.of_layer(layer, first, work.strides)
                 if self.page_first or items == count:  # one stretch of the buffer

@@ -1,0 +1,90 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""A driver that only notes what it is told: what would be launched, lent and waited for."""
+
+import collections
+
+from cupy_cache.runtime import arrays, driver, launch, streams
+
+STREAM = 77  # every framework's current one
+
+
+class Event:
+    """Work whose end the test decides."""
+
+    is_done = False
+
+    def done(self):
+        return self.is_done
+
+
+class Recorder:
+    """The driver.
+
+    launches : (expression, grid, threads, stream, bytes of the parameters) of each.
+    lent : (tensors, stream, device) of each time that torch's allocator is told.
+    host : words; arguments with one of them in their name count as in host memory.
+    event_made : the only event.
+    """
+
+    def __init__(self):
+        self.launches, self.lent, self.host, self.event_made = [], [], (), Event()
+
+    def load(self, kernel, device, stream):
+        del device, stream
+        return kernel
+
+    def launch(self, loaded, grid, threads, stream, record):
+        self.launches.append((loaded.expression, grid, threads, stream, bytes(record.buffer)))
+
+    def prepare(self, loaded, grid, threads):
+        """Nothing quicker than `launch`."""
+        del loaded, grid, threads
+        return self._refuse, NotImplementedError
+
+    def _refuse(self, *arguments):
+        raise NotImplementedError(arguments)
+
+    def processors(self, device):
+        del device
+        return 132
+
+    def capturing(self, stream, device):
+        del stream, device
+        return False
+
+    def event(self, stream, device):
+        del stream, device
+        return self.event_made
+
+    def mapped_address(self, address, device):
+        del device
+        return address
+
+    def take(self):
+        """The launches since the last time."""
+        taken, self.launches = self.launches, []
+        return taken
+
+
+def recorder(monkeypatch):
+    """A `Recorder` in the place of CUDA: CPU tensors count as on a GPU. What is remembered of
+    launches is the caller's business."""
+    describe, made = arrays.describe, Recorder()
+
+    def on_gpu(metadata, name):
+        array = describe(metadata, name)
+        if any(word in name for word in made.host):
+            return array
+        return array._replace(device=arrays.Device("cuda", 0))
+
+    def lend(tensors, stream, device):
+        made.lent.append((list(tensors), stream, device))
+
+    monkeypatch.setattr(arrays, "describe", on_gpu)
+    monkeypatch.setattr(streams, "current", lambda framework, device: lambda: STREAM)
+    monkeypatch.setattr(streams, "lend", lend)
+    monkeypatch.setattr(streams, "_kept", collections.deque())
+    monkeypatch.setattr(driver, "active", made)
+    launch.processors.cache_clear()
+    return made
