@@ -48,31 +48,24 @@ def _primary_context(index):
     return context
 
 
-class on_device:
+@contextlib.contextmanager
+def on_device(index):
     """Make GPU ``index`` current in this thread, and afterwards what was current before.
 
     CuPy's ``Device`` sets the GPU that was current again, and setting a GPU makes a context there,
     of half a gigabyte, also where nobody has used it. Pushing a context and popping it makes none.
     """
-
-    __slots__ = ("_index", "_pushed")
-
-    def __init__(self, index):
-        self._index, self._pushed = index, False
-
-    def __enter__(self):
-        cuda = import_cupy(f"cuda:{self._index}").cuda
-        if cuda.runtime.getDevice() != self._index:
-            status = _library().cuCtxPushCurrent_v2(_primary_context(self._index))
-            _check(status, "cuCtxPushCurrent")
-            self._pushed = True
-        elif not cuda.driver.ctxGetCurrent():  # a thread that has not used CUDA yet
-            cuda.runtime.setDevice(self._index)
-
-    def __exit__(self, *raised):
-        if self._pushed:
-            status = _library().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
-            _check(status, "cuCtxPopCurrent")
+    cuda = import_cupy(f"cuda:{index}").cuda
+    if cuda.runtime.getDevice() == index:
+        if not cuda.driver.ctxGetCurrent():  # a thread that has not used CUDA yet
+            cuda.runtime.setDevice(index)
+        yield
+        return
+    _check(_library().cuCtxPushCurrent_v2(_primary_context(index)), "cuCtxPushCurrent")
+    try:
+        yield
+    finally:
+        _check(_library().cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p())), "cuCtxPopCurrent")
 
 
 @contextlib.contextmanager
