@@ -230,7 +230,8 @@ class _Plan:
         """Runs (source, destination, blocks) long enough for the copy engines, and the rest."""
         smallest = min(tensor.geometry.bytes for tensor in self._tensors)
         least = launch.ceil_div(blocks.RUN_BYTES, max(smallest, 1))
-        if pairs.shape[1] < least or not all(tensor.dense for tensor in self._tensors):
+        dense = all(tensor.dense for tensor in self._tensors)
+        if not dense or not mappings.may_have_runs(pairs, least):
             return [], pairs
         *sides, counts = mappings.runs(pairs)
         long = counts >= least

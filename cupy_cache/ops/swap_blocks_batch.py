@@ -329,11 +329,13 @@ def _launch(launcher, stream, sources, destinations, sizes, limit):
         sources, destinations, sizes = _cut(sources, destinations, sizes)
     rows = np.empty(len(sizes), _ROW)
     rows["source"], rows["destination"], rows["bytes"] = sources, destinations, sizes
-    chunks = -(-sizes // CHUNK_BYTES)
+    ends = (-(-sizes // CHUNK_BYTES)).cumsum()
+    before = 0
     for first in range(0, len(sizes), MAX_RANGES):
-        part = rows[first : first + MAX_RANGES]
-        part["end"] = ends = np.cumsum(chunks[first : first + MAX_RANGES])
-        count = int(ends[-1])
+        part, its_ends = rows[first : first + MAX_RANGES], ends[first : first + MAX_RANGES]
+        part["end"] = its_ends - before
+        count = int(its_ends[-1]) - before
+        before += count
         grid = count if limit is None else min(count, limit)
         launcher.enqueue((grid, 1, 1), MAX_THREADS, stream, len(part), count, tail=part.tobytes())
 

@@ -176,7 +176,8 @@ def _kernel_path(op, entry, objects, options, given):
     # Every statement of `run` is one of every call: all that it needs is at hand.
     picks, pick = pick.needed, pick.pick
     insert_at, arrange, pack = pointers.insert_at, pointers.arrange, pointers.pack
-    misaligned, sized, free = pointers.misaligned, extents.sized, extents.free
+    misaligned, odd = pointers.misaligned, pointers.odd
+    sized, free = extents.sized, extents.free
     known, prepare = launches.known, launches.prepare
     records, fill = launches.records, launches.fill
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
@@ -207,7 +208,10 @@ def _kernel_path(op, entry, objects, options, given):
             addresses[insert_at:insert_at] = more.addresses
         if arrange is not None:
             addresses = arrange(addresses)
-        if misaligned(addresses):
+        bits = odd
+        for number in addresses:
+            bits |= number
+        if bits & 15 and misaligned(addresses):
             return False
         enqueue, failed, again, fields = launch
         try:
@@ -322,8 +326,8 @@ class _Pointers:
 
     insert_at : where the addresses that are bound come between those of the tensors; 0 where none
     are. arrange : what then brings all in the order of the arguments; None where they are. pack :
-    writes them into a record. odd : whether the plan was made for addresses that are not all
-    multiples of 16.
+    writes them into a record. odd : 1 where the plan was made for addresses that are not all
+    multiples of 16, else 0.
     """
 
     def __init__(self, op, objects, unique, twins, bound):
@@ -341,15 +345,15 @@ class _Pointers:
         self.pack = struct.Struct("<" + "".join(letters)).pack_into
         self._masks = [op.args[index].mask for index in everything]
         self._low = self._low_bits([objects[index].data_ptr() for index in everything])
-        self.odd = any(self._low)
+        self.odd = int(any(self._low))
 
     def _low_bits(self, addresses):
         return [address & mask for address, mask in zip(addresses, self._masks)]
 
     def misaligned(self, addresses):
-        """Whether addresses are aligned otherwise than those that the plan was made for."""
-        bits = arrays.any_bits(addresses) & 15
-        return bool(bits or self.odd) and self._low_bits(addresses) != self._low
+        """Whether addresses are aligned otherwise than those that the plan was made for. It need
+        not be asked of multiples of 16, unless ``odd``."""
+        return self._low_bits(addresses) != self._low
 
 
 def _getter(places):
@@ -388,10 +392,18 @@ class _Extents:
             for arg, at, _ in self._parts
             if at in free and not arg.index
         ]
-        if free:
+        if len(free) == 1:  # most often: a block table
+            (one,) = free
+
+            def shape_and_stride(tensors):
+                tensor = tensors[one]
+                return tensor.shape, tensor.stride()
+
+            self.free = shape_and_stride
+        elif free:
 
             def shapes_and_strides(tensors):
-                return tuple((tensors[at].shape, tensors[at].stride()) for at in free)
+                return tuple([(tensors[at].shape, tensors[at].stride()) for at in free])
 
             self.free = shapes_and_strides
 

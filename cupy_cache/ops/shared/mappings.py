@@ -31,6 +31,18 @@ def runs(pairs):
     return *pairs[:, edges[:-1]], edges[1:] - edges[:-1]
 
 
+def may_have_runs(pairs, least):
+    """Whether there may be a run of so many pairs: False for most mappings, in a third of the time
+    that finding the runs takes."""
+    steps = least - 1
+    sources, destinations = pairs
+    if len(sources) < least:
+        return False
+    ends = destinations[steps:] - destinations[: len(destinations) - steps] == steps
+    ends &= sources[steps:] - sources[: len(sources) - steps] == steps
+    return bool(ends.any())
+
+
 def check(op, pairs, source_blocks, destination_blocks, disjoint=False):
     """Refuse numbers out of range and a destination named twice; if ``disjoint``, also a block that
     is both source and destination."""
