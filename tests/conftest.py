@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures and the rules of the three tiers: CPU backend, emulated kernels, real GPU."""
 
+import importlib.metadata
 import os
 import shutil
 import sys
@@ -17,6 +18,20 @@ import worlds
 
 import cupy_cache as cc
 from cupy_cache.runtime import env
+
+
+def installed():
+    """Whether the package is, and not only found in the checkout."""
+    try:
+        return bool(importlib.metadata.version("cupy-cache"))
+    except importlib.metadata.PackageNotFoundError:
+        return False
+
+
+if not installed():  # then the processes that tests start must find it too
+    checkout = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    paths = checkout, os.environ.get("PYTHONPATH", "")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
 def _gpu_missing():

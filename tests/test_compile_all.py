@@ -253,6 +253,21 @@ def test_an_error_names_file_and_line(sources, kernel, file, after):
     assert "no_such_name" in str(caught.value)
 
 
+def knows_offsetof():
+    """Whether NVRTC has `__builtin_offsetof`, which it has from some 13.x on."""
+    from cupy.cuda import nvrtc
+
+    source = "#if !__has_builtin(__builtin_offsetof)\n#error none\n#endif\n"
+    program = nvrtc.createProgram(source, "probe.cu", (), ())
+    try:
+        nvrtc.compileProgram(program, (f"-arch=sm_{COMPLETE}",))
+    except nvrtc.NVRTCError:
+        return False
+    finally:
+        nvrtc.destroyProgram(program)
+    return True
+
+
 @pytest.mark.parametrize(
     "fields, complaint",
     [
@@ -262,6 +277,8 @@ def test_an_error_names_file_and_line(sources, kernel, file, after):
     ],
 )
 def test_a_struct_that_differs_stops_the_compile(fields, complaint):
+    if "offset" in complaint and not knows_offsetof():
+        pytest.skip("this NVRTC has no offsetof: sizes alone are compared")
     expression = attention.ALIBI.expression.removeprefix("cupy_cache::")
     wrong = modules.Kernel("alibi_slopes", "alibi_slopes", expression, params.Struct(fields))
     with pytest.raises(errors.KernelError, match=complaint):
