@@ -69,7 +69,7 @@ from .ops.slot_mapping_groups import slot_mapping_groups
 from .ops.swap_blocks import swap_blocks
 from .ops.swap_blocks_batch import swap_blocks_batch
 from .ops.zero_blocks import zero_blocks
-from .runtime import log
+from .runtime import log, tracing
 from .runtime.faults import raise_faults
 
 __all__ = [
@@ -126,3 +126,4 @@ def __dir__() -> list[str]:
 
 
 log.configure()
+tracing.keep_out({name: globals()[name] for name in __all__})

@@ -1,0 +1,228 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""The plain functions in code that torch.compile compiles: they do what they do outside."""
+
+import subprocess
+import sys
+import types
+
+import cases
+import numpy as np
+import oracle
+import pytest
+import worlds
+
+import cupy_cache as cc
+
+torch = pytest.importorskip("torch")
+
+# Where there is a GPU, torch 2.11's compiler imports parts of torch that warn of other parts.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
+
+BACKENDS = ("eager", "aot_eager", "inductor")
+
+only_torch = pytest.mark.parametrize(
+    "world",
+    ["torch-cpu", pytest.param("torch-cuda", marks=pytest.mark.gpu)],
+    indirect=True,
+)
+
+
+@pytest.mark.whole
+@only_torch
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", cases.CASES)
+def test_every_function(world, rng, name, backend, request):
+    """Between two graphs, whose sizes are fixed or are not: with --everything both."""
+    before = torch.arange(4)
+
+    def step(run, number):
+        more = number + 1
+        run()
+        return more * 2
+
+    both = [False, True]
+    if not request.config.getoption("--everything"):
+        both = [(list(cases.CASES).index(name) + BACKENDS.index(backend)) % 2 == 0]
+    for dynamic in both:
+        case = cases.CASES[name](rng)
+        torch._dynamo.reset()
+        compiled = torch.compile(step, backend=backend, dynamic=dynamic)
+        assert compiled(case.bind(world), before).tolist() == [2, 4, 6, 8]
+        case.check(world)
+
+
+def test_every_function_has_a_case():
+    named = {name.partition("-")[0] for name in cases.CASES}
+    functions = {n for n in cc.__all__ if isinstance(getattr(cc, n), types.FunctionType)}
+    assert functions - named == {"packed_size", "raise_faults", "warmup"}
+
+
+# --- one step of an engine, with what the graphs compute ------------------------------------------
+
+
+def step(key, value, key_cache, value_cache, table, positions, starts, slopes):
+    """Find slots, write tokens there, copy a block, read the keys back: each is made of what a
+    graph computed, and a graph uses what it made."""
+    slots = cc.slot_mapping(table + 1, positions, starts, key_cache.shape[1])
+    cc.reshape_and_cache_flash(key * 2, value + 1, key_cache, value_cache, slots + 0)
+    cc.copy_blocks([key_cache], [value_cache], [(1, 4), (2, 0)])
+    rows = torch.zeros_like(key)
+    cc.gather_cache(key_cache, rows, table + 1, starts)
+    bias = cc.alibi_bias(place(slopes, key) * 2, positions, positions)
+    return slots * 2, rows + 1, bias - 1
+
+
+def place(slopes, like):
+    return cc.place_slopes(slopes, framework="torch", device=str(like.device))
+
+
+def numbers_of(rng, tokens):
+    """NumPy arrays for `step`: two requests, the second one with two tokens."""
+    key, value = rng.integers(-9, 9, (2, tokens, 2, 8)).astype(np.float32)
+    pages = rng.integers(-9, 9, (5, 4, 2, 16)).astype(np.float32)
+    table = np.array([[0, 2], [1, 0]], np.int32)
+    positions = np.array([*range(tokens - 2), 0, 1])
+    return key, value, pages, table, positions, np.array([0, tokens - 2, tokens], np.int32)
+
+
+def expected_step(slopes, key, value, pages, table, positions, starts):
+    pages, rows, slots = pages.copy(), np.zeros_like(key), np.empty(len(key), np.int64)
+    bias = np.empty((len(slopes), len(key), len(key)), np.float32)
+    keys, values = pages[..., :8], pages[..., 8:]
+    oracle.slot_mapping(table + 1, positions, starts, 4, slots)
+    oracle.reshape_and_cache_flash(key * 2, value + 1, keys, values, slots)
+    oracle.copy_blocks([keys, values], [(1, 4), (2, 0)])
+    oracle.gather_cache(keys, rows, table + 1, starts, None)
+    oracle.alibi_bias(slopes * 2, positions, positions, bias)
+    return slots * 2, rows + 1, bias - 1, pages
+
+
+def run_step(function, world, values, slopes):
+    """What ``function`` returns for the world's arrays, and the pages, as NumPy."""
+    specs = [worlds.of_values(value) for value in values]
+    key, value, pages, *others = map(world.put, specs)
+    made = function(key, value, pages[..., :8], pages[..., 8:], *others, slopes)
+    return *(result.cpu().numpy() for result in made), specs[2].on(world.bytes_of(specs[2]))
+
+
+@pytest.mark.whole
+@only_torch
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dynamic", [False, True, None])
+def test_step(world, rng, backend, dynamic):
+    """Of different lengths; the second one compiles for any, or finds that done."""
+    slopes = cc.alibi_slopes(2)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=backend, dynamic=dynamic)
+    for tokens in (5, 4, 6):
+        values = numbers_of(rng, tokens)
+        wanted = expected_step(slopes, *values)
+        for one, other in zip(run_step(compiled, world, values, slopes), wanted):
+            np.testing.assert_array_equal(one, other)
+
+
+def tensors(rng, *shape):
+    return [torch.from_numpy(rng.normal(size=shape).astype(np.float32)) for _ in range(2)]
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_paged_kv_cache(rng, backend):
+    """Made outside or inside, bound or not."""
+
+    def use(cache, write, key, value, slots):
+        cache.write(0, key * 2, value, slots)
+        write(key * 3, value, slots)
+        key = key + 1
+        other = cc.PagedKVCache(tensors(rng, 5, 4, 2, 8), tensors(rng, 5, 4, 2, 8))
+        cache.swap_blocks(other, [(0, 4)])
+        cache.copy_blocks([(0, 2)])
+        return key * 2, other.key_caches[len(other) - 1][4] + 1
+
+    keys, values = tensors(rng, 5, 4, 2, 8), tensors(rng, 5, 4, 2, 8)
+    key, value = tensors(rng, 2, 2, 8)
+    cache = cc.PagedKVCache(keys, values)
+    torch._dynamo.reset()
+    made = torch.compile(use, backend=backend)(
+        cache, cache.writer(1), key, value, torch.tensor([3, 0])
+    )
+    for times, written in zip((2, 3), keys):
+        for block in (0, 2):
+            np.testing.assert_array_equal(written[block, [3, 0]], key * times)
+    np.testing.assert_array_equal(values[1][2, [3, 0]], value)
+    np.testing.assert_array_equal(made[0], (key + 1) * 2)
+    np.testing.assert_array_equal(made[1], keys[1][0] + 1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_errors_keep_their_class(rng, backend):
+    pages, wrong = torch.zeros(5, 4, 2, 8), torch.zeros(3, 2, 7)
+    torch._dynamo.reset()
+    compiled = torch.compile(cc_write, backend=backend)
+    with pytest.raises(cc.ShapeError, match="reshape_and_cache_flash: Invalid shape of key_cache"):
+        compiled(wrong, pages, torch.arange(3))
+    assert not pages.any()
+
+
+def cc_write(key, pages, slots):
+    cc.reshape_and_cache_flash(key + 1, key, pages, pages + 1, slots)
+
+
+# --- what cannot be -------------------------------------------------------------------------------
+
+FUNCTIONS = {name: value for name in cc.__all__
+             if isinstance(value := getattr(cc, name), types.FunctionType)}  # fmt: skip
+METHODS = ("write", "writer", "copy_blocks", "swap_blocks")
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS])
+def test_fullgraph_says_what_to_call(name):
+    pages = [torch.zeros(2, 4, 2, 8)]
+    function = FUNCTIONS.get(name) or getattr(cc.PagedKVCache(pages, pages), name)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported) as raised:
+        torch.compile(lambda tensor: function(tensor), fullgraph=True, backend="eager")(pages[0])
+    version = tuple(map(int, torch.__version__.split(".")[:2]))
+    assert name in str(raised.value)
+    assert version < (2, 8) or "see cupy_cache.integrations.torch_ops" in str(raised.value)
+
+
+# --- Dynamo's list --------------------------------------------------------------------------------
+
+FIRST = """
+table, positions = torch.tensor([[1, 2], [3, 0]]), torch.tensor([0, 5])
+args = table, positions, torch.tensor([0, 1, 2]), 4
+print(cc.slot_mapping(*args).tolist(), "torch._dynamo.trace_rules" in sys.modules, len(waiting()))
+print(torch.compile(cc.slot_mapping, backend="eager")(*args).tolist(), len(waiting()))
+cc.raise_faults()
+"""
+WAITING = "waiting = lambda: [f for f in sys.meta_path if type(f).__module__.startswith('cupy_c')]"
+
+
+def run_python(*lines):
+    code = "\n".join(lines)
+    return subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True,
+                          text=True, check=True).stdout.splitlines()  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ["cupy_cache as cc, torch", "torch, cupy_cache as cc"])
+def test_a_function_itself_is_compiled(order):
+    """Whoever is imported first; nobody imports Dynamo, and nothing is left when that is done."""
+    eager, compiled = run_python(f"import sys, {order}", WAITING, FIRST)
+    assert eager == "[4, 1] False 1"
+    assert compiled == "[4, 1] 0"
+
+
+def test_dynamo_is_there_first():
+    lines = run_python("import sys, torch, torch._dynamo, cupy_cache as cc", WAITING, FIRST)
+    assert lines == ["[4, 1] True 0", "[4, 1] 0"]
+
+
+def test_a_torch_without_such_a_list():
+    """Its import works, with a warning."""
+    from cupy_cache.runtime import tracing
+
+    with pytest.warns(RuntimeWarning, match="cannot be told to leave cupy_cache alone"):
+        tracing.skip(types.ModuleType("trace_rules"))
