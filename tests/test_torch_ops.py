@@ -6,8 +6,10 @@ What the operations do is tested elsewhere; here the common cases (tests/cases.p
 through ``torch.ops.cupy_cache`` and compared with the same plain loops.
 """
 
+import functools
 import importlib
 import inspect
+import re
 import subprocess
 import sys
 
@@ -37,6 +39,7 @@ NOT_REGISTERED = {
     "warmup": "it compiles, and takes no tensor",
 }
 CASES = [name for name in cases.CASES if name.partition("-")[0] not in NOT_REGISTERED]
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 NAMES = [schema.partition("(")[0] for schema in torch_ops.SCHEMAS]
 
 only_torch = pytest.mark.parametrize(
@@ -109,18 +112,20 @@ def test_common_case(world, call_of):
     case.check(world)
 
 
-@pytest.mark.whole
-@only_torch
-def test_opcheck(world, call_of):
-    """torch's own: what is written is what the schema says, and tracing sees what runs."""
-    case = call_of(lambda *call: torch.library.opcheck(*call))
-    case.call(world)
+def skip_unless_compiled(operation):
+    """torch 2.4 compiles nothing that writes a list of tensors, nor uint16, of which lists here
+    are."""
+    arguments = operation._schema.arguments
+    if TORCH < (2, 5) and any(str(argument.type) == "List[Tensor]" for argument in arguments):
+        pytest.skip("torch 2.4 does not compile this operation")
 
 
 @pytest.mark.whole
 @only_torch
 def test_compiled(world, call_of):
     def run(operation, args, options):
+        skip_unless_compiled(operation)
+
         def step(*args):
             operation(*args, **options)
 
@@ -130,6 +135,219 @@ def test_compiled(world, call_of):
     case = call_of(run)
     case.call(world)
     case.check(world)
+
+
+# --- every operation that is registered -----------------------------------------------------------
+
+
+def call_of_row(row, world, rng, monkeypatch):
+    """(The `OpOverload`, args, options) of a common case, of `NAMES` or with a case's full name."""
+    name = row.partition("-")[0]
+    packet, _, which = name.partition(".")
+    case = row if row in cases.CASES else next(c for c in CASES if c.partition("-")[0] == packet)
+    calls, signature = [], inspect.signature(getattr(cc, packet))
+
+    def through(*args, **options):
+        calls.append(translate(packet, signature, args, options))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cc, packet, through)
+        cases.CASES[case](rng).call(world)
+    ((found, args, options),) = calls
+    if which == "layers":
+        args[:2] = [args[0]], [args[1]]
+    elif which == "sized":
+        args.insert(2, args[0][0].numel() * args[0].element_size())
+    elif found != name and row != case:  # the result is new
+        names = [argument.name for argument in overload(found)._schema.arguments]
+        del args[names.index("out")]
+    return overload(found if row == case else name), args, options
+
+
+ROWS = [*NAMES, *(case for case in CASES if "-" in case)]
+every_row = pytest.mark.parametrize("row", ROWS)
+
+
+@pytest.mark.whole
+@only_torch
+@every_row
+def test_opcheck(world, row, rng, monkeypatch):
+    """torch's own: what is written is what the schema says, and tracing sees what runs."""
+    operation, *call = call_of_row(row, world, rng, monkeypatch)
+    skip_unless_compiled(operation)
+    torch.library.opcheck(operation, *call)
+
+
+@pytest.mark.whole
+@only_torch
+@every_row
+def test_changes_are_counted(world, row, rng, monkeypatch):
+    """Of what is written, and of nothing else."""
+    operation, args, options = call_of_row(row, world, rng, monkeypatch)
+    before = [[tensor._version for tensor in tensors_of(value)] for value in args]
+    operation(*args, **options)
+    for argument, value, versions in zip(operation._schema.arguments, args, before):
+        written = argument.alias_info is not None and argument.alias_info.is_write
+        changed = [tensor._version > old for tensor, old in zip(tensors_of(value), versions)]
+        assert changed == [written] * len(versions), argument.name
+
+
+def tensors_of(value):
+    """What of an argument is a tensor, in a list."""
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return [item for item in items if isinstance(item, torch.Tensor)]
+
+
+@only_torch
+@pytest.mark.parametrize("form", ["tensor", "list"])
+def test_autograd_refuses_what_was_overwritten(world, rng, form):
+    values, blocks = rng.normal(size=(3, 4)).astype(np.float32), torch.tensor([1])
+    leaf = world.put(worlds.of_values(values)).requires_grad_()
+    saved = leaf * 2
+    squares = (saved * saved).sum()
+    if form == "list":
+        torch.ops.cupy_cache.zero_blocks([saved.detach()], blocks)
+    else:
+        torch.ops.cupy_cache.swap_blocks(saved.detach(), saved.detach(), torch.tensor([[0, 1]]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squares.backward()
+
+
+# What is done to a tensor; the first three are never right, others may be.
+SPOILED = {
+    "one dimension more": lambda tensor: tensor[None],
+    "another dtype": lambda tensor: torch.zeros_like(tensor, dtype=torch.complex64),
+    "one dimension less": lambda tensor: tensor[..., 0] if tensor.dim() else tensor,
+    "gaps": lambda tensor: torch.stack([tensor, tensor], -1)[..., 0],
+    "longer": lambda tensor: torch.cat([tensor, tensor]) if tensor.dim() else tensor,
+    "shorter": lambda tensor: tensor[1:],
+    "narrower": lambda tensor: tensor[..., 1:],
+    "int16": lambda tensor: tensor.to(torch.int16),
+}
+
+
+NUMBERS = "Invalid value of (block_mapping|block_ids|slot_mapping)"
+
+
+def spoiled(args, options):
+    """(What was done, args, options): each tensor, or all of a list, and each name in turn."""
+    for at, value in enumerate(args):
+        for what, change in SPOILED.items():
+            if not tensors_of(value) or any(tensor.dim() == 0 for tensor in tensors_of(value)):
+                continue
+            many = isinstance(value, (list, tuple))
+            other = [change(item) for item in value] if many else change(value)
+            yield f"argument {at}: {what}", [*args[:at], other, *args[at + 1 :]], options
+        if isinstance(value, str):
+            yield f"argument {at}: nonsense", [*args[:at], "nonsense", *args[at + 1 :]], options
+        elif isinstance(value, int):
+            yield f"argument {at}: -1", [*args[:at], -1, *args[at + 1 :]], options
+    for name, value in options.items():
+        if isinstance(value, str):
+            yield f"{name}: nonsense", args, options | {name: "nonsense"}
+
+
+def refusal(operation, args, options):
+    """The kind of the library's error and what is wrong with which argument; None without one."""
+    try:
+        operation(*args, **options)
+    except cc.CupyCacheError as error:
+        return type(error), str(error).partition(": expected")[0]
+    return None
+
+
+@pytest.mark.whole
+@only_torch
+@every_row
+def test_tracing_checks_what_eager_checks(world, row, rng, monkeypatch):
+    operation, *call = call_of_row(row, world, rng, monkeypatch)
+    fakes = torch._subclasses.FakeTensorMode()
+    seen = set()
+    for what, args, options in [("nothing", *call), *spoiled(*call)]:
+        traced = torch.utils._pytree.tree_map_only(torch.Tensor, fakes.from_tensor, args)
+        expected = refusal(operation, args, options)
+        if expected is not None and re.search(NUMBERS, expected[1]):
+            continue  # tracing does not know them
+        with fakes:
+            assert refusal(operation, traced, options) == expected, what
+        seen.add((what.partition(": ")[2], expected is not None))
+    assert ("", False) in seen  # as it is it is right
+    assert {("one dimension more", True), ("another dtype", True)} <= seen
+    try:
+        cc.raise_faults()
+    except cc.FaultError:  # of a spoiled call that can be told from the numbers alone
+        pass
+
+
+def test_devices_are_checked():
+    """Of GPUs too that are not there."""
+    with torch._subclasses.FakeTensorMode():
+        on = {d: torch.empty(4, 16, 8, device=d) for d in ("cuda:1", "cuda:0", "cpu")}
+        pairs, blocks = torch.empty(3, 2, dtype=torch.int64), torch.empty(3, dtype=torch.int64)
+        operations = torch.ops.cupy_cache
+        for source, destination in (("cuda:0", "cpu"), ("cpu", "cuda:1"), ("cuda:1", "cuda:1")):
+            operations.swap_blocks(on[source], on[destination], pairs)
+        for device in ("cuda:0", "cpu"):
+            packed = torch.empty(2, 3, 16, 8, device=device)
+            operations.pack_blocks([on["cuda:0"]] * 2, blocks, packed)
+        with pytest.raises(cc.DeviceError, match="dst: expected cuda:0 like src, got cuda:1"):
+            operations.swap_blocks(on["cuda:0"], on["cuda:1"], pairs)
+        with pytest.raises(cc.DeviceError, match="block_mapping: expected host memory, got cuda:0"):
+            operations.swap_blocks(on["cuda:0"], on["cpu"], pairs.to("cuda:0"))
+        with pytest.raises(cc.DeviceError, match="kv_cache: expected cpu like kv_c, got cuda:0"):
+            parts = on["cpu"][0, :, :6], on["cpu"][0, :, 6:]
+            operations.concat_and_cache_mla(*parts, on["cuda:0"], blocks)
+
+
+@only_torch
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_sizes_are_checked_but_not_fixed(world, rng, dynamic):
+    """A wrong call is refused while it is traced; the right one is compiled once for all sizes."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(write, fullgraph=True, backend=backend, dynamic=dynamic)
+    for tokens in (6, 5, 4, 3):
+        key, value = rng.normal(size=(2, tokens, 2, 8)).astype(np.float32)
+        pages, slots = np.zeros((2, 5, 4, 2, 8), np.float32), rng.permutation(20)[:tokens]
+        key, value, keys, values, slots = map(
+            world.put, map(worlds.of_values, (key, value, *pages, slots))
+        )
+        compiled(key, value, keys, values, slots)
+        oracle.reshape_and_cache_flash(
+            key.cpu().numpy(), value.cpu().numpy(), *pages, slots.cpu().numpy()
+        )
+        np.testing.assert_array_equal(keys.cpu(), pages[0])
+        np.testing.assert_array_equal(values.cpu(), pages[1])
+    assert len(graphs) == (1 if dynamic else 2)
+    with pytest.raises(RuntimeError, match="Invalid shape of key: expected"):
+        compiled(key[0], value, keys, values, slots)
+
+
+def write(*args):
+    torch.ops.cupy_cache.reshape_and_cache_flash(*args)
+
+
+def test_sizes_that_depend_on_data_are_not_checked(rng):
+    """While tracing; the call checks them."""
+
+    def step(key, pages, mask):
+        slots = mask.nonzero()[:, 0]
+        torch.ops.cupy_cache.reshape_and_cache_flash(key, key, pages, pages + 0, slots)
+        return slots + 1
+
+    key, pages = torch.ones(3, 2, 8), torch.zeros(5, 4, 2, 8)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        mask = torch.zeros(20, dtype=torch.bool)
+        mask[[4, 19]] = True
+        assert compiled(key, pages, mask).tolist() == [5, 20]
+    assert pages.sum(dim=(2, 3)).nonzero().tolist() == [[1, 0], [4, 3]]
 
 
 # --- results that are new -------------------------------------------------------------------------
@@ -210,12 +428,15 @@ def numbers_of(rng, tokens):
     return key, value, pages, slots, pairs, table, bounds
 
 
-def run_step(function, world, values):
-    """``function`` on the world's arrays, with both caches views of one packed page; what it
-    returned and the pages, as NumPy."""
+def run_step(function, world, values, mark=lambda tensor: None):
+    """``function`` on the world's arrays, with both caches views of one packed page, each given to
+    ``mark``; what it returned and the pages, as NumPy."""
     specs = [worlds.of_values(value) for value in values]
     key, value, pages, *others = map(world.put, specs)
-    rows = function(key, value, pages[..., :8], pages[..., 8:], *others)
+    caches = pages[..., :8], pages[..., 8:]
+    for cache in caches:
+        mark(cache)
+    rows = function(key, value, *caches, *others)
     return rows.cpu().numpy(), specs[2].on(world.bytes_of(specs[2]))
 
 
@@ -228,28 +449,83 @@ def expected_step(key, value, pages, slots, pairs, table, bounds):
     return rows + 1, pages
 
 
-@only_torch
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiled_function(world, rng, dynamic):
-    """Steps of different length; the second one compiles for any, or finds that done."""
+def step_of_pages(key, value, pages, *others):
+    """`write_copy_and_gather` on both parts of pages."""
+    return write_copy_and_gather(key, value, pages[..., :8], pages[..., 8:], *others)
+
+
+def call_with_pages(step, key, value, key_cache, value_cache, *others):
+    """Give ``step`` the pages that both caches are views of."""
+    pages = key_cache.as_strided((*key_cache.shape[:3], 16), key_cache.stride())
+    return step(key, value, pages, *others)
+
+
+def torch_is_right(mark, dynamic):
+    """Whether torch, by itself, compiles a function that writes two views of one page."""
+
+    def write(key, value, one, other, slots):
+        one.add_(key.sum())
+        other.add_(value.sum() + slots.sum())
+        return one + 1
+
+    def results(function):
+        pages = torch.arange(5.0 * 4 * 2 * 16).view(5, 4, 2, 16)
+        for tokens in (4, 3):
+            views = pages[..., :8], pages[..., 8:]
+            for view in views:
+                mark(view)
+            key, value, slots = (torch.arange(tokens) for _ in range(3))
+            yield function(key, value, *views, slots)
+        yield pages
+
     torch._dynamo.reset()
-    compiled = torch.compile(
-        write_copy_and_gather, fullgraph=True, backend="aot_eager", dynamic=dynamic
-    )
+    compiled = torch.compile(write, backend="aot_eager", dynamic=dynamic)
+    try:
+        return all(map(torch.equal, results(compiled), results(write)))
+    except Exception:  # torch 2.4 and 2.7 raise various
+        return False
+
+
+MARKS = {"views": lambda tensor: None, "static views": torch._dynamo.mark_static}
+
+
+@pytest.mark.whole
+@only_torch
+@pytest.mark.parametrize("way", ["pages", *MARKS])
+@pytest.mark.parametrize("dynamic", [False, None, True])
+def test_compiled_function(world, rng, way, dynamic):
+    """Steps of different length; the second one compiles for any, or finds that done."""
+    skip_unless_compiled(torch.ops.cupy_cache.copy_blocks.default)
+    mark = MARKS.get(way)
+    if mark is not None and not torch_is_right(mark, dynamic):
+        pytest.xfail("torch itself is wrong")
+    torch._dynamo.reset()
+    function = write_copy_and_gather if mark else step_of_pages
+    function = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    if not mark:
+        function = functools.partial(call_with_pages, function)
     for tokens in (4, 3):
         values = numbers_of(rng, tokens)
-        for made, wanted in zip(run_step(compiled, world, values), expected_step(*values)):
-            np.testing.assert_array_equal(made, wanted)
+        made = run_step(function, world, values, mark or MARKS["views"])
+        for one, other in zip(made, expected_step(*values)):
+            np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.xfail(strict=True, reason="torch 2.4 to 2.13: an exception, or wrong results")
+def test_torch_with_dynamic_views_of_one_page():
+    """Where this passes, the docstring of `torch_ops` need not warn."""
+    assert torch_is_right(MARKS["views"], True)
 
 
 @only_torch
-def test_errors_keep_their_class(world, rng):
+def test_errors(world, rng):
+    """What can be told from shapes is told while tracing, within torch's error."""
     key, value, pages, slots, *others = numbers_of(rng, 4)
     wrong = key, value, pages, slots[None], *others
     torch._dynamo.reset()
     compiled = torch.compile(write_copy_and_gather, fullgraph=True, backend="aot_eager")
-    for function in (write_copy_and_gather, compiled):
-        with pytest.raises(cc.ShapeError, match="Invalid shape of slot_mapping"):
+    for function, kind in ((write_copy_and_gather, cc.ShapeError), (compiled, RuntimeError)):
+        with pytest.raises(kind, match="reshape_and_cache_flash: Invalid shape of slot_mapping"):
             run_step(function, world, wrong)
 
 

@@ -26,20 +26,36 @@ express is otherwise:
 For the same reason there is no `swap_blocks_batch`. `alibi_slopes` and `place_slopes`, whose
 results are remembered, `packed_size`, which is a number, `warmup` and `raise_faults` are no
 operations on tensors, and a `PagedKVCache` holds addresses: make and call them outside of what is
-compiled.
+compiled, or where it may be interrupted (docs/compiled_code.md).
 
-Nothing has a gradient. Needs torch 2.4, for ``torch.library.register_fake``; the rest
+What can be told from shapes, strides, dtypes, devices and options is checked while a function is
+traced, with the public function's error, which torch puts into one of its own. Numbers in tensors,
+and sizes that depend on data, are checked by the call.
+
+Caches that are views of the same pages, K|V say, are given as these pages, and the function that is
+compiled takes the views. Given as two arguments they are right with ``dynamic=False`` or None, but
+with ``dynamic=True`` torch itself (2.4 to 2.13, for its own operations too) makes a wrong function
+of them, or none; ``torch._dynamo.mark_static`` on both helps from torch 2.7 on. 2.4 and 2.7 also
+fail without ``dynamic`` where another argument's size changes.
+
+Nothing has a gradient. What is written counts as changed, so autograd refuses to go back through
+what it has saved of it. Needs torch 2.4, for ``torch.library.register_fake``; the rest
 (``torch.library.Library``, its ``define`` and ``impl``, ``torch.Tag``) is older. Tried with 2.4,
-which compiles no operation that writes a list of tensors, 2.5, 2.11 and 2.13, whose Inductor writes
-caches in place, views and lists of them too; older ones may copy them.
+which compiles no operation that writes a list of tensors, 2.5, 2.7, 2.11 and 2.13, whose Inductor
+writes caches in place, views and lists of them too; older ones may copy them.
 """
 
 import inspect
+import math
+import operator
+import re
+
+import numpy as np
 
 import cupy_cache
 
-from ..errors import MissingDependencyError
-from ..runtime import formats
+from ..errors import CupyCacheError, MissingDependencyError
+from ..runtime import arrays, devices, formats, launch
 
 _NEEDED = "cupy_cache.integrations.torch_ops needs torch 2.4 or newer (pip install 'torch>=2.4')"
 try:
@@ -181,7 +197,178 @@ def _taking_one_list(function, place):
     return run
 
 
+def _counting(run, arguments):
+    """Around ``run``: it counts as a change of what it writes, as torch's own operations do.
+    Autograd then refuses what it has saved of that."""
+    written = [at for at, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write]
+    if not written:
+        return run
+    first, end = written[0], written[-1] + 1
+    if isinstance(arguments[first].type, torch.ListType):
+
+        def of_lists(*args, **options):
+            for tensors in args[first:end]:
+                _count_change(tensors)
+            run(*args, **options)
+
+        return of_lists
+
+    def of_tensors(*args, **options):
+        _count_change(args[first:end])
+        run(*args, **options)
+
+    return of_tensors
+
+
+def _counter():
+    """What counts a change of each of several tensors."""
+    count = torch.autograd.graph.increment_version
+    quick = getattr(torch._C, "_increment_version", None)  # not documented: it is tried
+    for several in (quick, count):
+        try:
+            several(())
+        except (TypeError, RuntimeError):
+            continue
+        return several
+    return lambda tensors: [count(tensor) for tensor in tensors]  # torch 2.4: one at a time
+
+
+_count_change = _counter()
+
+
 # --- what tracing sees ----------------------------------------------------------------------------
+
+
+class _Traced:
+    """A tensor without memory: ``metadata`` are the fields of `arrays.Metadata`."""
+
+    def __init__(self, address, shape, strides, dtype, place):
+        self.metadata = address, tuple(shape), tuple(strides), dtype, place, None
+
+
+# On a GPU that is not there: a launch is where the call ends, all arguments being right.
+_GPU = arrays.Place("traced", arrays.Device("cuda", devices.NOWHERE), True)
+_HOST = arrays.Place("traced", devices.CPU, True)
+
+
+def _made(device, shape, dtype):
+    """A new array."""
+    strides = [dtype.bytes * math.prod(shape[at + 1 :]) for at in range(len(shape))]
+    return _Traced(1 << 60, shape, strides, dtype.name, arrays.Place("traced", device, True))
+
+
+arrays.register_framework(
+    "traced",
+    _Traced,
+    arrays.Framework(operator.attrgetter("metadata"), lambda device: 0, _made),
+)
+
+
+class _SizeUnknownError(Exception):
+    """A size depends on data, so nothing can be checked."""
+
+
+def _number(size):
+    """A size as a number, without making what is traced depend on it."""
+    if isinstance(size, int):
+        return size
+    known = size.node.hint if size.node.has_hint() else None
+    if not isinstance(known, int):
+        raise _SizeUnknownError
+    return known
+
+
+def _flat(values):
+    """All tensors among arguments."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _flat(value)
+
+
+class _Describe:
+    """Makes arguments of which the library can check everything but the numbers in them.
+
+    Parameters
+    ----------
+    given : dict
+        All arguments of the call, by name.
+    chosen : dict
+        For the arguments that hold blocks or slots, which are read where they are in host memory,
+        whether those are pairs.
+    """
+
+    def __init__(self, given, chosen):
+        self._chosen = chosen
+        self._gpus = sorted({t.device for t in _flat(given.values()) if t.is_cuda}, key=str)
+        others = [value for name, value in given.items() if name not in chosen]
+        self._over_the_bus = bool(self._gpus) and not all(t.is_cuda for t in _flat(others))
+        self._storages = {}
+
+    def __call__(self, name, value):
+        """An argument."""
+        if isinstance(value, (list, tuple)):
+            return [self(None, item) for item in value]
+        if isinstance(value, torch.SymInt):
+            return _number(value)
+        if not isinstance(value, torch.Tensor):
+            return value
+        dtype, shape = str(value.dtype).removeprefix("torch."), tuple(map(_number, value.shape))
+        if name in self._chosen and not value.is_cuda and dtype in formats.DTYPES:
+            # Read on the GPU, indices would be checked there. Pairs may have to be in host memory:
+            # none of them is the only number of pairs that all checks let pass.
+            if self._chosen[name] or self._over_the_bus:
+                return np.empty((0, *shape[1:]) if shape else (), formats.DTYPES[dtype].numpy)
+            return self._traced(value, dtype, shape, _GPU)
+        return self._traced(value, dtype, shape, self._place(value.device))
+
+    def _traced(self, value, dtype, shape, place):
+        size = value.element_size()
+        storage = self._storages.setdefault(
+            value.untyped_storage()._cdata, (1 + len(self._storages)) << 48
+        )
+        address = storage + _number(value.storage_offset()) * size
+        strides = [_number(stride) * size for stride in value.stride()]
+        return _Traced(address, shape, strides, dtype, place)
+
+    def _place(self, device):
+        """Where an argument counts as being: on the GPU, also where none is used, for only there
+        calls end before they read memory; and on any further device."""
+        if device in self._gpus[1:]:
+            return arrays.Place("traced", arrays.Device("cuda", device.index), True)
+        return _HOST if self._gpus and device.type == "cpu" else _GPU
+
+    def with_its_device(self, message):
+        """A message, of an error, that names the GPU in the place of the one that is not there."""
+        return message.replace(str(_GPU.device), str(self._gpus[0]) if self._gpus else "cpu")
+
+
+def _checking(run, function, arguments, result):
+    """The fake implementation: ``run``, with its checks and errors, on arguments that have no
+    memory, and then ``result``."""
+    names = [argument.name for argument in arguments]
+    single = {a.name for a in arguments if not isinstance(a.type, torch.ListType)}
+    chosen = {
+        name: "Pairs" in parameter.annotation
+        for name, parameter in inspect.signature(function).parameters.items()
+        if name in single and re.search(r"Indices|Pairs", parameter.annotation)
+    }
+
+    def fake(*args, **options):
+        given = dict(zip(names, args)) | options
+        describe = _Describe(given, chosen)
+        try:
+            shown = {name: describe(name, value) for name, value in given.items()}
+            run(*list(shown.values())[: len(args)], **{name: shown[name] for name in options})
+        except (_SizeUnknownError, launch.KernelNeeded):
+            pass
+        except CupyCacheError as error:
+            error.args = describe.with_its_device(str(error)), *error.args[1:]
+            raise
+        return result(*args, **options)
+
+    return fake
 
 
 def _no_result(*args, **options):
@@ -222,12 +409,16 @@ def _register():
     # contract (a contiguous last dimension), and of its plan.
     tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
     for schema in SCHEMAS:
-        name = schema.partition("(")[0]
         library.define(schema, tags=tags)
-        implementation = _implementation(schema)
+    for schema in SCHEMAS:
+        name = schema.partition("(")[0]
+        packet, _, overload = name.partition(".")
+        operation = getattr(getattr(torch.ops.cupy_cache, packet), overload or "default")
+        function, arguments = getattr(cupy_cache, packet), operation._schema.arguments
+        run = _implementation(schema)
         for key in ("CPU", "CUDA"):
-            library.impl(name, implementation, key)
-        fake = _RESULTS.get(name, _no_result)
+            library.impl(name, _counting(run, arguments), key)
+        fake = _checking(run, function, arguments, _RESULTS.get(name, _no_result))
         torch.library.register_fake(f"cupy_cache::{name}", fake, lib=library)
     return library
 

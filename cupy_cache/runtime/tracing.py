@@ -21,8 +21,8 @@ _SKIPPED = ("cupy_cache", "cupy", "cupyx", "cupy_backends", "ml_dtypes")
 
 
 def keep_out(public):
-    """Have Dynamo leave this library alone. Where ``public``, {name: object}, holds a function, or a
-    class with methods, its error under ``fullgraph=True`` says what to call instead."""
+    """Have Dynamo leave this library alone. Under ``fullgraph=True`` its error says what to call
+    instead of the functions, and methods of classes, in ``public``, {name: object}."""
     for function in _functions(public):
         function._torchdynamo_disable = True
         function._torchdynamo_disable_msg = _HINT
