@@ -164,8 +164,8 @@ def helpers(make: Make[Array]) -> None:
 
 
 def objects(make: Make[Array]) -> None:
-    keys, values, others = (
-        [make(zeros(BLOCKS, BLOCK_SIZE, HEADS, SIZE)) for _ in range(2)] for _ in range(3)
+    keys, values, others, more = (
+        [make(zeros(BLOCKS, BLOCK_SIZE, HEADS, SIZE)) for _ in range(2)] for _ in range(4)
     )
     key, slots = make(zeros(TOKENS, HEADS, SIZE)), make(numbers(0, 5, -1))
     cache = cc.PagedKVCache(keys, values)
@@ -173,7 +173,7 @@ def objects(make: Make[Array]) -> None:
     write: Writer = cache.writer(1)
     write(key, key, slots, stream=None)
     cache.copy_blocks([(0, 1)])
-    cache.swap_blocks(cc.PagedKVCache(others, others[::-1]), [(1, 2)])
+    cache.swap_blocks(cc.PagedKVCache(others, more), [(1, 2)])
     assert len(cache) == len(cache.key_caches) == 2
     if cache.value_caches is not None:
         assert cache.value_caches[0] is values[0]

@@ -191,7 +191,7 @@ OP = dispatch.Op(
         dispatch.Arg("slopes", varies=dispatch.ROWS),
         dispatch.Arg("query_positions", varies=dispatch.ROWS, index=True),
         dispatch.Arg("key_positions", varies=dispatch.ROWS, index=True),
-        dispatch.Arg("out", varies=(0, 1, 2)),
+        dispatch.Arg("out", varies=(0, 1, 2), written=True),
     ),
     plan=_plan,
     destination=3,

@@ -268,7 +268,9 @@ def _op(name, plan):
             )
         return scalars[0], scalars
 
-    return dispatch.Op(name, [dispatch.Arg("out", varies=dispatch.ROWS)], plan, count=count)
+    return dispatch.Op(
+        name, [dispatch.Arg("out", varies=dispatch.ROWS, written=True)], plan, count=count
+    )
 
 
 OP = _op("alibi_slopes", _plan)

@@ -202,7 +202,7 @@ OP = dispatch.Op(
     args=(
         dispatch.Arg("kv_c", varies=dispatch.ROWS),
         dispatch.Arg("k_pe", varies=dispatch.ROWS),
-        dispatch.Arg("kv_cache"),
+        dispatch.Arg("kv_cache", written=True),
         dispatch.Arg("slot_mapping", varies=dispatch.ROWS, index=True),
         dispatch.Arg("scale", optional=True),
     ),

@@ -227,12 +227,12 @@ def _compare(kv_cache, geometry):
     num_blocks, block_size, _ = kv_cache.shape
     found = {
         "block_size": block_size,
-        "block_stride": kv_cache.strides[0] // size,
-        "entry_stride": kv_cache.strides[1] // size,
+        "block_stride": kv_cache.strides[0] // size if num_blocks > 1 else None,
+        "entry_stride": kv_cache.strides[1] // size if block_size > 1 else None,
         "num_blocks": num_blocks,
     }
     for (name, expected), value in zip(found.items(), geometry):
-        if value is not None and value != expected:
+        if value is not None and expected is not None and value != expected:
             raise ArgumentError(
                 f"{NAME}: Invalid value of {name}: expected {expected} like kv_cache_ptrs[0], got "
                 f"{value!r}"
@@ -266,7 +266,7 @@ OP = dispatch.Op(
     args=(
         dispatch.Arg("kv_c", varies=(1,)),
         dispatch.Arg("k_pe", varies=(1,)),
-        dispatch.Arg("kv_cache_ptrs", layers=True, optional=True),
+        dispatch.Arg("kv_cache_ptrs", layers=True, optional=True, written=True),
         dispatch.Arg("kv_cache_ptrs", optional=True, index=True),
         dispatch.Arg("slot_mapping", varies=(1,), index=True),
         dispatch.Arg("kv_scales", optional=True),

@@ -156,7 +156,7 @@ def _merged(op, output, source):
 OP = dispatch.Op(
     NAME,
     args=(
-        dispatch.Arg("output"),
+        dispatch.Arg("output", written=True),
         dispatch.Arg("input"),
         dispatch.Arg("scale", optional=True),
     ),

@@ -132,7 +132,7 @@ def _op(name, *lists):
     return dispatch.Op(
         name,
         args=(
-            *(dispatch.Arg(caches, layers=True) for caches in lists),
+            *(dispatch.Arg(caches, layers=True, written=True) for caches in lists),
             dispatch.Arg("block_mapping", varies=dispatch.ROWS, chosen=True, pairs=True),
         ),
         plan=_plan,

@@ -155,8 +155,8 @@ OP = dispatch.Op(
     "cp_gather_indexer_k_quant_cache",
     args=(
         dispatch.Arg("kv_cache"),
-        dispatch.Arg("dst_k", varies=dispatch.ROWS),
-        dispatch.Arg("dst_scale", varies=dispatch.ROWS),
+        dispatch.Arg("dst_k", varies=dispatch.ROWS, written=True),
+        dispatch.Arg("dst_scale", varies=dispatch.ROWS, written=True),
         dispatch.Arg("block_table", varies=(0, 1), index=True),
         dispatch.Arg("cu_seq_lens", varies=dispatch.ROWS, index=True),
     ),

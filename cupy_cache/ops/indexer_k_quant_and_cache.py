@@ -174,7 +174,7 @@ OP = dispatch.Op(
     "indexer_k_quant_and_cache",
     args=(
         dispatch.Arg("k", varies=dispatch.ROWS),
-        dispatch.Arg("kv_cache"),
+        dispatch.Arg("kv_cache", written=True),
         dispatch.Arg("slot_mapping", varies=dispatch.ROWS, index=True),
     ),
     plan=_plan,

@@ -158,8 +158,8 @@ OP = dispatch.Op(
     args=(
         dispatch.Arg("key", varies=dispatch.ROWS),
         dispatch.Arg("value", varies=dispatch.ROWS),
-        dispatch.Arg("key_cache"),
-        dispatch.Arg("value_cache"),
+        dispatch.Arg("key_cache", written=True),
+        dispatch.Arg("value_cache", written=True),
         dispatch.Arg("slot_mapping", varies=dispatch.ROWS, index=True),
         dispatch.Arg("k_scale", optional=True),
         dispatch.Arg("v_scale", optional=True),

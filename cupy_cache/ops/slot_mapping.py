@@ -177,7 +177,7 @@ OP = dispatch.Op(
         dispatch.Arg("block_table", varies=(0, 1), index=True),
         dispatch.Arg("positions", varies=dispatch.ROWS, index=True),
         dispatch.Arg("query_start_loc", varies=dispatch.ROWS, index=True),
-        dispatch.Arg("out", varies=dispatch.ROWS, index=True),
+        dispatch.Arg("out", varies=dispatch.ROWS, index=True, written=True),
     ),
     plan=_plan,
     destination=3,

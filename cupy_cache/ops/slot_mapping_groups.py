@@ -299,7 +299,7 @@ OP = dispatch.Op(
         dispatch.Arg("idx_mapping", varies=dispatch.ROWS, optional=True, index=True),
         dispatch.Arg("positions", varies=dispatch.ROWS, index=True),
         dispatch.Arg("query_start_loc", varies=dispatch.ROWS, index=True),
-        dispatch.Arg("out", varies=(1,), index=True),
+        dispatch.Arg("out", varies=(1,), index=True, written=True),
     ),
     plan=_plan,
     destination=4,

@@ -10,7 +10,7 @@ from typing import overload
 import numpy as np
 
 from .. import cpu
-from ..errors import ArgumentError, DeviceError, ShapeError
+from ..errors import DeviceError, ShapeError
 from ..runtime import arrays, contract, dispatch, driver, formats, launch
 from ..runtime.log import logger
 from ..types import ArrayLike, Layers, Pairs, StreamLike
@@ -181,8 +181,6 @@ class _Plan:
         """(The lists of sources, those of destinations, both as the kernel wants them)."""
         given = [side for side in values[:-1] if side]
         sources, destinations = given[::2], given[1::2]
-        for of, to in zip(sources, destinations):
-            _check_written_once(of, to)
         sides = [blocks.interleaved(side) for side in (sources, destinations)]
         if self._gpu is not None and self._from == self._to:
             sides = self._copy.tables(*sides)
@@ -264,16 +262,6 @@ class _Plan:
                         driver.active.copy(onto, of, g.run, stream, self._gpu)
 
 
-def _check_written_once(sources, destinations):
-    """Refuse an array that two different layers are to be copied to."""
-    if len(set(zip(sources, destinations))) != len(set(destinations)):
-        layer = next(i for i, to in enumerate(destinations) if to in destinations[:i])
-        raise ArgumentError(
-            f"{NAME}: Invalid value of dst: expected every array once, got one twice, again in "
-            f"layer {layer}"
-        )
-
-
 def _plan(op, described, options):
     del op
     (block_size_in_bytes,), _ = options
@@ -292,9 +280,9 @@ OP = dispatch.Op(
     NAME,
     args=(
         dispatch.Arg("src", layers=True),
-        dispatch.Arg("dst", layers=True),
+        dispatch.Arg("dst", layers=True, written=True),
         dispatch.Arg("src_values", layers=True, optional=True),
-        dispatch.Arg("dst_values", layers=True, optional=True),
+        dispatch.Arg("dst_values", layers=True, optional=True, written=True),
         dispatch.Arg("block_mapping", varies=dispatch.ROWS, chosen=True, pairs=True),
     ),
     plan=_plan,

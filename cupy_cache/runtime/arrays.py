@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import DeviceError, DTypeError, NotWritableError
+from ..errors import ArgumentError, CupyCacheError, DeviceError, DTypeError, NotWritableError
 from . import dlpack, formats
 from .devices import CPU, Device
 
@@ -79,13 +79,21 @@ class Framework(NamedTuple):
 
 FRAMEWORKS: dict[str, Framework] = {}
 MAX_READERS = 256  # types of arrays that are remembered
+# Below it there is no array: what says that it is there has no memory, and counts its offset from
+# nothing. GPUs' addresses begin above; an array in host memory may be below, and is looked at.
+LOWEST = 1 << 33
 
 
 # --- readers ------------------------------------------------------------------------------------
 
 
 def _read_torch(tensor):
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device, None
+    ptr = tensor.data_ptr()
+    if 0 < ptr < LOWEST and not tensor.untyped_storage().data_ptr():
+        ptr = 0
+    if tensor.is_neg():
+        raise ValueError("its negative bit is set: give what resolve_neg() returns")
+    return ptr, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, None
 
 
 def _read_cupy(array):
@@ -99,7 +107,8 @@ def _read_numpy(array):
     return array.ctypes.data, array.shape, array.strides, array.dtype, place, None
 
 
-_READERS: dict[type, Callable] = {np.ndarray: _read_numpy}
+_REGISTERED: dict[type, Callable] = {np.ndarray: _read_numpy}
+_READERS: dict[type, Callable] = dict(_REGISTERED)  # and those that were found
 # Readers that must know the stream the data will be used on.
 _FOREIGN = (dlpack.read, dlpack.read_cuda_interface)
 
@@ -110,14 +119,16 @@ def reader_for(value, name):
     reader = _READERS.get(kind)
     if reader is None:
         reader = _find_reader(value, name)
-        if len(_READERS) < MAX_READERS:
-            _READERS[kind] = reader
+        if len(_READERS) >= MAX_READERS:
+            _READERS.clear()
+            _READERS.update(_REGISTERED)
+        _READERS[kind] = reader
     return reader
 
 
 def register_framework(name, kind, framework):
     """Serve arrays of type ``kind`` as ``framework`` (a `Framework` called ``name``) says."""
-    _READERS[kind] = framework.read
+    _READERS[kind] = _REGISTERED[kind] = framework.read
     FRAMEWORKS[name] = framework
 
 
@@ -128,6 +139,11 @@ def _find_reader(value, name):
     cupy = sys.modules.get("cupy")
     if cupy is not None and isinstance(value, cupy.ndarray):
         return _read_cupy
+    if isinstance(value, np.ma.MaskedArray):
+        raise DTypeError(
+            f"{_invalid('type', name)}: expected an array whose every element counts, got a "
+            "MaskedArray: give its data, or what filled() returns"
+        )
     if isinstance(value, np.ndarray):
         return _read_numpy
     if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
@@ -135,9 +151,15 @@ def _find_reader(value, name):
     if hasattr(value, "__cuda_array_interface__"):
         return dlpack.read_cuda_interface
     raise DTypeError(
-        f"Invalid type of {name}: expected an array (torch, CuPy, NumPy, or anything with "
+        f"{_invalid('type', name)}: expected an array (torch, CuPy, NumPy, or anything with "
         f"__dlpack__ or __cuda_array_interface__), got {type(value).__name__}"
     )
+
+
+def _invalid(what, name):
+    """The beginning of an error's message; ``name`` is "operation: argument", or one of them."""
+    op, colon, argument = name.rpartition(": ")
+    return f"{op}{colon}Invalid {what} of {argument}"
 
 
 def is_foreign(value, name):
@@ -147,24 +169,60 @@ def is_foreign(value, name):
 
 def is_torch(value):
     """Whether ``value`` is a torch tensor."""
-    return _READERS.get(type(value)) is _read_torch
+    reader = _READERS.get(type(value))
+    if reader is None:
+        torch = sys.modules.get("torch")
+        return torch is not None and isinstance(value, torch.Tensor)
+    return reader is _read_torch
 
 
 def read(value, name, stream=None):
     """``value``'s `Metadata`. What comes through a protocol is exported for use on ``stream``,
-    behind what its producer has enqueued."""
+    behind what its producer has enqueued. What has elements but no memory is refused."""
     reader = reader_for(value, name)
-    return Metadata(*(reader(value, stream) if reader in _FOREIGN else reader(value)))
+    try:
+        found = Metadata(*(reader(value, stream) if reader in _FOREIGN else reader(value)))
+    except Exception as error:
+        raise _unreadable(value, name, error) from error
+    if not found.ptr and 0 not in found.shape:
+        describe(found, name)  # what is on no device that counts is told so
+        raise ArgumentError(
+            f"{_invalid('memory', name)}: expected an array with memory, got "
+            f"{_type_name(value)} of shape {list(found.shape)} at address 0"
+        )
+    return found
+
+
+def _unreadable(value, name, error):
+    """What to raise where reading an array failed."""
+    if isinstance(error, CupyCacheError):
+        return error
+    return ArgumentError(
+        f"{_invalid('memory', name)}: expected memory that can be read where it is, got "
+        f"{_type_name(value)} that cannot: {error or type(error).__name__}"
+    )
+
+
+def _type_name(value):
+    """``value``'s type as errors show it; of torch's sparse tensors and the like, the layout."""
+    layout = getattr(value, "layout", None)
+    kind = f"{type(value).__module__.partition('.')[0]}.{type(value).__name__}"
+    return f"{kind} ({layout})" if "torch" in str(layout) and "strided" not in str(layout) else kind
 
 
 def device_of(value, name):
     """The `Device` of an array, without an export."""
     reader = reader_for(value, name)
-    if reader is dlpack.read:
-        return _device(*dlpack.device_of(value), name)
-    if reader is dlpack.read_cuda_interface:
-        return Device("cuda", dlpack.interface_device(value))
-    return describe(Metadata(*reader(value)), name).device
+    try:
+        if reader is dlpack.read:
+            kind, index = dlpack.device_of(value)
+        elif reader is dlpack.read_cuda_interface:
+            kind, index = dlpack.CUDA, dlpack.interface_device(value)
+        else:
+            return describe(Metadata(*reader(value)), name).device
+    except Exception as error:
+        raise _unreadable(value, name, error) from error
+    return _device(kind, index, name)
 
 
 def describe(metadata, name):
@@ -190,7 +248,7 @@ def describe(metadata, name):
         return Array(ptr, shape, strides, dtype, CPU, place == "numpy, writable", "numpy")
     strides = tuple(s * dtype.bytes for s in strides)
     if place.type not in ("cpu", "cuda"):
-        raise DeviceError(f"Invalid device of {name}: expected cpu or cuda, got {place}")
+        raise DeviceError(f"{_invalid('device', name)}: expected cpu or cuda, got {place}")
     device = CPU if place.type == "cpu" else Device("cuda", place.index)
     return Array(ptr, tuple(shape), strides, dtype, device, True, "torch")
 
@@ -213,17 +271,17 @@ def element_step(metadata):
     return dtype.itemsize if isinstance(dtype, np.dtype) else 1
 
 
-def regular(varies, shape, strides, size):
-    """``strides``, in which ``size`` is that of an element, where extents of 1 among the dimensions
-    that vary have the stride that more would need without gaps: theirs means nothing."""
+def regular(shape, strides, size):
+    """``strides``, in which ``size`` is that of an element, where extents of 1 have the stride that
+    more would need without gaps: theirs means nothing."""
     if 1 not in shape:
         return strides
     strides = list(strides)
-    for at in sorted(varies, reverse=True):
-        if shape[at] != 1:
-            continue
-        inner = zip(strides[at + 1 :], shape[at + 1 :])
-        strides[at] = max([size, *(abs(stride) * extent for stride, extent in inner)])
+    span = size  # of the dimensions behind
+    for at in range(len(shape) - 1, -1, -1):
+        if shape[at] == 1:
+            strides[at] = span
+        span = max(span, abs(strides[at]) * shape[at])
     return tuple(strides)
 
 
@@ -270,7 +328,7 @@ def _named(dtype, name):
         return formats.dtype_named(dtype)
     except ValueError:
         raise DTypeError(
-            f"Invalid dtype of {name}: expected one of {', '.join(formats.DTYPES)}, got {dtype}"
+            f"{_invalid('dtype', name)}: expected one of {', '.join(formats.DTYPES)}, got {dtype}"
         ) from None
 
 
@@ -278,8 +336,8 @@ def _dlpack_dtype(code, name):
     found = formats.BY_DLPACK.get(code[:2])
     if found is None or code[2] != 1:
         raise DTypeError(
-            f"Invalid dtype of {name}: expected one of {', '.join(formats.DTYPES)}, got the DLPack "
-            f"type with code {code[0]}, {code[1]} bits and {code[2]} lanes"
+            f"{_invalid('dtype', name)}: expected one of {', '.join(formats.DTYPES)}, got the "
+            f"DLPack type with code {code[0]}, {code[1]} bits and {code[2]} lanes"
         )
     return found
 
@@ -290,7 +348,7 @@ def _device(device_type, device_id, name):
     if device_type in (dlpack.CUDA, dlpack.CUDA_MANAGED):
         return Device("cuda", device_id)
     raise DeviceError(
-        f"Invalid device of {name}: expected CPU, pinned or CUDA memory, got DLPack device type "
+        f"{_invalid('device', name)}: expected CPU, pinned or CUDA memory, got DLPack device type "
         f"{device_type}"
     )
 

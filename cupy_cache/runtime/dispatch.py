@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import DTypeError, ShapeError
-from . import arrays, contract, driver, fastpath, indices, lists, plans, streams
+from . import apart, arrays, contract, driver, fastpath, indices, lists, plans, streams
 
 
 class Arg(NamedTuple):
@@ -31,6 +31,7 @@ class Arg(NamedTuple):
         are equally long. ``suffix``: what errors call the items is ``name[i]suffix``.
     chosen : blocks or slots, in host memory or in an array on the GPU, with any number of `ROWS`.
         ``pairs``: of pairs [n, 2].
+    written : the operation writes it. No two arrays that are written may share memory.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Arg(NamedTuple):
     suffix: str = ""
     chosen: bool = False
     pairs: bool = False
+    written: bool = False
 
     @property
     def mask(self):
@@ -212,6 +214,8 @@ class Op:
         entry = known = self.memory.get(signature)
         if entry is None or self._has_more_rows(entry, read.found):
             entry = self.remember(signature, read.found, options)
+        if entry.apart is not None:
+            entry.apart.check(values, _shapes(read.found) if entry.apart.varies else None)
         shapes, strides = (), ()
         if entry.device is None:
             shapes, strides = self._views(read.found, entry)
@@ -286,10 +290,10 @@ class Op:
                     )
             ptr, shape, strides, dtype, place, _ = meta
             low = ptr
+            if 1 in shape:
+                strides = arrays.regular(shape, strides, arrays.element_step(meta))
             if varies:
                 last, unit = max(varies), arrays.stride_unit(meta)
-                if 1 in shape:
-                    strides = arrays.regular(varies, shape, strides, arrays.element_step(meta))
                 if not arg.index or unit == 1:
                     low |= arrays.any_bits(strides[:last]) * unit
                 strides = strides[last:]
@@ -322,15 +326,13 @@ class Op:
 
     def _views(self, found, entry):
         """Shapes and byte strides of all arrays, for NumPy."""
-        shapes, strides = [], []
+        strides = []
         for arg, meta, known in zip(self.args, found, entry.strides):
-            is_array = type(meta) is arrays.Metadata
-            shapes.append(meta.shape if is_array else None)
-            if is_array and arg.varies:
+            if arg.varies and type(meta) is arrays.Metadata:
                 unit = arrays.stride_unit(meta)
                 known = tuple(s * unit for s in meta.strides)
             strides.append(known)
-        return shapes, strides
+        return _shapes(found), strides
 
     # --- plans
 
@@ -345,7 +347,7 @@ class Op:
                 described.append(None)
                 continue
             array = arrays.describe(meta, f"{self.name}: {name}")
-            strides = arrays.regular(arg.varies, array.shape, array.strides, array.dtype.bytes)
+            strides = arrays.regular(array.shape, array.strides, array.dtype.bytes)
             described.append(array._replace(strides=strides))
         return described
 
@@ -365,6 +367,8 @@ class Op:
 
     def _entry(self, plan, described):
         destination, tables = self._destination(described), getattr(plan, "tables", None)
+        separate = apart.Apart(self, described)
+        separate = separate if separate.needed else None
         strides = [None if array is None else array.strides for array in described]
         most_rows = None
         rows_of = described[self.destination[0]]
@@ -372,7 +376,7 @@ class Op:
         if rows_of is not None and varies == ROWS and contract.rows_interleave(rows_of):
             most_rows = rows_of.shape[0]  # more may run into one another
         if destination is None or destination.device.kind == "cpu":
-            return plans.Entry(plan, tables, None, None, (), None, (), strides, most_rows)
+            return plans.Entry(plan, tables, separate, None, None, (), None, (), strides, most_rows)
         device, framework = destination.device.index, destination.framework
         owners = {a.framework for a in described if a is not None and a.device.kind == "cuda"}
         others = tuple(
@@ -388,7 +392,7 @@ class Op:
         )
         current = streams.current(framework, device)
         return plans.Entry(
-            plan, tables, device, current, others, torchs, hosted, strides, most_rows
+            plan, tables, separate, device, current, others, torchs, hosted, strides, most_rows
         )
 
     def _destination(self, described):
@@ -396,6 +400,11 @@ class Op:
         given = [described[i] for i in self.destination if described[i] is not None]
         on_gpu = [array for array in given if array.device.kind == "cuda"]
         return (on_gpu or given or [None])[0]
+
+
+def _shapes(found):
+    """The shapes of what was read; None of what is no array."""
+    return [meta.shape if type(meta) is arrays.Metadata else None for meta in found]
 
 
 class Read(NamedTuple):
@@ -470,6 +479,8 @@ class Bound:
             self._in_host_memory = ()
             return
         entry = self.op.memory.get(signature) or self.op.remember(signature, found, self.options)
+        if entry.apart is not None:
+            entry.apart.check(values)
         tables = None if entry.tables is None else entry.tables(values)
         self._in_host_memory = entry, values, tables
 

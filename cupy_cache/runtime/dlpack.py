@@ -17,6 +17,7 @@ import numpy as np
 from . import driver
 
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
+MAJOR = 1  # version of the protocol
 LOOK = -1  # in place of a stream: nothing will be enqueued
 _READ_ONLY, _IS_COPIED = 1, 2  # flags
 
@@ -44,7 +45,7 @@ def read(array, stream=None):
         # 0 would be ambiguous in the protocol: 1 names the legacy default stream.
         options["stream"] = stream or 1
     try:
-        capsule = array.__dlpack__(max_version=(1, 0), **options)
+        capsule = array.__dlpack__(max_version=(MAJOR, 0), **options)
     except TypeError:  # a producer from before DLPack 1.0
         capsule = array.__dlpack__(**options)
     return _parse(capsule, type(array).__module__.partition(".")[0])
@@ -53,6 +54,8 @@ def read(array, stream=None):
 def read_cuda_interface(array, stream=None):
     """The fields of `arrays.Metadata`; strides in bytes, the dtype NumPy's."""
     interface = array.__cuda_array_interface__
+    if interface.get("mask") is not None:
+        raise ValueError("its __cuda_array_interface__ has a mask")
     ptr, read_only = interface["data"]
     dtype = np.dtype(interface["typestr"])
     shape = tuple(interface["shape"])
@@ -113,6 +116,8 @@ def _parse(capsule, framework):
         managed = _ManagedTensorVersioned.from_address(
             _capsule_pointer(capsule, b"dltensor_versioned")
         )
+        if managed.major != MAJOR:  # then what follows may lie elsewhere
+            raise ValueError(f"its DLPack version is {managed.major}.{managed.minor}, not {MAJOR}")
         tensor = managed.tensor
         read_only = bool(managed.flags & (_READ_ONLY | _IS_COPIED))
     else:
@@ -121,7 +126,8 @@ def _parse(capsule, framework):
     strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else _contiguous(shape, 1)
     place = Place(tensor.device_type, tensor.device_id, read_only, framework)
     dtype = (tensor.code, tensor.bits, tensor.lanes)
-    return (tensor.data or 0) + tensor.byte_offset, shape, strides, dtype, place, capsule
+    ptr = tensor.data + tensor.byte_offset if tensor.data else 0
+    return ptr, shape, strides, dtype, place, capsule
 
 
 def _contiguous(shape, itemsize):

@@ -16,6 +16,7 @@ from . import arrays, faults, guards, indices, lists, plans, streams
 
 MAX_PATHS = 8  # signatures of calls of one form
 MAX_FORMS = 256
+MAX_APART = 1024  # combinations of addresses
 MAX_COUNTS = 256  # combinations of extents and scalars, of one signature
 PATIENCE = 64  # calls before a new signature takes the place of one of so many: learning takes long
 
@@ -163,7 +164,9 @@ def _kernel_path(op, entry, objects, options, given):
     if same is None:
         return None
     pick = _Pick(given, objects, unique)
-    pointers = _Pointers(op, objects, unique, pick.twins, bound)
+    pointers = _Pointers(op, entry, objects, unique, pick.twins, bound)
+    if bound and any(op.args[index].written for index in given):
+        return None  # what is bound was found to lie apart before
     extents = _Extents(op, objects, unique)
     launches = _Launches(op, entry, options, extents)
     sized = [at for at, index in enumerate(unique) if op.args[index].varies == arrays.ROWS]
@@ -176,7 +179,9 @@ def _kernel_path(op, entry, objects, options, given):
     # Every statement of `run` is one of every call: all that it needs is at hand.
     picks, pick = pick.needed, pick.pick
     insert_at, arrange, pack = pointers.insert_at, pointers.arrange, pointers.pack
-    misaligned, odd = pointers.misaligned, pointers.odd
+    misaligned, odd, lowest = pointers.misaligned, pointers.odd, arrays.LOWEST
+    written, varies = pointers.written, pointers.written_rows_vary
+    apart, check_apart = pointers.apart, pointers.check_apart
     sized, free = extents.sized, extents.free
     known, prepare = launches.known, launches.prepare
     records, fill = launches.records, launches.fill
@@ -210,9 +215,15 @@ def _kernel_path(op, entry, objects, options, given):
             addresses = arrange(addresses)
         bits = odd
         for number in addresses:
+            if number < lowest:
+                return False
             bits |= number
         if bits & 15 and misaligned(addresses):
             return False
+        if written is not None:
+            where = written(addresses) + key if varies else written(addresses)
+            if where not in apart:
+                check_apart(where, addresses, tensors)
         enqueue, failed, again, fields = launch
         try:
             record = records.pop()
@@ -243,7 +254,8 @@ def _kernel_path(op, entry, objects, options, given):
 
 def _write_path(entry, same, launches, pointers, caches_bound):
     """`_kernel_path` of two sources, two caches and slots."""
-    pack, misaligned = pointers.pack, pointers.misaligned
+    pack, misaligned, lowest = pointers.pack, pointers.misaligned, arrays.LOWEST
+    apart, admits = pointers.apart, pointers.admits
     known, prepare = launches.known, launches.prepare
     records, fill = launches.records, launches.fill
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
@@ -258,6 +270,8 @@ def _write_path(entry, same, launches, pointers, caches_bound):
         else:
             key, value, key_cache, value_cache, slots = objects
             c, d = address(key_cache), address(value_cache)
+            if (c, d) not in apart and not admits((c, d)):
+                return False
         sizes = elements(key), elements(value), elements(slots), scalars
         launch = known.get(sizes)
         if launch is None:
@@ -267,7 +281,9 @@ def _write_path(entry, same, launches, pointers, caches_bound):
         if not launch:
             return True
         a, b, e = address(key), address(value), address(slots)
-        if (a | b | c | d | e) & 15 and misaligned((a, b, c, d, e)):
+        if a < lowest or b < lowest or e < lowest:
+            return False
+        if (a | b | e) & 15 and misaligned((a, b, c, d, e)):
             return False
         enqueue, failed, again, fields = launch
         try:
@@ -327,10 +343,12 @@ class _Pointers:
     insert_at : where the addresses that are bound come between those of the tensors; 0 where none
     are. arrange : what then brings all in the order of the arguments; None where they are. pack :
     writes them into a record. odd : 1 where the plan was made for addresses that are not all
-    multiples of 16, else 0.
+    multiples of 16, else 0. written : takes the addresses of several tensors that are written; None
+    where there is at most one. apart : what it took where they were found to share no memory; with
+    the key of the call, if their rows vary.
     """
 
-    def __init__(self, op, objects, unique, twins, bound):
+    def __init__(self, op, entry, objects, unique, twins, bound):
         self.insert_at = next((at for at, i in enumerate(unique) if bound and i > bound[0]), 0)
         if bound and not self.insert_at:
             self.insert_at = len(unique)
@@ -346,6 +364,33 @@ class _Pointers:
         self._masks = [op.args[index].mask for index in everything]
         self._low = self._low_bits([objects[index].data_ptr() for index in everything])
         self.odd = int(any(self._low))
+        self._entry, self._everything, self._unique = entry, everything, unique
+        self.apart, self.written, self.written_rows_vary = set(), None, False
+        if entry.apart is not None and not bound:
+            self.written = _getter([at for at, i in enumerate(everything) if op.args[i].written])
+            self.written_rows_vary = entry.apart.varies
+
+    def check_apart(self, where, addresses, tensors):
+        """Raise where tensors that are written share memory."""
+        values, shapes = [0] * (self._everything[-1] + 1), None
+        for index, address in zip(self._everything, addresses):
+            values[index] = address
+        if self.written_rows_vary:
+            shapes = [()] * len(values)
+            for index, tensor in zip(self._unique, tensors):
+                shapes[index] = tensor.shape
+        self._entry.apart.check(values, shapes)
+        if len(self.apart) >= MAX_APART:
+            self.apart.clear()
+        self.apart.add(where)
+
+    def admits(self, caches):
+        """Whether a write's caches at these two addresses are placed as those that the plan was
+        made for; raises where they share memory."""
+        if min(caches) < arrays.LOWEST or arrays.any_bits(caches) & 15:
+            return False
+        self.check_apart(caches, (0, 0, *caches, 0), ())
+        return True
 
     def _low_bits(self, addresses):
         return [address & mask for address, mask in zip(addresses, self._masks)]
@@ -435,7 +480,7 @@ def _low_bits(arg, tensor):
         return 0
     if not arg.varies:
         return 0
-    strides = arrays.regular(arg.varies, tensor.shape, tensor.stride(), 1)[: max(arg.varies)]
+    strides = arrays.regular(tensor.shape, tensor.stride(), 1)[: max(arg.varies)]
     return arrays.any_bits(strides) * tensor.element_size() & 15
 
 
@@ -487,7 +532,7 @@ def _plan_path(op, entry, objects, options, given):
 
     def values_of(addresses):
         """The values of `plans.Call`, but for what is chosen in host memory; the plan's tables."""
-        if arrays.any_bits(addresses) & 15:
+        if arrays.any_bits(addresses) & 15 or min(addresses, default=arrays.LOWEST) < arrays.LOWEST:
             return None, None
         values = []
         for _, at, length in parts:
@@ -497,6 +542,8 @@ def _plan_path(op, entry, objects, options, given):
                 values.append(
                     addresses[at] if length is True else tuple(addresses[at : at + length])
                 )
+        if entry.apart is not None:
+            entry.apart.check(values)
         tables = None if entry.tables is None else entry.tables(values)
         return values, tables
 

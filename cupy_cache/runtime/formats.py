@@ -161,10 +161,11 @@ LARGEST = {"int8": 127, "float8_e4m3fn": 448}
 def dtype_named(name):
     """The `DType` called ``name`` (a string, NumPy dtype or torch dtype)."""
     text = str(name).removeprefix("torch.")
-    if text not in DTYPES:
+    if text not in DTYPES and name is not None:  # which means float64 to NumPy
         try:
-            text = np.dtype(name).name
-        except TypeError:
+            found = np.dtype(name)
+            text = found.name if found.isnative else str(found)  # of the other byte order
+        except Exception:  # a SyntaxError, too
             pass
     if text not in DTYPES:
         raise ArgumentError(f"Invalid dtype: expected one of {', '.join(DTYPES)}, got {name!r}")

@@ -30,8 +30,12 @@ def same_as(tensors, varies):
     shapes, strides = [], []
     for tensor, dims in zip(tensors, varies):
         shape = list(tensor.shape)
-        # Of an extent of 1, the stride that more would need: the plan is made for that one.
-        steps = list(arrays.regular(dims, shape, tensor.stride(), 1))
+        # Of an extent of 1 that varies, the stride that more would need: the plan is made for that
+        # one. If it does not vary, its stride means nothing.
+        steps = list(arrays.regular(shape, tensor.stride(), 1))
+        for dim, extent in enumerate(shape):
+            if extent == 1 and dim not in dims:
+                steps[dim] = None
         for dim in dims:
             shape[dim] = None
         for dim in range(max(dims, default=0)):

@@ -29,10 +29,12 @@ def read_host(op, arg, value):
     """``value`` as `Chosen` if it is in host memory; what must be exported to tell, as it is."""
     if isinstance(value, (list, tuple, range)):
         return Chosen((_pairs if arg.pairs else _numbers)(op, arg.name, value))
-    if arrays.is_torch(value) and not value.is_cuda and not value.is_floating_point():
+    if arrays.is_torch(value):
         try:
+            if value.is_cuda or value.is_floating_point() or value.data_ptr() < arrays.LOWEST:
+                return value
             value = value.numpy()
-        except (TypeError, RuntimeError):  # on another device, say, or sparse
+        except Exception:  # on another device, say, or sparse: whoever reads it says so
             return value
     if isinstance(value, np.ndarray):
         if (

@@ -70,16 +70,15 @@ def _varying(arg, meta):
     if len(meta.shape) <= max(arg.varies):
         return ()
     step = arrays.element_step(meta)
-    return arrays.regular(arg.varies, meta.shape, meta.strides, step)[: max(arg.varies)]
+    return arrays.regular(meta.shape, meta.strides, step)[: max(arg.varies)]
 
 
 def _fixed(arg, shape, strides, size):
     """Extents and strides, None where they vary; ``size`` is an element's, as strides count."""
+    strides = arrays.regular(shape, strides, size)
     if not arg.varies:
         return tuple(shape), strides
     last = max(arg.varies)
-    if len(shape) > last:
-        strides = arrays.regular(arg.varies, shape, strides, size)
     shape = tuple(None if at in arg.varies else n for at, n in enumerate(shape))
     return shape, (*(None for _ in strides[:last]), *strides[last:])
 

@@ -87,6 +87,7 @@ class Entry(NamedTuple):
     """What is remembered of a signature.
 
     plan : an object with ``run(call)``. tables : its method of that name, or None.
+    apart : the `apart.Apart` of the arrays that are written, where there are several; else None.
     device : index of the GPU it runs on; None for the CPU.
     current_stream : a function that gives the current stream of the destination's framework.
     others : the like of other frameworks that own arguments.
@@ -98,6 +99,7 @@ class Entry(NamedTuple):
 
     plan: Any
     tables: Callable | None
+    apart: Any
     device: int | None
     current_stream: Callable | None
     others: tuple

@@ -48,7 +48,7 @@ def op(name, plan, count, bounds="cu_seq_lens"):
         name,
         args=(
             dispatch.Arg("src_cache"),
-            dispatch.Arg("dst", varies=dispatch.ROWS),
+            dispatch.Arg("dst", varies=dispatch.ROWS, written=True),
             dispatch.Arg("block_table", varies=(0, 1), index=True),
             dispatch.Arg(bounds, varies=dispatch.ROWS, index=True),
             dispatch.Arg("seq_starts", varies=dispatch.ROWS, optional=True, index=True),

@@ -80,11 +80,17 @@ class Operation:
         """The `dispatch.Op` for layers of so many tensors."""
         suffixes = ("",) if tensors == 1 else ("[0]", "[1]")
         index = "slot_mapping" if self.by_slot else "block_ids"
-        args = [dispatch.Arg("caches", layers=True, suffix=suffix) for suffix in suffixes]
+        written = self.direction.writes_cache
+        args = [
+            dispatch.Arg("caches", layers=True, suffix=suffix, written=written)
+            for suffix in suffixes
+        ]
         args.append(dispatch.Arg(index, varies=dispatch.ROWS, chosen=True))
         destination = 0
         if self.direction.buffer is not None:
-            args.append(dispatch.Arg(self.direction.buffer, varies=dispatch.ROWS))
+            args.append(
+                dispatch.Arg(self.direction.buffer, varies=dispatch.ROWS, written=not written)
+            )
             if self.direction is PACK:
                 destination = (len(args) - 1, 0)
         return dispatch.Op(self.name, args, self._plan, destination, self._count)

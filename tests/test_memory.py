@@ -1,0 +1,690 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that is not what it seems: arrays without any, with other bits than they say, or with some
+that another array has too. All of it is refused by name, with nothing written."""
+
+import ctypes
+import gc
+import itertools
+import re
+import weakref
+
+import numpy as np
+import pytest
+import recording
+import worlds
+
+import cupy_cache as cc
+from cupy_cache.runtime import arrays, dispatch, dlpack, launch
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    """Each test has its own history, and leaves none."""
+    dispatch.forget_everything()
+    yield
+    dispatch.forget_everything()
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    yield recording.recorder(monkeypatch)
+    launch.processors.cache_clear()
+
+
+@pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+def refused(op, argument, *words):
+    """A context in which an error of the one form must be raised."""
+    pattern = rf"^{op}: Invalid [a-z]+ of {re.escape(argument)}: expected .*, got .*"
+    return pytest.raises(cc.CupyCacheError, match=pattern + ".*".join(map(re.escape, words)))
+
+
+# --- tensors without memory -----------------------------------------------------------------------
+
+
+def wrapper(torch, tensor):
+    """What distributed tensors and the like are: a shape, and another tensor inside."""
+
+    class Wrapper(torch.Tensor):
+        @staticmethod
+        def __new__(cls, inner):
+            return torch.Tensor._make_wrapper_subclass(
+                cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device
+            )
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            raise NotImplementedError
+
+    return Wrapper(tensor)
+
+
+def fake(torch, tensor):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+def asleep(torch, tensor):
+    """A tensor whose storage was resized to nothing."""
+    made = torch.empty_like(tensor)
+    made.untyped_storage().resize_(0)
+    return made
+
+
+def asleep_behind_others(torch, tensor):
+    """The same, of which the address is an offset that counts from nothing."""
+    made = torch.empty(2, *tensor.shape, dtype=tensor.dtype)[1]
+    made.untyped_storage().resize_(0)
+    return made
+
+
+def meta(torch, tensor):
+    return tensor.to("meta")
+
+
+def functional(torch, tensor):
+    return torch._to_functional_tensor(tensor)
+
+
+def sparse(torch, tensor):
+    return tensor.to_sparse()
+
+
+def sparse_rows(torch, tensor):
+    if tensor.ndim < 2:
+        return tensor.to_sparse()
+    return tensor.reshape(len(tensor), -1).to_sparse_csr()
+
+
+def nested(torch, tensor):
+    return torch.nested.nested_tensor(list(tensor.reshape(len(tensor), -1)))
+
+
+def jagged(torch, tensor):
+    return torch.nested.nested_tensor(list(tensor.reshape(len(tensor), -1)), layout=torch.jagged)
+
+
+def mkldnn(torch, tensor):
+    return tensor.to_mkldnn() if tensor.dtype == torch.float32 else tensor.to_sparse()
+
+
+def no_values(torch, tensor):
+    return torch._efficientzerotensor(tuple(tensor.shape), dtype=tensor.dtype)
+
+
+def uninitialised(torch, tensor):
+    return torch.nn.UninitializedParameter(dtype=tensor.dtype, requires_grad=False)
+
+
+KINDS = (
+    wrapper, fake, asleep, asleep_behind_others, meta, functional, sparse, sparse_rows, nested,
+    jagged, mkldnn, no_values, uninitialised,
+)  # fmt: skip
+
+
+def step(torch):
+    """A write's tensors, by their names."""
+    return {
+        "key": torch.ones(3, 2, 8),
+        "value": torch.ones(3, 2, 8),
+        "key_cache": torch.zeros(6, 4, 2, 8),
+        "value_cache": torch.zeros(6, 4, 2, 8),
+        "slot_mapping": torch.arange(3),
+    }
+
+
+@pytest.mark.whole
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+def test_tensors_without_memory(torch, kind, used):
+    """Each argument of a write in turn, in a fresh process and behind calls of the same shapes."""
+    for name in step(torch):
+        given = step(torch)
+        if used:
+            for _ in range(3):
+                cc.reshape_and_cache_flash(**step(torch))
+        given[name] = kind(torch, given[name])
+        with refused("reshape_and_cache_flash", name):
+            cc.reshape_and_cache_flash(**given)
+        written = [given[n] for n in ("key_cache", "value_cache") if n != name]
+        assert not any(cache.any() for cache in written)
+
+
+@pytest.mark.whole
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_layers_without_memory(torch, kind):
+    """Nothing is copied in the layers before."""
+    caches = [torch.arange(6.0)[:, None].expand(6, 4).clone() for _ in range(3)]
+    bad = kind(torch, caches[0])
+    before = [cache.clone() for cache in caches]
+    with refused("copy_blocks", "value_caches[1]"):
+        cc.copy_blocks(caches[:2], [caches[2], bad], [(0, 1)])
+    with refused("zero_blocks", "caches[1]"):
+        cc.zero_blocks([caches[0], bad], [0])
+    with refused("swap_blocks", "dst[1]"):
+        cc.swap_blocks(caches[:2], [caches[2], bad], [(0, 1)])
+    assert all(torch.equal(cache, was) for cache, was in zip(caches, before))
+
+
+@pytest.mark.whole
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_numbers_without_memory(torch, kind):
+    numbers = kind(torch, torch.arange(2))
+    cache = torch.ones(6, 4)
+    with refused("zero_blocks", "block_ids"):
+        cc.zero_blocks([cache], numbers)
+    assert cache.all()
+
+
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+def test_a_scale_without_memory_is_no_scale_of_1(torch, used):
+    given = step(torch)
+    caches = [torch.zeros(6, 4, 2, 8, dtype=torch.uint8) for _ in range(2)]
+
+    def write(scale):
+        cc.reshape_and_cache_flash(
+            given["key"], given["value"], *caches, given["slot_mapping"], "fp8", scale, scale
+        )
+
+    for _ in range(3 * used):
+        write(torch.ones(1))
+    for cache in caches:
+        cache.zero_()
+    with refused("reshape_and_cache_flash", "k_scale"):
+        write(asleep(torch, torch.full((1,), 0.5)))
+    assert not any(cache.any() for cache in caches)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("transform", ["vmap", "grad"])
+def test_tensors_of_a_transformation(torch, transform):
+    cache = torch.zeros(6, 4, 2, 8)
+
+    def write(key):
+        with refused("reshape_and_cache_flash", "key"):
+            cc.reshape_and_cache_flash(key, torch.ones(3, 2, 8), cache, cache + 0, torch.arange(3))
+        return key.sum()
+
+    getattr(torch.func, transform)(write)(
+        torch.ones(*([2] if transform == "vmap" else []), 3, 2, 8)
+    )
+    assert not cache.any()
+
+
+# --- after a signature is known, on the fast path -------------------------------------------------
+
+
+def learnt(recorder, call):
+    """Make a call until it takes the fast path."""
+    for _ in range(4):
+        call()
+    assert len(recorder.take()) == 4
+
+
+def put_to_sleep(torch, tensor):
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def negative(torch, tensor):
+    return torch._neg_view(tensor)
+
+
+LATER = (put_to_sleep, asleep_behind_others, wrapper, fake, functional, negative, no_values)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("kind", LATER, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", ["key", "value", "key_cache", "value_cache", "slot_mapping"])
+def test_a_write_that_is_known(torch, recorder, kind, name):
+    """The very tensors of the calls before, of which one has lost its memory."""
+    given = step(torch)
+    learnt(recorder, lambda: cc.reshape_and_cache_flash(**given))
+    given[name] = kind(torch, given[name])
+    for _ in range(3):
+        with refused("reshape_and_cache_flash", name):
+            cc.reshape_and_cache_flash(**given)
+    assert not recorder.take()
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("kind", LATER, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", ["key", "value", "slot_mapping"])
+def test_a_bound_write_that_is_known(torch, recorder, kind, name):
+    given = step(torch)
+    cache = cc.PagedKVCache([given.pop("key_cache")], [given.pop("value_cache")])
+    learnt(recorder, lambda: cache.write(0, *given.values()))
+    given[name] = kind(torch, given[name])
+    for _ in range(3):
+        with refused("reshape_and_cache_flash", name):
+            cache.write(0, *given.values())
+    assert not recorder.take()
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("kind", LATER, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", ["src_cache", "dst", "block_table", "cu_seq_lens", "seq_starts"])
+def test_a_gather_that_is_known(torch, recorder, kind, name):
+    """A kernel's other path."""
+    given = {
+        "src_cache": torch.ones(6, 4, 8),
+        "dst": torch.zeros(5, 8),
+        "block_table": torch.zeros(2, 3, dtype=torch.int32),
+        "cu_seq_lens": torch.tensor([0, 2, 5], dtype=torch.int32),
+        "seq_starts": torch.zeros(2, dtype=torch.int32),
+    }
+    learnt(recorder, lambda: cc.gather_cache(**given))
+    given[name] = kind(torch, given[name])
+    for _ in range(3):
+        with refused("gather_cache", name):
+            cc.gather_cache(**given)
+    assert not recorder.take()
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("kind", LATER, ids=lambda kind: kind.__name__)
+def test_a_copy_that_is_known(torch, recorder, kind):
+    """The path of operations with lists."""
+    keys, values = ([torch.ones(6, 4, 8) for _ in range(2)] for _ in range(2))
+    learnt(recorder, lambda: cc.copy_blocks(keys, values, [(0, 1)]))
+    values[1] = kind(torch, values[1])
+    for _ in range(3):
+        with refused("copy_blocks", "value_caches[1]"):
+            cc.copy_blocks(keys, values, [(0, 1)])
+    assert not recorder.take()
+
+
+def test_addresses_below_all_others_are_looked_at(torch, recorder, monkeypatch):
+    """Memory may be there."""
+    given = step(torch)
+    learnt(recorder, lambda: cc.reshape_and_cache_flash(**given))
+    monkeypatch.setattr(arrays, "LOWEST", 1 << 62)
+    learnt(recorder, lambda: cc.reshape_and_cache_flash(**given))
+
+
+def test_empty_tensors_need_no_memory(torch):
+    cache = torch.zeros(6, 4, 2, 8)
+    nothing = torch.empty(0, 2, 8)
+    assert nothing.data_ptr() == 0
+    cc.reshape_and_cache_flash(nothing, nothing, cache, cache + 0, torch.empty(0).long())
+    cc.copy_blocks([torch.empty(0, 4)], [torch.empty(0, 4)], [])
+
+
+# --- bits that mean something else ----------------------------------------------------------------
+
+
+def test_the_negative_bit(torch):
+    """Of a number that a caller sees as 1 memory holds -1."""
+    for name in step(torch):
+        given = step(torch)
+        given[name] = torch._neg_view(given[name])
+        with refused("reshape_and_cache_flash", name, "negative bit"):
+            cc.reshape_and_cache_flash(**given)
+    imaginary = torch.ones(3, 2, 8, dtype=torch.complex64).conj().imag
+    with refused("reshape_and_cache_flash", "key", "negative bit"):
+        cc.reshape_and_cache_flash(**{**step(torch), "key": imaginary})
+
+
+def test_the_other_byte_order():
+    """1 << 24 in the other order reads as 1."""
+    keys = np.ones((1, 2, 8), np.float32)
+
+    def write(**others):
+        given = {"key": keys, "value": keys, "slot_mapping": np.array([1 << 24])}
+        caches = {f"{n}_cache": np.zeros((6, 4, 2, 8), np.float32) for n in ("key", "value")}
+        name = next(iter(others))
+        given |= caches | others
+        with refused("reshape_and_cache_flash", name, ">"):
+            cc.reshape_and_cache_flash(**given)
+        assert not any(cache.any() for cache in caches.values())
+
+    for dtype in (">i4", ">i8"):
+        write(slot_mapping=np.array([1 << 24], dtype))
+    write(key=keys.astype(">f4"))
+    write(value_cache=np.zeros((6, 4, 2, 8), ">f4"))
+    cache = np.ones((6, 4), np.float32)
+    with refused("zero_blocks", "block_ids", ">i4"):
+        cc.zero_blocks([cache], np.array([1], ">i4"))
+    with refused("copy_blocks", "block_mapping", ">i8"):
+        cc.copy_blocks([cache], [cache + 0], np.array([[0, 1]], ">i8"))
+    assert cache.all()
+
+
+class Interface:
+    """What offers `__cuda_array_interface__` alone."""
+
+    def __init__(self, array, **others):
+        described = array.__array_interface__
+        self.array = array
+        self.__cuda_array_interface__ = {
+            "data": (array.ctypes.data, False), "shape": described["shape"],
+            "typestr": described["typestr"], "version": 3, **others,
+        }  # fmt: skip
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        ({"typestr": ">i8"}, ">i8"),
+        ({"mask": np.ones(3, bool)}, "mask"),
+        ({"data": (0, False)}, "address 0"),
+        ({"data": None}, ""),
+        ({"typestr": "no type"}, ""),
+        ({"shape": None}, ""),
+    ],
+)
+def test_cuda_array_interface(recorder, wrong, word):
+    recorder.device_at = lambda address: 0
+    keys = np.ones((3, 2, 8), np.float32)
+    given = {name: Interface(keys) for name in ("key", "value")}
+    given |= {f"{name}_cache": Interface(np.zeros((6, 4, 2, 8), np.float32)) for name in given}
+    given["slot_mapping"] = Interface(np.arange(3), **wrong)
+    with refused("reshape_and_cache_flash", "slot_mapping", word):
+        cc.reshape_and_cache_flash(**given)
+    assert not recorder.take()
+
+
+def test_masked_arrays():
+    keys = np.ma.masked_array(np.ones((3, 2, 8), np.float32), mask=True)
+    caches = [np.zeros((6, 4, 2, 8), np.float32) for _ in range(2)]
+    with refused("reshape_and_cache_flash", "key", "MaskedArray"):
+        cc.reshape_and_cache_flash(keys, keys, *caches, np.arange(3))
+
+
+# --- DLPack ---------------------------------------------------------------------------------------
+
+
+class Capsules:
+    """Exports that are made by hand, of float32 [2, 3]."""
+
+    def __init__(self, version=(1, 0), code=2, bits=32, lanes=1, data=True, name=None, ndim=2):
+        self.content = np.arange(6, dtype=np.float32)
+        self._extents = (ctypes.c_int64 * 2)(2, 3)
+        managed = dlpack._ManagedTensorVersioned()
+        managed.major, managed.minor = version
+        tensor = managed.tensor
+        tensor.data = self.content.ctypes.data if data else None
+        tensor.device_type, tensor.ndim = 1, ndim
+        tensor.code, tensor.bits, tensor.lanes = code, bits, lanes
+        tensor.shape = ctypes.cast(self._extents, ctypes.POINTER(ctypes.c_int64))
+        self._managed, self._name = managed, name or b"dltensor_versioned"
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+    def __dlpack__(self, **options):
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype = ctypes.py_object
+        new.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+        return new(ctypes.addressof(self._managed), self._name, None)
+
+
+def test_a_capsule_made_by_hand():
+    converted = np.zeros((2, 3), np.uint8)
+    cc.convert_fp8(converted, Capsules())
+    assert converted[0, 1] == 0x38  # 1.0 in E4M3
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        ({"version": (2, 0)}, "version is 2.0"),
+        ({"version": (0, 9)}, "version is 0.9"),
+        ({"bits": 4, "code": 0}, "4 bits"),
+        ({"bits": 4, "code": 17}, "4 bits"),
+        ({"lanes": 4}, "4 lanes"),
+        ({"data": False}, "address 0"),
+        ({"name": b"used_dltensor"}, ""),
+    ],
+)
+def test_exports_that_cannot_be_read(wrong, word):
+    converted = np.zeros((2, 3), np.uint8)
+    with refused("convert_fp8", "input", word):
+        cc.convert_fp8(converted, Capsules(**wrong))
+    assert not converted.any()
+
+
+class Failing:
+    """A producer that refuses, as JAX does for sharded and deleted arrays."""
+
+    def __init__(self, error, early=False):
+        self._error, self._early = error, early
+
+    def __dlpack_device__(self):
+        if self._early:
+            raise self._error
+        return 1, 0
+
+    def __dlpack__(self, **options):
+        raise self._error
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("early", [False, True])
+@pytest.mark.parametrize(
+    "error",
+    [
+        BufferError("__dlpack__ only supported for unsharded arrays."),
+        RuntimeError("Array has been deleted with shape=float32[2,3]."),
+        TypeError("no such dtype"),
+        KeyError("what"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_a_producer_says_is_told(error, early):
+    converted = np.zeros((2, 3), np.uint8)
+    said = error.args[0]
+    with refused("convert_fp8", "input", said) as caught:
+        cc.convert_fp8(converted, Failing(error, early))
+    assert caught.value.__cause__ is error
+    with refused("zero_blocks", "block_ids", said):
+        cc.zero_blocks([np.ones((4, 4))], Failing(error, early))
+    with refused("convert_fp8", "output", said):
+        cc.convert_fp8(Failing(error, early), converted)
+
+
+def test_tensors_with_gradients_behind_dlpack(torch):
+    converted = np.zeros((2, 3), np.uint8)
+    with refused("convert_fp8", "input", "gradient"):
+        cc.convert_fp8(converted, worlds.Opaque(torch.ones(2, 3, requires_grad=True)))
+
+
+def test_small_integers_of_torch(torch):
+    if not hasattr(torch, "int4"):
+        pytest.skip("this torch has no int4")
+    cache = torch.zeros(4, 4)
+    with refused("zero_blocks", "caches[0]", "int4"):
+        cc.zero_blocks([torch.empty(4, 4, dtype=torch.int4)], [1])
+    with refused("zero_blocks", "block_ids", "int4"):
+        cc.zero_blocks([cache], torch.empty(4, dtype=torch.int4))
+
+
+def test_jax_arrays():
+    jax = pytest.importorskip("jax")
+    converted = np.zeros((2, 3), np.uint8)
+    source = jax.numpy.ones((2, 3))
+    cc.convert_fp8(converted, source)
+    assert (converted == 0x38).all()
+    with refused("convert_fp8", "output", "JAX arrays are immutable"):
+        cc.convert_fp8(jax.numpy.zeros((2, 3), "uint8"), source)
+    source.delete()
+    with refused("convert_fp8", "input", "deleted"):
+        cc.convert_fp8(converted, source)
+
+
+# --- memory that two arrays have ------------------------------------------------------------------
+
+
+def strided(memory, at, shape, strides):
+    return np.ndarray(shape, np.uint8, memory, at, strides)
+
+
+def bytes_of(at, shape, strides):
+    """Which bytes an array of bytes has."""
+    return {
+        at + sum(i * s for i, s in zip(index, strides))
+        for index in itertools.product(*map(range, shape))
+    }
+
+
+def test_caches_of_a_write_that_share_bytes(rng):
+    """Against the bytes themselves, of strides of every kind: refused if and only if one is
+    shared."""
+    counted = {True: 0, False: 0}
+    while min(counted.values()) < 60:
+        memory = np.zeros(700, np.uint8)
+        shape = tuple(int(n) for n in rng.integers(1, 4, 4))
+        places = []
+        for _ in range(2):
+            order, step, strides = rng.permutation(3), 1, [0, 0, 0, 1]
+            step = shape[3] * int(rng.choice([1, 2, 3]))
+            for axis in order:
+                strides[axis] = step
+                step *= shape[axis] * int(rng.choice([1, 1, 2]))
+            places.append((int(rng.integers(0, 40)), shape, tuple(strides)))
+        if any(max(bytes_of(*place)) >= 700 for place in places):
+            continue
+        shared = not bytes_of(*places[0]).isdisjoint(bytes_of(*places[1]))
+        counted[shared] += 1
+        caches = [strided(memory, *place) for place in places]
+        tokens = np.full((1, *shape[2:]), 7, np.uint8)
+        step = tokens, tokens, *caches, np.array([shape[0] * shape[1] - 1])
+        for _ in range(2):
+            if shared:
+                with refused("reshape_and_cache_flash", "value_cache", "key_cache"):
+                    cc.reshape_and_cache_flash(*step)
+                assert not memory.any()
+            else:
+                cc.reshape_and_cache_flash(*step)
+                assert (memory == 7).sum() == 2 * tokens.size
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", ["copy_blocks", "zero_blocks", "unpack_blocks", "swap_blocks",
+                                  "PagedKVCache", "concat_and_cache_mla_grouped"])  # fmt: skip
+def test_one_array_given_twice(name):
+    cache, other = (np.zeros((4, 4, 8), np.float32) for _ in range(2))
+    source = np.ones((4, 4, 8), np.float32)
+    calls = {
+        "copy_blocks": lambda a, b: cc.copy_blocks([a], [b], [(0, 1)]),
+        "zero_blocks": lambda a, b: cc.zero_blocks([a, b], [1]),
+        "unpack_blocks": lambda a, b: cc.unpack_blocks(source, [(a, b)], [1]),
+        "swap_blocks": lambda a, b: cc.swap_blocks([source, source], [a, b], [(0, 1)]),
+        "PagedKVCache": lambda a, b: cc.PagedKVCache([a], [b]),
+        "concat_and_cache_mla_grouped": lambda a, b: cc.concat_and_cache_mla_grouped(
+            source[:2, :, :6], source[:2, :, 6:], [a, b], np.zeros((2, 4), int)
+        ),
+    }
+    for _ in range(3):
+        calls[name](other, cache)
+        cache[:] = 0
+        for same in (cache, cache[:3], cache[::-1], cache[1:]):
+            with pytest.raises(cc.CupyCacheError):
+                calls[name](cache, same)
+        with pytest.raises(cc.ArgumentError, match="Invalid memory of .* has too"):
+            calls[name](cache, cache)
+        assert not cache.any()
+
+
+def test_layers_of_a_pool_are_apart(rng):
+    """Views of one page for all layers, keys and values, in either order of their dimensions."""
+    pool = np.zeros((4, 3, 2, 2, 16), np.float32)  # block, layer, head, slot, K|V
+    keys = [pool[:, layer, ..., :8].transpose(0, 2, 1, 3) for layer in range(3)]
+    values = [pool[:, layer, ..., 8:].transpose(0, 2, 1, 3) for layer in range(3)]
+    pool[0] = 1
+    cc.copy_blocks(keys, values, [(0, 2)])
+    assert pool[2].all() and not pool[1].any() and not pool[3].any()
+    with refused("copy_blocks", "value_caches[2]", "key_caches[1]"):
+        cc.copy_blocks(keys, [*values[:2], keys[1]], [(0, 3)])
+    nearly = [pool[:, layer, ..., 7:15].transpose(0, 2, 1, 3) for layer in range(3)]
+    with refused("copy_blocks", "value_caches[0]", "key_caches[0]"):
+        cc.copy_blocks(keys, nearly, [(0, 3)])
+    assert not pool[3].any()
+
+
+def test_rows_of_an_indexer_that_share_bytes():
+    """Where the rows end decides."""
+    cache = np.zeros((4, 4, 20), np.uint8)
+    memory = np.zeros(200, np.uint8)
+    for rows, apart in ((2, True), (3, True), (4, False), (2, True), (5, False)):
+        keys, scales = memory[: 16 * rows].reshape(rows, 16), memory[48 : 48 + 4 * rows]
+        given = cache, keys, scales.reshape(rows, 4), np.zeros((1, 4), int), np.array([0, rows])
+        if apart:
+            cc.cp_gather_indexer_k_quant_cache(*given)
+        else:
+            with refused("cp_gather_indexer_k_quant_cache", "dst_scale", "dst_k"):
+                cc.cp_gather_indexer_k_quant_cache(*given)
+
+
+def test_known_signatures_do_not_vouch_for_other_caches(torch, recorder):
+    """On every fast path."""
+    given = step(torch)
+    learnt(recorder, lambda: cc.reshape_and_cache_flash(**given))
+    given["value_cache"] = given["key_cache"].view(given["key_cache"].shape)
+    for _ in range(3):
+        with refused("reshape_and_cache_flash", "value_cache", "key_cache"):
+            cc.reshape_and_cache_flash(**given)
+    keys, values = ([torch.ones(6, 4, 8) for _ in range(2)] for _ in range(2))
+    learnt(recorder, lambda: cc.copy_blocks(keys, values, [(0, 1)]))
+    values[1] = keys[0].view(6, 4, 8)
+    for _ in range(3):
+        with refused("copy_blocks", "value_caches[1]", "key_caches[0]"):
+            cc.copy_blocks(keys, values, [(0, 1)])
+    cache = torch.zeros(6, 4, 2, 8, dtype=torch.uint8), torch.zeros(6, 4, 2, 8, dtype=torch.uint8)
+    scales = torch.zeros(6, 4, 2), torch.zeros(6, 4, 2)
+    tokens = torch.ones(3, 2, 8), torch.ones(3, 2, 8)
+
+    def quantise():
+        cc.reshape_and_cache_flash_per_token_head(*tokens, *cache, *scales, torch.arange(3), "int8")
+
+    learnt(recorder, quantise)
+    scales = scales[0], scales[0].view(6, 4, 2)
+    for _ in range(3):
+        with refused("reshape_and_cache_flash_per_token_head", "v_scale_cache", "k_scale_cache"):
+            quantise()
+    rows = torch.zeros(5, 16, dtype=torch.uint8), torch.zeros(5, 4, dtype=torch.uint8)
+    table, bounds = torch.zeros(1, 4, dtype=torch.int32), torch.tensor([0, 5], dtype=torch.int32)
+    entries = torch.zeros(4, 4, 20, dtype=torch.uint8)
+    learnt(recorder, lambda: cc.cp_gather_indexer_k_quant_cache(entries, *rows, table, bounds))
+    rows = rows[0], rows[0].view(-1)[:20].view(5, 4)
+    for _ in range(3):
+        with refused("cp_gather_indexer_k_quant_cache", "dst_scale", "dst_k"):
+            cc.cp_gather_indexer_k_quant_cache(entries, *rows, table, bounds)
+    assert not recorder.take()
+
+
+# --- what is remembered of types ------------------------------------------------------------------
+
+
+def test_types_of_arrays_are_not_kept_without_end():
+    """A new class each time, as functions that define one make it."""
+    cache = np.zeros((4, 4), np.uint8)
+    first = None
+    for _ in range(3 * arrays.MAX_READERS):
+        kind = type("Array", (np.ndarray,), {})
+        first = first or weakref.ref(kind)
+        cc.zero_blocks([cache.view(kind)], [0])
+    assert len(arrays._READERS) <= arrays.MAX_READERS
+    del kind
+    gc.collect()
+    assert first() is None
+
+
+def test_a_full_table_of_types_changes_nothing(torch, recorder, monkeypatch):
+    """Tensors on another stream are still told to their allocator."""
+    monkeypatch.setattr(arrays, "_READERS", {n: None for n in range(arrays.MAX_READERS)})
+    given = step(torch)
+    cc.reshape_and_cache_flash(**given, stream=5)
+    lent = [tensor for tensors, *_ in recorder.lent for tensor in tensors]
+    assert all(any(tensor is one for one in lent) for tensor in given.values())
