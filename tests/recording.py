@@ -4,7 +4,7 @@
 
 import collections
 
-from cupy_cache.runtime import arrays, driver, launch, streams
+from cupy_cache.runtime import arrays, cuda, devices, driver, launch, streams
 
 STREAM = 77  # every framework's current one
 
@@ -25,9 +25,12 @@ class Recorder:
     lent : (tensors, stream, device) of each time that torch's allocator is told.
     host : words; arguments with one of them in their name count as in host memory.
     event_made : the only event.
+    pinned : (begin, end) of each piece of pinned memory.
+    copies : (destination, source, bytes) of each copy by the driver.
     """
 
     def __init__(self):
+        self.pinned, self.copies = [(0, 1 << 63)], []
         self.launches, self.lent, self.host, self.event_made = [], [], (), Event()
 
     def load(self, kernel, device, stream):
@@ -59,7 +62,22 @@ class Recorder:
 
     def mapped_address(self, address, device):
         del device
-        return address
+        return None if self.allocation(address) is None else address
+
+    def allocation(self, address):
+        """The piece of pinned memory at an address: all of it is one, or ``pinned`` are."""
+        for begin, end in self.pinned:
+            if begin <= address < end:
+                return cuda.Allocation(begin, end, devices.CPU, 0)
+        return None
+
+    def copy(self, destination, source, size, stream, device):
+        """A copy by the driver, which does not cross the edges of pinned memory."""
+        del stream, device
+        for at in (destination, source):
+            pieces = {self.allocation(byte) for byte in (at, at + size - 1)}
+            assert len(pieces) == 1, "invalid argument"
+        self.copies.append((destination, source, size))
 
     def take(self):
         """The launches since the last time."""

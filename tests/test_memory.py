@@ -664,6 +664,88 @@ def test_known_signatures_do_not_vouch_for_other_caches(torch, recorder):
     assert not recorder.take()
 
 
+# --- host memory that is pinned in pieces ---------------------------------------------------------
+
+
+def run_copies(recorder):
+    """Do what the driver was told."""
+    for destination, source, size in recorder.copies:
+        ctypes.memmove(destination, source, size)
+    recorder.copies.clear()
+
+
+@pytest.mark.parametrize("to_host", [True, False])
+@pytest.mark.parametrize("dense", [True, False])
+def test_swaps_of_memory_that_is_pinned_in_pieces(torch, recorder, rng, to_host, dense):
+    """Blocks that the GPU does not reach never go to the kernel, and no copy crosses an edge."""
+    recorder.host = ("dst",) if to_host else ("src",)
+    for _ in range(60):
+        layers = [torch.from_numpy(rng.integers(0, 256, (8, 2, 48), np.uint8)) for _ in range(4)]
+        if not dense:
+            layers = [layer[:, :, :32] for layer in layers]
+        sources, destinations = layers[:2], layers[2:]
+        host = destinations if to_host else sources
+        recorder.pinned = []
+        for array in host:
+            begin, size = array.data_ptr(), array.untyped_storage().nbytes()
+            edges = np.sort(rng.choice(np.arange(1, size // 16), 3, replace=False)) * 16
+            cuts = begin + np.array([0, *edges, size])
+            kept = rng.random(4) < [0.9, 0.6, 0.6, 0.9]
+            recorder.pinned += [tuple(map(int, cuts[i : i + 2])) for i in range(4) if kept[i]]
+        whole = True
+        for array in host:
+            begin = array.data_ptr()
+            end = begin + 8 * 2 * 48 - (0 if dense else 16)
+            pinned = [min(end, last) - first for first, last in recorder.pinned
+                      if begin <= first < end]  # fmt: skip
+            whole &= sum(pinned) == end - begin
+        pairs = list(zip(rng.permutation(8).tolist(), rng.permutation(8).tolist()))[:5]
+        expected = [layer.clone() for layer in destinations]
+        for before, layer in zip(sources, expected):
+            for of, to in pairs:
+                layer[to] = before[of]
+        cc.swap_blocks(sources, destinations, pairs)
+        if recorder.take():
+            assert whole and not recorder.copies
+            continue
+        run_copies(recorder)
+        assert all(map(torch.equal, destinations, expected))
+
+
+def test_memory_that_is_no_longer_pinned(torch, recorder):
+    """What was found out once is not believed for ever."""
+    recorder.host = ("dst",)
+    source, host = torch.ones(4, 64), torch.zeros(4, 64)
+    for _ in range(3):
+        cc.swap_blocks(source, host, [(0, 1)])
+        assert recorder.take() and not recorder.copies
+    recorder.pinned = []
+    cc.swap_blocks(source, host, [(0, 1)])
+    assert not recorder.take() and recorder.copies
+
+
+def test_a_buffer_that_is_pinned_in_pieces(torch, recorder, monkeypatch):
+    """All its pieces, or it is staged."""
+    recorder.host = ("out",)
+    staged = []
+    monkeypatch.setattr(
+        "cupy_cache.ops.shared.packing.Plan._run_staged", lambda *given: staged.append(1)
+    )
+    cache, out = torch.ones(8, 64), torch.zeros(4 * 64)
+    begin, size = out.data_ptr(), 4 * 4 * 64
+    for pieces, whole in (
+        ([(0, 512), (512, 1024)], True),
+        ([(0, 256), (512, 1024)], False),
+        ([(0, 512)], False),
+        ([(0, 256), (256, 512), (512, 1024)], True),
+    ):
+        recorder.pinned = [(begin + first, begin + last) for first, last in pieces]
+        staged.clear()
+        cc.pack_blocks([cache], [1, 3, 5, 7], out)
+        assert size == 1024
+        assert bool(recorder.take()) == whole and bool(staged) != whole
+
+
 # --- what is remembered of types ------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ from ..types import ArrayLike, Layers, Pairs, StreamLike
 from .shared import blocks, mappings
 
 NAME = "swap_blocks"
+MAX_PINNED = 1024
 
 
 @overload
@@ -149,6 +150,7 @@ class _Plan:
         self._from, self._to = first.source.device, first.destination.device
         gpus = [device.index for device in (self._from, self._to) if device.kind == "cuda"]
         self._gpu = gpus[0] if gpus else None
+        self._pinned = set()  # addresses of arrays that were found to be pinned as a whole
         if self._gpu is not None:
             self._make_kernel()
 
@@ -208,7 +210,10 @@ class _Plan:
     def _over_the_bus(self, sides, pairs, stream):
         to_host = self._to.kind == "cpu"
         host = sides[to_host]
-        mapped = [driver.active.mapped_address(address, self._gpu) for address in host]
+        mapped = [
+            self._mapped(self._tensors[at % len(self._tensors)], address, to_host)
+            for at, address in enumerate(host)
+        ]
         if None in mapped:
             logger.warning(
                 "%s: host memory is not pinned; the driver stages each copy, and may wait", NAME
@@ -223,6 +228,24 @@ class _Plan:
         for at, layer in enumerate(zip(*sides)):
             for run in runs:
                 self._copy_run(self._tensors[at % len(self._tensors)], *layer, *run, stream)
+
+    def _mapped(self, tensor, address, to_host):
+        """The address at which the GPU reaches an array in host memory; None if it is not pinned as
+        a whole. That is found out once: afterwards one byte is asked about, in a third of the
+        time."""
+        mapped = driver.active.mapped_address(address, self._gpu)
+        if mapped is None:
+            self._pinned.discard(address)
+            return None
+        if address not in self._pinned:
+            array = tensor.destination if to_host else tensor.source
+            low, high = blocks.extent(array)
+            if blocks.mapped_range(address + low, high - low) != mapped + low:
+                return None
+            if len(self._pinned) >= MAX_PINNED:
+                self._pinned.clear()
+            self._pinned.add(address)
+        return mapped
 
     def _split(self, pairs):
         """Runs (source, destination, blocks) long enough for the copy engines, and the rest."""
@@ -244,13 +267,21 @@ class _Plan:
             destination + to * size, source + first * size, count * size, stream, self._gpu
         )
 
+    def _copy_pieces(self, source, destination, size, block, stream):
+        """Copy from or to host memory, of which parts may be pinned."""
+        host = destination if self._to.kind == "cpu" else source
+        for at, length in blocks.pieces(host, size, block):
+            driver.active.copy(destination + at, source + at, length, stream, self._gpu)
+
     def _by_driver(self, sources, destinations, pairs, stream):
         for at, layer in enumerate(zip(sources, destinations)):
             tensor = self._tensors[at % len(self._tensors)]
             g = tensor.geometry
             if tensor.dense:
-                for run in zip(*(numbers.tolist() for numbers in mappings.runs(pairs))):
-                    self._copy_run(tensor, *layer, *run, stream)
+                size = g.bytes
+                for first, to, count in zip(*(n.tolist() for n in mappings.runs(pairs))):
+                    of, onto = layer[0] + first * size, layer[1] + to * size
+                    self._copy_pieces(of, onto, count * size, size, stream)
                 continue
             for first, to in zip(*pairs.tolist()):
                 for outer in range(g.outer):
@@ -259,7 +290,7 @@ class _Plan:
                             base + block * s[0] + outer * s[1] + middle * s[2]
                             for base, block, s in zip(layer, (first, to), (g.source, g.destination))
                         )
-                        driver.active.copy(onto, of, g.run, stream, self._gpu)
+                        self._copy_pieces(of, onto, g.run, g.run, stream)
 
 
 def _plan(op, described, options):

@@ -81,11 +81,38 @@ def pointer_tables(addresses, tensors):
     return tables
 
 
-def mapped_range(address, size, device):
-    """The address at which GPU ``device`` reaches these bytes of host memory; None if they are not
-    pinned from the first to the last."""
-    first, last = (driver.active.mapped_address(a, device) for a in (address, address + size - 1))
-    return first if None not in (first, last) and last - first == size - 1 else None
+def mapped_range(address, size):
+    """The address at which GPUs reach these bytes of host memory; None if they are not pinned from
+    the first to the last, though in several pieces, or not reached in one."""
+    shift, at = None, address
+    while at < address + size:
+        found = driver.active.allocation(at)
+        if found is None or found.device.kind != "cpu" or shift not in (None, found.shift):
+            return None
+        shift, at = found.shift, max(found.end, at + 1)
+    return address + (shift or 0)
+
+
+def pieces(address, size, block):
+    """Cuts bytes of host memory, of blocks of so many, where pinned memory begins or ends: yields
+    (offset, length). A copy by the driver must not cross such an edge. Asked about are the first
+    and the last byte of what is left of a block."""
+    begin = at = address
+    while at < address + size:
+        found = driver.active.allocation(at)
+        if found is not None:
+            if begin < at:
+                yield begin - address, at - begin
+            begin, at = at, min(max(found.end, at + 1), address + size)
+            yield begin - address, at - begin
+            begin = at
+            continue
+        end = at + block - (at - address) % block
+        while (last := driver.active.allocation(end - 1)) is not None and last.start > at:
+            end = last.start
+        at = end
+    if begin < at:
+        yield begin - address, at - begin
 
 
 # --- what a block looks like ----------------------------------------------------------------------

@@ -299,7 +299,7 @@ class Plan:
         (address,) = buffer
         if self.buffer.device.kind == "cpu":
             size = items * work.item_bytes
-            mapped = blocks.mapped_range(address, size, self.device.index)
+            mapped = blocks.mapped_range(address, size)
             if mapped is None:
                 self._run_staged(work, addresses, address)
                 return
