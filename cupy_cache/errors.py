@@ -24,11 +24,11 @@ class ShapeError(ArgumentError):
     """Wrong rank or extent."""
 
 
-class StrideError(ArgumentError):
+class StrideError(ArgumentError, RuntimeError):
     """The memory of an array is not laid out as the operation needs it."""
 
 
-class DeviceError(ArgumentError):
+class DeviceError(ArgumentError, RuntimeError):
     """Arrays live on different devices, or on one the operation cannot use."""
 
 

@@ -2,7 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The common cases are right wherever they run, and none is missing."""
 
+import functools
+import inspect
+
 import cases
+import numpy as np
 import pytest
 import worlds
 
@@ -25,28 +29,64 @@ def test_every_operation_has_a_case():
     assert operations == found, f"in tests/cases.py: {operations ^ found}"
 
 
+class Index:
+    """What is an integer by its `__index__` alone."""
+
+    def __init__(self, value):
+        self._value = value
+
+    def __index__(self):
+        return self._value
+
+
 @pytest.mark.whole
 @pytest.mark.parametrize("name", cases.CASES)
-def test_options_that_are_numbers_go_with_their_types(name, rng, monkeypatch):
-    """By `dispatch.exact`: True and 1.0 equal 1, and would find the plan that was made for it."""
+@pytest.mark.parametrize("kind", [np.int64, np.uint8, np.array, Index], ids=lambda k: k.__name__)
+def test_options_have_one_form(name, kind, monkeypatch):
+    """Integers of whatever kind become Python's before anything is remembered: True and 1.0 equal
+    1, and would find the plan that was made for it."""
     seen, call = [], dispatch.Op.__call__
 
-    def noting(op, objects, options=(), *more):
-        seen.append(options)
-        call(op, objects, options, *more)
+    def noting(op, objects, options=(), stream=None, scalars=()):
+        seen.append((options, list(map(type, flat(options))), list(map(type, flat(scalars)))))
+        call(op, objects, options, stream, scalars)
+
+    def run():
+        seen.clear()
+        cases.CASES[name](np.random.default_rng(0)).call(worlds.NumPyWorld())
+        return list(seen)
 
     monkeypatch.setattr(dispatch.Op, "__call__", noting)
-    cases.CASES[name](rng).call(worlds.NumPyWorld())
-    assert seen and not any(map(list, map(loose_numbers, seen)))
+    expected = run()
+    assert expected and not any(float in kinds for _, kinds, _ in expected)
+    for given in cc.__all__:
+        public = getattr(cc, given)
+        if inspect.isfunction(public):
+            monkeypatch.setattr(cc, given, with_integers(public, kind))
+    assert run() == expected
 
 
-def loose_numbers(options):
-    """Numbers in options, which may be nested, that stand without their types."""
-    if isinstance(options, tuple):
-        match options:
-            case (tuple() as values, tuple() as types) if types == tuple(map(type, values)):
-                return
-        for option in options:
-            yield from loose_numbers(option)
-    elif isinstance(options, (int, float)) and not isinstance(options, bool):
-        yield options
+def flat(options):
+    """Options, which may be nested."""
+    for option in options:
+        if isinstance(option, (tuple, list)):
+            yield from flat(option)
+        else:
+            yield option
+
+
+def with_integers(function, kind):
+    """``function``, which gets its integers as ``kind``."""
+
+    def changed(value):
+        if type(value) is int and value >= 0:
+            return kind(value)
+        if isinstance(value, list) and value and all(type(item) is int for item in value):
+            return value if min(value) < 0 else [kind(item) for item in value]
+        return value
+
+    @functools.wraps(function)
+    def wrapper(*args, **named):
+        return function(*map(changed, args), **{name: changed(v) for name, v in named.items()})
+
+    return wrapper

@@ -67,8 +67,8 @@ def as_tensor(value):
 def translate(name, signature, args, options):
     """A public function's call as an operation's: (the name with its overload, args, options)."""
     given = dict(signature.bind(*args, **options).arguments)
-    if "block_mapping" in given and name == "swap_blocks":
-        (given["block_mapping"],) = given["block_mapping"]
+    if "size_and_mapping" in given:
+        (given["block_mapping"],) = given.pop("size_and_mapping")
     for argument, value in list(given.items()):
         if isinstance(value, np.ndarray):
             given[argument] = as_tensor(value)
@@ -611,10 +611,11 @@ def test_arguments_are_those_of_the_function(name):
     wanted = dict(inspect.signature(getattr(cc, packet)).parameters)
     del wanted["stream"]
     if packet == "swap_blocks":
+        del wanted["size_and_mapping"]
         mapping, size = wanted.pop("block_mapping"), wanted.pop("block_size_in_bytes")
         if which == "sized":
             wanted["block_size_in_bytes"] = positional(size)
-        wanted["block_mapping"] = mapping
+        wanted["block_mapping"] = positional(mapping)
     if "out" in wanted and packet in torch_ops._RESULTS:
         out = wanted.pop("out")
         if which == "out":

@@ -98,6 +98,11 @@ def alibi_bias(
     if stream is not None:
         stream = streams.pointer(stream)
     wanted = _dtype(dtype)
+    options = (
+        wanted and wanted.name,
+        contract.flag(NAME, "sqrt", sqrt),
+        contract.flag(NAME, "causal", causal),
+    )
     if out is None:
         like = arrays.view(query_positions, f"{NAME}: query_positions")
         heads, keys = (
@@ -111,7 +116,6 @@ def alibi_bias(
         shape = *heads.shape, *like.shape, *keys.shape
         made_of = wanted or formats.DTYPES["float32"]
         out = streams.empty(like.framework, like.device, shape, made_of, stream)
-    options = wanted and wanted.name, bool(sqrt), bool(causal)
     OP((slopes, query_positions, key_positions, out), options, stream)
     return out
 
@@ -120,7 +124,10 @@ def _dtype(dtype):
     """The `formats.DType` asked for, if any."""
     if dtype is None:
         return None
-    found = formats.dtype_named(dtype)
+    try:
+        found = formats.dtype_named(dtype)
+    except ArgumentError:
+        found = None
     if found not in formats.FLOATS:
         raise ArgumentError(
             f"{NAME}: Invalid value of dtype: expected one of "

@@ -8,6 +8,7 @@ the same array and launches nothing.
 
 from __future__ import annotations
 
+import numbers
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -119,9 +120,9 @@ def alibi_slopes(
     array([0.5  , 0.25 , 0.125], dtype=float32)
     """
     op = "alibi_slopes"
-    check = contract.Contract(op)
-    for name, value in (("num_heads", num_heads), ("tp_size", tp_size)):
-        check.positive(name, value)
+    num_heads = contract.integer(op, "num_heads", num_heads, 1)
+    tp_size = contract.integer(op, "tp_size", tp_size, 1)
+    tp_rank = contract.integer(op, "tp_rank", tp_rank)
     if num_heads > MAX_HEADS:
         raise ArgumentError(
             f"{op}: Invalid value of num_heads: expected at most {MAX_HEADS}, got {num_heads}"
@@ -131,16 +132,18 @@ def alibi_slopes(
             f"{op}: Invalid value of tp_size: expected a divisor of num_heads = {num_heads}, got "
             f"{tp_size}"
         )
-    if isinstance(tp_rank, bool) or not isinstance(tp_rank, int) or not 0 <= tp_rank < tp_size:
+    if not 0 <= tp_rank < tp_size:
         raise ArgumentError(
             f"{op}: Invalid value of tp_rank: expected an integer in 0..{tp_size - 1}, got "
             f"{tp_rank!r}"
         )
-    if not isinstance(max_bias, (int, float)) or not 0 < max_bias <= MAX_BIAS:
+    is_number = isinstance(max_bias, numbers.Real) and not isinstance(max_bias, bool)
+    if not is_number or not 0 < max_bias <= MAX_BIAS:
         raise ArgumentError(
             f"{op}: Invalid value of max_bias: expected a number above 0 and at most {MAX_BIAS:g}, "
             f"got {max_bias!r}"
         )
+    max_bias = float(max_bias)
     power = 1 << (num_heads.bit_length() - 1)
     count = num_heads // tp_size
     scalars = count, tp_rank * count, power, max_bias / (2 * power)

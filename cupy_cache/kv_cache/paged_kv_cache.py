@@ -166,7 +166,7 @@ class PagedKVCache:
         swap_blocks.OP(
             (self.key_caches, other.key_caches, self.value_caches, other.value_caches,
              block_mapping),
-            dispatch.exact(None),
+            (None,),
             stream,
         )  # fmt: skip
 

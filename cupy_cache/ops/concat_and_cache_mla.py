@@ -89,7 +89,8 @@ def concat_and_cache_mla(
     one part in 2047 away from it, and both ways give the same bytes for every input. NaN does not
     count for ``a`` and is stored as 0x7f; an infinite value makes its tile's scale infinite.
     """
-    array, scalars = scales_of("scale", kv_cache_dtype, None if skip_scale else scale)
+    skip = contract.flag("concat_and_cache_mla", "skip_scale", skip_scale)
+    array, scalars = scales_of("scale", kv_cache_dtype, None if skip else scale)
     OP((kv_c, k_pe, kv_cache, slot_mapping, *array), (kv_cache_dtype, scale_rule), stream, scalars)
 
 
@@ -104,7 +105,7 @@ def scales_of(name, kv_cache_dtype, scale):
 def _plan(op, described, options):
     kv_c, k_pe, kv_cache, slot_mapping, scale = described
     kv_cache_dtype, scale_rule = options
-    if scale_rule not in SCALE_RULES:
+    if not isinstance(scale_rule, str) or scale_rule not in SCALE_RULES:
         raise ArgumentError(
             f"{op.name}: Invalid value of scale_rule: expected {' or '.join(SCALE_RULES)}, got "
             f"{scale_rule!r}"
@@ -209,4 +210,5 @@ OP = dispatch.Op(
     plan=_plan,
     destination=2,
     count=_count,
+    options=("kv_cache_dtype", "scale_rule"),
 )

@@ -13,6 +13,7 @@ from ..types import ArrayLike, Layers, StreamLike
 from .shared import mla
 
 NAME = "concat_and_cache_mla_grouped"
+GEOMETRY = ("block_size", "block_stride", "entry_stride", "num_blocks")
 INT64 = formats.DTYPES["int64"]
 UINT8 = formats.DTYPES["uint8"]
 
@@ -84,10 +85,8 @@ def concat_and_cache_mla_grouped(
         caches, addresses = None, kv_cache_ptrs
     elif not kv_cache_ptrs:
         raise ShapeError(f"{NAME}: Invalid length of kv_cache_ptrs: expected caches, got none")
-    options = (
-        kv_cache_dtype,
-        dispatch.exact(block_size, block_stride, entry_stride, num_blocks),
-    )
+    geometry = block_size, block_stride, entry_stride, num_blocks
+    options = kv_cache_dtype, contract.integers(NAME, GEOMETRY, geometry)
     OP((kv_c, k_pe, caches, addresses, slot_mapping, kv_scales), options, stream)
 
 
@@ -96,7 +95,6 @@ class _Plan:
 
     def __init__(self, described, kv_cache_dtype, geometry):
         kv_c, k_pe, caches, addresses, slot_mapping, scales = described
-        geometry, _ = geometry
         fmt = formats.cache_format(NAME, kv_cache_dtype)
         check = contract.Contract(NAME)
         check.shape("kv_c", kv_c, "num_layers _ kv_lora_rank")
@@ -197,7 +195,7 @@ class _Plan:
 
 def _behind_addresses(check, addresses, kv_c, k_pe, fmt, geometry):
     """The description of the caches whose addresses an array holds."""
-    for name, value in zip(("block_size", "block_stride", "entry_stride", "num_blocks"), geometry):
+    for name, value in zip(GEOMETRY, geometry):
         if value is None:
             raise ArgumentError(
                 f"{NAME}: Invalid value of {name}: expected a positive integer, got None; caches "
@@ -274,4 +272,5 @@ OP = dispatch.Op(
     plan=_plan,
     destination=(2, 3),
     count=_count,
+    options=("kv_cache_dtype",),
 )

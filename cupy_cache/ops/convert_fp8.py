@@ -163,4 +163,5 @@ OP = dispatch.Op(
     plan=_plan,
     destination=0,
     count=_count,
+    options=("kv_dtype",),
 )

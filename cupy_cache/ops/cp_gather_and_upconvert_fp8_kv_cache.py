@@ -76,7 +76,7 @@ def cp_gather_and_upconvert_fp8_kv_cache(
     reading of rows from host memory (the arguments ``host_cache``, ``host_row_ids`` and
     ``device_row_ids``), which is not offered.
     """
-    batch_size = gathering.whole_number(NAME, "batch_size", batch_size)
+    batch_size = contract.integer(NAME, "batch_size", batch_size, 0)
     arrays = src_cache, dst, block_table, workspace_starts, seq_starts
     OP(arrays, (rope_dtype,), stream, (0.0, batch_size))
 
@@ -96,7 +96,7 @@ def _plan(op, described, options):
     check.aligned("dst", dst)
     if rope_dtype is None:
         rope_dtype = dst.dtype.name if dst.dtype.bytes == 2 else "bfloat16"
-    if rope_dtype not in ROPE_DTYPES:
+    if not isinstance(rope_dtype, str) or rope_dtype not in ROPE_DTYPES:
         raise ArgumentError(
             f"{op.name}: Invalid value of rope_dtype: expected {' or '.join(ROPE_DTYPES)}, got "
             f"{rope_dtype!r}"
@@ -140,4 +140,4 @@ def _count(extents, batch_size):
     return rows if batch_size else 0, batch_size
 
 
-OP = gathering.op(NAME, _plan, _count, bounds="workspace_starts")
+OP = gathering.op(NAME, _plan, _count, bounds="workspace_starts", options=("rope_dtype",))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from ..errors import ArgumentError
+from ..runtime import contract
 from ..types import ArrayLike, StreamLike
 from .shared import gathering
 
@@ -57,7 +58,7 @@ def cp_gather_cache(
     Names, order and meaning are those of vLLM's cache operation of the same name. Elements may have
     any size, and offsets into ``dst`` are not limited to 31 bits.
     """
-    batch_size = gathering.whole_number("cp_gather_cache", "batch_size", batch_size)
+    batch_size = contract.integer("cp_gather_cache", "batch_size", batch_size, 0)
     arrays = src_cache, dst, block_table, cu_seq_lens, seq_starts
     OP(arrays, (), stream, (0.0, batch_size))
 

@@ -74,7 +74,7 @@ def gather_and_maybe_dequant_cache(
     Names, order and meaning are those of vLLM's cache operation of the same name (0.33).
     """
     del token_to_seq
-    num_tokens = gathering.whole_number(NAME, "num_tokens", num_tokens)
+    num_tokens = contract.integer(NAME, "num_tokens", num_tokens, 0)
     array, number = None, 0.0
     if formats.is_scaled(kv_cache_dtype):
         array, number = contract.split_scale(NAME, "scale", scale)
@@ -98,5 +98,8 @@ def _count(extents, num_tokens):
 
 
 OP = gathering.op(
-    NAME, lambda op, described, options: gathering.plan(op, described, *options), _count
+    NAME,
+    lambda op, described, options: gathering.plan(op, described, *options),
+    _count,
+    options=("layout", "kv_cache_dtype"),
 )

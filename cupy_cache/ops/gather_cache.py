@@ -90,5 +90,8 @@ def _count(extents):
 
 
 OP = gathering.op(
-    "gather_cache", lambda op, described, options: gathering.plan(op, described, *options), _count
+    "gather_cache",
+    lambda op, described, options: gathering.plan(op, described, *options),
+    _count,
+    options=("layout",),
 )

@@ -82,19 +82,19 @@ def indexer_k_quant_and_cache(
     quant block infinite ("mxfp8": 255, which UE8M0 reads as NaN); it is stored as 0x7f, its finite
     neighbours as zeros.
     """
-    OP((k, kv_cache, slot_mapping), (dispatch.exact(quant_block_size), kv_cache_dtype), stream)
+    quant_block_size = contract.integer(OP.name, "quant_block_size", quant_block_size, 1)
+    OP((k, kv_cache, slot_mapping), (quant_block_size, kv_cache_dtype), stream)
 
 
 def _plan(op, described, options):
     k, kv_cache, slot_mapping = described
-    ((quant_block_size,), _), kv_cache_dtype = options
-    if kv_cache_dtype not in SCALES:
+    quant_block_size, kv_cache_dtype = options
+    if not isinstance(kv_cache_dtype, str) or kv_cache_dtype not in SCALES:
         raise ArgumentError(
             f"{op.name}: Invalid value of kv_cache_dtype: expected one of {', '.join(SCALES)}, got "
             f"{kv_cache_dtype!r}"
         )
     check = contract.Contract(op.name)
-    check.positive("quant_block_size", quant_block_size)
     check.shape("k", k, "_ head_size")
     check.shape("slot_mapping", slot_mapping, "_")
     head_size = k.shape[1]
@@ -180,4 +180,5 @@ OP = dispatch.Op(
     plan=_plan,
     destination=1,
     count=_count,
+    options=("quant_block_size", "kv_cache_dtype"),
 )

@@ -6,6 +6,7 @@ to another machine, or storing it."""
 from __future__ import annotations
 
 from ..errors import ArgumentError
+from ..runtime import contract
 from ..types import ArrayLike, Indices, LayersOrPairs, PackedLayout, StreamLike
 from .shared import packing
 
@@ -193,10 +194,7 @@ def packed_size(
             f"{num_blocks} and {num_tokens}"
         )
     name, count = ("num_blocks", num_blocks) if num_tokens is None else ("num_tokens", num_tokens)
-    if isinstance(count, bool) or not isinstance(count, int) or count < 0:
-        raise ArgumentError(
-            f"{op}: Invalid value of {name}: expected an integer of at least 0, got {count!r}"
-        )
+    count = contract.integer(op, name, count, 0)
     operation = SIZE_OF_BLOCKS if num_tokens is None else SIZE_OF_TOKENS
     return count * operation.item_bytes(caches)
 

@@ -87,7 +87,12 @@ def reshape_and_cache(
     """
     arrays, scalars = contract.split_scales(NAME, kv_cache_dtype, k_scale, v_scale)
     objects = (key, value, key_cache, value_cache, slot_mapping, *arrays)
-    OP(objects, (kv_cache_dtype, bool(interleaved_v)), stream, scalars)
+    OP(
+        objects,
+        (kv_cache_dtype, contract.flag(NAME, "interleaved_v", interleaved_v)),
+        stream,
+        scalars,
+    )
 
 
 def _plan(op, described, options):
@@ -193,4 +198,5 @@ OP = dispatch.Op(
     plan=_plan,
     destination=2,
     count=contract.slot_count(NAME),
+    options=("kv_cache_dtype",),
 )

@@ -82,7 +82,11 @@ def reshape_and_cache_flash(
 
     Names, order and meaning are those of vLLM's cache operation of the same name.
     """
-    if kv_cache_dtype in formats.RAW:  # the usual case, without ado
+    try:
+        raw = kv_cache_dtype in formats.RAW
+    except TypeError:  # no name: the call says so
+        raw = True
+    if raw:  # the usual case, without ado
         OP((key, value, key_cache, value_cache, slot_mapping), (kv_cache_dtype,), stream)
         return
     arrays, scalars = contract.split_scales(NAME, kv_cache_dtype, k_scale, v_scale)
@@ -167,4 +171,5 @@ OP = dispatch.Op(
     plan=_plan,
     destination=2,
     count=contract.slot_count(NAME),
+    options=("kv_cache_dtype",),
 )

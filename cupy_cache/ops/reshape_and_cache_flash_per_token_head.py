@@ -167,4 +167,5 @@ OP = dispatch.Op(
     plan=_plan,
     destination=2,
     count=contract.slot_count(NAME, scales=0),
+    options=("kv_cache_dtype",),
 )

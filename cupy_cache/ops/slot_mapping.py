@@ -30,6 +30,7 @@ PARAMS = params.Struct(
     constant="position_stride:i64 block_limit:i64 block_size:i64 "
     "cp_world_size:i64 cp_rank:i64 cp_interleave:i64",
 )
+OPTIONS = ("block_size", "cp_world_size", "cp_rank", "cp_interleave")
 MAX_THREADS = 256
 INT64 = formats.DTYPES["int64"]
 
@@ -99,19 +100,20 @@ def slot_mapping(
 
     The formulas are those of vLLM's block tables.
     """
+    given = block_size, cp_world_size, cp_rank, cp_interleave
+    options = contract.integers("slot_mapping", OPTIONS, given)
     if stream is not None:
         stream = streams.pointer(stream)
     if out is None:
         like = arrays.view(positions, "slot_mapping: positions")
         out = streams.empty(like.framework, like.device, like.shape[:1], INT64, stream)
-    options = dispatch.exact(block_size, cp_world_size, cp_rank, cp_interleave)
     OP((block_table, positions, query_start_loc, out), options, stream)
     return out
 
 
 def _plan(op, described, options):
     table, positions, starts, out = described
-    (block_size, world, rank, interleave), _ = options
+    block_size, world, rank, interleave = options
     check = contract.Contract(op.name)
     slots.check_ranks(check, world, rank, interleave)
     slots.check_block_size(check, "block_size", block_size, world, interleave)
@@ -166,7 +168,7 @@ def _count(extents, options, scalars):
             f"slot_mapping: Invalid shape of out: expected at least {tokens} entries, as many as "
             f"positions, got [{count}]"
         )
-    (block_size, world, *_), _ = options
+    block_size, world, *_ = options
     limit = slots.position_limit(width, block_size, world)
     return count, (count, requests, tokens, step, limit)
 

@@ -35,6 +35,7 @@ PARAMS = params.Struct(
     tail=f"groups:i64[{MAX_GROUPS * TABLE_WORDS}]",
 )
 MAX_THREADS = 256
+RANKS = ("cp_world_size", "cp_rank", "cp_interleave")
 INT64 = formats.DTYPES["int64"]
 # A disabled group's `FIELDS`.
 DISABLED = (0,) * len(slots.FIELDS)
@@ -115,37 +116,38 @@ def slot_mapping_groups(
     groups = len(block_tables)
     if not groups:
         raise ShapeError(f"{NAME}: Invalid length of block_tables: expected tables, got none")
+    all_of_them = (True,) * groups
+    options = (
+        _each("block_sizes", block_sizes, groups, contract.integer),
+        all_of_them if enabled is None else _each("enabled", enabled, groups, contract.flag),
+        all_of_them if sharded is None else _each("sharded", sharded, groups, contract.flag),
+        contract.integers(NAME, RANKS, (cp_world_size, cp_rank, cp_interleave)),
+    )
     if stream is not None:
         stream = streams.pointer(stream)
     if out is None:
         like = arrays.view(positions, f"{NAME}: positions")
         shape = groups, *like.shape[:1]
         out = streams.empty(like.framework, like.device, shape, INT64, stream)
-    options = (
-        _each("block_sizes", block_sizes, groups),
-        _each("enabled", (True,) * groups if enabled is None else enabled, groups),
-        _each("sharded", (True,) * groups if sharded is None else sharded, groups),
-        dispatch.exact(cp_world_size, cp_rank, cp_interleave),
-    )
     OP((block_tables, idx_mapping, positions, query_start_loc, out), options, stream)
     return out
 
 
-def _each(name, values, groups):
-    """A value for each group, as `dispatch.exact` options."""
+def _each(name, values, groups, normal):
+    """A value for each group, in its normal form, which is what ``normal`` makes of it."""
     if not isinstance(values, (list, tuple)) or len(values) != groups:
         raise ArgumentError(
             f"{NAME}: Invalid value of {name}: expected a list of {groups} values, one for each of "
             f"block_tables, got {values!r}"
         )
-    return dispatch.exact(*values)
+    return tuple([normal(NAME, f"{name}[{at}]", value) for at, value in enumerate(values)])
 
 
 class _Plan:
     """How the slots of all groups are computed."""
 
     def __init__(self, op, described, options):
-        (block_sizes, enabled, sharded, ranks), _ = zip(*options)
+        block_sizes, enabled, sharded, ranks = options
         groups = len(block_sizes)
         check = contract.Contract(NAME)
         slots.check_ranks(check, *ranks)

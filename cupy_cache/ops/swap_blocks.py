@@ -5,12 +5,12 @@
 from __future__ import annotations
 
 import math
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
 from .. import cpu
-from ..errors import DeviceError, ShapeError
+from ..errors import ArgumentError, DeviceError, ShapeError
 from ..runtime import arrays, contract, dispatch, driver, formats, launch
 from ..runtime.log import logger
 from ..types import ArrayLike, Layers, Pairs, StreamLike
@@ -25,7 +25,6 @@ def swap_blocks(
     src: ArrayLike | Layers,
     dst: ArrayLike | Layers,
     block_mapping: Pairs,
-    /,
     *,
     block_size_in_bytes: int | None = None,
     stream: StreamLike | None = None,
@@ -36,15 +35,15 @@ def swap_blocks(
     dst: ArrayLike | Layers,
     block_size_in_bytes: int | None,
     block_mapping: Pairs,
-    /,
     *,
     stream: StreamLike | None = None,
 ) -> None: ...
 def swap_blocks(
     src: ArrayLike | Layers,
     dst: ArrayLike | Layers,
-    *block_mapping: Pairs | int | None,
-    block_size_in_bytes: int | None = None,
+    *size_and_mapping: Any,
+    block_mapping: Any = None,
+    block_size_in_bytes: Any = None,
     stream: StreamLike | None = None,
 ) -> None:
     """Copy blocks ``src[i]`` -> ``dst[j]`` for each pair (i, j) of the mapping (not an exchange).
@@ -77,17 +76,32 @@ def swap_blocks(
     CupyCacheError
         One of its kinds, before anything is written.
     """
-    if len(block_mapping) == 2:
-        block_size_in_bytes, block_mapping = block_mapping
-    elif len(block_mapping) == 1:
-        (block_mapping,) = block_mapping
-    else:
-        raise TypeError(f"{NAME}() takes block_mapping, or block_size_in_bytes and block_mapping")
+    size, block_mapping = _size_and_mapping(*size_and_mapping, block_size_in_bytes, block_mapping)
+    if size is not None:
+        size = contract.integer(NAME, "block_size_in_bytes", size, 1)
     if not isinstance(src, (list, tuple)):
         src = [src]
     if not isinstance(dst, (list, tuple)):
         dst = [dst]
-    OP((src, dst, None, None, block_mapping), dispatch.exact(block_size_in_bytes), stream)
+    OP((src, dst, None, None, block_mapping), (size,), stream)
+
+
+def _size_and_mapping(*given):
+    """Of what was given by place and, last, the two by name: (block_size_in_bytes,
+    block_mapping)."""
+    *by_place, size, mapping = given
+    if len(by_place) == 1 and mapping is not None and size is None:
+        return by_place[0], mapping
+    if len(by_place) == 1 and mapping is None:
+        return size, by_place[0]
+    if len(by_place) == 2 and size is mapping is None:
+        return by_place
+    if by_place:
+        raise ArgumentError(
+            f"{NAME}: Invalid value of block_mapping: expected it once, with block_size_in_bytes "
+            "or without, got more arguments than that"
+        )
+    return size, mapping
 
 
 class _Tensor:
@@ -95,7 +109,6 @@ class _Tensor:
 
     def __init__(self, check, names, source, destination, block_size_in_bytes):
         if block_size_in_bytes is not None:
-            check.positive("block_size_in_bytes", block_size_in_bytes)
             for name, array in zip(names, (source, destination)):
                 check.contiguous(name, array, len(array.shape))
             source = _as_blocks_of_bytes(source, block_size_in_bytes)
@@ -295,7 +308,7 @@ class _Plan:
 
 def _plan(op, described, options):
     del op
-    (block_size_in_bytes,), _ = options
+    (block_size_in_bytes,) = options
     return _Plan(described, block_size_in_bytes)
 
 

@@ -8,6 +8,7 @@ paid once, so it may be thorough.
 
 import math
 import numbers
+import operator
 
 from ..errors import ArgumentError, DeviceError, DTypeError, ShapeError, StrideError
 from . import arrays, formats
@@ -191,11 +192,64 @@ class Contract:
         return array.strides[0] if array.shape == (heads,) and heads > 1 else 0
 
     def positive(self, name, value):
-        """Require a positive integer."""
-        if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        """Require a positive number; ``value`` is an integer."""
+        if value <= 0:
             raise ArgumentError(
-                f"{self.op}: Invalid value of {name}: expected a positive integer, got {value!r}"
+                f"{self.op}: Invalid value of {name}: expected a positive integer, got {value}"
             )
+
+
+def integer(op, name, value, least=None):
+    """``value`` as a Python integer, of at least ``least``: whatever has ``__index__`` is taken,
+    NumPy's integers and arrays of a single one too, but no boolean."""
+    found = value
+    if type(value) is not int:
+        try:
+            if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+                raise TypeError("a boolean")
+            found = operator.index(value)
+        except Exception as error:
+            raise ArgumentError(
+                f"{op}: Invalid value of {name}: expected an integer, got {_shown(value)}"
+            ) from error
+    if least is not None and found < least:
+        kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+        raise ArgumentError(f"{op}: Invalid value of {name}: expected {kind}, got {found}")
+    return found
+
+
+def integers(op, names, values):
+    """``values``, those of the arguments ``names``, as Python integers; None stays None. Options
+    have one form before anything is remembered of them: True and 1.0 equal 1."""
+    if set(map(type, values)) <= {int, _NONE}:
+        return values
+    return tuple(
+        None if value is None else integer(op, name, value) for name, value in zip(names, values)
+    )
+
+
+_NONE = type(None)
+
+
+def flag(op, name, value):
+    """``value`` as True or False, whichever it counts as."""
+    if type(value) is bool:
+        return value
+    try:
+        return bool(value)
+    except Exception as error:
+        raise ArgumentError(
+            f"{op}: Invalid value of {name}: expected True or False, got {_shown(value)}"
+        ) from error
+
+
+def _shown(value):
+    """``value`` as errors show it, also if it cannot show itself."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"an object of type {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_apart(op, name, shape, strides, size):

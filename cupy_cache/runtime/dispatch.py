@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import DTypeError, ShapeError
+from ..errors import ArgumentError, DTypeError, ShapeError
 from . import apart, arrays, contract, driver, fastpath, indices, lists, plans, streams
 
 
@@ -67,12 +67,6 @@ def forget_everything():
         bound.forget()
 
 
-def exact(*values):
-    """Options that are numbers, with their types: True and 1.0 equal 1, and must not find the plan
-    that was made for it."""
-    return values, tuple(map(type, values))
-
-
 ROWS = arrays.ROWS
 
 
@@ -91,6 +85,8 @@ class Op:
         `arrays.Array`\\ s: the first of a list, at the address of the alignment common to all; None
         for what is absent or in host memory. Checks everything that the signature decides, and
         raises before anything is written.
+    options : tuple of str
+        What the function's arguments are called that are the first of a call's options.
     destination : int or tuple of int
         Indices of arguments; the first of them that is on a GPU decides device and stream.
     count : callable, optional
@@ -108,8 +104,9 @@ class Op:
         plan: Callable,
         destination: int | tuple = 0,
         count: Callable | None = None,
+        options: tuple = (),
     ):
-        self.name, self.args = name, tuple(args)
+        self.name, self.args, self.options = name, tuple(args), options
         self.make_plan, self.count = plan, count
         self.destination = destination if isinstance(destination, tuple) else (destination,)
         self.has_lists = any(arg.layers or arg.chosen for arg in self.args)
@@ -127,13 +124,28 @@ class Op:
         tensors, form = objects, (options, len(objects))
         if self.has_lists:
             objects, tensors, form = fastpath.flattened(self, objects, options)
-        paths = self.fast_paths.forms.get(form, ())
+        try:
+            paths = self.fast_paths.forms.get(form, ())
+        except TypeError as error:
+            raise self.unhashable(options) from error
         for path in paths:
             if path(tensors, scalars, stream, objects):
                 return
         entry = self.run(self.read(objects, stream), objects, options, scalars, stream)
         if entry is not None:
             self.fast_paths.learn(self.fast_paths.of(form), entry, objects, options)
+
+    def unhashable(self, options):
+        """The error for options of which one cannot be hashed, so can be no name."""
+        for name, option in zip(self.options, options):
+            try:
+                hash(option)
+            except TypeError:
+                return ArgumentError(
+                    f"{self.name}: Invalid value of {name}: expected a string, got a "
+                    f"{type(option).__name__}"
+                )
+        raise AssertionError(f"{self.name} has no options {options}")
 
     # --- reading
 
@@ -443,7 +455,10 @@ class Bound:
         self._in_host_memory = None  # (entry, values, tables), see `check`; () for empty lists
         others = [index for index, value in enumerate(self._objects) if value is not None]
         self.found = op.read(self._objects, None, others).found
-        self.fast_paths = op.fast_paths.of(("bound", options, self.given, self._signature()))
+        try:
+            self.fast_paths = op.fast_paths.of(("bound", options, self.given, self._signature()))
+        except TypeError as error:
+            raise op.unhashable(options) from error
         # What fast paths ask for.
         self.addresses = self.tensors = ()
         if not op.has_lists:

@@ -178,7 +178,7 @@ def cache_format(
     """The `CacheFormat` called ``kv_cache_dtype`` in ``table``, which must be one of ``names`` (by
     default all of them); ``argument`` is what the caller calls it."""
     names = tuple(table) if names is None else names
-    if kv_cache_dtype not in names:
+    if not isinstance(kv_cache_dtype, str) or kv_cache_dtype not in names:
         raise ArgumentError(
             f"{op}: Invalid value of {argument}: expected one of {', '.join(names)}, got "
             f"{kv_cache_dtype!r}"
@@ -211,4 +211,4 @@ _SCALED = frozenset(name for name, fmt in CACHE_FORMATS.items() if fmt.stored is
 
 def is_scaled(kv_cache_dtype):
     """Whether ``kv_cache_dtype`` names a format whose elements are converted with a scale."""
-    return kv_cache_dtype in _SCALED
+    return isinstance(kv_cache_dtype, str) and kv_cache_dtype in _SCALED

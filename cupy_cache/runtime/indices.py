@@ -101,7 +101,7 @@ def _pairs(op, name, value):
 
 def _numbers(op, name, value):
     try:
-        table = as_integers(value)
+        table = _as_integers(value)
     except (ValueError, TypeError, OverflowError) as error:
         raise DTypeError(
             f"{op}: Invalid type of {name}: expected integers, got {value!r:.80}"
@@ -113,9 +113,12 @@ def _numbers(op, name, value):
     return table
 
 
-def as_integers(values):
+def _as_integers(values):
     """A sequence of integers, nested or not, as an int64 array; `TypeError`, `ValueError` or
     `OverflowError` where it is something else."""
+    kinds = set(map(type, values))
+    if not kinds <= {int, list, tuple}:  # NumPy would take booleans, and not all that is an integer
+        values = [contract.integer("", "", value) for value in values]
     table = np.array(values)
     if not table.size:
         return table.astype(np.int64)

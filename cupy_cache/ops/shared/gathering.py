@@ -7,7 +7,6 @@ Shared by the operations that differ in their arguments and in what a row is mad
 
 import functools
 import math
-import numbers
 from typing import NamedTuple
 
 from ... import cpu
@@ -30,7 +29,7 @@ SHARING = ("gather_cache", "cp_gather_cache", "gather_and_maybe_dequant_cache")
 MAX_THREADS = 128
 
 
-def op(name, plan, count, bounds="cu_seq_lens"):
+def op(name, plan, count, bounds="cu_seq_lens", options=()):
     """The `dispatch.Op` of an operation; ``bounds`` is what it calls the sequences' first rows.
     ``count(rows of dst, block_table, ``bounds`` and seq_starts, scalars)`` gives the rows to
     process and the sequences; of ``scalars``, the scale is the first."""
@@ -57,6 +56,7 @@ def op(name, plan, count, bounds="cu_seq_lens"):
         plan=plan,
         destination=1,
         count=fields,
+        options=options,
     )
 
 
@@ -103,18 +103,9 @@ def check_sequences(op, sequences, table_rows, starts):
             )
 
 
-def whole_number(op, name, value):
-    """``value`` as an int that is not negative."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
-        raise ArgumentError(
-            f"{op}: Invalid value of {name}: expected an integer of at least 0, got {value!r}"
-        )
-    return int(value)
-
-
 def _check_layout(check, src, dst, layout):
     """The `formats.CacheAxes` of ``layout``, which the shapes of cache and rows agree with."""
-    axes = formats.CACHE_AXES.get(layout)
+    axes = formats.CACHE_AXES.get(layout) if isinstance(layout, str) else None
     if axes is None:
         raise ArgumentError(
             f"{check.op}: Invalid value of layout: expected one of "

@@ -93,7 +93,9 @@ class Operation:
             )
             if self.direction is PACK:
                 destination = (len(args) - 1, 0)
-        return dispatch.Op(self.name, args, self._plan, destination, self._count)
+        return dispatch.Op(
+            self.name, args, self._plan, destination, self._count, options=("layout",)
+        )
 
     def _plan(self, op, described, options):
         return Plan(op, self.direction, self.by_slot, described, *options)
@@ -174,7 +176,7 @@ class Plan:
     """
 
     def __init__(self, op, direction, by_slot, described, layout="layer_first"):
-        if layout not in LAYOUTS:
+        if not isinstance(layout, str) or layout not in LAYOUTS:
             raise ArgumentError(
                 f"{op.name}: Invalid value of layout: expected {' or '.join(LAYOUTS)}, got "
                 f"{layout!r}"

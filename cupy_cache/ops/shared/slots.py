@@ -18,7 +18,7 @@ def check_ranks(check, world, rank, interleave):
     """Refuse ranks that make no sense; ``check`` is the call's `contract.Contract`."""
     check.positive("cp_world_size", world)
     check.positive("cp_interleave", interleave)
-    if not (isinstance(rank, int) and 0 <= rank < world):
+    if not 0 <= rank < world:
         raise ArgumentError(
             f"{check.op}: Invalid value of cp_rank: expected an integer in 0..{world - 1}, got "
             f"{rank!r}"
