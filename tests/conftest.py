@@ -73,6 +73,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--everything", action="store_true", help="run every combination of test parameters"
     )
+    parser.addoption(
+        "--surface-calls", type=int, default=30_000, help="how many random calls are made"
+    )
 
 
 def pytest_collection_modifyitems(config, items):
@@ -117,11 +120,17 @@ def pytest_terminal_summary(terminalreporter):
 
 
 @pytest.fixture
-def rng(request):
-    """A generator whose seed changes from run to run; printed, so that a failure can be repeated
-    with CUPYCACHE_TEST_SEED."""
+def seed():
+    """It changes from run to run; printed, so that a failure can be repeated with
+    CUPYCACHE_TEST_SEED."""
     seed = int(os.environ.get("CUPYCACHE_TEST_SEED", np.random.SeedSequence().entropy % 2**32))
     print(f"CUPYCACHE_TEST_SEED={seed}")
+    return seed
+
+
+@pytest.fixture
+def rng(request, seed):
+    """A generator of the test's own."""
     return np.random.default_rng([seed, zlib.crc32(request.node.name.encode())])
 
 

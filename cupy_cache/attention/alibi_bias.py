@@ -96,7 +96,7 @@ def alibi_bias(
     ``sqrt``, of vLLM's attention kernels.
     """
     if stream is not None:
-        stream = streams.pointer(stream)
+        stream = streams.pointer(NAME, stream)
     wanted = _dtype(dtype)
     options = (
         wanted and wanted.name,
@@ -126,12 +126,12 @@ def _dtype(dtype):
         return None
     try:
         found = formats.dtype_named(dtype)
-    except ArgumentError:
+    except Exception:  # of an object that cannot even be shown, too
         found = None
     if found not in formats.FLOATS:
         raise ArgumentError(
             f"{NAME}: Invalid value of dtype: expected one of "
-            f"{', '.join(d.name for d in formats.FLOATS)}, got {dtype!r}"
+            f"{', '.join(d.name for d in formats.FLOATS)}, got {contract.shown(dtype)}"
         )
     return found
 

@@ -141,7 +141,7 @@ def alibi_slopes(
     if not is_number or not 0 < max_bias <= MAX_BIAS:
         raise ArgumentError(
             f"{op}: Invalid value of max_bias: expected a number above 0 and at most {MAX_BIAS:g}, "
-            f"got {max_bias!r}"
+            f"got {contract.shown(max_bias)}"
         )
     max_bias = float(max_bias)
     power = 1 << (num_heads.bit_length() - 1)
@@ -184,11 +184,11 @@ def place_slopes(
     """
     op = "place_slopes"
     try:
-        with np.errstate(all="ignore"):  # a signalling NaN is invalid in a cast
-            given = np.asarray(slopes, np.float64)
-    except (TypeError, ValueError) as error:
+        given = _numbers(slopes)
+    except Exception as error:
         raise ArgumentError(
-            f"{op}: Invalid value of slopes: expected numbers in host memory ({error})"
+            f"{op}: Invalid value of slopes: expected numbers in host memory, got "
+            f"{contract.shown(slopes)} ({error or type(error).__name__})"
         ) from error
     if given.ndim != 1 or given.size > MAX_HEADS:
         raise ShapeError(
@@ -204,6 +204,23 @@ def place_slopes(
             f"{lost[np.isfinite(lost)][0]:g}"
         )
     return _fill(PLACE_OP, (rounded.size, rounded.tobytes()), framework, device, out, stream)
+
+
+def _numbers(slopes):
+    """``slopes`` as float64; raises where they are no numbers, or not real ones."""
+    if isinstance(slopes, np.ma.MaskedArray):
+        raise TypeError("a MaskedArray")
+    given = np.asarray(slopes)
+    kind = given.dtype.kind
+    if kind == "O":
+        if not all(isinstance(x, numbers.Real) and type(x) is not bool for x in given.flat):
+            raise TypeError("objects")
+    elif (
+        kind not in "fiu" and given.dtype.name not in ("bfloat16", *formats.LARGEST) and given.size
+    ):
+        raise TypeError(f"elements of {given.dtype.name}")
+    with np.errstate(all="ignore"):  # a signalling NaN is invalid in a cast
+        return given.astype(np.float64)
 
 
 # --- the operations -------------------------------------------------------------------------------
@@ -297,12 +314,15 @@ _remembered: dict[tuple, _Remembered] = {}
 
 def _fill(op, scalars, framework, device, out, stream):
     """``out`` filled by ``op``; without it, an array that is made and remembered."""
+    if stream is not None:
+        stream = streams.pointer(op.name, stream)
     if out is not None:
-        if framework is not None or device is not None:
-            raise ArgumentError(
-                f"{op.name}: Invalid value of framework or device: expected None, because out "
-                f"decides both, got {framework!r} and {device!r}"
-            )
+        for name, value in (("framework", framework), ("device", device)):
+            if value is not None:
+                raise ArgumentError(
+                    f"{op.name}: Invalid value of {name}: expected None, because out decides it, "
+                    f"got {contract.shown(value)}"
+                )
         op((out,), (), stream, scalars)
         return out
     framework, device = _home(op.name, framework, device)
@@ -322,8 +342,6 @@ def _fill(op, scalars, framework, device, out, stream):
 def _on_gpu(op, scalars, framework, device, key, found, stream):
     if stream is None:
         stream = streams.current(framework, device.index)()
-    else:
-        stream = streams.pointer(stream)
     # A stream that is being captured may neither wait for work outside its graph nor be asked.
     capturing = driver.active.capturing(stream, device.index)
     if found is not None and not capturing:
@@ -361,10 +379,10 @@ def _home(op, framework, device):
         place = driver.device_named(device, f"{op}: device")
     if framework is None:
         framework = "numpy" if place.kind == "cpu" else "cupy"
-    if not streams.can_make(framework):
+    if not isinstance(framework, str) or not streams.can_make(framework):
         raise ArgumentError(
             f"{op}: Invalid value of framework: expected 'torch', 'cupy' or 'numpy', got "
-            f"{framework!r}"
+            f"{contract.shown(framework)}"
         )
     if framework != "torch" and (framework == "numpy") != (place.kind == "cpu"):
         expected = "the CPU" if framework == "numpy" else "a GPU"

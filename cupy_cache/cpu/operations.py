@@ -43,7 +43,12 @@ def _as_stored(rows, source, stored, scale, number):
     (one, or one for each head) or else by ``number``; as they are where ``stored`` is None."""
     if stored is not None:
         rows = quantise(rows, source, number if scale is None else scale.reshape(-1, 1), stored)
-    # What NumPy makes of an array whose tokens or heads are all one has them innermost.
+    return _dense(rows)
+
+
+def _dense(rows):
+    """``rows`` that were taken from an array, with their last dimension contiguous: of an array
+    whose tokens or heads are all one NumPy makes one that has them innermost."""
     return rows if rows.strides[-1] == rows.itemsize else np.ascontiguousarray(rows)
 
 
@@ -190,7 +195,7 @@ def concat_and_cache_fp8_ds_mla(
     tokens, block, offset = _places(
         "concat_and_cache_mla", slot_mapping[:rows], *kv_cache.shape[:2]
     )
-    tiles = kv_c[tokens].reshape(-1, 4, 128)
+    tiles = np.ascontiguousarray(kv_c[tokens]).reshape(-1, 4, 128)
     with np.errstate(all="ignore"):
         scales = _largest(decode(tiles, source)) / np.float32(448.0)
     if power_of_two:
@@ -200,7 +205,7 @@ def concat_and_cache_fp8_ds_mla(
     codes = quantise(tiles, source, scales[..., np.newaxis], formats.DTYPES["float8_e4m3fn"])
     kv_cache[block, offset, :512] = codes.reshape(-1, 512)
     kv_cache[block, offset, 512:528] = scales.astype("<f4").view(np.uint8)
-    kv_cache[block, offset, 528:] = k_pe[tokens].view(np.uint8) if k_pe.shape[-1] else 0
+    kv_cache[block, offset, 528:] = _dense(k_pe[tokens]).view(np.uint8) if k_pe.shape[-1] else 0
 
 
 def indexer_k_quant_and_cache(
@@ -210,7 +215,8 @@ def indexer_k_quant_and_cache(
     tokens, block, offset = _places(
         "indexer_k_quant_and_cache", slot_mapping[:rows], *kv_cache.shape[:2]
     )
-    keys = k[tokens].reshape(-1, k.shape[1] // quant_block_size, quant_block_size)
+    keys = np.ascontiguousarray(k[tokens])
+    keys = keys.reshape(-1, k.shape[1] // quant_block_size, quant_block_size)
     with np.errstate(all="ignore"):
         largest = np.maximum(_largest(decode(keys, source)), np.float32(1e-4))
         scales = largest / np.float32(448.0)

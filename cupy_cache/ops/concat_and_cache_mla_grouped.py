@@ -122,6 +122,7 @@ class _Plan:
             )
         if fmt.stored is not None:
             dispatch.require_array(NAME, "kv_scales", scales)
+            check.shape("kv_scales", scales, "num_layers")
             check.scale("kv_scales", scales, self._layers)
         self._described, self._kv_cache, self._stored = described, kv_cache, fmt.stored
         self._listed = caches is not None

@@ -103,7 +103,7 @@ def slot_mapping(
     given = block_size, cp_world_size, cp_rank, cp_interleave
     options = contract.integers("slot_mapping", OPTIONS, given)
     if stream is not None:
-        stream = streams.pointer(stream)
+        stream = streams.pointer("slot_mapping", stream)
     if out is None:
         like = arrays.view(positions, "slot_mapping: positions")
         out = streams.empty(like.framework, like.device, like.shape[:1], INT64, stream)

@@ -124,7 +124,7 @@ def slot_mapping_groups(
         contract.integers(NAME, RANKS, (cp_world_size, cp_rank, cp_interleave)),
     )
     if stream is not None:
-        stream = streams.pointer(stream)
+        stream = streams.pointer(NAME, stream)
     if out is None:
         like = arrays.view(positions, f"{NAME}: positions")
         shape = groups, *like.shape[:1]
@@ -138,7 +138,7 @@ def _each(name, values, groups, normal):
     if not isinstance(values, (list, tuple)) or len(values) != groups:
         raise ArgumentError(
             f"{NAME}: Invalid value of {name}: expected a list of {groups} values, one for each of "
-            f"block_tables, got {values!r}"
+            f"block_tables, got {contract.shown(values)}"
         )
     return tuple([normal(NAME, f"{name}[{at}]", value) for at, value in enumerate(values)])
 

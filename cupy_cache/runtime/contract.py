@@ -210,8 +210,12 @@ def integer(op, name, value, least=None):
             found = operator.index(value)
         except Exception as error:
             raise ArgumentError(
-                f"{op}: Invalid value of {name}: expected an integer, got {_shown(value)}"
+                f"{op}: Invalid value of {name}: expected an integer, got {shown(value)}"
             ) from error
+    if not -(2**63) <= found < 2**63:
+        raise ArgumentError(
+            f"{op}: Invalid value of {name}: expected an integer of 64 bits, got {found}"
+        )
     if least is not None and found < least:
         kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise ArgumentError(f"{op}: Invalid value of {name}: expected {kind}, got {found}")
@@ -221,14 +225,9 @@ def integer(op, name, value, least=None):
 def integers(op, names, values):
     """``values``, those of the arguments ``names``, as Python integers; None stays None. Options
     have one form before anything is remembered of them: True and 1.0 equal 1."""
-    if set(map(type, values)) <= {int, _NONE}:
-        return values
     return tuple(
         None if value is None else integer(op, name, value) for name, value in zip(names, values)
     )
-
-
-_NONE = type(None)
 
 
 def flag(op, name, value):
@@ -239,11 +238,11 @@ def flag(op, name, value):
         return bool(value)
     except Exception as error:
         raise ArgumentError(
-            f"{op}: Invalid value of {name}: expected True or False, got {_shown(value)}"
+            f"{op}: Invalid value of {name}: expected True or False, got {shown(value)}"
         ) from error
 
 
-def _shown(value):
+def shown(value):
     """``value`` as errors show it, also if it cannot show itself."""
     try:
         text = repr(value)

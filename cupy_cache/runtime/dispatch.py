@@ -119,7 +119,7 @@ class Op:
         ``options`` is hashable and goes to the plan, ``scalars`` change from call to call and go to
         ``count``."""
         if stream is not None and type(stream) is not int:
-            stream = streams.pointer(stream)
+            stream = streams.pointer(self.name, stream)
         # From here to the launch every statement runs at every call: a microsecond is ten of them.
         tensors, form = objects, (options, len(objects))
         if self.has_lists:
@@ -205,7 +205,7 @@ class Op:
             value, arg = (objects[index] if index < len(objects) else None), self.args[index]
             if arg.layers and value:
                 value = value[0]
-            if value is None or isinstance(value, (list, tuple)):
+            if value is None or isinstance(value, (indices.Chosen, list, tuple, range)):
                 continue
             name = f"{self.name}: {arg.name}"
             device = arrays.device_of(value, name)
@@ -289,9 +289,8 @@ class Op:
                         extents.append([])
                     continue
                 if varies:
-                    unit = arrays.stride_unit(meta.metadata)
                     pairs = zip(meta.shapes, meta.strides)
-                    extents.append([arrays.extent(varies, *pair, unit) for pair in pairs])
+                    extents.append([arrays.extent(varies, *pair, 1) for pair in pairs])
                 meta = meta.metadata
             else:
                 values.append(meta.ptr)
@@ -505,7 +504,7 @@ class Bound:
             names = ", ".join(self.op.args[index].name for index in self.given)
             raise TypeError(f"{self.op.name}: expected {names}, got {len(given)} arrays")
         if stream is not None and type(stream) is not int:
-            stream = streams.pointer(stream)
+            stream = streams.pointer(self.op.name, stream)
         for path in self.fast_paths:
             if path(given, self.scalars, stream, self):
                 return

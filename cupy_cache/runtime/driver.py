@@ -271,13 +271,18 @@ def device_named(device, name):
             return CPU
         device = "cuda"
     # A CuPy device has its index in id; torch's is spelled "cuda:1".
-    index = device if type(device) is int else getattr(device, "id", None)
-    text = str(device) if index is None else f"cuda:{index}"
+    op, colon, argument = name.rpartition(": ")
+    invalid = f"{op}{colon}Invalid value of {argument}"
+    try:
+        index = device if type(device) is int else getattr(device, "id", None)
+        text = str(device) if index is None else f"cuda:{index}"
+    except Exception:  # no device, whatever it is
+        text = ""
     found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", text)
     if found is None:
         raise DeviceError(
-            f"Invalid value of {name}: expected a GPU's index, 'cpu', 'cuda', 'cuda:N' or a device "
-            f"of torch or CuPy, got {device!r}"
+            f"{invalid}: expected a GPU's index, 'cpu', 'cuda', 'cuda:N' or a device of torch or "
+            f"CuPy, got {repr(text) if text else type(device).__name__}"
         )
     if found[1] == "cpu":
         return CPU
@@ -285,5 +290,5 @@ def device_named(device, name):
     index = int(found[2] or active.current_device()) if count else 0
     if index >= count:
         there = f"a GPU below {count}" if count else "cpu, since CuPy sees no CUDA GPU"
-        raise DeviceError(f"Invalid value of {name}: expected {there}, got {device!r}")
+        raise DeviceError(f"{invalid}: expected {there}, got {text!r}")
     return Device("cuda", index)

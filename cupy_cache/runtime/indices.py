@@ -37,12 +37,15 @@ def read_host(op, arg, value):
         except Exception:  # on another device, say, or sparse: whoever reads it says so
             return value
     if isinstance(value, np.ndarray):
+        if type(value) is not np.ndarray:
+            arrays.reader_for(value, f"{op}: {arg.name}")  # refuses masked ones
         if (
             value.dtype not in _INTEGERS
             or value.ndim != 1 + arg.pairs
             or value.shape[1:] != (2,) * arg.pairs
         ):
-            _read_array(op, arg, value, None)  # says what is wrong
+            name = f"{op}: {arg.name}"
+            check(op, arg, arrays.describe(arrays.read(value, name), name))  # says what is wrong
         # A copy: what has been checked must not change before it is used.
         return Chosen((value.T if arg.pairs else value).astype(np.int64, order="C"))
     return value
@@ -94,7 +97,7 @@ def _pairs(op, name, value):
     except (ValueError, TypeError) as error:
         raise ShapeError(
             f"{op}: Invalid shape of {name}: expected (source, destination) pairs of integers, got "
-            f"{value!r:.80}"
+            f"{contract.shown(value)}"
         ) from error
     return np.frombuffer(flat, np.int64).reshape(2, -1)
 
@@ -104,7 +107,7 @@ def _numbers(op, name, value):
         table = _as_integers(value)
     except (ValueError, TypeError, OverflowError) as error:
         raise DTypeError(
-            f"{op}: Invalid type of {name}: expected integers, got {value!r:.80}"
+            f"{op}: Invalid type of {name}: expected integers, got {contract.shown(value)}"
         ) from error
     if table.ndim != 1:
         raise ShapeError(

@@ -14,7 +14,7 @@ class Layers(NamedTuple):
     metadata : of the first that is not empty; its address is replaced by the alignment common to
         all, at most 16. None where there are no arrays.
     addresses : of each.
-    shapes, strides : of each, where dimensions vary; else None.
+    shapes, strides : of each, where dimensions vary, strides in bytes; else None.
     """
 
     metadata: arrays.Metadata | None
@@ -48,15 +48,20 @@ def read(op, arg, values, stream):
     addresses = tuple(meta.ptr for meta in metadata)
     common = 16 | arrays.any_bits(addresses)
     if arg.varies:  # then strides of which those of one array say nothing count too
-        unit = arrays.stride_unit(first)
-        common |= arrays.any_bits(arrays.any_bits(_varying(arg, meta)) for meta in metadata) * unit
+        bits = (
+            arrays.any_bits(_varying(arg, meta)) * arrays.stride_unit(meta) for meta in metadata
+        )
+        common |= arrays.any_bits(bits)
     described = next((meta for meta in metadata if 0 not in meta.shape), first)
     common = described._replace(ptr=common & -common, keep=None)
     keep = [meta.keep for meta in metadata]
     if not arg.varies:
         return Layers(common, addresses), keep
-    shapes, strides = (tuple(meta[at] for meta in metadata) for at in (1, 2))
-    return Layers(common, addresses, shapes, strides), keep
+    strides = []
+    for meta in metadata:
+        unit = arrays.stride_unit(meta)
+        strides.append(tuple([stride * unit for stride in meta.strides]))
+    return Layers(common, addresses, tuple(meta.shape for meta in metadata), strides), keep
 
 
 def _alike(arg, meta):
@@ -84,7 +89,8 @@ def _fixed(arg, shape, strides, size):
 
 
 def _compare(op, arg, index, meta, first):
-    """Refuse an array that is not like the first one."""
+    """Refuse an array that is not like the first one. One of another framework is in another
+    stream's order."""
     name, first_name = arg.item(index), arg.item(0)
     got, wanted = (arrays.describe(f, f"{op}: {n}") for f, n in ((meta, name), (first, first_name)))
     unlike = [
@@ -92,6 +98,10 @@ def _compare(op, arg, index, meta, first):
         for (what, error), one, other in zip(_KINDS, _shown(arg, got), _shown(arg, wanted))
         if one != other
     ]
+    if not unlike and got.framework != wanted.framework:
+        unlike = [("framework", DTypeError, got.framework, wanted.framework)]
+    if arg.written:
+        arrays.require_writable(got, op, name)
     if unlike:
         what, error, one, other = unlike[0]
         raise error(

@@ -20,6 +20,7 @@ The rules, of which this module is the one owner:
 
 import collections
 import functools
+import operator
 import sys
 
 import numpy as np
@@ -28,20 +29,29 @@ from ..errors import DTypeError
 from . import arrays, cuda, driver
 
 
-def pointer(stream):
+def pointer(op, stream):
     """The address of a stream: an integer, or any object with ``__cuda_stream__``, ``ptr`` or
     ``cuda_stream``."""
-    if isinstance(stream, int):
+    if type(stream) is int:
         return stream
-    protocol = getattr(stream, "__cuda_stream__", None)
-    if protocol is not None:
-        return int(protocol()[1] if callable(protocol) else protocol[1])
-    for attribute in ("ptr", "cuda_stream"):
-        if hasattr(stream, attribute):
-            return int(getattr(stream, attribute))
-    raise DTypeError(
-        "Invalid type of stream: expected an integer address or an object with __cuda_stream__, "
-        f"ptr or cuda_stream, got {type(stream).__name__}"
+    try:
+        protocol = getattr(stream, "__cuda_stream__", None)
+        if protocol is not None:
+            return int(protocol()[1] if callable(protocol) else protocol[1])
+        for attribute in ("ptr", "cuda_stream"):
+            if hasattr(stream, attribute):
+                return int(getattr(stream, attribute))
+        if not isinstance(stream, bool):
+            return operator.index(stream)
+    except Exception as error:
+        raise _no_stream(op, stream) from error
+    raise _no_stream(op, stream)
+
+
+def _no_stream(op, stream):
+    return DTypeError(
+        f"{op}: Invalid type of stream: expected an integer address or an object with "
+        f"__cuda_stream__, ptr or cuda_stream, got {type(stream).__name__}"
     )
 
 

@@ -1,0 +1,1407 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Random calls of every public function: ordinary ones, and ordinary ones of which one thing is
+another than it should be.
+
+`call` makes one. Each array lies somewhere in a byte storage of its own, with bytes around it that
+nothing may touch. What a call must do is said by plain loops over the very bytes that its arrays
+show.
+"""
+
+import functools
+import inspect
+from fractions import Fraction
+
+import ml_dtypes
+import numpy as np
+import oracle
+import worlds
+
+import cupy_cache as cc
+from cupy_cache.runtime import formats
+
+try:
+    import torch
+except ImportError:
+    torch = None
+
+GUARD = 32  # bytes before and behind an array
+FLOATS = ("float16", "bfloat16", "float32")
+DTYPES = (*FLOATS, "float64", "int8", "uint8", "int16", "int32", "int64", "float8_e4m3fn", "bool")
+
+
+class Call:
+    """A call that can be made once.
+
+    args : {name: value}; an array is a `worlds.Spec`, in lists and tuples too.
+    expected : ``expected(args)``, with NumPy views for the specs, does what the call must do. What
+        it returns, if anything, is what the call must return.
+    written : names of arguments that are written.
+    choice : names of arguments that may be lists of numbers as well as arrays.
+    """
+
+    def __init__(self, name, args, expected, written, choice=()):
+        self.name, self.args, self.expected = name, args, expected
+        self.written, self.choice = written, choice
+        self.faulty, self.faults = False, ()  # whether a fault must be recorded; those of the loops
+        self.must_refuse = False
+        self.bound = False  # whether it goes through a `PagedKVCache`
+        self.changes = []  # what is another than it should be
+        self.forms = {}  # of specs by id: what makes the object that is given
+
+    def specs(self):
+        """All arrays: (names of the argument and of the place in it, spec)."""
+        for name, value in self.args.items():
+            yield from ((name, spec) for spec in _leaves(value))
+
+    def replace(self, old, new):
+        """Have ``new`` where the spec ``old`` is."""
+        self.args = {name: _mapped(value, lambda s: new if s is old else s)
+                     for name, value in self.args.items()}  # fmt: skip
+
+    def objects(self):
+        """The arguments as they are given."""
+        return {name: _mapped(value, self._object) for name, value in self.args.items()}
+
+    def _object(self, spec):
+        return self.forms.get(id(spec), numpy_array)(spec)
+
+    def views(self, storages):
+        """The arguments with NumPy views of copies, {id of a buffer: bytes}."""
+        return {
+            name: _mapped(value, lambda s: s.on(storages[id(s.buffer)]))
+            for name, value in self.args.items()
+            if name != "stream"
+        }
+
+    def __repr__(self):
+        shown = ", ".join(f"{name}={_text(value)}" for name, value in self.objects_shown().items())
+        way = " by a PagedKVCache" if self.bound else ""
+        return f"{self.name}({shown}){way}  # {', '.join(self.changes) or 'ordinary'}"
+
+    def objects_shown(self):
+        """The arguments, to be read."""
+        return {name: _mapped(value, lambda s: _Shown(s, self.forms.get(id(s), numpy_array)))
+                for name, value in self.args.items()}  # fmt: skip
+
+
+def _text(value):
+    try:
+        return repr(value)
+    except RuntimeError:
+        return "Broken()"
+
+
+class _Shown:
+    def __init__(self, spec, form):
+        self._spec, self._form = spec, form
+
+    def __repr__(self):
+        return f"{getattr(self._form, '__name__', self._form)}{self._spec!r}"
+
+
+def _leaves(value):
+    if isinstance(value, worlds.Spec):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(item)
+
+
+def _mapped(value, function):
+    if isinstance(value, worlds.Spec):
+        return function(value)
+    if type(value) in (list, tuple):
+        return type(value)(_mapped(item, function) for item in value)
+    return value
+
+
+# --- arrays ---------------------------------------------------------------------------------------
+
+
+def fresh(rng, shape, dtype, dense=False, values=None):
+    """A `worlds.Spec` in a new storage of random bytes, or with ``values``. Unless ``dense``, the
+    dimensions before the last may be in any order in memory, with gaps."""
+    size = formats.DTYPES[dtype].bytes
+    shape = tuple(int(n) for n in shape)
+    strides, step = [0] * len(shape), size
+    order = list(range(len(shape) - 2, -1, -1))
+    loose = not dense and rng.random() < 0.5
+    if loose and rng.random() < 0.5:
+        order = [int(axis) for axis in rng.permutation(len(order))]
+    for axis in ([len(shape) - 1] if shape else []) + order:
+        strides[axis] = step
+        step *= max(shape[axis], 1)
+        if loose and rng.random() < 0.4:
+            step += size * int(rng.integers(1, 4))
+    offset = GUARD + size * int(rng.choice([0, 0, 1, 3]))
+    buffer = worlds.Buffer(offset + step + GUARD, rng)
+    spec = buffer.view(shape, dtype, offset, strides)
+    if values is not None:
+        spec.on(buffer.bytes)[...] = values
+    elif dtype in FLOATS:  # numbers, not bits: what is a NaN is another test's
+        spec.on(buffer.bytes)[...] = rng.standard_normal(shape)
+    elif dtype == "bool":
+        spec.on(buffer.bytes)[...] = rng.integers(0, 2, shape)
+    return spec
+
+
+def bits(array):
+    """The array as unsigned integers of its elements' size."""
+    return array.view(f"u{array.itemsize}")
+
+
+def numpy_array(spec):
+    return spec.on(spec.buffer.bytes)
+
+
+def subclass(spec):
+    return numpy_array(spec).view(type("Array", (np.ndarray,), {}))
+
+
+def tensor(spec):
+    """As `worlds.TorchWorld` makes it."""
+    storage = torch.from_numpy(spec.buffer.bytes)
+    size = formats.DTYPES[spec.dtype].bytes
+    flat = storage[spec.offset :]
+    flat = flat[: flat.numel() // size * size].view(getattr(torch, spec.dtype))
+    return flat.as_strided(spec.shape, [s // size for s in spec.strides])
+
+
+def parameter(spec):
+    return torch.nn.Parameter(tensor(spec), requires_grad=False)
+
+
+def opaque(spec):
+    return worlds.Opaque(tensor(spec))
+
+
+def opaque_numpy(spec):
+    return worlds.Opaque(numpy_array(spec))
+
+
+def as_list(spec):
+    return numpy_array(spec).tolist()
+
+
+ORDINARY_FORMS = (numpy_array, subclass, tensor, parameter, opaque, opaque_numpy)
+
+
+def fits_torch(spec):
+    """Whether torch can show it."""
+    size = formats.DTYPES[spec.dtype].bytes
+    fits = spec.offset % size == 0 and all(s >= 0 and s % size == 0 for s in spec.strides)
+    return torch is not None and hasattr(torch, spec.dtype) and fits
+
+
+def form_of(rng, spec, call, name):
+    """A way to give it."""
+    forms = [numpy_array, numpy_array, subclass]
+    if fits_torch(spec):
+        forms += [tensor, tensor, parameter, opaque]
+    if spec.dtype not in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
+        forms.append(opaque_numpy)
+    if name in call.choice:
+        forms += [as_list, as_list]
+    return forms[int(rng.integers(len(forms)))]
+
+
+# --- ordinary calls -------------------------------------------------------------------------------
+
+
+def pick(rng, *values):
+    return values[int(rng.integers(len(values)))]
+
+
+def numbers(rng, values):
+    """Indices of either type."""
+    return fresh(rng, np.shape(values), pick(rng, "int32", "int64"), values=values)
+
+
+def dense_numbers(rng, values):
+    dtype = pick(rng, "int32", "int64")
+    return fresh(rng, np.shape(values), dtype, dense=True, values=values)
+
+
+def slots_of(rng, tokens, limit):
+    """Distinct slots, some of them padding."""
+    slots = rng.permutation(limit)[:tokens]
+    slots[rng.random(len(slots)) < 0.2] = -int(rng.integers(1, 99))
+    return slots
+
+
+def sizes_of(rng):
+    """Blocks, slots of one, heads, head size, tokens."""
+    blocks, block_size = int(rng.integers(1, 5)), pick(rng, 1, 2, 4, 8)
+    return blocks, block_size, pick(rng, 1, 2, 3), pick(rng, 1, 4, 8), int(rng.integers(0, 4))
+
+
+def cache_dtypes(rng, formats_of=oracle.STORED):
+    """(kv_cache_dtype, dtype of sources, of caches, what is stored)."""
+    name = pick(rng, "auto", "auto", pick(rng, *formats_of))
+    if name == "auto":
+        dtype = pick(rng, *FLOATS, "int16", "float64")
+        return name, dtype, dtype, None
+    stored = formats_of[name]
+    return name, pick(rng, *FLOATS), pick(rng, stored, "uint8"), stored
+
+
+def scale_of(rng, heads=1):
+    """A scale, as it is given."""
+    values = (0.25 * rng.integers(1, 9, heads)).astype(np.float32)
+    kind = pick(rng, "float", "array", "heads", "none", "0d")
+    if kind == "none":
+        return None
+    if kind == "float":
+        return float(values[0])
+    if kind == "0d":
+        return fresh(rng, (), "float32", values=values[0])
+    return fresh(rng, (heads if kind == "heads" else 1,), "float32", True,
+                 values if kind == "heads" else values[:1])  # fmt: skip
+
+
+def scale_value(scale):
+    return 1.0 if scale is None else np.asarray(scale, np.float32)
+
+
+def flash(rng):
+    blocks, block_size, heads, size, tokens = sizes_of(rng)
+    name, source, dtype, stored = cache_dtypes(rng)
+    other = pick(rng, size, size, 2 * size)
+    args = {
+        "key": fresh(rng, (tokens + pick(rng, 0, 0, 2), heads, size), source),
+        "value": fresh(rng, (tokens, heads, other), source),
+        "key_cache": fresh(rng, (blocks, block_size, heads, size), dtype),
+        "value_cache": fresh(rng, (blocks, block_size, heads, other), dtype),
+        "slot_mapping": numbers(rng, slots_of(rng, tokens, blocks * block_size)),
+        "kv_cache_dtype": name,
+    }
+    if stored is not None:
+        args |= {"k_scale": scale_of(rng, heads), "v_scale": scale_of(rng, heads)}
+
+    def expected(a):
+        moved = [a[n] for n in ("key", "value")]
+        caches = [bits(a[n]) for n in ("key_cache", "value_cache")]
+        if stored is None or moved[0].itemsize == 1:
+            oracle.reshape_and_cache_flash(*map(bits, moved), *caches, a["slot_mapping"])
+        else:
+            scales = scale_value(a.get("k_scale")), scale_value(a.get("v_scale"))
+            oracle.reshape_and_cache_flash(*moved, *caches, a["slot_mapping"], *scales, stored)
+
+    return Call("reshape_and_cache_flash", args, expected, ("key_cache", "value_cache"))
+
+
+def x_packed(rng):
+    blocks, block_size, heads, _, tokens = sizes_of(rng)
+    name, source, dtype, stored = cache_dtypes(rng)
+    x = pick(rng, 2, 4)
+    packs, interleaved = pick(rng, 1, 2), block_size % x == 0 and rng.random() < 0.4
+    values = (blocks, heads, packs * x, block_size)
+    if interleaved:
+        values = (blocks, heads, block_size // x, packs * x, x)
+    args = {
+        "key": fresh(rng, (tokens, heads, packs * x), source),
+        "value": fresh(rng, (tokens, heads, packs * x), source),
+        "key_cache": fresh(rng, (blocks, heads, packs, block_size, x), dtype),
+        "value_cache": fresh(rng, values, dtype),
+        "slot_mapping": numbers(rng, slots_of(rng, tokens, blocks * block_size)),
+        "kv_cache_dtype": name,
+    }
+    if stored is not None:
+        args |= {"k_scale": scale_of(rng, heads), "v_scale": scale_of(rng, heads)}
+    args["interleaved_v"] = bool(interleaved)
+
+    def expected(a):
+        moved = [a[n] for n in ("key", "value")]
+        caches = [bits(a[n]) for n in ("key_cache", "value_cache")]
+        if stored is None or moved[0].itemsize == 1:
+            oracle.reshape_and_cache(*map(bits, moved), *caches, a["slot_mapping"])
+        else:
+            scales = scale_value(a.get("k_scale")), scale_value(a.get("v_scale"))
+            oracle.reshape_and_cache(*moved, *caches, a["slot_mapping"], *scales, stored)
+
+    return Call("reshape_and_cache", args, expected, ("key_cache", "value_cache"))
+
+
+def per_token_head(rng):
+    blocks, block_size, heads, size, tokens = sizes_of(rng)
+    name, stored = pick(rng, ("int8", "int8"), ("fp8", "float8_e4m3fn"))
+    dtype, source = pick(rng, stored, "uint8"), pick(rng, *FLOATS)
+    block = blocks, block_size, heads
+    args = {
+        "key": fresh(rng, (tokens, heads, size), source),
+        "value": fresh(rng, (tokens, heads, size), source),
+        "key_cache": fresh(rng, (*block, size), dtype),
+        "value_cache": fresh(rng, (*block, size), dtype),
+        "k_scale_cache": fresh(rng, block, "float32"),
+        "v_scale_cache": fresh(rng, block, "float32"),
+        "slot_mapping": numbers(rng, slots_of(rng, tokens, blocks * block_size)),
+        "kv_cache_dtype": name,
+    }
+
+    def expected(a):
+        key, value, key_cache, value_cache, *others, _ = a.values()
+        oracle.reshape_and_cache_flash_per_token_head(
+            key, value, bits(key_cache), bits(value_cache), *others, stored
+        )
+
+    written = ("key_cache", "value_cache", "k_scale_cache", "v_scale_cache")
+    return Call("reshape_and_cache_flash_per_token_head", args, expected, written)
+
+
+def mla(rng):
+    blocks, block_size, _, size, tokens = sizes_of(rng)
+    name, source, dtype, stored = cache_dtypes(rng)
+    source, dtype = (pick(rng, *FLOATS),) * 2 if stored is None else (source, dtype)
+    rope = pick(rng, 0, 1, 4)
+    args = {
+        "kv_c": fresh(rng, (tokens, size), source),
+        "k_pe": fresh(rng, (tokens, rope), source),
+        "kv_cache": fresh(rng, (blocks, block_size, size + rope), dtype),
+        "slot_mapping": numbers(rng, slots_of(rng, tokens, blocks * block_size)),
+        "kv_cache_dtype": name,
+    }
+    if stored is not None:
+        args |= {"scale": scale_of(rng), "skip_scale": bool(rng.random() < 0.2)}
+
+    def expected(a):
+        scale = 1.0 if a.get("skip_scale") else scale_value(a.get("scale"))
+        moved = [a["kv_c"], a["k_pe"]]
+        moved = [bits(m) for m in moved] if stored is None else moved
+        scale = np.asarray(scale, np.float32).reshape(-1)[0]
+        made.faults = oracle.concat_and_cache_mla(
+            *moved, bits(a["kv_cache"]), a["slot_mapping"], scale, stored
+        )
+
+    made = Call("concat_and_cache_mla", args, expected, ("kv_cache",))
+    return made
+
+
+def fp8_ds_mla(rng):
+    blocks, tokens = int(rng.integers(1, 3)), int(rng.integers(0, 2))
+    source, rope = pick(rng, "float16", "bfloat16"), pick(rng, 0, 64)
+    args = {
+        "kv_c": fresh(rng, (tokens, 512), source),
+        "k_pe": fresh(rng, (tokens, rope), source),
+        "kv_cache": fresh(rng, (blocks, 2, 656), "uint8"),
+        "slot_mapping": numbers(rng, slots_of(rng, tokens, blocks * 2)),
+        "kv_cache_dtype": "fp8_ds_mla",
+        "scale_rule": pick(rng, "amax", "power_of_two"),
+    }
+
+    def expected(a):
+        oracle.concat_and_cache_fp8_ds_mla(
+            a["kv_c"], a["k_pe"], bits(a["kv_cache"]), a["slot_mapping"], a["scale_rule"]
+        )
+
+    return Call("concat_and_cache_mla", args, expected, ("kv_cache",))
+
+
+def grouped(rng):
+    blocks, block_size, _, size, tokens = sizes_of(rng)
+    tokens = min(tokens, blocks * block_size)
+    layers, dtype, rope = pick(rng, 1, 2, 3), pick(rng, *FLOATS), pick(rng, 0, 2)
+    fp8 = rng.random() < 0.4
+    cache = fresh(rng, (blocks, block_size, size + rope), "uint8" if fp8 else dtype)
+    caches = [cache, *(_like(rng, cache) for _ in range(layers - 1))]
+    slots = [slots_of(rng, tokens, blocks * block_size) for _ in range(layers)]
+    args = {
+        "kv_c": fresh(rng, (layers, tokens, size), dtype),
+        "k_pe": fresh(rng, (layers, tokens, rope), dtype),
+        "kv_cache_ptrs": caches,
+        "slot_mapping": numbers(rng, np.reshape(slots, (layers, tokens))),
+        "block_size": pick(rng, None, block_size),
+    }
+    if fp8:
+        scales = (0.5 * rng.integers(1, 5, layers)).astype(np.float32)
+        args |= {"kv_scales": fresh(rng, (layers,), "float32", True, scales)}
+        args |= {"kv_cache_dtype": "fp8"}
+
+    def expected(a):
+        for layer, cache in enumerate(a["kv_cache_ptrs"]):
+            moved = [a["kv_c"][layer], a["k_pe"][layer]]
+            moved = moved if fp8 else [bits(m) for m in moved]
+            scale = a["kv_scales"][layer] if fp8 else 1.0
+            oracle.concat_and_cache_mla(
+                *moved, bits(cache), a["slot_mapping"][layer][: len(moved[0])], scale,
+                "float8_e4m3fn" if fp8 else None,
+            )  # fmt: skip
+
+    return Call("concat_and_cache_mla_grouped", args, expected, ("kv_cache_ptrs",))
+
+
+def _like(rng, spec):
+    """Another array of the same shape, strides and dtype."""
+    buffer = worlds.Buffer(spec.buffer.bytes.size, rng)
+    return buffer.view(spec.shape, spec.dtype, spec.offset, spec.strides)
+
+
+def layers_of(rng, shape, dtype, count):
+    first = fresh(rng, shape, dtype)
+    return [first, *(_like(rng, first) for _ in range(count - 1))]
+
+
+def pairs_of(rng, sources, destinations, disjoint):
+    """(source, destination) pairs, as a list or an array."""
+    count = int(rng.integers(0, 1 + min(sources, destinations) // (2 if disjoint else 1)))
+    if disjoint:
+        order = rng.permutation(min(sources, destinations))
+        found = np.stack([order[:count], order[count : 2 * count]], 1)
+    else:
+        found = np.stack([rng.integers(0, sources, count), rng.permutation(destinations)[:count]],
+                         1)  # fmt: skip
+    if rng.random() < 0.5:
+        return fresh(rng, (count, 2), pick(rng, "int32", "int64"), values=found)
+    pairs = [tuple(map(int, pair)) for pair in found]
+    return tuple(pairs) if rng.random() < 0.3 else pairs
+
+
+def as_pairs(value):
+    return [tuple(map(int, pair)) for pair in value]
+
+
+def copy(rng):
+    layers, blocks = pick(rng, 0, 1, 2, 3), int(rng.integers(1, 6))
+    dtype, (a, b) = pick(rng, *DTYPES), (pick(rng, (4,), (2, 3), (2, 2, 4)) for _ in "kv")
+    args = {
+        "key_caches": layers_of(rng, (blocks, *a), dtype, layers) if layers else [],
+        "value_caches": layers_of(rng, (blocks, *b), dtype, layers) if layers else [],
+        "block_mapping": pairs_of(rng, blocks, blocks, True),
+    }
+
+    def expected(a):
+        caches = [*a["key_caches"], *a["value_caches"]]
+        oracle.copy_blocks([bits(cache) for cache in caches], as_pairs(a["block_mapping"]))
+
+    return Call("copy_blocks", args, expected, ("key_caches", "value_caches"), ("block_mapping",))
+
+
+def copy_mla(rng):
+    blocks = int(rng.integers(1, 6))
+    args = {
+        "kv_caches": layers_of(rng, (blocks, 2, 3), pick(rng, *DTYPES), pick(rng, 1, 2)),
+        "block_mapping": pairs_of(rng, blocks, blocks, True),
+    }
+
+    def expected(a):
+        oracle.copy_blocks(map(bits, a["kv_caches"]), as_pairs(a["block_mapping"]))
+
+    return Call("copy_blocks_mla", args, expected, ("kv_caches",), ("block_mapping",))
+
+
+def swap(rng):
+    layers, dtype, block = pick(rng, 0, 1, 2), pick(rng, *DTYPES), pick(rng, (4,), (2, 3))
+    one, other = (int(n) for n in rng.integers(1, 6, 2))
+    size = None
+    if not layers:
+        sides = [fresh(rng, (n, *block), dtype, dense=True) for n in (one, other)]
+        size = pick(rng, None, formats.DTYPES[dtype].bytes * int(np.prod(block)))
+    else:
+        sides = [layers_of(rng, (n, *block), dtype, layers) for n in (one, other)]
+    args = dict(zip(("src", "dst"), sides)) | {"block_mapping": pairs_of(rng, one, other, False)}
+    if size is not None:
+        args["block_size_in_bytes"] = size
+
+    def expected(a):
+        pairs = as_pairs(a["block_mapping"])
+        if size is not None:  # blocks of so many bytes, whatever the shapes
+            sides = (bits(a[n]).reshape(-1).view(np.uint8) for n in ("src", "dst"))
+            sides = [side[: len(side) // size * size].reshape(-1, size) for side in sides]
+            oracle.swap_blocks(*sides, pairs)
+            return
+        lists = [a[n] if isinstance(a[n], list) else [a[n]] for n in ("src", "dst")]
+        for source, destination in zip(*lists):
+            oracle.swap_blocks(bits(source), bits(destination), pairs)
+
+    return Call("swap_blocks", args, expected, ("dst",), ("block_mapping",))
+
+
+def ranges(rng):
+    source, destination = (fresh(rng, (64,), "uint8", dense=True) for _ in range(2))
+    count = int(rng.integers(0, 4))
+    sizes = rng.integers(0, 16, count)
+    starts = rng.integers(0, 48, count), 16 * rng.permutation(4)[:count]
+    bases = (spec.buffer.bytes.ctypes.data + spec.offset for spec in (source, destination))
+    columns = [base + start for base, start in zip(bases, starts)] + [sizes]
+    names = ("src_ptrs", "dst_ptrs", "sizes")
+    args = {name: fresh(rng, (count,), "int64", values=column)
+            for name, column in zip(names, columns)}  # fmt: skip
+    made = Call("swap_blocks_batch", args, None, ())
+    made.hidden = source, destination
+
+    def expected(a):
+        del a
+        if all(args[name] is made.args.get(name) for name in names):
+            before = numpy_array(source).copy()
+            for of, to, size in zip(*starts, sizes):
+                made.copies[id(destination.buffer)][
+                    destination.offset + to : destination.offset + to + size
+                ] = before[of : of + size]
+
+    made.expected = expected
+    return made
+
+
+def gather(rng, name="gather_cache"):
+    blocks, block_size, heads, size, _ = sizes_of(rng)
+    sequences, width = int(rng.integers(1, 4)), int(rng.integers(1, 3))
+    inner = pick(rng, (size,), (heads, size))
+    lengths = rng.integers(0, width * block_size + 1, sequences)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    starts = None
+    if rng.random() < 0.4:
+        starts = np.array([int(rng.integers(0, max(width * block_size - n, 0) + 1))
+                           for n in lengths])  # fmt: skip
+        starts = np.minimum(starts, width * block_size - 1)
+        lengths = np.minimum(lengths, width * block_size - starts)
+        bounds = np.concatenate([[0], np.cumsum(lengths)])
+    rows = int(bounds[-1]) + pick(rng, 0, 2)
+    kv, stored, dtype = "auto", None, pick(rng, *DTYPES)
+    target = dtype
+    if name == "gather_and_maybe_dequant_cache" and rng.random() < 0.6:
+        kv = pick(rng, *oracle.STORED)
+        stored, target = oracle.STORED[kv], pick(rng, *FLOATS)
+        dtype = pick(rng, stored, "uint8")
+    src = fresh(rng, (blocks, block_size, *inner), dtype)
+    if stored is not None:
+        numpy_array(src).view(np.uint8)[...] = rng.integers(0, 0x70, src.shape)  # no NaN
+    args = {
+        "src_cache": src,
+        "dst": fresh(rng, (rows, *inner), target),
+        "block_table": fresh(rng, (sequences, width), pick(rng, "int32", "int64"),
+                             values=rng.integers(0, blocks, (sequences, width))),
+        "cu_seq_lens": dense_numbers(rng, bounds),
+    }  # fmt: skip
+    if name == "cp_gather_cache":
+        args["batch_size"] = sequences
+    if stored is not None or name == "gather_and_maybe_dequant_cache":
+        args |= {"token_to_seq": None, "num_tokens": pick(rng, rows, rows // 2)}
+        args |= {"kv_cache_dtype": kv, "scale": scale_of(rng)}
+    if starts is not None:
+        args["seq_starts"] = numbers(rng, starts)
+
+    def expected(a):
+        options, src, dst = {}, a["src_cache"], bits(a["dst"])
+        if "num_tokens" in a:
+            options["rows"] = int(a["num_tokens"])
+        if stored is None:
+            src = bits(src)
+        else:
+            scale, dst = np.asarray(scale_value(a["scale"])).reshape(-1)[0], a["dst"]
+
+            def token(block, offset):
+                codes = bits(a["src_cache"][block, offset])
+                made = [oracle.dequantise(code, scale, stored, dst.dtype)
+                        for code in codes.reshape(-1)]  # fmt: skip
+                return np.array(made, dst.dtype).reshape(codes.shape)
+
+            options["token"] = token
+        made.faults = oracle.gather_cache(
+            src, dst, a["block_table"], a["cu_seq_lens"], a.get("seq_starts"), **options
+        )
+
+    made = Call(name, args, expected, ("dst",))
+    return made
+
+
+def gather_x_packed(rng):
+    layout = pick(rng, "x-packed-key", "x-packed-value", "interleaved-value")
+    blocks, heads, x, packs, groups = 3, pick(rng, 1, 2), 2, pick(rng, 1, 2), pick(rng, 1, 2)
+    shape = {
+        "x-packed-key": (blocks, heads, packs, x * groups, x),
+        "x-packed-value": (blocks, heads, packs * x, x * groups),
+        "interleaved-value": (blocks, heads, groups, packs * x, x),
+    }[layout]
+    dtype, rows = pick(rng, *DTYPES), int(rng.integers(0, 5))
+    args = {
+        "src_cache": fresh(rng, shape, dtype),
+        "dst": fresh(rng, (rows, heads, packs * x), dtype),
+        "block_table": fresh(rng, (1, 3), "int32", values=rng.integers(0, blocks, (1, 3))),
+        "cu_seq_lens": dense_numbers(rng, [0, rows]),
+        "layout": layout,
+    }
+
+    def expected(a):
+        cache = bits(a["src_cache"])
+        made.faults = oracle.gather_cache(
+            cache, bits(a["dst"]), a["block_table"], a["cu_seq_lens"], block_size=x * groups,
+            token=lambda block, offset: oracle.packed_token(cache, block, offset, layout),
+        )  # fmt: skip
+
+    made = Call("gather_cache", args, expected, ("dst",))
+    return made
+
+
+def upconvert(rng):
+    blocks, rows = int(rng.integers(1, 3)), int(rng.integers(0, 2))
+    entries = rng.integers(0, 0x70, (blocks, 2, 656)).astype(np.uint8)
+    entries[..., 512:528] = np.float32([0.5, 1, 0.25, 3]).view(np.uint8)
+    target = pick(rng, *FLOATS)
+    args = {
+        "src_cache": fresh(rng, entries.shape, "uint8", values=entries),
+        "dst": fresh(rng, (rows, 576), target),
+        "block_table": fresh(rng, (1, 1), "int32", values=rng.integers(0, blocks, (1, 1))),
+        "workspace_starts": dense_numbers(rng, [0]),
+        "batch_size": 1,
+        "rope_dtype": pick(rng, "bfloat16", "float16"),
+    }
+
+    def expected(a):
+        rope = np.dtype(getattr(ml_dtypes, a["rope_dtype"], a["rope_dtype"]))
+        src, dst = bits(a["src_cache"]), a["dst"]
+        made.faults = oracle.gather_cache(
+            src, dst, a["block_table"], [*a["workspace_starts"], len(dst)],
+            token=lambda block, offset: oracle.fp8_ds_mla_token(
+                src[block, offset], dst.dtype, rope
+            ),
+        )  # fmt: skip
+
+    made = Call("cp_gather_and_upconvert_fp8_kv_cache", args, expected, ("dst",))
+    return made
+
+
+def indexer_write(rng):
+    blocks, block_size, _, _, tokens = sizes_of(rng)
+    quant, count = pick(rng, 2, 4), pick(rng, 1, 2)
+    size = quant * count
+    args = {
+        "k": fresh(rng, (tokens, size), pick(rng, *FLOATS)),
+        "kv_cache": fresh(rng, (blocks, block_size, size + 4 * count), "uint8", dense=True),
+        "slot_mapping": numbers(rng, slots_of(rng, tokens, blocks * block_size)),
+        "quant_block_size": quant,
+        "kv_cache_dtype": pick(rng, "auto", "fp8", "ue8m0", "mxfp8"),
+    }
+
+    def expected(a):
+        scales = {"auto": "float32", "fp8": "float32"}.get(a["kv_cache_dtype"], a["kv_cache_dtype"])
+        made.faults = oracle.indexer_k_quant_and_cache(
+            a["k"], bits(a["kv_cache"]), a["slot_mapping"], quant, scales
+        )
+
+    made = Call("indexer_k_quant_and_cache", args, expected, ("kv_cache",))
+    return made
+
+
+def indexer_gather(rng):
+    blocks, block_size, sequences, width = 3, pick(rng, 1, 2, 4), pick(rng, 1, 2), 2
+    size, count = 4, pick(rng, 1, 2)
+    lengths = rng.integers(0, width * block_size + 1, sequences)
+    bounds = np.concatenate([[0], np.cumsum(lengths)])
+    rows = int(bounds[-1]) + pick(rng, 0, 1)
+    table = rng.integers(0, blocks, (sequences, width))
+    args = {
+        "kv_cache": fresh(rng, (blocks, block_size, size + 4 * count), "uint8", dense=True),
+        "dst_k": fresh(rng, (rows, size), pick(rng, "uint8", "float8_e4m3fn")),
+        "dst_scale": fresh(rng, (rows, 4 * count), "uint8"),
+        "block_table": fresh(rng, table.shape, pick(rng, "int32", "int64"), values=table),
+        "cu_seq_lens": dense_numbers(rng, bounds),
+    }
+
+    def expected(a):
+        cache, keys, scales, *others = a.values()
+        made.faults = oracle.cp_gather_indexer_k_quant_cache(
+            bits(cache), bits(keys), scales.view(np.uint8), *others, size // count
+        )
+
+    made = Call("cp_gather_indexer_k_quant_cache", args, expected, ("dst_k", "dst_scale"))
+    return made
+
+
+def packing(rng, name):
+    by_slot, unpacks = name.endswith("tokens"), name.startswith("unpack")
+    blocks, layers, tensors = int(rng.integers(1, 4)), pick(rng, 1, 2), pick(rng, 1, 2)
+    shapes = [(blocks, 2, *pick(rng, (3,), (2, 2))) for _ in range(tensors)]
+    dtype = pick(rng, *DTYPES)
+    lists = [layers_of(rng, shape, dtype, layers) for shape in shapes]
+    limit = blocks * 2 if by_slot else blocks
+    count = int(rng.integers(0, limit + 1))
+    chosen = rng.permutation(limit)[:count] if unpacks else rng.integers(0, limit, count)
+    if by_slot and count:
+        chosen[rng.random(count) < 0.2] = -1
+    item = sum(int(np.prod(shape[1 + by_slot :])) for shape in shapes)
+    room = layers * count * item * formats.DTYPES[dtype].bytes + pick(rng, 0, 5)
+    caches = list(zip(*lists)) if tensors == 2 else lists[0]
+    buffer = fresh(rng, (room,), "uint8", dense=True)
+    index = {"slot_mapping" if by_slot else "block_ids": numbers(rng, chosen)}
+    if unpacks:
+        args = {"packed": buffer, "caches": caches, **index}
+    else:
+        args = {"caches": caches, **index, "out": buffer}
+    args["layout"] = pick(rng, "layer_first", "page_first")
+
+    def expected(a):
+        layers = [[bits(t) for t in layer] if isinstance(layer, tuple) else [bits(layer)]
+                  for layer in a["caches"]]  # fmt: skip
+        chosen = a[next(iter(index))]
+        if unpacks:
+            packed = a["packed"].reshape(-1).view(np.uint8)
+            oracle.unpack(packed, layers, chosen, a["layout"], by_slot)
+        else:
+            oracle.pack(layers, chosen, a["out"].reshape(-1).view(np.uint8), a["layout"], by_slot)
+
+    return Call(name, args, expected, ("caches",) if unpacks else ("out",), tuple(index))
+
+
+def zero(rng):
+    blocks, layers = int(rng.integers(1, 4)), pick(rng, 0, 1, 2)
+    caches = layers_of(rng, (blocks, 2, 3), pick(rng, *DTYPES), layers) if layers else []
+    args = {"caches": caches, "block_ids": numbers(rng, rng.integers(0, blocks, 2))}
+    return Call("zero_blocks", args, lambda a: oracle.zero_blocks(map(bits, a["caches"]),
+                a["block_ids"]), ("caches",), ("block_ids",))  # fmt: skip
+
+
+def mapping(rng):
+    requests, width, block_size = int(rng.integers(1, 4)), int(rng.integers(1, 4)), pick(rng, 1, 4)
+    world = pick(rng, 1, 1, 2)
+    bounds = np.sort(rng.integers(0, 5, requests + 1))
+    tokens = 5
+    positions = rng.integers(0, width * block_size * world, tokens)
+    args = {
+        "block_table": fresh(rng, (requests, width), pick(rng, "int32", "int64"),
+                             values=rng.integers(0, 99, (requests, width))),
+        "positions": numbers(rng, positions),
+        "query_start_loc": dense_numbers(rng, bounds),
+        "block_size": block_size,
+        "cp_world_size": world,
+        "cp_rank": world - 1,
+        "cp_interleave": pick(rng, 1, block_size),
+    }  # fmt: skip
+    if rng.random() < 0.5:
+        args["out"] = fresh(rng, (tokens + pick(rng, 0, 2),), "int64", dense=True)
+
+    def expected(a):
+        out = a["out"] if "out" in a else np.empty(len(a["positions"]), np.int64)
+        made.faults = oracle.slot_mapping(
+            a["block_table"], a["positions"], a["query_start_loc"], block_size, out, world,
+            world - 1, int(a["cp_interleave"]),
+        )  # fmt: skip
+        return out
+
+    made = Call("slot_mapping", args, expected, ("out",))
+    return made
+
+
+def groups(rng):
+    requests, count, tokens = 2, pick(rng, 1, 2), 3
+    dtype = pick(rng, "int32", "int64")
+    widths = [int(rng.integers(1, 3)) for _ in range(count)]
+    tables = [fresh(rng, (3, width), dtype, True, rng.integers(0, 9, (3, width)))
+              for width in widths]  # fmt: skip
+    sizes = [pick(rng, 1, 4) for _ in range(count)]
+    args = {
+        "block_tables": tables,
+        "idx_mapping": pick(rng, None, numbers(rng, [1, -1])),
+        "positions": numbers(rng, [0, 0, 0]),
+        "query_start_loc": dense_numbers(rng, [0, 2, 3][: requests + 1]),
+        "block_sizes": sizes,
+        "enabled": pick(rng, None, [bool(rng.random() < 0.7) for _ in range(count)]),
+    }
+    if rng.random() < 0.5:
+        args["out"] = fresh(rng, (count, tokens), "int64", dense=True)
+
+    def expected(a):
+        out = a["out"] if "out" in a else np.empty((count, len(a["positions"])), np.int64)
+        made.faults = oracle.slot_mapping_groups(
+            a["block_tables"], a["idx_mapping"], a["positions"], a["query_start_loc"], sizes, out,
+            a["enabled"],
+        )  # fmt: skip
+        return out
+
+    made = Call("slot_mapping_groups", args, expected, ("out",))
+    return made
+
+
+def bias(rng):
+    heads, queries, keys = (int(n) for n in rng.integers(1, 4, 3))
+    dtype = pick(rng, *FLOATS)
+    args = {
+        "slopes": fresh(rng, (heads,), "float32"),
+        "query_positions": numbers(rng, rng.integers(0, 99, queries)),
+        "key_positions": numbers(rng, rng.integers(0, 99, keys)),
+        "sqrt": bool(rng.random() < 0.5),
+        "causal": bool(rng.random() < 0.5),
+    }
+    if rng.random() < 0.5:
+        args["out"] = fresh(rng, (heads, queries, keys), dtype)
+    else:
+        args["dtype"] = dtype
+
+    def expected(a):
+        shape = len(a["slopes"]), len(a["query_positions"]), len(a["key_positions"])
+        out = a["out"] if "out" in a else np.empty(shape, formats.DTYPES[dtype].numpy)
+        oracle.alibi_bias(
+            a["slopes"], a["query_positions"], a["key_positions"], out, a["sqrt"], a["causal"]
+        )
+        return out
+
+    return Call("alibi_bias", args, expected, ("out",))
+
+
+def slopes(rng):
+    ranks = pick(rng, 1, 2)
+    heads = ranks * int(rng.integers(1, 5))
+    args = {"num_heads": heads, "tp_size": ranks, "tp_rank": ranks - 1, "device": "cpu"}
+    if rng.random() < 0.5:
+        args |= {"out": fresh(rng, (heads // ranks,), "float32")}
+        del args["device"]
+
+    def expected(a):
+        wanted = oracle.alibi_slopes(heads)[-(heads // ranks) :]
+        if "out" in a:
+            assert a["out"].shape == (heads // ranks,)
+            a["out"][:] = cc.alibi_slopes(heads, device="cpu")[-(heads // ranks) :]
+            np.testing.assert_allclose(a["out"], wanted, rtol=3e-7)
+            return a["out"]
+        return np.array(wanted, np.float32)
+
+    return Call("alibi_slopes", args, expected, ("out",))
+
+
+def placed(rng):
+    values = [float(0.5 * n) for n in rng.integers(1, 9, int(rng.integers(1, 4)))]
+    args = {"slopes": values, "out": fresh(rng, (len(values),), "float32")}
+
+    def expected(a):
+        a["out"][:] = values
+        return a["out"]
+
+    return Call("place_slopes", args, expected, ("out",))
+
+
+def convert(rng):
+    shape = pick(rng, (), (3,), (2, 3), (2, 2, 2))
+    name = pick(rng, "fp8", "fp8_e4m3", "fp8_e5m2")
+    stored, number, back = oracle.STORED[name], pick(rng, *FLOATS), rng.random() < 0.4
+    code = pick(rng, stored, "uint8")
+    output, source = fresh(rng, shape, number if back else code), fresh(rng, shape,
+                     code if back else number)  # fmt: skip
+    if back:
+        numpy_array(source).view(np.uint8)[...] = rng.integers(0, 0x70, shape)
+    args = {"output": output, "input": source, "scale": scale_of(rng), "kv_dtype": name}
+
+    def expected(a):
+        scale = np.asarray(scale_value(a["scale"])).reshape(-1)[0]
+        to, of = a["output"], a["input"]
+        for index in np.ndindex(*to.shape):
+            if of.itemsize == 1:
+                to[index] = oracle.dequantise(bits(of)[index], scale, stored, to.dtype)
+            else:
+                bits(to)[index] = oracle.quantise(of[index], scale, stored)
+
+    return Call("convert_fp8", args, expected, ("output",))
+
+
+def size_of(rng):
+    blocks, shape = int(rng.integers(1, 4)), pick(rng, (2, 3), (2, 2, 2))
+    caches = layers_of(rng, (blocks, *shape), "float16", 2)
+    by_slot = rng.random() < 0.5
+    args = {"caches": caches, "num_tokens" if by_slot else "num_blocks": 3}
+    item = 2 * int(np.prod(shape[by_slot:]))
+
+    def expected(a):
+        assert [cache.shape[1 + by_slot :] for cache in a["caches"]] == [shape[by_slot:]] * 2
+        return 2 * 3 * item
+
+    return Call("packed_size", args, expected, ())
+
+
+ORDINARY = (
+    flash, flash, x_packed, per_token_head, mla, mla, grouped, copy, copy_mla, swap, ranges,
+    gather, gather_x_packed, indexer_write, indexer_gather, zero, mapping, groups, bias, slopes,
+    placed, convert, size_of,
+    functools.partial(gather, name="cp_gather_cache"),
+    functools.partial(gather, name="gather_and_maybe_dequant_cache"),
+    *(functools.partial(packing, name=name)
+      for name in ("pack_blocks", "unpack_blocks", "pack_tokens", "unpack_tokens")),
+)  # fmt: skip
+SLOW = (fp8_ds_mla, upconvert)  # their rows have hundreds of elements: one call of a hundred
+
+
+# --- one thing is another than it should be -------------------------------------------------------
+
+
+def another_dtype(rng, call, name, spec):
+    dtype = pick(rng, *DTYPES)
+    new = codes(rng, name, fresh(rng, spec.shape, dtype))
+    if name in ("src_ptrs", "dst_ptrs", "sizes"):  # addresses are believed
+        if dtype in ("int32", "int64"):
+            return None
+        call.must_refuse = True
+    elif dtype in ("int32", "int64") and spec.dtype in ("int32", "int64"):
+        numpy_array(new)[...] = numpy_array(spec)
+    return new
+
+
+def another_shape(rng, call, name, spec):
+    shape = list(spec.shape)
+    what = pick(rng, "more", "less", "added", "dropped", "empty")
+    if what == "added":
+        shape.insert(int(rng.integers(len(shape) + 1)), pick(rng, 1, 2))
+    elif shape:
+        at = int(rng.integers(len(shape)))
+        if what == "dropped":
+            del shape[at]
+        else:
+            shape[at] = {"more": shape[at] + 1, "less": max(shape[at] - 1, 0), "empty": 0}[what]
+    if tuple(shape) == spec.shape or name in ("src_ptrs", "dst_ptrs", "sizes"):
+        return None
+    if spec.dtype in ("int32", "int64") and spec.buffer.bytes.size < 400:
+        return fresh(rng, shape, spec.dtype, values=0)
+    return codes(rng, name, fresh(rng, shape, spec.dtype))
+
+
+def codes(rng, name, spec):
+    """Bytes that are no NaN where they may be read as numbers: which NaN comes out is not
+    defined."""
+    if formats.DTYPES[spec.dtype].bytes == 1 and name in ("src_cache", "input"):
+        view = numpy_array(spec).view(np.uint8)
+        view[...] = rng.integers(0, 2 if spec.dtype == "bool" else 0x70, spec.shape)
+    return spec
+
+
+def other_byte_order(rng, call, name, spec):
+    dtype = spec.numpy_dtype
+    if dtype.itemsize == 1 or dtype.kind == "V" or spec.dtype == "bfloat16":
+        return None
+    call.must_refuse = True
+
+    def swapped(spec):
+        return numpy_array(spec).view(dtype.newbyteorder())
+
+    call.forms[id(spec)] = swapped
+    return spec
+
+
+def read_only(rng, call, name, spec):
+    call.must_refuse |= name in call.written
+
+    def fixed(spec):
+        array = numpy_array(spec)
+        array.flags.writeable = False
+        return array
+
+    call.forms[id(spec)] = fixed
+    return spec
+
+
+def masked(rng, call, name, spec):
+    call.must_refuse = True
+    call.forms[id(spec)] = lambda spec: np.ma.masked_array(numpy_array(spec))
+    return spec
+
+
+def negative(rng, call, name, spec):
+    if not fits_torch(spec) or spec.dtype not in ("float16", "float32", "int32", "int64"):
+        return None
+    call.must_refuse = True
+    call.forms[id(spec)] = lambda spec: torch._neg_view(tensor(spec))
+    return spec
+
+
+def without_memory(rng, call, name, spec):
+    if not fits_torch(spec) or 0 in spec.shape:
+        return None
+    kind = pick(rng, "meta", "asleep", "behind", "sparse", "gradient", "zero")
+
+    def gone(spec):
+        shown = tensor(spec)
+        if kind == "meta":
+            return shown.to("meta")
+        if kind == "sparse":
+            return shown.to(torch.float32).to_sparse()
+        if kind == "zero":
+            return torch._efficientzerotensor(spec.shape, dtype=shown.dtype)
+        if kind == "gradient":
+            return worlds.Opaque(torch.ones(spec.shape, requires_grad=True))
+        made = torch.empty((2, *spec.shape), dtype=shown.dtype)
+        made = made[1] if kind == "behind" else made[0]
+        made.untyped_storage().resize_(0)
+        return made
+
+    call.must_refuse = True
+    call.forms[id(spec)] = gone
+    return spec
+
+
+def misaligned(rng, call, name, spec):
+    if formats.DTYPES[spec.dtype].bytes == 1 or name in ("src_ptrs", "dst_ptrs", "sizes"):
+        return None
+    content = numpy_array(spec).copy()
+    new = worlds.Spec(spec.buffer, spec.offset - 1, spec.shape, spec.strides, spec.dtype)
+    numpy_array(new)[...] = content
+    call.forms[id(new)] = numpy_array
+    return new
+
+
+def odd_strides(rng, call, name, spec):
+    """In a larger storage; extents of 1 get strides that mean nothing."""
+    if not spec.shape or name in ("src_ptrs", "dst_ptrs", "sizes"):
+        return None
+    size = formats.DTYPES[spec.dtype].bytes
+    strides, at = list(spec.strides), int(rng.integers(len(spec.shape)))
+    kind = pick(rng, "gaps", "nothing", "same", "backwards")
+    content, offset = numpy_array(spec).copy(), spec.offset
+    if kind == "nothing":
+        strides = [pick(rng, 0, 1, 7, -3) if n == 1 else s for n, s in zip(spec.shape, strides)]
+        if strides == list(spec.strides):
+            return None
+    elif kind == "gaps":
+        strides = [2 * s for s in strides]
+    elif kind == "same":
+        strides[at] = 0
+        call.must_refuse |= name in call.written and spec.shape[at] > 1 and 0 not in spec.shape
+    else:
+        offset += strides[at] * max(spec.shape[at] - 1, 0)
+        strides[at] = -strides[at]
+    buffer = worlds.Buffer(3 * spec.buffer.bytes.size + 64 * size, rng)
+    new = worlds.Spec(buffer, offset, spec.shape, strides, spec.dtype)
+    numpy_array(new)[...] = content
+    call.forms[id(new)] = numpy_array
+    return new
+
+
+def shared(rng, call, name, spec):
+    """The memory of another array that is written, whole or in part."""
+    others = [s for n, s in call.specs() if n in call.written and s is not spec]
+    if name not in call.written or not others:
+        return None
+    other = pick(rng, *others)
+    if (other.shape, other.dtype, other.strides) != (spec.shape, spec.dtype, spec.strides):
+        return None
+    size = formats.DTYPES[spec.dtype].bytes
+    shift = pick(rng, 0, size, 4 * size)
+    end = other.offset + shift + sum(s * (n - 1) for s, n in zip(spec.strides, spec.shape)) + size
+    if end > other.buffer.bytes.size:
+        return None
+    new = worlds.Spec(other.buffer, other.offset + shift, spec.shape, spec.strides, spec.dtype)
+    places = [_bytes_of(s) for s in (other, new)]
+    if places[0].isdisjoint(places[1]):
+        return None
+    call.must_refuse = True
+    return new
+
+
+def _bytes_of(spec):
+    size = formats.DTYPES[spec.dtype].bytes
+    return {spec.offset + sum(i * s for i, s in zip(index, spec.strides)) + byte
+            for index in np.ndindex(*spec.shape) for byte in range(size)}  # fmt: skip
+
+
+def no_array(rng, call, name, spec):
+    if "scale" in name or name in ("seq_starts", "out", "idx_mapping"):
+        return None
+    call.must_refuse = True
+    value = pick(
+        rng, None, "text", 1.5, object(), {"a": 1}, ["x"], [1.5], b"bytes", [None], np.int64
+    )
+    call.forms[id(spec)] = lambda spec: value
+    return spec
+
+
+def of_another_framework(rng, call, name, spec):
+    """One of a list."""
+    listed = [s for n, s in call.specs() if n == name and s is not spec]
+    if not listed or not fits_torch(spec):
+        return None
+    forms = {call.forms[id(s)] for s in listed}
+    call.forms[id(spec)] = opaque if forms <= {tensor, parameter} else tensor
+    call.must_refuse = isinstance(call.args[name][0], worlds.Spec)
+    return spec
+
+
+def of_complex_numbers(rng, call, name, spec):
+    call.must_refuse = True
+    call.forms[id(spec)] = lambda spec: np.zeros(spec.shape, pick(rng, np.complex64, object, "V3",
+                                                                  "M8[s]", "U2"))  # fmt: skip
+    return spec
+
+
+ARRAY_CHANGES = (
+    another_dtype, another_dtype, another_shape, another_shape, other_byte_order, read_only, masked,
+    negative, without_memory, misaligned, odd_strides, odd_strides, shared, shared, no_array,
+    of_another_framework, of_complex_numbers,
+)  # fmt: skip
+
+
+class Index:
+    """An integer by its `__index__` alone."""
+
+    def __init__(self, value):
+        self._value = value
+
+    def __index__(self):
+        return self._value
+
+    def __repr__(self):
+        return f"Index({self._value})"
+
+
+class Broken:
+    """What cannot even be shown."""
+
+    __hash__ = None
+
+    def __repr__(self):
+        raise RuntimeError("no repr")
+
+    def __eq__(self, other):
+        raise RuntimeError("no comparison")
+
+
+def change_option(rng, call):
+    """Another form of an option, or what is none. Returns what was done."""
+    names = [n for n, v in call.args.items()
+             if isinstance(v, (bool, int, float, str)) and n != "token_to_seq"]  # fmt: skip
+    takes_stream = "stream" in inspect.signature(getattr(cc, call.name)).parameters
+    if takes_stream and rng.random() < 0.15:
+        call.args["stream"] = value = pick(rng, None, 0, "x", 1.5, [], Broken(), True)
+        call.must_refuse = value is not None and type(value) is not int
+        return f"stream={type(value).__name__}"
+    raw = call.args.get("kv_cache_dtype") == "auto" or call.args.get("skip_scale")
+    names = [n for n in names if n != "scale" or not raw]  # else it is ignored
+    if not names:
+        return None
+    name = pick(rng, *names)
+    value = call.args[name]
+    if isinstance(value, bool):
+        same = [int(value), np.bool_(value), np.array(value), "yes" if value else ""]
+        wrong = [np.array([1, 0]), Broken] if torch is None else [torch.ones(2)]
+        wrong = [np.array([1, 0])]
+    elif isinstance(value, int):
+        same = [np.int64(value), np.uint8(value), np.array(value), Index(value)]
+        same += [torch.tensor(value)] if torch is not None else []
+        wrong = [bool(value), float(value), str(value), [value], np.float32(value), np.bool_(value),
+                 np.array([value]), np.array(float(value)), 1j, object(), Broken(), -1, b"1",
+                 2**70 if name != "batch_size" else -5]  # fmt: skip
+        wrong += [torch.tensor(True), torch.tensor(1.0)] if torch is not None else []
+    elif isinstance(value, float):
+        same = [np.float32(value), np.float64(value), Fraction(value)]
+        wrong = [0.0, -value, float("nan"), float("inf"), str(value), True, [value], 1j, 1e-60,
+                 10**400, Broken(), np.float32(0), object()]  # fmt: skip
+    else:
+        same = [np.str_(value)]
+        wrong = [[value], {value: 1}, {value}, 3, value.upper() + "?", value.encode(), True,
+                 (value,), np.array([1, 2]), Broken(), 1.5, object()]  # fmt: skip
+        if name == "dtype":
+            wrong.remove(value.encode())  # NumPy knows it
+        if name == "device":
+            same, wrong = [np.str_(value)], [[value], "gpu", 1.5, Broken(), {value}]
+    if rng.random() < 0.4:
+        call.args[name] = new = pick(rng, *same)
+    else:
+        call.args[name] = new = pick(rng, *wrong)
+        call.must_refuse = True
+    try:
+        return f"{name}={new!r}"
+    except RuntimeError:
+        return f"{name}=Broken()"
+
+
+def change_numbers(rng, call):
+    """Numbers that lead nowhere."""
+    name = next((n for n in ("block_mapping", "block_ids") if n in call.args), None)
+    if name is None:
+        return None
+    pairs = name == "block_mapping"
+    bad = pick(
+        rng, 99, -1, 2**31, 2**63 - 1, 2**64, -(2**70), 1.0, "1", None, True, (1, 2), Broken()
+    )
+    if pairs and bad is True:
+        return None
+    value = [(0, bad)] if pairs else [0, bad]
+    layers = next(iter(call.args.values()))
+    call.args[name] = value
+    # Without layers there is nothing that a number could lead out of.
+    call.must_refuse = layers != [] or not isinstance(bad, (int, float)) or isinstance(bad, bool)
+    if layers == []:
+        call.must_refuse = False
+    return f"{name} with {type(bad).__name__}"
+
+
+def change_slots(rng, call):
+    """A slot behind the cache: skipped, and recorded."""
+    spec = call.args.get("slot_mapping")
+    if "caches" in call.args or not isinstance(spec, worlds.Spec) or 0 in spec.shape:
+        return None
+    view = numpy_array(spec)
+    view[(0,) * view.ndim] = pick(rng, 10**6, 2**31 - 1)
+    call.faulty = True
+    return "a slot behind the cache"
+
+
+def change_array(rng, call):
+    found = list(call.specs())
+    if not found:
+        return None
+    name, spec = pick(rng, *found)
+    raw = call.args.get("kv_cache_dtype") == "auto" or call.args.get("skip_scale")
+    if name == "scale" and raw:  # it is ignored
+        return None
+    change = ARRAY_CHANGES[int(rng.integers(len(ARRAY_CHANGES)))]
+    new = change(rng, call, name, spec)
+    if new is None:
+        return None
+    if new is not spec:
+        call.replace(spec, new)
+    return f"{name}: {change.__name__}"
+
+
+def call(rng):
+    """A random call."""
+    makers = SLOW if rng.random() < 0.01 else ORDINARY
+    made = makers[int(rng.integers(len(makers)))](rng)
+    others = {"skip_scale", "scale_rule"} & set(made.args)
+    made.bound = made.name in _SOURCES and not others and rng.random() < 0.2
+    lists = {}  # arrays of a list are of one framework
+    for name, spec in list(made.specs()):
+        form = form_of(rng, spec, made, name)
+        if isinstance(made.args[name], (list, tuple)):
+            form = lists.setdefault((name, spec.dtype), form)
+        made.forms[id(spec)] = form
+    if rng.random() < 0.75:
+        change = pick(rng, change_array, change_array, change_array, change_option, change_option,
+                      change_numbers, change_slots)  # fmt: skip
+        done = change(rng, made)
+        if done is not None:
+            made.changes.append(done)
+    for name, spec in made.specs():
+        form = made.forms.setdefault(id(spec), numpy_array)
+        if form in (tensor, parameter, opaque) and not fits_torch(spec):
+            made.forms[id(spec)] = numpy_array
+        if name not in made.choice and form is as_list:
+            made.forms[id(spec)] = numpy_array
+    return made
+
+
+# --- making the call, and judging it --------------------------------------------------------------
+
+
+def invoke(made, rng, objects):
+    """Call the function, some of the arguments by their names."""
+    if made.bound:
+        _write_bound(made.name, dict(objects))
+        return None
+    function = getattr(cc, made.name)
+    names = list(inspect.signature(function).parameters)
+    args, options = [], dict(objects)
+    if made.name == "swap_blocks":
+        names = ["src", "dst"]
+    by_place = int(rng.integers(len(names) + 1))
+    for name in names[:by_place]:
+        kind = inspect.signature(function).parameters[name].kind
+        if name not in options or kind is inspect.Parameter.KEYWORD_ONLY:
+            break
+        args.append(options.pop(name))
+    return function(*args, **options)
+
+
+def _write_bound(name, given):
+    """The write through a `PagedKVCache`."""
+    two = name != "concat_and_cache_mla"
+    stream = {"stream": given.pop("stream")} if "stream" in given else {}
+    caches = ("key_cache", "value_cache") if two else ("kv_cache",)
+    fixed = [[given.pop(cache)] for cache in caches]
+    names = {"k_scale": "k_scales", "v_scale": "v_scales", "scale": "k_scales"}
+    options = {names.get(n, n): given.pop(n) for n in ("kv_cache_dtype", *names) if n in given}
+    cache = cc.PagedKVCache(*fixed, **options)
+    cache.write(0, *(given.pop(n) for n in (*_SOURCES[name], "slot_mapping")), **stream)
+
+
+_SOURCES = {
+    "concat_and_cache_mla": ("kv_c", "k_pe"),
+    "reshape_and_cache_flash": ("key", "value"),
+}
+
+
+def _is_named(made, error):
+    """Whether an error's message has the one form, and names the function, or what a `PagedKVCache`
+    calls it."""
+    names = (made.name, "PagedKVCache", "copy_blocks", "copy_blocks_mla")
+    text = str(error)
+    named = text.startswith(tuple(f"{n}: Invalid " for n in (names if made.bound else names[:1])))
+    return named and ": expected " in text
+
+
+def judge(made, rng):
+    """Make the call. Returns whether it was taken; raises `AssertionError` where it did what it
+    must not."""
+    buffers = {id(spec.buffer): spec.buffer for _, spec in made.specs()}
+    buffers |= {id(spec.buffer): spec.buffer for spec in getattr(made, "hidden", ())}
+    before = {key: buffer.bytes.copy() for key, buffer in buffers.items()}
+    objects = made.objects()
+    try:
+        result = invoke(made, rng, objects)
+    except cc.CupyCacheError as error:
+        text = str(error)
+        assert _is_named(made, error), f"not of the one form: {text}"
+        assert not isinstance(error, cc.FaultError), text
+        for key, buffer in buffers.items():
+            assert (buffer.bytes == before[key]).all(), f"something was written before: {text}"
+        assert not _faults(), f"a fault was left behind: {text}"
+        too_loose = "at most two" in text or "at most five" in text  # dimensions around a run
+        assert made.changes or too_loose, f"an ordinary call was refused: {text}"
+        return False
+    except Exception as error:
+        raise AssertionError(f"{type(error).__name__}: {error}") from error
+    assert not made.must_refuse, "it should have been refused"
+    copies = {key: content.copy() for key, content in before.items()}
+    made.copies = copies
+    expected = made.expected(made.views(copies))
+    for key, buffer in buffers.items():
+        np.testing.assert_array_equal(buffer.bytes, copies[key])
+    if expected is not None:
+        _compare(result, expected)
+    faults = _faults()
+    assert bool(faults) == bool(made.faulty or made.faults), f"faults: {faults}"
+    return True
+
+
+def judge_recorded(made, rng, recorder):
+    """Make the call with tensors that count as on a GPU, where nothing runs: a named error with
+    nothing launched, or no error. Returns whether it was taken; None where it cannot be made so."""
+    if any("of_another_framework" in change for change in made.changes):
+        return None
+    for _, spec in made.specs():
+        if made.forms[id(spec)] in ORDINARY_FORMS:
+            if not fits_torch(spec):
+                return None
+            made.forms[id(spec)] = tensor
+    needs_cuda = made.name in ("slot_mapping", "slot_mapping_groups", "alibi_bias", "packed_size")
+    if made.name == "swap_blocks_batch" or (needs_cuda and "out" not in made.args):
+        return None
+    objects = made.objects()
+    try:
+        invoke(made, rng, objects)
+    except cc.CupyCacheError as error:
+        text = str(error)
+        assert _is_named(made, error), f"not of the one form: {text}"
+        assert not recorder.take() and not recorder.copies, f"launched before: {text}"
+        return False
+    except Exception as error:
+        raise AssertionError(f"{type(error).__name__}: {error}") from error
+    assert not made.must_refuse, "it should have been refused"
+    recorder.take()
+    recorder.copies.clear()
+    return True
+
+
+def _compare(result, expected):
+    if not isinstance(expected, np.ndarray):
+        assert result == expected
+        return
+    if torch is not None and isinstance(result, torch.Tensor):
+        assert str(result.dtype).endswith(expected.dtype.name)
+        result = result.detach().to(torch.float64).numpy()
+    elif isinstance(result, worlds.Opaque):
+        return  # the buffers were compared
+    np.testing.assert_allclose(
+        np.asarray(result, np.float64), np.asarray(expected, np.float64), rtol=3e-7
+    )
+
+
+def _faults():
+    try:
+        cc.raise_faults()
+    except cc.FaultError as error:
+        return error.faults
+    return ()

@@ -1,0 +1,166 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""What is no array: options of every type, errors by their classes, arguments by their names."""
+
+import inspect
+
+import cases
+import numpy as np
+import pytest
+import worlds
+
+import cupy_cache as cc
+from cupy_cache.runtime import dispatch
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    dispatch.forget_everything()
+    yield
+    dispatch.forget_everything()
+
+
+def write(kv_cache_dtype="auto", **others):
+    tokens = np.ones((1, 2, 8), np.float32)
+    caches = {f"{n}_cache": np.zeros((2, 4, 2, 8), np.float32) for n in ("key", "value")}
+    cc.reshape_and_cache_flash(
+        tokens,
+        tokens,
+        **caches,
+        slot_mapping=np.array([0]),
+        kv_cache_dtype=kv_cache_dtype,
+        **others,
+    )
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+@pytest.mark.parametrize(
+    "value", [["auto"], {"auto": 1}, {"auto"}, np.array(["auto"]), None, 8, b"auto", ("auto",)]
+)
+def test_what_is_no_name(value, used):
+    """Of a format, a layout, a rule: whether it can be hashed or not."""
+    if used:
+        write()
+    caches = [np.zeros((2, 4, 8), np.float32)]
+    entry = np.zeros((1, 4), np.float32)
+    table = np.zeros((1, 1), int), np.array([0, 1])
+    calls = {
+        "reshape_and_cache_flash": lambda: write(value),
+        "concat_and_cache_mla": lambda: cc.concat_and_cache_mla(
+            entry, entry, caches[0], np.array([0]), value
+        ),
+        "gather_cache": lambda: cc.gather_cache(caches[0], entry, *table, layout=value),
+        "pack_blocks": lambda: cc.pack_blocks(caches, [0], np.zeros(128, np.uint8), layout=value),
+        "convert_fp8": lambda: cc.convert_fp8(np.zeros(3, np.uint8), np.ones(3, "f4"), 1.0, value),
+        "alibi_slopes": lambda: value is None or cc.alibi_slopes(8, framework=value),
+        "PagedKVCache": lambda: cc.PagedKVCache(caches, [caches[0].copy()], value).write(
+            0, entry, entry, np.array([0])
+        ),
+    }
+    for name, call in calls.items():
+        if (name, value) == ("alibi_slopes", None):
+            continue
+        with pytest.raises(cc.CupyCacheError, match="Invalid .* expected"):
+            call()
+    assert not caches[0].any()
+
+
+def test_documented_names_work(rng, monkeypatch):
+    """Every argument of an ordinary call of every function, by its name."""
+    for name in {name.partition("-")[0] for name in cases.CASES}:
+        public = getattr(cc, name)
+
+        def by_name(*args, function=public, **options):
+            given = inspect.signature(function).bind(*args, **options).arguments
+            if "size_and_mapping" in given:
+                (given["block_mapping"],) = given.pop("size_and_mapping")
+            return function(**given)
+
+        monkeypatch.setattr(cc, name, by_name)
+    for make in cases.CASES.values():
+        case, world = make(rng), worlds.NumPyWorld()
+        case.call(world)
+        case.check(world)
+
+
+def test_swap_blocks_in_every_form(rng):
+    source = rng.integers(0, 256, (4, 8), np.uint8)
+    pairs = [(0, 3), (2, 1)]
+    for args, options in (
+        ((pairs,), {}),
+        ((), {"block_mapping": pairs}),
+        ((8, pairs), {}),
+        ((None, pairs), {}),
+        ((8,), {"block_mapping": pairs}),
+        ((pairs,), {"block_size_in_bytes": 8}),
+        ((), {"block_mapping": pairs, "block_size_in_bytes": np.int64(8)}),
+    ):
+        destination = np.zeros_like(source)
+        cc.swap_blocks(source, destination, *args, **options)
+        assert (destination[[3, 1]] == source[[0, 2]]).all() and not destination[[0, 2]].any()
+    for args, options in (
+        ((), {}),
+        ((8, pairs), {"block_mapping": pairs}),
+        ((8, pairs, 1), {}),
+        ((8, pairs), {"block_size_in_bytes": 8}),
+    ):
+        with pytest.raises(cc.CupyCacheError, match="swap_blocks: Invalid .*block_mapping"):
+            cc.swap_blocks(source, destination, *args, **options)
+
+
+def test_errors_that_engines_catch():
+    """Devices and contiguity: peers raise `RuntimeError` for them."""
+    torch = pytest.importorskip("torch")
+    caches = [np.zeros((2, 4, 2, 8), np.float32) for _ in range(2)]
+    tokens = np.ones((1, 2, 8, 2), np.float32)
+    for error in (RuntimeError, ValueError, cc.StrideError):
+        with pytest.raises(error):
+            cc.reshape_and_cache_flash(tokens[..., 0], tokens[..., 1], *caches, np.array([0]))
+    there = torch.ones(1, 2, 8)
+    for error in (RuntimeError, ValueError, cc.DeviceError):
+        with pytest.raises(error):
+            cc.reshape_and_cache_flash(
+                there.to("meta"), there, *map(torch.from_numpy, caches), torch.zeros(1).long()
+            )
+
+
+def test_counts_may_be_tensors():
+    """vLLM's tests give the number of tokens as a tensor of no dimensions."""
+    torch = pytest.importorskip("torch")
+    source = torch.arange(8.0).reshape(2, 2, 2)
+    table, bounds = torch.tensor([[1, 0]]), torch.tensor([0, 3])
+    for count in (torch.tensor(2), torch.tensor(2, dtype=torch.int32), np.int64(2), np.array(2)):
+        rows = torch.zeros(3, 2)
+        cc.gather_and_maybe_dequant_cache(source, rows, table, bounds, None, count, "auto", None)
+        assert rows.tolist() == [[4, 5], [6, 7], [0, 0]]
+    for count in (torch.tensor(2.0), torch.tensor(True), torch.tensor([2, 2]), 2.0):
+        with pytest.raises(cc.ArgumentError, match="num_tokens"):
+            cc.gather_and_maybe_dequant_cache(
+                source, rows, table, bounds, None, count, "auto", None
+            )
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    "slopes",
+    [["0.5"], "0.5", [1j], np.array([1j]), [None], [True], np.array([True]), [[0.5]], [b"1"],
+     np.ma.masked_array([0.5, 1.0], [True, False]), np.array(["2"]), object(), {0.5: 1}, 0.5],
+)  # fmt: skip
+def test_slopes_that_are_no_numbers(slopes):
+    out = np.zeros(1, np.float32)
+    with pytest.raises(cc.CupyCacheError, match="place_slopes: Invalid .* of slopes: expected"):
+        cc.place_slopes(slopes, out=out)
+    assert not out.any()
+
+
+def test_scales_of_layers_have_one_dimension():
+    entries = np.ones((1, 2, 4), np.float32)
+    cache = np.zeros((2, 4, 8), np.uint8)
+    for scales in (np.array(1, np.float32), np.ones((1, 1), np.float32), np.ones(2, np.float32)):
+        with pytest.raises(cc.ShapeError, match="kv_scales"):
+            cc.concat_and_cache_mla_grouped(
+                entries, entries, [cache], np.array([[0, 1]]), kv_scales=scales,
+                kv_cache_dtype="fp8",
+            )  # fmt: skip
+    assert not cache.any()

@@ -1,0 +1,71 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Random calls of every public function: each gives the right bytes, or a named error with nothing
+written, and leaves no fault behind. ``--surface-calls=N`` makes more of them."""
+
+import collections
+
+import numpy as np
+import pytest
+import recording
+import surface
+
+from cupy_cache.runtime import dispatch, launch
+
+PARTS = 10
+HISTORY = 100  # calls after which everything is forgotten
+
+
+def calls_of(config, part):
+    return range(part, config.getoption("--surface-calls"), PARTS)
+
+
+@pytest.mark.whole
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("part", range(PARTS))
+def test_random_calls(part, request, seed):
+    """The n-th call of a part depends on the seed and on n; what is remembered then, on the calls
+    before, up to a hundred."""
+    taken = collections.Counter()
+    made = collections.Counter()
+    for count, number in enumerate(calls_of(request.config, part)):
+        if count % HISTORY == 0:
+            dispatch.forget_everything()
+        rng = np.random.default_rng([seed, number])
+        call = surface.call(rng)
+        shown = None
+        try:
+            made[call.name] += 1
+            taken[call.name] += surface.judge(call, rng)
+        except AssertionError as error:
+            shown = f"CUPYCACHE_TEST_SEED={seed}, call {number} (part {part}): {call!r}\n{error}"
+            raise AssertionError(shown) from error
+    dispatch.forget_everything()
+    if sum(made.values()) >= 1000:  # else the test would hold of nothing
+        assert min(taken[name] / made[name] for name in made) > 0.15, taken
+
+
+@pytest.mark.whole
+@pytest.mark.filterwarnings("ignore")
+def test_random_calls_for_a_gpu(request, seed, monkeypatch):
+    """Plans and fast paths for kernels, with tensors that count as on a GPU: each call launches, or
+    is refused with nothing launched, whatever was remembered."""
+    pytest.importorskip("torch")
+    recorder = recording.recorder(monkeypatch)
+    taken = collections.Counter()
+    total = request.config.getoption("--surface-calls") // PARTS
+    for number in range(total):
+        if number % HISTORY == 0:
+            dispatch.forget_everything()
+        rng = np.random.default_rng([seed, 1, number])
+        call = surface.call(rng)
+        try:
+            for _ in range(3):  # the third time on a fast path, if there is one
+                taken[surface.judge_recorded(call, rng, recorder)] += 1
+        except AssertionError as error:
+            shown = f"CUPYCACHE_TEST_SEED={seed}, call {number}: {call!r}\n{error}"
+            raise AssertionError(shown) from error
+    dispatch.forget_everything()
+    launch.processors.cache_clear()
+    if total >= 1000:
+        assert taken[True] > total // 3 and taken[False] > total // 10, taken
