@@ -23,6 +23,9 @@ def layers_of(rng, kind, num_layers=3, num_blocks=6, dtype="bfloat16"):
         elif kind == "packed-NHD":
             page = worlds.array(rng, (num_blocks, 4, 3, 16), dtype)
             layer = [page[..., :8], page[..., 8:]]
+        elif kind == "packed-widths-differ":
+            page = worlds.array(rng, (num_blocks, 4, 3, 24), dtype)
+            layer = [page[..., :16], page[..., 16:]]
         elif kind == "packed-HND-with-gaps":
             page = worlds.array(rng, (num_blocks, 2, 3, 4, 16), dtype)[:, 1].permuted(0, 2, 1, 3)
             layer = [page[..., :8], page[..., 8:]]
@@ -53,8 +56,8 @@ def layers_of(rng, kind, num_layers=3, num_blocks=6, dtype="bfloat16"):
 
 
 KINDS = (
-    "NHD", "HND", "packed-NHD", "packed-HND-with-gaps", "sizes-differ", "values-wider", "odd",
-    "x-packed", "some-heads", "rows", "cross-layer", "scalars",
+    "NHD", "HND", "packed-NHD", "packed-widths-differ", "packed-HND-with-gaps", "sizes-differ",
+    "values-wider", "odd", "x-packed", "some-heads", "rows", "cross-layer", "scalars",
 )  # fmt: skip
 
 

@@ -323,6 +323,34 @@ class TestFp8DsMla:
         run = functools.partial(oracle.concat_and_cache_fp8_ds_mla, rule="power_of_two")
         check(world, specs, "fp8_ds_mla", run=run)
 
+    @pytest.mark.parametrize("processors", [132, 1])
+    @pytest.mark.parametrize("rope", [64, 0])
+    def test_many_tokens(self, emulated_world, rng, processors, rope):
+        """More than four for each processor: thread blocks of several warps, of which the last
+        block lacks some. The sources end where their memory does."""
+        tokens = 529 + 4 * int(rng.integers(0, 40)) + int(rng.integers(0, 3))
+        rows = [rng.normal(size=(5, n)).astype(ml_dtypes.bfloat16) for n in (512, rope)]
+        chosen = rng.integers(0, 5, tokens)
+        block_size, num_slots = 64, tokens + 100
+        slots = rng.permutation(num_slots)[:tokens]
+        slots[rng.random(tokens) < 0.1] = -1
+        num_blocks = -(-num_slots // block_size)
+        specs = (
+            *(worlds.of_values(row[chosen]) for row in rows),
+            worlds.array(rng, (num_blocks, block_size, 656), "uint8"),
+            worlds.of_values(slots),
+        )
+        entries = np.zeros((1, 5, 656), np.uint8)
+        oracle.concat_and_cache_fp8_ds_mla(*rows, entries, np.arange(5), "power_of_two")
+        expected = specs[2].buffer.bytes.reshape(-1, 656).copy()
+        for slot, row in zip(slots, chosen):
+            if slot >= 0:
+                expected[slot] = entries[0, row]
+        with contextlib.closing(emulated_world(processors=processors)) as world:
+            cc.concat_and_cache_mla(*(world.put(s) for s in specs), "fp8_ds_mla")
+            got = world.bytes_of(specs[2])
+        np.testing.assert_array_equal(got.reshape(-1, 656), expected)
+
     def one_entry(self, world, kv_c, rule, dtype="bfloat16"):
         """The entry of a token with these 512 values and a rope of ones."""
         specs = (

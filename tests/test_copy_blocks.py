@@ -27,6 +27,11 @@ def layers(rng, count, kind, num_blocks, dtype):
             page = worlds.array(rng, (num_blocks, 4, 3, 16), dtype)
             keys.append(page[..., :8])
             values.append(page[..., 8:])
+        elif kind.startswith("packed-widths-differ"):
+            key, value = (16, 8) if kind.endswith("keys") else (8, 24)
+            page = worlds.array(rng, (num_blocks, 4, 3, key + value), dtype)
+            keys.append(page[..., :key])
+            values.append(page[..., key:])
         elif kind == "packed-HND-with-gaps":
             page = worlds.array(rng, (num_blocks, 2, 3, 4, 16), dtype)[:, 1].permuted(0, 2, 1, 3)
             keys.append(page[..., :8])
@@ -43,8 +48,8 @@ def layers(rng, count, kind, num_blocks, dtype):
 
 
 KINDS = (
-    "contiguous", "sizes-differ", "odd", "packed-NHD", "packed-HND-with-gaps", "some-heads",
-    "kv-outermost",
+    "contiguous", "sizes-differ", "odd", "packed-NHD", "packed-widths-differ-keys",
+    "packed-widths-differ-values", "packed-HND-with-gaps", "some-heads", "kv-outermost",
 )  # fmt: skip
 
 

@@ -267,6 +267,23 @@ def test_strided_sources_and_caches(world, rng):
     check(world, fused[:, 4:8], fused[:, 8:], key_cache[::2], value_cache[1::2], mapping)
 
 
+@pytest.mark.parametrize("slots", ["random", "consecutive"])
+@pytest.mark.parametrize("dtype, block_size", [("float16", 4), ("bfloat16", 2), ("int8", 8)])
+def test_values_that_are_aligned_but_narrow(world, rng, dtype, block_size, slots):
+    """All strides of the values allow vectors of 16 bytes, which are more than a block's slots."""
+    element = formats.DTYPES[dtype].bytes
+    key_cache, _ = caches(rng, 9, 3, 16, 1, block_size, 16 // element, dtype)
+    value_cache = worlds.array(rng, (9, 3, 20, 16 // element), dtype)[..., :block_size]
+    check(
+        world,
+        worlds.array(rng, (17, 3, 16), dtype),
+        worlds.array(rng, (17, 3, 20), dtype),
+        key_cache,
+        value_cache,
+        mapping_of(rng, slots, 9 * block_size, 17),
+    )
+
+
 def test_no_tokens(world, rng):
     key = worlds.array(rng, (0, 4, 128), "bfloat16")
     stores = caches(rng, 2, 4, 128, 128, 16, 8, "bfloat16")

@@ -63,6 +63,21 @@ def pages(rng, num_blocks, block_size, heads, key_size, value_size, stored, pad=
     )
 
 
+def own_strides(rng, num_blocks, block_size, heads, key_size, value_size, stored, pad=0):
+    """Caches of which each has strides of its own, in every dimension."""
+
+    def view(gap, dtype, *inner):
+        shape = num_blocks + gap, heads + gap, block_size + 2 * gap, *inner
+        whole = worlds.array(rng, shape, dtype, pad)
+        part = whole[1 : num_blocks + 1, :heads, gap : block_size + gap]
+        return part.permuted(0, 2, 1, *range(3, 3 + len(inner)))
+
+    return (
+        view(1, stored, key_size), view(2, stored, value_size), view(3, "float32"),
+        view(4, "float32"),
+    )  # fmt: skip
+
+
 def check(world, specs, kv_cache_dtype):
     """Run on ``world`` and compare all storages with the oracle's."""
     cc.reshape_and_cache_flash_per_token_head(*(world.put(s) for s in specs), kv_cache_dtype)
@@ -92,6 +107,8 @@ SHAPES = (
     ("fp8", separate, 2, 255, 512, 4, "bfloat16", 3),  # several vectors for a lane
     ("int8", separate, 2, 512, 256, 4, "float32", 0),
     ("fp8", separate, 128, 8, 16, 2, "bfloat16", 0),
+    ("int8", own_strides, 3, 16, 32, 4, "bfloat16", 0),
+    ("fp8", own_strides, 2, 24, 8, 5, "float16", 0),
 )
 
 

@@ -42,7 +42,6 @@ SANITIZER_OPTIONS = {
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }
 KEEP_UNUSED_DAYS = 14
-PROCESSORS = 132
 
 
 class EmulationError(AssertionError):
@@ -328,10 +327,13 @@ class EmulatedDriver:
     ----------
     seed : int
         Decides the order in which a block's threads run.
+    processors : int
+        How many there are. Few items are spread over all of them: with many, small tests have
+        thread blocks of one warp.
     """
 
-    def __init__(self, seed=0):
-        self.seed = seed
+    def __init__(self, seed=0, processors=132):
+        self.seed, self.count = seed, processors
         self.pinned = []  # storages that count as host memory
         self._faults = {}
 
@@ -357,7 +359,7 @@ class EmulatedDriver:
         return 0
 
     def processors(self, device):
-        return PROCESSORS
+        return self.count
 
     def current_stream(self, device):
         return 0
@@ -408,9 +410,9 @@ class EmulatedWorld(worlds.World):
     name = "emulated"
     on_gpu = True
 
-    def __init__(self, seed=0):
+    def __init__(self, seed=0, processors=132):
         super().__init__()
-        self.driver = EmulatedDriver(seed)
+        self.driver = EmulatedDriver(seed, processors)
         self._replaced = driver.active
         self._use(self.driver)
 
