@@ -96,7 +96,7 @@ class TestMistakes:
     def test_one_byte_outside(self, bench, nbytes, number, access):
         at = -1 if number < 0 else nbytes
         words = (
-            "AddressSanitizer",
+            "out of bounds: thread 5 of block (0, 0, 0)",
             "kernels_cu/planted0.cu:",
             f"byte {at} of a storage of {nbytes} ",
         )
@@ -114,7 +114,7 @@ class TestMistakes:
         bench.run("  p.to[thread] = 1;", gone)
         del gone
         body = "  reinterpret_cast<char*>(p.number)[0] = 1;"
-        caught(bench, "AddressSanitizer", "kernels_cu/", body=body, to=to, number=address)
+        caught(bench, "out of bounds", "kernels_cu/", body=body, to=to, number=address)
 
     @pytest.mark.parametrize("size", [2, 16])
     @pytest.mark.parametrize("side", ["load", "store"])
@@ -137,13 +137,27 @@ class TestMistakes:
         [
             ("held[thread + p.number]", "out of bounds"),
             ("(held + p.number)[thread]", "insufficient space"),
-            ("int* volatile hidden = held; hidden[thread + p.number]", "global-buffer-overflow"),
+            (
+                "int* volatile hidden = held; hidden[thread + p.number]",
+                "byte 256 of __shared__ held",
+            ),
         ],
     )
     def test_shared_memory_overrun(self, bench, access, word):
         to = bench.storage(np.zeros(4 * 64, np.uint8))
         body = REVERSE.replace("held[thread]", access) % "__syncthreads();"
         caught(bench, word, "planted0.cu:", body=body, to=to, threads=64, number=1)
+
+    def test_shared_memory_of_another_variable(self, bench):
+        to = bench.storage(np.zeros(8, np.uint8))
+        body = """
+  __shared__ int first[kThreads], second[kThreads];
+  int* volatile behind[2] = {first + kThreads, second + kThreads};
+  if (thread == 7) *behind[p.number] = 1;
+"""
+        for number, name in enumerate(("first", "second")):
+            words = f"byte 128 of __shared__ {name}", "planted0.cu:18"
+            caught(bench, *words, body=body, to=to, number=number)
 
     def test_stale_shared_memory(self, bench):
         """A block does not find what the one before left."""
@@ -155,16 +169,6 @@ class TestMistakes:
 """
         bench.run(body, to, grid=(2, 1, 1))
         assert (to.bytes == 0xA5).all()
-
-    def test_missing_barrier(self, bench):
-        right = np.arange(256, dtype=np.int32)[::-1]
-        for barrier, wrong in (("__syncthreads();", 0), ("", 8)):
-            differing = 0
-            for _ in range(8):  # each launch has another order
-                to = bench.storage(np.zeros(256, np.int32))
-                bench.run(REVERSE % barrier, to, threads=256)
-                differing += not np.array_equal(to.bytes.view(np.int32), right)
-            assert differing == wrong
 
     def test_barrier_that_not_all_reach(self, bench):
         body = "  if (thread < 32) __syncthreads(); else if (thread < 40) __syncwarp(0xff);"
@@ -191,6 +195,171 @@ class TestMistakes:
 
         with pytest.raises(EmulationError, match=r"kernels_cu/planted0.cu:\d+.*nonsense"):
             bench.run("  nonsense;", bench.storage(np.zeros(8, np.uint8)))
+
+
+# What two threads of a launch do, and the words for the later one and the earlier one; either may
+# come first.
+FIRST_BYTES = "  int* const at = reinterpret_cast<int*>(p.to);\n"
+RACES = {
+    "no barrier": REVERSE % "",
+    "a barrier before both": "  __syncthreads();\n" + REVERSE % "",
+    "a shuffle orders nothing": REVERSE % "__shfl_sync(0xffffffffu, thread, 0);",
+    "a warp's barrier, two warps": REVERSE % "__syncwarp();",
+    "half a warp": """
+  __shared__ int held[kThreads];
+  held[thread] = thread;
+  if (thread % 32 < 16) __syncwarp(0xffffu); else __syncwarp(0xffff0000u);
+  reinterpret_cast<int*>(p.to)[thread] = held[thread ^ 31];
+""",
+    "both write": FIRST_BYTES + "  *at = 7;",
+    "both write one value": FIRST_BYTES + "  if (thread == 3 || thread == 40) at[5] = 1;",
+    "two sizes": FIRST_BYTES
+    + """
+  if (thread == 3) reinterpret_cast<uint4*>(at)[1] = {};
+  if (thread == 40) reinterpret_cast<char*>(at)[27] = 1;
+""",
+    "a sum": FIRST_BYTES + "  *at += thread;",
+    "an atomic sum, and a load": FIRST_BYTES + "  if (thread) atomicAdd(at, 1); else at[1] = *at;",
+    "an atomic sum, and a store": FIRST_BYTES + "  if (thread) atomicAdd(at, 1); else *at = 1;",
+    "before and behind a barrier": FIRST_BYTES
+    + """
+  if (thread == 1) at[0] = 1;
+  __syncthreads();
+  if (thread == 2) at[1] = at[0];
+  if (thread == 3) at[0] = 2;
+""",
+    "one of many readers": FIRST_BYTES
+    + "  if (thread != 9) at[thread + 1] = at[0]; else at[0] = 9;",
+    "shared memory that is used again": """
+  __shared__ int held[kThreads];
+  for (int turn = 0; turn < 2; ++turn) {
+    held[thread] = thread + turn;
+    __syncthreads();
+    reinterpret_cast<int*>(p.to)[thread] = held[(thread + 1) % kThreads];
+  }
+""",
+    "a copy in place": FIRST_BYTES + "  at[thread + 1] = at[thread];",
+    "memcpy": FIRST_BYTES
+    + "  memcpy(p.to + 12 * thread, p.from, 16 + static_cast<u32>(p.number));",
+}
+ORDERED = {
+    "a barrier": REVERSE % "__syncthreads();",
+    "a warp's barrier": "  if (thread < 32) {"
+    + REVERSE.replace("kThreads", "32") % "__syncwarp();"
+    + "}",
+    "half a warp": """
+  __shared__ int held[kThreads];
+  held[thread] = thread;
+  if (thread % 32 < 16) __syncwarp(0xffffu); else __syncwarp(0xffff0000u);
+  reinterpret_cast<int*>(p.to)[thread] = held[thread ^ 15];
+""",
+    "atomic sums": FIRST_BYTES + "  atomicAdd(at, thread); atomicMax(at, 3);",
+    "an atomic sum, a barrier, and a load": FIRST_BYTES
+    + """
+  atomicAdd(at, 1);
+  __syncthreads();
+  at[1 + thread] = *at;
+""",
+    "neighbouring bytes": "  p.to[thread] = p.to[thread] + 1;",
+    "all read": FIRST_BYTES + "  at[thread + 1] = at[0];",
+    "who has returned": FIRST_BYTES
+    + """
+  if (thread >= 32) { at[thread] = 1; return; }
+  __syncthreads();
+  at[thread] = at[thread + 32];
+""",
+    "one thread": FIRST_BYTES
+    + "  if (thread == 4) { at[0] = 1; at[0] += at[0]; atomicAdd(at, 1); }",
+    "warps in turns": """
+  __shared__ int held[33];
+  int* const to = reinterpret_cast<int*>(p.to);
+  for (int warp = 0; warp < kThreads / 32; ++warp) {
+    if (thread / 32 == warp) {
+      held[thread % 32] = thread;
+      __syncwarp();
+      to[thread] = held[31 - thread % 32];
+    }
+    __syncthreads();
+  }
+""",
+}
+
+
+class TestRaces:
+    """Two threads that touch a byte, one of them writing, with nothing between that orders them."""
+
+    def storages(self, bench):
+        return bench.storage(np.zeros(1024, np.uint8)), bench.storage(np.zeros(64, np.uint8))
+
+    @pytest.mark.whole
+    @pytest.mark.parametrize("name", RACES)
+    def test_is_seen(self, bench, name):
+        """In any order of the threads."""
+        from emulator import EmulationError
+
+        for _ in range(4):
+            to, source = self.storages(bench)
+            with pytest.raises(
+                EmulationError, match="ERROR: race.*no barrier.*\n(.*\n)+.*That is"
+            ) as error:
+                bench.run(RACES[name], to, source, threads=64, number=3)
+            assert "planted0.cu:" in str(error.value)
+
+    @pytest.mark.whole
+    @pytest.mark.parametrize("name", ORDERED)
+    def test_is_none(self, bench, name):
+        for _ in range(4):
+            to, source = self.storages(bench)
+            bench.run(ORDERED[name], to, source, threads=64)
+
+    @pytest.mark.parametrize(
+        "write, is_race",
+        [
+            ("p.to[thread] = blockIdx.x;", True),
+            ("p.to[thread + 32 * blockIdx.x] = 1;", False),
+            ("if (blockIdx.x == 2) p.to[5] = p.to[6]; else if (thread == 9) p.to[6] = 1;", True),
+            ("if (blockIdx.x == 2) p.to[thread] = p.to[32];", False),
+            ("__syncthreads(); if (thread == blockIdx.x) p.to[0] = 1;", True),
+            (
+                "__shared__ char held[32]; held[thread] = 1; "
+                "p.to[thread + 32 * blockIdx.x] = held[thread];",
+                False,
+            ),
+        ],
+    )
+    def test_between_blocks(self, bench, write, is_race):
+        """Shared memory is another one in each, and no barrier orders them."""
+        from emulator import EmulationError
+
+        for _ in range(2):
+            to, _ = self.storages(bench)
+            if is_race:
+                with pytest.raises(
+                    EmulationError, match=r"race: .*thread \d+ of block \(\d, 0, 0\)"
+                ):
+                    bench.run(write, to, grid=(3, 1, 1))
+            else:
+                bench.run(write, to, grid=(3, 1, 1))
+
+    def test_what_is_told(self, bench):
+        """The kernel, the line, both threads, what they did, and which byte of which argument."""
+        body = FIRST_BYTES + "  if (thread == 3 || thread == 40) at[5 + (thread == 40)] = at[5];"
+        to, _ = self.storages(bench)
+        words = (
+            "planted<64>",
+            "planted0.cu:16",
+            "of block (0, 0, 0)",
+            "thread 3",
+            "thread 40",
+            "byte 20 of a storage of 1024 bytes, to which points: to.",
+        )
+        caught(bench, "race", *words, body=body, to=to, threads=64)
+
+    def test_launches_are_ordered(self, bench):
+        to, _ = self.storages(bench)
+        for _ in range(3):
+            bench.run("  p.to[31 - thread] = 1;", to)
+            bench.run("  p.to[thread] = p.to[thread] + 1;", to)
 
 
 # A tile is transposed through shared memory, and each row's sum is made by shuffles.

@@ -1,13 +1,13 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Runs the shipped kernels without a GPU, under AddressSanitizer and UBSan.
+"""Runs the shipped kernels without a GPU, and sees what they must not do.
 
 The library is used as it is: `EmulatedWorld` puts an `EmulatedDriver` where `launch` has its CUDA
 driver, and hands out arrays that say they are on cuda:0. A kernel's source, the very text that
 NVRTC would get, is compiled by g++ behind ``shim.h`` into a shared object, once for each
-instantiation, and cached on disk. Another process (``runner.cpp``) runs it; an access outside the
-storages, a misaligned vector, an overflow or a deadlock ends that process and is raised as
-`EmulationError`.
+instantiation, and cached on disk. Another process (``runner.cpp``) runs it. An access outside the
+storages, two threads that touch a byte with no barrier between, a misaligned vector, an overflow or
+a deadlock ends that process and is raised as `EmulationError`.
 """
 
 import atexit
@@ -24,6 +24,7 @@ import tempfile
 import threading
 import time
 import weakref
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,16 +33,21 @@ import worlds
 
 from cupy_cache.runtime import arrays, cuda, devices, dispatch, driver, formats, launch, modules
 
+from . import ptx
+
 HERE = Path(__file__).resolve().parent
 COMPILE = (
     *("g++", "-std=c++17", "-O1", "-g1", "-w", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
-    *("-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    # What is called before each access, ThreadSanitizer's functions, is in runner.cpp.
+    *("-fsanitize=thread,undefined", "-fno-sanitize-recover=all"),
+    *("--param", "tsan-instrument-func-entry-exit=0"),
 )
-SANITIZER_OPTIONS = {
-    "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:handle_abort=1",
-    "UBSAN_OPTIONS": "print_stacktrace=1",
-}
+SANITIZER_OPTIONS = {"UBSAN_OPTIONS": "print_stacktrace=1:handle_segv=1:handle_abort=1"}
 KEEP_UNUSED_DAYS = 14
+# Each kernel is compiled for one of them: with the instructions of newer GPUs, and without.
+ARCHITECTURES = (75, 90)
+# Kernels with this in their names write zeros alone: the same block may be given to them twice.
+ONE_VALUE = "Direction::kZero"
 
 
 class EmulationError(AssertionError):
@@ -68,7 +74,7 @@ class Memory:
     """A file mapped at one address in this process and in the runner's, so that pointers mean the
     same in both. Storages never share a page, and lie far apart."""
 
-    BASE, SIZE = 0x3000_0000_0000, 2**36  # free on Linux, and outside ASan's own regions
+    BASE, SIZE = 0x3000_0000_0000, 2**36  # free on Linux
     PAGE, START = 4096, 256  # a storage starts as cudaMalloc's do, after a red zone
     GAP = 16 * PAGE
 
@@ -131,7 +137,7 @@ class EmulatedArray:
 _PLACE = arrays.Place("emulated", devices.Device("cuda", 0), True)
 
 
-def _read(array):
+def _describe(array):
     ptr = array.storage.ptr + array.offset
     return ptr, array.shape, array.strides, array.dtype, _PLACE, None
 
@@ -142,7 +148,7 @@ def _empty(device, shape, dtype):
 
 
 arrays.register_framework(
-    "emulated", EmulatedArray, arrays.Framework(_read, lambda index: 0, _empty)
+    "emulated", EmulatedArray, arrays.Framework(_describe, lambda index: 0, _empty)
 )
 
 
@@ -150,7 +156,7 @@ arrays.register_framework(
 
 
 class Built(NamedTuple):
-    """A kernel's shared object, and where its __shared__ variables are in it: (offset, size)s."""
+    """A kernel's shared object, and its __shared__ variables: (offset in it, size, name)s."""
 
     path: Path
     shared: tuple
@@ -158,11 +164,10 @@ class Built(NamedTuple):
 
 def build(kernel):
     """``kernel`` as `Built`; from the cache if the same text was compiled before."""
-    source = kernel.source()
-    # In an unnamed namespace, variables of a template's instances are ordinary ones: otherwise ASan
-    # would put no red zones around __shared__ arrays.
-    text = f"""#line 1 "tests/emulator/shim.h"
-{(HERE / "shim.h").read_text()}
+    source = ptx.with_calls(kernel.source())
+    # The parameters are read where they are, and not in a copy: what is read behind them is seen.
+    source = source.replace("const __grid_constant__ Params p", "const Params& p")
+    text = f"""{prelude(ARCHITECTURES[zlib.crc32(kernel.expression.encode()) % len(ARCHITECTURES)])}
 namespace {{
 {source}
 }}
@@ -174,22 +179,40 @@ extern "C" void emulator_kernel(const void* record) {{
 """
     if modules.FAULT_SYMBOL in source:
         text += f'extern "C" {{ void* emulator_fault = &{modules.FAULT_SYMBOL}; }}\n'
-    path = _compile((*COMPILE, "-shared"), text, ".so")
+    path = _compile((*COMPILE, "-shared", "-nostdlib"), text, ".so")  # the runner has it all
     return Built(path, _find_shared(path) if "__shared__" in source else ())
+
+
+def prelude(architecture=None):
+    """What a source needs before it. Without an architecture it is not taken to be for a GPU."""
+    headers = (f'#line 1 "tests/emulator/{name}"\n{_read(name)}' for name in ("shim.h", "ptx.h"))
+    defined = f"#define __CUDA_ARCH__ {architecture}0\n" if architecture else ""
+    return defined + "\n".join(headers)
+
+
+@functools.cache
+def _read(name):
+    return (HERE / name).read_text(encoding="utf-8")
 
 
 def _find_shared(path):
     symbols = [line.split() for line in _run("nm", "--print-size", path).splitlines()]
     # A name that starts with _ZZ is local to a function.
     shared = [s for s in symbols if len(s) == 4 and s[2] in "bd" and s[3].startswith("_ZZ")]
-    return tuple((int(offset, 16), int(size, 16)) for offset, size, *_ in shared)
+    return tuple((int(at, 16), int(size, 16), _variable(name)) for at, size, _, name in shared)
+
+
+def _variable(mangled):
+    """The name of a variable: what has as many letters as the number before it says, at the end."""
+    found = re.search(r"E(\d+)(\w+?)(?:_\d+|__\d+_)?$", mangled)
+    return found[2][: int(found[1])] if found else mangled
 
 
 @functools.cache
 def build_runner():
-    """The runner's path. It brings the sanitizers' code, but only kernels are instrumented."""
+    """The runner's path. It brings the sanitizer's code, but only kernels are instrumented."""
     command = ("g++", "-std=c++17", "-O2", "-rdynamic")
-    libraries = ("-lasan", "-lubsan", "-ldl")
+    libraries = ("-Wl,--no-as-needed", "-lubsan", "-lm", "-ldl")
     return _compile(command, (HERE / "runner.cpp").read_text(), ".runner", libraries=libraries)
 
 
@@ -245,8 +268,9 @@ class Runner:
         self._process = None
         self._lock = threading.Lock()
 
-    def run(self, built, grid, threads, record, seed):
-        """Run one launch to its end; returns the module's fault record, cleared there."""
+    def run(self, built, grid, threads, record, seed, one_value=False):
+        """Run one launch to its end; returns the module's fault record, cleared there.
+        ``one_value``: all that it writes is alike, and a byte may be written by several threads."""
         with self._lock:
             if self._process is None:
                 self._start()
@@ -254,9 +278,9 @@ class Runner:
             path = os.fsencode(built.path)
             request = struct.pack(
                 "<10IQ", len(path), len(storages), len(built.shared), len(record),
-                *grid, threads, self.TIMEOUT, 0, seed,
+                *grid, threads, self.TIMEOUT, one_value, seed,
             )  # fmt: skip
-            pairs = [number for pair in (*storages, *built.shared) for number in pair]
+            pairs = [number for pair in (*storages, *built.shared) for number in pair[:2]]
             fault = modules.FaultRecord()
             try:
                 self._process.stdin.write(
@@ -266,7 +290,7 @@ class Runner:
             except BrokenPipeError:
                 pass  # it died; the report says why
             if self._process.stdout.readinto(fault) != ctypes.sizeof(fault):
-                raise EmulationError(self.stop())
+                raise EmulationError(self.stop(built.path))
             return fault
 
     def _start(self):
@@ -278,8 +302,8 @@ class Runner:
         )  # fmt: skip
         atexit.register(self.stop)
 
-    def stop(self):
-        """End the process; returns what it reported."""
+    def stop(self, path=None):
+        """End the process; returns what it reported of the kernel in ``path``."""
         atexit.unregister(self.stop)
         process, self._process = self._process, None
         process.communicate()
@@ -288,26 +312,49 @@ class Runner:
         self._stderr.close()
         if process.returncode == -signal.SIGALRM:
             return f"the launch did not end within {self.TIMEOUT} s"
-        return _readable(report) or f"the process ended with status {process.returncode}"
+        return _readable(report, path) or f"the process ended with status {process.returncode}"
 
 
 _runner = Runner()
 
 
-def _readable(report):
-    """A sanitizer's report without the dump of its shadow memory and the runner's frames; where an
-    address is told, the storage nearest to it is told too."""
-    report = report.partition("Shadow bytes around")[0].replace("(anonymous namespace)::", "")
-    noise = (".runner+0x", "libc.so", "emulator_kernel", "wild pointer")
+def _readable(report, path):
+    """A report with the lines of source for the addresses in ``path``."""
+    offsets = re.findall(r"^at (0x[0-9a-f]+)$", report, re.M)
+    if offsets:
+        functions = _run("addr2line", "-Cfipe", path, *offsets)
+        report = re.sub(r"^at .*\n", "", report, flags=re.M) + functions
+    report = report.replace("(anonymous namespace)::", "")
+    noise = (".runner+0x", "libc.so", "libubsan", " entry:")
     lines = [line for line in report.splitlines() if not any(word in line for word in noise)]
-    found = re.search(r"address (0x[0-9a-f]+)", report)
-    if found:
-        at = int(found[1], 16)
-        for storage in memory().storages():
-            byte = at - storage.ptr
-            if -Memory.PAGE < byte < storage.nbytes + Memory.PAGE:
-                lines.append(f"The address is byte {byte} of a storage of {storage.nbytes} bytes.")
     return "\n".join(lines).strip()
+
+
+def _where(report, kernel, built, record):
+    """What is at the address that a report tells of, in the caller's words."""
+    names = [f"__shared__ {name}" for *_, name in built.shared]
+    names += ["the fault record", "the kernel's parameters"]
+    for byte, number in re.findall(r"byte (-?\d+) of variable (\d+)", report):
+        yield f"That is byte {byte} of {names[int(number)]}."
+    found = re.search(r"address (0x[0-9a-f]+)", report)
+    at = int(found[1], 16) if found else 0
+    for storage in memory().storages():
+        byte = at - storage.ptr
+        if -Memory.PAGE < byte < storage.nbytes + Memory.PAGE:
+            fields = ", ".join(_fields_that_point_to(storage, kernel, record))
+            yield (
+                f"That is byte {byte} of a storage of {storage.nbytes} bytes, to which points: "
+                f"{fields or 'no parameter'}."
+            )
+
+
+def _fields_that_point_to(storage, kernel, record):
+    fields = kernel.params._call + kernel.params._constant + kernel.params._tail
+    for field in fields:
+        numbers = struct.unpack_from("<" + field.letters, record, field.offset)
+        for index, number in enumerate(numbers):
+            if field.letters[index] == "Q" and storage.holds(number, 1):
+                yield field.name + (f"[{index}]" if len(numbers) > 1 else "")
 
 
 class Done:
@@ -344,11 +391,15 @@ class EmulatedDriver:
         kernel, built = loaded
         self.seed += 1
         try:
-            fault = _runner.run(built, grid, threads, record.buffer.raw, self.seed)
+            one_value = ONE_VALUE in kernel.expression
+            fault = _runner.run(built, grid, threads, record.buffer.raw, self.seed, one_value)
         except EmulationError as error:
-            raise EmulationError(
-                f"{kernel!r}, grid {grid}, {threads} threads, seed {self.seed}:\n{error}"
-            ) from None
+            lines = (
+                f"{kernel!r}, grid {grid}, {threads} threads, seed {self.seed}:",
+                str(error),
+                *_where(str(error), kernel, built, record.buffer.raw),
+            )
+            raise EmulationError("\n".join(lines)) from None
         if fault.taken:
             self._faults.setdefault(kernel.key, fault.fault(kernel, "cuda:0"))
 

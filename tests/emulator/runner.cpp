@@ -3,16 +3,18 @@
 // Runs kernels that were compiled against shim.h as shared objects, in a process of its own.
 //
 // The emulated device's memory is a file mapped at one fixed address both here and in the tests'
-// process, so device pointers mean the same everywhere and nothing is copied or relocated. Here, only
-// the pages of storages that are alive are mapped, and in them AddressSanitizer allows exactly the
-// storages' bytes: any other access ends the process with a report.
+// process, so device pointers mean the same everywhere and nothing is copied or relocated.
 //
 // A block's threads are fibers. A fiber takes one thread after the other until one has to wait, so a
 // kernel without barriers needs a single fiber. Threads start, and go on after a barrier, in an
 // order shuffled by the request's seed.
+//
+// Kernels are instrumented as for ThreadSanitizer, which knows no fibers and is not linked: before
+// each access they call a function of ours. It looks whether the thread may touch these bytes, and
+// whether another thread of the launch touched one of them, with nothing between that orders the
+// two. Either ends the process with a report.
 #include <dlfcn.h>
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
+#include <execinfo.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -20,6 +22,7 @@
 #include <ucontext.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <random>
 #include <string>
 #include <vector>
@@ -32,20 +35,25 @@ constexpr size_t kStack = 256 << 10;  // of a fiber
 constexpr size_t kPage = 4096;
 constexpr int kFreshShared = 0xA5;  // what a block finds in its __shared__ memory
 
+using u32 = unsigned;
+using u64 = unsigned long long;
+
 struct Index {
   unsigned x, y, z;
 };
 
-// One request on stdin, to be answered within `seconds`; then the path, the storages, the __shared__ variables and the record.
+// One request on stdin, to be answered within `seconds`; then the path, the storages by address, the
+// __shared__ variables and the record.
 struct Request {
   unsigned path_bytes, storages, shared, record_bytes;
   Index grid;
-  unsigned threads, seconds, unused;
-  unsigned long long seed;
+  unsigned threads, seconds;
+  unsigned writes_one_value;  // so that it does not matter which thread writes a byte last
+  u64 seed;
 };
 
 struct Range {
-  unsigned long long begin, size;
+  u64 begin, size;
 };
 
 // The answer on stdout: paging.cuh's Fault.
@@ -54,20 +62,23 @@ struct Fault {
   long long row, value, limit;
 };
 
-// Where a switch goes on: the buffer of __builtin_setjmp. ASan intercepts swapcontext and longjmp
-// and would forget the red zones of the stacks that are left.
+// Where a switch goes on: the buffer of __builtin_setjmp, which is quicker than swapcontext.
 using Jump = void* [5];
 
 struct Fiber {
   Jump jump;
   char* stack;
   bool entered = false;
-  void* fake_stack = nullptr;  // AddressSanitizer's
   unsigned thread = 0;
-  bool at_barrier = false;               // waits for the block, else for lanes of its warp
-  unsigned mask = 0;                     // of the warp operation waited for
-  unsigned long long given = 0;          // to it
-  unsigned long long received[kWarp];    // from it
+  bool at_barrier = false;  // waits for the block, else for lanes of its warp
+  unsigned mask = 0;        // of the warp operation waited for
+  bool orders = false;      // it orders accesses to memory too
+  u64 given = 0;            // to it
+  u64 received[kWarp];      // from it
+
+  u32 segment;       // what the thread does now, or 0: see Segment
+  u32 clock;         // how often the thread's accesses were ordered with others of its warp, plus 1
+  u32 seen[kWarp];   // those of the lanes' clocks that are ordered before what it does now
 };
 
 using Kernel = void (*)(const void* record);
@@ -77,15 +88,25 @@ const void* record;
 std::mt19937_64 random_bits;
 
 Jump scheduler;
-void* scheduler_fake_stack;
-const void* scheduler_stack;
-size_t scheduler_stack_bytes;
-
 std::vector<Fiber*> idle;
 Fiber* current;
 Fiber* waiting[kMaxThreads];  // by thread
 unsigned order[kMaxThreads];
 unsigned threads, started, finished;
+
+void* library_base;
+
+// Where in the kernel's shared object the functions are that lead here.
+void print_stack() {
+  void* frames[64];
+  const int count = backtrace(frames, 64);
+  for (int i = 0; i < count; ++i) {
+    Dl_info where;
+    if (dladdr(frames[i], &where) && where.dli_fbase == library_base) {
+      fprintf(stderr, "at 0x%zx\n", static_cast<char*>(frames[i]) - 1 - static_cast<char*>(library_base));
+    }
+  }
+}
 
 }  // namespace
 
@@ -93,9 +114,9 @@ extern "C" {
 Index threadIdx, blockIdx, blockDim, gridDim;
 
 [[noreturn]] void emulator_refuse(const char* why) {
-  fprintf(stderr, "ERROR: %s: block (%u, %u, %u), thread %u\n", why, blockIdx.x, blockIdx.y,
-          blockIdx.z, threadIdx.x);
-  __sanitizer_print_stack_trace();
+  fprintf(stderr, "ERROR: %s: thread %u of block (%u, %u, %u)\n", why, threadIdx.x, blockIdx.x,
+          blockIdx.y, blockIdx.z);
+  print_stack();
   _exit(1);
 }
 }
@@ -112,19 +133,181 @@ void shuffle(T* items, unsigned count) {
   }
 }
 
+// --- accesses -------------------------------------------------------------------------------------
+
+// What a thread does between two operations that order it with others. Segments of all launches are
+// numbered, from 1; only those of the present launch are known.
+struct Segment {
+  u64 block;
+  unsigned thread;
+  u32 barriers;  // that the block has passed
+  u32 clock;
+};
+
+// The segments that touched a byte last, or 0. Of reads with no order among them two are kept; what
+// is written after both has no order with one of them, unless parts of a warp wait for each other.
+struct Shadow {
+  u32 write, read, other_read, atomic;
+};
+
+// Bytes that threads may touch.
+struct Area {
+  u64 begin, size;
+  Shadow* shadow;     // null: they may only be read
+  const u32* oldest;  // segments before this number had other memory here
+
+  bool has(u64 at, u64 bytes) const { return at - begin <= size && bytes <= size - (at - begin); }
+};
+
+enum class Access { kRead, kWrite, kAtomic };
+
+// Shadows of the device's memory are at kShadow, in the same order.
+constexpr u64 kShadow = 0x100000000000;
+u64 memory_begin, memory_size;
+
+std::vector<Segment> segments;  // of this launch
+u32 first_of_launch = 1, first_of_block = 1;
+u64 block_number;
+u32 barriers;  // that this block has passed
+bool writes_one_value;
+std::vector<Area> storages;  // by address
+std::vector<Area> variables;
+
+void begin_block() {
+  first_of_block = first_of_launch + segments.size();
+  barriers = 0;
+}
+
+const Segment& segment(u32 number) { return segments[number - first_of_launch]; }
+
+u32 present_segment() {
+  if (!current->segment) {
+    current->segment = first_of_launch + segments.size();
+    segments.push_back({block_number, current->thread, barriers, current->clock});
+  }
+  return current->segment;
+}
+
+// Whether what the running thread does is ordered behind an earlier access, or that is its own.
+bool is_ordered(u32 earlier) {
+  const Segment& then = segment(earlier);
+  if (then.block != block_number) return false;
+  if (then.barriers != barriers || then.thread == current->thread) return true;
+  return then.thread / kWarp == current->thread / kWarp &&
+         current->seen[then.thread % kWarp] >= then.clock;
+}
+
+Index index_of(u64 block) {
+  return {static_cast<unsigned>(block % gridDim.x),
+          static_cast<unsigned>(block / gridDim.x % gridDim.y),
+          static_cast<unsigned>(block / gridDim.x / gridDim.y)};
+}
+
+[[noreturn]] void refuse_access(Access access, u64 at, u64 bytes, u32 earlier, const char* earlier_did) {
+  const char* does = access == Access::kRead ? "reads" : access == Access::kWrite ? "writes" : "changes";
+  const char* kind = earlier ? "race" : "out of bounds";
+  fprintf(stderr, "ERROR: %s: thread %u of block (%u, %u, %u) %s %llu bytes at address 0x%llx",
+          kind, threadIdx.x, blockIdx.x, blockIdx.y, blockIdx.z, does, bytes, at);
+  if (earlier) {
+    const Segment& then = segment(earlier);
+    const Index block = index_of(then.block);
+    fprintf(stderr, " that thread %u of block (%u, %u, %u) %s with no barrier between", then.thread,
+            block.x, block.y, block.z, earlier_did);
+  }
+  fprintf(stderr, "\n");
+  for (size_t i = 0; i < variables.size(); ++i) {
+    const u64 near = 128, size = variables[i].size;
+    if (size && at + near - variables[i].begin < near + size + near) {
+      const long long byte = at - variables[i].begin;
+      fprintf(stderr, "The address is byte %lld of variable %zu.\n", byte, i);
+    }
+  }
+  print_stack();
+  _exit(1);
+}
+
+const Area* area_of(u64 at, u64 bytes) {
+  static size_t latest = 0;
+  if (at - memory_begin < memory_size) {
+    if (latest < storages.size() && storages[latest].has(at, bytes)) return &storages[latest];
+    const auto behind = std::upper_bound(storages.begin(), storages.end(), at,
+                                         [](u64 a, const Area& area) { return a < area.begin; });
+    latest = behind - storages.begin() - 1;  // if there is none: the largest number
+    if (latest < storages.size() && storages[latest].has(at, bytes)) return &storages[latest];
+    return nullptr;
+  }
+  for (const Area& area : variables) {
+    if (area.has(at, bytes)) return &area;
+  }
+  return nullptr;
+}
+
+void touch(const void* address, u64 bytes, Access access) {
+  const u64 at = reinterpret_cast<u64>(address);
+  if (at - reinterpret_cast<u64>(current->stack) < kStack) return;  // local variables
+  if (at - reinterpret_cast<u64>(current) < sizeof(Fiber)) return;  // what the warp exchanged
+  const Area* area = area_of(at, bytes);
+  if (!area || (!area->shadow && access != Access::kRead)) refuse_access(access, at, bytes, 0, "");
+  if (!area->shadow) return;
+  const u32 now = present_segment(), oldest = *area->oldest;
+  Shadow* shadow = area->shadow + (at - area->begin);
+  const auto is_race = [&](u32 earlier) { return earlier >= oldest && !is_ordered(earlier); };
+  for (u64 i = 0; i < bytes; ++i, ++shadow) {
+    const auto check = [&](u32 earlier, const char* did) {
+      if (is_race(earlier)) refuse_access(access, at + i, bytes - i, earlier, did);
+    };
+    if (access == Access::kRead) {
+      if (shadow->read == now) continue;  // nothing was written since
+      check(shadow->write, "wrote");
+      check(shadow->atomic, "changed");
+      (is_race(shadow->read) && !is_race(shadow->other_read) ? shadow->other_read : shadow->read) = now;
+      continue;
+    }
+    if (!writes_one_value) check(shadow->write, "wrote");
+    check(shadow->read, "read");
+    check(shadow->other_read, "read");
+    if (access == Access::kAtomic) {
+      shadow->atomic = now;
+    } else {
+      check(shadow->atomic, "changed");
+      *shadow = {now, 0, 0, 0};
+    }
+  }
+}
+
+}  // namespace
+
+// What the instrumented code calls, by the names of ThreadSanitizer's runtime library.
+extern "C" {
+#define SIZES(bytes)                                                                \
+  void __tsan_read##bytes(const void* at) { touch(at, bytes, Access::kRead); }      \
+  void __tsan_write##bytes(void* at) { touch(at, bytes, Access::kWrite); }
+SIZES(1) SIZES(2) SIZES(4) SIZES(8) SIZES(16)
+void __tsan_read_range(const void* at, u64 bytes) { touch(at, bytes, Access::kRead); }
+void __tsan_write_range(void* at, u64 bytes) { touch(at, bytes, Access::kWrite); }
+void __tsan_init() {}
+void emulator_atomic(void* at, unsigned bytes) { touch(at, bytes, Access::kAtomic); }
+}
+
+namespace {
+
 // --- fibers ---------------------------------------------------------------------------------------
 
-__attribute__((noinline)) void to_scheduler() {
-  __sanitizer_start_switch_fiber(&current->fake_stack, scheduler_stack, scheduler_stack_bytes);
-  if (!__builtin_setjmp(current->jump)) __builtin_longjmp(scheduler, 1);
-  __sanitizer_finish_switch_fiber(current->fake_stack, nullptr, nullptr);
+// A function of its own, and one that g++ knows nothing of: or it would take it that nobody comes back
+// to where it is called.
+[[noreturn]] __attribute__((noipa)) void go_on(Jump& jump) { __builtin_longjmp(jump, 1); }
+
+__attribute__((noipa)) void to_scheduler() {
+  if (!__builtin_setjmp(current->jump)) go_on(scheduler);
 }
 
 void run_threads() {
-  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_bytes);
   for (;;) {
     while (started < threads) {
       current->thread = threadIdx.x = order[started++];
+      current->segment = 0;
+      current->clock = 1;
+      memset(current->seen, 0, sizeof(current->seen));
       kernel(record);
       ++finished;
     }
@@ -144,15 +327,13 @@ void enter(Fiber* fiber) {
   setcontext(&context);
 }
 
-__attribute__((noinline)) void resume(Fiber* fiber) {
+__attribute__((noipa)) void resume(Fiber* fiber) {
   current = fiber;
   threadIdx.x = fiber->thread;
-  __sanitizer_start_switch_fiber(&scheduler_fake_stack, fiber->stack, kStack);
   if (!__builtin_setjmp(scheduler)) {
     if (!fiber->entered) enter(fiber);
-    __builtin_longjmp(fiber->jump, 1);
+    go_on(fiber->jump);
   }
-  __sanitizer_finish_switch_fiber(scheduler_fake_stack, nullptr, nullptr);
 }
 
 Fiber* idle_fiber() {
@@ -188,14 +369,25 @@ bool warp_is_complete(const Fiber* fiber) {
 
 void release_warp(const Fiber* fiber, std::vector<Fiber*>& released) {
   const unsigned first = fiber->thread / kWarp * kWarp, mask = fiber->mask;
-  unsigned long long given[kWarp] = {};
+  u64 given[kWarp] = {};
+  u32 seen[kWarp] = {};
   for (unsigned lane = 0; lane < kWarp; ++lane) {
-    if (mask >> lane & 1) given[lane] = waiting[first + lane]->given;
+    if (!(mask >> lane & 1)) continue;
+    const Fiber* other = waiting[first + lane];
+    given[lane] = other->given;
+    seen[lane] = std::max(seen[lane], other->clock);
+    for (unsigned i = 0; i < kWarp; ++i) seen[i] = std::max(seen[i], other->seen[i]);
   }
   for (unsigned lane = 0; lane < kWarp; ++lane) {
     if (!(mask >> lane & 1)) continue;
-    memcpy(waiting[first + lane]->received, given, sizeof(given));
-    released.push_back(waiting[first + lane]);
+    Fiber* other = waiting[first + lane];
+    memcpy(other->received, given, sizeof(given));
+    if (other->orders) {
+      memcpy(other->seen, seen, sizeof(seen));
+      ++other->clock;
+      other->segment = 0;
+    }
+    released.push_back(other);
     waiting[first + lane] = nullptr;
   }
 }
@@ -219,6 +411,7 @@ void run_block() {
   for (unsigned t = 0; t < threads; ++t) order[t] = t;
   shuffle(order, threads);
   started = finished = 0;
+  begin_block();
   while (started < threads) resume(idle_fiber());
 
   std::vector<Fiber*> released;
@@ -234,8 +427,11 @@ void run_block() {
       }
     }
     if (at_barrier == threads - finished) {  // threads that have returned do not count
+      ++barriers;
       for (unsigned t = 0; t < threads; ++t) {
-        if (waiting[t]) released.push_back(waiting[t]);
+        if (!waiting[t]) continue;
+        waiting[t]->segment = 0;
+        released.push_back(waiting[t]);
         waiting[t] = nullptr;
       }
     }
@@ -251,12 +447,13 @@ extern "C" {
 
 void emulator_sync_block() { wait(true); }
 
-const unsigned long long* emulator_exchange(unsigned mask, unsigned long long given) {
+const u64* emulator_exchange(unsigned mask, u64 given, bool orders) {
   if (!(mask >> threadIdx.x % kWarp & 1)) {
     emulator_refuse("a thread is not in the mask of its own warp operation");
   }
   current->mask = mask;
   current->given = given;
+  current->orders = orders;
   wait(false);
   return current->received;
 }
@@ -266,44 +463,56 @@ namespace {
 
 // --- memory ---------------------------------------------------------------------------------------
 
-void* fixed_map(unsigned long long begin, size_t size, int access, int flags, int fd, off_t at) {
+void fixed_map(u64 begin, size_t size, int flags, int fd) {
   void* wanted = reinterpret_cast<void*>(begin);
-  if (mmap(wanted, size, access, flags | MAP_FIXED, fd, at) != wanted) {
+  const int access = PROT_READ | PROT_WRITE;
+  if (mmap(wanted, size, access, flags | MAP_FIXED_NOREPLACE | MAP_NORESERVE, fd, 0) != wanted) {
     perror("ERROR: mapping the emulated device's memory");
     _exit(1);
   }
-  return wanted;
 }
-
-struct Memory {
-  int fd;
-  unsigned long long base;
-  std::vector<Range> mapped;
-
-  void hide(unsigned long long begin, size_t size) {
-    fixed_map(begin, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  }
-
-  // Makes exactly `storages` accessible.
-  void expose(const std::vector<Range>& storages) {
-    for (const Range& range : mapped) hide(range.begin, range.size);
-    mapped.clear();
-    for (const Range& storage : storages) {
-      const unsigned long long begin = storage.begin / kPage * kPage;
-      const unsigned long long end = (storage.begin + storage.size + kPage) / kPage * kPage;
-      mapped.push_back({begin, end - begin});
-      void* pages = fixed_map(begin, end - begin, PROT_READ | PROT_WRITE, MAP_SHARED, fd, begin - base);
-      __asan_poison_memory_region(pages, end - begin);
-      __asan_unpoison_memory_region(reinterpret_cast<void*>(storage.begin), storage.size);
-    }
-  }
-};
 
 // --- requests -------------------------------------------------------------------------------------
 
 bool read_bytes(void* to, size_t size) { return fread(to, 1, size, stdin) == size; }
 
-void run(const Request& request, const std::string& path, std::vector<Range> shared) {
+// What a launch may touch: storages, the __shared__ variables and the fault record of the module at
+// `base`, the parameters.
+struct Memory {
+  std::vector<Shadow> shadows;  // of what is not the device's memory
+
+  void expose(const std::vector<Range>& given, const std::vector<Range>& shared, Range fault,
+              Range parameters) {
+    if (first_of_launch + segments.size() > 0xf0000000) {  // numbers begin anew
+      madvise(reinterpret_cast<void*>(kShadow), memory_size * sizeof(Shadow), MADV_DONTNEED);
+      first_of_launch = 1;
+    } else {
+      first_of_launch += segments.size();
+    }
+    segments.clear();
+    storages.clear();
+    for (const Range& range : given) {
+      Shadow* shadow = reinterpret_cast<Shadow*>(kShadow) + (range.begin - memory_begin);
+      storages.push_back({range.begin, range.size, shadow, &first_of_launch});
+    }
+    size_t bytes = fault.size;
+    for (const Range& range : shared) bytes += range.size;
+    shadows.assign(bytes, {});
+    variables.clear();
+    Shadow* shadow = shadows.data();
+    for (const Range& range : shared) {
+      variables.push_back({range.begin, range.size, shadow, &first_of_block});
+      shadow += range.size;
+    }
+    variables.push_back({fault.begin, fault.size, shadow, &first_of_launch});
+    variables.push_back({parameters.begin, parameters.size, nullptr, nullptr});
+  }
+};
+
+Memory memory;
+
+void run(const Request& request, const std::string& path, const std::vector<Range>& given,
+         std::vector<Range> shared) {
   void* library = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (!library) {
     fprintf(stderr, "ERROR: %s\n", dlerror());
@@ -312,19 +521,23 @@ void run(const Request& request, const std::string& path, std::vector<Range> sha
   kernel = reinterpret_cast<Kernel>(dlsym(library, "emulator_kernel"));
   Dl_info where;
   dladdr(reinterpret_cast<void*>(kernel), &where);
-  for (Range& range : shared) range.begin += reinterpret_cast<unsigned long long>(where.dli_fbase);
+  library_base = where.dli_fbase;
+  for (Range& range : shared) range.begin += reinterpret_cast<u64>(library_base);
+  Fault* fault = nullptr;
+  if (void* found = dlsym(library, "emulator_fault")) fault = *static_cast<Fault**>(found);
+  memory.expose(given, shared, {reinterpret_cast<u64>(fault), fault ? sizeof(Fault) : 0},
+                {reinterpret_cast<u64>(record), request.record_bytes});
 
+  writes_one_value = request.writes_one_value;
   random_bits.seed(request.seed);
   threads = request.threads;
   blockDim = {threads, 1, 1};
   gridDim = request.grid;
-  const unsigned long long blocks = 1ull * gridDim.x * gridDim.y * gridDim.z;
+  const u64 blocks = 1ull * gridDim.x * gridDim.y * gridDim.z;
   const bool backwards = request.seed & 1;
-  for (unsigned long long i = 0; i < blocks; ++i) {
-    const unsigned long long block = backwards ? blocks - 1 - i : i;
-    blockIdx = {static_cast<unsigned>(block % gridDim.x),
-                static_cast<unsigned>(block / gridDim.x % gridDim.y),
-                static_cast<unsigned>(block / gridDim.x / gridDim.y)};
+  for (u64 i = 0; i < blocks; ++i) {
+    block_number = backwards ? blocks - 1 - i : i;
+    blockIdx = index_of(block_number);
     for (const Range& range : shared) {
       memset(reinterpret_cast<void*>(range.begin), kFreshShared, range.size);
     }
@@ -332,11 +545,7 @@ void run(const Request& request, const std::string& path, std::vector<Range> sha
   }
 
   Fault answer = {};
-  if (void* fault = dlsym(library, "emulator_fault")) {
-    Fault* found = *static_cast<Fault**>(fault);
-    answer = *found;
-    *found = Fault{};
-  }
+  if (fault) std::swap(answer, *fault);
   fwrite(&answer, sizeof(answer), 1, stdout);
   fflush(stdout);
 }
@@ -345,23 +554,27 @@ void run(const Request& request, const std::string& path, std::vector<Range> sha
 
 // runner FD BASE SIZE: the device memory's file, address and size.
 int main(int, char** arguments) {
-  Memory memory{atoi(arguments[1]), strtoull(arguments[2], nullptr, 10), {}};
-  memory.hide(memory.base, strtoull(arguments[3], nullptr, 10));
+#ifdef __SSE__  // floats below the normal ones are taken and given as 0, as compiled kernels do
+  __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040);
+#endif
+  memory_begin = strtoull(arguments[2], nullptr, 10);
+  memory_size = strtoull(arguments[3], nullptr, 10);
+  fixed_map(memory_begin, memory_size, MAP_SHARED, atoi(arguments[1]));
+  fixed_map(kShadow, memory_size * sizeof(Shadow), MAP_PRIVATE | MAP_ANONYMOUS, -1);
   Request request;
   while (read_bytes(&request, sizeof(request))) {
     std::string path(request.path_bytes, '\0');
-    std::vector<Range> storages(request.storages), shared(request.shared);
-    std::vector<char> bytes(request.record_bytes);  // exactly, so that reads past it are seen
+    std::vector<Range> given(request.storages), shared(request.shared);
+    std::vector<char> bytes(request.record_bytes);
     if (!read_bytes(path.data(), path.size()) ||
-        !read_bytes(storages.data(), storages.size() * sizeof(Range)) ||
+        !read_bytes(given.data(), given.size() * sizeof(Range)) ||
         !read_bytes(shared.data(), shared.size() * sizeof(Range)) ||
         !read_bytes(bytes.data(), bytes.size())) {
       return 1;
     }
     record = bytes.data();
-    memory.expose(storages);
     alarm(request.seconds);
-    run(request, path, shared);
+    run(request, path, given, shared);
     alarm(0);
   }
   return 0;

@@ -10,7 +10,8 @@
 #define __host__
 #define __constant__
 // A block's threads are fibers of one process and its blocks run one after the other.
-#define __shared__ static
+// Pages of their own: what is behind one of them is no other.
+#define __shared__ static __attribute__((aligned(4096)))
 #define __forceinline__ inline __attribute__((always_inline))
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
@@ -52,8 +53,17 @@ float fmaf(float, float, float) noexcept;
 float powf(float, float) noexcept;
 float ldexpf(float, int) noexcept;
 float copysignf(float, float) noexcept;
-void* memcpy(void*, const void*, unsigned long) noexcept;
+void __tsan_read_range(const void*, unsigned long long);
+void __tsan_write_range(void*, unsigned long long);
 void* memset(void*, int, unsigned long) noexcept;
+}
+// The compiler tells the runner of no accesses but those that it makes itself. Local variables are
+// of no interest, and would have to be in memory if it were told of them.
+__forceinline__ void* memcpy(void* to, const void* from, unsigned long bytes) {
+  const bool is_inline = __builtin_constant_p(bytes) && bytes <= 16;
+  if (!is_inline && __builtin_object_size(from, 0) == -1ul) __tsan_read_range(from, bytes);
+  if (!is_inline && __builtin_object_size(to, 0) == -1ul) __tsan_write_range(to, bytes);
+  return __builtin_memcpy(to, from, bytes);
 }
 inline bool isnan(float x) { return __builtin_isnan(x); }
 // CUDA handles signalling NaN as quiet; in the C library they win.
@@ -67,18 +77,21 @@ inline bool signbit(float x) { return __builtin_signbit(x); }
 // --- threads (runner.cpp) -------------------------------------------------------------------------
 
 extern "C" {
-extern uint3 threadIdx, blockIdx, blockDim, gridDim;
+extern const uint3 threadIdx, blockIdx, blockDim, gridDim;  // to each thread
 // Waits for every thread of the block that has not returned.
 void emulator_sync_block();
-// Waits for the lanes of `mask`; returns what each of them gave, by lane.
-const unsigned long long* emulator_exchange(unsigned mask, unsigned long long given);
+// Waits for the lanes of `mask`; returns what each of them gave, by lane. Of the warp's operations
+// only __syncwarp `orders` accesses to memory.
+const unsigned long long* emulator_exchange(unsigned mask, unsigned long long given, bool orders = false);
+// Notes an atomic access.
+void emulator_atomic(void* at, unsigned bytes);
 // Reports a misuse of a warp operation and ends the process.
 [[noreturn]] void emulator_refuse(const char* why);
 }
 constexpr int warpSize = 32;
 
 inline void __syncthreads() { emulator_sync_block(); }
-inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator_exchange(mask, 0); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator_exchange(mask, 0, true); }
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline void __threadfence_system() {}
@@ -170,12 +183,14 @@ EMULATOR_LOAD(__ldcv) EMULATOR_LOAD(__ldlu)
 EMULATOR_STORE(__stcg) EMULATOR_STORE(__stcs) EMULATOR_STORE(__stwb) EMULATOR_STORE(__stwt)
 
 // One operating-system thread runs everything, so plain reads and writes are atomic.
-#define EMULATOR_ATOMIC(name, result)      \
-  template <typename T>                    \
-  inline T name(T* at, T value) {          \
-    const T old = *at;                     \
-    *at = static_cast<T>(result);          \
-    return old;                            \
+#define EMULATOR_UNSEEN __attribute__((no_sanitize("thread")))
+#define EMULATOR_ATOMIC(name, result)             \
+  template <typename T>                           \
+  EMULATOR_UNSEEN inline T name(T* at, T value) { \
+    emulator_atomic(at, sizeof(T));               \
+    const T old = *at;                            \
+    *at = static_cast<T>(result);                 \
+    return old;                                   \
   }
 EMULATOR_ATOMIC(atomicAdd, old + value)
 EMULATOR_ATOMIC(atomicMin, value < old ? value : old)
@@ -184,7 +199,8 @@ EMULATOR_ATOMIC(atomicOr, old | value)
 EMULATOR_ATOMIC(atomicAnd, old & value)
 EMULATOR_ATOMIC(atomicExch, value)
 template <typename T>
-inline T atomicCAS(T* at, T expected, T value) {
+EMULATOR_UNSEEN inline T atomicCAS(T* at, T expected, T value) {
+  emulator_atomic(at, sizeof(T));
   const T old = *at;
   if (old == expected) *at = value;
   return old;
@@ -199,11 +215,23 @@ constexpr auto max(A a, B b) -> decltype(a + b) { return a < b ? b : a; }
 inline float min(float a, float b) { return fminf(a, b); }  // NaN loses, as in CUDA
 inline float max(float a, float b) { return fmaxf(a, b); }
 
+inline unsigned long long __cvta_generic_to_global(const void* at) {
+  return reinterpret_cast<unsigned long long>(at);
+}
 inline int __float_as_int(float x) { return emulator::bits<int>(x); }
 inline unsigned __float_as_uint(float x) { return emulator::bits<unsigned>(x); }
 inline float __int_as_float(int x) { return emulator::bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return emulator::bits<float>(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }
+// Towards zero: what the double sum lost, or the float lost of it, tells the side.
+inline float __fadd_rz(float a, float b) {
+  const double sum = static_cast<double>(a) + b, part = sum - a;
+  const double lost = (a - (sum - part)) + (b - part);
+  const float near = static_cast<float>(sum);
+  const double over = near != sum ? near - sum : -lost;  // near, less the exact sum
+  if (near == 0 || near != near || !(near > 0 ? over > 0 : over < 0)) return near;
+  return emulator::bits<float>(emulator::bits<unsigned>(near) - 1);
+}
 inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }

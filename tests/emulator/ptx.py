@@ -1,0 +1,164 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""The inline PTX of the kernels: every text there is, what it does (a function of ``ptx.h``), and
+the machine instruction that it is for. Any other text is refused: what an instruction does can be
+changed by a letter, and nothing but a GPU would show it.
+
+tests/test_ptx.py compares the machine instructions with what NVRTC makes of the texts.
+"""
+
+import re
+from typing import NamedTuple
+
+
+class Instruction(NamedTuple):
+    """``function``: its name in ``ptx.h``. ``constraints``: of its operands. ``machine``: what must
+    be in the machine code for sm_90, as a regular expression. ``stays``: it is volatile; the
+    compiler leaves it where it stands, whatever it thinks of its result."""
+
+    function: str
+    constraints: str
+    machine: str
+    stays: bool = False
+    clobbers: str = ""
+
+
+# A load or store with a policy has it in a pair of uniform registers, to which it was moved.
+_POLICY = r"R2UR UR4, .* R2UR UR5, .* {} desc\[UR4\]"
+
+
+def _load(function, suffix, to, constraints, machine):
+    count = constraints.count("=")
+    text = f"ld.global.L2::cache_hint.{suffix} {to}, [%{count}], %{count + 1};"
+    return text, Instruction(function, constraints, _POLICY.format(machine + r" R\d+,"), stays=True)
+
+
+def _store(function, suffix, value, constraints, machine):
+    policy = constraints.count(" ") - 1
+    text = (
+        f"{{ .reg .pred when; setp.ne.u32 when, %{policy + 1}, 0; "
+        f"@when st.global.L2::cache_hint.{suffix} [%0], {value}, %{policy}; }}"
+    )
+    return text, Instruction(
+        function, constraints, _POLICY.format(machine), stays=True, clobbers='"memory"'
+    )
+
+
+INSTRUCTIONS = {
+    "ld.global.s64 %0, [%1];": Instruction("ld_s64", "=l l", r"LDG\.E\.64 R\d+, desc", stays=True),
+    "ld.global.s32 %0, [%1];": Instruction("ld_s32", "=r l", r"LDG\.E R\d+, desc", stays=True),
+    **dict(
+        (
+            _load("ld_v4_u32", "v4.u32", "{%0, %1, %2, %3}", "=r =r =r =r l l", r"LDG\.E\.128"),
+            _load("ld_v2_u32", "v2.u32", "{%0, %1}", "=r =r l l", r"LDG\.E\.64"),
+            _load("ld_u32", "u32", "%0", "=r l l", r"LDG\.E"),
+            _load("ld_u16", "u16", "%0", "=h l l", r"LDG\.E\.U16"),
+            _load("ld_u8", "u8", "%0", "=h l l", r"LDG\.E\.U8"),
+            _store("st_v4_u32", "v4.u32", "{%1, %2, %3, %4}", "l r r r r l r", r"STG\.E\.128"),
+            _store("st_v2_u32", "v2.u32", "{%1, %2}", "l r r l r", r"STG\.E\.64"),
+            _store("st_u32", "u32", "%1", "l r l r", r"STG\.E"),
+            _store("st_u16", "u16", "%1", "l h l r", r"STG\.E\.U16"),
+            _store("st_u8", "u8", "%1", "l h l r", r"STG\.E\.U8"),
+        )
+    ),
+    "cvt.f32.f16 %0, %1;": Instruction(
+        "cvt_f32_f16", "=f h", r"HADD2\.F32 R\d+, -RZ, R\d+\.H0_H0 "
+    ),
+    "cvt.rn.f16.f32 %0, %1;": Instruction(
+        "cvt_rn_f16_f32", "=h f", r"F2FP\.F16\.F32\.PACK_AB R\d+, RZ, R\d+ "
+    ),
+    "cvt.rn.bf16.f32 %0, %1;": Instruction(
+        "cvt_rn_bf16_f32", "=h f", r"F2FP\.BF16\.F32\.PACK_AB R\d+, RZ, R\d+ "
+    ),
+    "cvt.rn.f16x2.e4m3x2 %0, %1;": Instruction(
+        "cvt_rn_f16x2_e4m3x2", "=r h", r"F2FP\.F16\.E4M3\.UNPACK_B R"
+    ),
+    "cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;": Instruction(
+        "cvt_rn_satfinite_e5m2x2_f32", "=h f f", r"F2FP\.SATFINITE\.E5M2\.F32\.PACK_AB_MERGE_C R"
+    ),
+    "cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;": Instruction(
+        "cvt_rn_satfinite_e4m3x2_f32", "=h f f", r"F2FP\.SATFINITE\.E4M3\.F32\.PACK_AB_MERGE_C R"
+    ),
+    "cvt.pack.sat.s8.s32.b32 %0, %1, %2, 0;": Instruction(
+        "cvt_pack_sat_s8_s32_b32", "=r r r", r"I2IP\.S8\.S32\.SAT R\d+, R\d+, R\d+, RZ "
+    ),
+    "div.rn.f32 %0, %1, %2;": Instruction("div_rn_f32", "=f f f", r"FCHK .* FFMA R.* CALL"),
+    "mul.rn.f32 %0, %1, %2;": Instruction("mul_rn_f32", "=f f f", r"FMUL R"),
+}
+
+_ASM = re.compile(r"\basm\b\s*(?P<volatile>volatile\b)?\s*\(")
+
+
+class UnknownPTX(Exception):
+    """The text of an instruction that is not in the list."""
+
+
+class Statement(NamedTuple):
+    """An ``asm`` statement of a source: its place there, its text, the operands as C++ in the order
+    of their numbers, and what else `Instruction` has."""
+
+    start: int
+    end: int
+    text: str
+    operands: tuple
+    constraints: str
+    stays: bool
+    clobbers: str
+
+
+def statements(source):
+    """All `Statement`\\ s of a source."""
+    for found in _ASM.finditer(source):
+        end, parts = _parts(source, found.end())
+        text = "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', parts[0])).replace("\\n", " ")
+        text = " ".join(text.split())
+        operands = [item for part in parts[1:3] for item in _split(part, ",") if item.strip()]
+        pairs = [re.fullmatch(r'\s*"([^"]+)"\s*\((.*)\)\s*', item, re.S) for item in operands]
+        yield Statement(
+            found.start(), end, text, tuple(pair[2] for pair in pairs),
+            " ".join(pair[1] for pair in pairs), found["volatile"] is not None,
+            "".join(parts[3:]).strip(),
+        )  # fmt: skip
+
+
+def _parts(source, start):
+    """The parts of an asm statement whose parenthesis opens before ``start``, and its end."""
+    depth, at, quoted = 1, start, False
+    while depth:
+        letter = source[at]
+        if letter == '"' and source[at - 1] != "\\":
+            quoted = not quoted
+        elif not quoted:
+            depth += (letter == "(") - (letter == ")")
+        at += 1
+    return source.index(";", at) + 1, _split(source[start : at - 1], ":")
+
+
+def _split(text, separator):
+    """``text`` at the separators that are in no string and no parenthesis."""
+    parts, depth, quoted = [""], 0, False
+    for letter in text:
+        if letter == '"':
+            quoted = not quoted
+        elif not quoted:
+            depth += (letter in "([{") - (letter in ")]}")
+        if letter == separator and not quoted and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def with_calls(source):
+    """``source`` with calls of the functions of ``ptx.h`` for its asm statements."""
+    made, end = [], 0
+    for statement in statements(source):
+        instruction = INSTRUCTIONS.get(statement.text)
+        for name in ("constraints", "stays", "clobbers"):
+            if getattr(instruction, name, None) != getattr(statement, name):
+                raise UnknownPTX(f"not in tests/emulator/ptx.py, or other {name}: {statement}")
+        lines = source.count("\n", statement.start, statement.end)
+        call = f"ptx::{instruction.function}({', '.join(statement.operands)});"
+        made += [source[end : statement.start], call, "\n" * lines]
+        end = statement.end
+    return "".join((*made, source[end:]))
