@@ -6,11 +6,12 @@ many launches to go through."""
 import ctypes
 import shutil
 import subprocess
-from pathlib import Path
 
+import emulator
 import numpy as np
 import oracle
 import pytest
+from emulator import ptx
 
 from cupy_cache.runtime import env, formats, modules
 
@@ -78,9 +79,20 @@ BITS = {"float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "E4M3", "float8_e
         "int8": "I8"}  # fmt: skip
 
 
+@pytest.fixture(scope="module", params=[None, 75, 90], ids=["integers", "sm_75", "sm_90"])
+def native(request, tmp_path_factory):
+    """The functions above: with integer arithmetic alone, and as they are for GPUs without and with
+    instructions for fp8."""
+    return compiled(tmp_path_factory, request.param)
+
+
 @pytest.fixture(scope="module")
-def native(tmp_path_factory):
-    """The functions above."""
+def integers(tmp_path_factory):
+    """The functions above with integer arithmetic alone, the quickest."""
+    return compiled(tmp_path_factory, None)
+
+
+def compiled(tmp_path_factory, architecture):
     if shutil.which("g++") is None:
         pytest.skip("g++ is missing")
     folder = tmp_path_factory.mktemp("native")
@@ -89,8 +101,7 @@ def native(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(env.KERNEL_DIR.name, str(folder))
         text = modules.expanded_source("native")
-    shim = (Path(__file__).parent / "emulator" / "shim.h").read_text()
-    (folder / "native.cpp").write_text(shim + text)
+    (folder / "native.cpp").write_text(emulator.prelude(architecture) + ptx.with_calls(text))
     command = "g++ -std=c++17 -O3 -march=native -ffp-contract=off -fPIC -shared -w".split()
     subprocess.run([*command, "native.cpp", "-o", "native.so"], cwd=folder, check=True)
     return ctypes.CDLL(str(folder / "native.so"))
@@ -171,19 +182,19 @@ def close_to_multiples(power):
     return close[(close >= 2**23) & (close < 2**24)]
 
 
-def test_division_of_short_values_where_it_is_hardest(native):
-    assert wrong_for_short_values(native, close_to_multiples(17)) == 0
+def test_division_of_short_values_where_it_is_hardest(integers):
+    assert wrong_for_short_values(integers, close_to_multiples(17)) == 0
 
 
 @pytest.mark.slow
-def test_division_of_every_short_value(native):
+def test_division_of_every_short_value(integers):
     """With the exponents, which only shift, this is every scale and every 16-bit value."""
     for first in range(2**23, 2**24, 2**20):
-        assert wrong_for_short_values(native, np.arange(first, first + 2**20)) == 0
+        assert wrong_for_short_values(integers, np.arange(first, first + 2**20)) == 0
 
 
 @pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2"])
-def test_division_of_float32_where_it_is_hardest(native, name):
+def test_division_of_float32_where_it_is_hardest(integers, name):
     """A quotient next to the middle of two floats, one of them a boundary t * 2**k of codes with
     16 <= t <= 32, needs a scale this close to a multiple of 2**20."""
     scales = close_to_multiples(20).astype(np.float32)[:, np.newaxis]
@@ -192,7 +203,7 @@ def test_division_of_float32_where_it_is_hardest(native, name):
     scales = np.broadcast_to(scales[..., np.newaxis], values.shape).copy()
     made = np.empty_like(values)
     pointers = (ctypes.c_void_p(array.ctypes.data) for array in (values, scales, made))
-    native.quotients(values.size, *pointers)
+    integers.quotients(values.size, *pointers)
     exact = values / scales
     close = made != exact
     assert 0 < close.sum() < values.size / 1000

@@ -23,18 +23,25 @@ def skip(reason):
     (pytest.fail if strict else pytest.skip)(reason)
 
 
+def require_the_compiler_of_resources(stem=STEMS[0]):
+    """Skip where NVRTC is not the one that the file of ``stem`` was made with."""
+    if importlib.util.find_spec("cupy") is None:
+        skip("NVRTC was not called: CuPy is not installed")
+    file = make_resources.path(stem)
+    made_with = make_resources.made_with(file.read_text(encoding="utf-8"))
+    installed = make_resources.nvrtc()
+    if make_resources.minor(made_with) != make_resources.minor(installed):
+        skip(f"{file.name} is of NVRTC {made_with}; {installed}, which is in use, differs")
+
+
 @pytest.mark.whole
 @pytest.mark.parametrize("stem", STEMS)
 def test_the_file_is_up_to_date(stem, request):
-    if importlib.util.find_spec("cupy") is None:
-        skip("NVRTC was not called: CuPy is not installed")
+    require_the_compiler_of_resources(stem)
     if cuobjdump() is None:
         skip(NOT_READ)
     file = make_resources.path(stem)
     committed = file.read_text(encoding="utf-8")
-    made_with, installed = make_resources.made_with(committed), make_resources.nvrtc()
-    if make_resources.minor(made_with) != make_resources.minor(installed):
-        skip(f"{file.name} is of NVRTC {made_with}; {installed}, which is in use, differs")
     everything = request.config.getoption("--everything")
     architectures = make_resources.ARCHITECTURES if everything else BY_DEFAULT
     made = make_resources.table(make_resources.families()[stem], architectures)
