@@ -164,6 +164,21 @@ class Built(NamedTuple):
 
 def build(kernel):
     """``kernel`` as `Built`; from the cache if the same text was compiled before."""
+    text = whole_text(kernel)
+    path = _compile((*COMPILE, "-shared", "-nostdlib"), text, ".so")  # the runner has it all
+    return Built(path, _find_shared(path) if "__shared__" in kernel.source() else ())
+
+
+def check_syntax(kernel):
+    """Raise where the text of ``kernel`` is not C++."""
+    with tempfile.NamedTemporaryFile("w", suffix=".cpp") as file:
+        file.write(whole_text(kernel))
+        file.flush()
+        _run(*COMPILE, "-fsyntax-only", file.name)
+
+
+def whole_text(kernel):
+    """What g++ gets to compile."""
     source = ptx.with_calls(kernel.source())
     # The parameters are read where they are, and not in a copy: what is read behind them is seen.
     source = source.replace("const __grid_constant__ Params p", "const Params& p")
@@ -179,8 +194,7 @@ extern "C" void emulator_kernel(const void* record) {{
 """
     if modules.FAULT_SYMBOL in source:
         text += f'extern "C" {{ void* emulator_fault = &{modules.FAULT_SYMBOL}; }}\n'
-    path = _compile((*COMPILE, "-shared", "-nostdlib"), text, ".so")  # the runner has it all
-    return Built(path, _find_shared(path) if "__shared__" in source else ())
+    return text
 
 
 def prelude(architecture=None):
