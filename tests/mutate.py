@@ -371,19 +371,20 @@ def _run(command, folder, limit):
 
 
 def outcome(folder, mutant, limit, workers):
-    """ "invalid", or "killed by" a test or by time, or "survived"."""
+    """What became of it: "killed by" a test, "survived", "undecided", or "invalid": no source."""
     path = folder / mutant.file
     text = path.read_text(encoding="utf-8")
     path.write_text(mutant.applied(text), encoding="utf-8")
     try:
         if mutant.file.startswith(KERNELS) and not compiles(folder, mutant.file):
-            return "invalid"
+            refused = "UnknownPTX" in (folder.parent / "output").read_text(errors="replace")
+            return "killed by tests/test_ptx.py" if refused else "invalid"
         parallel = ["-n", str(workers)] if workers > 1 else []
         for arguments in stages(mutant.file):
             pytest = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", *parallel]
             status = _run([*pytest, *arguments], folder, limit)
             if status is None:
-                return f"killed by time: {arguments[0]} ..."
+                return "undecided: it took too long"
             if status not in (0, 5):  # 5: nothing was selected
                 said = (folder.parent / "output").read_text(errors="replace")
                 failed = re.search(r"^(?:FAILED|ERROR) (\S+)", said, re.M)
@@ -435,7 +436,7 @@ def main():
             result = "listed" if (mutant.file, before, after) in listed else None
             result = result or ("-" if options.list else None)
             result = result or outcome(folder, mutant, options.limit, options.workers)
-            counts[result.partition(" ")[0]] += 1
+            counts[re.match(r"\w+|-", result)[0]] += 1
             taken = f"{time.monotonic() - begin:.0f} s"
             print(f"file: {mutant.file}\nbefore: {before}\nafter: {after}\n= {result}, {taken}\n")
             sys.stdout.flush()
