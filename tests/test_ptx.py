@@ -102,7 +102,7 @@ def with_one_instruction(number, text, instruction):
 
 
 def machine_code_of(folder, bodies):
-    """{number: instructions for sm_90} of kernels with these bodies, compiled by NVRTC."""
+    """The instructions for sm_90 of kernels with these bodies, compiled by NVRTC."""
     if machine_code.cuobjdump() is None:
         skip(machine_code.NOT_READ)
     require_the_compiler_of_resources()
@@ -124,23 +124,23 @@ def test_machine_instructions(folder):
         assert re.search(ptx.INSTRUCTIONS[text].machine, found), f"{text} became {found}"
 
 
-@pytest.mark.parametrize("size", [16, 8, 4, 2, 1])
-def test_policies_of_vectors(folder, size):
+def test_policies_of_vectors(folder):
     """The policy's halves, and how many threads are many; of loads, also how many are few."""
-    vector = f"Vec<{size}>"
-    bodies = [
-        f"""
-  {vector}* const to = reinterpret_cast<{vector}*>(p.to);
-  if constexpr (kNumber == 0) *to = load_vector<{size}>(p.from);""",
-        f"""
-  const {vector}* const from = reinterpret_cast<const {vector}*>(p.from);
-  if constexpr (kNumber == 1) store_vector<{size}>(p.to, *from);""",
-    ]
-    load, store = machine_code_of(folder, bodies)
+    sizes, bodies = (16, 8, 4, 2, 1), []
+    for number, size in enumerate(sizes):
+        to, source = f"reinterpret_cast<Vec<{size}>*>(p.to)", f"load_vector<{size}>(p.from)"
+        bodies.append(f"  if constexpr (kNumber == {2 * number}) *{to} = {source};")
+        source = f"*reinterpret_cast<const Vec<{size}>*>(p.from)"
+        store = f"store_vector<{size}>(p.to, {source})"
+        bodies.append(f"  if constexpr (kNumber == {2 * number + 1}) {store};")
+    code = machine_code_of(folder, bodies)
     # The threads less the few that are too few, below the many less those.
-    assert "-0x1800 " in load and re.search(r"ISETP.GE.U32.AND \S+ \S+ U?R\d+, 0x1e800,", load)
-    assert re.search(r"ISETP.GE.U32.AND \S+ \S+ U?R\d+, 0x20000,", store)
-    for text in load, store:
+    for load in code[::2]:
+        assert "-0x1800 " in load
+        assert re.search(r"ISETP.GE.U32.AND \S+ \S+ U?R\d+, 0x1e800,", load)
+    for store in code[1::2]:
+        assert re.search(r"ISETP.GE.U32.AND \S+ \S+ U?R\d+, 0x20000,", store)
+    for text in code:
         assert "0x12f00000 " in text and re.search(r"SEL U?R\d+, U?R\d+, 0x16f00000, !", text)
 
 
