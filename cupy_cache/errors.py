@@ -2,18 +2,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything this library raises.
 
-Each class also derives from the built-in that fits, so ``except ValueError`` keeps working. A
-message has the form ``op: Invalid <what> of <argument>: expected …, got …`` and, where there is
-one, ends with the way out.
+Each class also derives from the built-in that fits, so ``except ValueError`` keeps working.
+
+Messages have one form. Of an argument: ``op: Invalid <what> of <argument>: expected …, got …``. Of
+what else fails: ``op on cuda:0: what failed: why``. Where there is a usual way out, it follows a
+semicolon.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class CupyCacheError(Exception):
     """Base of every error raised here."""
+
+
+def wrong(what: str, name: str, expected: str, got: str, way_out: str = "") -> str:
+    """The message about an argument; ``name`` is "operation: argument"."""
+    op, colon, argument = name.rpartition(": ")
+    text = f"{op}{colon}Invalid {what} of {argument}: expected {expected}, got {got}"
+    return f"{text}; {way_out}" if way_out else text
+
+
+def rename(error: CupyCacheError, name: str, arguments: Mapping[str, str]) -> None:
+    """Have an error about an argument of an operation tell of ``name``, which called it, and of its
+    ``arguments`` instead of the operation's."""
+    found = re.match(r"[\w.]+: (Invalid [\w ]+ of )(\w+)", str(error))
+    if found is not None:
+        argument = arguments.get(found[2], found[2])
+        error.args = (f"{name}: {found[1]}{argument}{str(error)[found.end() :]}",)
 
 
 class ArgumentError(CupyCacheError, ValueError):
@@ -41,7 +61,7 @@ class NotWritableError(ArgumentError):
 
 
 class MissingDependencyError(CupyCacheError, ImportError):
-    """CuPy, NVRTC or the CUDA runtime headers are needed and absent."""
+    """CUDA, CuPy, NVRTC or the CUDA runtime headers are needed and absent."""
 
 
 class KernelError(CupyCacheError, RuntimeError):
@@ -67,6 +87,10 @@ class FaultError(CupyCacheError, IndexError):
     def __init__(self, faults: Iterable[Fault]) -> None:
         self.faults = tuple(faults)
         super().__init__("; ".join(str(fault) for fault in self.faults))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Not from the message, as exceptions do: copies and other processes get the faults.
+        return type(self), (self.faults,), self.__dict__
 
 
 class Fault:
@@ -103,8 +127,15 @@ class Fault:
         self.op, self.argument, self.row = op, argument, row
         self.value, self.limit, self.device = value, limit, device
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = self.op, self.argument, self.row, self.value, self.limit, self.device
+        return type(self), fields
+
     def __str__(self) -> str:
-        return (
-            f"{self.op}: {self.argument} at row {self.row} is {self.value}, "
-            f"outside 0..{self.limit - 1} ({self.device}); it was skipped"
+        return wrong(
+            "value",
+            f"{self.op}: {self.argument}",
+            f"0..{self.limit - 1}",
+            f"{self.value} in row {self.row} on {self.device}",
+            "it was skipped",
         )

@@ -1,55 +1,170 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""What can go wrong between a source and a loaded kernel has a name and a way out."""
+"""What can go wrong between a source and a loaded kernel has a name and a way out. It is decided by
+what failed and how, never by words in a message, which may be names of folders."""
 
-from types import SimpleNamespace
+import contextlib
+import os
+import subprocess
+import sys
+import types
 
 import pytest
 
 import cupy_cache as cc
 from cupy_cache.attention import alibi_slopes as attention
-from cupy_cache.runtime import modules
+from cupy_cache.runtime import cuda, driver, modules
 
+pytestmark = pytest.mark.whole
 KERNEL = attention.ALIBI
-CUPY = SimpleNamespace(
-    cuda=SimpleNamespace(Device=lambda index: SimpleNamespace(compute_capability="999"))
+# What each kind of error may quote: words that other kinds are about.
+EVERYTHING = (
+    "/research/arch invalid/libnvrtc.so/gpu-architecture/CUDA headers/capture/INVALID_CONTEXT"
 )
 
 
-def explained(error):
-    return modules._explain(error, KERNEL, 1, CUPY)
+class FakeModule:
+    def __init__(self, error):
+        self.error = error
+
+    def get_function(self, expression):
+        raise self.error
 
 
-def test_an_architecture_that_nvrtc_does_not_know():
-    """With the very text that NVRTC gives."""
-    pytest.importorskip("cupy")
-    with pytest.raises(cc.KernelError) as caught:
-        modules.compile_cubin(KERNEL, 999)
-    error = explained(RuntimeError(str(caught.value.__cause__)))
-    assert isinstance(error, cc.UnsupportedArchitectureError)
-    assert "999" in str(error) and "nvidia-cuda-nvrtc" in str(error) and "cuda:1" in str(error)
+@pytest.fixture
+def cupy(monkeypatch):
+    """A CuPy of a GPU of capability 9.0, an NVRTC and a driver, whose loading fails as told."""
+    real = pytest.importorskip("cupy")
+    from cupy_backends.cuda.libs import nvrtc
+
+    made = types.SimpleNamespace(
+        __version__="14.2.0",
+        capability="90",
+        error=None,
+        cuda=types.SimpleNamespace(
+            Device=lambda index: types.SimpleNamespace(compute_capability=made.capability),
+            runtime=types.SimpleNamespace(is_hip=False),
+        ),
+        RawModule=lambda **options: FakeModule(made.error),
+        architectures=(75, 80, 90, 100),
+        nvrtc=nvrtc,
+        real=real,
+    )
+    monkeypatch.setitem(sys.modules, "cupy", made)
+    monkeypatch.setattr(cuda, "_cupy", made)
+    monkeypatch.setattr(cuda, "on_device", contextlib.nullcontext)
+    monkeypatch.setattr(cuda, "driver_version", lambda: (12, 4))
+    monkeypatch.setattr(modules, "_loaded", {})
+    monkeypatch.setattr(nvrtc, "getSupportedArchs", lambda: made.architectures)
+    return made
+
+
+def refused(status, text):
+    """The driver's error of this code, without a driver that would name it."""
+    from cupy_backends.cuda.api.driver import CUDADriverError
+
+    class Refused(CUDADriverError):
+        def __init__(self):
+            self.status = status
+
+        def __str__(self):
+            return text
+
+    return Refused()
+
+
+def failure(cupy, error):
+    """What loading a kernel raises where CuPy raises ``error``."""
+    cupy.error = error
+    with pytest.raises(cc.CupyCacheError) as caught:
+        modules.load(KERNEL, 1)
+    assert caught.value.__cause__ is error
+    assert str(caught.value).startswith("alibi_slopes on cuda:1: ")
+    return caught.value
+
+
+@pytest.mark.parametrize("kind", [OSError, PermissionError, FileNotFoundError, NotADirectoryError])
+def test_a_kernel_cache_that_cannot_be_used(cupy, monkeypatch, kind):
+    monkeypatch.setenv("CUPY_CACHE_DIR", "/the/folder")
+    named = failure(cupy, kind(28, "No space left on device", EVERYTHING))
+    assert type(named) is cc.KernelError
+    for word in ("No space left on device", EVERYTHING, "/the/folder", "CUPY_CACHE_DIR"):
+        assert word in str(named)
+    assert "pip" not in str(named)
+
+
+def test_a_source_that_does_not_compile(cupy):
+    from cupy.cuda.compiler import CompileException
+
+    named = failure(cupy, CompileException(f"kernels_cu/vec.cuh(7): {EVERYTHING}", "", "", ()))
+    assert type(named) is cc.KernelError and "vec.cuh(7)" in str(named)
 
 
 @pytest.mark.parametrize(
-    "error, word",
+    "status, kind, word",
     [
-        (RuntimeError("CuPy failed to load libnvrtc.so.13: cannot open shared object"), "NVRTC"),
-        (OSError("libnvrtc.so.13: cannot open shared object file"), "NVRTC"),
-        (ImportError("libnvrtc"), "NVRTC"),
-        (RuntimeError("Failed to find CUDA headers. Install nvidia-cuda-runtime"), "headers"),
+        (209, cc.UnsupportedArchitectureError, "driver is too old"),
+        (222, cc.UnsupportedArchitectureError, "driver is too old"),
+        (200, cc.KernelError, "damaged"),
+        (2, cc.KernelError, "OUT_OF_MEMORY"),
+        (700, cc.KernelError, "ILLEGAL_ADDRESS"),
     ],
 )
-def test_what_is_missing_is_named_with_the_command(error, word):
-    named = explained(error)
-    assert isinstance(named, cc.MissingDependencyError)
-    assert word in str(named) and "pip install 'cupy-cache[cuda13x]'" in str(named)
+def test_what_the_driver_says_goes_by_its_code(cupy, status, kind, word):
+    named = failure(cupy, refused(status, f"CUDA_ERROR_{word}"))
+    assert type(named) is kind and word in str(named)
 
 
-def test_a_mistake_in_a_source_stays_a_mistake():
-    named = explained(
-        RuntimeError("kernels_cu/include/cupy_cache/vec.cuh(7): error: no header cuda")
-    )
-    assert type(named) is cc.KernelError
+def test_missing_headers(cupy, monkeypatch):
+    pathfinder = pytest.importorskip("cuda.pathfinder")
+    error = RuntimeError("Failed to find them")
+    assert type(failure(cupy, error)) is cc.KernelError  # they are there
+    monkeypatch.setattr(pathfinder, "find_nvidia_header_directory", lambda name: None)
+    named = failure(cupy, error)
+    assert isinstance(named, cc.MissingDependencyError) and "headers" in str(named)
+    assert "pip install -U 'cupy-cache[cuda12x]'" in str(named)
+
+
+@pytest.mark.parametrize("error", [RuntimeError(EVERYTHING), OSError("torn"), ImportError("none")])
+def test_an_nvrtc_that_cannot_be_loaded(cupy, monkeypatch, error):
+    def torn():
+        raise error
+
+    monkeypatch.setattr(cupy.nvrtc, "getSupportedArchs", torn)
+    with pytest.raises(cc.MissingDependencyError, match="NVRTC could not be loaded") as caught:
+        modules.load(KERNEL, 1)
+    assert "pip install -U 'cupy-cache[cuda12x]'" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "capability, word",
+    [("120", "a newer one"), ("70", "an older one"), ("110", "a newer one"), ("87", "a newer one")],
+)
+def test_an_architecture_that_nvrtc_does_not_know(cupy, capability, word):
+    """Compared before compiling: CuPy asks for the newest that it knows instead, and the driver
+    refuses the code."""
+    cupy.capability = capability
+    with pytest.raises(cc.UnsupportedArchitectureError) as caught:
+        modules.load(KERNEL, 1)
+    number = f"{capability[:-1]}.{capability[-1]}"
+    for part in ("alibi_slopes on cuda:1", number, "sm_75, 80, 90, 100", word):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("capability", ["75", "80", "90", "100", "103"])
+def test_an_architecture_that_nvrtc_serves(cupy, capability):
+    """The newest that it knows runs on GPUs of the same first digits."""
+    cupy.capability = capability
+    assert isinstance(failure(cupy, ValueError("got there")), cc.KernelError)
+
+
+def test_the_architectures_are_nvrtcs_own():
+    """Those that it refuses are those that it does not name."""
+    pytest.importorskip("cupy")
+    known = modules._nvrtc_architectures("test")
+    assert {75, 90} <= set(known) and 999 not in known
+    with pytest.raises(cc.KernelError, match="sm_999"):
+        modules.compile_cubin(KERNEL, 999)
 
 
 def test_no_kernel_sources(tmp_path, monkeypatch):
@@ -58,7 +173,134 @@ def test_no_kernel_sources(tmp_path, monkeypatch):
         modules.kernel_dir()
 
 
-def test_an_old_cupy_is_refused():
+def test_a_kernel_source_that_is_missing(tmp_path, monkeypatch):
+    (tmp_path / "include" / "cupy_cache").mkdir(parents=True)
+    monkeypatch.setenv("CUPYCACHE_KERNEL_DIR", str(tmp_path))
+    with pytest.raises(cc.KernelError, match="alibi_slopes: its source could not be read"):
+        modules.expanded_source("alibi_slopes")
+
+
+def test_an_old_cupy_is_refused(cupy):
+    cupy.__version__ = "14.1.3"
     with pytest.raises(cc.MissingDependencyError, match=r"14\.2.*14\.1\.3"):
-        modules._require_cupy_version(SimpleNamespace(__version__="14.1.3"))
-    modules._require_cupy_version(SimpleNamespace(__version__="15.0.0a1"))
+        modules.load(KERNEL, 1)
+    modules._require_cupy_version("test", types.SimpleNamespace(__version__="15.0.0a1"))
+
+
+# --- launching ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status, words", [(3, "spawn"), (400, "reset"), (709, "reset"), (1, "")])
+def test_a_launch_that_the_driver_refuses(status, words):
+    """By the code: a process that was forked, a device that was reset."""
+    pytest.importorskip("cupy")
+    error = refused(status, "CUDA_ERROR_INVALID_CONTEXT")  # what the code does not say
+
+    def launch(*arguments):
+        raise error
+
+    made = driver.CudaDriver()
+    made._launch, made._several, made._driver_error = launch, False, type(error)
+    loaded = types.SimpleNamespace(kernel=KERNEL, device=1, handle=0)
+    with pytest.raises(cc.KernelError) as caught:
+        made.launch(loaded, (1, 1, 1), 32, 0, types.SimpleNamespace(address=0))
+    assert str(caught.value).startswith("alibi_slopes on cuda:1: ") and words in str(caught.value)
+
+
+# --- importing CuPy -------------------------------------------------------------------------------
+
+ON_THE_CPU = """
+import sys
+import numpy as np
+import cupy_cache as cc
+
+assert cc.alibi_slopes(8).tolist() == [2.0 ** -n for n in range(1, 9)]
+assert cc.place_slopes([0.25, 3.0]).tolist() == [0.25, 3.0]
+a, b = np.arange(8, dtype=np.uint8), np.zeros(8, np.uint8)
+cc.swap_blocks_batch(*np.array([[a.ctypes.data], [b.ctypes.data + 2], [4]]))
+assert b.tolist() == [0, 0, 0, 1, 2, 3, 0, 0]
+key, cache = np.ones((1, 1, 4), np.float32), np.zeros((1, 2, 1, 4), np.float32)
+cc.reshape_and_cache_flash(key, key, cache, cache.copy(), np.array([1]))
+assert cache.sum() == 4
+cc.raise_faults()
+try:
+    cc.alibi_slopes(8, device="cuda")
+except cc.MissingDependencyError as error:
+    print(error)
+"""
+
+
+def run_with(cupy, tmp_path, code=ON_THE_CPU, **variables):
+    """Run ``code`` where importing CuPy runs the text ``cupy``; its output."""
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "cupy.py").write_text(cupy)
+    path = os.pathsep.join([str(folder), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path, **variables},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "raised, words",
+    [
+        ("PermissionError(13, 'Permission denied', '/home/.cupy')", ("Permission", "CUPY_CACHE_D")),
+        ("OSError(30, 'Read-only file system')", ("Read-only", "CUPY_CACHE_DIR")),
+        ("ImportError('libtorn.so: cannot open')", ("libtorn.so", "pip install -U 'cupy-cache[")),
+        ("ModuleNotFoundError('No cupy', name='cupy')", ("not installed", "pip install")),
+        ("RuntimeError('half updated')", ("half updated",)),
+        ("AttributeError('half updated')", ("half updated",)),
+    ],
+)
+def test_the_cpu_needs_no_cupy(tmp_path, raised, words):
+    """Whatever importing it raises; for a GPU that is told."""
+    told = run_with(f"raise {raised}", tmp_path)
+    for word in words:
+        assert word in told
+
+
+def test_the_cpu_needs_no_folder_for_cupys_kernels(tmp_path):
+    """The real CuPy, whose import fails where it cannot make one."""
+    pytest.importorskip("cupy")
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        [sys.executable, "-c", ON_THE_CPU],
+        env={**os.environ, "CUPY_CACHE_DIR": str(tmp_path / "file" / "folder")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "NotADirectoryError" in done.stdout and "CUPY_CACHE_DIR" in done.stdout
+
+
+ROCM = "import types\ncuda = types.SimpleNamespace(runtime=types.SimpleNamespace(is_hip={}))\n"
+
+
+def test_rocm_is_not_told_to_install_cuda(tmp_path):
+    told = run_with(ROCM.format(True), tmp_path)
+    assert "CuPy is built for ROCm" in told and "pip" not in told
+
+
+def test_torch_for_rocm_is_not_told_to_install_cuda(tmp_path):
+    fake = (
+        "import sys, types\n"
+        "sys.modules['torch'] = types.SimpleNamespace(\n"
+        "    version=types.SimpleNamespace(hip='7.0', cuda=None), Tensor=type('Tensor', (), {}))\n"
+    )
+    told = run_with("raise ImportError('none')", tmp_path, fake + ON_THE_CPU)
+    assert "torch is built for ROCm" in told and "pip" not in told
+
+
+@pytest.mark.parametrize(
+    "version, extra",
+    [(None, "cuda13x"), ((11, 8), "cuda12x"), ((12, 9), "cuda12x"), ((13, 0), "cuda13x"),
+     ((14, 1), "cuda13x")],
+)  # fmt: skip
+def test_the_command_is_for_the_driver(monkeypatch, version, extra):
+    monkeypatch.setattr(cuda, "driver_version", lambda: version)
+    hint = cuda.install_hint()
+    assert hint.startswith(f"pip install -U 'cupy-cache[{extra}]'")
+    assert ("cuda12x" in hint) == (version is None or extra == "cuda12x")

@@ -342,7 +342,7 @@ def test_a_fault_in_a_later_piece_has_its_row(world, rng, monkeypatch):
     buffer = buffer_for(rng, layers, 4, False)
     given, put = given_as(world, numbers, "device-int64"), world.put_on_host(buffer, False)
     check_pack(world, layers, numbers, given, buffer, LAYOUTS[0], False, put)
-    with pytest.raises(cc.FaultError, match="block_ids at row 2 is 6"):
+    with pytest.raises(cc.FaultError, match="block_ids: expected 0..5, got 6 in row 2"):
         cc.raise_faults()
 
 

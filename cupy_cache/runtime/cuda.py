@@ -7,28 +7,102 @@ import contextlib
 import ctypes
 import functools
 import os
+import sys
 from typing import NamedTuple
 
 from ..errors import KernelError, MissingDependencyError
+from . import env
 from .devices import CPU, Device
+
+OLDEST, NEWEST = 12, 13  # CUDA versions of the package's extras, cuda12x and cuda13x
+
+_cupy = None  # once it was found to serve
+_ROCM = "{}: CUDA is needed, and {} is built for ROCm, whose GPUs are not served"
 
 
 def import_cupy(why):
     """The cupy module, or `MissingDependencyError` saying what needs it."""
+    global _cupy
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and cupy is _cupy:
+        return cupy
     try:
         import cupy
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"{why} needs CuPy 14.2 or newer, which could not be imported ({error}): "
-            "pip install 'cupy-cache[cuda13x]' (or [cuda12x] for CUDA 12 drivers)"
-        ) from error
+    except Exception as error:
+        raise _without_cupy(why, error) from error
+    if cupy.cuda.runtime.is_hip:
+        raise MissingDependencyError(_ROCM.format(why, "CuPy"))
+    _cupy = cupy
     return cupy
+
+
+def _without_cupy(why, error):
+    """What to raise where importing CuPy raised ``error``."""
+    if getattr(getattr(sys.modules.get("torch"), "version", None), "hip", None):
+        return MissingDependencyError(_ROCM.format(why, "torch"))
+    if isinstance(error, OSError):  # it makes the folder of its kernel cache when it is imported
+        return MissingDependencyError(
+            f"{why}: CuPy is installed, but importing it failed: {named(error)}; {cache_hint()}"
+        )
+    if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
+        return MissingDependencyError(
+            f"{why}: CuPy 14.2 or newer is needed, and is not installed; {install_hint()}"
+        )
+    return MissingDependencyError(
+        f"{why}: CuPy could not be imported: {named(error)}; {install_hint()}"
+    )
+
+
+def named(error):
+    """An error with its class, in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def cache_folder():
+    """The folder of CuPy's kernel cache, as CuPy finds it: it need not exist."""
+    return env.other("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
+
+
+def cache_hint():
+    """What to do where CuPy's kernel cache cannot be used."""
+    return (
+        f"CuPy keeps compiled kernels in {cache_folder()}: name a folder that this user can write "
+        "in CUPY_CACHE_DIR"
+    )
+
+
+def install_hint():
+    """The command that brings CuPy and what it needs, for this driver."""
+    version = driver_version()
+    if version is None:
+        extra = f"cuda{NEWEST}x"
+        others = f" (for a driver of CUDA {OLDEST}: cuda{OLDEST}x)"
+    else:
+        extra, others = f"cuda{max(OLDEST, min(version[0], NEWEST))}x", ""
+    return f"pip install -U 'cupy-cache[{extra}]'{others}"
+
+
+def driver_version():
+    """(major, minor) of the newest CUDA that the driver serves; None without a driver."""
+    number = ctypes.c_int()
+    try:
+        if load_library().cuDriverGetVersion(ctypes.byref(number)):
+            return None
+    except (OSError, AttributeError):
+        return None
+    return number.value // 1000, number.value % 1000 // 10
+
+
+def load_library():
+    """The driver's library; `OSError` where there is none."""
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
 
 
 @functools.cache
 def _library():
     """The driver's library, initialised."""
-    library = ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+    library = load_library()
     _check(library.cuInit(0), "cuInit")
     return library
 

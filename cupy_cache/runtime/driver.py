@@ -5,9 +5,13 @@
 import contextlib
 import ctypes
 import functools
+import operator
 import re
 import sys
 
+import numpy as np
+
+from .. import errors
 from ..errors import CaptureError, DeviceError, KernelError, MissingDependencyError
 from . import cuda, modules
 from .devices import CPU, Device
@@ -15,7 +19,37 @@ from .devices import CPU, Device
 # The default stream that waits for all others. It is never captured.
 _LEGACY = (0, 1)
 
-_UNPINNED = "host memory that is not pinned cannot be copied while a CUDA graph is captured: pin it"
+_UNPINNED = "host memory that is not pinned cannot be copied while a CUDA graph is captured; pin it"
+
+
+# What the driver says (CUresult), and what that mostly means.
+_NOT_INITIALIZED, _INVALID_CONTEXT = 3, 201
+_FORKED = (
+    "CUDA cannot be used in a process that was forked from one that used it: start processes with "
+    "multiprocessing's method 'spawn'"
+)
+_RESET = (
+    "if the device was reset, the kernels loaded before are gone, and all arrays: start a new "
+    "process"
+)
+_MEANINGS = {
+    _NOT_INITIALIZED: _FORKED,
+    4: _RESET,  # CUDA_ERROR_DEINITIALIZED
+    _INVALID_CONTEXT: _RESET,
+    400: _RESET,  # CUDA_ERROR_INVALID_HANDLE
+    709: _RESET,  # CUDA_ERROR_CONTEXT_IS_DESTROYED
+    700: "a kernel, of this library or another, has read or written at an address that is not "
+    "mapped, and the process's CUDA context is lost: CUDA_LAUNCH_BLOCKING=1 shows which",
+}
+
+
+def _not_launched(loaded, error):
+    """The error of a launch that the driver refused."""
+    meaning = _MEANINGS.get(error.status)
+    return KernelError(
+        f"{loaded.kernel.op} on cuda:{loaded.device}: {loaded.kernel!r} could not be launched: "
+        f"{error}{'' if meaning is None else f'; {meaning}'}"
+    )
 
 
 class _AnotherGPU(Exception):
@@ -41,8 +75,9 @@ class CudaDriver:
         except KernelError as error:
             if self._capture_is_in_the_way(stream, device):
                 raise CaptureError(
-                    f"{kernel!r} was met for the first time while a CUDA graph is captured, and "
-                    f"could not be loaded there: call warmup() for this shape before ({error})"
+                    f"{kernel.op} on cuda:{device}: {kernel!r} was met for the first time while a "
+                    f"CUDA graph is captured, and could not be loaded there: {error}; call "
+                    "warmup() for this shape before"
                 ) from error
             raise
 
@@ -51,17 +86,23 @@ class CudaDriver:
         if self._launch is None:
             self._find_entries()
         if self._several and self._current_device() != loaded.device:
-            with cuda.on_device(loaded.device):
-                self._enqueue(loaded, grid, threads, stream, record)
+            try:
+                with cuda.on_device(loaded.device):
+                    self._enqueue(loaded, grid, threads, stream, record)
+            except self._driver_error as error:
+                raise _not_launched(loaded, error) from error
             return
         try:
             self._enqueue(loaded, grid, threads, stream, record)
         except self._driver_error as error:
+            if error.status != _INVALID_CONTEXT:
+                raise _not_launched(loaded, error) from error
             # A thread that never touched CUDA has no context yet: make one, try again.
-            if "INVALID_CONTEXT" not in str(error):
-                raise KernelError(f"{loaded!r} could not be launched: {error}") from error
-            with cuda.on_device(loaded.device):
-                self._enqueue(loaded, grid, threads, stream, record)
+            try:
+                with cuda.on_device(loaded.device):
+                    self._enqueue(loaded, grid, threads, stream, record)
+            except self._driver_error as again:
+                raise _not_launched(loaded, again) from again
 
     def _enqueue(self, loaded, grid, threads, stream, record):
         # The driver binding takes the prepared pointer array as it is: 4.0 to 4.5 us, against 5.1
@@ -169,8 +210,10 @@ class CudaDriver:
                 runtime.memcpyAsync(destination, source, size, runtime.memcpyDefault, stream)
         except runtime.CUDARuntimeError as error:
             if self._capture_is_in_the_way(stream, device):
-                raise CaptureError(f"{_UNPINNED} ({error})") from error
-            raise KernelError(f"a copy of {size} bytes failed on cuda:{device}: {error}") from error
+                raise CaptureError(f"a copy on cuda:{device}: {_UNPINNED} ({error})") from error
+            raise KernelError(
+                f"a copy on cuda:{device}: {size} bytes could not be copied: {error}"
+            ) from error
 
     @contextlib.contextmanager
     def staging(self, size, stream, device):
@@ -178,13 +221,13 @@ class CudaDriver:
         this is entered: they are freed behind it, in the stream's order."""
         runtime = cuda.import_cupy("a copy").cuda.runtime
         if self._capture_is_in_the_way(stream, device):
-            raise CaptureError(_UNPINNED)
+            raise CaptureError(f"a copy on cuda:{device}: {_UNPINNED}")
         with cuda.on_device(device):
             try:
                 address = runtime.mallocAsync(size, stream)
             except runtime.CUDARuntimeError as error:
                 raise KernelError(
-                    f"no {size} bytes for staging on cuda:{device}: {error}"
+                    f"a copy on cuda:{device}: no {size} bytes for staging: {error}"
                 ) from error
         try:
             yield address
@@ -261,7 +304,7 @@ def device_named(device, name):
 
     An index of a GPU, "cpu", "cuda", "cuda:1", or torch's or CuPy's device object. "cuda" and None
     mean the current GPU; None where there is no GPU, or no CuPy, means the CPU. ``name`` is the
-    argument's, for errors.
+    argument's, after its operation, for errors.
     """
     if device is None:
         try:
@@ -270,25 +313,33 @@ def device_named(device, name):
         except MissingDependencyError:
             return CPU
         device = "cuda"
-    # A CuPy device has its index in id; torch's is spelled "cuda:1".
-    op, colon, argument = name.rpartition(": ")
-    invalid = f"{op}{colon}Invalid value of {argument}"
-    try:
-        index = device if type(device) is int else getattr(device, "id", None)
-        text = str(device) if index is None else f"cuda:{index}"
-    except Exception:  # no device, whatever it is
-        text = ""
-    found = re.fullmatch(r"(cpu|cuda)(?::(\d+))?", text)
+    found = re.fullmatch(r"(cpu|cuda)(?::([0-9]+))?", _spelled(device))
     if found is None:
-        raise DeviceError(
-            f"{invalid}: expected a GPU's index, 'cpu', 'cuda', 'cuda:N' or a device of torch or "
-            f"CuPy, got {repr(text) if text else type(device).__name__}"
-        )
+        expected = "a GPU's index, 'cpu', 'cuda', 'cuda:N' or a device of torch or CuPy"
+        raise DeviceError(errors.wrong("value", name, expected, repr(device)))
     if found[1] == "cpu":
         return CPU
     count = active.device_count()
     index = int(found[2] or active.current_device()) if count else 0
     if index >= count:
         there = f"a GPU below {count}" if count else "cpu, since CuPy sees no CUDA GPU"
-        raise DeviceError(f"{invalid}: expected {there}, got {text!r}")
+        raise DeviceError(errors.wrong("value", name, there, repr(device)))
     return Device("cuda", index)
+
+
+def _spelled(device):
+    """A device in any of its forms as text, such as "cuda:1"; "" for anything else."""
+    kind = type(device)
+    if isinstance(device, str):
+        return str(device)
+    package = kind.__module__.partition(".")[0]
+    if package == "torch":
+        return str(device)
+    if package == "cupy":
+        device = getattr(device, "id", "")
+    elif kind in (bool, np.bool_):
+        return ""
+    try:
+        return f"cuda:{operator.index(device)}"
+    except TypeError:
+        return ""

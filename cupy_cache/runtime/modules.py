@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 
 from ..errors import Fault, KernelError, MissingDependencyError, UnsupportedArchitectureError
-from . import cuda, env
+from . import cuda, env, locks
 from .log import logger
 
 # Options of every compile. CuPy adds the architecture, its own include paths and -ftz=true.
@@ -102,8 +102,8 @@ def kernel_dir():
         if (folder / "include" / "cupy_cache").is_dir():
             return folder
     raise KernelError(
-        f"No kernel sources in {' or '.join(map(str, candidates))}: reinstall cupy-cache, or point "
-        f"{env.KERNEL_DIR.name} at a kernels_cu folder"
+        f"cupy_cache: no kernel sources in {' or '.join(map(str, candidates))}; reinstall "
+        f"cupy-cache, or name a kernels_cu folder in {env.KERNEL_DIR.name}"
     )
 
 
@@ -111,8 +111,14 @@ def expanded_source(stem):
     """The text of ``<stem>.cu`` with our own headers in place of their includes."""
     folder = kernel_dir()
     path = folder / f"{stem}.cu"
-    stamp = tuple(sorted((str(f), f.stat().st_mtime_ns) for f in _files_of(folder, path)))
-    return _expand(folder, stem, stamp)
+    try:
+        stamp = tuple(sorted((str(f), f.stat().st_mtime_ns) for f in _files_of(folder, path)))
+        return _expand(folder, stem, stamp)
+    except OSError as error:
+        raise KernelError(
+            f"{stem}: its source could not be read: {cuda.named(error)}; reinstall cupy-cache, or "
+            f"name a kernels_cu folder in {env.KERNEL_DIR.name}"
+        ) from error
 
 
 def _files_of(folder, path):
@@ -159,7 +165,7 @@ class Loaded:
 
 _loaded = {}
 _locks = {}
-_guard = threading.Lock()
+_guard = locks.Lock()
 _warming = threading.local()
 
 
@@ -175,14 +181,14 @@ def load(kernel, device):
     if found is not None:
         return found
     with _guard:
-        lock = _locks.setdefault(key, threading.Lock())
+        lock = _locks.setdefault(key, locks.Lock())
     with lock:
         found = _loaded.get(key)
         if found is None:
             if env.flag(env.NO_COMPILE) and not getattr(_warming, "on", False):
                 raise KernelError(
-                    f"{kernel!r} is not loaded on cuda:{device} and {env.NO_COMPILE.name} is set: "
-                    "name this shape in warmup()"
+                    f"{kernel.op} on cuda:{device}: {kernel!r} is not loaded, and "
+                    f"{env.NO_COMPILE.name} is set; name this shape in warmup()"
                 )
             found = _loaded[key] = _load(kernel, device)
     return found
@@ -199,53 +205,110 @@ class warming:
 
 
 def _load(kernel, device):
-    cupy = cuda.import_cupy(f"{kernel.op} on cuda:{device}")
-    _require_cupy_version(cupy)
+    why = f"{kernel.op} on cuda:{device}"
+    cupy = cuda.import_cupy(why)
+    _require_cupy_version(why, cupy)
+    supported = _nvrtc_architectures(why)
     options = OPTIONS + (("-lineinfo",) if env.flag(env.LINEINFO) else ())
     logger.debug("loading %s on cuda:%d", kernel, device)
     with cuda.on_device(device):
-        module = cupy.RawModule(
-            code=kernel.source(), options=options, name_expressions=(kernel.expression,)
-        )
+        _require_architecture(why, int(cupy.cuda.Device(device).compute_capability), supported)
+        source = kernel.source()
         try:
+            module = cupy.RawModule(
+                code=source, options=options, name_expressions=(kernel.expression,)
+            )
             function = module.get_function(kernel.expression)
             return Loaded(kernel, device, function, module)
         except Exception as error:
-            raise _explain(error, kernel, device, cupy) from error
+            raise _explain(error, kernel, why) from error
 
 
-def _require_cupy_version(cupy):
+def _require_cupy_version(why, cupy):
     # 14.2 is the first whose disk cache serves name expressions.
     if tuple(int(n) for n in re.findall(r"\d+", cupy.__version__)[:2]) < (14, 2):
         raise MissingDependencyError(
-            f"CuPy 14.2 or newer is needed, {cupy.__version__} is installed: "
-            "pip install -U 'cupy-cache[cuda13x]' (or [cuda12x])"
+            f"{why}: CuPy 14.2 or newer is needed, {cupy.__version__} is installed; "
+            f"{cuda.install_hint()}"
         )
 
 
-def _explain(error, kernel, device, cupy):
-    """The named error that fits what CuPy raised while compiling or loading."""
-    text = str(error)
-    lower = text.lower()
-    # No kernel includes CUDA's headers, but CuPy compiles nothing where it cannot find them.
-    ours = "kernels_cu/" in text
-    if "header" in lower and "cuda" in lower and not ours:
+def _nvrtc_architectures(why):
+    """What NVRTC compiles for, such as 90."""
+    try:
+        from cupy_backends.cuda.libs import nvrtc
+
+        return nvrtc.getSupportedArchs()
+    except Exception as error:  # CuPy finds the library at its first use, and raises what it likes
+        raise MissingDependencyError(
+            f"{why}: NVRTC could not be loaded: {cuda.named(error)}; {cuda.install_hint()}"
+        ) from error
+
+
+def compiles_for(capability, supported):
+    """Whether an NVRTC that knows the architectures ``supported`` compiles what runs on a GPU of
+    this compute capability, such as 90. CuPy asks for the newest where the GPU is newer; such code
+    runs where the first digits are those of the GPU."""
+    asked = min(capability, max(supported))
+    return asked in supported and asked // 10 == capability // 10
+
+
+def _require_architecture(why, capability, supported):
+    if compiles_for(capability, supported):
+        return
+    known = ", ".join(map(str, supported))
+    way_out = "pip install -U nvidia-cuda-nvrtc brings a newer one"
+    if capability < min(supported):
+        way_out = f"an older one is needed: pip install 'cupy-cache[cuda{cuda.OLDEST}x]'"
+    raise UnsupportedArchitectureError(
+        f"{why}: NVRTC does not compile for compute capability {capability / 10}, but for sm_"
+        f"{known}; {way_out}"
+    )
+
+
+# What the driver says of machine code that it cannot take (CUresult).
+_INVALID_IMAGE, _NO_BINARY_FOR_GPU, _UNSUPPORTED_PTX = 200, 209, 222
+
+
+def _explain(error, kernel, why):
+    """The named error that fits what CuPy raised while compiling or loading, by its class and its
+    code. Its text may quote anything, such as the names of folders."""
+    from cupy.cuda.compiler import CompileException
+    from cupy_backends.cuda.api.driver import CUDADriverError
+
+    failed, told = f"{why}: {kernel!r} could not be", cuda.named(error)
+    if isinstance(error, OSError):
+        return KernelError(f"{failed} kept or found: {told}; {cuda.cache_hint()}")
+    if isinstance(error, CompileException):
+        return KernelError(f"{failed} compiled: {error}")
+    if isinstance(error, CUDADriverError):
+        if error.status in (_NO_BINARY_FOR_GPU, _UNSUPPORTED_PTX):
+            return UnsupportedArchitectureError(
+                f"{failed} loaded: {told}; the driver is too old for this NVRTC: "
+                f"{cuda.install_hint()}"
+            )
+        if error.status == _INVALID_IMAGE:
+            return KernelError(
+                f"{failed} loaded: {told}; if a file of the kernel cache is damaged, empty "
+                f"{cuda.cache_folder()}"
+            )
+        return KernelError(f"{failed} loaded: {told}")
+    if not _has_headers():
+        # No kernel includes CUDA's headers, but CuPy compiles nothing where it cannot find them.
         return MissingDependencyError(
-            f"{kernel!r}: the CUDA runtime headers are missing: "
-            f"pip install 'cupy-cache[cuda13x]' (or [cuda12x] for CUDA 12 drivers)"
+            f"{why}: the CUDA runtime headers are missing: {told}; {cuda.install_hint()}"
         )
-    if isinstance(error, (ImportError, OSError)) or "libnvrtc" in lower or "nvrtc.so" in lower:
-        return MissingDependencyError(
-            f"{kernel!r}: NVRTC could not be loaded ({text}): "
-            "pip install 'cupy-cache[cuda13x]' (or [cuda12x] for CUDA 12 drivers)"
-        )
-    if "gpu-architecture" in lower or ("arch" in lower and "invalid" in lower):
-        capability = cupy.cuda.Device(device).compute_capability
-        return UnsupportedArchitectureError(
-            f"{kernel!r}: this NVRTC cannot compile for compute capability {capability} of "
-            f"cuda:{device}: install a newer one, pip install -U nvidia-cuda-nvrtc ({text})"
-        )
-    return KernelError(f"{kernel!r} could not be compiled or loaded on cuda:{device}: {text}")
+    return KernelError(f"{failed} compiled or loaded: {told}")
+
+
+def _has_headers():
+    """Whether the CUDA runtime headers are where CuPy looks."""
+    try:
+        from cuda.pathfinder import find_nvidia_header_directory
+
+        return find_nvidia_header_directory("cudart") is not None
+    except Exception:  # whatever it does not find
+        return False
 
 
 def compile_cubin(kernel, architecture):
@@ -269,6 +332,8 @@ def compile_cubins(kernels, architecture):
     try:
         cubin, names = program.compile(options)
     except compiler.CompileException as error:
-        raise KernelError(f"{first!r} for sm_{architecture}: {error}") from error
+        raise KernelError(
+            f"{first.op}: {first!r} could not be compiled for sm_{architecture}: {error}"
+        ) from error
     # CuPy strips the image's last byte, a NUL; the tools that read it insist on it.
     return cubin + b"\0", names

@@ -2,12 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans: how calls of one signature run, and the memory of them."""
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import arrays, launch
+from . import arrays, launch, locks
 
 MAX_PLANS = 1024  # of one operation
 
@@ -114,7 +113,7 @@ class Memory:
 
     def __init__(self):
         self._entries: OrderedDict[tuple, Entry] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = locks.Lock()
         self.get = self._entries.get
 
     def __len__(self):
