@@ -178,7 +178,7 @@ def test_stream_argument(cupy, rng):
     """``stream=`` takes CuPy's and torch's streams and addresses."""
     torch = pytest.importorskip("torch")
     for stream in (cupy.cuda.Stream(non_blocking=True), torch.cuda.Stream()):
-        for given in (stream, streams.pointer(stream)):
+        for given in (stream, streams.pointer(stream, "test")):
             world, case = worlds.CuPyWorld(), cases.CASES["reshape_and_cache_flash"](rng)
             put = case.put(world)
             cupy.cuda.Device().synchronize()
@@ -344,7 +344,7 @@ def test_debug_mode_raises_after_the_call(monkeypatch, rng):
     monkeypatch.setattr(faults, "debug", True)
     case = cases.CASES["reshape_and_cache_flash"](rng)
     case.specs[4].on(case.specs[4].buffer.bytes)[3] = 80
-    with pytest.raises(cc.FaultError, match="slot_mapping at row 3 is 80"):
+    with pytest.raises(cc.FaultError, match="slot_mapping: expected 0..79, got 80 in row 3"):
         case.call(worlds.CuPyWorld())
 
 

@@ -125,7 +125,7 @@ def _dtype(dtype):
     if dtype is None:
         return None
     try:
-        found = formats.dtype_named(dtype)
+        found = formats.dtype_named(dtype, f"{NAME}: dtype")
     except Exception:  # of an object that cannot even be shown, too
         found = None
     if found not in formats.FLOATS:

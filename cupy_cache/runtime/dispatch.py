@@ -15,8 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import ArgumentError, DTypeError, ShapeError
-from . import apart, arrays, contract, driver, fastpath, indices, lists, plans, streams
+from .. import errors
+from ..errors import ArgumentError, CupyCacheError, DTypeError, ShapeError
+from . import apart, arrays, contract, driver, fastpath, faults, indices, lists, plans, streams
 
 
 class Arg(NamedTuple):
@@ -260,6 +261,8 @@ class Op:
                 for value in (objects[index] for index in entry.hosted)
             ]
             streams.keep_until_done(kept, stream, entry.device)
+        if faults.debug:
+            faults.after_call(stream, entry.device)
 
     def signature(self, found, options):
         """(What the plan depends on, None where a list is empty; the values of `plans.Call`; the
@@ -438,10 +441,13 @@ class Bound:
         {name of an argument: array or list of arrays}.
     options, scalars : tuple
         As for a call of ``op``.
+    name : str, optional
+        What errors of calls name, instead of the operation.
     """
 
-    def __init__(self, op, fixed, options=(), scalars=()):
+    def __init__(self, op, fixed, options=(), scalars=(), name=None):
         self.op, self.options, self.scalars = op, options, scalars
+        self.name = op.name if name is None else name
         names = [arg.name for arg in op.args]
         self._objects = [
             list(value) if isinstance(value, (list, tuple)) else value
@@ -502,12 +508,21 @@ class Bound:
         """Run on the other arguments, in the order of the operation's."""
         if len(given) != self._count:
             names = ", ".join(self.op.args[index].name for index in self.given)
-            raise TypeError(f"{self.op.name}: expected {names}, got {len(given)} arrays")
+            raise TypeError(  # as of a function
+                f"{self.name}: Invalid number of arguments: expected {names}, got {len(given)}"
+            )
         if stream is not None and type(stream) is not int:
-            stream = streams.pointer(self.op.name, stream)
+            stream = streams.pointer(self.name, stream)
         for path in self.fast_paths:
             if path(given, self.scalars, stream, self):
                 return
+        try:
+            self._run(given, stream)
+        except CupyCacheError as error:
+            errors.rename(error, self.name, {})
+            raise
+
+    def _run(self, given, stream):
         op, objects = self.op, self._objects.copy()
         for index, value in zip(self.given, given):
             if op.args[index].chosen:

@@ -242,7 +242,7 @@ def _kernel_path(op, entry, objects, options, given):
             again(stream, record)
         records.append(record)
         if faults.debug:
-            faults.after_launch(stream, device)
+            faults.after_call(stream, device)
         return True
 
     return run
@@ -303,7 +303,7 @@ def _write_path(entry, same, launches, pointers, caches_bound):
             again(stream, record)
         records.append(record)
         if faults.debug:
-            faults.after_launch(stream, device)
+            faults.after_call(stream, device)
         return True
 
     return run

@@ -6,27 +6,44 @@ from __future__ import annotations
 
 from ..errors import Fault, FaultError
 from ..types import DeviceLike
-from . import driver, env
+from . import driver, env, locks
+from .devices import CPU
 
 # Whether to wait and raise after every call; asking the environment each time would cost 0.5 us.
 debug = env.flag(env.DEBUG)
 
-_on_host: list[Fault] = []
+_on_host: dict[str, Fault] = {}  # by the operation
+_lock = locks.Lock()
 
 
 def record(op, argument, row, value, limit):
-    """Record a violation met by the CPU backend, first one of each operation wins."""
-    if not any(fault.op == op for fault in _on_host):
-        _on_host.append(Fault(op, argument, int(row), int(value), int(limit), "cpu"))
-    if debug:
-        raise_faults()
+    """Record a violation met by the CPU backend; of each operation the first one wins."""
+    fault = Fault(op, argument, int(row), int(value), int(limit), "cpu")
+    with _lock:
+        _on_host.setdefault(op, fault)
 
 
-def after_launch(stream, device):
-    """What CUPYCACHE_DEBUG=1 asks for: raise what was recorded on GPU ``device``, unless ``stream``
-    is being captured, where nothing runs and nothing may wait."""
-    if not driver.active.capturing(stream, device):
-        raise_faults(device)
+def _take_from_host():
+    with _lock:
+        taken = list(_on_host.values())
+        _on_host.clear()
+    return taken
+
+
+def after_call(stream, device):
+    """What CUPYCACHE_DEBUG=1 asks for when a call has done all its work: raise what was recorded on
+    GPU ``device``, unless ``stream`` is being captured, where nothing runs and nothing may wait; or
+    on the CPU, where ``device`` is None."""
+    if device is None:
+        _raise(_take_from_host())
+    elif not driver.active.capturing(stream, device):
+        _raise(driver.active.take_faults(device))
+
+
+def _raise(faults):
+    faults = list(faults)
+    if faults:
+        raise FaultError(faults)
 
 
 def raise_faults(device: DeviceLike | None = None) -> None:
@@ -48,13 +65,10 @@ def raise_faults(device: DeviceLike | None = None) -> None:
     DeviceError
         For a device that is not there.
     """
-    index = None
-    if device is not None:
-        kind, index = driver.device_named(device, "raise_faults: device")
-        index = None if kind == "cpu" else index
-    faults = [] if device is not None and index is None else list(driver.active.take_faults(index))
-    if index is None:
-        faults += _on_host
-        _on_host.clear()
-    if faults:
-        raise FaultError(faults)
+    asked = None if device is None else driver.device_named(device, "raise_faults: device")
+    faults = []
+    if asked != CPU:
+        faults += driver.active.take_faults(None if asked is None else asked.index)
+    if asked in (None, CPU):
+        faults += _take_from_host()
+    _raise(faults)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
+from .. import errors
 from ..errors import ArgumentError
 
 
@@ -132,14 +133,14 @@ def _stored(name):
     return CacheFormat(DTYPES[name], (DTYPES[name], DTYPES["uint8"]))
 
 
-_RAW = CacheFormat(None, ())
+RAW_FORMAT = CacheFormat(None, ())
 # "auto" and the names of the float types mean a raw copy: no conversion is made even where the name
 # and the element type differ, as in vLLM.
 CACHE_FORMATS = {
-    "auto": _RAW,
-    "float16": _RAW,
-    "bfloat16": _RAW,
-    "float32": _RAW,
+    "auto": RAW_FORMAT,
+    "float16": RAW_FORMAT,
+    "bfloat16": RAW_FORMAT,
+    "float32": RAW_FORMAT,
     "fp8": _stored("float8_e4m3fn"),
     "fp8_e4m3": _stored("float8_e4m3fn"),
     "fp8_e5m2": _stored("float8_e5m2"),
@@ -158,8 +159,9 @@ PER_TOKEN_HEAD_FORMATS = {
 LARGEST = {"int8": 127, "float8_e4m3fn": 448}
 
 
-def dtype_named(name):
-    """The `DType` called ``name`` (a string, NumPy dtype or torch dtype)."""
+def dtype_named(name, argument="dtype"):
+    """The `DType` called ``name`` (a string, NumPy dtype or torch dtype). ``argument`` is what
+    gives it, after its operation, for the error."""
     text = str(name).removeprefix("torch.")
     if text not in DTYPES and name is not None:  # which means float64 to NumPy
         try:
@@ -168,7 +170,8 @@ def dtype_named(name):
         except Exception:  # a SyntaxError, too
             pass
     if text not in DTYPES:
-        raise ArgumentError(f"Invalid dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
+        expected = f"one of {', '.join(DTYPES)}"
+        raise ArgumentError(errors.wrong("value", argument, expected, repr(name)))
     return DTYPES[text]
 
 
@@ -203,6 +206,17 @@ def conversion(fmt, source):
         return None, (source,)
     carrier = DTYPES["uint8"]
     return None, (BYTES if source == carrier else (source, carrier))
+
+
+def way_to_convert(fmt, dtype):
+    """What to do with a cache of ``dtype`` that does not hold what is written, where ``fmt`` is a
+    raw copy; "" where nothing is usual."""
+    names = [name for name, other in CACHE_FORMATS.items() if other.stored == dtype]
+    if fmt.stored is not None:
+        return ""
+    if dtype == DTYPES["uint8"]:
+        return "kv_cache_dtype says what is stored in bytes, such as 'fp8'"
+    return f"kv_cache_dtype={names[0]!r} converts" if names else ""
 
 
 RAW = frozenset(name for name, fmt in CACHE_FORMATS.items() if fmt.stored is None)

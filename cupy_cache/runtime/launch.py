@@ -11,7 +11,7 @@ import ctypes
 import functools
 
 from ..errors import ShapeError
-from . import driver, faults
+from . import driver
 from .devices import NOWHERE
 
 WARP = 32
@@ -104,16 +104,15 @@ class Launcher:
                 ctypes.memmove(record.tail, tail, len(tail))
             driver.active.launch(self._loaded, grid, threads, stream, record)
             self._free.append(record)
-            if faults.debug:
-                faults.after_launch(stream, self.device)
 
     def has_work(self, grid, threads):
         """Whether there is anything to launch; raises where it is more than one launch takes."""
         x, y, z = grid
         if x * threads > MAX_THREADS_X or y > MAX_GRID_YZ or z > MAX_GRID_YZ:
             raise ShapeError(
-                f"{self.kernel.op}: the work needs a grid of {x} x {y} x {z} blocks of {threads} "
-                "threads, more than one launch can take; split the call"
+                f"{self.kernel.op}: Invalid size of the work: expected less than 2^32 threads and "
+                f"{MAX_GRID_YZ} rows of blocks, what one launch takes, got a grid of {x} x {y} x "
+                f"{z} blocks of {threads} threads; split the call"
             )
         return bool(x and y and z)
 

@@ -1,0 +1,306 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""What is out of bounds is recorded once and told once, to whoever asks, in whatever thread or
+process; asking after every call changes nothing that is written."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+
+import cases
+import numpy as np
+import pytest
+import worlds
+
+import cupy_cache as cc
+from cupy_cache.ops import slot_mapping_groups
+from cupy_cache.runtime import driver, faults
+
+FIELDS = ("op", "argument", "row", "value", "limit", "device")
+
+
+def fields(error):
+    return [tuple(getattr(fault, name) for name in FIELDS) for fault in error.faults]
+
+
+def taken(device=None):
+    """The faults recorded on ``device``."""
+    try:
+        cc.raise_faults(device)
+    except cc.FaultError as error:
+        return fields(error)
+    return []
+
+
+# --- whom they are told ---------------------------------------------------------------------------
+
+
+class TwoDevices:
+    """A driver with a fault on each of two GPUs, the second of which is current."""
+
+    def __init__(self):
+        self.there = [0, 1]
+
+    def device_count(self):
+        return 2
+
+    def current_device(self):
+        return 1
+
+    def take_faults(self, device=None):
+        found = [index for index in self.there if device in (None, index)]
+        self.there = [index for index in self.there if index not in found]
+        return (cc.Fault("op", "slots", 0, 9, 8, f"cuda:{index}") for index in found)
+
+
+class OfCuPy:
+    """``cupy.cuda.Device``."""
+
+    def __init__(self, index):
+        self.id = index
+
+
+OfCuPy.__module__ = "cupy.cuda.device"
+
+
+def torch_device(name):
+    return lambda: pytest.importorskip("torch").device(name)
+
+
+DEVICES = {
+    None: ["cuda:0", "cuda:1", "cpu"],
+    "cpu": ["cpu"],
+    "cuda": ["cuda:1"],
+    "cuda:0": ["cuda:0"],
+    1: ["cuda:1"],
+    np.int64(0): ["cuda:0"],
+    OfCuPy(0): ["cuda:0"],
+    torch_device("cpu"): ["cpu"],
+    torch_device("cuda"): ["cuda:1"],
+    torch_device("cuda:0"): ["cuda:0"],
+}
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_form_of_device(monkeypatch, device):
+    monkeypatch.setattr(driver, "active", TwoDevices())
+    faults.record("op", "slots", 0, 9, 8)
+    expected = DEVICES[device]
+    given = device() if callable(device) else device
+    assert [fault[-1] for fault in taken(given)] == expected
+    assert taken(given) == []
+    rest = [fault[-1] for fault in taken()]
+    assert sorted(rest + expected) == ["cpu", "cuda:0", "cuda:1"]
+
+
+class NoDevice:
+    id = 0  # as jax's devices have
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    "device",
+    ["cuda:2", 2, -1, True, np.True_, 0.0, "gpu", "cuda:", "CPU", "", b"cpu", NoDevice(), [0],
+     torch_device("meta")],
+)  # fmt: skip
+def test_anything_else_is_refused(monkeypatch, device):
+    monkeypatch.setattr(driver, "active", TwoDevices())
+    given = device() if callable(device) else device
+    with pytest.raises(cc.DeviceError, match="raise_faults: Invalid value of device: expected"):
+        cc.raise_faults(given)
+    assert len(taken()) == 2
+
+
+# --- copies, and other processes ------------------------------------------------------------------
+
+
+def every_error():
+    """One of each class; faults with fields that are all different."""
+    made = [
+        cc.FaultError([cc.Fault("a", "b", 1, -2, 3, "cuda:4"), cc.Fault("c", "d", 5, 6, 7, "")])
+    ]
+    todo = [cc.CupyCacheError]
+    while todo:
+        kind = todo.pop()
+        todo += kind.__subclasses__()
+        if kind is not cc.FaultError:
+            made.append(kind("op: Invalid value of x: expected 1, got 2"))
+    return made
+
+
+@pytest.mark.parametrize("again", [
+    copy.copy, copy.deepcopy,
+    *(lambda e, p=p: pickle.loads(pickle.dumps(e, p)) for p in range(pickle.HIGHEST_PROTOCOL + 1)),
+])  # fmt: skip
+@pytest.mark.whole
+def test_errors_survive_copies(again):
+    for error in every_error():
+        error.__notes__ = ["of a user"]
+        copied = again(error)
+        assert type(copied) is type(error) and str(copied) == str(error)
+        assert copied.args == error.args and copied.__notes__ == ["of a user"]
+        if type(error) is cc.FaultError:
+            assert fields(copied) == fields(error)
+
+
+def make_a_fault():
+    key, cache = np.ones((2, 1, 4), np.float32), np.zeros((1, 2, 1, 4), np.float32)
+    cc.reshape_and_cache_flash(key, key, cache, cache.copy(), np.array([0, 7]))
+    cc.raise_faults()
+
+
+def test_errors_come_back_from_other_processes():
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        error = pool.submit(make_a_fault).exception(timeout=60)
+    assert type(error) is cc.FaultError
+    assert fields(error) == [("reshape_and_cache_flash", "slot_mapping", 1, 7, 2, "cpu")]
+
+
+# --- threads and forks ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def often():
+    """Threads change places as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_none_is_lost_among_threads(often):
+    """Each operation of each thread once, while others ask."""
+    each, told, lock = 2000, [], threading.Lock()
+    ready = threading.Barrier(6)
+
+    def record(thread):
+        ready.wait()
+        for number in range(each):
+            for _ in range(2):
+                faults.record(f"{thread} {number}", "slots", 0, 9, 8)
+
+    def ask():
+        ready.wait()
+        while any(thread.is_alive() for thread in threads[:4]):
+            found = taken("cpu")
+            with lock:
+                told.extend(found)
+
+    threads = [threading.Thread(target=record, args=(number,)) for number in range(4)]
+    threads += [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    told += taken("cpu")
+    # Asked between its two violations an operation is told of twice.
+    assert {fault[0] for fault in told} == {f"{t} {n}" for t in range(4) for n in range(each)}
+    assert len(told) <= 2 * 4 * each
+
+
+FORK = """
+import os, signal, threading
+import numpy as np
+import cupy_cache as cc
+from cupy_cache.runtime import locks
+
+cc.slot_mapping(np.array([[0]]), np.array([0]), np.array([0, 1]), 4)
+held, done = threading.Event(), threading.Event()
+
+def hold():
+    every = list(locks._locks)
+    assert len(every) > 20  # of each operation's plans, of faults, of kernels
+    for lock in every:
+        lock.__enter__()
+    held.set()
+    done.wait()
+
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    table, bounds = np.array([[0, 9]]), np.array([0, 3])  # a signature of its own, and a fault
+    got = cc.slot_mapping(table, np.array([0, 1, 99], np.int32), bounds, 4)
+    try:
+        cc.raise_faults()
+    except cc.FaultError as error:
+        os._exit(0 if got.tolist() == [0, 1, -1] and error.faults[0].value == 99 else 3)
+    os._exit(4)
+status = os.waitpid(child, 0)[1]
+done.set()
+print(status)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_locks_are_free_in_a_forked_child():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "0"
+
+
+# --- asking after every call ----------------------------------------------------------------------
+
+# Their numbers are addresses.
+_WITHOUT_BOUNDS = {"swap_blocks_batch"}
+
+
+def run(made, case):
+    """The bytes that a call leaves in all that it may write, and the faults it records."""
+    told = []
+    try:
+        case.call(made)
+    except cc.FaultError as error:
+        told = fields(error)
+    except cc.ArgumentError as error:  # numbers in host memory are checked before
+        told = [str(error)]
+    return [made.bytes_of(spec) for spec in case.written], told + taken()
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", sorted(set(cases.CASES) - _WITHOUT_BOUNDS))
+def test_debug_mode_writes_the_same(world, rng, monkeypatch, name):
+    case, other = cases.CASES[name](rng), type(world)()
+    broken = 0
+    for spec in case.specs:
+        if spec.dtype in ("int32", "int64") and spec not in case.written and 0 not in spec.shape:
+            numbers = spec.on(spec.buffer.bytes)
+            at = tuple(int(rng.integers(0, extent)) for extent in numbers.shape)
+            numbers[at] = np.iinfo(numbers.dtype).max // 2
+            broken += 1
+    expected, recorded = run(world, case)
+    monkeypatch.setattr(faults, "debug", True)
+    try:
+        got, told = run(other, case)
+    finally:
+        other.close()
+    for one, two in zip(got, expected):
+        np.testing.assert_array_equal(one, two)
+    assert bool(told) == bool(recorded) and {fault[0] for fault in told} == {
+        fault[0] for fault in recorded
+    }
+
+
+def test_debug_mode_finishes_calls_of_several_launches(world, rng, monkeypatch):
+    monkeypatch.setattr(faults, "debug", True)
+    groups = slot_mapping_groups.MAX_GROUPS + 2
+    numbers = rng.integers(0, 100, (groups, 1, 2))
+    tables = [world.put(worlds.of_values(table)) for table in numbers]
+    positions = np.array([0, 5, 8])  # the last one is past every table
+    out = worlds.of_values(np.full((groups, 3), 77))
+    bounds = world.put(worlds.of_values(np.array([0, 3])))
+    put = world.put(out), world.put(worlds.of_values(positions))
+    with pytest.raises(cc.FaultError, match="slot_mapping_groups"):
+        cc.slot_mapping_groups(tables, None, put[1], bounds, [4] * groups, out=put[0])
+    expected = np.stack([numbers[:, 0, 0] * 4, numbers[:, 0, 1] * 4 + 1, [-1] * groups], 1)
+    np.testing.assert_array_equal(out.on(world.bytes_of(out)), expected)
