@@ -29,6 +29,7 @@ def caches(rng, kind, dtype, count=3):
     shape = {
         "flash": [(BLOCKS, BLOCK_SIZE, HEADS, SIZE)] * 2,
         "x-packed": [(BLOCKS, HEADS, SIZE // 4, BLOCK_SIZE, 4), (BLOCKS, HEADS, SIZE, BLOCK_SIZE)],
+        "interleaved": [(BLOCKS, HEADS, SIZE // 4, BLOCK_SIZE, 4), (BLOCKS, HEADS, 1, SIZE, 4)],
         "rows": [(BLOCKS, BLOCK_SIZE, 24)],
     }[kind]
     return [[worlds.array(rng, s, dtype) for _ in range(count)] for s in shape]
@@ -44,13 +45,13 @@ def expected_write(kind, storage, lists, layer, key, value, slots, scales):
     rows = [spec.on(spec.buffer.bytes) for spec in (key, value, slots)]
     if kind == "rows":
         oracle.concat_and_cache_mla(rows[0], rows[1], views[0], rows[2])
-    elif kind == "x-packed":
+    elif kind in ("x-packed", "interleaved"):
         oracle.reshape_and_cache(*rows[:2], *views, rows[2])
     else:
         oracle.reshape_and_cache_flash(*rows[:2], *views, rows[2], *scales)
 
 
-@pytest.mark.parametrize("kind", ["flash", "x-packed", "rows"])
+@pytest.mark.parametrize("kind", ["flash", "x-packed", "interleaved", "rows"])
 @pytest.mark.parametrize("through", ["write", "writer"])
 def test_writes_again_and_again(world, rng, kind, through):
     """Steps of different length in every layer: the same signature comes again."""

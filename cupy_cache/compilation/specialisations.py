@@ -63,7 +63,7 @@ def specialisations(
                 f"warmup: Invalid value of {name}: expected some of {', '.join(allowed)}, got "
                 f"{unknown[0]!r}{' instead of a sequence' if whole else ''}"
             )
-    dtype = formats.dtype_named(dtype)
+    dtype = formats.dtype_named(dtype, "warmup: dtype")
     stored = UINT8
     if kv_cache_dtype != FP8_DS_MLA:
         stored = formats.CACHE_FORMATS[kv_cache_dtype].stored or dtype

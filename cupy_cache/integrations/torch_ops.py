@@ -388,7 +388,7 @@ def _new_slots_of_groups(block_tables, idx_mapping, positions, *args, **options)
 def _new_bias(slopes, query_positions, key_positions, *, dtype=None, **options):
     del options
     shape = (slopes.shape[0], query_positions.shape[0], key_positions.shape[0])
-    dtype = getattr(torch, formats.dtype_named(dtype or "float32").name)
+    dtype = getattr(torch, formats.dtype_named(dtype or "float32", "alibi_bias: dtype").name)
     return query_positions.new_empty(shape, dtype=dtype)
 
 

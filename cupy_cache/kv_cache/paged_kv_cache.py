@@ -7,7 +7,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ..errors import ArgumentError, ShapeError
+from .. import errors
+from ..errors import ArgumentError, CupyCacheError, DTypeError, ShapeError
 from ..ops import (
     concat_and_cache_mla,
     copy_blocks,
@@ -23,8 +24,9 @@ class PagedKVCache:
     """Paged caches of all layers of a model, for callers to whom a microsecond a call matters.
 
     The functions of this library read their arguments at every call: of `copy_blocks` for 32 layers
-    these are 64 arrays. This object reads the caches once. Its methods mean what the functions of
-    the same arguments mean, with the same checks and errors.
+    these are 64 arrays. This object reads the caches once, but for `swap_blocks`, which reads those
+    of both sides at every call. Its methods mean what the functions of the same arguments mean,
+    with the same checks and errors, which name the method.
 
     Parameters
     ----------
@@ -32,9 +34,11 @@ class PagedKVCache:
         One for each layer, all of the same shape, strides, dtype and device:
         [num_blocks, block_size, num_kv_heads, head_size], written by `reshape_and_cache_flash`;
         [num_blocks, num_kv_heads, head_size / x, block_size, x], by `reshape_and_cache`; or, with
-        no ``value_caches``, [num_blocks, block_size, entry_size], by `concat_and_cache_mla`.
+        no ``value_caches``, [num_blocks, block_size, entry_size], by `concat_and_cache_mla`. The
+        number of dimensions tells which.
     value_caches : list of arrays, optional
-        Likewise, as many.
+        Likewise, as many. Beside x-packed keys, five dimensions mean interleaved values,
+        [num_blocks, num_kv_heads, block_size / x, head_size_v, x].
     kv_cache_dtype : str
         See the function that writes.
     k_scales, v_scales : float, array, or list of these with one for each layer, optional
@@ -65,6 +69,13 @@ class PagedKVCache:
         k_scales: Scale | Sequence[Scale] = None,
         v_scales: Scale | Sequence[Scale] = None,
     ) -> None:
+        try:
+            self._bind(key_caches, value_caches, kv_cache_dtype, k_scales, v_scales)
+        except CupyCacheError as error:
+            errors.rename(error, "PagedKVCache", {"k_scale": "k_scales", "v_scale": "v_scales"})
+            raise
+
+    def _bind(self, key_caches, value_caches, kv_cache_dtype, k_scales, v_scales):
         if value_caches is None:
             if v_scales is not None:
                 raise ArgumentError(
@@ -77,16 +88,17 @@ class PagedKVCache:
             given = {"key_caches": key_caches, "value_caches": value_caches}
         for name, caches in given.items():
             lists.require_list("PagedKVCache", name, caches)
-        self._copy = dispatch.Bound(op, given)
+        self._copy = dispatch.Bound(op, given, name="PagedKVCache.copy_blocks")
         self._copy.check()
         self.key_caches = list(key_caches)
         self.value_caches = None if value_caches is None else list(value_caches)
         k_scales = _for_each_layer("k_scales", k_scales, len(self))
         v_scales = _for_each_layer("v_scales", v_scales, len(self))
-        self._writers = [
-            self._writer(layer, kv_cache_dtype, k_scales[layer], v_scales[layer])
+        # Not a list: that has layers of negative numbers, too.
+        self._writers = {
+            layer: self._writer(layer, kv_cache_dtype, k_scales[layer], v_scales[layer])
             for layer in range(len(self))
-        ]
+        }
 
     def __len__(self) -> int:
         """How many layers there are."""
@@ -102,17 +114,26 @@ class PagedKVCache:
             options = (kv_cache_dtype, concat_and_cache_mla.SCALE_RULES[0])
         else:
             op, names = reshape_and_cache_flash.OP, ("k_scale", "v_scale")
-            if len(self._copy.found[0].metadata.shape) == 5:
-                op, options = reshape_and_cache.OP, (kv_cache_dtype, False)
+            keys, values = (len(found.metadata.shape) for found in self._copy.found[:2])
+            if keys == 5:
+                op, options = reshape_and_cache.OP, (kv_cache_dtype, values == 5)
             fixed["key_cache"] = self.key_caches[layer]
             fixed["value_cache"] = self.value_caches[layer]
             scales, scalars = contract.split_scales(op.name, kv_cache_dtype, k_scale, v_scale)
         fixed |= {name: scale for name, scale in zip(names, scales) if scale is not None}
-        return dispatch.Bound(op, fixed, options, scalars)
+        return dispatch.Bound(op, fixed, options, scalars, name="PagedKVCache.write")
 
     def writer(self, layer: int) -> Writer:
         """`write` for one layer, as a function of the other arguments: the cheapest call."""
-        return self._writers[layer]
+        try:
+            return self._writers[layer]
+        except (KeyError, TypeError):
+            raise self._no_layer("writer", layer) from None
+
+    def _no_layer(self, method, layer):
+        layers = f"a layer in 0..{len(self) - 1}" if len(self) else "no layer, as there are none"
+        name = f"PagedKVCache.{method}: layer"
+        return ArgumentError(errors.wrong("value", name, layers, repr(layer)))
 
     def write(
         self,
@@ -128,11 +149,15 @@ class PagedKVCache:
         Parameters
         ----------
         layer : int
+            From 0 on.
         key, value, slot_mapping, stream
             As for `reshape_and_cache_flash` or `reshape_and_cache`; without value caches ``kv_c``,
             ``k_pe`` and ``slot_mapping`` of `concat_and_cache_mla`.
         """
-        bound = self._writers[layer]
+        try:
+            bound = self._writers[layer]
+        except (KeyError, TypeError):
+            raise self._no_layer("write", layer) from None
         if stream is None:  # what the call of ``bound`` begins with: an engine's every layer
             given = key, value, slot_mapping
             for path in bound.fast_paths:
@@ -159,16 +184,31 @@ class PagedKVCache:
         stream : optional
             See `swap_blocks`.
         """
-        if (self.value_caches is None) != (other.value_caches is None):
-            raise ShapeError(
-                "swap_blocks: Invalid kind of other: expected value caches on both sides or on none"
-            )
-        swap_blocks.OP(
-            (self.key_caches, other.key_caches, self.value_caches, other.value_caches,
-             block_mapping),
-            (None,),
-            stream,
+        name = "PagedKVCache.swap_blocks"
+        if not isinstance(other, PagedKVCache):
+            got = type(other).__name__
+            raise DTypeError(errors.wrong("type", f"{name}: other", "a PagedKVCache", got))
+        mine, theirs = (
+            "key caches alone" if caches.value_caches is None else "key and value caches"
+            for caches in (self, other)
+        )
+        if mine != theirs:
+            raise ShapeError(errors.wrong("kind", f"{name}: other", mine, theirs))
+        caches = (
+            self.key_caches, other.key_caches, self.value_caches, other.value_caches
         )  # fmt: skip
+        try:
+            swap_blocks.OP((*caches, block_mapping), (None,), stream)
+        except CupyCacheError as error:
+            errors.rename(error, name, _SWAPPED)
+            raise
+
+
+# What the arguments of a swap are called here.
+_SWAPPED = {
+    "src": "key_caches", "dst": "other.key_caches", "src_values": "value_caches",
+    "dst_values": "other.value_caches",
+}  # fmt: skip
 
 
 def _for_each_layer(name, scales, layers):

@@ -10,11 +10,16 @@ import math
 import numbers
 import operator
 
+from .. import errors
 from ..errors import ArgumentError, DeviceError, DTypeError, ShapeError, StrideError
 from . import arrays, formats
 
 # What a float32 can hold without becoming zero or infinite.
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-149, 2.0**128 - 2.0**104
+
+# How operations spell the shapes of their caches.
+_NHD = ["num_blocks", "block_size", "num_kv_heads", "head_size"]
+_X_PACKED = ["num_blocks", "num_kv_heads", "_", "block_size", "x"]
 
 
 class Contract:
@@ -49,10 +54,12 @@ class Contract:
                 continue
             expected = int(word) if word.isdigit() else self.sizes.setdefault(word, extent)
             if expected != extent:
-                origin = self._origin.get(word, "definition")
-                self._refuse_shape(
-                    name, array, words, f"{word} = {extent} where {origin} has {expected}"
-                )
+                why = f"{word} = {extent}"
+                if word in self._origin:
+                    why += f" where {self._origin[word]} has {expected}"
+                elif word.isdigit():
+                    why = f"{extent} instead of {word}"
+                self._refuse_shape(name, array, words, why)
             if word in self.sizes:
                 self._origin.setdefault(word, name)
 
@@ -61,17 +68,33 @@ class Contract:
             f"{word}={self.sizes[word]}" if word in self._origin else word for word in words
         )
         raise ShapeError(
-            f"{self.op}: Invalid shape of {name}: expected [{expected}], got "
-            f"{list(array.shape)} ({why})"
+            errors.wrong(
+                "shape",
+                f"{self.op}: {name}",
+                f"[{expected}]",
+                f"{list(array.shape)} ({why})",
+                self._of_another_layout(words, array.shape),
+            )
         )
 
-    def dtype(self, name, array, *allowed):
+    def _of_another_layout(self, words, shape):
+        """What to do with a cache that is as it should be, but in another of the layouts."""
+        if words == _NHD and len(shape) == 5:
+            return "x-packed caches are for reshape_and_cache"
+        if words == _X_PACKED and len(shape) == 4:
+            return f"caches [{', '.join(_NHD)}] are for reshape_and_cache_flash"
+        if words[:3] == _NHD[:3] and len(shape) == len(words):
+            by_head = shape[0], shape[2], shape[1], *shape[3:]
+            if all(self.sizes.get(word, n) == n for word, n in zip(words[2:], by_head[2:])):
+                return "of an HND cache give the view whose dimensions 1 and 2 are exchanged"
+        return ""
+
+    def dtype(self, name, array, *allowed, way_out=""):
         """Require one of the `formats.DType`\\ s ``allowed``."""
         if array.dtype not in allowed:
-            raise DTypeError(
-                f"{self.op}: Invalid dtype of {name}: expected "
-                f"{' or '.join(d.name for d in allowed)}, got {array.dtype.name}"
-            )
+            expected = " or ".join(d.name for d in allowed)
+            name = f"{self.op}: {name}"
+            raise DTypeError(errors.wrong("dtype", name, expected, array.dtype.name, way_out))
 
     def device(self, name, array):
         """Require the same device as the first array checked."""
@@ -145,7 +168,8 @@ class Contract:
         stored, storage = formats.conversion(fmt, source)
         self.dtype(sources[1], described[sources[1]], source)
         for name in caches:
-            self.dtype(name, described[name], *storage)
+            array = described[name]
+            self.dtype(name, array, *storage, way_out=formats.way_to_convert(fmt, array.dtype))
         self.dtype(slots, described[slots], *formats.INDICES)
         for size in ("block_size", "head_size", "head_size_v"):
             self.positive(size, self.sizes[size])

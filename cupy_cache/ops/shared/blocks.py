@@ -222,7 +222,8 @@ class CopyPlan:
         vectors = [g.bytes // vector for g in geometries]
         if max(vectors) > _MAX_WORKS:
             raise ShapeError(
-                f"{op}: blocks of {max(g.bytes for g in geometries)} bytes are too large"
+                f"{op}: Invalid size of blocks: expected at most {_MAX_WORKS * vector} bytes at "
+                f"this alignment, got {max(g.bytes for g in geometries)}"
             )
         self.op, self.count, self.in_place = op, len(tensors), in_place
         self.max_blocks = max_blocks

@@ -45,7 +45,8 @@ def check_entries(check, described, storage):
             f"{k_pe.shape[-1]} elements like kv_c and k_pe, got {list(kv_cache.shape)}"
         )
     check.dtype("kv_c", kv_c, *formats.FLOATS)
-    check.dtype(cache_name, kv_cache, *(storage or (kv_c.dtype,)))
+    way_out = "" if storage else formats.way_to_convert(formats.RAW_FORMAT, kv_cache.dtype)
+    check.dtype(cache_name, kv_cache, *(storage or (kv_c.dtype,)), way_out=way_out)
     check_arrays(check, described)
 
 

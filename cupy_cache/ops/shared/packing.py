@@ -246,7 +246,10 @@ class Plan:
         nested = any(g.outer > 1 for g in self.geometries)
         self.vectors = max(vectors)
         if self.vectors > _MAX_WORKS:
-            raise ShapeError(f"{self.op}: items of {max(self.sizes)} bytes are too large")
+            raise ShapeError(
+                f"{self.op}: Invalid size of items of caches: expected at most "
+                f"{_MAX_WORKS * vector} bytes at this alignment, got {max(self.sizes)}"
+            )
         index = "void" if self.chosen is None else spelling.INDEX_NAMES[self.chosen.dtype.name]
         kernel = modules.Kernel(
             self.op,
@@ -293,7 +296,7 @@ class Plan:
         if self.chosen is None and self.limit > _MAX_PACKED_INDEX:
             raise ShapeError(
                 f"{self.op}: Invalid device of {self.argument}: expected the caches' GPU, since "
-                f"there are more than {_MAX_PACKED_INDEX} blocks or slots"
+                f"there are more than {_MAX_PACKED_INDEX} blocks or slots, got host memory"
             )
         if self.buffer is None:
             self._enqueue(work, tables, Places((0, 0), 0), 0, items)

@@ -1,0 +1,328 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Every error about an argument says the same things in the same form: the operation that was
+called, what is wrong with which argument, what was expected and what came, and the way out where
+there is a usual one. Nothing is written."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import cupy_cache as cc
+
+pytestmark = pytest.mark.whole
+
+FORM = re.compile(
+    r"(?P<op>[A-Za-z_][\w.]*): Invalid (?P<what>[a-z ]+) of (?P<argument>[\w.\[\]]+): "
+    r"expected (?P<expected>.+?), got (?P<got>.+?)(?:; (?P<way_out>.+))?"
+)
+BF16, FP8 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
+
+
+def zeros(*shape, dtype=np.float32):
+    return np.zeros(shape, dtype)
+
+
+def write(op=cc.reshape_and_cache_flash, **change):
+    """A call of a write with some arguments changed."""
+    arguments = {
+        "key": zeros(3, 2, 8), "value": zeros(3, 2, 8), "key_cache": zeros(5, 4, 2, 8),
+        "value_cache": zeros(5, 4, 2, 8), "slot_mapping": np.arange(3),
+    }  # fmt: skip
+    if op is cc.reshape_and_cache:
+        arguments |= {"key_cache": zeros(5, 2, 2, 4, 4), "value_cache": zeros(5, 2, 8, 4)}
+    return lambda: op(**(arguments | change))
+
+
+def mla(**change):
+    arguments = {
+        "kv_c": zeros(3, 8), "k_pe": zeros(3, 4), "kv_cache": zeros(5, 4, 12),
+        "slot_mapping": np.arange(3),
+    }  # fmt: skip
+    return lambda: cc.concat_and_cache_mla(**(arguments | change))
+
+
+def gather(op=cc.gather_cache, **change):
+    arguments = {
+        "src_cache": zeros(5, 4, 2, 8), "dst": zeros(6, 2, 8),
+        "block_table": np.zeros((1, 2), int), "cu_seq_lens": np.array([0, 6]),
+    }  # fmt: skip
+    if op is cc.cp_gather_cache:
+        arguments["batch_size"] = 1
+    return lambda: op(**(arguments | change))
+
+
+def copy(*arguments, keys=1, values=1):
+    return lambda: cc.copy_blocks([zeros(5, 8)] * 0 + [zeros(5, 8) for _ in range(keys)],
+                                  [zeros(5, 8) for _ in range(values)], *arguments)  # fmt: skip
+
+
+def swap(*arguments, src=None, **options):
+    return lambda: cc.swap_blocks(
+        zeros(5, 8) if src is None else src, zeros(6, 8), *arguments, **options
+    )
+
+
+def caches(count=2, *shape, **options):
+    shape = shape or (5, 4, 2, 8)
+    sides = [[zeros(*shape) for _ in range(count)] for _ in "kv"]
+    return cc.PagedKVCache(*sides, **options)
+
+
+def slots(**change):
+    arguments = {
+        "block_table": np.zeros((1, 2), int), "positions": np.arange(3),
+        "query_start_loc": np.array([0, 3]), "block_size": 4,
+    }  # fmt: skip
+    return lambda: cc.slot_mapping(**(arguments | change))
+
+
+def groups(**change):
+    arguments = {
+        "block_tables": [np.zeros((1, 2), int)], "idx_mapping": None, "positions": np.arange(3),
+        "query_start_loc": np.array([0, 3]), "block_sizes": [4],
+    }  # fmt: skip
+    return lambda: cc.slot_mapping_groups(**(arguments | change))
+
+
+def readonly(array):
+    array.flags.writeable = False
+    return array
+
+
+class OfNobody:
+    pass
+
+
+READ_ONLY = readonly(zeros(5, 4, 2, 8))
+WIDE = zeros(3, 2, 16)[..., ::2]
+SHARED = np.lib.stride_tricks.as_strided(zeros(80), (5, 4, 2, 8), (64, 32, 32, 4), writeable=True)
+
+# (the call, operation, what, argument, words of the way out): a row for each kind of error.
+TABLE = [
+    # arrays
+    (write(key=None), "reshape_and_cache_flash", "type", "key", ""),
+    (write(key=[1.0]), "reshape_and_cache_flash", "type", "key", ""),
+    (write(key_cache=OfNobody()), "reshape_and_cache_flash", "type", "key_cache", ""),
+    (write(key=zeros(3, 2, 8, dtype=np.complex64)), "reshape_and_cache_flash", "dtype", "key", ""),
+    (write(key=zeros(3, 2)), "reshape_and_cache_flash", "shape", "key", ""),
+    (write(value=zeros(3, 4, 8)), "reshape_and_cache_flash", "shape", "value", ""),
+    (write(key_cache=READ_ONLY), "reshape_and_cache_flash", "access", "key_cache", "in place"),
+    (write(key=WIDE), "reshape_and_cache_flash", "strides", "key", ""),
+    (write(key_cache=SHARED), "reshape_and_cache_flash", "strides", "key_cache", ""),
+    (write(slot_mapping=np.arange(4)), "reshape_and_cache_flash", "shape", "slot_mapping", ""),
+    (write(slot_mapping=zeros(3)), "reshape_and_cache_flash", "dtype", "slot_mapping", ""),
+    (write(slot_mapping=np.array(3)), "reshape_and_cache_flash", "shape", "slot_mapping", ""),
+    (write(stream="s"), "reshape_and_cache_flash", "type", "stream", ""),
+    (write(stream=True), "reshape_and_cache_flash", "type", "stream", ""),
+    # options
+    (write(kv_cache_dtype="fp9"), "reshape_and_cache_flash", "value", "kv_cache_dtype", ""),
+    (write(kv_cache_dtype="fp8", k_scale=0.0), "reshape_and_cache_flash", "value", "k_scale", ""),
+    (write(kv_cache_dtype="fp8", k_scale=True), "reshape_and_cache_flash", "value", "k_scale", ""),
+    (mla(kv_cache_dtype="fp8", scale=-1.0), "concat_and_cache_mla", "value", "scale", ""),
+    (mla(scale_rule="most"), "concat_and_cache_mla", "value", "scale_rule", ""),
+    # what is right for another operation, or another option
+    (
+        write(key_cache=zeros(5, 2, 4, 8), value_cache=zeros(5, 2, 4, 8)),
+        "reshape_and_cache_flash", "shape", "key_cache", "HND cache give the view",
+    ),
+    (
+        write(key_cache=zeros(5, 2, 2, 4, 4)),
+        "reshape_and_cache_flash", "shape", "key_cache", "reshape_and_cache",
+    ),
+    (
+        write(cc.reshape_and_cache, key_cache=zeros(5, 4, 2, 8)),
+        "reshape_and_cache", "shape", "key_cache", "reshape_and_cache_flash",
+    ),
+    (
+        write(key=zeros(3, 2, 8, dtype=BF16), value=zeros(3, 2, 8, dtype=BF16),
+              key_cache=zeros(5, 4, 2, 8, dtype=FP8)),
+        "reshape_and_cache_flash", "dtype", "key_cache", "kv_cache_dtype='fp8'",
+    ),
+    (
+        write(key=zeros(3, 2, 8, dtype=BF16), value=zeros(3, 2, 8, dtype=BF16),
+              key_cache=zeros(5, 4, 2, 8, dtype=np.int8)),
+        "reshape_and_cache_flash", "dtype", "key_cache", "kv_cache_dtype='int8'",
+    ),
+    (
+        write(key_cache=zeros(5, 4, 2, 8, dtype=np.uint8)),
+        "reshape_and_cache_flash", "dtype", "key_cache", "kv_cache_dtype says",
+    ),
+    (
+        mla(kv_cache=zeros(5, 4, 12, dtype=ml_dtypes.float8_e5m2)),
+        "concat_and_cache_mla", "dtype", "kv_cache", "kv_cache_dtype='fp8_e5m2'",
+    ),
+    # other operations
+    (mla(kv_cache=zeros(5, 4, 13)), "concat_and_cache_mla", "shape", "kv_cache", ""),
+    (gather(layout="NDH"), "gather_cache", "value", "layout", ""),
+    (gather(cu_seq_lens=np.array([0, 3, 6])), "gather_cache", "shape", "cu_seq_lens", ""),
+    (gather(src_cache=zeros(5, 0, 2, 8)), "gather_cache", "shape", "src_cache", ""),
+    (gather(cc.cp_gather_cache, batch_size=True), "cp_gather_cache", "value", "batch_size", ""),
+    (gather(cc.cp_gather_cache, batch_size=2), "cp_gather_cache", "value", "batch_size", ""),
+    (copy([(0, 5)]), "copy_blocks", "value", "block_mapping", ""),
+    (copy([(0, 1), (2, 1)]), "copy_blocks", "value", "block_mapping", ""),
+    (copy([(0, 1), (1, 2)]), "copy_blocks", "value", "block_mapping", "two calls"),
+    (copy([(0, 1, 2)]), "copy_blocks", "shape", "block_mapping", ""),
+    (copy([(0.5, 1)]), "copy_blocks", "shape", "block_mapping", ""),
+    (copy([(0, 1)], values=2), "copy_blocks", "length", "value_caches", ""),
+    (lambda: cc.copy_blocks(zeros(5, 8), [], []), "copy_blocks", "type", "key_caches", ""),
+    (
+        lambda: cc.copy_blocks([zeros(5, 8), zeros(5, 9)], [zeros(5, 8)] * 2, [(0, 1)]),
+        "copy_blocks", "shape", "key_caches[1]", "",
+    ),
+    (swap([(0, 6)]), "swap_blocks", "value", "block_mapping", ""),
+    (swap([(0, 1)], block_size_in_bytes=0), "swap_blocks", "value", "block_size_in_bytes", ""),
+    (swap([(0, 1)], src=zeros(5, 9)), "swap_blocks", "shape", "dst", ""),
+    (lambda: cc.zero_blocks([zeros(5, 8)], [5]), "zero_blocks", "value", "block_ids", ""),
+    (lambda: cc.zero_blocks([zeros(5, 8)], ["a"]), "zero_blocks", "type", "block_ids", ""),
+    (lambda: cc.zero_blocks([zeros(5, 8)], [[1]]), "zero_blocks", "shape", "block_ids", ""),
+    (
+        lambda: cc.pack_blocks([zeros(5, 8)], [1], zeros(31, dtype=np.uint8)),
+        "pack_blocks", "size", "out", "",
+    ),
+    (
+        lambda: cc.unpack_blocks(zeros(64, dtype=np.uint8), [zeros(5, 8)], [1, 1]),
+        "unpack_blocks", "value", "block_ids", "",
+    ),
+    (lambda: cc.packed_size([zeros(5, 8)]), "packed_size", "value", "num_blocks", ""),
+    (
+        lambda: cc.packed_size([zeros(5, 8)], num_blocks=-1),
+        "packed_size", "value", "num_blocks", "",
+    ),
+    (
+        lambda: cc.swap_blocks_batch(*np.array([[1], [2], [-3]])),
+        "swap_blocks_batch", "value", "sizes", "",
+    ),
+    (
+        lambda: cc.convert_fp8(zeros(4, dtype=np.uint8), zeros(5), 1.0, "fp8"),
+        "convert_fp8", "shape", "input", "",
+    ),
+    (slots(block_size=0), "slot_mapping", "value", "block_size", ""),
+    (slots(cp_rank=1), "slot_mapping", "value", "cp_rank", ""),
+    (slots(stream=object()), "slot_mapping", "type", "stream", ""),
+    (groups(block_tables=[]), "slot_mapping_groups", "length", "block_tables", ""),
+    (groups(block_sizes=4), "slot_mapping_groups", "value", "block_sizes", ""),
+    (groups(stream=1.5), "slot_mapping_groups", "type", "stream", ""),
+    (
+        lambda: cc.alibi_bias(zeros(2), np.arange(2), np.arange(2), dtype="float12"),
+        "alibi_bias", "value", "dtype", "",
+    ),
+    (
+        lambda: cc.alibi_bias(zeros(2), np.arange(2), np.arange(2), stream="s"),
+        "alibi_bias", "type", "stream", "",
+    ),
+    (lambda: cc.alibi_slopes(0), "alibi_slopes", "value", "num_heads", ""),
+    (lambda: cc.alibi_slopes(8, device="gpu"), "alibi_slopes", "value", "device", ""),
+    (lambda: cc.alibi_slopes(8, framework="jax"), "alibi_slopes", "value", "framework", ""),
+    (lambda: cc.place_slopes(["a"]), "place_slopes", "value", "slopes", ""),
+    (lambda: cc.raise_faults("gpu"), "raise_faults", "value", "device", ""),
+    (lambda: cc.warmup(0, 8, 4), "warmup", "value", "num_kv_heads", ""),
+    (lambda: cc.warmup(2, 8, 4, device="cpu"), "warmup", "value", "device", ""),
+    # the object of all layers: its own name, its methods', and its arguments'
+    (lambda: caches(v_scales=[1.0]), "PagedKVCache", "length", "v_scales", ""),
+    (
+        lambda: caches(kv_cache_dtype="fp8", k_scales=-1.0),
+        "PagedKVCache", "value", "k_scales", "",
+    ),
+    (lambda: cc.PagedKVCache(zeros(5, 8), []), "PagedKVCache", "type", "key_caches", ""),
+    (lambda: cc.PagedKVCache([zeros(5, 8)], []), "PagedKVCache", "length", "value_caches", ""),
+    (
+        lambda: cc.PagedKVCache([READ_ONLY], [READ_ONLY]),
+        "PagedKVCache", "access", "key_caches", "in place",
+    ),
+    (
+        lambda: cc.PagedKVCache([zeros(5, 4, 12)], v_scales=1.0),
+        "PagedKVCache", "value", "v_scales", "",
+    ),
+    (
+        lambda: caches().copy_blocks([(0, 5)]),
+        "PagedKVCache.copy_blocks", "value", "block_mapping", "",
+    ),
+    (
+        lambda: caches().write(0, zeros(3, 2, 8), zeros(3, 2, 9), np.arange(3)),
+        "PagedKVCache.write", "shape", "value_cache", "",
+    ),
+    (
+        lambda: caches().writer(1)(zeros(3, 2, 8), zeros(3, 2, 8), np.arange(4)),
+        "PagedKVCache.write", "shape", "slot_mapping", "",
+    ),
+    (
+        lambda: caches().write(2, zeros(3, 2, 8), zeros(3, 2, 8), np.arange(3)),
+        "PagedKVCache.write", "value", "layer", "",
+    ),
+    (
+        lambda: caches().write(-1, zeros(3, 2, 8), zeros(3, 2, 8), np.arange(3)),
+        "PagedKVCache.write", "value", "layer", "",
+    ),
+    (lambda: caches().writer([0]), "PagedKVCache.writer", "value", "layer", ""),
+    (lambda: cc.PagedKVCache([], []).writer(0), "PagedKVCache.writer", "value", "layer", ""),
+    (
+        lambda: caches().swap_blocks(caches(2, 5, 4, 2, 9), [(0, 1)]),
+        "PagedKVCache.swap_blocks", "shape", "other.key_caches", "",
+    ),
+    (
+        lambda: caches().swap_blocks(caches(3), [(0, 1)]),
+        "PagedKVCache.swap_blocks", "length", "other.key_caches", "",
+    ),
+    (
+        lambda: caches().swap_blocks(cc.PagedKVCache([zeros(5, 4, 12)] * 1), [(0, 1)]),
+        "PagedKVCache.swap_blocks", "kind", "other", "",
+    ),
+    (lambda: caches().swap_blocks([], [(0, 1)]), "PagedKVCache.swap_blocks", "type", "other", ""),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "call, op, what, argument, way_out", TABLE,
+    ids=[f"{at}-{row[1]}-{row[2]}-{row[3]}" for at, row in enumerate(TABLE)],
+)  # fmt: skip
+def test_form(call, op, what, argument, way_out):
+    with pytest.raises(cc.CupyCacheError) as caught:
+        call()
+    text = str(caught.value)
+    found = FORM.fullmatch(text)
+    assert found is not None, text
+    assert (found["op"], found["what"], found["argument"]) == (op, what, argument), text
+    assert way_out in (found["way_out"] or ""), text
+    assert bool(way_out) == bool(found["way_out"]), text
+
+
+def test_every_fault_has_the_form():
+    fault = cc.Fault("gather_cache", "block_table", 3, -7, 12, "cuda:1")
+    found = FORM.fullmatch(str(fault))
+    assert found["op"] == "gather_cache" and found["argument"] == "block_table"
+    assert found["expected"] == "0..11" and found["got"] == "-7 in row 3 on cuda:1"
+
+
+def _texts(node):
+    """The text of a string, or of one with values in it, which become X."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        parts = (v.value if isinstance(v, ast.Constant) else "X" for v in node.values)
+        return "".join(parts)
+    return None
+
+
+def test_every_message_of_the_sources_has_the_form():
+    """Also those that no row above provokes: what is raised as an error about an argument."""
+    kinds = {"ArgumentError", "ShapeError", "StrideError", "DeviceError", "DTypeError"}
+    kinds.add("NotWritableError")
+    package, found, wrong = Path(inspect.getfile(cc)).parent, 0, []
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and getattr(node.func, "id", None) in kinds):
+                continue
+            text = _texts(node.args[0]) if node.args else None
+            if text is None:  # made by `errors.wrong`, or a variable
+                continue
+            found += 1
+            # X may be what `arrays._invalid` makes.
+            if not re.fullmatch(r"((\w|\.)+: Invalid .+ of .+|X): expected .+, got .+", text):
+                wrong.append(f"{path.name}:{node.lineno}: {text}")
+    assert found > 50 and not wrong, "\n".join(wrong)
