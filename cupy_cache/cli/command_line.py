@@ -2,16 +2,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """The command line: ``python -m cupy_cache``, or ``cupy-cache`` once installed.
 
-Exit codes: 0 all is well, 1 the demo found a difference, 2 the command could not be run as given.
+Exit codes: 0 all is well, 1 the demo found a difference, 2 the command could not be run as given,
+or its output not be written, 3 it failed in a way that nobody foresaw, 141 the reader of the output
+has gone.
 """
 
 import argparse
+import contextlib
 import importlib.metadata
 import json
 import os
 import statistics
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -29,23 +33,101 @@ class CannotRun(Exception):
 
 def main(argv=None):
     """Run the command line ``argv`` (by default the process's); returns the exit code."""
-    parser = _parser()
-    args = parser.parse_args(argv)
+    parser, leaving = _parser(), None
+    with _any_text(sys.stdout):
+        try:
+            try:
+                status = _run(parser.parse_args(argv), parser.prog)
+            except SystemExit as error:  # argparse has said all
+                leaving = error
+            _flush(sys.stdout)
+        except BrokenPipeError:  # as `| head -1` does: nothing is wrong, and nobody listens
+            _silence(sys.stdout)
+            return READER_GONE
+        except OSError as error:
+            _silence(sys.stdout)
+            _complain(f"{parser.prog}: error: cannot write the output: {error.strerror or error}")
+            return CANNOT_RUN
+        finally:
+            try:
+                _flush(sys.stderr)
+            except OSError:
+                _silence(sys.stderr)
+        if leaving is not None:
+            raise leaving
+        return status
+
+
+CANNOT_RUN, FAILED, INTERRUPTED, READER_GONE = 2, 3, 130, 141
+
+
+def _run(args, name):
+    """The exit code of a command. Errors of writing the output are raised."""
     try:
         return args.command(args)
     except (CannotRun, MissingDependencyError, KernelError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
+        _complain(f"{name}: error: {error}")
+        return CANNOT_RUN
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted", file=sys.stderr)
-        return 130
+        _complain(f"{name}: interrupted")
+        return INTERRUPTED
+    except OSError:  # of files that are read, `CannotRun` tells
+        raise
+    except Exception:
+        _complain(traceback.format_exc().rstrip())
+        return FAILED
+
+
+@contextlib.contextmanager
+def _any_text(stream):
+    """Where this is entered, the stream shows what it cannot encode as escapes."""
+    reconfigure = getattr(stream, "reconfigure", None)
+    if reconfigure is None:
+        yield
+        return
+    before = stream.errors
+    reconfigure(errors="backslashreplace")
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError, ValueError):  # flushes, which may not work any more
+            reconfigure(errors=before)
+
+
+def _flush(stream):
+    if stream is not None:
+        stream.flush()
+
+
+def _silence(stream):
+    """Have what is left of an output go nowhere: Python would complain of it at the end."""
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # there is none, or no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def _complain(text):
+    """Print to standard error, if there is one that takes it."""
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    def _print_message(self, message, file=None):
+        """Python's own does not tell where the output cannot be written."""
+        if file is not None and file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
 
 
 def _parser():
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="cupy-cache",
         description="Paged key/value cache operations for any framework's arrays.",
-        epilog="exit codes: 0 all is well; 1 a difference was found; 2 the command cannot be run",
+        epilog="exit codes: 0 all is well; 1 a difference was found; 2 the command cannot be run, "
+        "or its output not be written; 3 it failed; 141 the reader of the output has gone",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -141,7 +223,7 @@ def _demo(args):
                 args.layout, args.dtype, progress,
             )  # fmt: skip
     except (demo.Difference, FaultError) as difference:
-        print(f"DIFFERENCE: {difference}", file=sys.stderr)
+        _complain(f"DIFFERENCE: {difference}")
         return 1
     print(f"greedy: {bytes(greedy.tokens)}")
     for beam in beams:
@@ -170,8 +252,9 @@ def _prompt(path):
         try:
             with open(path, "rb") as file:
                 prompt = file.read(PROMPT)
-        except OSError as error:
-            raise CannotRun(f"cannot read {path}: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
+            why = getattr(error, "strerror", None) or error
+            raise CannotRun(f"cannot read {path}: {why}") from error
         if not prompt:
             raise CannotRun(f"cannot decode {path}: it is empty, and the model needs a first byte")
         return str(path), prompt
@@ -210,9 +293,9 @@ class Progress:
     WIDTH, SECONDS = 24, 5.0
 
     def __init__(self, totals, stream):
-        self.totals, self.stream = totals, stream
+        self.totals, self.stream = totals, stream  # None: there is no stream
         self.done = dict.fromkeys(totals, 0)
-        self.terminal = stream.isatty()
+        self.terminal = stream is not None and stream.isatty()
         self.last = time.monotonic()
 
     def __call__(self, phase, tokens):
@@ -222,16 +305,20 @@ class Progress:
         if self.terminal:
             part = sum(self.done.values()) / sum(self.totals.values())
             bar = "#" * int(self.WIDTH * part)
-            self.stream.write(f"\r[{bar:<{self.WIDTH}}] {part:4.0%} {text}\x1b[K")
-            self.stream.flush()
+            self._write(f"\r[{bar:<{self.WIDTH}}] {part:4.0%} {text}\x1b[K")
         elif done == total or time.monotonic() - self.last > self.SECONDS:
             self.last = time.monotonic()
-            print(text, file=self.stream, flush=True)
+            self._write(f"{text}\n")
+
+    def _write(self, text):
+        if self.stream is not None:
+            with contextlib.suppress(OSError):  # nobody to tell is no reason to stop
+                self.stream.write(text)
+                self.stream.flush()
 
     def __enter__(self):
         return self
 
     def __exit__(self, *exc):
         if self.terminal:  # leave no half line behind
-            self.stream.write("\r\x1b[K")
-            self.stream.flush()
+            self._write("\r\x1b[K")

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import os
 import sys
 import time
@@ -128,8 +129,8 @@ class _Progress:
 
     def __init__(self, count, shown):
         self._count, self._done = count, 0
-        self._stream = sys.stderr if shown else None
-        self._redraw = bool(shown) and sys.stderr.isatty()
+        self._stream = sys.stderr if shown else None  # None, too, where there is none
+        self._redraw = self._stream is not None and self._stream.isatty()
 
     def __enter__(self):
         self._start = time.monotonic()
@@ -145,11 +146,10 @@ class _Progress:
     def _write(self, start, end=""):
         filled = self.WIDTH * self._done // max(self._count, 1)
         bar = "#" * filled + "." * (self.WIDTH - filled)
-        seconds = time.monotonic() - self._start
-        self._stream.write(
-            f"{start}cupy_cache: kernels [{bar}] {self._done}/{self._count} {seconds:.1f} s{end}"
-        )
-        self._stream.flush()
+        done, seconds = f"{self._done}/{self._count}", time.monotonic() - self._start
+        with contextlib.suppress(OSError):  # nobody to tell is no reason to stop
+            self._stream.write(f"{start}cupy_cache: kernels [{bar}] {done} {seconds:.1f} s{end}")
+            self._stream.flush()
 
     def __exit__(self, *exc):
         if self._stream is not None:

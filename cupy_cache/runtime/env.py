@@ -7,6 +7,7 @@ CUPYCACHE_LOGLEVEL are read at import, the others at use.
 """
 
 import os
+import warnings
 from typing import NamedTuple
 
 
@@ -31,7 +32,7 @@ NO_COMPILE = Variable(
     "CUPYCACHE_NO_COMPILE", "0", "1: outside warmup(), fail rather than load a new specialisation"
 )
 LOGLEVEL = Variable(
-    "CUPYCACHE_LOGLEVEL", "", "a logging level name: print this library's log to standard error"
+    "CUPYCACHE_LOGLEVEL", "", "a logging level, such as DEBUG: print the log to standard error"
 )
 REQUIRE_GPU = Variable(
     "CUPYCACHE_REQUIRE_GPU", "0", "1: tests marked gpu fail rather than skip where there is no GPU"
@@ -46,8 +47,27 @@ def text(variable):
 
 
 def flag(variable):
-    """Whether the variable is 1, true, yes or on."""
-    return text(variable).strip().lower() in ("1", "true", "yes", "on")
+    """Whether the variable is on: 1 or another number but 0, true, yes or on. What is neither that
+    nor its opposite is said once, and is off."""
+    value = text(variable).strip().lower()
+    if value in ("1", "true", "yes", "on"):
+        return True
+    if value in ("", "0", "false", "no", "off"):
+        return False
+    if value.isdecimal():
+        return int(value) != 0
+    say_once(f"{variable.name}: expected 1 or 0, got {text(variable)!r}; it counts as 0")
+    return False
+
+
+_said = set()
+
+
+def say_once(what):
+    """Warn of a variable's value: whoever set it is not here to catch an error."""
+    if what not in _said:
+        _said.add(what)
+        warnings.warn(what, RuntimeWarning, stacklevel=3)
 
 
 def other(name):

@@ -11,14 +11,17 @@ logger.addHandler(logging.NullHandler())
 
 
 def configure():
-    """Print the log to standard error at the level CUPYCACHE_LOGLEVEL names, if it names one."""
-    level = env.text(env.LOGLEVEL).strip().upper()
-    if not level:
+    """Print the log to standard error at the level CUPYCACHE_LOGLEVEL names, if it does."""
+    name = env.text(env.LOGLEVEL).strip().upper()
+    if not name:
         return
-    if not isinstance(logging.getLevelName(level), int):
-        raise ValueError(
-            f"Invalid value of {env.LOGLEVEL.name}: expected a level name, got {level!r}"
+    level = int(name) if name.isdecimal() else logging.getLevelName(name)
+    if not isinstance(level, int):
+        env.say_once(
+            f"{env.LOGLEVEL.name}: expected a logging level, such as DEBUG or 10, got {name!r}; "
+            "nothing is printed"
         )
+        return
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
     logger.addHandler(handler)
