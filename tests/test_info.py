@@ -3,6 +3,8 @@
 import ctypes
 import importlib.metadata
 import json
+import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -75,13 +77,15 @@ def test_the_kernel_cache_is_measured_and_not_made(tmp_path, monkeypatch):
     folder = tmp_path / "kernels"
     monkeypatch.setenv("CUPY_CACHE_DIR", str(folder))
     told = info.collect()
-    assert told["kernel_cache"] == {"path": str(folder), "files": None, "bytes": 0}
+    cache = {"path": str(folder), "files": None, "bytes": 0, "problem": None}
+    assert told["kernel_cache"] == cache
     assert not folder.exists()
     assert "does not exist yet" in info.as_text(told)
     folder.mkdir()
     for name, size in (("a.cubin", 10), ("b.cubin", 32)):
         (folder / name).write_bytes(bytes(size))
-    assert info.collect()["kernel_cache"] == {"path": str(folder), "files": 2, "bytes": 42}
+    assert info.collect()["kernel_cache"] == {**cache, "files": 2, "bytes": 42}
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_no_kernel_sources(tmp_path, monkeypatch):
@@ -89,6 +93,140 @@ def test_no_kernel_sources(tmp_path, monkeypatch):
     told = info.collect()
     assert told["kernel_sources"]["path"] is None
     assert str(tmp_path) in told["missing"][0]["what"]
+
+
+# --- nothing that is broken stops it --------------------------------------------------------------
+
+
+def command(code=None, **variables):
+    """(Output, facts) of the command, as a user runs it; a variable that is None is not there."""
+    environment = {**os.environ, "PYTHONWARNINGS": "error", **variables}
+    environment = {name: value for name, value in environment.items() if value is not None}
+    start = ["-m", "cupy_cache"] if code is None else ["-c", code]
+    shown = []
+    for more in ([], ["--json"]):
+        done = subprocess.run(
+            [sys.executable, *start, "info", *more], env=environment,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        shown.append(done.stdout)
+    return shown[0], json.loads(shown[1])
+
+
+MAIN = "import sys\nfrom cupy_cache.cli import main\n{}\nsys.exit(main(sys.argv[1:]))"
+
+
+def test_a_home_that_nobody_knows():
+    """No variable names it, and the user has no entry."""
+    patch = "import pwd; pwd.getpwuid = lambda uid: {}[uid]"
+    shown, facts = command(code=MAIN.format(patch), HOME=None, CUPY_CACHE_DIR=None)
+    assert facts["kernel_cache"]["path"].startswith("~") and "kernel cache" in shown
+
+
+def test_a_file_where_the_kernel_cache_should_be(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    for folder in (file, file / "inside"):
+        shown, facts = command(CUPY_CACHE_DIR=str(folder))
+        assert "cannot be used" in shown and "does not exist yet" not in shown
+        assert facts["kernel_cache"]["files"] is None
+        assert "Error" in facts["kernel_cache"]["problem"] and facts["backend"] == "numpy"
+    assert file.is_file() and file.stat().st_size == 0
+
+
+# The user that runs the tests may be one that may do anything.
+DENIED = """
+import os
+def scandir(path):
+    raise PermissionError(13, 'Permission denied', path)
+os.scandir = scandir"""
+
+
+def test_a_folder_that_may_not_be_listed():
+    shown, facts = command(code=MAIN.format(DENIED))
+    assert "PermissionError" in facts["kernel_cache"]["problem"]
+    assert "PermissionError" in shown and "cannot be used" in shown
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    """A call would compile, and then fail to keep what it made. A user that may do anything can
+    write in every folder, but not in those of /proc."""
+    if not os.path.isdir("/proc/self/task"):
+        pytest.skip("no folder here in which nobody can write")
+    pytest.importorskip("cupy")
+    shown, facts = command(CUPY_CACHE_DIR="/proc/self/task")
+    assert facts["kernel_cache"]["problem"] is not None and "cannot be used" not in shown
+    assert facts["cupy"]["problem"] is None
+    assert (
+        command(CUPY_CACHE_DIR="/proc/self/task", CUPY_CACHE_IN_MEMORY="1")[1]["kernel_cache"][
+            "problem"
+        ]
+        is None
+    )
+
+
+def test_a_python_that_does_not_know_its_path():
+    _, facts = command(code=MAIN.format("sys.executable = ''"))
+    assert facts["cupy"]["installed"] == [] or "its own path" in facts["cupy"]["problem"]
+
+
+@pytest.mark.parametrize("raised", ["OSError(5, 'torn')", "RuntimeError()", "SystemExit(3)"])
+def test_a_cupy_that_raises_anything(tmp_path, raised):
+    (tmp_path / "cupy.py").write_text(f"print('hello')\nraise {raised}")
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    shown, facts = command(PYTHONPATH=path)
+    if facts["cupy"]["installed"]:
+        assert raised.partition("(")[0] in facts["cupy"]["problem"]
+        assert facts["cupy"]["problem"] in shown
+        cache = facts["kernel_cache"]["problem"]
+        assert (cache is not None) == raised.startswith("OSError")
+
+
+def test_a_cupy_that_ends_the_process(tmp_path):
+    (tmp_path / "cupy.py").write_text("import os\nos._exit(9)")
+    _, facts = command(PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    if facts["cupy"]["installed"]:
+        assert "exit status 9" in facts["cupy"]["problem"]
+
+
+@pytest.mark.parametrize("part", ["_try_cupy", "_driver", "_nvrtc", "_cuda_runtime",
+                                  "_cuda_headers", "_kernel_sources", "_kernel_cache"])  # fmt: skip
+@pytest.mark.whole
+def test_a_part_that_fails(monkeypatch, capsys, part):
+    def fail():
+        raise AttributeError("no such function")
+
+    monkeypatch.setattr(info, part, fail)
+    monkeypatch.setattr(platform, "platform", fail)
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: fail())
+    if part != "_try_cupy":  # it takes long
+        monkeypatch.setattr(info, "_try_cupy", lambda: {**machine()["cupy"], "cache": None})
+    assert command_line.main(["info"]) == 0
+    assert "AttributeError: no such function" in capsys.readouterr().out
+    assert command_line.main(["info", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told) == KEYS and told["packages"] == dict.fromkeys(told["packages"])
+
+
+def test_what_a_call_would_use_is_tried_and_nothing_left(tmp_path):
+    pytest.importorskip("cupy")
+    folder = tmp_path / "one" / "two"
+    _, facts = command(CUPY_CACHE_DIR=str(folder))
+    assert facts["cupy"]["version"] and facts["kernel_cache"]["problem"] is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_kernel_cache_that_cannot_be_used_is_missing():
+    facts = machine()
+    facts["kernel_cache"]["problem"] = "PermissionError: not yours"
+    assert commands(facts) == ["export CUPY_CACHE_DIR=/a/folder/of/yours"]
+    facts["cupy"] |= {
+        "version": None,
+        "problem": "it cannot be imported: PermissionError: not yours",
+    }
+    assert commands(facts) == ["export CUPY_CACHE_DIR=/a/folder/of/yours"]
+    assert "PermissionError: not yours" in facts["missing"][0]["what"]
 
 
 # --- the parts, where something is missing or broken ----------------------------------------------
@@ -116,7 +254,7 @@ def test_cupy_that_cannot_be_imported(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     names = ["cupy-cuda13x"]
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: map(Distribution, names))
-    told = info._cupy()
+    told = info._try_cupy()
     assert told["installed"] == names and told["version"] is None
     assert told["problem"] == "it cannot be imported: OSError: its library is torn"
 
@@ -128,7 +266,7 @@ def test_cupy_that_does_not_end(monkeypatch):
     monkeypatch.setattr(subprocess, "run", run)
     names = ["cupy-cuda13x"]
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: map(Distribution, names))
-    assert "did not end" in info._cupy()["problem"]
+    assert "did not end" in info._try_cupy()["problem"]
 
 
 def test_libraries_that_cannot_be_found(monkeypatch):
@@ -260,7 +398,7 @@ def machine(cuda="13.0", capability="9.0", cupy=("cupy-cuda13x",), version="14.2
         "driver": {"cuda": cuda, "devices": [device], "problem": None},
         "nvrtc": {**there, "architectures": [75, 90, 100]},
         "cuda_runtime": there, "cuda_headers": there, "kernel_sources": there,
-        "kernel_cache": {"path": "cache", "files": 3, "bytes": 2**20},
+        "kernel_cache": {"path": "cache", "files": 3, "bytes": 2**20, "problem": None},
         "environment": {"CUPYCACHE_DEBUG": "0", "CUDA_PATH": None},
         "backend": "cupy",
     }  # fmt: skip
@@ -319,6 +457,7 @@ def test_nothing_is_missing(cuda, cupy):
             "pip uninstall -y cupy && pip install -U 'cupy-cache[cuda13x]'",
         ),
         (machine(capability="12.0"), "pip install -U nvidia-cuda-nvrtc"),
+        (machine(capability="7.0"), "pip install -U 'cupy-cache[cuda12x]'"),
         (machine(cuda="11.8"), None),
     ],
 )

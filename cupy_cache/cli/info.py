@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is installed, what operations on a GPU need, and what is missing.
 
-Nothing here needs CuPy, and nothing is left behind: the driver, NVRTC and the CUDA runtime are
-asked directly, and CuPy, whose import creates its kernel cache, is tried in another process.
+Nothing here needs CuPy, nothing is left behind, and nothing that is broken stops it: the driver,
+NVRTC and the CUDA runtime are asked directly, and CuPy, whose import creates its kernel cache, is
+tried in another process, with the folders that a call would use.
 """
 
 import ctypes
@@ -14,42 +15,71 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 from .._version import __version__
 from ..errors import KernelError
-from ..runtime import env, modules
+from ..runtime import cuda, env, modules
 
 CUPY_NEEDED = 14, 2
-OLDEST_CUDA, NEWEST_CUDA = 12, 13  # of the package's extras, cuda12x and cuda13x
 OTHER_VARIABLES = ("CUPY_CACHE_DIR", "CUPY_CACHE_IN_MEMORY", "CUDA_PATH", "CUDA_VISIBLE_DEVICES")
+# What is printed last is a JSON object. Folders that importing CuPy made are removed again.
 _TRY_CUPY = """
-import json, os, sys
-os.environ["CUPY_CACHE_DIR"] = sys.argv[1]
-import cupy
-print(json.dumps([cupy.__version__, cupy.cuda.is_available()]))
+import json, os, sys, tempfile
+folder, made = sys.argv[1], []
+at = os.path.abspath(folder) if folder else ""
+while at and not os.path.lexists(at):
+    made.append(at)
+    at = os.path.dirname(at)
+told = {"version": None, "sees_gpu": False, "problem": None, "cache": None}
+try:
+    import cupy
+    told["version"], told["sees_gpu"] = cupy.__version__, cupy.cuda.is_available()
+except BaseException as error:
+    told["problem"] = f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError):
+        told["cache"] = told["problem"]
+else:
+    if os.environ.get("CUPY_CACHE_IN_MEMORY", "0") in ("", "0"):
+        try:
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            told["cache"] = f"{type(error).__name__}: {error}"
+for at in made:
+    try:
+        os.rmdir(at)
+    except OSError:
+        break
+print()
+print(json.dumps(told))
 """
 
 
 def collect():
     """All there is to tell, as a dictionary that JSON can take. Its keys are stable; a version or
     path is None where the thing is missing, and its ``problem`` then says why."""
+    tried = _told(_try_cupy, {"version": None, "sees_gpu": False, "cache": None})
+    library = {"version": None, "path": None}
     facts = {
         "cupy_cache": __version__,
         "python": platform.python_version(),
-        "platform": platform.platform(),
+        "platform": _platform(),
         "packages": {name: _version(name) for name in ("numpy", "ml_dtypes", "torch")},
-        "cupy": _cupy(),
-        "driver": _driver(),
-        "nvrtc": _nvrtc(),
-        "cuda_runtime": _cuda_runtime(),
-        "cuda_headers": _cuda_headers(),
-        "kernel_sources": _kernel_sources(),
-        "kernel_cache": _kernel_cache(),
+        "cupy": {
+            "installed": tried.get("installed", []),
+            **{name: tried[name] for name in ("version", "sees_gpu", "problem")},
+        },
+        "driver": _told(_driver, {"cuda": None, "devices": []}),
+        "nvrtc": _told(_nvrtc, {**library, "architectures": []}),
+        "cuda_runtime": _told(_cuda_runtime, library),
+        "cuda_headers": _told(_cuda_headers, {"path": None}),
+        "kernel_sources": _told(_kernel_sources, {"path": None}),
+        "kernel_cache": _told(_kernel_cache, {"path": None, "files": None, "bytes": 0}),
         "environment": {variable.name: env.text(variable) for variable in env.TABLE}
         | {name: env.other(name) for name in OTHER_VARIABLES},
     }
+    if tried["cache"] is not None:
+        facts["kernel_cache"]["problem"] = tried["cache"]
     facts["missing"] = missing(facts)
     usable = facts["cupy"]["sees_gpu"] and not facts["missing"]
     facts["backend"] = "cupy" if usable else "numpy"
@@ -59,67 +89,86 @@ def collect():
 # --- the parts ------------------------------------------------------------------------------------
 
 
+def _told(part, otherwise):
+    """What ``part()`` tells; ``otherwise``, with what is the matter, where it fails."""
+    try:
+        return part()
+    except Exception as error:  # of what is broken here, nothing is known
+        return {**otherwise, "problem": cuda.named(error)}
+
+
+def _platform():
+    try:
+        return platform.platform()
+    except Exception:
+        return sys.platform
+
+
 def _version(distribution):
     try:
         return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
+    except Exception:  # not installed, or its metadata is broken
         return None
 
 
-def _cupy():
-    """Which CuPy packages are installed, and whether the module can be imported."""
+def _try_cupy():
+    """Which CuPy packages are installed, whether the module can be imported, and what is the matter
+    with its ``cache``, if anything."""
     names = (distribution.name for distribution in importlib.metadata.distributions())
     installed = sorted({n for n in names if n and re.fullmatch(r"cupy(-cuda\w+|-rocm[\w-]+)?", n)})
-    facts = {"installed": installed, "version": None, "sees_gpu": False, "problem": None}
+    told = {"installed": installed, "version": None, "sees_gpu": False, "cache": None}
     if not installed:
-        facts["problem"] = "not installed"
-        return facts
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            tried = subprocess.run(
-                [sys.executable, "-c", _TRY_CUPY, folder],
-                capture_output=True, text=True, timeout=120, check=False,
-            )  # fmt: skip
-            facts["version"], facts["sees_gpu"] = json.loads(tried.stdout)
-        except subprocess.TimeoutExpired:
-            facts["problem"] = "importing it did not end within 120 s"
-        except ValueError:
-            lines = tried.stderr.strip().splitlines() or [f"exit status {tried.returncode}"]
-            facts["problem"] = f"it cannot be imported: {lines[-1]}"
-    return facts
+        return {**told, "problem": "not installed"}
+    if not sys.executable:
+        return {**told, "problem": "not tried, since Python does not know its own path"}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _TRY_CUPY, cuda.cache_folder()],
+            capture_output=True, text=True, errors="replace", timeout=120, check=False,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {**told, "problem": "importing it did not end within 120 s"}
+    try:
+        told |= json.loads(done.stdout.strip().rpartition("\n")[2])
+    except ValueError:
+        lines = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        told["problem"] = lines[-1]
+    if told["problem"] is not None:
+        told["problem"] = f"it cannot be imported: {told['problem']}"
+    return told
 
 
 def _driver():
     """The newest CUDA that the driver serves, and its GPUs."""
     facts = {"cuda": None, "devices": [], "problem": None}
     try:
-        cuda = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+        library = cuda.load_library()
     except OSError as error:
         facts["problem"] = f"no NVIDIA driver ({error})"
         return facts
     number = ctypes.c_int()
-    if cuda.cuDriverGetVersion(ctypes.byref(number)) == 0:
+    if library.cuDriverGetVersion(ctypes.byref(number)) == 0:
         facts["cuda"] = _dotted(number.value)
-    status = cuda.cuInit(0)
+    status = library.cuInit(0)
     if status:
         name = ctypes.c_char_p()
-        cuda.cuGetErrorName(status, ctypes.byref(name))
+        library.cuGetErrorName(status, ctypes.byref(name))
         facts["problem"] = f"cuInit failed: {(name.value or b'').decode()} ({status})"
         return facts
-    cuda.cuDeviceGetCount(ctypes.byref(number))
-    facts["devices"] = [_device(cuda, index) for index in range(number.value)]
+    library.cuDeviceGetCount(ctypes.byref(number))
+    facts["devices"] = [_device(library, index) for index in range(number.value)]
     return facts
 
 
-def _device(cuda, index):
+def _device(library, index):
     device, number, memory = ctypes.c_int(), ctypes.c_int(), ctypes.c_size_t()
     name = ctypes.create_string_buffer(256)
-    cuda.cuDeviceGet(ctypes.byref(device), index)
-    cuda.cuDeviceGetName(name, len(name), device)
-    cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
+    library.cuDeviceGet(ctypes.byref(device), index)
+    library.cuDeviceGetName(name, len(name), device)
+    library.cuDeviceTotalMem_v2(ctypes.byref(memory), device)
     capability = []
     for attribute in (75, 76):  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR
-        cuda.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
+        library.cuDeviceGetAttribute(ctypes.byref(number), attribute, device)
         capability.append(number.value)
     return {
         "index": index,
@@ -199,14 +248,18 @@ def _kernel_sources():
 
 
 def _kernel_cache():
-    """CuPy's folder of compiled kernels; ``files`` is None where it does not exist yet."""
-    folder = Path(env.other("CUPY_CACHE_DIR") or Path.home() / ".cupy" / "kernel_cache")
-    facts = {"path": str(folder), "files": None, "bytes": 0}
-    if folder.is_dir():
+    """CuPy's folder of compiled kernels; ``files`` is None where there is none that can be
+    listed."""
+    folder = cuda.cache_folder()
+    facts = {"path": folder, "files": None, "bytes": 0, "problem": None}
+    try:
         with os.scandir(folder) as entries:
             sizes = [entry.stat().st_size for entry in entries if entry.is_file()]
-        facts["files"], facts["bytes"] = len(sizes), sum(sizes)
-    return facts
+    except FileNotFoundError:  # it is made at the first import of CuPy
+        return facts
+    except OSError as error:
+        return {**facts, "problem": cuda.named(error)}
+    return {**facts, "files": len(sizes), "bytes": sum(sizes)}
 
 
 # --- what is missing ------------------------------------------------------------------------------
@@ -225,39 +278,46 @@ def missing(facts):
     if driver["problem"] is not None:
         return [*found, {"what": f"a working driver: {driver['problem']}", "command": None}]
     major = int(driver["cuda"].partition(".")[0])
-    if major < OLDEST_CUDA:
-        what = f"a driver for CUDA {OLDEST_CUDA} or newer; this one serves {driver['cuda']}"
+    if major < cuda.OLDEST:
+        what = f"a driver for CUDA {cuda.OLDEST} or newer; this one serves {driver['cuda']}"
         return [*found, {"what": what, "command": None}]
     found += _missing_packages(facts, major)
-    newest = max(facts["nvrtc"]["architectures"], default=None)
+    known = facts["nvrtc"]["architectures"]
     for device in driver["devices"]:
         architecture = int(device["compute_capability"].replace(".", ""))
-        if newest is not None and architecture > newest:
+        if known and not modules.compiles_for(architecture, known):
             what = (
                 f"an NVRTC that compiles for {device['name']} (sm_{architecture}); "
-                f"{facts['nvrtc']['version']} knows up to sm_{newest}"
+                f"{facts['nvrtc']['version']} knows sm_{min(known)} to sm_{max(known)}"
             )
-            found.append({"what": what, "command": "pip install -U nvidia-cuda-nvrtc"})
+            command = "pip install -U nvidia-cuda-nvrtc"
+            if architecture < min(known):
+                command = f"pip install -U 'cupy-cache[cuda{cuda.OLDEST}x]'"
+            found.append({"what": what, "command": command})
+    problem = facts["kernel_cache"]["problem"]
+    if problem is not None:
+        what = f"a folder for compiled kernels that can be used: {problem}"
+        found.append({"what": what, "command": "export CUPY_CACHE_DIR=/a/folder/of/yours"})
     return found
 
 
 def _missing_packages(facts, major):
     """One entry for all Python packages that a driver for CUDA ``major`` needs and lacks."""
     cupy, what = facts["cupy"], []
-    installed, extra, unfit = cupy["installed"], f"cuda{min(major, NEWEST_CUDA)}x", False
+    installed, extra, unfit = cupy["installed"], f"cuda{min(major, cuda.NEWEST)}x", False
     if len(installed) > 1:
         unfit = True
         what.append(f"a single CuPy: {' and '.join(installed)} exclude each other")
     elif installed and installed != ["cupy"]:  # that one was built here, for this machine
         built_for = re.fullmatch(r"cupy-cuda(\d+)x", installed[0])
-        unfit = built_for is None or not OLDEST_CUDA <= int(built_for[1]) <= major
+        unfit = built_for is None or not cuda.OLDEST <= int(built_for[1]) <= major
         if unfit:
             what.append(f"CuPy for CUDA {major}: {installed[0]} is for another")
-        elif int(built_for[1]) <= NEWEST_CUDA:
+        elif int(built_for[1]) <= cuda.NEWEST:
             extra = f"cuda{built_for[1]}x"  # newer drivers serve older CUDA versions too
-    if cupy["problem"] is not None:
+    if cupy["problem"] is not None and facts["kernel_cache"]["problem"] is None:
         what.append(f"CuPy: {cupy['problem']}")
-    elif tuple(int(n) for n in re.findall(r"\d+", cupy["version"])[:2]) < CUPY_NEEDED:
+    elif cupy["version"] is not None and _older(cupy["version"]):
         needed = ".".join(map(str, CUPY_NEEDED))
         what.append(f"CuPy {needed} or newer: {cupy['version']} is installed")
     for name, part in (("NVRTC", "nvrtc"), ("CUDA runtime headers", "cuda_headers")):
@@ -269,6 +329,10 @@ def _missing_packages(facts, major):
     if unfit or installed == ["cupy"]:  # the extra brings another, and there must be only one
         command = f"pip uninstall -y {' '.join(installed)} && {command}"
     return [{"what": "; ".join(what), "command": command}]
+
+
+def _older(version):
+    return tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < CUPY_NEEDED
 
 
 # --- showing it -----------------------------------------------------------------------------------
@@ -310,7 +374,11 @@ def as_text(facts):
     size = "does not exist yet"
     if cache["files"] is not None:
         size = f"{cache['files']} files, {cache['bytes'] / 2**20:.1f} MiB"
+    elif cache["problem"] is not None:
+        size = "cannot be used"
     rows.append(("kernel cache", f"{cache['path']}: {size}"))
+    if cache["problem"] is not None:
+        rows.append(("", cache["problem"]))
     meanings = {variable.name: variable.meaning for variable in env.TABLE}
     rows += [
         (name, f"{value or '(empty)':<9} {meanings.get(name, '')}".rstrip())

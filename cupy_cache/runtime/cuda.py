@@ -61,7 +61,8 @@ def named(error):
 
 def cache_folder():
     """The folder of CuPy's kernel cache, as CuPy finds it: it need not exist."""
-    return env.other("CUPY_CACHE_DIR") or os.path.expanduser("~/.cupy/kernel_cache")
+    chosen = env.other("CUPY_CACHE_DIR")
+    return os.path.expanduser("~/.cupy/kernel_cache") if chosen is None else chosen
 
 
 def cache_hint():
