@@ -89,10 +89,10 @@ DEVICES = {
 @pytest.mark.whole
 @pytest.mark.parametrize("device", DEVICES)
 def test_every_form_of_device(monkeypatch, device):
+    given = device() if callable(device) else device
     monkeypatch.setattr(driver, "active", TwoDevices())
     faults.record("op", "slots", 0, 9, 8)
     expected = DEVICES[device]
-    given = device() if callable(device) else device
     assert [fault[-1] for fault in taken(given)] == expected
     assert taken(given) == []
     rest = [fault[-1] for fault in taken()]
@@ -110,8 +110,8 @@ class NoDevice:
      torch_device("meta")],
 )  # fmt: skip
 def test_anything_else_is_refused(monkeypatch, device):
-    monkeypatch.setattr(driver, "active", TwoDevices())
     given = device() if callable(device) else device
+    monkeypatch.setattr(driver, "active", TwoDevices())
     with pytest.raises(cc.DeviceError, match="raise_faults: Invalid value of device: expected"):
         cc.raise_faults(given)
     assert len(taken()) == 2

@@ -115,11 +115,13 @@ def _complain(text):
 
 class _Parser(argparse.ArgumentParser):
     def _print_message(self, message, file=None):
-        """Python's own does not tell where the output cannot be written."""
+        """Python's own may not tell where the output cannot be written, and fail where there is no
+        standard error."""
         if file is not None and file is sys.stdout:
             file.write(message)
-        else:
-            super()._print_message(message, file)
+        elif sys.stderr is not None:
+            with contextlib.suppress(OSError):
+                sys.stderr.write(message)
 
 
 def _parser():

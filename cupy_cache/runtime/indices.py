@@ -13,6 +13,8 @@ import numpy as np
 from ..errors import DTypeError, ShapeError
 from . import arrays, contract, formats
 
+# NumPy 1 lets its booleans pass for integers, with a warning.
+_BOOLEANS_PASS = hasattr(np.bool_, "__index__")
 _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
 
 
@@ -88,6 +90,8 @@ def _pairs(op, name, value):
         return np.empty((2, 0), np.int64)
     try:
         sources, destinations = zip(*value, strict=True)
+        if _BOOLEANS_PASS and np.bool_ in map(type, (*sources, *destinations)):
+            raise TypeError("booleans")
         try:
             # A third of the time of np.array, and it takes nothing but integers.
             flat = struct.pack(f"{2 * len(value)}q", *sources, *destinations)
