@@ -1,7 +1,10 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
 import io
+import os
 import re
+import subprocess
+import sys
 import threading
 
 import cases
@@ -33,8 +36,9 @@ class Calls:
     def make(self, *shape, dtype="bfloat16"):
         return self.world.put(worlds.array(self.rng, shape, dtype))
 
-    def numbers(self, values):
-        return self.world.put(worlds.of_values(np.array(values, self.index)))
+    def numbers(self, values, role="slots"):
+        index = self.index if isinstance(self.index, str) else self.index[role]
+        return self.world.put(worlds.of_values(np.array(values, index)))
 
     def caches(self):
         """Of one layer, as specs."""
@@ -68,7 +72,8 @@ class Calls:
         cc.place_slopes([0.5], framework="emulated")
         for dtype in ("float32", "bfloat16"):
             for keys in (16, 5):
-                cc.alibi_bias(slopes, self.numbers([3]), self.numbers(range(keys)), dtype=dtype)
+                positions = (self.numbers(n, "positions") for n in ([3], range(keys)))
+                cc.alibi_bias(slopes, *positions, dtype=dtype)
 
     def write(self, caches, slots):
         key, value = (self.make(self.TOKENS, HEADS, size) for size in (SIZE, self.value_size))
@@ -101,7 +106,7 @@ class Calls:
             )  # fmt: skip
 
     def copy(self, specs, caches):
-        for mapping in ([(0, 1)], self.numbers([[0, 1]])):
+        for mapping in ([(0, 1)], self.numbers([[0, 1]], "blocks")):
             if self.layout == "rows":
                 cc.copy_blocks_mla(caches, mapping)
             else:
@@ -110,10 +115,12 @@ class Calls:
             cc.swap_blocks(cache, self.make(*spec.shape, dtype=self.stored), [(0, 1)])
 
     def read(self, specs, caches):
-        table, bounds = self.numbers([[0, 1]]), self.numbers([0, self.TOKENS])
-        cc.slot_mapping(table, self.numbers(range(self.TOKENS)), bounds, BLOCK)
-        for rows in (None, self.numbers([0])):
-            step = rows, self.numbers(range(self.TOKENS)), bounds, [BLOCK, BLOCK]
+        table = self.numbers([[0, 1]], "tables")
+        bounds = self.numbers([0, self.TOKENS], "bounds")
+        positions = self.numbers(range(self.TOKENS), "positions")
+        cc.slot_mapping(table, positions, bounds, BLOCK)
+        for rows in (None, self.numbers([0], "requests")):
+            step = rows, positions, bounds, [BLOCK, BLOCK]
             cc.slot_mapping_groups([table, table], *step)
         if self.layout == "x-packed":
             for cache, size, side in zip(caches, (SIZE, self.value_size), ("key", "value")):
@@ -125,7 +132,7 @@ class Calls:
                 self.make(self.TOKENS, *spec.shape[2:], dtype=dtype)
                 for dtype in (self.stored, "bfloat16")
             )
-            cc.gather_cache(cache, rows, table, bounds, self.numbers([3]))
+            cc.gather_cache(cache, rows, table, bounds, self.numbers([3], "starts"))
             cc.cp_gather_cache(cache, rows, table, bounds, 1)
             step = table, bounds, None, self.TOKENS, self.kv_cache_dtype, 0.5
             cc.gather_and_maybe_dequant_cache(cache, numbers, *step)
@@ -133,7 +140,7 @@ class Calls:
     def move(self, caches, slots):
         """``slots`` None: whole blocks only."""
         buffer = self.make(6 * BLOCK * HEADS * SIZE * 4, dtype="uint8")
-        for chosen in ([1], self.numbers([1])):
+        for chosen in ([1], self.numbers([1], "blocks")):
             cc.pack_blocks(caches, chosen, buffer)
             cc.unpack_blocks(buffer, caches, chosen)
             cc.zero_blocks(caches, chosen)
@@ -162,13 +169,52 @@ def test_calls_find_all_their_kernels_warm(emulated_world, rng, value_size, kv_c
             assert {kernel.stem for kernel in needed} >= {"copy_blocks", "slot_mapping"}
 
 
-def needed_by(emulated_world, run):
-    """The kernels that ``run(world)`` loads."""
+ROLES = ("slots", "positions", "tables", "bounds", "starts", "requests", "blocks")
+# What vLLM's engine has.
+ENGINE = dict.fromkeys(ROLES, "int32") | dict.fromkeys(("slots", "positions", "blocks"), "int64")
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("layout", ["NHD", "HND", "packed-NHD", "x-packed", "rows"])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_an_engine_runs_after_warmup(gpu, emulated_world, rng, layout, kv_cache_dtype):
+    """By default, and where no kernel may be loaded any more."""
+    named = [layout.partition("-")[0] if "packed-" in layout else layout]
+    assert cc.warmup(HEADS, SIZE, BLOCK, layouts=named, kv_cache_dtype=kv_cache_dtype,
+                     head_size_v=48, progress=False)  # fmt: skip
+    before = len(gpu)
+    arguments = layout, ENGINE, 48, kv_cache_dtype
+    needed = needed_by(
+        emulated_world, lambda world: Calls(world, rng, *arguments).run(),
+        load=lambda kernel: modules.load(kernel, 1),
+    )  # fmt: skip
+    assert len(needed) > 10 and len(gpu) == before
+
+
+@pytest.mark.parametrize("number", range(6))
+def test_every_mixture_that_is_named(emulated_world, rng, number):
+    """Each role has a type of its own."""
+    mixture = {role: str(rng.choice(["int32", "int64"])) for role in ROLES}
+    if number == 0:
+        mixture |= {"tables": "int32", "bounds": "int32", "starts": "int64"}
+    # Without requests their type is the table's; what is given for both, they have.
+    warm = specialisations(HEADS, SIZE, BLOCK, index_dtypes=["int32", "int64"])
+    needed = needed_by(
+        emulated_world, lambda world: Calls(world, rng, "NHD", mixture, SIZE, "auto").run()
+    )
+    missing = {kernel.key for kernel in needed} - {kernel.key for kernel in warm}
+    assert not missing, mixture
+
+
+def needed_by(emulated_world, run, load=None):
+    """The kernels that ``run(world)`` loads, each with ``load``."""
     world, needed = emulated_world(), set()
 
     class Driver(type(world.driver)):
         def load(self, kernel, device, stream):
             needed.add(kernel)
+            if load is not None:
+                load(kernel)
 
         def launch(self, loaded, grid, threads, stream, record):
             pass
@@ -293,7 +339,7 @@ def gpu(monkeypatch):
 
 
 def test_loads_all_on_the_device_even_where_nothing_else_may(gpu):
-    expected = {kernel.key for kernel in specialisations(8, 128, 16)}
+    expected = {kernel.key for kernel in specialisations(8, 128, 16, index_dtypes=None)}
     assert cc.warmup(8, 128, 16, progress=False) == len(expected)
     assert {kernel.key for kernel, _, _ in gpu} == expected
     assert {device for _, device, _ in gpu} == {1}
@@ -307,13 +353,33 @@ def test_loads_all_on_the_device_even_where_nothing_else_may(gpu):
         modules.load(attention.PLACE, 0)
 
 
-def test_the_first_error_is_raised(gpu, monkeypatch):
-    def load(kernel, device):
-        raise cc.UnsupportedArchitectureError(f"{kernel!r} on {device}")
+def test_the_first_error_is_raised_when_all_others_are_ready(gpu, monkeypatch):
+    load, count = modules._load, len(list(specialisations(8, 128, 16, index_dtypes=None)))
 
-    monkeypatch.setattr(modules, "_load", load)
-    with pytest.raises(cc.UnsupportedArchitectureError, match="on 1"):
+    def sometimes(kernel, device):
+        if kernel.stem == "slot_mapping":
+            raise cc.UnsupportedArchitectureError(f"{kernel!r} on {device}")
+        return load(kernel, device)
+
+    monkeypatch.setattr(modules, "_load", sometimes)
+    with pytest.raises(cc.UnsupportedArchitectureError, match="warmup: [1-9] of .*on 1") as caught:
         cc.warmup(8, 128, 16, progress=False)
+    failed = int(re.match(r"warmup: (\d+) of", str(caught.value))[1])
+    assert len(gpu) == count - failed > 0
+
+
+def test_an_operation_that_refuses_the_shape_stops_no_other(gpu, caplog):
+    """One, of keys that are too long for it."""
+    shape, options = (2, 65536, 16), {"kv_cache_dtype": "fp8", "progress": False}
+    assert cc.warmup(*shape, **options) == len(gpu) > 10
+    (record,) = caplog.records
+    assert "reshape_and_cache_flash_per_token_head: Invalid shape" in record.getMessage()
+    assert record.levelname == "WARNING"
+    before = len(gpu)
+    refused = ("reshape_and_cache_flash_per_token_head", "place_slopes")
+    with pytest.raises(cc.ShapeError, match="at most 2048, got 65536"):
+        cc.warmup(*shape, device=0, ops=refused, **options)
+    assert [kernel.stem for kernel, _, _ in gpu[before:]] == ["place_slopes"]
 
 
 class Terminal(io.StringIO):
@@ -322,7 +388,7 @@ class Terminal(io.StringIO):
 
 
 def test_progress(gpu, monkeypatch):
-    count = len(list(specialisations(8, 128, 16)))
+    count = len(list(specialisations(8, 128, 16, index_dtypes=None)))
     for stream, lines in ((Terminal(), count + 2), (io.StringIO(), 1)):
         monkeypatch.setattr("sys.stderr", stream)
         cc.warmup(8, 128, 16)
@@ -365,6 +431,73 @@ def test_refused_where_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr(driver.active, "device_count", lambda: 0, raising=False)
     with pytest.raises(cc.DeviceError, match="expected a GPU"):
         cc.warmup(8, 128, 16)
+
+
+# An engine's first step, in a process where nothing but warmup() may load a kernel.
+STEP = """
+import os
+import torch
+import cupy_cache as cc
+
+layers, blocks, block, heads, size, tokens = 3, 8, 16, 4, 64, 5
+cc.warmup(heads, size, block, "bfloat16", progress=False)
+os.environ["CUPYCACHE_NO_COMPILE"] = "1"
+
+def rows(*shape):
+    return torch.randn(*shape, device="cuda").to(torch.bfloat16)
+
+keys, values = ([rows(blocks, block, heads, size) for _ in range(layers)] for _ in "kv")
+host = [torch.empty_like(cache, device="cpu").pin_memory() for cache in keys]
+table = torch.tensor([[3, 1], [6, 2]], dtype=torch.int32, device="cuda")
+starts = torch.tensor([0, 3, 5], dtype=torch.int32, device="cuda")
+positions = torch.tensor([0, 1, 2, 17, 18], device="cuda")
+lengths = torch.tensor([0, 3, 22], dtype=torch.int32, device="cuda")
+mapping = torch.tensor([[1, 5]], device="cuda")
+cleared = torch.tensor([7], device="cuda")
+step = [(rows(tokens, heads, size), rows(tokens, heads, size)) for _ in range(layers)]
+slots, out = torch.empty(tokens, dtype=torch.int64, device="cuda"), rows(layers, 22, heads, size)
+expected = [[cache.clone() for cache in side] for side in (keys, values)]
+torch.cuda.synchronize()
+graph = torch.cuda.CUDAGraph()
+with torch.cuda.graph(graph):
+    cc.zero_blocks(list(zip(keys, values)), cleared)
+    cc.copy_blocks(keys, values, mapping)
+    cc.slot_mapping(table, positions, starts, block, out=slots)
+    for layer, (key, value) in enumerate(step):
+        cc.reshape_and_cache_flash(key, value, keys[layer], values[layer], slots)
+        cc.gather_cache(keys[layer], out[layer], table, lengths)
+    cc.swap_blocks(keys, host, [(2, 0), (6, 4)])
+graph.replay()
+torch.cuda.synchronize()
+cc.raise_faults()
+where = [3 * block, 3 * block + 1, 3 * block + 2, 2 * block + 1, 2 * block + 2]
+assert slots.tolist() == where
+for layer, written in enumerate(step):
+    for side, source in zip(expected, written):
+        side[layer][7] = 0
+        side[layer][5] = side[layer][1]
+        side[layer].view(-1, heads, size)[where] = source
+    assert torch.equal(keys[layer], expected[0][layer])
+    assert torch.equal(values[layer], expected[1][layer])
+    cache = keys[layer].view(-1, heads, size)
+    read = [3 * block + n for n in range(3)]
+    read += [6 * block + n for n in range(16)] + [2 * block + n for n in range(3)]
+    assert torch.equal(out[layer], cache[read])
+    assert torch.equal(host[layer][[0, 4]], keys[layer][[2, 6]].cpu())
+print("ran")
+"""
+
+
+@pytest.mark.gpu
+def test_a_step_is_captured_after_warmup(tmp_path):
+    """With an empty kernel cache: warmup compiled all that it needs."""
+    pytest.importorskip("torch")
+    done = subprocess.run(
+        [sys.executable, "-c", STEP],
+        env={**os.environ, "CUPY_CACHE_DIR": str(tmp_path / "kernels")},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout == "ran\n", done.stderr
 
 
 @pytest.mark.gpu

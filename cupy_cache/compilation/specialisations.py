@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from ..attention import alibi_slopes as attention
 from ..attention.alibi_bias import alibi_bias
-from ..errors import ArgumentError
+from ..errors import ArgumentError, CupyCacheError
 from ..ops.concat_and_cache_mla import DS_ENTRY_BYTES, FP8_DS_MLA, SCALE_RULES, concat_and_cache_mla
 from ..ops.concat_and_cache_mla_grouped import concat_and_cache_mla_grouped
 from ..ops.convert_fp8 import convert_fp8
@@ -36,6 +36,17 @@ from ..ops.swap_blocks_batch import KERNEL as SWAP_BLOCKS_BATCH
 from ..ops.zero_blocks import zero_blocks
 from ..runtime import arrays, devices, formats, launch, spelling
 
+# The element types that engines use, by what the indices are: slots and positions are computed in
+# torch, whose integers have 64 bits; tables, and what counts sequences, are made on the host.
+ENGINES = {
+    "slots": ("int64",),
+    "positions": ("int64",),
+    "tables": ("int32",),
+    "bounds": ("int32",),  # of the sequences among the rows
+    "starts": ("int32",),  # of the sequences in their tables
+    "requests": ("int32",),
+    "blocks": ("int64",),  # chosen on the GPU: pairs too
+}
 # Extents that no kernel depends on: blocks of a cache, rows of everything else.
 BLOCKS, ROWS = 1024, 64
 QUANT_BLOCK = 128  # elements of an indexer's key that share a scale, where it divides them
@@ -44,15 +55,16 @@ FLOAT32, INT64, UINT8 = (formats.DTYPES[name] for name in ("float32", "int64", "
 
 def specialisations(
     num_kv_heads, head_size, block_size, dtype="bfloat16", *, layouts=("NHD",), head_size_v=None,
-    kv_cache_dtype="auto", index_dtypes=("int64",), ops=None,
+    kv_cache_dtype="auto", index_dtypes=("int64",), ops=None, refused=None,
 ):  # fmt: skip
     """The kernels that `warmup` loads for the same arguments, each once, as `modules.Kernel`\\ s.
 
-    Needs no GPU.
+    Needs no GPU. ``index_dtypes`` None: those of `ENGINES`. ``refused``: a list that gets the
+    errors of operations that refuse the shape, of each the first; without it they are raised.
     """
     for name, given, allowed in (
         ("layouts", layouts, formats.LAYOUTS),
-        ("index_dtypes", index_dtypes, spelling.INDEX_NAMES),
+        ("index_dtypes", () if index_dtypes is None else index_dtypes, spelling.INDEX_NAMES),
         ("ops", OPERATIONS if ops is None else ops, OPERATIONS),
         ("kv_cache_dtype", [kv_cache_dtype], [*formats.CACHE_FORMATS, FP8_DS_MLA]),
     ):
@@ -70,14 +82,22 @@ def specialisations(
     model = Model(
         num_kv_heads, head_size, head_size if head_size_v is None else head_size_v, block_size,
         dtype, kv_cache_dtype, stored, tuple(layouts),
-        tuple(formats.DTYPES[name] for name in index_dtypes),
+        {
+            role: tuple(formats.DTYPES[name] for name in (index_dtypes or names))
+            for role, names in ENGINES.items()
+        },
     )  # fmt: skip
     seen = set()
     for name in OPERATIONS if ops is None else ops:
-        for kernel in map(_kernel_of, OPERATIONS[name](model)):
-            if kernel.key not in seen:
-                seen.add(kernel.key)
-                yield kernel
+        try:
+            for kernel in map(_kernel_of, OPERATIONS[name](model)):
+                if kernel.key not in seen:
+                    seen.add(kernel.key)
+                    yield kernel
+        except CupyCacheError as error:
+            if refused is None:
+                raise
+            refused.append(error)
 
 
 def _kernel_of(call):
@@ -146,7 +166,8 @@ arrays.register_framework(
 
 
 class Model(NamedTuple):
-    """What a model's calls are like. Caches are of the element type ``stored``."""
+    """What a model's calls are like. Caches are of the element type ``stored``, indices of those
+    that ``indices`` has for their role."""
 
     heads: int
     key_size: int
@@ -156,11 +177,11 @@ class Model(NamedTuple):
     kv_cache_dtype: str
     stored: formats.DType
     layouts: tuple
-    index_dtypes: tuple
+    indices: dict
 
-    def numbers(self, *shape):
-        """Slots, blocks or positions, of each index type."""
-        return [described(shape, dtype) for dtype in self.index_dtypes]
+    def numbers(self, role, *shape):
+        """Indices of each type that those of this role, see `ENGINES`, have."""
+        return [described(shape, dtype) for dtype in self.indices[role]]
 
     def tokens(self):
         """A step's keys and values."""
@@ -241,7 +262,7 @@ class Model(NamedTuple):
 
 def _flash(model):
     for caches in model.pairs():
-        for slots, scales in itertools.product(model.numbers(ROWS), model.scales()):
+        for slots, scales in itertools.product(model.numbers("slots", ROWS), model.scales()):
             step = *model.tokens(), *caches, slots, model.kv_cache_dtype
             yield reshape_and_cache_flash, *step, *scales
 
@@ -249,7 +270,7 @@ def _flash(model):
 def _per_token_head(model):
     if model.kv_cache_dtype not in formats.PER_TOKEN_HEAD_FORMATS:
         return
-    for caches, slots in itertools.product(model.pairs(), model.numbers(ROWS)):
+    for caches, slots in itertools.product(model.pairs(), model.numbers("slots", ROWS)):
         scales = [described((BLOCKS, model.block_size, model.heads), FLOAT32) for _ in "kv"]
         step = *model.tokens(), *caches, *scales, slots, model.kv_cache_dtype
         yield reshape_and_cache_flash_per_token_head, *step
@@ -257,13 +278,13 @@ def _per_token_head(model):
 
 def _x_packed(model):
     for *caches, interleaved in model.x_packed():
-        for slots, scales in itertools.product(model.numbers(ROWS), model.scales()):
+        for slots, scales in itertools.product(model.numbers("slots", ROWS), model.scales()):
             step = *model.tokens(), *caches, slots, model.kv_cache_dtype
             yield reshape_and_cache, *step, *scales, interleaved
 
 
 def _mla(model):
-    for cache, slots in itertools.product(model.rows(), model.numbers(ROWS)):
+    for cache, slots in itertools.product(model.rows(), model.numbers("slots", ROWS)):
         for rule in SCALE_RULES:
 
             def write(*step, rule=rule):
@@ -284,21 +305,21 @@ def _mla_grouped(model):
             model.kv_cache_dtype, num_blocks=BLOCKS,
         )  # fmt: skip
 
-    for cache, slots in itertools.product(model.rows(), model.numbers(1, ROWS)):
+    for cache, slots in itertools.product(model.rows(), model.numbers("slots", 1, ROWS)):
         yield write, [cache], slots
         yield write, described((1,), INT64), slots, cache.shape[2]
 
 
 def _sequences(model):
-    """Block table and bounds of each index type."""
-    return zip(model.numbers(ROWS, ROWS), model.numbers(ROWS + 1))
+    """Block table and bounds, of all combinations of their types."""
+    return itertools.product(model.numbers("tables", ROWS, ROWS), model.numbers("bounds", ROWS + 1))
 
 
 def _read_sequences(model):
     """The same, and the tokens from which sequences are read: none, so all of them, or given."""
-    for (table, bounds), starts in zip(_sequences(model), model.numbers(ROWS)):
-        yield table, bounds, None
-        yield table, bounds, starts
+    for table, bounds in _sequences(model):
+        for starts in (None, *model.numbers("starts", ROWS)):
+            yield table, bounds, starts
 
 
 def _gathers(model):
@@ -344,8 +365,8 @@ def _upconvert(model):
         return
     rows = described((ROWS, sum(part.shape[1] for part in model.entries())), model.dtype)
     for cache in model.rows():
-        for table, _, starts in _read_sequences(model):
-            bounds = described((ROWS,), table.dtype)
+        for table, bounds, starts in _read_sequences(model):
+            bounds = described((ROWS,), bounds.dtype)
             yield cp_gather_and_upconvert_fp8_kv_cache, cache, rows, table, bounds, ROWS, starts
 
 
@@ -359,7 +380,7 @@ def _converts(model):
 
 def _indexer(model):
     keys = described((ROWS, model.key_size), model.dtype)
-    for (cache, quant), slots in itertools.product(model.indexer(), model.numbers(ROWS)):
+    for (cache, quant), slots in itertools.product(model.indexer(), model.numbers("slots", ROWS)):
         for scales in ("fp8", "ue8m0", "mxfp8"):
             yield indexer_k_quant_and_cache, keys, cache, slots, quant, scales
 
@@ -376,7 +397,7 @@ def _slots(model):
         slot_mapping(*step, model.block_size, cp_world_size=ranks)
 
     for table, bounds in _sequences(model):
-        for ranks, positions in itertools.product((1, 2), model.numbers(ROWS)):
+        for ranks, positions in itertools.product((1, 2), model.numbers("positions", ROWS)):
             yield compute, ranks, table, positions, bounds
 
 
@@ -385,8 +406,9 @@ def _slot_groups(model):
         slot_mapping_groups([table], *step, [model.block_size], cp_world_size=ranks)
 
     for table, bounds in _sequences(model):
-        for ranks, positions in itertools.product((1, 2), model.numbers(ROWS)):
-            for idx in model.numbers(ROWS):
+        for ranks, positions in itertools.product((1, 2), model.numbers("positions", ROWS)):
+            # Without requests their type is the table's.
+            for idx in (None, *model.numbers("requests", ROWS)):
                 yield compute, ranks, table, idx, positions, bounds
 
 
@@ -395,7 +417,7 @@ def _biases(model):
         alibi_bias(*step, described((keys,), step[1].dtype), dtype=dtype)
 
     slopes = described((model.heads,), FLOAT32)
-    for dtype, queries in itertools.product(formats.FLOATS, model.numbers(ROWS)):
+    for dtype, queries in itertools.product(formats.FLOATS, model.numbers("positions", ROWS)):
         for keys in (ROWS, ROWS + 1):  # rows that are multiples of 16 bytes, and others
             yield compute, dtype.name, keys, slopes, queries
 
@@ -409,7 +431,7 @@ def _pairs():
 def _mappings(model):
     """The same, and mappings on the device."""
     for pairs in _pairs():
-        yield from (pairs, *model.numbers(len(pairs), 2))
+        yield from (pairs, *model.numbers("blocks", len(pairs), 2))
 
 
 def _copies(model):
@@ -440,7 +462,7 @@ def _moves(function, by_slot=False):
         for caches in model.layers(by_slot):
             size = sum(ROWS * math.prod(cache.shape[1:]) * cache.dtype.bytes for cache in caches)
             buffer = described((size,), UINT8)
-            for chosen in ([0], *model.numbers(ROWS)):
+            for chosen in ([0], *model.numbers("slots" if by_slot else "blocks", ROWS)):
                 if function is zero_blocks:
                     yield function, [caches], chosen
                 elif function in (unpack_blocks, unpack_tokens):

@@ -11,8 +11,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from ..errors import DeviceError
+from ..errors import CupyCacheError, DeviceError
 from ..runtime import contract, driver, modules
+from ..runtime.log import logger
 from ..types import DeviceLike, DTypeLike
 from .specialisations import specialisations
 
@@ -29,7 +30,7 @@ def warmup(
     head_size_v: int | None = None,
     kv_cache_dtype: str = "auto",
     device: DeviceLike | None = None,
-    index_dtypes: Sequence[str] = ("int64",),
+    index_dtypes: Sequence[str] | None = None,
     ops: Sequence[str] | None = None,
     progress: bool = True,
 ) -> int:
@@ -58,10 +59,14 @@ def warmup(
         As for the operations that write.
     device : int, str, torch.device or cupy.cuda.Device, optional
         The GPU; by default the current one.
-    index_dtypes : sequence of str
-        Element types, "int32" or "int64", of slot mappings, block tables and other indices.
+    index_dtypes : sequence of str, optional
+        Element types, "int32" or "int64", of indices: kernels for all combinations of these are
+        loaded. By default they are those of engines: int64 for slots, positions, and blocks that
+        are chosen on the GPU, int32 for block tables, bounds, starts and numbers of requests.
     ops : sequence of str, optional
-        Only these operations; by default all that the layouts apply to.
+        Only these operations; by default all that the layouts apply to. One that refuses the shape
+        does not stop the others: it is logged as a warning or, if it was named here, raised when
+        all others are ready.
     progress : bool
         Show progress on standard error: a bar where that is a terminal, one line at the end where
         it is not.
@@ -76,7 +81,8 @@ def warmup(
     CupyCacheError
         One of its kinds, such as `DeviceError` where there is no GPU.
     MissingDependencyError, UnsupportedArchitectureError, KernelError
-        A kernel could not be compiled or loaded; the first error that was met.
+        Kernels could not be compiled or loaded: the first error that was met, when all others are
+        ready.
 
     Notes
     -----
@@ -95,22 +101,37 @@ def warmup(
             "warmup: Invalid value of device: expected a GPU, got the CPU, where nothing is "
             "compiled"
         )
+    refused: list[CupyCacheError] = []
     kernels = list(
         specialisations(
             num_kv_heads, head_size, block_size, dtype, layouts=layouts, head_size_v=head_size_v,
-            kv_cache_dtype=kv_cache_dtype, index_dtypes=index_dtypes, ops=ops,
+            kv_cache_dtype=kv_cache_dtype, index_dtypes=index_dtypes, ops=ops, refused=refused,
         )
     )  # fmt: skip
+    failed: list[CupyCacheError] = []
     with _Progress(len(kernels), progress) as shown:
         workers = max(1, min(len(kernels), os.cpu_count() or 1, MAX_WORKERS))
         pool = concurrent.futures.ThreadPoolExecutor(workers, "cupy_cache warmup")
         try:
             futures = [pool.submit(_load, kernel, place.index) for kernel in kernels]
             for future in concurrent.futures.as_completed(futures):
-                future.result()
+                try:
+                    future.result()
+                except CupyCacheError as error:
+                    failed.append(error)
                 shown.step()
         finally:
             pool.shutdown(cancel_futures=True)
+    for error in refused:
+        logger.warning("warmup: left out: %s", error)
+    if failed:
+        first = failed[0]
+        raise type(first)(
+            f"warmup: {len(failed)} of {len(kernels)} kernels could not be loaded, the first: "
+            f"{first}"
+        ) from first
+    if refused and ops is not None:
+        raise refused[0]
     return len(kernels)
 
 
