@@ -58,9 +58,10 @@ def swap_blocks_batch(
     ------
     CupyCacheError
         One of its kinds, before anything is written: arrays that do not match, a null address, a
-        negative size, a range that leaves the allocation it starts in (of memory that CUDA knows),
+        negative size, a range that ends where CUDA knows of no more memory like that it starts in,
         or one that overlaps a destination. Nothing else can be told from an address: it is the
-        caller who keeps the memory alive.
+        caller who keeps the memory alive, and who knows where one allocation ends if another
+        follows without a gap. Of ordinary host memory CUDA knows nothing.
 
     Notes
     -----
