@@ -249,6 +249,41 @@ def test_locks_are_free_in_a_forked_child():
     assert done.stdout.strip() == "0"
 
 
+FORK_WITH_KERNELS = """
+import os, signal
+import numpy as np
+import cupy_cache as cc
+from cupy_cache.runtime import faults, modules
+
+modules._loaded["a kernel"] = None  # as if there were a GPU
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    faults.record("op", "slots", 0, 9, 8)
+    try:
+        cc.raise_faults()
+    except cc.FaultError:
+        pass
+    assert cc.place_slopes([1.0], device="cpu").tolist() == [1.0]
+    try:
+        cc.place_slopes([1.0], device="cuda")
+    except cc.KernelError as error:
+        os._exit(0 if "spawn" in str(error) else 3)
+    os._exit(4)
+print(os.waitpid(child, 0)[1])
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_forked_child_has_the_cpu_alone():
+    """Where the parent used CUDA, that is said."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK_WITH_KERNELS],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "0"
+
+
 # --- asking after every call ----------------------------------------------------------------------
 
 # Their numbers are addresses.

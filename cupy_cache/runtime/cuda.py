@@ -26,6 +26,8 @@ def import_cupy(why):
     cupy = sys.modules.get("cupy")
     if cupy is not None and cupy is _cupy:
         return cupy
+    if _lost_by_fork:
+        raise KernelError(f"{why}: {FORKED}")
     try:
         import cupy
     except Exception as error:
@@ -34,6 +36,19 @@ def import_cupy(why):
         raise MissingDependencyError(_ROCM.format(why, "CuPy"))
     _cupy = cupy
     return cupy
+
+
+FORKED = (
+    "CUDA cannot be used in a process that was forked from one that used it; start processes with "
+    "multiprocessing's method 'spawn'"
+)
+_lost_by_fork = False
+
+
+def lose():
+    """Refuse to use CUDA from now on: this process was forked from one that used it."""
+    global _cupy, _lost_by_fork
+    _cupy, _lost_by_fork = None, True
 
 
 def _without_cupy(why, error):

@@ -24,16 +24,12 @@ _UNPINNED = "host memory that is not pinned cannot be copied while a CUDA graph 
 
 # What the driver says (CUresult), and what that mostly means.
 _NOT_INITIALIZED, _INVALID_CONTEXT = 3, 201
-_FORKED = (
-    "CUDA cannot be used in a process that was forked from one that used it: start processes with "
-    "multiprocessing's method 'spawn'"
-)
 _RESET = (
     "if the device was reset, the kernels loaded before are gone, and all arrays: start a new "
     "process"
 )
 _MEANINGS = {
-    _NOT_INITIALIZED: _FORKED,
+    _NOT_INITIALIZED: cuda.FORKED,
     4: _RESET,  # CUDA_ERROR_DEINITIALIZED
     _INVALID_CONTEXT: _RESET,
     400: _RESET,  # CUDA_ERROR_INVALID_HANDLE

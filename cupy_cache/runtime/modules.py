@@ -12,6 +12,7 @@ One name expression per module: about 35 ms to a first kernel, against half a se
 
 import ctypes
 import functools
+import os
 import re
 import threading
 from pathlib import Path
@@ -192,6 +193,17 @@ def load(kernel, device):
                 )
             found = _loaded[key] = _load(kernel, device)
     return found
+
+
+def _after_fork():
+    """In a forked child the kernels that the parent has loaded are none."""
+    if _loaded:
+        _loaded.clear()
+        cuda.lose()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class warming:
