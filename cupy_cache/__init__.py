@@ -15,6 +15,10 @@ Copying, moving and clearing blocks and tokens
 Reading and converting
     `gather_cache`, `cp_gather_cache`, `gather_and_maybe_dequant_cache`,
     `cp_gather_and_upconvert_fp8_kv_cache`, `cp_gather_indexer_k_quant_cache`, `convert_fp8`
+Attention over the pages
+    `paged_attention`, `merge_attn_states`; under other names `paged_attention_v1`,
+    `paged_attention_v2` and, in `cupy_cache.flash_attn`, ``flash_attn_with_kvcache`` and
+    ``flash_attn_varlen_func``
 What a step needs besides
     `slot_mapping`, `slot_mapping_groups`, `alibi_slopes`, `place_slopes`, `alibi_bias`
 The caches of all layers as one object, for the cheapest calls
@@ -30,9 +34,12 @@ the arguments, `cupy_cache.integrations.torch_ops` the operations for ``torch.co
 installed and what is missing: ``python -m cupy_cache info``.
 """
 
+from . import flash_attn
 from ._version import __version__
 from .attention.alibi_bias import alibi_bias
 from .attention.alibi_slopes import alibi_slopes, place_slopes
+from .attention.merge_attn_states import merge_attn_states
+from .attention.paged_attention import paged_attention
 from .compilation import warmup
 from .errors import (
     ArgumentError,
@@ -71,6 +78,7 @@ from .ops.swap_blocks_batch import swap_blocks_batch
 from .ops.zero_blocks import zero_blocks
 from .runtime import log, tracing
 from .runtime.faults import raise_faults
+from .vllm_names import paged_attention_v1, paged_attention_v2
 
 __all__ = [
     "ArgumentError",
@@ -98,12 +106,17 @@ __all__ = [
     "cp_gather_and_upconvert_fp8_kv_cache",
     "cp_gather_cache",
     "cp_gather_indexer_k_quant_cache",
+    "flash_attn",
     "gather_and_maybe_dequant_cache",
     "gather_cache",
     "indexer_k_quant_and_cache",
+    "merge_attn_states",
     "pack_blocks",
     "pack_tokens",
     "packed_size",
+    "paged_attention",
+    "paged_attention_v1",
+    "paged_attention_v2",
     "place_slopes",
     "raise_faults",
     "reshape_and_cache",

@@ -349,6 +349,51 @@ def _bias(rng):
     )
 
 
+def _paged_attention(rng):
+    """Each query is 32 times the key of one token, which alone counts: the results are exact."""
+    keys = rng.choice([-1.0, 1.0], (6, 16, 2, 64))
+    table, lens = np.array([[4, 1], [0, 3], [5, 2]], np.int32), np.array([20, 16, 1], np.int32)
+    query = np.empty((3, 4, 64))
+    for sequence, head in np.ndindex(3, 4):
+        token = rng.integers(0, lens[sequence])
+        query[sequence, head] = 32 * keys[table[sequence, token // 16], token % 16, head // 2]
+    specs = [
+        worlds.of_values(query.astype(ml_dtypes.bfloat16)),
+        worlds.of_values(keys.astype(ml_dtypes.bfloat16)),
+        worlds.of_values(rng.standard_normal((6, 16, 2, 64)).astype(ml_dtypes.bfloat16)),
+        worlds.of_values(table),
+        worlds.of_values(lens),
+        worlds.array(rng, (3, 4, 64), "bfloat16"),
+    ]
+
+    def run(*args):
+        cc.paged_attention(*args[:5], scale=1.0, out=args[5])
+
+    def expected(query, keys, values, table, lens, out):
+        seen, _ = oracle.tokens_seen(table, lens, None, 3, 6, 16)
+        exact = oracle.paged_attention(query, keys, values, seen, scale=1.0)
+        for row, (attended, _) in exact.items():
+            out[row] = attended
+
+    return Case(specs, specs[5:], run, expected)
+
+
+def _merge(rng):
+    """One side alone counts, or both the same, or none: the results are exact."""
+    rows = [rng.integers(-99, 99, (5, 3, 24)).astype(np.float16) for _ in "ps"]
+    kinds = np.array([[0, 0], [0.5, -np.inf], [np.inf, 2], [-np.inf, -np.inf]], np.float32)
+    lses = kinds[rng.integers(0, len(kinds), (3, 5))]
+    specs = [
+        worlds.array(rng, (5, 3, 24), "float16"),
+        worlds.of_values(rows[0]),
+        worlds.of_values(lses[..., 0]),
+        worlds.of_values(rows[1]),
+        worlds.of_values(lses[..., 1]),
+        worlds.array(rng, (3, 5), "float32"),
+    ]
+    return Case(specs, [specs[0], specs[5]], cc.merge_attn_states, oracle.merge_attn_states)
+
+
 def _layers(specs):
     """Two layers of keys and values."""
     return [(specs[0], specs[1]), (specs[2], specs[3])]
@@ -473,6 +518,8 @@ CASES = {
     "slot_mapping": _slot_mapping,
     "slot_mapping_groups": _slot_groups,
     "alibi_bias": _bias,
+    "merge_attn_states": _merge,
+    "paged_attention": _paged_attention,
     "alibi_slopes": _slopes,
     "place_slopes": _placed,
 }

@@ -511,3 +511,92 @@ def cp_gather_indexer_k_quant_cache(
                 at = scale_at + i
                 dst_scale[row, i] = kv_cache[block, at // width, at % width]
     return faults
+
+
+def tokens_seen(
+    block_table, seq_lens, query_start_loc, tokens, num_blocks, block_size, window=None,
+    causal=True,
+):  # fmt: skip
+    """What each query of `paged_attention` sees: {row: (sequence, position, [(token, block,
+    offset), …])}; and the faults to expect: (row, argument, value, limit)."""
+    longest = block_table.shape[1] * block_size
+    seen, faults = {}, set()
+    for b in range(len(seq_lens)):
+        begin, end = (b, b + 1) if query_start_loc is None else map(int, query_start_loc[b : b + 2])
+        for row in range(begin, end):
+            if not 0 <= row < tokens:
+                continue
+            length = int(seq_lens[b])
+            if not 0 <= length <= longest:
+                faults.add((b, "seq_lens", length, longest + 1))
+                length = 0 if length < 0 else longest
+            position = length - (end - begin) + (row - begin)
+            found = []
+            for token in range(length):
+                if causal and token > position:
+                    continue
+                if window is not None and position - token >= window:
+                    continue
+                block = int(block_table[b, token // block_size])
+                if 0 <= block < num_blocks:
+                    found.append((token, block, token % block_size))
+                else:
+                    faults.add((b, "block_table", block, num_blocks))
+            seen[row] = b, position, found
+    return seen, faults
+
+
+def paged_attention(
+    query, keys, values, seen, *, scale=None, alibi_slopes=None, soft_cap=None, sinks=None
+):
+    """``keys`` and ``values`` are numbers [block, offset, head, element]; ``seen`` is of
+    `tokens_seen`. {row: (attended [head, element], logarithms [head])}, all in float64."""
+    heads, group = query.shape[1], query.shape[1] // keys.shape[2]
+    if scale is None:
+        scale = 1 / math.sqrt(query.shape[2])
+    result = {}
+    for row, (_, position, tokens) in seen.items():
+        attended, logarithms = np.zeros((heads, values.shape[3])), np.full(heads, -math.inf)
+        for head in range(heads) if tokens else ():
+            logits = []
+            for token, block, offset in tokens:
+                key = keys[block, offset, head // group].astype(np.float64)
+                logit = scale * float(query[row, head].astype(np.float64) @ key)
+                if soft_cap is not None:
+                    logit = soft_cap * math.tanh(logit / soft_cap)
+                if alibi_slopes is not None:
+                    logit += float(alibi_slopes[head]) * (token - position)
+                logits.append(logit)
+            everything = logits + ([] if sinks is None else [float(sinks[head])])
+            largest = max(everything)
+            total = math.fsum(math.exp(logit - largest) for logit in everything)
+            for logit, (_, block, offset) in zip(logits, tokens):
+                weight = math.exp(logit - largest) / total
+                attended[head] += weight * values[block, offset, head // group].astype(np.float64)
+            logarithms[head] = largest + math.log(total)
+        result[row] = attended, logarithms
+    return result
+
+
+def merge_attn_states(
+    output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse=None
+):
+    """Written in float64, then rounded."""
+    for token, head in np.ndindex(*output.shape[:2]):
+        ones = float(prefix_lse[head, token]), float(suffix_lse[head, token])
+        ones = [-math.inf if one == math.inf else one for one in ones]
+        rows = prefix_output[token, head], suffix_output[token, head]
+        largest = max(ones)
+        if largest == -math.inf:
+            output[token, head] = rows[0]
+            logarithm = largest
+        else:
+            weights = [math.exp(one - largest) for one in ones]
+            merged = np.zeros(output.shape[2])
+            for weight, row in zip(weights, rows):
+                if weight:
+                    merged += weight / sum(weights) * row.astype(np.float64)
+            output[token, head] = merged
+            logarithm = largest + math.log(sum(weights))
+        if output_lse is not None:
+            output_lse[head, token] = logarithm

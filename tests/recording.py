@@ -52,6 +52,10 @@ class Recorder:
         del device
         return 132
 
+    def has_clusters(self, device):
+        del device
+        return True
+
     def capturing(self, stream, device):
         del stream, device
         return False

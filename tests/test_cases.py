@@ -13,7 +13,9 @@ import worlds
 import cupy_cache as cc
 from cupy_cache.runtime import dispatch
 
+# No operations; other names of one.
 NO_OPERATION = {"packed_size", "raise_faults", "warmup"}
+NO_OPERATION |= {"flash_attn", "paged_attention_v1", "paged_attention_v2"}
 
 
 @pytest.mark.parametrize("name", cases.CASES)

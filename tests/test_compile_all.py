@@ -41,13 +41,19 @@ SHAPES = tuple(
     )
 )
 # What packs, unpacks and zeroes comes in many kinds from one source, hardly depending on the shape.
-FEW = [op for op in OPERATIONS if not op.startswith(("pack_tokens", "unpack_", "zero_"))]
+# Attention takes a second a kernel.
+FEW = [
+    op
+    for op in OPERATIONS
+    if not op.startswith(("pack_tokens", "unpack_", "zero_", "paged_attention"))
+]
 PAIRS = [name for name in formats.LAYOUTS if name not in ("rows", "indexer")]
 # The instructions are read for the plain copies of these alone, except on the complete
 # architecture: starting the disassembler takes longer than compiling a dozen kernels.
 READ_EVERYWHERE = ("copy_blocks", "reshape_and_cache_flash", "gather_cache")
 # A vector is of what is written: these read less, or nothing.
 READ_LESS = ("Dequantise", "Direction::kZero", "alibi_bias")
+WRITE_LESS = ("paged_attention",)  # its vectors are of what is read
 TOGETHER = 64  # kernels of one source that are compiled and read at a time
 
 
@@ -59,6 +65,11 @@ def chosen(architecture, everything=False):
             yield from specialisations(*shape, layouts=PAIRS, ops=FEW)
         yield from specialisations(*ONE_SHAPE, layouts=PAIRS, index_dtypes=["int32", "int64"])
     yield from specialisations(*ONE_SHAPE, layouts=["HND", "x-packed"], ops=FEW)
+    for name, heads in (("auto", 32), ("auto", 128), ("fp8", 32)):
+        yield from specialisations(
+            *ONE_SHAPE, layouts=["NHD"], kv_cache_dtype=name, num_heads=heads,
+            ops=["paged_attention"],
+        )  # fmt: skip
     for name in ("fp8", "fp8_e5m2", "int8") if complete else ("fp8",):
         yield from specialisations(*ONE_SHAPE, layouts=PAIRS, kv_cache_dtype=name, ops=CONVERTING)
     for name in ("auto", "fp8", "int8", "fp8_ds_mla") if complete else ("fp8_ds_mla",):
@@ -106,7 +117,8 @@ def moved_too_little(kernel, text):
     if 16 not in vector_widths(kernel):
         return
     reads = not any(word in kernel.expression for word in READ_LESS)
-    for mnemonic, what in (("LDG", "loads"), ("STG", "stores"))[not reads :]:
+    writes = not any(word in kernel.expression for word in WRITE_LESS)
+    for mnemonic, what in (("LDG", "loads"),) * reads + (("STG", "stores"),) * writes:
         if not re.search(rf"\b{mnemonic}\S*\.128\b", text):
             yield f"no 16-byte {what}"
 

@@ -1,5 +1,8 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
+import functools
+
+import attending
 import numpy as np
 import oracle
 import pytest
@@ -221,3 +224,81 @@ def test_no_layers(world):
     cache = cc.PagedKVCache([], [])
     cache.copy_blocks([(0, 1)])
     assert len(cache) == 0
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+def attending_to(world, cache, layer, problem):
+    """A call that does what `attending.Problem.run` does, with the caches of a `PagedKVCache`."""
+    step = [world.put(spec) for spec in (problem.query, problem.table, problem.lens)]
+    named = {
+        "query_start_loc": problem.starts, "alibi_slopes": problem.slopes, "sinks": problem.sinks,
+        "out": problem.out, "lse": problem.lse,
+    }  # fmt: skip
+    named = {name: world.put(spec) for name, spec in named.items()}
+    named |= {name: v for name, v in problem.options.items() if name != "kv_cache_dtype"}
+    return functools.partial(cache.attend, layer, *step, **named)
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        {},
+        {"queries": [2, 0, 3], "lse": None},
+        {"layout": "x-packed", "slopes": True, "sinks": "float32"},
+        {"kv_cache_dtype": "fp8", "scales": "number", "sliding_window": 3, "causal": False},
+        {"kv_cache_dtype": "int8", "scales": "heads", "soft_cap": 3.0, "scale": 0.5},
+        {"queries": [1, 1, 1], "slopes": True, "layout": "HND"},
+    ],
+)
+def test_attention_again_and_again(world, rng, named):
+    named = {"width": 2, "storage": "uint8" if "kv_cache_dtype" in named else None} | named
+    problems = [attending.Problem(rng, [20, 3, 9], **named) for _ in range(2)]
+    scales = [
+        [s and world.put(s) if isinstance(s, worlds.Spec) else s for s in values] or None
+        for values in zip(*(problem.scales.values() for problem in problems))
+    ]
+    cache = cc.PagedKVCache(
+        *([world.put(p.caches[side]) for p in problems] for side in (0, 1)),
+        named.get("kv_cache_dtype", "auto"), *scales,
+    )  # fmt: skip
+    calls = [attending_to(world, cache, *numbered) for numbered in enumerate(problems)]
+    for _ in range(3):
+        for call, problem in zip(calls, problems):
+            assert call() is call.keywords["out"]
+            problem.judge(world)
+    assert len(cache._attenders) == 2
+
+
+def test_new_result_of_attention(world, rng):
+    problem = attending.Problem(rng, [20, 3, 9], dtype="float16", lse=None)
+    cache = cc.PagedKVCache(*([world.put(cache)] for cache in problem.caches))
+    step = [world.put(spec) for spec in (problem.query, problem.table, problem.lens)]
+    made = world.numpy(cache.attend(0, *step))
+    problem.run(world)
+    np.testing.assert_array_equal(made, problem.out.on(world.bytes_of(problem.out))[:3])
+
+
+def test_attention_is_remembered_by_its_options_and_within_bounds(rng):
+    world, problem = worlds.NumPyWorld(), attending.Problem(rng, [9])
+    cache = cc.PagedKVCache(*([world.put(cache)] for cache in problem.caches))
+    step = [world.put(spec) for spec in (problem.query, problem.table, problem.lens)]
+    cache.attend(0, *step, scale=1, sliding_window=1)
+    for name in ("scale", "sliding_window"):
+        with pytest.raises(cc.ArgumentError, match=f"paged_attention: Invalid value of {name}"):
+            cache.attend(0, *step, **{"scale": 1, "sliding_window": 1, name: True})
+    for number in range(50):
+        sinks = np.full(4, number, np.float32)
+        wanted = cc.paged_attention(
+            step[0], *map(world.put, problem.caches), *step[1:], sinks=sinks
+        )
+        np.testing.assert_array_equal(cache.attend(0, *step, sinks=sinks), wanted)
+    assert len(cache._attenders) <= 16
+
+
+def test_attention_needs_values(world, rng):
+    cache = cc.PagedKVCache(*put(world, caches(rng, "rows", "float32")))
+    problem = attending.Problem(rng, [9])
+    with pytest.raises(cc.ArgumentError, match="expected key and value caches"):
+        attending_to(world, cache, 0, problem)()

@@ -40,7 +40,9 @@ def test_any_other_statement_is_refused(name):
             stays, ('"memory"', ""), ("rn.", "rz."), ("rn.", "rn.ftz."), (".satfinite", ""),
             (".sat.", "."), ("global.", "global.L1::no_allocate."), (".L2::cache_hint", ""),
             ("s32", "u32"), ("s64", "u64"), ("setp.ne", "setp.eq"), ("@when", "@!when"),
-            ("%0", "%1"), ('"h"', '"r"'), ('"r"', '"h"'),
+            ("%0", "%1"), ('"h"', '"r"'), ('"r"', '"h"'), (".ftz", ""), (".approx", ""),
+            ("_group", "_all"), (".aligned", ""), (".x4", ".x2"), ("f16", "tf32"),
+            ("cluster", "cta"), ("async", "bulk"),
         )  # fmt: skip
         others = {whole.replace(*change, 1) for change in changes} - {whole}
         assert len(others) > 2

@@ -13,6 +13,7 @@ import re
 import subprocess
 import sys
 
+import attending
 import cases
 import numpy as np
 import oracle
@@ -36,6 +37,8 @@ NOT_REGISTERED = {
     "place_slopes": "likewise",
     "packed_size": "a number, of shapes alone",
     "raise_faults": "it waits for the device and returns nothing",
+    "paged_attention_v1": "another name of paged_attention",
+    "paged_attention_v2": "likewise",
     "warmup": "it compiles, and takes no tensor",
 }
 CASES = [name for name in cases.CASES if name.partition("-")[0] not in NOT_REGISTERED]
@@ -74,7 +77,7 @@ def translate(name, signature, args, options):
             given[argument] = as_tensor(value)
         elif argument in ("block_mapping", "block_ids", "slot_mapping") and type(value) is list:
             given[argument] = torch.tensor(value)
-        elif "scale" in argument and isinstance(value, float):
+        elif argument == "scale" and "output" in given and isinstance(value, float):
             device = given["output"].device
             given[argument] = torch.tensor([value], dtype=torch.float32, device=device)
         elif argument == "caches" and isinstance(value[0], tuple):
@@ -404,6 +407,23 @@ def test_new_bias(world, rng, dtype):
     oracle.alibi_bias(*values, expected, sqrt=True)
     options = {"dtype": dtype, "sqrt": True}
     check_new(world, "alibi_bias", put_all(world, values), options, expected)
+
+
+@only_torch
+@pytest.mark.parametrize("layout", ["NHD", "x-packed", "interleaved"])
+def test_new_attention(world, rng, layout):
+    """With logarithms, which are written, and without."""
+    problem = attending.Problem(rng, [9, 0, 20], sizes=(32, 16), layout=layout, scale=0.5)
+    problem.solve(world)
+    expected = problem.out.on(world.bytes_of(problem.out))[:3]
+    args = problem.query, *problem.caches, problem.table, problem.lens
+    args = list(map(world.put, args))
+    check_new(world, "paged_attention", args, {"scale": 0.5}, expected)
+    written = problem.lse.on(world.bytes_of(problem.lse))
+    lse = world.put(problem.lse).fill_(0)
+    torch.ops.cupy_cache.paged_attention(*args, scale=0.5, lse=lse)
+    torch.library.opcheck(overload("paged_attention"), args, {"scale": 0.5, "lse": lse})
+    np.testing.assert_array_equal(problem.lse.on(world.bytes_of(problem.lse)), written)
 
 
 # --- several in one function ----------------------------------------------------------------------

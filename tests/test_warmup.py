@@ -74,6 +74,9 @@ class Calls:
             for keys in (16, 5):
                 positions = (self.numbers(n, "positions") for n in ([3], range(keys)))
                 cc.alibi_bias(slopes, *positions, dtype=dtype)
+        rows = [self.make(self.TOKENS, HEADS, self.value_size) for _ in "ops"]
+        lse = self.make(HEADS, self.TOKENS, dtype="float32")
+        cc.merge_attn_states(rows[0], rows[1], lse, rows[2], lse)
 
     def write(self, caches, slots):
         key, value = (self.make(self.TOKENS, HEADS, size) for size in (SIZE, self.value_size))
@@ -306,11 +309,20 @@ def test_sparse_attention():
 
 
 def test_dtypes_of_one_width_share_their_kernels():
+    """Where bytes are moved."""
+    moving = [op for op in OPERATIONS if op not in ("merge_attn_states", "paged_attention")]
     half, other_half, single = (
-        {kernel.key for kernel in specialisations(8, 128, 16, dtype)}
+        {kernel.key for kernel in specialisations(8, 128, 16, dtype, ops=moving)}
         for dtype in ("float16", "bfloat16", "float32")
     )
     assert half == other_half != single
+
+
+def test_query_heads():
+    """By default as many as there are of keys and values."""
+    for named, heads in (({}, 8), ({"num_heads": 32}, 32)):
+        (kernel,) = specialisations(8, 128, 16, ops=["merge_attn_states"], **named)
+        assert f", {heads}, 256>" in kernel.expression
 
 
 def test_only_the_operations_asked_for():
@@ -408,6 +420,7 @@ def test_progress(gpu, monkeypatch):
         ({"head_size": 64.0}, cc.ArgumentError, ("head_size", "64.0")),
         ({"block_size": -1}, cc.ArgumentError, ("block_size", "-1")),
         ({"head_size_v": 0}, cc.ArgumentError, ("head_size_v",)),
+        ({"num_heads": 0}, cc.ArgumentError, ("num_heads",)),
         ({"dtype": "float12"}, cc.ArgumentError, ("dtype", "float12")),
         ({"kv_cache_dtype": "fp9"}, cc.ArgumentError, ("kv_cache_dtype", "'fp9'", "fp8_e5m2")),
         ({"layouts": ("NHD", "NDH")}, cc.ArgumentError, ("layouts", "'NDH'", "HND")),

@@ -143,6 +143,28 @@ def reads(make: Make[Array]) -> None:
     cc.convert_fp8(cache, stored, one, "fp8_e5m2")
 
 
+def attention(make: Make[Array]) -> None:
+    query = make(zeros(1, 2 * HEADS, SIZE))
+    caches = [make(zeros(BLOCKS, BLOCK_SIZE, HEADS, SIZE)) for _ in range(2)]
+    table, lens = make(numbers(3, 1).reshape(1, 2)), make(numbers(3))
+    attended = cc.paged_attention(query, caches[0], caches[1], table, lens, scale=0.5)
+    assert attended.shape == (1, 2 * HEADS, SIZE)
+    cc.paged_attention(
+        query, caches[0], caches[1], table, lens, query_start_loc=make(numbers(0, 1)), scale=None,
+        alibi_slopes=make(zeros(2 * HEADS)), sliding_window=2, soft_cap=np.float64(30), out=query,
+        lse=make(zeros(1, 2 * HEADS)),
+    )  # fmt: skip
+    # Its arrays are of frameworks that it knows.
+    one, pages = zeros(1, 1, HEADS, SIZE), zeros(BLOCKS, BLOCK_SIZE, HEADS, SIZE)
+    pair = cc.flash_attn.flash_attn_with_kvcache(
+        one, pages, pages, one, one, cache_seqlens=numbers(3), block_table=numbers(3).reshape(1, 1),
+        causal=True, window_size=(2, 0), return_softmax_lse=True,
+    )  # fmt: skip
+    assert pair[0].shape == one.shape and pair[1].shape == (1, HEADS, 1)
+    bounds = numbers(0, 1)
+    cc.flash_attn.flash_attn_varlen_func(one[0], one[0], one[0], bounds, bounds, 1, 1)
+
+
 def helpers(make: Make[Array]) -> None:
     table, bounds = make(numbers(3, 1).reshape(1, 2)), make(numbers(0, 3))
     positions = make(numbers(0, 1, 2))
@@ -172,6 +194,10 @@ def objects(make: Make[Array]) -> None:
     cache.write(0, key, key, slots)
     write: Writer = cache.writer(1)
     write(key, key, slots, stream=None)
+    attended = cache.attend(
+        0, key, make(numbers(0, 1, 2).reshape(3, 1)), make(numbers(1, 0, 4)), sliding_window=2
+    )
+    assert attended.shape == (TOKENS, HEADS, SIZE)
     cache.copy_blocks([(0, 1)])
     cache.swap_blocks(cc.PagedKVCache(others, more), [(1, 2)])
     assert len(cache) == len(cache.key_caches) == 2
@@ -182,7 +208,7 @@ def objects(make: Make[Array]) -> None:
     cc.PagedKVCache(eighth[:1], eighth[1:], "fp8", k_scales=[0.5], v_scales=one)
 
 
-EVERYTHING = (writes, copies, reads, helpers, objects)
+EVERYTHING = (writes, copies, reads, attention, helpers, objects)
 
 
 # --- annotations of one's own ---------------------------------------------------------------------

@@ -14,6 +14,8 @@ from typing import NamedTuple
 
 from ..attention import alibi_slopes as attention
 from ..attention.alibi_bias import alibi_bias
+from ..attention.merge_attn_states import merge_attn_states
+from ..attention.paged_attention import paged_attention
 from ..errors import ArgumentError, CupyCacheError
 from ..ops.concat_and_cache_mla import DS_ENTRY_BYTES, FP8_DS_MLA, SCALE_RULES, concat_and_cache_mla
 from ..ops.concat_and_cache_mla_grouped import concat_and_cache_mla_grouped
@@ -55,7 +57,7 @@ FLOAT32, INT64, UINT8 = (formats.DTYPES[name] for name in ("float32", "int64", "
 
 def specialisations(
     num_kv_heads, head_size, block_size, dtype="bfloat16", *, layouts=("NHD",), head_size_v=None,
-    kv_cache_dtype="auto", index_dtypes=("int64",), ops=None, refused=None,
+    kv_cache_dtype="auto", index_dtypes=("int64",), num_heads=None, ops=None, refused=None,
 ):  # fmt: skip
     """The kernels that `warmup` loads for the same arguments, each once, as `modules.Kernel`\\ s.
 
@@ -86,6 +88,7 @@ def specialisations(
             role: tuple(formats.DTYPES[name] for name in (index_dtypes or names))
             for role, names in ENGINES.items()
         },
+        num_kv_heads if num_heads is None else num_heads,
     )  # fmt: skip
     seen = set()
     for name in OPERATIONS if ops is None else ops:
@@ -178,6 +181,7 @@ class Model(NamedTuple):
     stored: formats.DType
     layouts: tuple
     indices: dict
+    query_heads: int
 
     def numbers(self, role, *shape):
         """Indices of each type that those of this role, see `ENGINES`, have."""
@@ -422,6 +426,37 @@ def _biases(model):
             yield compute, dtype.name, keys, slopes, queries
 
 
+def _attention(model):
+    """Of one query for each sequence, and of several; of many sequences, and of one, which several
+    thread blocks share."""
+
+    def attend(starts, k_scale, v_scale, *step):
+        paged_attention(
+            *step, query_start_loc=starts, kv_cache_dtype=model.kv_cache_dtype, k_scale=k_scale,
+            v_scale=v_scale,
+        )  # fmt: skip
+
+    if model.dtype == FLOAT32:
+        return
+    packed = ((keys, values) for keys, values, _ in model.x_packed())
+    for caches in itertools.chain(model.pairs(), packed):
+        for count in (1, ROWS):
+            query = described((count, model.query_heads, model.key_size), model.dtype)
+            indices = itertools.product(
+                model.numbers("tables", count, ROWS), model.numbers("requests", count),
+                (None, *model.numbers("bounds", count + 1)),
+            )  # fmt: skip
+            for (table, lens, starts), scales in itertools.product(indices, model.scales()):
+                yield attend, starts, *scales, query, *caches, table, lens
+
+
+def _merges(model):
+    if model.dtype in formats.FLOATS:
+        rows = [described((ROWS, model.query_heads, model.value_size), model.dtype) for _ in "ops"]
+        lses = [described((model.query_heads, ROWS), FLOAT32) for _ in "ps"]
+        yield merge_attn_states, rows[0], rows[1], lses[0], rows[2], lses[1]
+
+
 def _pairs():
     """Mappings of several lengths: how much there is to copy decides between two kernels."""
     half = BLOCKS // 2
@@ -496,8 +531,10 @@ OPERATIONS = {
     "gather_and_maybe_dequant_cache": _dequant_gather,
     "gather_cache": _gather,
     "indexer_k_quant_and_cache": _indexer,
+    "merge_attn_states": _merges,
     "pack_blocks": _moves(pack_blocks),
     "pack_tokens": _moves(pack_tokens, by_slot=True),
+    "paged_attention": _attention,
     "place_slopes": _launches(attention.PLACE),
     "reshape_and_cache": _x_packed,
     "reshape_and_cache_flash": _flash,

@@ -31,6 +31,7 @@ def warmup(
     kv_cache_dtype: str = "auto",
     device: DeviceLike | None = None,
     index_dtypes: Sequence[str] | None = None,
+    num_heads: int | None = None,
     ops: Sequence[str] | None = None,
     progress: bool = True,
 ) -> int:
@@ -62,7 +63,10 @@ def warmup(
     index_dtypes : sequence of str, optional
         Element types, "int32" or "int64", of indices: kernels for all combinations of these are
         loaded. By default they are those of engines: int64 for slots, positions, and blocks that
-        are chosen on the GPU, int32 for block tables, bounds, starts and numbers of requests.
+        are chosen on the GPU, int32 for block tables, lengths, bounds, starts and numbers of
+        requests.
+    num_heads : int, optional
+        Query heads on this GPU, for attention; by default as many as ``num_kv_heads``.
     ops : sequence of str, optional
         Only these operations; by default all that the layouts apply to. One that refuses the shape
         does not stop the others: it is logged as a warning or, if it was named here, raised when
@@ -93,6 +97,7 @@ def warmup(
     for name, value in (
         ("num_kv_heads", num_kv_heads), ("head_size", head_size), ("block_size", block_size),
         ("head_size_v", head_size if head_size_v is None else head_size_v),
+        ("num_heads", num_kv_heads if num_heads is None else num_heads),
     ):  # fmt: skip
         check.positive(name, value)
     place = driver.device_named(device, "warmup: device")
@@ -105,7 +110,8 @@ def warmup(
     kernels = list(
         specialisations(
             num_kv_heads, head_size, block_size, dtype, layouts=layouts, head_size_v=head_size_v,
-            kv_cache_dtype=kv_cache_dtype, index_dtypes=index_dtypes, ops=ops, refused=refused,
+            kv_cache_dtype=kv_cache_dtype, index_dtypes=index_dtypes, num_heads=num_heads, ops=ops,
+            refused=refused,
         )
     )  # fmt: skip
     failed: list[CupyCacheError] = []

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations on NumPy: what runs where there is no GPU, and what the kernels mean."""
 
+from .attention import merge_attn_states, paged_attention
 from .operations import (
     alibi_bias,
     alibi_slopes,
@@ -33,7 +34,9 @@ __all__ = [
     "gather_cache",
     "gather_fp8_ds_mla",
     "indexer_k_quant_and_cache",
+    "merge_attn_states",
     "pack",
+    "paged_attention",
     "reshape_and_cache",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_per_token_head",

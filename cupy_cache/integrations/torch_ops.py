@@ -14,8 +14,8 @@ express is otherwise:
 * A mapping or a list of numbers is a tensor, where the function takes it in either form: pairs
   [num_pairs, 2], blocks and slots [n].
 * A scale is a tensor or None, which means 1.0: numbers would have to be part of the graph.
-* `slot_mapping`, `slot_mapping_groups` and `alibi_bias` return a new tensor. With ``out``, which
-  follows the arguments that are needed, they write it and return nothing.
+* `slot_mapping`, `slot_mapping_groups`, `alibi_bias` and `paged_attention` return a new tensor.
+  With ``out``, which follows the arguments that are needed, they write it and return nothing.
 * `pack_blocks`, `unpack_blocks`, `pack_tokens`, `unpack_tokens` and `zero_blocks` take ``caches``
   as one list; with ``with_values=True`` it holds each layer's key cache and value cache in turn.
 * `swap_blocks` takes two tensors, with ``block_size_in_bytes`` before the mapping or without it,
@@ -25,8 +25,9 @@ express is otherwise:
 
 For the same reason there is no `swap_blocks_batch`. `alibi_slopes` and `place_slopes`, whose
 results are remembered, `packed_size`, which is a number, `warmup` and `raise_faults` are no
-operations on tensors, and a `PagedKVCache` holds addresses: make and call them outside of what is
-compiled, or where it may be interrupted (docs/compiled_code.md).
+operations on tensors, `paged_attention_v1`, `paged_attention_v2` and `cupy_cache.flash_attn` are
+other names, and a `PagedKVCache` holds addresses: make and call them outside of what is compiled,
+or where it may be interrupted (docs/compiled_code.md).
 
 What can be told from shapes, strides, dtypes, devices and options is checked while a function is
 traced, with the public function's error, which torch puts into one of its own. Numbers in tensors,
@@ -155,6 +156,21 @@ SCHEMAS = (
 
     'alibi_bias.out(Tensor slopes, Tensor query_positions, Tensor key_positions, Tensor(a!) out, '
     '*, str? dtype=None, bool sqrt=False, bool causal=False) -> ()',
+
+    'merge_attn_states(Tensor(a!) output, Tensor prefix_output, Tensor prefix_lse, '
+    'Tensor suffix_output, Tensor suffix_lse, Tensor(b!)? output_lse=None) -> ()',
+
+    'paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, '
+    'Tensor seq_lens, *, Tensor? query_start_loc=None, float? scale=None, '
+    'Tensor? alibi_slopes=None, int? sliding_window=None, float? soft_cap=None, '
+    'Tensor? sinks=None, bool causal=True, str kv_cache_dtype="auto", Tensor? k_scale=None, '
+    'Tensor? v_scale=None, Tensor(a!)? lse=None) -> Tensor',
+
+    'paged_attention.out(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, '
+    'Tensor seq_lens, Tensor(a!) out, *, Tensor? query_start_loc=None, float? scale=None, '
+    'Tensor? alibi_slopes=None, int? sliding_window=None, float? soft_cap=None, '
+    'Tensor? sinks=None, bool causal=True, str kv_cache_dtype="auto", Tensor? k_scale=None, '
+    'Tensor? v_scale=None, Tensor(b!)? lse=None) -> ()',
 )  # fmt: skip
 
 
@@ -392,10 +408,18 @@ def _new_bias(slopes, query_positions, key_positions, *, dtype=None, **options):
     return query_positions.new_empty(shape, dtype=dtype)
 
 
+def _attended(query, key_cache, value_cache, *args, **options):
+    del args, options
+    x_packed = key_cache.dim() == 5
+    head_size = value_cache.shape[value_cache.dim() - 2 if x_packed else 3]
+    return query.new_empty((*query.shape[:2], head_size))
+
+
 _RESULTS = {
     "slot_mapping": _new_slots,
     "slot_mapping_groups": _new_slots_of_groups,
     "alibi_bias": _new_bias,
+    "paged_attention": _attended,
 }
 
 

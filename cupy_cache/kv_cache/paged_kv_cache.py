@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .. import errors
+from ..attention import paged_attention
 from ..errors import ArgumentError, CupyCacheError, DTypeError, ShapeError
 from ..ops import (
     concat_and_cache_mla,
@@ -16,8 +17,10 @@ from ..ops import (
     reshape_and_cache_flash,
     swap_blocks,
 )
-from ..runtime import contract, dispatch, lists
+from ..runtime import contract, dispatch, lists, streams
 from ..types import ArrayLike, Layers, Pairs, Scale, StreamLike, Writer
+
+MAX_ATTENDERS = 16  # of one layer
 
 
 class PagedKVCache:
@@ -94,6 +97,8 @@ class PagedKVCache:
         self.value_caches = None if value_caches is None else list(value_caches)
         k_scales = _for_each_layer("k_scales", k_scales, len(self))
         v_scales = _for_each_layer("v_scales", v_scales, len(self))
+        self._kv_cache_dtype, self._scales = kv_cache_dtype, list(zip(k_scales, v_scales))
+        self._attenders: dict[tuple, Any] = {}
         # Not a list: that has layers of negative numbers, too.
         self._writers = {
             layer: self._writer(layer, kv_cache_dtype, k_scales[layer], v_scales[layer])
@@ -164,6 +169,76 @@ class PagedKVCache:
                 if path(given, bound.scalars, None, bound):
                     return
         bound(key, value, slot_mapping, stream=stream)
+
+    def attend(
+        self,
+        layer: int,
+        query: ArrayLike,
+        block_table: ArrayLike,
+        seq_lens: ArrayLike,
+        *,
+        query_start_loc: ArrayLike | None = None,
+        scale: float | None = None,
+        alibi_slopes: ArrayLike | None = None,
+        sliding_window: int | None = None,
+        soft_cap: float | None = None,
+        sinks: ArrayLike | None = None,
+        causal: bool = True,
+        out: ArrayLike | None = None,
+        lse: ArrayLike | None = None,
+        stream: StreamLike | None = None,
+    ) -> Any:
+        """Attend from one step's queries to a layer's pages.
+
+        Parameters
+        ----------
+        layer : int
+        query, block_table, seq_lens, query_start_loc, out, lse, stream
+            As for `paged_attention`, and so is what is returned.
+        scale, alibi_slopes, sliding_window, soft_cap, sinks, causal
+            Likewise. Their combination is remembered for the layer, and the arrays among them are
+            kept, as the caches are: give the same ones at each step.
+        """
+        options = scale, sliding_window, soft_cap, bool(causal)
+        given = query_start_loc is not None, lse is not None
+        kinds = tuple(map(type, options))  # True equals 1
+        key = layer, options, kinds, id(alibi_slopes), id(sinks), given
+        bound = self._attenders.get(key)
+        if bound is None:
+            bound = self._attender(layer, *options, alibi_slopes, sinks, *given)
+            if len(self._attenders) >= MAX_ATTENDERS * len(self):
+                self._attenders.clear()
+            self._attenders[key] = bound
+        if stream is not None:
+            stream = streams.pointer("PagedKVCache.attend", stream)
+        if out is None:
+            caches = self.key_caches[layer], self._values_of(layer)
+            out = paged_attention.new_out(paged_attention.NAME, query, *caches, stream)
+        step = query, block_table, seq_lens, query_start_loc, out, lse
+        bound(*(array for array in step if array is not None), stream=stream)
+        return out
+
+    def _attender(
+        self, layer, scale, sliding_window, soft_cap, causal, alibi_slopes, sinks, with_starts,
+        with_lse,
+    ):  # fmt: skip
+        caches = self.key_caches[layer], self._values_of(layer)
+        objects, options, scalars = paged_attention.arguments(
+            paged_attention.NAME, *caches, scale, alibi_slopes, sliding_window, soft_cap, sinks,
+            causal, self._kv_cache_dtype, *self._scales[layer],
+        )  # fmt: skip
+        names = "key_cache", "value_cache", "alibi_slopes", "sinks", "k_scale", "v_scale"
+        fixed = {name: array for name, array in zip(names, objects) if array is not None}
+        also = ["query_start_loc"] * with_starts + ["lse"] * with_lse
+        return dispatch.Bound(paged_attention.OP, fixed, options, scalars, also=also)
+
+    def _values_of(self, layer):
+        if self.value_caches is None:
+            raise ArgumentError(
+                "PagedKVCache: Invalid kind of caches: expected key and value caches to attend to, "
+                "got entries of latent attention"
+            )
+        return self.value_caches[layer]
 
     def copy_blocks(self, block_mapping: Pairs, *, stream: StreamLike | None = None) -> None:
         """Copy blocks within every layer: see `copy_blocks`. The host's time does not depend on the

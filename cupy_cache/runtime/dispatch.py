@@ -89,7 +89,8 @@ class Op:
     options : tuple of str
         What the function's arguments are called that are the first of a call's options.
     destination : int or tuple of int
-        Indices of arguments; the first of them that is on a GPU decides device and stream.
+        Indices of arguments; the first of them that is on a GPU decides device and stream. Those
+        of what is written with rows that vary must all be among them.
     count : callable, optional
         ``count(extents, options, scalars)`` -> (rows, fields): how much there is to do, nothing if
         0, and the kernel's fields that change at every call. ``extents`` has an entry for each
@@ -335,8 +336,7 @@ class Op:
         )
 
     def _has_more_rows(self, entry, found):
-        destination = found[self.destination[0]]
-        return entry.most_rows is not None and destination.shape[0] > entry.most_rows
+        return any(found[index].shape[0] > rows for index, rows in entry.most_rows)
 
     def _views(self, found, entry):
         """Shapes and byte strides of all arrays, for NumPy."""
@@ -384,11 +384,12 @@ class Op:
         separate = apart.Apart(self, described)
         separate = separate if separate.needed else None
         strides = [None if array is None else array.strides for array in described]
-        most_rows = None
-        rows_of = described[self.destination[0]]
-        varies = self.args[self.destination[0]].varies
-        if rows_of is not None and varies == ROWS and contract.rows_interleave(rows_of):
-            most_rows = rows_of.shape[0]  # more may run into one another
+        # Of what is written, more rows may run into one another.
+        most_rows = tuple(
+            (index, described[index].shape[0])
+            for index in self.destination
+            if self._interleaves(self.args[index], described[index])
+        )
         if destination is None or destination.device.kind == "cpu":
             return plans.Entry(plan, tables, separate, None, None, (), None, (), strides, most_rows)
         device, framework = destination.device.index, destination.framework
@@ -408,6 +409,11 @@ class Op:
         return plans.Entry(
             plan, tables, separate, device, current, others, torchs, hosted, strides, most_rows
         )
+
+    @staticmethod
+    def _interleaves(arg, array):
+        whole = array is not None and not (arg.layers or arg.chosen)
+        return whole and arg.varies == ROWS and contract.rows_interleave(array)
 
     def _destination(self, described):
         """The description of the array that decides device and stream; None where there is none."""
@@ -443,9 +449,11 @@ class Bound:
         As for a call of ``op``.
     name : str, optional
         What errors of calls name, instead of the operation.
+    also : sequence of str
+        Names of optional arguments that each call gives too.
     """
 
-    def __init__(self, op, fixed, options=(), scalars=(), name=None):
+    def __init__(self, op, fixed, options=(), scalars=(), name=None, also=()):
         self.op, self.options, self.scalars = op, options, scalars
         self.name = op.name if name is None else name
         names = [arg.name for arg in op.args]
@@ -454,7 +462,9 @@ class Bound:
             for value in map(fixed.get, names)
         ]
         self.given = tuple(
-            index for index, arg in enumerate(op.args) if arg.name not in fixed and not arg.optional
+            index
+            for index, arg in enumerate(op.args)
+            if arg.name not in fixed and (not arg.optional or arg.name in also)
         )
         self._count = len(self.given)
         self._in_host_memory = None  # (entry, values, tables), see `check`; () for empty lists

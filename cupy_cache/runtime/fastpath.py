@@ -47,7 +47,7 @@ class FastPaths:
         """Know a signature from now on, if it has a fast path. ``given``: the indices of arguments
         that are not bound."""
         on_cpu = entry.device is None and any(entry.strides)
-        if on_cpu or entry.most_rows is not None or not paths.may_learn():
+        if on_cpu or entry.most_rows or not paths.may_learn():
             return
         if self._op.has_lists:
             path = _plan_path(self._op, entry, objects, options, given)
@@ -96,7 +96,7 @@ class _Launches:
     def __init__(self, op, entry, options, extents):
         self._op, self._options = op, options
         self._alike, self._find = extents.alike, extents.find
-        self._launcher, self._shape = entry.plan.launcher, entry.plan.shape
+        self._launcher, self._launch_for = entry.plan.launcher, entry.plan.launch_for
         letters = self._launcher.kernel.params.call_letters[len(op.args) :]
         self._pack = struct.Struct("<" + "".join(letters)).pack_into
         self._fields_at = 8 * len(op.args)
@@ -126,13 +126,13 @@ class _Launches:
         return launch
 
     def _of_grid(self, rows):
-        grid, threads = self._shape(rows)
-        if not self._launcher.has_work(grid, threads):
+        launcher, grid, threads = self._launch_for(rows)
+        if not launcher.has_work(grid, threads):
             return ()
-        if not self._launcher.loaded:  # the calls before had no work: the long way loads it
+        if not launcher.loaded:  # the calls before had no work: the long way loads it
             return None
-        enqueue, failed = self._launcher.prepare(grid, threads)
-        again = functools.partial(self._launcher.launch, grid, threads)
+        enqueue, failed = launcher.prepare(grid, threads)
+        again = functools.partial(launcher.launch, grid, threads)
         self._grids[rows] = enqueue, failed, again
         return self._grids[rows]
 
@@ -165,8 +165,8 @@ def _kernel_path(op, entry, objects, options, given):
         return None
     pick = _Pick(given, objects, unique)
     pointers = _Pointers(op, entry, objects, unique, pick.twins, bound)
-    if bound and any(op.args[index].written for index in given):
-        return None  # what is bound was found to lie apart before
+    if bound and entry.apart is not None and any(op.args[index].written for index in given):
+        return None  # only what is bound was found to lie apart before
     extents = _Extents(op, objects, unique)
     launches = _Launches(op, entry, options, extents)
     sized = [at for at, index in enumerate(unique) if op.args[index].varies == arrays.ROWS]

@@ -61,6 +61,12 @@ def processors(device):
     return 1 if device == NOWHERE else driver.active.processors(device)
 
 
+@functools.lru_cache(maxsize=64)
+def has_clusters(device):
+    """Whether thread blocks of GPU ``device`` can read each other's shared memory."""
+    return device == NOWHERE or driver.active.has_clusters(device)
+
+
 class KernelNeeded(Exception):
     """A launch on the GPU that is not there: ``kernel`` is the one that it needs."""
 

@@ -46,15 +46,17 @@ class Kernel:
         name, or an (operation, name) where several operations share the kernel.
     converts : bool
         It needs the element types (elements.cuh).
+    shared_bytes : int
+        Of the shared memory whose size the launch gives.
     """
 
-    __slots__ = ("converts", "expression", "guarded", "op", "params", "stem")
+    __slots__ = ("converts", "expression", "guarded", "op", "params", "shared_bytes", "stem")
 
-    def __init__(self, op, stem, expression, params, guarded=(), converts=False):
+    def __init__(self, op, stem, expression, params, guarded=(), converts=False, shared_bytes=0):
         self.op, self.stem, self.params = op, stem, params
         self.guarded = tuple((op, arg) if isinstance(arg, str) else arg for arg in guarded)
         self.expression = f"cupy_cache::{expression}"
-        self.converts = converts
+        self.converts, self.shared_bytes = converts, shared_bytes
 
     def source(self):
         """The complete text to compile: headers expanded, struct checks appended."""
@@ -231,6 +233,8 @@ def _load(kernel, device):
                 code=source, options=options, name_expressions=(kernel.expression,)
             )
             function = module.get_function(kernel.expression)
+            if kernel.shared_bytes:  # more than 48 KiB must be asked for
+                function.max_dynamic_shared_size_bytes = kernel.shared_bytes
             return Loaded(kernel, device, function, module)
         except Exception as error:
             raise _explain(error, kernel, why) from error

@@ -49,10 +49,15 @@ class KernelPlan:
     def __init__(self, launcher: launch.Launcher, shape: Callable):
         self.launcher, self.shape = launcher, shape
 
+    def launch_for(self, rows):
+        """(Launcher, grid, threads) for so much to do. Launchers of one plan differ in nothing that
+        is in the parameters."""
+        return self.launcher, *self.shape(rows)
+
     def run(self, call):
         """Enqueue."""
-        grid, threads = self.shape(call.rows)
-        self.launcher.enqueue(grid, threads, call.stream, *call.values, *call.fields)
+        launcher, grid, threads = self.launch_for(call.rows)
+        launcher.enqueue(grid, threads, call.stream, *call.values, *call.fields)
 
 
 class NumPyPlan:
@@ -93,7 +98,8 @@ class Entry(NamedTuple):
     torchs : the like of torch, if any argument on the GPU is torch's; else None.
     hosted : the indices of arrays in host memory, if the plan runs on a GPU.
     strides : of each argument, in bytes.
-    most_rows : the most rows of the destination that were checked; None if any number will do.
+    most_rows : (index, the most rows that were checked) of each destination of which not any number
+        will do.
     """
 
     plan: Any
@@ -105,7 +111,7 @@ class Entry(NamedTuple):
     torchs: Callable | None
     hosted: tuple
     strides: list
-    most_rows: int | None
+    most_rows: tuple
 
 
 class Memory:

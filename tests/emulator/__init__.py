@@ -426,6 +426,9 @@ class EmulatedDriver:
     def processors(self, device):
         return self.count
 
+    def has_clusters(self, device):
+        return False
+
     def current_stream(self, device):
         return 0
 

@@ -155,4 +155,132 @@ __forceinline__ void st_u8(unsigned long long to, unsigned short value, Policy, 
   st<unsigned char>(to, static_cast<unsigned char>(value), when);
 }
 
+EMULATOR_OWN inline char* shared(unsigned address) {
+  return reinterpret_cast<char*>(emulator_shared | address);
+}
+
+// Copies whose end must be waited for are done at once.
+template <typename T>
+__forceinline__ void cp(unsigned to, unsigned long long from, unsigned bytes) {
+  T value = {};
+  if (bytes == sizeof(T)) value = at<T>(from);
+  *reinterpret_cast<T*>(shared(to)) = value;
+}
+__forceinline__ void cp_16(unsigned to, unsigned long long from, unsigned bytes) {
+  cp<uint4>(to, from, bytes);
+}
+__forceinline__ void cp_8(unsigned to, unsigned long long from, unsigned bytes) {
+  cp<uint2>(to, from, bytes);
+}
+__forceinline__ void cp_4(unsigned to, unsigned long long from, unsigned bytes) {
+  cp<unsigned>(to, from, bytes);
+}
+inline void cp_commit() {}
+inline void cp_wait_0() {}
+inline void cp_wait_1() {}
+inline void cp_wait_2() {}
+
+// A cluster has one block here.
+inline void cluster_sync() { emulator_sync_block(); }
+inline void mapa(unsigned& to, unsigned from, unsigned) { to = from; }
+inline void ld_cluster(float& x, float& y, unsigned from) {
+  const float2 both = *reinterpret_cast<const float2*>(shared(from));
+  x = both.x, y = both.y;
+}
+
+inline void ex2(float& to, float from) { to = static_cast<float>(exp2(as_double(from))); }
+inline void sub_f16x2(unsigned& to, unsigned a, unsigned b) {
+  const auto number = [](unsigned half) {
+    const double value = F16::decode(half & 0x7fff);
+    return half & 0x8000 ? -value : value;
+  };
+  to = 0;
+  for (int at = 0; at < 32; at += 16) {
+    const double difference = number(a >> at & 0xffff) - number(b >> at & 0xffff);
+    to |= (F16::encode(fabs(difference)) | (difference < 0 ? 0x8000 : 0)) << at;
+  }
+}
+
+// Lane l has the address of row l % 8 of matrix l / 8. A row is 16 bytes; lane l gets the two
+// elements of row l / 4 from number 2 * (l % 4) on or, transposed, those of column l / 4.
+inline unsigned element(unsigned long long row, int number) {
+  return reinterpret_cast<const unsigned short*>(row)[number];
+}
+template <bool kTransposed>
+inline void ldmatrix(unsigned (&to)[4], unsigned from) {
+  const int lane = emulator::lane();
+  unsigned long long rows[32];
+  for (int i = 0; i < 32; ++i) {
+    rows[i] = reinterpret_cast<unsigned long long>(shared(emulator::shuffle(~0u, from, i)));
+  }
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    unsigned found[2];
+    for (int i = 0; i < 2; ++i) {
+      const int major = lane / 4, minor = lane % 4 * 2 + i;
+      found[i] = kTransposed ? element(rows[8 * matrix + minor], major)
+                             : element(rows[8 * matrix + major], minor);
+    }
+    to[matrix] = found[0] | found[1] << 16;
+  }
+}
+inline void ldmatrix_x4(unsigned& a, unsigned& b, unsigned& c, unsigned& d, unsigned from) {
+  unsigned to[4];
+  ldmatrix<false>(to, from);
+  a = to[0], b = to[1], c = to[2], d = to[3];
+}
+inline void ldmatrix_x4_trans(unsigned& a, unsigned& b, unsigned& c, unsigned& d, unsigned from) {
+  unsigned to[4];
+  ldmatrix<true>(to, from);
+  a = to[0], b = to[1], c = to[2], d = to[3];
+}
+
+// d = A * B + C, of which every lane has parts. Of A [16, kDepth] and B [kDepth, 8] they are pairs
+// of neighbours along the depth, in registers for 8 rows and 8 of the depth each.
+template <typename T, int kDepth>
+inline void mma(float* d, const unsigned* a, const unsigned* b, const float* c) {
+  const int lane = emulator::lane();
+  const auto number = [](unsigned pair, int half) {
+    const unsigned code = pair >> 16 * half & 0xffff;
+    const double value = T::decode(code & 0x7fff);
+    return code & 0x8000 ? -value : value;
+  };
+  for (int part = 0; part < 4; ++part) {
+    const int row = lane / 4, high = part / 2, column = lane % 4 * 2 + part % 2;
+    double sum = as_double(c[part]);
+    for (int depth = 0; depth < kDepth; ++depth) {
+      unsigned left = 0, right = 0;
+      // Both rows of a lane are asked for, since all lanes must ask alike.
+      for (int half = 0; half < 2; ++half) {
+        const unsigned given =
+            emulator::shuffle(~0u, a[depth / 8 * 2 + half], row * 4 + depth % 8 / 2);
+        if (half == high) left = given;
+      }
+      right = emulator::shuffle(~0u, b[depth / 8], column * 4 + depth % 8 / 2);
+      sum += number(left, depth % 2) * number(right, depth % 2);
+    }
+    d[part] = static_cast<float>(sum);
+  }
+}
+#define EMULATOR_MMA_16(name, T)                                                                 \
+  inline void name(                                                                             \
+      float& d0, float& d1, float& d2, float& d3, unsigned a0, unsigned a1, unsigned a2,        \
+      unsigned a3, unsigned b0, unsigned b1, float c0, float c1, float c2, float c3) {          \
+    float d[4];                                                                                 \
+    const unsigned a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};                                     \
+    const float c[4] = {c0, c1, c2, c3};                                                         \
+    mma<T, 16>(d, a, b, c);                                                                      \
+    d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3];                                                  \
+  }
+EMULATOR_MMA_16(mma_bf16, BF16)
+EMULATOR_MMA_16(mma_f16, F16)
+inline void mma_f16_8(
+    float& d0, float& d1, float& d2, float& d3, unsigned a0, unsigned a1, unsigned b0, float c0,
+    float c1, float c2, float c3) {
+  float d[4];
+  const unsigned a[2] = {a0, a1}, b[1] = {b0};
+  const float c[4] = {c0, c1, c2, c3};
+  mma<F16, 8>(d, a, b, c);
+  d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3];
+}
+
 }  // namespace ptx

@@ -84,6 +84,63 @@ INSTRUCTIONS = {
     ),
     "div.rn.f32 %0, %1, %2;": Instruction("div_rn_f32", "=f f f", r"FCHK .* FFMA R.* CALL"),
     "mul.rn.f32 %0, %1, %2;": Instruction("mul_rn_f32", "=f f f", r"FMUL R"),
+    "ex2.approx.ftz.f32 %0, %1;": Instruction("ex2", "=f f", r"MUFU\.EX2 R"),
+    "sub.rn.f16x2 %0, %1, %2;": Instruction(
+        "sub_f16x2", "=r r r", r"HADD2 R\d+, R\d+, -R|HFMA2\.MMA R\d+, R\d+, 1, 1, -R"
+    ),
+    **{
+        f"cp.async.{how}.shared.global{hint} [%0], [%1], {size}, %2;": Instruction(
+            f"cp_{size}", "r l r", machine, stays=True, clobbers='"memory"'
+        )
+        for size, how, hint, machine in (
+            (16, "cg", ".L2::128B", r"LDGSTS\.E\.BYPASS\.LTC128B\.128"),
+            (8, "ca", "", r"LDGSTS\.E\.\S*64"),
+            (4, "ca", "", r"LDGSTS\.E(\.ZFILL)? "),
+        )
+    },
+    "cp.async.commit_group;": Instruction(
+        "cp_commit", "", r"LDGDEPBAR", stays=True, clobbers='"memory"'
+    ),
+    **{
+        f"cp.async.wait_group {groups};": Instruction(
+            f"cp_wait_{groups}",
+            "",
+            rf"DEPBAR\.LE SB0, 0x{groups}",
+            stays=True,
+            clobbers='"memory"',
+        )
+        for groups in range(3)
+    },
+    **{
+        f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%0, %1, %2, %3}}, [%4];": Instruction(
+            f"ldmatrix_x4{trans.replace('.', '_')}",
+            "=r =r =r =r r",
+            machine,
+            stays=True,
+            clobbers='"memory"',
+        )
+        for trans, machine in (("", r"LDSM\.16\.M88\.4"), (".trans", r"LDSM\.16\.MT88\.4"))
+    },
+    **{
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{%0, %1, %2, %3}}, "
+        "{%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};": Instruction(
+            f"mma_{kind}", "=f =f =f =f r r r r r r f f f f", machine, stays=True
+        )
+        for kind, machine in (("bf16", r"HMMA\.16816\.F32\.BF16"), ("f16", r"HMMA\.16816\.F32 "))
+    },
+    "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
+    "{%7, %8, %9, %10};": Instruction(
+        "mma_f16_8", "=f =f =f =f r r r f f f f", r"HMMA\.1688\.F32 ", stays=True
+    ),
+    "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;": Instruction(
+        "cluster_sync", "", r"UCGABAR_ARV .*UCGABAR_WAIT", stays=True, clobbers='"memory"'
+    ),
+    "mapa.shared::cluster.u32 %0, %1, %2;": Instruction(
+        "mapa", "=r r r", r"PRMT R\d+, R\d+, 0x654, R", stays=True
+    ),
+    "ld.shared::cluster.v2.f32 {%0, %1}, [%2];": Instruction(
+        "ld_cluster", "=f =f r", r"LD\.E\.64|LDS\.64", stays=True, clobbers='"memory"'
+    ),
 }
 
 _ASM = re.compile(r"\basm\b\s*(?P<volatile>volatile\b)?\s*\(")

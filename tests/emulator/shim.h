@@ -215,6 +215,15 @@ constexpr auto max(A a, B b) -> decltype(a + b) { return a < b ? b : a; }
 inline float min(float a, float b) { return fminf(a, b); }  // NaN loses, as in CUDA
 inline float max(float a, float b) { return fmaxf(a, b); }
 
+// Of an address in shared memory the kernels take the lower half: all of it has the upper one in
+// common. That is no access of a kernel's.
+#define EMULATOR_OWN __attribute__((noinline, no_sanitize("thread")))
+static unsigned long long emulator_shared = 0;
+EMULATOR_OWN inline unsigned long long __cvta_generic_to_shared(const void* at) {
+  const unsigned long long address = reinterpret_cast<unsigned long long>(at);
+  emulator_shared = address >> 32 << 32;
+  return address;
+}
 inline unsigned long long __cvta_generic_to_global(const void* at) {
   return reinterpret_cast<unsigned long long>(at);
 }
@@ -249,6 +258,14 @@ inline unsigned __float2uint_rz(float x) {
 }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  const unsigned long long bytes = static_cast<unsigned long long>(b) << 32 | a;
+  unsigned found = 0;
+  for (int i = 0; i < 4; ++i) {
+    found |= static_cast<unsigned>(bytes >> 8 * (selector >> 4 * i & 7) & 0xff) << 8 * i;
+  }
+  return found;
+}
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }
 inline int __clzll(long long x) { return x ? __builtin_clzll(x) : 64; }
 inline int __ffs(int x) { return __builtin_ffs(x); }

@@ -1,0 +1,532 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Attention of queries over the pages of a cache."""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+from typing import Any, NamedTuple
+
+from .. import cpu
+from ..errors import ArgumentError, ShapeError
+from ..runtime import (
+    arrays,
+    contract,
+    dispatch,
+    formats,
+    launch,
+    modules,
+    params,
+    plans,
+    spelling,
+    streams,
+)
+from ..runtime.devices import NOWHERE
+from ..types import ArrayLike, Scale, StreamLike
+
+NAME = "paged_attention"
+PARAMS = params.Struct(
+    per_call="query:ptr key_cache:ptr value_cache:ptr block_table:ptr seq_lens:ptr "
+    "query_start_loc:ptr alibi_slopes:ptr sinks:ptr k_scale:ptr v_scale:ptr out:ptr lse:ptr "
+    "tokens:i64 sequences:i64 table_width:i64 table_stride:i64 window:i64 "
+    "scale:f32 soft_cap:f32 k_scale_value:f32 v_scale_value:f32",
+    constant="num_blocks:i64 query_stride:i64 query_head_stride:i64 out_stride:i64 "
+    "out_head_stride:i64 lse_stride:i64 lse_head_stride:i64 key_block_stride:i64 "
+    "key_head_stride:i64 key_slot_stride:i64 key_pack_stride:i64 value_block_stride:i64 "
+    "value_head_stride:i64 value_slot_stride:i64 value_pack_stride:i64 slope_stride:i64 "
+    "sink_stride:i64 k_scale_stride:i64 v_scale_stride:i64 base_scale:f32 block_size:u32 "
+    "kv_heads:u32 group:u32 row_tokens:u32 head_parts:u32 causal:u32 float_sinks:u32 key_pack:u32 "
+    "value_pack:u32 pairs_in:u32 pairs_out:u32",
+)
+FLOAT32 = formats.DTYPES["float32"]
+NO_WINDOW = 1 << 62  # more tokens than there are
+LARGEST = contract.LARGEST_SCALE
+
+
+def paged_attention(
+    query: ArrayLike,
+    key_cache: ArrayLike,
+    value_cache: ArrayLike,
+    block_table: ArrayLike,
+    seq_lens: ArrayLike,
+    *,
+    query_start_loc: ArrayLike | None = None,
+    scale: float | None = None,
+    alibi_slopes: ArrayLike | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    causal: bool = True,
+    kv_cache_dtype: str = "auto",
+    k_scale: Scale = None,
+    v_scale: Scale = None,
+    out: ArrayLike | None = None,
+    lse: ArrayLike | None = None,
+    stream: StreamLike | None = None,
+) -> Any:
+    """Attend from a step's queries to the keys and values of their sequences, in their pages.
+
+    Sequence ``b`` has ``L = seq_lens[b]`` tokens in the cache, those of this step included; token
+    ``p`` is in block ``block_table[b, p // block_size]`` at offset ``p % block_size``. It owns the
+    rows ``query_start_loc[b] <= t < query_start_loc[b + 1]`` of ``query``, or row ``b`` alone where
+    there is no ``query_start_loc``. Of ``n`` rows, row ``i`` stands at position ``p = L - n + i``
+    and sees the tokens 0 to ``p``. Query head ``h`` reads the key and value head ``h // (num_heads
+    / num_kv_heads)``.
+
+    The logit of token ``k`` is, in this order: ``s = scale * query . key``; ``s = soft_cap * tanh(s
+    / soft_cap)``; ``s + alibi_slopes[h] * (k - p)``; -infinity where the query does not see the
+    token. ``out`` is the softmax of the logits, times the values.
+
+    Parameters
+    ----------
+    query : array [num_tokens, num_heads, head_size]
+        float16, bfloat16 or float32; the last dimension contiguous.
+    key_cache, value_cache : array [num_blocks, block_size, num_kv_heads, head_size or head_size_v]
+        As `reshape_and_cache_flash` writes them; or, of five dimensions, the key cache [num_blocks,
+        num_kv_heads, head_size / x, block_size, x] with the value cache [num_blocks, num_kv_heads,
+        head_size_v, block_size] or [num_blocks, num_kv_heads, block_size / x, head_size_v, x], as
+        `reshape_and_cache` does. Of the dtype of ``query`` where they are raw; otherwise of the
+        8-bit dtype stored, or uint8. Last dimension contiguous, other strides free, so that views
+        of pages in which heads come first, or which hold K|V, work. ``num_heads`` is any multiple
+        of ``num_kv_heads``, and the head sizes of keys and values may differ.
+    block_table : int32 or int64 array [at least num_seqs, width]
+        Block numbers of each sequence; the last dimension contiguous. What is behind a sequence's
+        last page, or before all that its window reaches, is not read.
+    seq_lens : int32 or int64 array [num_seqs]
+        Tokens of each sequence in the cache. Contiguous.
+    query_start_loc : int32 or int64 array [num_seqs + 1], optional
+        Where each sequence's rows of ``query`` start, and where the last one's end; never
+        descending; contiguous. Rows of no sequence are left as they are in ``out`` and ``lse``. By
+        default each sequence has one row, so ``num_seqs`` is ``num_tokens``.
+    scale : float, optional
+        By default ``1 / sqrt(head_size)``.
+    alibi_slopes : float32 array [num_heads], optional
+        Such as `alibi_slopes` returns; any stride.
+    sliding_window : int, optional
+        How many tokens a query sees at most, itself included: the ``sliding_window - 1`` before it
+        and its own. With ``causal=False`` also all that follow.
+    soft_cap : float, optional
+        Above 0.
+    sinks : array [num_heads], optional
+        A further logit of each head, whose value is 0. float32 or of the dtype of ``query``; any
+        stride.
+    causal : bool
+        False: every query of a sequence sees all its tokens, but for what ``sliding_window`` hides.
+    kv_cache_dtype : str
+        "auto", "float16", "bfloat16" or "float32": raw caches. "fp8" or "fp8_e4m3", "fp8_e5m2",
+        "int8": a key or value is what is stored, times its scale.
+    k_scale, v_scale : float, or float32 array [1], [num_kv_heads] or of no dimensions, optional
+        One number, or one for each head. An array is read on its device. None is 1.0. Raw caches
+        ignore them.
+    out : array [at least num_tokens, num_heads, head_size_v], optional
+        Written in place; of the dtype of ``query``; the last dimension contiguous.
+    lse : float32 array [at least num_tokens, num_heads], optional
+        Written in place: the natural logarithm of the sum of the exponentials of a query's logits,
+        a sink included. Any strides, so that it may be the transpose of what `merge_attn_states`
+        takes.
+    stream : optional
+        Where to enqueue; by default the current stream of the framework that owns ``out``, or else
+        ``query``.
+
+    Returns
+    -------
+    array [num_tokens, num_heads, head_size_v]
+        ``out`` where it was given; otherwise a new array of the framework of ``query``, on its
+        device (of CuPy or NumPy where that framework's arrays cannot be written).
+
+    Raises
+    ------
+    ArgumentError, ShapeError, StrideError, DTypeError, DeviceError, NotWritableError
+        Before anything is written.
+
+    Notes
+    -----
+    Nothing synchronises: tables and lengths are read on the device. There is no plan on the host
+    and no workspace to give.
+
+    A query that sees no token, as in an empty sequence or before the first token of one, gets zeros
+    in ``out`` and -infinity in ``lse``, with sinks too. What a cache holds where no query of a
+    sequence looks, as in the unwritten rows of its last block, has no effect, NaN included. A value
+    that is not finite may reach further queries of its sequence than those that see it.
+
+    A length below 0 or above ``width * block_size`` counts as the nearer of the two, and tokens in
+    blocks that the cache does not have count as not there. Both are recorded under the number of
+    the sequence (see `raise_faults`), arguments ``seq_lens`` and ``block_table``.
+
+    A sequence's result has the same bits whatever else is in the batch. Logits, softmax and sums
+    are float32; where keys and values are multiplied on tensor cores, the weights are rounded to
+    the dtype of ``query``.
+    """
+    if stream is not None:
+        stream = streams.pointer(NAME, stream)
+    objects, options, scalars = arguments(
+        NAME, key_cache, value_cache, scale, alibi_slopes, sliding_window, soft_cap, sinks, causal,
+        kv_cache_dtype, k_scale, v_scale,
+    )  # fmt: skip
+    if out is None:
+        out = new_out(NAME, query, key_cache, value_cache, stream)
+    keys, values, *heads = objects
+    objects = query, keys, values, block_table, seq_lens, query_start_loc, *heads, out, lse
+    OP(objects, options, stream, scalars)
+    return out
+
+
+def arguments(
+    op, key_cache, value_cache, scale, alibi_slopes, sliding_window, soft_cap, sinks, causal,
+    kv_cache_dtype, k_scale, v_scale,
+):  # fmt: skip
+    """What of a call a layer decides: (arrays, but for those of a step; options; scalars). ``op``
+    is the caller, for errors."""
+    window, scaled_by, cap = NO_WINDOW, 1.0, 0.0
+    if sliding_window is not None:
+        window = _window(op, sliding_window)
+    if scale is not None:
+        scaled_by = number(op, "scale", scale)
+    if soft_cap is not None:
+        cap = number(op, "soft_cap", soft_cap, positive=True)
+    options = (
+        kv_cache_dtype,
+        contract.flag(op, "causal", causal),
+        scale is None,
+        sliding_window is not None,
+        soft_cap is not None,
+    )
+    scales, scalars = contract.split_scales(op, kv_cache_dtype, k_scale, v_scale)
+    objects = (key_cache, value_cache, alibi_slopes, sinks, *(scales or (None, None)))
+    return objects, options, (window, scaled_by, cap, *(scalars or (1.0, 1.0)))
+
+
+def _window(op, value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
+        raise ArgumentError(
+            f"{op}: Invalid value of sliding_window: expected None or an integer of at least 1, "
+            f"got {contract.shown(value)}"
+        )
+    return min(int(value), NO_WINDOW)
+
+
+def number(op, name, value, positive=False):
+    """``value`` as a float that float32 can hold."""
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not -LARGEST <= value <= LARGEST or (positive and value <= 0):
+        kind = "a positive, finite float32" if positive else "a finite float32"
+        raise ArgumentError(
+            f"{op}: Invalid value of {name}: expected None or {kind}, got {contract.shown(value)}"
+        )
+    return float(value)
+
+
+def new_out(op, query, key_cache, value_cache, stream):
+    """A new array for the result."""
+    like = arrays.view(query, f"{op}: query")
+    keys = arrays.view(key_cache, f"{op}: key_cache")
+    values = arrays.view(value_cache, f"{op}: value_cache")
+    check = contract.Contract(op)
+    check.shape("query", like, "_ num_heads head_size")
+    check.dtype("query", like, *formats.FLOATS)
+    _check_caches(check, keys, values)
+    shape = *like.shape[:2], check.sizes["head_size_v"]
+    return streams.empty(like.framework, like.device, shape, like.dtype, stream)
+
+
+def _check_caches(check, key_cache, value_cache):
+    """Whether their shapes are those of x-packed caches, which hold together either way."""
+    packed = len(key_cache.shape) == 5
+    if not packed:
+        check.shape("key_cache", key_cache, "num_blocks block_size num_kv_heads head_size")
+        check.shape("value_cache", value_cache, "num_blocks block_size num_kv_heads head_size_v")
+        return False
+    check.shape("key_cache", key_cache, "num_blocks num_kv_heads _ block_size x")
+    _check_packs(check, "key_cache", key_cache, "head_size")
+    if len(value_cache.shape) == 5:
+        check.shape("value_cache", value_cache, "num_blocks num_kv_heads _ head_size_v x")
+        _check_packs(check, "value_cache", value_cache, "block_size")
+    else:
+        check.shape("value_cache", value_cache, "num_blocks num_kv_heads head_size_v block_size")
+    return True
+
+
+def _check_packs(check, name, cache, whole):
+    """Require dimension 2 of ``cache`` to hold all packs of x of the size called ``whole``."""
+    size, x = check.sizes[whole], check.sizes["x"]
+    if cache.shape[2] * x != size:
+        raise ShapeError(
+            f"{check.op}: Invalid shape of {name}: expected {whole} / x = {size} / {x} in "
+            f"dimension 2, got {cache.shape[2]}"
+        )
+
+
+def _plan(op, described, options):
+    kv_cache_dtype, causal, default_scale, *_ = options
+    named = {arg.name: array for arg, array in zip(op.args, described)}
+    query, key_cache, value_cache, table, lens, _, _, sinks, *scales, out, _ = described
+    fmt = formats.cache_format(op.name, kv_cache_dtype)
+    check = contract.Contract(op.name)
+    check.shape("query", query, "_ num_heads head_size")
+    _check_caches(check, key_cache, value_cache)
+    check.shape("block_table", table, "_ _")
+    check.shape("seq_lens", lens, "_")
+    check.shape("out", out, "_ num_heads head_size_v")
+    for name, pattern in (
+        ("query_start_loc", "_"), ("alibi_slopes", "num_heads"), ("sinks", "num_heads"),
+        ("lse", "_ num_heads"),
+    ):  # fmt: skip
+        if named[name] is not None:
+            check.shape(name, named[name], pattern)
+    size = check.sizes
+    for name in ("num_heads", "num_kv_heads", "head_size", "head_size_v", "block_size"):
+        check.positive(name, size[name])
+    if size["num_heads"] % size["num_kv_heads"]:
+        raise ShapeError(
+            f"{op.name}: Invalid shape of query: expected a multiple of the "
+            f"{size['num_kv_heads']} heads of key_cache, got {size['num_heads']} heads"
+        )
+
+    check.dtype("query", query, *formats.FLOATS)
+    for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
+        check.dtype(name, cache, *(fmt.storage or (query.dtype,)))
+    for name in ("block_table", "seq_lens", "query_start_loc"):
+        if named[name] is not None:
+            check.dtype(name, named[name], *formats.INDICES)
+    check.dtype("out", out, query.dtype)
+    for name, allowed in (
+        ("alibi_slopes", {FLOAT32}), ("sinks", {FLOAT32, query.dtype}), ("lse", {FLOAT32}),
+    ):  # fmt: skip
+        if named[name] is not None:
+            check.dtype(name, named[name], *allowed)
+    for name, array in named.items():
+        if array is not None:
+            check.device(name, array)
+            check.aligned(name, array)
+    for name in ("query", "key_cache", "value_cache", "block_table", "out"):
+        check.contiguous(name, named[name])
+    for name in ("seq_lens", "query_start_loc"):
+        if named[name] is not None:
+            check.contiguous_rows(name, named[name])
+    for name in ("out", "lse"):
+        if named[name] is not None:
+            check.writable(name, named[name], rows=True)
+    scale_strides = [
+        check.head_scale(name, scale, size["num_kv_heads"])
+        for name, scale in zip(("k_scale", "v_scale"), scales)
+    ]
+    # What `scale` is multiplied with: the plan knows the head size, and its caller does not.
+    base_scale = 1 / math.sqrt(size["head_size"]) if default_scale else 1.0
+
+    if out.device.kind == "cpu":
+        run = functools.partial(
+            _on_numpy, base_scale=base_scale, dtype=query.dtype, stored=fmt.stored or query.dtype,
+            sink_type=sinks and sinks.dtype, block_size=size["block_size"], causal=causal,
+        )  # fmt: skip
+        bits = {"query", "key_cache", "value_cache", "sinks", "out"}
+        dtypes = [
+            array and (array.dtype.bits if name in bits else array.dtype.numpy)
+            for name, array in named.items()
+        ]
+        return plans.NumPyPlan(run, dtypes)
+
+    return _gpu_plan(check, named, fmt.stored or query.dtype, options, scale_strides, base_scale)
+
+
+# --- the kernel: constants of paged_attention.cu
+
+KEYS = 16  # of a tile
+WARPS = 4
+MOST_ROWS = 64  # of a unit: query heads of neighbouring tokens that share a KV head
+CLUSTER = 8  # thread blocks that share a unit, where there are few
+HALF_OF_SHARED = 113 << 10  # bytes: two thread blocks on a multiprocessor of sm_90
+LARGEST_HEAD = 256
+
+
+class _Caches(NamedTuple):
+    """How the kernel finds keys or values: strides in bytes of blocks, heads, slots (of elements
+    where neighbouring slots are side by side, ``by_token``) and packs, bytes of a pack, and of what
+    can be read at a time."""
+
+    block: int
+    head: int
+    slot: int
+    pack_stride: int
+    pack: int
+    vector: int
+    by_token: bool = False
+
+
+def _key_layout(cache):
+    block, *strides = cache.strides
+    if len(cache.shape) == 5:
+        head, pack_stride, slot, _ = strides
+        pack = cache.shape[4] * cache.dtype.bytes
+    else:
+        slot, head, _ = strides
+        pack_stride, pack = 0, cache.shape[3] * cache.dtype.bytes
+    vector = contract.vector_bytes(cache.ptr, *cache.strides[:-1], pack)
+    return _Caches(block, head, slot, pack_stride, pack, vector)
+
+
+def _value_layout(cache, packed, block_size):
+    if not packed:
+        return _key_layout(cache)
+    size = cache.dtype.bytes
+    if len(cache.shape) == 5:
+        block, head, pack_stride, slot, _ = cache.strides
+        pack = cache.shape[4] * size
+    else:
+        block, head, slot, _ = cache.strides
+        pack_stride, pack = 0, block_size * size
+    vector = contract.vector_bytes(cache.ptr, *cache.strides[:-1], pack, KEYS * size)
+    return _Caches(block, head, slot, pack_stride, pack, vector, by_token=True)
+
+
+class _Plan(plans.KernelPlan):
+    """A unit is taken by one thread block, or by a cluster of them where there are few units."""
+
+    __slots__ = ("_clustered", "_device", "_row_tokens", "_units")
+
+    def __init__(self, launcher, clustered, device, units, row_tokens):
+        super().__init__(launcher, None)
+        self._clustered, self._device = clustered, device
+        self._units, self._row_tokens = units, row_tokens
+
+    def launch_for(self, rows):
+        tokens, sequences, _ = rows
+        units = sequences if self._row_tokens is None else tokens // self._row_tokens + sequences
+        units *= self._units
+        if self._clustered is not None:
+            most = 2 * launch.processors(self._device)  # thread blocks that run at once
+            if units * CLUSTER <= most or (self._device == NOWHERE and sequences == 1):
+                return self._clustered, (units * CLUSTER, 1, 1), WARPS * launch.WARP
+        return self.launcher, (units, 1, 1), WARPS * launch.WARP
+
+
+def _tile_bytes(rows, row_bytes):
+    """Shared memory of a tile: rows of an odd number of 16-byte chunks."""
+    return rows * (launch.ceil_div(row_bytes, 16) | 1) * 16
+
+
+def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
+    _, causal, _, _, capped = options
+    size, query, out = check.sizes, named["query"], named["out"]
+    key_cache, value_cache = named["key_cache"], named["value_cache"]
+    check.dtype("query", query, *(formats.DTYPES[name] for name in ("float16", "bfloat16")))
+    for name, extent in (("query", size["head_size"]), ("value_cache", size["head_size_v"])):
+        if extent > LARGEST_HEAD:
+            raise ShapeError(
+                f"{check.op}: Invalid shape of {name}: expected heads of at most {LARGEST_HEAD} "
+                f"elements on a GPU, got {extent}"
+            )
+    keys = _key_layout(key_cache)
+    values = _value_layout(value_cache, len(key_cache.shape) == 5, size["block_size"])
+    group = size["num_heads"] // size["num_kv_heads"]
+    several = named["query_start_loc"] is not None
+    row_tokens = max(1, MOST_ROWS // group) if several else 1
+    head_parts = launch.ceil_div(group, MOST_ROWS)
+    used = row_tokens * min(group, MOST_ROWS)
+    rows = next(most for most in (8, 16, MOST_ROWS) if used <= most)
+
+    key_bytes = launch.ceil_div(size["head_size"], 16) * 16 * stored.bytes
+    value_size = launch.ceil_div(size["head_size_v"], 16) * 16
+    stage = _tile_bytes(KEYS, key_bytes)
+    if values.by_token:
+        stage += _tile_bytes(value_size, KEYS * stored.bytes)
+    else:
+        stage += _tile_bytes(KEYS, value_size * stored.bytes)
+    stages = min(3, max(2, HALF_OF_SHARED // (WARPS * stage)))
+    results = WARPS * min(rows, 16) * ((value_size + 8) // 2 + 1) * 8
+    shared = max(WARPS * stages * stage, results) + WARPS * stages * 4
+
+    device, whole = out.device.index, size["block_size"] % KEYS == 0
+    indices = (named[name] for name in ("block_table", "seq_lens", "query_start_loc"))
+    index = [(array and spelling.INDEX_NAMES[array.dtype.name]) or "void" for array in indices]
+    flags = (whole, values.by_token, capped, named["alibi_slopes"] is not None)
+
+    def launcher(cluster):
+        arguments = (
+            *(spelling.ELEMENT_NAMES[dtype.name] for dtype in (query.dtype, stored)),
+            size["head_size"], size["head_size_v"], keys.vector, values.vector, rows,
+            *map(spelling.boolean, flags), stages, shared, cluster, *index,
+        )  # fmt: skip
+        kernel = modules.Kernel(
+            check.op, NAME, f"{NAME}<{', '.join(map(str, arguments))}>", PARAMS,
+            guarded=("block_table", "seq_lens"), shared_bytes=shared,
+        )  # fmt: skip
+        return launch.Launcher(kernel, device, constants)
+
+    lse, sinks = named["lse"], named["sinks"]
+    constants = (
+        key_cache.shape[0], *query.strides[:2], *out.strides[:2],
+        *((0, 0) if lse is None else lse.strides), keys.block, keys.head, keys.slot,
+        keys.pack_stride, values.block, values.head, values.slot, values.pack_stride,
+        *(named[name].strides[0] if named[name] is not None else 0
+          for name in ("alibi_slopes", "sinks")),
+        *scale_strides, base_scale, size["block_size"], size["num_kv_heads"],
+        group, row_tokens, head_parts, causal, sinks is not None and sinks.dtype == FLOAT32,
+        keys.pack, values.pack,
+        *(contract.vector_bytes(a.ptr, *a.strides[:2]) >= 4 for a in (query, out)),
+    )  # fmt: skip
+    clustered = launcher(CLUSTER) if launch.has_clusters(device) else None
+    units = size["num_kv_heads"] * head_parts
+    return _Plan(launcher(1), clustered, device, units, row_tokens if several else None)
+
+
+def _on_numpy(*arguments, base_scale, **options):
+    *views_and_counts, scale, soft_cap, k_number, v_number = arguments
+    cpu.paged_attention(
+        *views_and_counts, scale * base_scale, soft_cap, k_number, v_number, **options
+    )
+
+
+def _count(extents, options, scalars):
+    """(Tokens, sequences and width of the table, or 0; the fields of `PARAMS` behind the
+    pointers)."""
+    del options
+    tokens, ((table_rows, width), (step, _)), sequences, starts, *written = extents
+    contract.check_sequence_count(NAME, "seq_lens", sequences)
+    if table_rows < sequences:
+        raise ShapeError(
+            f"{NAME}: Invalid shape of block_table: expected rows for the {sequences} sequences of "
+            f"seq_lens, got {table_rows}"
+        )
+    if starts is None and tokens != sequences:
+        raise ShapeError(
+            f"{NAME}: Invalid shape of seq_lens: expected [{tokens}], one for each row of query, "
+            f"where there is no query_start_loc, got [{sequences}]"
+        )
+    if starts is not None and starts != sequences + 1:
+        raise ShapeError(
+            f"{NAME}: Invalid shape of query_start_loc: expected [{sequences + 1}], one more than "
+            f"seq_lens, got [{starts}]"
+        )
+    for name, rows in zip(("out", "lse"), written):
+        if rows is not None and rows < tokens:
+            raise ShapeError(
+                f"{NAME}: Invalid shape of {name}: expected at least {tokens} rows, those of "
+                f"query, got {rows}"
+            )
+    work = (tokens, sequences, width) if tokens and sequences else 0
+    return work, (tokens, sequences, width, step, *scalars)
+
+
+OP = dispatch.Op(
+    NAME,
+    args=(
+        dispatch.Arg("query", varies=dispatch.ROWS),
+        dispatch.Arg("key_cache"),
+        dispatch.Arg("value_cache"),
+        dispatch.Arg("block_table", varies=(0, 1), index=True),
+        dispatch.Arg("seq_lens", varies=dispatch.ROWS, index=True),
+        dispatch.Arg("query_start_loc", varies=dispatch.ROWS, optional=True, index=True),
+        dispatch.Arg("alibi_slopes", optional=True),
+        dispatch.Arg("sinks", optional=True),
+        dispatch.Arg("k_scale", optional=True),
+        dispatch.Arg("v_scale", optional=True),
+        dispatch.Arg("out", varies=dispatch.ROWS, written=True),
+        dispatch.Arg("lse", varies=dispatch.ROWS, optional=True, written=True),
+    ),
+    plan=_plan,
+    destination=(10, 11),
+    count=_count,
+    options=("kv_cache_dtype",),
+)

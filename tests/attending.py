@@ -1,0 +1,307 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Problems of attention over pages, and how their solutions are judged.
+
+Every slot that no query sees holds NaN, every table entry that no query needs a number that is out
+of range, and results are poisoned. An error may be at most twice that of the plain computation in
+the same precision: products, logits, weights and sums rounded to the dtype of the query.
+"""
+
+import math
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+import worlds
+from guards import check_faults
+
+import cupy_cache as cc
+from cupy_cache.runtime import formats
+
+LAYOUTS = ("NHD", "HND", "packed-NHD", "packed-HND", "gaps", "x-packed", "interleaved")
+STORED = {
+    "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "int8": "int8"
+}  # fmt: skip
+UNUSED = -7  # in tables
+
+
+def caches(rng, layout, num_blocks, block_size, heads, sizes, dtype, pad=0):
+    """Specs of a key and a value cache."""
+    if layout in ("x-packed", "interleaved"):
+        x = math.gcd(16 // formats.DTYPES[dtype].bytes, sizes[0])
+        if layout == "interleaved":
+            x = math.gcd(x, block_size)
+        key = worlds.array(rng, (num_blocks, heads, sizes[0] // x, block_size, x), dtype, pad)
+        shape = num_blocks, heads, sizes[1], block_size
+        if layout == "interleaved":
+            shape = num_blocks, heads, block_size // x, sizes[1], x
+        return key, worlds.array(rng, shape, dtype, pad)
+    inner = (heads, block_size) if "HND" in layout else (block_size, heads)
+    if "packed" in layout:
+        page = worlds.array(rng, (num_blocks, *inner, sum(sizes)), dtype, pad)
+        pair = page[..., : sizes[0]], page[..., sizes[0] :]
+    elif layout == "gaps":  # of a pool of several layers, with something else between heads
+        pool = worlds.array(rng, (num_blocks, 3, *inner, sum(sizes) + 3), dtype, pad)
+        pair = pool[:, 1, ..., : sizes[0]], pool[:, 2, ..., 3 : 3 + sizes[1]]
+    else:
+        pair = [worlds.array(rng, (num_blocks, *inner, size), dtype, pad) for size in sizes]
+    return [cache.permuted(0, 2, 1, 3) for cache in pair] if "HND" in layout else pair
+
+
+def fill(spec, elements, layout, is_key):
+    """Put ``elements`` [block, offset, head, element] where ``layout`` has them."""
+    view = spec.on(spec.buffer.bytes)
+    if layout not in ("x-packed", "interleaved"):
+        view[...] = elements
+        return
+    blocks, size, heads, elements_of_head = elements.shape
+    x = view.shape[-1]
+    if is_key:
+        packs = elements.reshape(blocks, size, heads, elements_of_head // x, x)
+        view[...] = packs.transpose(0, 2, 3, 1, 4)
+    elif layout == "interleaved":
+        packs = elements.reshape(blocks, size // x, x, heads, elements_of_head)
+        view[...] = packs.transpose(0, 3, 1, 4, 2)
+    else:
+        view[...] = elements.transpose(0, 2, 3, 1)
+
+
+class Problem:
+    """Arguments of one call.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+    lengths : sequence of int
+        Tokens of each sequence; what is out of range stands in the array as it is.
+    queries : sequence of int, optional
+        Rows of each sequence; None: one each, without query_start_loc.
+    heads : (query heads, KV heads)
+    sizes : (of keys, of values)
+    scales : "number", "array" or "heads"
+    types : of table, lengths and starts
+    width : of the table; by default what the lengths need
+    spare : rows of the query behind those of all sequences, and further ones of the results
+    bad : {(sequence, page): block number}
+    lse : None, "rows" or "heads first"
+    sinks : None or a dtype
+    storage : dtype of the arrays of 8-bit caches; by default one of those that may be
+    scale, sliding_window, soft_cap, causal, kv_cache_dtype : as of `paged_attention`
+    """
+
+    def __init__(
+        self, rng, lengths, queries=None, *, heads=(4, 2), sizes=(32, 32), block_size=16,
+        layout="NHD", dtype="bfloat16", kv_cache_dtype="auto", scales="number",
+        types=("int32", "int32", "int32"), width=None, spare=0, bad=None, lse="rows",
+        slopes=False, sinks=None, scale=None, sliding_window=None, soft_cap=None, causal=True,
+        pad=0, strided=False, storage=None,
+    ):  # fmt: skip
+        self.rng, self.dtype, self.stored = rng, dtype, STORED.get(kv_cache_dtype)
+        if storage is None and self.stored:
+            storage = str(rng.choice(["uint8", self.stored]))
+        self.storage = storage or dtype
+        counts = np.ones(len(lengths), int) if queries is None else np.array(queries, int)
+        tokens = int(counts.sum()) + (spare if queries is not None else 0)
+        numbers = [int(n) for n in lengths]
+        if width is None:
+            width = max([1, *(-(-n // block_size) for n in numbers if 0 <= n < 2**20)])
+        self.block_size = block_size
+
+        # A block for each page that could be needed, in random order, and some more.
+        num_blocks = len(numbers) * width + 2
+        table = rng.permutation(num_blocks)[: len(numbers) * width].reshape(len(numbers), width)
+        for place, block in (bad or {}).items():
+            table[place] = block
+        starts = np.concatenate([[0], np.cumsum(counts)])
+        lens = np.array(numbers, types[1])
+        self.seen, self.faults = oracle.tokens_seen(
+            table, lens, starts, tokens, num_blocks, block_size, sliding_window, causal
+        )
+        used = np.zeros((num_blocks, block_size), bool)
+        needed = np.zeros(table.shape, bool)
+        for sequence, _, found in self.seen.values():
+            for token, block, offset in found:
+                used[block, offset] = needed[sequence, token // block_size] = True
+        for place in bad or {}:
+            needed[place] = True
+        table[~needed] = UNUSED
+
+        self.options = {
+            name: value
+            for name, value in (
+                ("scale", scale), ("sliding_window", sliding_window), ("soft_cap", soft_cap),
+            )
+            if value is not None
+        } | ({} if causal else {"causal": False})  # fmt: skip
+        if kv_cache_dtype != "auto":
+            self.options["kv_cache_dtype"] = kv_cache_dtype
+        self.query = self._query(tokens, heads[0], sizes[0], pad, strided)
+        self._make_caches(layout, num_blocks, heads[1], sizes, used, pad, scales)
+        self.table = worlds.of_values(table.astype(types[0]))
+        self.lens = worlds.of_values(lens)
+        self.starts = None if queries is None else worlds.of_values(starts.astype(types[2]))
+        self.slopes = self.sinks = self.lse = None
+        if slopes:
+            self.slopes = worlds.of_values(rng.uniform(-0.5, 0.5, heads[0]).astype(np.float32))
+        if sinks:
+            kind = formats.DTYPES[sinks].numpy
+            self.sinks = worlds.of_values(rng.standard_normal(heads[0]).astype(kind))
+        self.out = worlds.array(
+            rng, (tokens + 1, heads[0] + strided, sizes[1] + 8 * strided), dtype
+        )
+        self.out = self.out[: tokens + spare, : heads[0], : sizes[1]]
+        if lse == "rows":
+            self.lse = worlds.array(rng, (tokens + 1, heads[0]), "float32")[:tokens]
+        elif lse:
+            self.lse = worlds.array(rng, (heads[0], tokens), "float32").permuted(1, 0)
+
+    def _query(self, tokens, heads, size, pad, strided):
+        spec = worlds.array(
+            self.rng, (tokens, heads + 2 * strided, size + 8 * strided), self.dtype, pad
+        )
+        spec = spec[:, strided : heads + strided, :size]
+        spec.on(spec.buffer.bytes)[...] = self.rng.standard_normal(spec.shape)
+        return spec
+
+    def _make_caches(self, layout, num_blocks, heads, sizes, used, pad, scales):
+        rng, stored = self.rng, self.stored
+        kind = formats.DTYPES[stored or self.dtype].numpy
+        self.caches = caches(
+            rng, layout, num_blocks, self.block_size, heads, sizes, self.storage, pad
+        )
+        self.scales, self.numbers = {}, []
+        for name, spec, size in zip(("k_scale", "v_scale"), self.caches, sizes):
+            values = rng.standard_normal((num_blocks, self.block_size, heads, size))
+            scale = np.ones(1, np.float32)
+            if stored is not None:
+                scale = rng.uniform(0.02, 0.05, heads if scales == "heads" else 1)
+                scale = scale.astype(np.float32)
+                self.scales[name] = float(scale[0])
+                if scales != "number":
+                    shape = () if rng.random() < 0.5 and len(scale) == 1 else scale.shape
+                    self.scales[name] = worlds.of_values(scale).buffer.view(shape, "float32")
+                values = values / scale[:, np.newaxis]
+                if stored == "int8":
+                    values = np.clip(np.rint(values), -128, 127)
+            elements = values.astype(kind)
+            elements[~used] = -128 if stored == "int8" else np.nan
+            bits = formats.DTYPES[self.storage].numpy
+            fill(spec, elements.view(bits), layout, name == "k_scale")
+            self.numbers.append(elements.astype(np.float64) * scale[:, np.newaxis].astype(float))
+
+    # --- running
+
+    @property
+    def specs(self):
+        return [
+            self.query, *self.caches, self.table, self.lens, self.starts, self.slopes, self.sinks,
+            *(s for s in self.scales.values() if isinstance(s, worlds.Spec)), self.out, self.lse,
+        ]  # fmt: skip
+
+    def run(self, world, **changes):
+        """Call `paged_attention`; ``changes`` are further keyword arguments, or others."""
+        named = {
+            "query_start_loc": self.starts, "alibi_slopes": self.slopes, "sinks": self.sinks,
+            "out": self.out, "lse": self.lse, **self.scales, **self.options, **changes,
+        }  # fmt: skip
+        put = {n: world.put(v) if isinstance(v, worlds.Spec) else v for n, v in named.items()}
+        where = (self.query, *self.caches, self.table, self.lens)
+        return cc.paged_attention(*map(world.put, where), **put)
+
+    def solve(self, world):
+        """Run, and judge all there is to judge."""
+        if world.on_gpu and self.dtype == "float32":  # a warp's products take 16-bit factors
+            with pytest.raises(cc.DTypeError, match="query.*float16, bfloat16.*float32"):
+                self.run(world)
+            for spec in filter(None, self.specs):
+                self._check_bytes(world, spec, [])
+            return
+        self.run(world)
+        check_faults("paged_attention", self.faults)
+        self.judge(world)
+
+    def judge(self, world):
+        """Compare what is in the memory of ``world`` with what must be there."""
+        exact = self.exact()
+        rows = sorted(exact)
+        for spec in self.specs:
+            if spec is not None:
+                self._check_bytes(world, spec, rows if spec in (self.out, self.lse) else [])
+        if not rows:
+            return
+        got = self.out.on(world.bytes_of(self.out))[rows].astype(np.float64)
+        wanted = np.stack([exact[row][0] for row in rows])
+        check_numbers(got, wanted, np.stack([self._plain(row) for row in rows]), self.dtype)
+        nothing = [at for at, row in enumerate(rows) if not self.seen[row][2]]
+        assert not got[nothing].any()
+        if self.lse is not None:
+            got = self.lse.on(world.bytes_of(self.lse))[rows]
+            wanted = np.stack([exact[row][1] for row in rows])
+            np.testing.assert_array_equal(np.isneginf(got), np.isneginf(wanted))
+            np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=2e-4)
+
+    def _check_bytes(self, world, spec, rows):
+        """Nothing but these rows of a view was written."""
+        got, expected = world.bytes_of(spec), spec.buffer.bytes.copy()
+        if rows:
+            size = formats.DTYPES[spec.dtype].bytes
+            bits = worlds.Spec(
+                spec.buffer, spec.offset, spec.shape, spec.strides, f"uint{8 * size}"
+            )
+            bits.on(expected)[rows] = bits.on(got)[rows]
+        np.testing.assert_array_equal(got, expected)
+
+    # --- what is right
+
+    def _values(self, spec):
+        return None if spec is None else spec.on(spec.buffer.bytes).astype(np.float64)
+
+    def exact(self):
+        """{row: (attended, logarithms)}."""
+        return oracle.paged_attention(
+            self._values(self.query), *self.numbers, self.seen,
+            scale=self.options.get("scale"), soft_cap=self.options.get("soft_cap"),
+            alibi_slopes=self._values(self.slopes), sinks=self._values(self.sinks),
+        )  # fmt: skip
+
+    def _plain(self, row):
+        """A row's result where everything is rounded to the dtype of the query."""
+        kind = formats.DTYPES[self.dtype].numpy
+
+        def rounded(values):
+            return values.astype(kind).astype(np.float32)
+
+        query, slopes, sinks = map(self._values, (self.query, self.slopes, self.sinks))
+        _, position, tokens = self.seen[row]
+        heads, scale = query.shape[1], self.options.get("scale", 1 / math.sqrt(query.shape[2]))
+        keys, values = (rounded(numbers) for numbers in self.numbers)
+        group = heads // keys.shape[2]
+        result = np.zeros((heads, values.shape[3]))
+        if not tokens:
+            return result
+        token, block, offset = np.array(tokens).T
+        for head in range(heads):
+            one = keys[block, offset, head // group]
+            logits = rounded(rounded(one @ query[row, head].astype(np.float32)) * np.float32(scale))
+            cap = self.options.get("soft_cap")
+            if cap is not None:
+                logits = rounded(cap * rounded(np.tanh(rounded(logits / np.float32(cap)))))
+            if slopes is not None:
+                logits = rounded(logits + rounded(slopes[head] * (token - position)))
+            if sinks is not None:
+                logits = np.append(logits, rounded(sinks[head]))
+            weights = np.exp(logits - logits.max())
+            weights = rounded(weights / weights.sum())[: len(token)]
+            result[head] = rounded(weights @ values[block, offset, head // group])
+        return result
+
+
+def check_numbers(got, wanted, plain, dtype):
+    """Require errors of at most twice those of the plain computation, but for the last bit."""
+    assert np.isfinite(got).all()
+    allowed = 2 * np.abs(plain - wanted).max(initial=0)
+    allowed += float(ml_dtypes.finfo(formats.DTYPES[dtype].numpy).eps) * np.abs(wanted).max(
+        initial=0
+    )
+    assert np.abs(got - wanted).max(initial=0) <= allowed

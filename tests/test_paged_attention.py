@@ -1,0 +1,532 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+import itertools
+
+import attending
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import oracle
+import pytest
+import worlds
+from attending import LAYOUTS, Problem
+from guards import BAD, check_faults
+
+import cupy_cache as cc
+from cupy_cache.attention import paged_attention as module
+from cupy_cache.runtime import formats
+
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def borders(block_size):
+    """Lengths at which something may go wrong."""
+    return [0, 1, block_size - 1, block_size, block_size + 1, 5 * block_size, 5 * block_size + 3]
+
+
+# --- one query for each sequence ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode(world, rng, layout, dtype):
+    Problem(rng, borders(16), layout=layout, dtype=dtype).solve(world)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 8, 16, 32, 64])
+def test_block_sizes(world, rng, block_size):
+    Problem(rng, [*borders(block_size), 70], block_size=block_size).solve(world)
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (6, 2), (5, 1), (16, 2), (20, 1), (34, 2)])
+def test_ratios(world, rng, heads):
+    Problem(rng, [33, 0, 7], heads=heads).solve(world)
+
+
+@pytest.mark.parametrize("sizes", [(16, 16), (64, 128), (192, 128), (24, 40), (256, 256), (7, 3)])
+def test_head_sizes(world, rng, sizes):
+    Problem(rng, [33, 16, 7], sizes=sizes, heads=(2, 1)).solve(world)
+
+
+@pytest.mark.parametrize("types", list(itertools.product(["int32", "int64"], repeat=3)))
+def test_index_types(world, rng, types):
+    Problem(rng, [33, 0, 7], [2, 0, 3], types=types).solve(world)
+
+
+@pytest.mark.parametrize("scales", ["number", "array", "heads"])
+@pytest.mark.parametrize("kv_cache_dtype", attending.STORED)
+@pytest.mark.parametrize("layout", ["NHD", "HND", "x-packed", "interleaved"])
+def test_quantised_caches(world, rng, layout, kv_cache_dtype, scales):
+    dtype = str(rng.choice(["float16", "bfloat16"]))
+    problem = Problem(
+        rng, [33, 0, 16, 7], dtype=dtype, kv_cache_dtype=kv_cache_dtype, scales=scales,
+        layout=layout,
+    )  # fmt: skip
+    problem.solve(world)
+
+
+def test_strides_and_spare_rows(world, rng):
+    """Query and results are cut from wider arrays and have more rows than there are queries."""
+    problem = Problem(
+        rng, [33, 0, 7], [3, 0, 2], layout="gaps", strided=True, spare=2, lse="heads first"
+    )
+    problem.solve(world)
+
+
+def test_long_sequences(world, rng):
+    """Longer than what is done at once."""
+    Problem(rng, [2111, 511, 513, 1025], heads=(2, 1), sizes=(16, 16)).solve(world)
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND", "x-packed", "interleaved"])
+def test_large_blocks(world, rng, layout):
+    """Larger than what is done at once."""
+    problem = Problem(
+        rng, [1300, 511, 513, 1, 0], heads=(2, 1), sizes=(16, 16), block_size=1050, layout=layout
+    )
+    problem.solve(world)
+
+
+# --- several queries for each sequence ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_several_queries(world, rng, causal):
+    """The whole sequence, its end, one token, none, and more queries than tokens."""
+    problem = Problem(rng, [9, 40, 17, 33, 2, 0], [9, 5, 1, 0, 4, 2], causal=causal)
+    problem.solve(world)
+
+
+def test_prefill(world, rng):
+    Problem(rng, [130, 64], [130, 40], heads=(2, 1), sizes=(16, 16)).solve(world)
+
+
+# --- options --------------------------------------------------------------------------------------
+
+OPTIONS = {
+    "slopes": {"slopes": True},
+    "window": {"sliding_window": 20},
+    "window of one": {"sliding_window": 1},
+    "soft cap": {"soft_cap": 1.5},
+    "sinks": {"sinks": "float32"},
+    "sinks of the query's dtype": {"sinks": "bfloat16"},
+    "scale": {"scale": 0.4},
+    "all": {
+        "slopes": True, "sliding_window": 30, "soft_cap": 2.0, "sinks": "float32", "scale": 0.3,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("queries", [None, [1, 4, 0, 18]])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options(world, rng, options, queries, causal):
+    Problem(rng, [1, 37, 5, 20], queries, causal=causal, **options).solve(world)
+
+
+def test_logarithms_are_optional(world, rng):
+    Problem(rng, [9, 0, 20], lse=None).solve(world)
+
+
+def test_new_result(world, rng):
+    problem = Problem(rng, [9, 0, 20], sizes=(32, 16), dtype="float16")
+    problem.run(world)
+    written = problem.out.on(world.bytes_of(problem.out))[:3]
+    new = world.numpy(problem.run(world, out=None, lse=None))
+    np.testing.assert_array_equal(new, written)
+
+
+# --- logits that are not ordinary -----------------------------------------------------------------
+
+
+def logits_of(world, rng, logits, **options):
+    """A sequence whose keys give these logits for one head, by their first element."""
+    problem = Problem(rng, [len(logits)], heads=(1, 1), sizes=(16, 16), dtype="float16",
+                      scale=1.0, **options)  # fmt: skip
+    query = problem.query.on(problem.query.buffer.bytes)
+    query[...] = 0
+    query[0, 0, 0] = 1
+    keys = problem.caches[0].on(problem.caches[0].buffer.bytes)
+    for (_, block, offset), logit in zip(problem.seen[0][2], logits):
+        problem.numbers[0][block, offset, 0, 0] = keys[block, offset, 0, 0] = logit
+    problem.solve(world)
+
+
+@pytest.mark.parametrize(
+    "logits",
+    [
+        [0.0] * 50,
+        [1.0, 2.0, 60000.0, *[3.0] * 40],
+        [60000.0, *[-60000.0] * 40],
+        [*[-60000.0] * 40, 60000.0],
+        [-60000.0] * 33,
+        [*np.linspace(-80, 80, 40)],
+        [*np.linspace(80, -80, 40)],
+    ],
+)
+def test_logits(world, rng, logits):
+    """All equal, one huge, ascending, descending."""
+    logits_of(world, rng, [float(np.float16(x)) for x in logits])
+
+
+def test_all_hidden_but_one(world, rng):
+    logits_of(world, rng, [60000.0] * 40 + [-60000.0], sliding_window=1)
+
+
+@pytest.mark.parametrize("sinks", [None, "float32"])
+def test_queries_without_tokens(world, rng, sinks):
+    Problem(rng, [0, 2, 0], [3, 4, 1], sinks=sinks, slopes=True).solve(world)
+
+
+# --- what is out of range -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [b for b in BAD if -(2**31) <= b] + [6 * 3 + 2])
+def test_blocks_out_of_range_are_recorded(world, rng, bad):
+    problem = Problem(
+        rng, [90, 40, 3], [2, 20, 1], width=6, types=("int64", "int32", "int64"), bad={(0, 1): bad}
+    )
+    problem.solve(world)
+
+
+def test_a_sequence_of_which_no_block_is_there(world, rng):
+    Problem(rng, [40, 20], bad={(0, page): 1000 + page for page in range(3)}).solve(world)
+
+
+@pytest.mark.parametrize("bad", [*BAD, 97])
+def test_lengths_out_of_range_are_recorded(world, rng, bad):
+    problem = Problem(rng, [90, bad, 3], [2, 4, 1], width=6, types=("int32", "int64", "int32"))
+    problem.solve(world)
+
+
+def test_a_table_without_width(world, rng):
+    problem = Problem(rng, [3, 0], width=0)
+    assert problem.faults == {(0, "seq_lens", 3, 1)}
+    problem.solve(world)
+
+
+def test_sequences_without_queries_are_not_looked_at(world, rng):
+    Problem(rng, [20, -5, 2**31 - 1], [1, 0, 0], width=2).solve(world)
+
+
+@pytest.mark.parametrize("starts", [[-3, 2, 5], [0, 2, 99], [2, 3, 4], [-9, -4, 0], [8, 9, 9]])
+def test_starts_beyond_the_query(world, rng, starts):
+    """Rows that there are not are not read; rows of no sequence are left as they are."""
+    problem = Problem(rng, [48, 48], [48, 48])  # caches that hold numbers throughout
+    step = Problem(rng, [40, 30], [2, 3])
+    step.caches, step.numbers, step.table = problem.caches, problem.numbers, problem.table
+    step.starts = worlds.of_values(np.array(starts, np.int32))
+    table, lens = (spec.on(spec.buffer.bytes) for spec in (step.table, step.lens))
+    step.seen, step.faults = oracle.tokens_seen(table, lens, starts, 5, len(step.numbers[0]), 16)
+    step.solve(world)
+
+
+def test_nothing_to_do(world, rng):
+    for problem in (Problem(rng, []), Problem(rng, [], [], spare=3), Problem(rng, [5], [0])):
+        problem.solve(world)
+
+
+# --- the same bits in any batch -------------------------------------------------------------------
+
+
+def rows_of(world, problem):
+    """The bits of what is written, by row."""
+    problem.run(world)
+    out = problem.out.on(world.bytes_of(problem.out))
+    lse = problem.lse.on(world.bytes_of(problem.lse))
+    return [(o.tobytes(), one.tobytes()) for o, one in zip(out, lse)]
+
+
+@pytest.mark.parametrize("queries", [None, [1, 3, 1, 2, 4, 1]])
+def test_same_bits_in_any_batch(world, rng, queries):
+    """A batch in another order, padded with empty sequences, and one sequence at a time."""
+    lengths = [700, 33, 1, 130, 64, 15]
+    problem = Problem(rng, lengths, queries, slopes=True)
+    counts = queries or [1] * len(lengths)
+    starts = np.concatenate([[0], np.cumsum(counts)])
+    whole = rows_of(world, problem)
+    table = problem.table.on(problem.table.buffer.bytes)
+    bits = worlds.Spec(
+        problem.query.buffer, 0, problem.query.shape, problem.query.strides, "uint16"
+    )
+    query = bits.on(problem.query.buffer.bytes)
+
+    def part(order, padding, width):
+        """The same sequences in this order, then empty ones."""
+        rows = [r for b in order for r in range(starts[b], starts[b + 1])]
+        other = Problem(rng, [lengths[b] for b in order] + [0] * padding,
+                        queries and [counts[b] for b in order] + [1] * padding,
+                        slopes=True, width=width)  # fmt: skip
+        other.caches, other.slopes = problem.caches, problem.slopes
+        entries = np.full((len(order) + padding, width), 10**6, np.int32)
+        entries[: len(order), : table.shape[1]] = table[order]
+        other.table = worlds.of_values(entries)
+        other.query = worlds.of_values(
+            np.concatenate(
+                [query[rows], query[: len(other.query.on(other.query.buffer.bytes)) - len(rows)]]
+            ),
+            "bfloat16",
+        )
+        assert rows_of(world, other)[: len(rows)] == [whole[r] for r in rows]
+
+    width = table.shape[1]
+    part(list(rng.permutation(len(lengths))), 3, width)
+    part([1, 0, 5], 0, width + 30)
+    for sequence in range(len(lengths)):
+        part([sequence], 0, width)
+
+
+# --- any problem ----------------------------------------------------------------------------------
+
+
+@st.composite
+def problems(draw, **fixed):
+    """Arguments of `Problem`; ``fixed`` ones, and the others drawn. Sizes are small."""
+    named = {
+        "block_size": draw(st.sampled_from([1, 2, 3, 4, 8, 16])),
+        "sizes": draw(st.sampled_from([(16, 16), (8, 24), (32, 16), (5, 5)])),
+        "layout": draw(st.sampled_from(LAYOUTS)),
+        "dtype": draw(st.sampled_from(DTYPES)),
+        "kv_cache_dtype": draw(st.sampled_from(["auto", *attending.STORED])),
+        "heads": draw(st.sampled_from([(1, 1), (2, 1), (3, 3), (6, 2), (5, 1), (8, 2)])),
+    } | fixed  # fmt: skip
+    size = named["block_size"]
+    length = st.one_of(st.sampled_from([0, 1, size - 1, size, size + 1]), st.integers(0, 6 * size))
+    lengths = draw(st.lists(length, max_size=5))
+    named["queries"] = draw(
+        st.none() | st.lists(st.integers(0, 5), min_size=len(lengths), max_size=len(lengths))
+    )
+    types = [draw(st.sampled_from(["int32", "int64"])) for _ in range(3)]
+    width = max([1, *(-(-n // size) for n in lengths)]) + draw(st.integers(0, 2))
+    bad = {}
+    if lengths and draw(st.booleans()):
+        limits = [np.iinfo(t) for t in types]
+        for _ in range(draw(st.integers(0, 3))):
+            place = draw(st.integers(0, len(lengths) - 1)), draw(st.integers(0, width - 1))
+            bad[place] = draw(
+                st.sampled_from([b for b in BAD if limits[0].min <= b <= limits[0].max])
+            )
+        if draw(st.booleans()):
+            lengths[draw(st.integers(0, len(lengths) - 1))] = draw(
+                st.sampled_from([b for b in BAD if limits[1].min <= b <= limits[1].max])
+            )
+    maybe = st.sampled_from
+    return np.random.default_rng(draw(st.integers(0, 2**32))), lengths, {
+        **named, "types": types, "width": width, "bad": bad,
+        "scales": draw(maybe(["number", "array", "heads"])),
+        "spare": draw(maybe([0, 0, 2])), "lse": draw(maybe([None, "rows", "heads first"])),
+        "slopes": draw(st.booleans()), "sinks": draw(maybe([None, "float32", named["dtype"]])),
+        "scale": draw(maybe([None, 0.2, 1.0])), "sliding_window": draw(maybe([None, 1, 3, 17])),
+        "soft_cap": draw(maybe([None, 0.5, 30.0])), "causal": draw(st.booleans()),
+        "strided": draw(st.booleans()), "pad": draw(maybe([0, 0, 16])),
+    }  # fmt: skip
+
+
+@hypothesis.settings(max_examples=100)
+@hypothesis.given(drawn=problems())
+def test_any_problem(drawn):
+    rng, lengths, named = drawn
+    Problem(rng, lengths, **named).solve(worlds.NumPyWorld())
+
+
+# What the kernels are compiled for.
+POOL = (
+    {"block_size": 16, "sizes": (32, 32), "layout": "NHD", "dtype": "bfloat16",
+     "kv_cache_dtype": "auto", "heads": (4, 2)},
+    {"block_size": 8, "sizes": (64, 32), "layout": "HND", "dtype": "float16",
+     "kv_cache_dtype": "auto", "heads": (5, 1)},
+    {"block_size": 16, "sizes": (32, 32), "layout": "NHD", "dtype": "bfloat16",
+     "kv_cache_dtype": "fp8", "heads": (4, 2)},
+    {"block_size": 16, "sizes": (32, 32), "layout": "x-packed", "dtype": "float16",
+     "kv_cache_dtype": "auto", "heads": (4, 2)},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", POOL)
+def test_any_problem_on_the_kernels(emulated_world, shape):
+    @hypothesis.given(drawn=problems(**shape))
+    def solve(drawn):
+        rng, lengths, named = drawn
+        world = emulated_world()
+        try:
+            Problem(rng, lengths, **named).solve(world)
+        finally:
+            world.close()
+
+    solve()
+
+
+# --- plans ----------------------------------------------------------------------------------------
+
+
+def test_other_numbers_need_no_other_plan(rng):
+    """Lengths, widths, scales and sizes of windows change with steps and layers."""
+    many, world = Problem(rng, [20] * 9), worlds.NumPyWorld()
+    many.run(world, scale=1.0, sliding_window=3, soft_cap=2.0)
+    before = len(module.OP.memory)
+    for number in range(2, 9):
+        step = Problem(rng, [20] * number, width=2)
+        step.caches, step.table = many.caches, many.table[:, : 1 + number % 2]
+        step.lens = worlds.of_values(np.full(number, 16, np.int32))
+        step.run(world, scale=1 / number, sliding_window=number, soft_cap=0.5 * number)
+    assert len(module.OP.memory) == before
+
+
+def test_more_rows_of_results_that_interleave(world, rng):
+    """With the head's stride of so many rows, further ones would run into the next head's."""
+    problem = Problem(rng, [9] * 4, lse="heads first")
+    problem.solve(world)
+    more = Problem(rng, [9] * 5, lse=None)
+    more.caches = problem.caches
+    storage = worlds.array(rng, (20,), "float32").buffer
+    more.lse = worlds.Spec(storage, 0, (5, 4), (4, 16), "float32")
+    with pytest.raises(cc.StrideError, match="lse"):
+        more.run(world)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+class TestRefusals:
+    def refused(self, world, problem, error, *words, **changes):
+        with pytest.raises(error) as caught:
+            problem.run(world, **changes)
+        assert issubclass(error, cc.CupyCacheError)
+        for word in ("paged_attention: Invalid", *words):
+            assert word in str(caught.value)
+        for spec in problem.specs:
+            if spec is not None:
+                np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
+
+    @pytest.mark.parametrize(
+        "name, shape, dtype, error, words",
+        [
+            ("query", (3, 4), "bfloat16", cc.ShapeError, ("query", "2 dimensions")),
+            ("query", (3, 4, 31), "bfloat16", cc.ShapeError, ("key_cache", "head_size")),
+            ("query", (3, 3, 32), "bfloat16", cc.ShapeError, ("out",)),
+            ("query", (3, 4, 32), "float16", cc.DTypeError, ("key_cache", "float16")),
+            ("query", (3, 4, 32), "int16", cc.DTypeError, ("query", "float32", "int16")),
+            ("query", (2, 4, 32), "bfloat16", cc.ShapeError, ("seq_lens", "query_start_loc")),
+            ("table", (2, 3), "int32", cc.ShapeError, ("block_table", "3 sequences")),
+            ("table", (9,), "int32", cc.ShapeError, ("block_table",)),
+            ("table", (3, 3), "int16", cc.DTypeError, ("block_table", "int32 or int64")),
+            ("lens", (3,), "uint64", cc.DTypeError, ("seq_lens", "uint64")),
+            ("lens", (3, 1), "int32", cc.ShapeError, ("seq_lens",)),
+            ("starts", (3,), "int32", cc.ShapeError, ("query_start_loc", "[4]", "[3]")),
+            ("starts", (4,), "float32", cc.DTypeError, ("query_start_loc",)),
+            ("slopes", (2,), "float32", cc.ShapeError, ("alibi_slopes", "num_heads")),
+            ("slopes", (4,), "bfloat16", cc.DTypeError, ("alibi_slopes", "float32")),
+            ("sinks", (4, 1), "float32", cc.ShapeError, ("sinks",)),
+            ("sinks", (4,), "float16", cc.DTypeError, ("sinks", "float32", "bfloat16")),
+            ("out", (3, 4, 31), "bfloat16", cc.ShapeError, ("out", "head_size_v")),
+            ("out", (2, 4, 32), "bfloat16", cc.ShapeError, ("out", "at least 3")),
+            ("out", (3, 4, 32), "float32", cc.DTypeError, ("out", "bfloat16")),
+            ("lse", (4, 3), "float32", cc.ShapeError, ("lse", "num_heads")),
+            ("lse", (2, 4), "float32", cc.ShapeError, ("lse", "at least 3")),
+            ("lse", (3, 4), "float64", cc.DTypeError, ("lse", "float32")),
+        ],
+    )  # fmt: skip
+    def test_arguments(self, world, rng, name, shape, dtype, error, words):
+        problem = Problem(rng, [20, 9, 3])
+        setattr(problem, name, worlds.array(rng, shape, dtype))
+        self.refused(world, problem, error, *words)
+
+    @pytest.mark.parametrize(
+        "index, shape, dtype, error, words",
+        [
+            (0, (9, 16, 3, 32), "bfloat16", cc.ShapeError, ("value_cache", "num_kv_heads")),
+            (0, (9, 16, 64), "bfloat16", cc.ShapeError, ("key_cache", "3 dimensions")),
+            (0, (9, 16, 2, 32), "uint8", cc.DTypeError, ("key_cache", "bfloat16")),
+            (1, (9, 16, 2, 32), "float16", cc.DTypeError, ("value_cache", "bfloat16")),
+            (1, (7, 16, 2, 32), "bfloat16", cc.ShapeError, ("value_cache", "num_blocks")),
+            (1, (9, 8, 2, 32), "bfloat16", cc.ShapeError, ("value_cache", "block_size")),
+        ],
+    )
+    def test_caches(self, world, rng, index, shape, dtype, error, words):
+        problem = Problem(rng, [20, 9, 3])
+        problem.caches = list(problem.caches)
+        shape = problem.caches[0].shape[:1] + shape[1:] if shape[0] == 9 else shape
+        problem.caches[index] = worlds.array(rng, shape, dtype)
+        self.refused(world, problem, error, *words)
+
+    def test_a_ratio_that_is_not_whole(self, world, rng):
+        problem = Problem(rng, [20], heads=(3, 3), lse=None)
+        problem.query = worlds.array(rng, (1, 4, 32), "bfloat16")
+        problem.out = worlds.array(rng, (1, 4, 32), "bfloat16")
+        self.refused(world, problem, cc.ShapeError, "query", "multiple")
+
+    def test_x_packed_caches_that_do_not_fit(self, world, rng):
+        problem = Problem(rng, [20], layout="x-packed")
+        blocks, heads, packs, size, x = problem.caches[0].shape
+        key = worlds.array(rng, (blocks, heads, packs + 1, size, x), "bfloat16")
+        problem.caches = key, problem.caches[1]
+        self.refused(world, problem, cc.ShapeError, "key_cache", "head_size / x")
+
+    @pytest.mark.parametrize(
+        "name, value",
+        [
+            ("scale", float("nan")), ("scale", float("inf")), ("scale", "1"), ("scale", True),
+            ("soft_cap", 0.0), ("soft_cap", -1.0), ("soft_cap", float("inf")), ("soft_cap", True),
+            ("sliding_window", 0), ("sliding_window", -1), ("sliding_window", 2.0),
+            ("sliding_window", True), ("kv_cache_dtype", "fp9"), ("kv_cache_dtype", None),
+            ("kv_cache_dtype", "fp8_ds_mla"),
+        ],
+    )  # fmt: skip
+    def test_values(self, world, rng, name, value):
+        problem = Problem(rng, [20])
+        self.refused(world, problem, cc.ArgumentError, name, str(value), **{name: value})
+
+    @pytest.mark.parametrize("name", ["k_scale", "v_scale"])
+    def test_scales(self, world, rng, name):
+        problem = Problem(rng, [20], kv_cache_dtype="fp8")
+        for value in (0.0, -1.0, float("nan"), True):
+            self.refused(world, problem, cc.ArgumentError, name, str(value), **{name: value})
+        for shape, dtype, error in (
+            ((3,), "float32", cc.ShapeError),
+            ((2,), "float16", cc.DTypeError),
+        ):
+            scale = worlds.array(rng, shape, dtype)
+            self.refused(world, problem, error, name, **{name: scale})
+
+    def test_strides(self, world, rng):
+        problem = Problem(rng, [20, 9])
+        wide = worlds.array(rng, (2, 4, 64), "bfloat16")
+        problem.query = wide[..., ::2]
+        self.refused(world, problem, cc.StrideError, "query", "contiguous")
+        problem = Problem(rng, [20, 9])
+        problem.out = wide[..., ::2]
+        self.refused(world, problem, cc.StrideError, "out", "contiguous")
+        problem = Problem(rng, [20, 9])
+        problem.lens = worlds.array(rng, (4,), "int32")[::2]
+        self.refused(world, problem, cc.StrideError, "seq_lens", "contiguous")
+        problem = Problem(rng, [20, 9], lse=None)
+        problem.out = worlds.Spec(wide.buffer, 0, (2, 4, 32), (0, 64, 2), "bfloat16")
+        self.refused(world, problem, cc.StrideError, "out", "share memory")
+
+    def test_a_result_that_cannot_be_written(self, rng):
+        problem, world = Problem(rng, [20]), worlds.NumPyWorld()
+        world.put(problem.out)
+        made = world.put(problem.out)
+        made.flags.writeable = False
+        with pytest.raises(cc.NotWritableError, match="out"):
+            problem.run(world, out=made)
+
+    @pytest.mark.parametrize("name", ["query", "caches", "table", "lens"])
+    def test_no_array(self, rng, name):
+        problem = Problem(rng, [20])
+        setattr(problem, name, (None, None) if name == "caches" else None)
+        with pytest.raises(cc.DTypeError, match="paged_attention: "):
+            problem.run(worlds.NumPyWorld())
+
+
+def test_every_storage_of_a_format_is_taken(rng):
+    """The 8-bit dtype itself, or bytes."""
+    for name, stored in attending.STORED.items():
+        for dtype in ("uint8", stored):
+            caches = [np.zeros((1, 4, 1, 8), formats.DTYPES[dtype].numpy) for _ in "kv"]
+            made = cc.paged_attention(
+                np.ones((1, 1, 8), np.float16), *caches, np.zeros((1, 1), np.int32),
+                np.ones(1, np.int32), kv_cache_dtype=name,
+            )  # fmt: skip
+            assert made.shape == (1, 1, 8) and not made.any()
+    check_faults("paged_attention", ())
