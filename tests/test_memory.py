@@ -10,11 +10,13 @@ import re
 import weakref
 
 import numpy as np
+import oracle
 import pytest
 import recording
 import worlds
 
 import cupy_cache as cc
+from cupy_cache.compilation import specialisations
 from cupy_cache.runtime import arrays, dispatch, dlpack, launch
 
 
@@ -662,6 +664,128 @@ def test_known_signatures_do_not_vouch_for_other_caches(torch, recorder):
         with refused("cp_gather_indexer_k_quant_cache", "dst_scale", "dst_k"):
             cc.cp_gather_indexer_k_quant_cache(entries, *rows, table, bounds)
     assert not recorder.take()
+
+
+# --- strides that mean nothing --------------------------------------------------------------------
+
+
+def loose(torch, shape, dtype="float16"):
+    """A tensor whose extents of 1 have odd strides; the others have no gaps."""
+    made = tensor(torch, *shape, dtype=dtype)
+    strides = [7 if extent == 1 else step for extent, step in zip(shape, made.stride())]
+    return made.as_strided(shape, strides)
+
+
+def tensor(torch, *shape, dtype="float16"):
+    """16-byte aligned, with room behind."""
+    dtype = getattr(torch, dtype)
+    flat = torch.zeros(4096 + 16, dtype=torch.uint8)
+    start = -flat.data_ptr() % 16
+    return flat[start : start + 4096].view(dtype)[: int(np.prod(shape))].view(shape)
+
+
+@pytest.fixture
+def ready():
+    """What `warmup` loads for one head and for two."""
+    ops = ["reshape_and_cache_flash", "gather_cache"]
+    found = {
+        heads: {
+            kernel.expression
+            for kernel in specialisations.specialisations(heads, 8, 1, "float16", ops=ops)
+        }
+        for heads in (1, 2)
+    }
+    dispatch.forget_everything()
+    return found
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("blocks", [1, 3])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_strides_of_extents_of_1_choose_no_kernel(torch, ready, recorder, heads, blocks, tokens):
+    """What `warmup` loads serves them, and so does what was remembered."""
+    index = {"dtype": "int64"}
+    shapes = {
+        "key": (tokens, heads, 8), "value": (tokens, heads, 8),
+        "key_cache": (blocks, 1, heads, 8), "value_cache": (blocks, 1, heads, 8),
+    }  # fmt: skip
+    for make in (tensor, loose, tensor, loose, loose):
+        given = {name: make(torch, shape) if make is loose else make(torch, *shape)
+                 for name, shape in shapes.items()}  # fmt: skip
+        slots = tensor(torch, tokens, **index)
+        cc.reshape_and_cache_flash(**given, slot_mapping=slots)
+        dst = loose(torch, (tokens, heads, 8))
+        cc.gather_cache(
+            given["key_cache"], dst, loose(torch, (1, 3), **index), tensor(torch, 2, **index)
+        )
+        cc.copy_blocks([given["key_cache"]], [given["value_cache"]], loose(torch, (0, 2), **index))
+    expressions = {expression for expression, *_ in recorder.take()}
+    assert len(expressions) == 2
+    assert expressions <= ready[heads]
+
+
+def test_strides_of_extents_of_1_on_the_cpu(rng):
+    """One row of a transposed buffer, as two rows of it."""
+    source = rng.random((3, 1, 16), np.float32)
+    for rows in (2, 1):
+        destination = np.zeros((16, rows), np.float32).T
+        given = np.array([[2, 1]]), np.array([0, rows])
+        if rows == 1:
+            cc.gather_cache(source, destination, *given)
+            assert (destination == source[[2], 0]).all()
+        else:
+            with refused("gather_cache", "dst"):
+                cc.gather_cache(source, destination, *given)
+    row = np.lib.stride_tricks.as_strided(np.zeros(16, np.float32), (1, 16), (1, 4))
+    cc.gather_cache(source, row, np.array([[2]]), np.array([0, 1]))
+    assert (row == source[2]).all()
+
+
+@pytest.mark.parametrize("rows", [np.broadcast_to, np.lib.stride_tricks.sliding_window_view])
+def test_keys_that_share_memory(rng, rows):
+    """Of the operations that quantise whole rows: all tokens are one, or lie one element apart."""
+
+    def keys(size, dtype):
+        content = rng.standard_normal(size + 2).astype(dtype)
+        return rows(content[:size], (3, size)) if rows is np.broadcast_to else rows(content, size)
+
+    k = keys(8, np.float32)
+    results = []
+    for given in (k, k.copy()):
+        cache = np.zeros((2, 2, 16), np.uint8)
+        cc.indexer_k_quant_and_cache(given, cache, np.array([0, 3, 1]), 4, "ue8m0")
+        results.append(cache)
+    expected = np.zeros((2, 2, 16), np.uint8)
+    oracle.indexer_k_quant_and_cache(k, expected, np.array([0, 3, 1]), 4, "ue8m0")
+    assert all((result == expected).all() for result in results)
+    kv_c, k_pe = keys(512, np.float16), keys(64, np.float16)
+    cache, expected = (np.zeros((2, 2, 656), np.uint8) for _ in range(2))
+    cc.concat_and_cache_mla(kv_c, k_pe, cache, np.array([0, 3, 1]), "fp8_ds_mla")
+    oracle.concat_and_cache_fp8_ds_mla(kv_c, k_pe, expected, np.array([0, 3, 1]), "power_of_two")
+    assert (cache == expected).all()
+
+
+def test_layers_of_several_frameworks(torch):
+    """Their strides count differently, and their streams are others."""
+    tables = [torch.tensor([[7], [3]]), np.array([[1], [4]])]
+    with refused("slot_mapping_groups", "block_tables[1]", "numpy"):
+        cc.slot_mapping_groups(tables, None, np.zeros(2, int), np.array([0, 1, 2]), [1, 4])
+    caches = [np.zeros((4, 4), np.float32) for _ in range(2)]
+    caches[1].flags.writeable = False
+    with pytest.raises(cc.NotWritableError, match=r"zero_blocks: .*caches\[1\]"):
+        cc.zero_blocks(caches, [0])
+
+
+def test_tokens_of_x_packed_caches():
+    """A slot is not one place there."""
+    keys, values = np.zeros((4, 2, 2, 8, 4), np.float32), np.zeros((4, 2, 8, 8), np.float32)
+    out = np.zeros(10_000, np.uint8)
+    with refused("pack_tokens", "caches[0][0]", "[4, 2, 2, 8, 4]"):
+        cc.pack_tokens([(keys, values)], [0], out)
+    with refused("unpack_tokens", "caches[0][0]", "[4, 2, 2, 8, 4]"):
+        cc.unpack_tokens(out, [(keys, values)], [0])
+    cc.pack_blocks([(keys, values)], [0], out)
 
 
 # --- host memory that is pinned in pieces ---------------------------------------------------------

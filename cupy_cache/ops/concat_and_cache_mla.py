@@ -52,13 +52,14 @@ def concat_and_cache_mla(
         block_size, 656] of uint8 or any other 8-bit dtype.
     slot_mapping : int64 or int32 array [num_slots]
         Negative slots are padding and skipped. Slots past the cache are skipped and recorded (see
-        `raise_faults`). Where a slot occurs twice, which token stays is not defined.
+        `raise_faults`). Of a slot that occurs twice nothing is
+        defined: parts of each token may stay.
     kv_cache_dtype : str
         "auto", "float16", "bfloat16" or "float32": a raw copy. "fp8" or "fp8_e4m3", "fp8_e5m2",
         "int8": value / scale, rounded and saturated. "fp8_ds_mla": see Notes.
     scale : float, or float32 array of one element, optional
         What a stored element is multiplied with to give the value; for both parts. An array is read
-        on its device. None is 1.0. Used by the 8-bit dtypes only.
+        on its device, and its value is not looked at. None is 1.0. Used by the 8-bit dtypes only.
     skip_scale : bool
         Take 1.0 for ``scale``, whatever it is.
     scale_rule : {"power_of_two", "amax"}

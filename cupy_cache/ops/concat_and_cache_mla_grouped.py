@@ -53,8 +53,8 @@ def concat_and_cache_mla_grouped(
         Or the addresses of such caches, in an array on the device. They cannot be checked.
     slot_mapping : int64 or int32 array [num_layers, at least num_tokens]
         Any strides; that of the layers may be 0. Negative slots are padding and skipped. Slots past
-        a cache are skipped and recorded as row ``l * num_tokens + t`` (see `raise_faults`). Where a
-        layer has a slot twice, which token stays is not defined.
+        a cache are skipped and recorded as row ``l * num_tokens + t`` (see `raise_faults`). Of a
+        slot that a layer has twice nothing is defined: parts of each token may stay.
     block_size, block_stride, entry_stride : int
         Slots of a block, and the distances of blocks and of entries in elements of the cache.
         Needed with addresses; a list tells them, and what is given must agree.

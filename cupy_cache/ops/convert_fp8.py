@@ -47,7 +47,7 @@ def convert_fp8(
         Of the same shape. Both may have any strides, each its own, as long as at most five
         dimensions are left when those adjacent in both arrays count as one.
     scale : float, or float32 array of one element, optional
-        An array is read on its device. None is 1.0.
+        An array is read on its device, and its value is not looked at. None is 1.0.
     kv_dtype : str
         "fp8" or "fp8_e4m3", "fp8_e5m2".
     stream : optional

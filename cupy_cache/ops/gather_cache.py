@@ -42,7 +42,9 @@ def gather_cache(
         Block numbers of each sequence; the last dimension contiguous.
     cu_seq_lens : int32 or int64 array [B + 1]
         Where each sequence's rows start in ``dst``, and where the last one's end; never
-        descending; contiguous.
+        descending; contiguous. Rows that
+        ``dst`` does not have are dropped, without a fault; where the numbers descend, which rows
+        are written is not defined.
     seq_starts : int32 or int64 array [B], optional
         The position in its sequence, in tokens, from which each sequence is read; any value, not
         only multiples of the block size. By default 0.

@@ -56,7 +56,8 @@ def indexer_k_quant_and_cache(
         the blocks is free.
     slot_mapping : int64 or int32 array [num_slots]
         Negative slots are padding and skipped. Slots past the cache are skipped and recorded (see
-        `raise_faults`). What a slot holds that occurs twice is not defined.
+        `raise_faults`). Of a slot that occurs twice nothing is
+        defined: parts of each key may stay.
     quant_block_size : int
         Any divisor of ``head_size``.
     kv_cache_dtype : str

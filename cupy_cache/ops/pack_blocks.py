@@ -124,7 +124,9 @@ def pack_tokens(
     Parameters
     ----------
     caches : list of arrays [num_blocks, block_size, ...], or list of (key_cache, value_cache)
-        As for `pack_blocks`, with the offset in a block as dimension 1; permuted views will do.
+        As for `pack_blocks`, with the offset in a block as dimension 1, and at most 4 dimensions;
+        permuted views will do. Caches that are x-packed, or an indexer's, keep a token in several
+        places: pack whole blocks of them.
     slot_mapping : sequence of int, or int32 or int64 array [n]
         A token's slot is ``block * block_size + offset``. As ``block_ids`` of `pack_blocks`, and
         negative slots are padding: their rows of the buffer keep their bytes.

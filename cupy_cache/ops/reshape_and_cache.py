@@ -64,13 +64,16 @@ def reshape_and_cache(
         Likewise. With ``interleaved_v`` [num_blocks, num_kv_heads, block_size / x, head_size_v, x].
     slot_mapping : int64 or int32 array [num_slots]
         Negative slots are padding and skipped. Slots past the cache are skipped and recorded (see
-        `raise_faults`). Where a slot occurs twice, which token stays is not defined.
+        `raise_faults`). Of a slot that occurs twice nothing is
+        defined: parts of each token may stay.
     kv_cache_dtype : str
         "auto", "float16", "bfloat16" or "float32": a raw copy, whichever of these the name is.
         "fp8" or "fp8_e4m3", "fp8_e5m2", "int8": quantised as by `reshape_and_cache_flash`.
     k_scale, v_scale : float, or float32 array [1], [num_kv_heads] or of no dimensions, optional
         What a stored element is multiplied with to give the value: one number, or one for each
-        head. An array is read on its device. None is 1.0. A raw copy ignores them.
+        head. An array is read on its device, and its values are not looked at: with 0, NaN or a
+        negative number an element is what that quotient gives. None is 1.0. A raw copy ignores
+        them.
     interleaved_v : bool
         Whether the value cache is interleaved.
     stream : optional

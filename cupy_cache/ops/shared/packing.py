@@ -30,6 +30,8 @@ from . import blocks
 # A packed buffer in host memory that is not pinned goes through a buffer of this size on the GPU.
 STAGE_BYTES = 32 << 20
 LAYOUTS = ("layer_first", "page_first")
+# More have caches in which a slot is not one place: [num_blocks, heads, head_size / x, slots, x].
+MAX_TOKEN_DIMS = 4
 MAX_THREADS = 256
 ITEMS = 2  # vectors of each tensor that a thread has in flight
 _MAX_WORKS = 2**31 - 1  # work indices are 32-bit in the kernel
@@ -191,6 +193,12 @@ class Plan:
         for name, tensor in zip(names, self.tensors):
             check.shape(name, tensor, pattern)
             check.device(name, tensor)
+            if by_slot and len(tensor.shape) > MAX_TOKEN_DIMS:
+                raise ShapeError(
+                    f"{op.name}: Invalid shape of {name}: expected [num_blocks, block_size, ...] "
+                    f"of at most {MAX_TOKEN_DIMS} dimensions, got {list(tensor.shape)}; of a cache "
+                    "whose blocks are x-packed pack whole blocks"
+                )
             if direction.writes_cache:
                 check.writable(name, tensor)
         self.device = self.tensors[0].device
