@@ -209,7 +209,7 @@ class Op:
                 value = value[0]
             if value is None or isinstance(value, (indices.Chosen, list, tuple, range)):
                 continue
-            name = f"{self.name}: {arg.name}"
+            name = f"{self.name}: {arg.item(0) if arg.layers else arg.name}"
             device = arrays.device_of(value, name)
             if device.kind == "cuda":
                 foreign = arrays.is_foreign(value, name)
