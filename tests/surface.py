@@ -1165,7 +1165,6 @@ def change_option(rng, call):
     value = call.args[name]
     if isinstance(value, bool):
         same = [int(value), np.bool_(value), np.array(value), "yes" if value else ""]
-        wrong = [np.array([1, 0]), Broken] if torch is None else [torch.ones(2)]
         wrong = [np.array([1, 0])]
     elif isinstance(value, int):
         same = [np.int64(value), np.uint8(value), np.array(value), Index(value)]
@@ -1211,10 +1210,7 @@ def change_numbers(rng, call):
     value = [(0, bad)] if pairs else [0, bad]
     layers = next(iter(call.args.values()))
     call.args[name] = value
-    # Without layers there is nothing that a number could lead out of.
-    call.must_refuse = layers != [] or not isinstance(bad, (int, float)) or isinstance(bad, bool)
-    if layers == []:
-        call.must_refuse = False
+    call.must_refuse = layers != []  # without any there is nothing that a number could leave
     return f"{name} with {type(bad).__name__}"
 
 
