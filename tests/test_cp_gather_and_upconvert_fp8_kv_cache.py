@@ -214,6 +214,22 @@ POOL = (
 )
 
 
+def test_no_sequences(emulated_world, rng, monkeypatch):
+    """Nothing is launched, and no row is written."""
+    world = emulated_world()
+    try:
+        specs = (
+            worlds.array(rng, (3, 4, 656), "uint8"), worlds.array(rng, (5, 576), "bfloat16"),
+            worlds.array(rng, (2, 3), "int32"), worlds.of_values(np.zeros(0, np.int32)),
+        )  # fmt: skip
+        monkeypatch.setattr(world.driver, "launch", None)
+        cc.cp_gather_and_upconvert_fp8_kv_cache(*(world.put(s) for s in specs), 0)
+        for spec in specs:
+            np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
+    finally:
+        world.close()
+
+
 @hypothesis.settings(max_examples=20)
 @hypothesis.given(batch=batches(POOL))
 def test_any_batch(emulated_world, batch):
