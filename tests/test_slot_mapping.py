@@ -327,3 +327,18 @@ def test_read_only_out_is_refused():
     out.flags.writeable = False
     with pytest.raises(cc.NotWritableError, match="out"):
         cc.slot_mapping(np.zeros((1, 1), np.int64), np.array([0]), np.array([0, 1]), 4, out=out)
+
+
+def test_the_alignment_of_positions_makes_no_plan(world, rng):
+    """They are read one by one."""
+    from cupy_cache.ops.slot_mapping import OP
+
+    counts = []
+    for pad in (0, 8):
+        positions = worlds.Buffer(9 * 8 + pad, None, fill=0).view((9,), "int64", pad)
+        table = worlds.of_values(rng.integers(0, 99, (2, 4)).astype(np.int32))
+        bounds = worlds.of_values(np.array([0, 4, 9], np.int32))
+        put = [world.put(spec) for spec in (table, positions, bounds)]
+        cc.slot_mapping(*put, 8, out=world.put(worlds.array(rng, (9,), "int64")))
+        counts.append(len(OP.memory))
+    assert counts[0] == counts[1] > 0
