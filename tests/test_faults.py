@@ -3,12 +3,17 @@
 """What is out of bounds is recorded once and told once, to whoever asks, in whatever thread or
 process; asking after every call changes nothing that is written."""
 
+import contextlib
 import copy
+import ctypes
 import os
 import pickle
 import subprocess
 import sys
 import threading
+import time
+import types
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
@@ -19,7 +24,7 @@ import worlds
 
 import cupy_cache as cc
 from cupy_cache.ops import slot_mapping_groups
-from cupy_cache.runtime import driver, faults
+from cupy_cache.runtime import cuda, driver, faults, modules
 
 FIELDS = ("op", "argument", "row", "value", "limit", "device")
 
@@ -35,6 +40,15 @@ def taken(device=None):
     except cc.FaultError as error:
         return fields(error)
     return []
+
+
+@pytest.fixture
+def often():
+    """Threads change places as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
 
 
 # --- whom they are told ---------------------------------------------------------------------------
@@ -117,6 +131,221 @@ def test_anything_else_is_refused(monkeypatch, device):
     assert len(taken()) == 2
 
 
+# --- what a GPU records while it is asked ---------------------------------------------------------
+
+
+class Memory:
+    """CUDA's runtime over a record of `modules.FaultRecord`. ``then(step)`` is what a kernel of
+    another thread does after each copy or clearing."""
+
+    memcpyDeviceToHost = 2
+
+    def __init__(self, then):
+        self.record, self.then, self.steps = modules.FaultRecord(), then, 0
+        self.ptr = ctypes.addressof(self.record)
+
+    def _done(self):
+        self.steps += 1
+        self.then(self.record, self.steps)
+
+    def deviceSynchronize(self):
+        pass
+
+    def memcpy(self, to, at, size, kind):
+        ctypes.memmove(to, at, size)
+        self._done()
+
+    def memset(self, at, value, size):
+        ctypes.memset(at, value, size)
+        self._done()
+
+
+def fill(record, row):
+    record.argument, record.row, record.value, record.limit = 1, row, 10 + row, 8
+
+
+@pytest.fixture
+def device(monkeypatch):
+    """Makes a GPU with one kernel loaded that guards an argument, and this `Memory`."""
+
+    def make(then=lambda record, step: None):
+        memory = Memory(then)
+        kernel = modules.Kernel("op", "stem", "kernel", None, guarded=("slots",))
+        module = types.SimpleNamespace(get_global=lambda name: memory)
+        loaded = types.SimpleNamespace(kernel=kernel, device=3, module=module)
+        cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=memory))
+        monkeypatch.setattr(modules, "loaded", lambda: (loaded,))
+        monkeypatch.setattr(cuda, "import_cupy", lambda why: cupy)
+        monkeypatch.setattr(cuda, "on_device", contextlib.nullcontext)
+        return memory
+
+    return make
+
+
+def test_what_is_only_claimed_is_told_when_it_is_published(device):
+    memory = device()
+    memory.record.taken = 1
+    fill(memory.record, 3)
+    assert taken() == [] and memory.record.taken == 1
+    memory.record.taken = 2
+    assert taken() == [("op", "slots", 3, 13, 8, "cuda:3")] and memory.record.taken == 0
+    assert taken() == []
+
+
+def test_what_is_half_read_is_read_again(device):
+    """The first copy may have met the fields before they were there, and the word afterwards."""
+
+    def then(record, step):
+        if step == 1:
+            fill(record, 5)
+
+    memory = device(then)
+    memory.record.taken = 2
+    assert taken() == [("op", "slots", 5, 15, 8, "cuda:3")]
+
+
+def test_what_comes_after_the_clearing_is_kept(device):
+    def then(record, step):
+        if record.taken == 0 and step < 4:  # free again: the next fault
+            fill(record, 7)
+            record.taken = 2
+
+    memory = device(then)
+    fill(memory.record, 6)
+    memory.record.taken = 2
+    assert taken() == [("op", "slots", 6, 16, 8, "cuda:3")]
+    assert taken() == [("op", "slots", 7, 17, 8, "cuda:3")]
+    assert taken() == []
+
+
+def test_two_who_ask_clear_once(device, often):
+    """Every fault of a kernel that records the next as soon as it may is told once."""
+    count, told, lock = 300, [], threading.Lock()
+    memory, recording = device(), True
+
+    def record():
+        for row in range(count):
+            while memory.record.taken:
+                time.sleep(0)
+            memory.record.taken = 1
+            fill(memory.record, row)
+            memory.record.taken = 2
+
+    def ask():
+        while recording:
+            found = [fault[2] for fault in taken()]
+            with lock:
+                told.extend(found)
+
+    asking = [threading.Thread(target=ask) for _ in range(2)]
+    writer = threading.Thread(target=record)
+    for thread in (*asking, writer):
+        thread.start()
+    writer.join()
+    recording = False
+    for thread in asking:
+        thread.join()
+    told += [fault[2] for fault in taken()]
+    assert sorted(told) == list(range(count))
+
+
+# Operations with kernels of their own, and the argument of each that gets a bad number.
+EIGHT = {
+    "reshape_and_cache_flash": 4, "reshape_and_cache_flash_per_token_head": 6,
+    "reshape_and_cache": 4, "concat_and_cache_mla": 3, "concat_and_cache_mla_grouped": 2,
+    "gather_cache": 2, "indexer_k_quant_and_cache": 2, "slot_mapping": 1,
+}  # fmt: skip
+
+
+def broken(name, rng):
+    """An ordinary call of an operation, but for the last number of one argument."""
+    case = cases.CASES[name](rng)
+    spec = case.specs[EIGHT[name]]
+    numbers = spec.on(spec.buffer.bytes)
+    numbers[tuple(extent - 1 for extent in numbers.shape)] = np.iinfo(numbers.dtype).max // 2
+    return case
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", EIGHT)
+def test_a_broken_call_tells_its_own_name(world, rng, name):
+    broken(name, rng).call(world)
+    (fault,) = taken()
+    assert fault[0] == name and fault[1] in ("slot_mapping", "block_table", "positions")
+
+
+@pytest.fixture
+def eight(rng):
+    """(Name, call, stream) of each, ready to run on a GPU."""
+    torch = pytest.importorskip("torch")
+    made = [
+        (name, broken(name, rng).bind(worlds.TorchCudaWorld()), torch.cuda.Stream())
+        for name in EIGHT
+    ]
+    for _, call, _ in made:  # kernels are loaded, and known
+        for _ in range(6):
+            call()
+    torch.cuda.synchronize()
+    assert {fault[0] for fault in taken()} == set(EIGHT)
+
+    def run(call, stream):
+        with torch.cuda.stream(stream):
+            call()
+        stream.synchronize()
+
+    return [(name, lambda c=call, s=stream: run(c, s)) for name, call, stream in made]
+
+
+@pytest.mark.gpu
+def test_eight_streams_at_once(eight):
+    """Each is told once, under its own name, every time."""
+    rounds, told, ready = 200, Counter(), threading.Barrier(len(eight) + 1)
+
+    def work(call):
+        for _ in range(rounds):
+            ready.wait(60)
+            call()
+            ready.wait(60)
+
+    threads = [threading.Thread(target=work, args=(call,)) for _, call in eight]
+    for thread in threads:
+        thread.start()
+    for _ in range(rounds):
+        ready.wait(60)
+        ready.wait(60)
+        found = taken()
+        assert len(found) == len(eight)
+        told.update(fault[0] for fault in found)
+    for thread in threads:
+        thread.join()
+    assert told == dict.fromkeys(EIGHT, rounds)
+
+
+@pytest.mark.gpu
+def test_eight_streams_while_another_thread_asks(eight):
+    """Whoever has a fault is told it, however the asking falls together with others' work."""
+    rounds, told, deadline = 200, Counter(), time.monotonic() + 120
+
+    def work(name, call):
+        for _ in range(rounds):
+            before = told[name]
+            call()
+            while told[name] == before:
+                assert time.monotonic() < deadline, f"a fault of {name} was lost"
+                time.sleep(0)
+            done[name] += 1
+
+    done = Counter()
+    threads = [threading.Thread(target=work, args=pair) for pair in eight]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        told.update(fault[0] for fault in taken())
+    for thread in threads:
+        thread.join()
+    assert done == dict.fromkeys(EIGHT, rounds) and set(told) == set(EIGHT)
+
+
 # --- copies, and other processes ------------------------------------------------------------------
 
 
@@ -163,15 +392,6 @@ def test_errors_come_back_from_other_processes():
 
 
 # --- threads and forks ----------------------------------------------------------------------------
-
-
-@pytest.fixture
-def often():
-    """Threads change places as often as they can."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
 
 
 def test_none_is_lost_among_threads(often):

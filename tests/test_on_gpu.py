@@ -304,6 +304,54 @@ def test_caches_above_four_gigabytes(torch, rng):
     cc.raise_faults()
 
 
+@pytest.mark.slow
+def test_ten_thousand_replays_with_new_data(torch, rng):
+    """A graph reads anew what is in its arrays: tokens, tables and positions."""
+    blocks, block, heads, size, tokens = 64, 16, 2, 64, 32
+    torch.manual_seed(int(rng.integers(2**31)))
+
+    def rows(*shape):
+        return torch.randn(*shape, device="cuda").to(torch.bfloat16)
+
+    caches = [rows(blocks, block, heads, size) for _ in "kv"]
+    expected = [cache.clone().view(-1, heads, size) for cache in caches]
+    given, out = [rows(tokens, heads, size) for _ in "kv"], rows(tokens, heads, size)
+    table = torch.zeros(1, 4, dtype=torch.int32, device="cuda")
+    positions = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+    bounds = torch.tensor([0, tokens], dtype=torch.int32, device="cuda")
+    slots = torch.zeros(tokens, dtype=torch.int64, device="cuda")
+    first = torch.zeros(1, dtype=torch.int32, device="cuda")
+
+    def step():
+        cc.slot_mapping(table, positions, bounds, block, out=slots)
+        cc.reshape_and_cache_flash(*given, *caches, slots)
+        cc.gather_cache(caches[0], out, table, bounds, first)
+
+    step()
+    for cache, kept in zip(caches, expected):
+        kept.copy_(cache.view(-1, heads, size))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    offsets = torch.arange(tokens, device="cuda")
+    for _ in range(10_000):
+        table.copy_(torch.randperm(blocks, device="cuda")[:4].view(1, 4))
+        first.copy_(torch.randint(0, 4 * block - tokens, (1,), device="cuda"))
+        positions.copy_(first + offsets)
+        for source in given:
+            source.copy_(rows(tokens, heads, size))
+        graph.replay()
+        where = table[0].long()[positions // block] * block + positions % block
+        wrong += (slots != where).any() | (out != given[0]).any()
+        for cache, kept, source in zip(caches, expected, given):
+            kept[where] = source
+            wrong += (cache.view(-1, heads, size) != kept).any()
+    assert int(wrong) == 0
+    cc.raise_faults()
+
+
 _EDITED = """
 import numpy as np, cupy, cupy_cache as cc
 key = cupy.ones((1, 1, 8), np.float32)

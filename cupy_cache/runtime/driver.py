@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import errors
 from ..errors import CaptureError, DeviceError, KernelError, MissingDependencyError
-from . import cuda, modules
+from . import cuda, locks, modules
 from .devices import CPU, Device
 
 # The default stream that waits for all others. It is never captured.
@@ -46,6 +46,9 @@ def _not_launched(loaded, error):
         f"{loaded.kernel.op} on cuda:{loaded.device}: {loaded.kernel!r} could not be launched: "
         f"{error}{'' if meaning is None else f'; {meaning}'}"
     )
+
+
+_taking = locks.Lock()
 
 
 class _AnotherGPU(Exception):
@@ -252,18 +255,26 @@ class CudaDriver:
         ]
 
     def _take_faults(self, index, guarded):
-        runtime = cuda.import_cupy("raise_faults").cuda.runtime
-        with cuda.on_device(index):
+        runtime, taken = cuda.import_cupy("raise_faults").cuda.runtime, []
+        # Of two threads that clear a record the second would clear what came after the first.
+        with _taking, cuda.on_device(index):
             runtime.deviceSynchronize()
             for loaded in guarded:
-                raw = loaded.module.get_global(modules.FAULT_SYMBOL)
-                record = modules.FaultRecord()
-                size = ctypes.sizeof(record)
-                runtime.memcpy(ctypes.addressof(record), raw.ptr, size, runtime.memcpyDeviceToHost)
-                if record.taken:
-                    runtime.memset(raw.ptr, 0, size)
-                    runtime.deviceSynchronize()
-                    yield record.fault(loaded.kernel, f"cuda:{index}")
+                address = loaded.module.get_global(modules.FAULT_SYMBOL).ptr
+                if not self._fault_at(address, runtime).is_published:
+                    continue  # none, or one that another thread's kernel is still filling in
+                record = self._fault_at(address, runtime)  # what was read before may be half of it
+                # The first word alone: from then on a kernel may fill in the others.
+                runtime.memset(address, 0, ctypes.sizeof(ctypes.c_uint32))
+                runtime.deviceSynchronize()
+                taken.append(record.fault(loaded.kernel, f"cuda:{index}"))
+        return taken
+
+    def _fault_at(self, address, runtime):
+        record = modules.FaultRecord()
+        size = ctypes.sizeof(record)
+        runtime.memcpy(ctypes.addressof(record), address, size, runtime.memcpyDeviceToHost)
+        return record
 
 
 class Event:

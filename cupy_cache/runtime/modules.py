@@ -87,6 +87,11 @@ class FaultRecord(ctypes.Structure):
         ("limit", ctypes.c_int64),
     ]
 
+    @property
+    def is_published(self):
+        """Whether it tells of a fault: kPublished of paging.cuh."""
+        return self.taken == 2
+
     def fault(self, kernel, device):
         """The `Fault` that it tells of."""
         op, argument = kernel.guarded[self.argument - 1]

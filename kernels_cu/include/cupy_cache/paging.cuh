@@ -10,12 +10,16 @@ namespace cupy_cache {
 // The first value outside its bounds that this module met. Module loading zeroes it, so it needs
 // neither an allocation nor a memset, and works inside a graph capture. Read by name by the host.
 struct Fault {
-  u32 taken;
+  u32 taken;     // kFree, kClaimed while the others are filled in, then kPublished
   u32 argument;  // 1-based index into the operation's list of guarded arguments
   i64 row;
   i64 value;
   i64 limit;
 };
+
+constexpr u32 kFree = 0;
+constexpr u32 kClaimed = 1;
+constexpr u32 kPublished = 2;
 
 }  // namespace cupy_cache
 
@@ -26,12 +30,14 @@ __device__ cupy_cache::Fault cupy_cache_fault;
 namespace cupy_cache {
 
 __device__ __noinline__ void record_fault(u32 argument, i64 row, i64 value, i64 limit) {
-  if (atomicCAS(&cupy_cache_fault.taken, 0u, 1u) == 0u) {
-    cupy_cache_fault.argument = argument;
-    cupy_cache_fault.row = row;
-    cupy_cache_fault.value = value;
-    cupy_cache_fault.limit = limit;
-  }
+  if (atomicCAS(&cupy_cache_fault.taken, kFree, kClaimed) != kFree) return;
+  cupy_cache_fault.argument = argument;
+  cupy_cache_fault.row = row;
+  cupy_cache_fault.value = value;
+  cupy_cache_fault.limit = limit;
+  // The host may read while this runs: it must not see that there is a fault before it sees which.
+  __threadfence_system();
+  atomicExch(&cupy_cache_fault.taken, kPublished);
 }
 
 // The integer of type T at an address, read where this stands. The compiler moves ordinary loads
