@@ -4,8 +4,8 @@
 #
 # Everything that needs a GPU, in one command, from the repository's root:
 #
-#   benchmarks/gpu_session.sh [STAGE ...]      stages: info tests memcheck racecheck bench report
-#                                              counters
+#   benchmarks/gpu_session.sh [STAGE ...]      stages: info tests memcheck racecheck initcheck
+#                                              synccheck bench report counters
 #
 # Without arguments all stages run. Each has a time limit of its own and prints its exit code (124:
 # the limit was reached) and the end of its output; a stage that fails does not stop the next. What
@@ -14,7 +14,7 @@
 #
 # Settings, by environment: PYTHON; OUT; BENCHMARK_COMMIT (what the results say was measured, where
 # there is no git); BENCH (files or -k arguments instead of the whole suite); SANITIZE (the -k
-# expression of the tests under compute-sanitizer); LIMIT_TESTS, LIMIT_MEMCHECK, LIMIT_RACECHECK,
+# expression of the tests under compute-sanitizer); LIMIT_TESTS, LIMIT_SANITIZE (each tool),
 # LIMIT_BENCH (seconds).
 set -u -o pipefail
 
@@ -22,8 +22,7 @@ cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
 OUT=${OUT:-$(mktemp -d)}
 LIMIT_TESTS=${LIMIT_TESTS:-300}
-LIMIT_MEMCHECK=${LIMIT_MEMCHECK:-240}
-LIMIT_RACECHECK=${LIMIT_RACECHECK:-240}
+LIMIT_SANITIZE=${LIMIT_SANITIZE:-240}
 LIMIT_BENCH=${LIMIT_BENCH:-240}
 SANITIZE=${SANITIZE:-"torch-cuda and not emulat and (test_case or out_of_range or past_the_cache
   or strided or neighbours or untouched or again or (flash and test_every_layout))"}
@@ -31,7 +30,7 @@ SANITIZE=${SANITIZE:-"torch-cuda and not emulat and (test_case or out_of_range o
 FIRST="benchmarks/bench_limits.py benchmarks/bench_host.py
   benchmarks/bench_reshape_and_cache_flash.py
   benchmarks/bench_copy_blocks.py benchmarks/bench_gather_cache.py
-  benchmarks/bench_quantised_writes.py benchmarks/bench_mla.py
+  benchmarks/bench_paged_attention.py benchmarks/bench_quantised_writes.py benchmarks/bench_mla.py
   benchmarks/bench_reshape_and_cache.py benchmarks/bench_swap_blocks.py
   benchmarks/bench_ablation.py benchmarks/bench_growth.py benchmarks/bench_slot_mapping.py
   benchmarks/bench_start.py benchmarks/bench_alibi_slopes.py benchmarks/bench_packing.py
@@ -120,7 +119,7 @@ export PYTHON OUT SANITIZE BENCH LIMIT_BENCH
 
 for name in "${@:-all}"; do
   case $name in
-    all | info | tests | memcheck | racecheck | bench | report | counters) ;;
+    all | info | tests | memcheck | racecheck | initcheck | synccheck | bench | report | counters) ;;
     *) echo "unknown stage: $name" >&2; exit 2 ;;
   esac
 done
@@ -136,8 +135,9 @@ stages=("${@:-all}")
 wanted info && stage info 60 30 bash -c info
 wanted tests && stage tests "$LIMIT_TESTS" 40 \
   "$PYTHON" -m pytest tests -m gpu -q --color=no --maxfail=20 --everything $PARALLEL
-wanted memcheck && stage memcheck "$LIMIT_MEMCHECK" 20 bash -c 'sanitized memcheck'
-wanted racecheck && stage racecheck "$LIMIT_RACECHECK" 20 bash -c 'sanitized racecheck'
+for tool in memcheck racecheck initcheck synccheck; do
+  wanted $tool && stage $tool "$LIMIT_SANITIZE" 20 bash -c "sanitized $tool"
+done
 wanted bench && stage bench "$LIMIT_BENCH" 40 bash -c bench
 wanted report && stage report 90 60 bash -c report
 wanted counters && stage counters 90 60 bash -c counters

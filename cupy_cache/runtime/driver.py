@@ -330,14 +330,14 @@ def device_named(device, name):
     found = re.fullmatch(r"(cpu|cuda)(?::([0-9]+))?", _spelled(device))
     if found is None:
         expected = "a GPU's index, 'cpu', 'cuda', 'cuda:N' or a device of torch or CuPy"
-        raise DeviceError(errors.wrong("value", name, expected, repr(device)))
+        raise DeviceError(errors.wrong("value", name, expected, _shown(device)))
     if found[1] == "cpu":
         return CPU
     count = active.device_count()
     index = int(found[2] or active.current_device()) if count else 0
     if index >= count:
         there = f"a GPU below {count}" if count else "cpu, since CuPy sees no CUDA GPU"
-        raise DeviceError(errors.wrong("value", name, there, repr(device)))
+        raise DeviceError(errors.wrong("value", name, there, _shown(device)))
     return Device("cuda", index)
 
 
@@ -346,7 +346,7 @@ def _spelled(device):
     kind = type(device)
     if isinstance(device, str):
         return str(device)
-    package = kind.__module__.partition(".")[0]
+    package = str(kind.__module__).partition(".")[0]
     if package == "torch":
         return str(device)
     if package == "cupy":
@@ -355,5 +355,12 @@ def _spelled(device):
         return ""
     try:
         return f"cuda:{operator.index(device)}"
-    except TypeError:
+    except Exception:  # no device, whatever it is
         return ""
+
+
+def _shown(device):
+    try:
+        return repr(device)
+    except Exception:
+        return type(device).__name__
