@@ -209,15 +209,31 @@ def test_sequences_without_queries_are_not_looked_at(world, rng):
     Problem(rng, [20, -5, 2**31 - 1], [1, 0, 0], width=2).solve(world)
 
 
-@pytest.mark.parametrize("starts", [[-3, 2, 5], [0, 2, 99], [2, 3, 4], [-9, -4, 0], [8, 9, 9]])
-def test_starts_beyond_the_query(world, rng, starts):
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "starts",
+    [
+        [-3, 2, 5],
+        [0, 2, 99],
+        [2, 3, 4],
+        [-9, -4, 0],
+        [8, 9, 9],
+        [0, 2, 2**63 - 1],
+        [-(2**63), 1, 5],
+    ],
+)
+def test_starts_beyond_the_query(world, rng, starts, causal):
     """Rows that there are not are not read; rows of no sequence are left as they are."""
     problem = Problem(rng, [48, 48], [48, 48])  # caches that hold numbers throughout
     step = Problem(rng, [40, 30], [2, 3])
     step.caches, step.numbers, step.table = problem.caches, problem.numbers, problem.table
-    step.starts = worlds.of_values(np.array(starts, np.int32))
+    step.starts = worlds.of_values(np.array(starts, np.int64))
+    step.options = {"causal": causal}
     table, lens = (spec.on(spec.buffer.bytes) for spec in (step.table, step.lens))
-    step.seen, step.faults = oracle.tokens_seen(table, lens, starts, 5, len(step.numbers[0]), 16)
+    near = [min(max(start, -(10**6)), 10**6) for start in starts]  # what the loops can walk
+    step.seen, step.faults = oracle.tokens_seen(
+        table, lens, near, 5, len(step.numbers[0]), 16, causal=causal
+    )
     step.solve(world)
 
 

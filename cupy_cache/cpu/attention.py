@@ -64,10 +64,10 @@ def paged_attention(
                 positions = np.arange(part.start, part.stop) + (length - end)
                 seen = _seen(positions, length, window, causal)
                 pages = _pages(block_table, sequence, seen, block_size, len(key_cache))
-                queries = decode(query[part], dtype)
                 attended, logarithms = _attend(
-                    queries, keys, values, pages, positions, seen, logits
-                )
+                    decode(query[part], dtype), positions, seen, keys, values, block_size, *pages,
+                    logits,
+                )  # fmt: skip
                 attended *= v_factors[..., np.newaxis]
                 out[part] = encode(_by_token(attended), dtype)
                 if lse is not None:
@@ -99,7 +99,7 @@ class _Pages:
 class _Logits:
     """What becomes of the products of queries and keys.
 
-    factors : what they are multiplied with [head, 1, 1, or 1]. soft_cap : 0 is none.
+    factors : what they are multiplied with [head or 1, 1, 1]. soft_cap : 0 is none.
     slopes : [head, group, 1, 1] or None. sinks : [head, group, 1] or None.
     """
 
@@ -120,7 +120,7 @@ class _Logits:
 
 
 def _factors(scale, number):
-    """Scales [head, 1, 1], or one of no dimensions for all."""
+    """Scales [head, 1, 1], or [1, 1, 1] for all heads."""
     if scale is None or scale.size == 1:
         return np.float32(number if scale is None else scale.reshape(())) * np.ones((1, 1, 1), "f4")
     return scale.reshape(-1, 1, 1)
@@ -129,22 +129,24 @@ def _factors(scale, number):
 def _seen(positions, length, window, causal):
     """(first, last) key that each query sees; first > last where it sees none."""
     last = np.minimum(positions, length - 1) if causal else np.full_like(positions, length - 1)
-    return np.maximum(positions - (window - 1), 0), last
+    before = window - 1
+    return np.maximum(positions, before) - before, last  # of any positions, without overflow
 
 
 def _pages(block_table, sequence, seen, block_size, num_blocks):
-    """(page, block) of all pages that any of the queries sees a token of; block numbers that are
-    out of range are recorded and left out."""
+    """(page, block) of all pages that any of the queries sees a token of, without those whose block
+    number is out of range, which is recorded; the tokens of which any is seen."""
     first, last = seen
     some = first <= last
     if not some.any():
-        return np.empty((2, 0), np.int64), block_size
-    page = np.arange(first[some].min() // block_size, last[some].max() // block_size + 1)
+        return np.empty((2, 0), np.int64), (0, 0)
+    tokens = int(first[some].min()), int(last[some].max()) + 1
+    page = np.arange(tokens[0] // block_size, -(-tokens[1] // block_size))
     block = block_table[sequence, page].astype(np.int64)
     good = (block >= 0) & (block < num_blocks)
     if not good.all():
         faults.record(OP, "block_table", sequence, block[~good][0], num_blocks)
-    return np.stack([page[good], block[good]]), block_size
+    return np.stack([page[good], block[good]]), tokens
 
 
 def _parts(pages, block_size):
@@ -159,11 +161,10 @@ def _parts(pages, block_size):
     ]
 
 
-def _attend(query, keys, values, pages, positions, seen, logits):
+def _attend(query, positions, seen, keys, values, block_size, pages, tokens, logits):
     """(Attended [head, group, query, element], logarithms [head, group, query]) of queries [query,
-    head, element] at these positions."""
-    (page, block), block_size = pages
-    first, last = seen
+    head, element] at these positions, to these ``pages`` (page, block)."""
+    (page, block), (first, last) = pages, seen
     heads, count = keys.heads, len(query)
     query = query.reshape(count, heads, -1, query.shape[2]).transpose(1, 2, 0, 3)
     group = query.shape[1]
@@ -174,8 +175,7 @@ def _attend(query, keys, values, pages, positions, seen, logits):
     for index, start, stop in _parts(len(page), block_size):
         token = page[index, np.newaxis] * block_size + np.arange(start, stop)
         # What no query sees may be anything, and zero times that is not always zero.
-        bounds = np.searchsorted(token.reshape(-1), (first.min(), last.max() + 1))
-        used = slice(*bounds)
+        used = slice(*np.searchsorted(token.reshape(-1), tokens))
         token = token.reshape(-1)[used]
         if not token.size:
             continue
