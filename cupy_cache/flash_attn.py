@@ -273,7 +273,7 @@ def _options(op, softmax_scale, causal, window_size, softcap, alibi_slopes, one_
     if alibi_slopes is not None and not causal and not one_query:
         raise ArgumentError(
             f"{op}: Invalid value of alibi_slopes: expected None where queries see tokens behind "
-            "their own"
+            f"their own, got {type(alibi_slopes).__name__}"
         )
     return {
         "causal": causal,

@@ -210,12 +210,6 @@ struct ValueTileOf<true, kElements, kBytes> {
   using Type = TileByToken<kElements, kBytes>;
 };
 
-// The bytes of a head, and of what is read at a time.
-template <int kBytesOfRow, int kVecOfRow>
-struct RowBytes {
-  static constexpr int kBytes = kBytesOfRow, kVec = kVecOfRow;
-};
-
 // Which queries a tile of rows has.
 struct Unit {
   i64 sequence;
@@ -387,6 +381,68 @@ class Pages {
   }
 };
 
+// Keys or values of one head. Strides in bytes.
+struct Source {
+  const char* head;
+  i64 block_stride;
+  i64 slot_stride;
+  i64 pack_stride;
+  u32 pack;  // bytes
+
+  // Where a byte of a slot's elements is.
+  __device__ __forceinline__ i64 in_slot(u32 byte) const {
+    return static_cast<i64>(byte / pack) * pack_stride + byte % pack;
+  }
+};
+
+// Starts a warp's copy of the tile of keys from `key` on, kBytes of each, to shared memory, kVec bytes
+// at a time. `block` is that of the lane's key (kWhole: of all), negative where there is none, whose
+// place gets zeros; `complete`: all are there.
+template <typename T, int kBytes, int kVec, bool kWhole>
+__device__ __forceinline__ void copy_tile(char* to, const Source& from, u32 block_size, const Cut& cut,
+                                          i32 block, i32 key, bool complete) {
+  const i32 lane = static_cast<i32>(threadIdx.x % 32);
+  const u32 slot = static_cast<u32>(key) % block_size;
+  // Where the warp's lanes take whole rows, each lane always has the same chunk of a row.
+  if constexpr (kWhole && 32 % T::kChunks == 0 && kVec == 16) {
+    if (complete) {
+      const i32 row = lane / T::kChunks, chunk = lane % T::kChunks;
+      constexpr i32 kTogether = 32 / T::kChunks;  // rows
+      const char* its = from.head + (block * from.block_stride + (slot + row) * from.slot_stride +
+                                     from.in_slot(chunk * 16));
+      to += row * T::kRowBytes + chunk * 16;
+#pragma unroll
+      for (i32 i = 0; i < kKeys; i += kTogether) {
+        copy_async<16>(to + i * T::kRowBytes, its, true);
+        its += kTogether * from.slot_stride;
+      }
+      return;
+    }
+  }
+  constexpr i32 kAll = kKeys * T::kChunks;
+#pragma unroll
+  for (i32 i = 0; i < (kAll + 31) / 32; ++i) {
+    const i32 at = i * 32 + lane, row = at / T::kChunks % kKeys, chunk = at % T::kChunks;
+    i32 its_block = block;
+    u32 its_slot = slot + row;
+    if constexpr (!kWhole) {
+      its_block = __shfl_sync(kWarp, block, row);
+      its_slot = static_cast<u32>(key + row) % block_size;
+    }
+    const bool present = its_block >= 0 && key + row >= cut.low && key + row < cut.high;
+    const i64 away = present ? its_block * from.block_stride + its_slot * from.slot_stride : 0;
+    if (kAll % 32 == 0 || at < kAll) {
+#pragma unroll
+      for (i32 piece = 0; piece < 16; piece += kVec) {
+        const bool inside = kBytes % 16 == 0 || chunk * 16 + piece < kBytes;
+        copy_async<kVec>(to + row * T::kRowBytes + chunk * 16 + piece,
+                         inside ? from.head + away + from.in_slot(chunk * 16 + piece) : from.head,
+                         present && inside);
+      }
+    }
+  }
+}
+
 // What a row has been joined to over all parts, for the output.
 struct Sums {
   Joined joined;
@@ -491,56 +547,9 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
       const u32 slot = static_cast<u32>(key) % p.block_size;
       const bool complete = block >= 0 && key >= cut.low && key + kKeys <= cut.high;
       char* const keys = copies + stage * kStageBytes;
-      const auto copy = [&](char* to, const char* from, i64 block_stride, i64 slot_stride,
-                            u32 pack, i64 pack_stride, auto tile, auto row_bytes) {
-        using T = decltype(tile);
-        constexpr int kBytes = decltype(row_bytes)::kBytes, kVec = decltype(row_bytes)::kVec;
-        constexpr int kAll = kKeys * T::kChunks;
-        const auto in_row = [&](int chunk, int piece) {
-          const u32 byte = chunk * 16 + piece;
-          return static_cast<i64>(byte / pack) * pack_stride + byte % pack;
-        };
-        // Where the warp's lanes take whole rows, each lane always has the same chunk of a row.
-        constexpr bool kEven = kWhole && 32 % T::kChunks == 0 && kVec == 16;
-        if constexpr (kEven) {
-          const int row = lane / T::kChunks, chunk = lane % T::kChunks;
-          constexpr int kTogether = 32 / T::kChunks;  // rows
-          const char* its =
-              from + (block * block_stride + (slot + row) * slot_stride + in_row(chunk, 0));
-          char* its_to = to + row * T::kRowBytes + chunk * 16;
-          if (complete) {
-#pragma unroll
-            for (int i = 0; i < kKeys; i += kTogether) {
-              copy_async<16>(its_to + i * T::kRowBytes, its, true);
-              its += kTogether * slot_stride;
-            }
-            return;
-          }
-        }
-#pragma unroll
-        for (int i = 0; i < (kAll + 31) / 32; ++i) {
-          const int at = i * 32 + lane, row = at / T::kChunks % kKeys, chunk = at % T::kChunks;
-          i32 its_block = block;
-          u32 its_slot = slot + row;
-          if constexpr (!kWhole) {
-            its_block = __shfl_sync(kWarp, block, row);
-            its_slot = static_cast<u32>(key + row) % p.block_size;
-          }
-          const bool present = its_block >= 0 && key + row >= cut.low && key + row < cut.high;
-          const i64 away = present ? its_block * block_stride + its_slot * slot_stride : 0;
-          if (kAll % 32 == 0 || at < kAll) {
-#pragma unroll
-            for (int piece = 0; piece < 16; piece += kVec) {
-              const bool inside = kBytes % 16 == 0 || chunk * 16 + piece < kBytes;
-              copy_async<kVec>(to + row * T::kRowBytes + chunk * 16 + piece,
-                               inside ? from + away + in_row(chunk, piece) : from,
-                               present && inside);
-            }
-          }
-        }
-      };
-      copy(keys, key_head, p.key_block_stride, p.key_slot_stride, p.key_pack, p.key_pack_stride,
-           KeyTile(), RowBytes<kKeySize * In::kBytes, kKeyVec>());
+      copy_tile<KeyTile, kKeySize * In::kBytes, kKeyVec, kWhole>(
+          keys, {key_head, p.key_block_stride, p.key_slot_stride, p.key_pack_stride, p.key_pack},
+          p.block_size, cut, block, key, complete);
       if constexpr (kByToken) {
         constexpr int kPieces = kKeys * In::kBytes / kValueVec;  // of a row
         constexpr int kAll = kValueSize * kPieces;
@@ -564,9 +573,11 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
           }
         }
       } else {
-        copy(keys + KeyTile::kSize, value_head, p.value_block_stride, p.value_slot_stride,
-             p.value_pack, p.value_pack_stride, ValueTile(),
-             RowBytes<kValueSize * In::kBytes, kValueVec>());
+        copy_tile<ValueTile, kValueSize * In::kBytes, kValueVec, kWhole>(
+            keys + KeyTile::kSize,
+            {value_head, p.value_block_stride, p.value_slot_stride, p.value_pack_stride,
+             p.value_pack},
+            p.block_size, cut, block, key, complete);
       }
       const u32 absent = kWhole ? (block < 0 ? kWarp : 0u) : __ballot_sync(kWarp, block < 0);
       if (lane == 0) missing[stage] = absent;

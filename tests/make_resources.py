@@ -51,6 +51,10 @@ MODELS = (
     (ONE_SHAPE, PAIRS),
     (ONE_SHAPE, {**PAIRS, "kv_cache_dtype": "fp8", "ops": CONVERTING}),
     (ONE_SHAPE, {**PAIRS, "kv_cache_dtype": "int8", "ops": CONVERTING}),
+    *(
+        (ONE_SHAPE, {**PAIRS, "kv_cache_dtype": name, "ops": ["paged_attention"]})
+        for name in ("fp8", "int8")
+    ),
     (MLA_SHAPE, LATENTS),
     (MLA_SHAPE, {**LATENTS, "kv_cache_dtype": "fp8"}),
     (MLA_SHAPE, {**LATENTS, "kv_cache_dtype": "fp8_ds_mla"}),

@@ -4,6 +4,8 @@
 
 import collections
 
+import numpy as np
+
 from cupy_cache.runtime import arrays, cuda, devices, driver, launch, streams
 
 STREAM = 77  # every framework's current one
@@ -103,6 +105,9 @@ def recorder(monkeypatch):
     def lend(tensors, stream, device):
         made.lent.append((list(tensors), stream, device))
 
+    # Where Python's own memory has low addresses, so have its tensors, which no GPU's have.
+    lowest = min(arrays.LOWEST, np.empty(1).ctypes.data >> 1)
+    monkeypatch.setattr(arrays, "LOWEST", lowest)
     monkeypatch.setattr(arrays, "describe", on_gpu)
     monkeypatch.setattr(streams, "current", lambda framework, device: lambda: STREAM)
     monkeypatch.setattr(streams, "lend", lend)

@@ -1314,10 +1314,11 @@ _SOURCES = {
 def _is_named(made, error):
     """Whether an error's message has the one form, and names the function, or what a `PagedKVCache`
     calls it."""
-    names = (made.name, "PagedKVCache", "copy_blocks", "copy_blocks_mla")
+    names = [made.name]
+    if made.bound:
+        names += ["PagedKVCache", "PagedKVCache.write"]
     text = str(error)
-    named = text.startswith(tuple(f"{n}: Invalid " for n in (names if made.bound else names[:1])))
-    return named and ": expected " in text
+    return text.startswith(tuple(f"{n}: Invalid " for n in names)) and ": expected " in text
 
 
 def judge(made, rng):

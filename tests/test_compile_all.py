@@ -53,6 +53,7 @@ PAIRS = [name for name in formats.LAYOUTS if name not in ("rows", "indexer")]
 READ_EVERYWHERE = ("copy_blocks", "reshape_and_cache_flash", "gather_cache")
 # A vector is of what is written: these read less, or nothing.
 READ_LESS = ("Dequantise", "Direction::kZero", "alibi_bias")
+STACK = {("paged_attention", 75): 8}  # bytes that are no fault, by source and architecture
 WRITE_LESS = ("paged_attention",)  # its vectors are of what is read
 TOGETHER = 64  # kernels of one source that are compiled and read at a time
 
@@ -103,10 +104,10 @@ def vector_widths(kernel):
     return [int(value) for name, value in zip(names, values) if name.endswith("Vec")]
 
 
-def used_too_much(numbers):
+def used_too_much(kernel, architecture, numbers):
     """What is wrong with a kernel's resources."""
     for name in ("STACK", "LOCAL"):
-        if numbers[name]:
+        if numbers[name] > STACK.get((kernel.stem, architecture), 0):
             yield f"{numbers[name]} bytes of {name}"
 
 
@@ -131,7 +132,10 @@ def check(kernels, architecture, path):
         return []
     path.write_bytes(cubin)
     usage = resources(path)
-    found = {kernel: list(used_too_much(usage[names[kernel.expression]])) for kernel in kernels}
+    found = {
+        kernel: list(used_too_much(kernel, architecture, usage[names[kernel.expression]]))
+        for kernel in kernels
+    }
     copies = not kernels[0].converts
     if architecture == COMPLETE or (copies and kernels[0].stem in READ_EVERYWHERE):
         text = instructions(path)

@@ -55,7 +55,8 @@ def test_every_function(world, rng, name, backend, request):
 def test_every_function_has_a_case():
     named = {name.partition("-")[0] for name in cases.CASES}
     functions = {n for n in cc.__all__ if isinstance(getattr(cc, n), types.FunctionType)}
-    assert functions - named == {"packed_size", "raise_faults", "warmup"}
+    others = {"packed_size", "raise_faults", "warmup"}
+    assert functions - named == others | {"paged_attention_v1", "paged_attention_v2"}
 
 
 # --- one step of an engine, with what the graphs compute ------------------------------------------
@@ -114,7 +115,7 @@ def run_step(function, world, values, slopes):
 )
 def test_step(world, rng, backend, dynamic):
     """Of different lengths; the second one compiles for any, or finds that done."""
-    slopes = cc.alibi_slopes(2)
+    slopes = cc.alibi_slopes(2, device="cpu")
     torch._dynamo.reset()
     compiled = torch.compile(step, backend=backend, dynamic=dynamic)
     for tokens in (5, 4, 6):
@@ -175,14 +176,14 @@ def cc_write(key, pages, slots):
 
 FUNCTIONS = {name: value for name in cc.__all__
              if isinstance(value := getattr(cc, name), types.FunctionType)}  # fmt: skip
-METHODS = ("write", "writer", "copy_blocks", "swap_blocks")
+METHODS = ("write", "writer", "attend", "copy_blocks", "swap_blocks")
 
 
 @pytest.mark.whole
 @pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS])
 def test_fullgraph_says_what_to_call(name):
-    pages = [torch.zeros(2, 4, 2, 8)]
-    function = FUNCTIONS.get(name) or getattr(cc.PagedKVCache(pages, pages), name)
+    pages, others = ([torch.zeros(2, 4, 2, 8)] for _ in range(2))
+    function = FUNCTIONS.get(name) or getattr(cc.PagedKVCache(pages, others), name)
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported) as raised:
         torch.compile(lambda tensor: function(tensor), fullgraph=True, backend="eager")(pages[0])

@@ -91,20 +91,25 @@ class Case:
     """A batch: ``k`` and ``v`` hold each sequence's tokens, in ``pages`` as far as they are not
     added. ``paged`` False: caches are [batch, 40, ...]."""
 
-    def __init__(self, rng, lengths, queries, added=0, paged=True, sizes=(16, 8), block_size=5):
+    def __init__(
+        self, world, rng, lengths, queries, added=0, paged=True, sizes=(16, 8), block_size=5
+    ):
         self.rng, self.lengths, self.added = rng, np.array(lengths), added
+        # Of the query and what it sees. A GPU's kernel takes none of 32 bits.
+        self.dtype = np.float16 if world.on_gpu else np.float32
+        self.allowed = dict.fromkeys(("rtol", "atol"), 4e-3 if world.on_gpu else 1e-5)
         self.block_size = block_size if paged else 40
         batch, width = len(lengths), 8 if paged else 1
         blocks = batch * width + 2
         table = rng.permutation(blocks)[: batch * width].reshape(batch, width)
         self.table = table.astype(np.int32)
-        self.q = rng.standard_normal((batch, queries, 4, sizes[0])).astype(np.float32)
+        self.q = rng.standard_normal((batch, queries, 4, sizes[0])).astype(self.dtype)
         total = self.lengths + added
         self.k, self.v = (
-            [rng.standard_normal((n, 2, size)).astype(np.float32) for n in total] for size in sizes
+            [rng.standard_normal((n, 2, size)).astype(self.dtype) for n in total] for size in sizes
         )
         self.caches = [
-            np.full((blocks, self.block_size, 2, size), np.nan, np.float32) for size in sizes
+            np.full((blocks, self.block_size, 2, size), np.nan, self.dtype) for size in sizes
         ]
         self.put_in(self.caches, self.lengths)
         self.new = [
@@ -122,8 +127,9 @@ class Case:
     def check(self, world, specs, result, lse, causal, **options):
         out = world.numpy(result)
         for b in range(len(self.lengths)):
-            wanted, wanted_lse = attention(self.q[b], self.k[b], self.v[b], causal, **options)
-            np.testing.assert_allclose(out[b], wanted, rtol=1e-5, atol=1e-5)
+            given = (x[b].astype(np.float64) for x in (self.q, self.k, self.v))
+            wanted, wanted_lse = attention(*given, causal, **options)
+            np.testing.assert_allclose(out[b], wanted, **self.allowed)
             if lse is not None:
                 np.testing.assert_allclose(world.numpy(lse)[b], wanted_lse, rtol=1e-5, atol=1e-5)
         full = [cache.copy() for cache in self.caches]
@@ -141,7 +147,7 @@ class Case:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("paged", [False, True])
 def test_with_kvcache(world, rng, queries, added, causal, paged, lse):
-    case = Case(rng, [9, 0, 20, 31], queries, added, paged)
+    case = Case(world, rng, [9, 0, 20, 31], queries, added, paged)
     specs = case.specs()
     put = [world.put(worlds.of_values(x)) for x in (case.q, case.table, case.lengths)]
     new = [world.put(worlds.of_values(x)) for x in case.new] if added else (None, None)
@@ -170,7 +176,7 @@ def test_with_kvcache(world, rng, queries, added, causal, paged, lse):
     ],
 )
 def test_options(world, rng, causal, options, also):
-    case = Case(rng, [9, 3, 20], 3)
+    case = Case(world, rng, [9, 3, 20], 3)
     put = [world.put(worlds.of_values(x)) for x in (case.q, *case.caches, case.table)]
     result, lse = flash_attn.flash_attn_with_kvcache(
         *put[:3], cache_seqlens=world.put(worlds.of_values(case.lengths)), block_table=put[3],
@@ -182,7 +188,7 @@ def test_options(world, rng, causal, options, also):
 @whole_arrays
 @pytest.mark.parametrize("causal, queries", [(True, 3), (True, 1), (False, 1)])
 def test_slopes(world, rng, causal, queries):
-    case, slopes = Case(rng, [9, 3, 20], queries), rng.uniform(0, 1, 4).astype(np.float32)
+    case, slopes = Case(world, rng, [9, 3, 20], queries), rng.uniform(0, 1, 4).astype(np.float32)
     put = [world.put(worlds.of_values(x)) for x in (case.q, *case.caches, case.table)]
     result = flash_attn.flash_attn_with_kvcache(
         *put[:3], cache_seqlens=world.put(worlds.of_values(case.lengths)), block_table=put[3],
@@ -196,7 +202,7 @@ def test_slopes(world, rng, causal, queries):
 def test_one_length(world, rng, given):
     """Of all sequences: a number, or all there is."""
     length = 12 if given == "number" else 40
-    case = Case(rng, [length] * 3, 2)
+    case = Case(world, rng, [length] * 3, 2)
     put = [world.put(worlds.of_values(x)) for x in (case.q, *case.caches, case.table)]
     lengths = {"cache_seqlens": length} if given == "number" else {}
     result = flash_attn.flash_attn_with_kvcache(*put[:3], block_table=put[3], **lengths)
@@ -206,7 +212,7 @@ def test_one_length(world, rng, given):
 @whole_arrays
 def test_caches_in_order(world, rng):
     """Neither a table nor rows: each sequence's cache is at its place."""
-    case = Case(rng, [9, 3, 20], 2, paged=False)
+    case = Case(world, rng, [9, 3, 20], 2, paged=False)
     put = [world.put(worlds.of_values(case.q))]
     put += [world.put(worlds.of_values(cache[case.table[:, 0]])) for cache in case.caches]
     lengths = world.put(worlds.of_values(case.lengths))
@@ -219,8 +225,8 @@ def test_caches_in_order(world, rng):
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("lse", [False, True])
 def test_varlen(world, rng, causal, paged, lse):
-    case, counts = Case(rng, [9, 0, 20, 3], 1), [4, 2, 0, 3]
-    queries = [rng.standard_normal((n, 4, 16)).astype(np.float32) for n in counts]
+    case, counts = Case(world, rng, [9, 0, 20, 3], 1), [4, 2, 0, 3]
+    queries = [rng.standard_normal((n, 4, 16)).astype(case.dtype) for n in counts]
     bounds = [np.concatenate([[0], np.cumsum(n)]).astype(np.int32) for n in (counts, case.lengths)]
     keys, values = case.caches if paged else map(np.concatenate, (case.k, case.v))
     put = [world.put(worlds.of_values(x)) for x in (np.concatenate(queries), keys, values, *bounds)]
@@ -233,8 +239,9 @@ def test_varlen(world, rng, causal, paged, lse):
         assert nothing is None
     for b, q in enumerate(queries):
         rows = slice(bounds[0][b], bounds[0][b + 1])
-        wanted, wanted_lse = attention(q, case.k[b], case.v[b], causal)
-        np.testing.assert_allclose(world.numpy(result)[rows], wanted, rtol=1e-5, atol=1e-5)
+        given = (x.astype(np.float64) for x in (q, case.k[b], case.v[b]))
+        wanted, wanted_lse = attention(*given, causal)
+        np.testing.assert_allclose(world.numpy(result)[rows], wanted, **case.allowed)
         if lse:
             got = world.numpy(logarithms)[:, rows]
             np.testing.assert_allclose(got, wanted_lse, rtol=1e-5, atol=1e-5)
@@ -243,7 +250,7 @@ def test_varlen(world, rng, causal, paged, lse):
 @whole_arrays
 def test_no_room_for_what_is_added(world, rng):
     """Tokens behind the last page are left out, and recorded."""
-    case = Case(rng, [39, 3], 1, 2)
+    case = Case(world, rng, [39, 3], 1, 2)
     arrays = case.q, *case.caches, *case.new
     put = [world.put(worlds.of_values(x)) for x in (*arrays, case.table, case.lengths)]
     flash_attn.flash_attn_with_kvcache(*put[:5], cache_seqlens=put[6], block_table=put[5])
@@ -256,7 +263,7 @@ def test_no_room_for_what_is_added(world, rng):
 
 class TestRefusals:
     def call(self, rng, **changes):
-        case = Case(rng, [9, 3], 2, 1)
+        case = Case(worlds.NumPyWorld(), rng, [9, 3], 2, 1)
         named = {
             "q": case.q, "k_cache": case.caches[0], "v_cache": case.caches[1], "k": case.new[0],
             "v": case.new[1], "cache_seqlens": case.lengths, "block_table": case.table, **changes,

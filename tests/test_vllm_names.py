@@ -60,7 +60,7 @@ def test_names_and_order(function):
         {"layout": "x-packed"},
         {"layout": "x-packed", "slopes": True, "scale": 0.3},
         {"layout": "x-packed", "kv_cache_dtype": "fp8", "scales": "array"},
-        {"layout": "NHD", "dtype": "float32"},
+        {"layout": "NHD"},
         {"layout": "interleaved", "dtype": "float16"},
     ],
 )

@@ -155,9 +155,10 @@ def attention(make: Make[Array]) -> None:
         lse=make(zeros(1, 2 * HEADS)),
     )  # fmt: skip
     # Its arrays are of frameworks that it knows.
-    one, pages = zeros(1, 1, HEADS, SIZE), zeros(BLOCKS, BLOCK_SIZE, HEADS, SIZE)
+    one = zeros(1, 1, HEADS, SIZE)
+    keys, values = (zeros(BLOCKS, BLOCK_SIZE, HEADS, SIZE) for _ in range(2))
     pair = cc.flash_attn.flash_attn_with_kvcache(
-        one, pages, pages, one, one, cache_seqlens=numbers(3), block_table=numbers(3).reshape(1, 1),
+        one, keys, values, one, one, cache_seqlens=numbers(3), block_table=numbers(3).reshape(1, 1),
         causal=True, window_size=(2, 0), return_softmax_lse=True,
     )  # fmt: skip
     assert pair[0].shape == one.shape and pair[1].shape == (1, HEADS, 1)

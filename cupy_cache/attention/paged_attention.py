@@ -396,7 +396,7 @@ class _Plan(plans.KernelPlan):
         units *= self._units
         if self._clustered is not None:
             most = 2 * launch.processors(self._device)  # thread blocks that run at once
-            if units * CLUSTER <= most or (self._device == NOWHERE and sequences == 1):
+            if units * CLUSTER <= most or (self._device == NOWHERE and sequences <= 2):
                 return self._clustered, (units * CLUSTER, 1, 1), WARPS * launch.WARP
         return self.launcher, (units, 1, 1), WARPS * launch.WARP
 

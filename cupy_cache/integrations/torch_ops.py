@@ -225,15 +225,26 @@ def _counting(run, arguments):
         def of_lists(*args, **options):
             for tensors in args[first:end]:
                 _count_change(tensors)
-            run(*args, **options)
+            return run(*args, **options)
 
         return of_lists
 
-    def of_tensors(*args, **options):
-        _count_change(args[first:end])
-        run(*args, **options)
+    if end - first == len(written) and not any(arguments[at].kwarg_only for at in written):
 
-    return of_tensors
+        def of_neighbours(*args, **options):
+            _count_change(args[first:end])
+            return run(*args, **options)
+
+        return of_neighbours
+
+    names = [(at, arguments[at].name) for at in written]
+
+    def of_any(*args, **options):
+        tensors = [args[at] if at < len(args) else options.get(name) for at, name in names]
+        _count_change([tensor for tensor in tensors if tensor is not None])
+        return run(*args, **options)
+
+    return of_any
 
 
 def _counter():

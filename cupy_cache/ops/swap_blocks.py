@@ -42,7 +42,7 @@ def swap_blocks(
     src: ArrayLike | Layers,
     dst: ArrayLike | Layers,
     *size_and_mapping: Any,
-    block_mapping: Any = None,
+    block_mapping: Pairs | None = None,
     block_size_in_bytes: Any = None,
     stream: StreamLike | None = None,
 ) -> None:
