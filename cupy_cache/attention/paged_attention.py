@@ -82,7 +82,8 @@ def paged_attention(
     Parameters
     ----------
     query : array [num_tokens, num_heads, head_size]
-        float16, bfloat16 or float32; the last dimension contiguous.
+        float16, bfloat16 or, on the CPU alone, float32; the last dimension contiguous. On a GPU
+        heads, and those of values, have at most 256 elements.
     key_cache, value_cache : array [num_blocks, block_size, num_kv_heads, head_size or head_size_v]
         As `reshape_and_cache_flash` writes them; or, of five dimensions, the key cache [num_blocks,
         num_kv_heads, head_size / x, block_size, x] with the value cache [num_blocks, num_kv_heads,
@@ -156,8 +157,13 @@ def paged_attention(
     the sequence (see `raise_faults`), arguments ``seq_lens`` and ``block_table``.
 
     A sequence's result has the same bits whatever else is in the batch. Logits, softmax and sums
-    are float32; where keys and values are multiplied on tensor cores, the weights are rounded to
-    the dtype of ``query``.
+    are float32; on a GPU the weights are rounded to the dtype of ``query`` before they multiply
+    values, and to float16 where caches have 8 bits.
+
+    On a GPU there is one launch, of a thread block for each sequence and KV head (for each 64 rows
+    of these, where there are several queries). Where that are few, on sm_90 and newer, a cluster of
+    eight thread blocks shares one. Caches whose addresses and strides are multiples of 16 bytes are
+    read fastest.
     """
     if stream is not None:
         stream = streams.pointer(NAME, stream)
