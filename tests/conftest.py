@@ -74,7 +74,7 @@ def pytest_addoption(parser):
         "--everything", action="store_true", help="run every combination of test parameters"
     )
     parser.addoption(
-        "--surface-calls", type=int, default=30_000, help="how many random calls are made"
+        "--surface-calls", type=int, default=12_000, help="how many random calls are made"
     )
 
 

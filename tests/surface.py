@@ -623,8 +623,9 @@ def gather_x_packed(rng):
 
     def expected(a):
         cache = bits(a["src_cache"])
+        slots = cache.shape[2] * cache.shape[4] if "interleaved" in layout else cache.shape[3]
         made.faults = oracle.gather_cache(
-            cache, bits(a["dst"]), a["block_table"], a["cu_seq_lens"], block_size=x * groups,
+            cache, bits(a["dst"]), a["block_table"], a["cu_seq_lens"], block_size=slots,
             token=lambda block, offset: oracle.packed_token(cache, block, offset, layout),
         )  # fmt: skip
 

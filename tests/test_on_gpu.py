@@ -178,7 +178,7 @@ def test_stream_argument(cupy, rng):
     """``stream=`` takes CuPy's and torch's streams and addresses."""
     torch = pytest.importorskip("torch")
     for stream in (cupy.cuda.Stream(non_blocking=True), torch.cuda.Stream()):
-        for given in (stream, streams.pointer(stream, "test")):
+        for given in (stream, streams.pointer("test", stream)):
             world, case = worlds.CuPyWorld(), cases.CASES["reshape_and_cache_flash"](rng)
             put = case.put(world)
             cupy.cuda.Device().synchronize()

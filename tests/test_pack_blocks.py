@@ -82,6 +82,8 @@ CHECKS = (check_pack, check_unpack)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_layout(world, rng, kind, layout, by_slot, check):
     layers = layers_of(rng, kind)
+    if by_slot and max(len(spec.shape) for layer in layers for spec in layer) > 4:
+        pytest.skip("tokens of x-packed caches are refused")
     limit = limit_of(layers, by_slot)
     numbers = chosen(rng, limit, int(rng.integers(1, min(limit, 9) + 1)), by_slot)
     buffer = buffer_for(rng, layers, len(numbers), by_slot, pad=int(rng.choice([0, 0, 8, 3])))

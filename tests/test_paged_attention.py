@@ -1,5 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
 import itertools
 
 import attending
@@ -228,6 +229,15 @@ def test_starts_beyond_the_query(world, rng, starts, causal):
     step = Problem(rng, [40, 30], [2, 3])
     step.caches, step.numbers, step.table = problem.caches, problem.numbers, problem.table
     step.starts = worlds.of_values(np.array(starts, np.int64))
+    if world.on_gpu and not 0 <= min(starts) <= max(starts) <= 5:
+        # Which rows a sequence with such bounds has is not defined there.
+        step.run(world, causal=causal)
+        for spec in filter(None, step.specs):
+            if spec not in (step.out, step.lse):
+                np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
+        with contextlib.suppress(cc.FaultError):
+            cc.raise_faults()
+        return
     step.options = {"causal": causal}
     table, lens = (spec.on(spec.buffer.bytes) for spec in (step.table, step.lens))
     near = [min(max(start, -(10**6)), 10**6) for start in starts]  # what the loops can walk

@@ -99,7 +99,8 @@ def paged_attention(
         Tokens of each sequence in the cache. Contiguous.
     query_start_loc : int32 or int64 array [num_seqs + 1], optional
         Where each sequence's rows of ``query`` start, and where the last one's end; never
-        descending; contiguous. Rows of no sequence are left as they are in ``out`` and ``lse``. By
+        descending, and inside ``query``; contiguous. Bounds outside are not followed, but which
+        rows their sequences have is then not the same on CPU and GPU. Rows of no sequence are left as they are in ``out`` and ``lse``. By
         default each sequence has one row, so ``num_seqs`` is ``num_tokens``.
     scale : float, optional
         By default ``1 / sqrt(head_size)``.
@@ -161,9 +162,9 @@ def paged_attention(
     values, and to float16 where caches have 8 bits.
 
     On a GPU there is one launch, of a thread block for each sequence and KV head (for each 64 rows
-    of these, where there are several queries). Where that are few, on sm_90 and newer, a cluster of
-    eight thread blocks shares one. Caches whose addresses and strides are multiples of 16 bytes are
-    read fastest.
+    of these, where there are several queries). Where these are few, on sm_90 and newer, a cluster
+    of eight thread blocks shares one. Caches whose addresses and strides are multiples of 16 bytes
+    are read fastest.
     """
     if stream is not None:
         stream = streams.pointer(NAME, stream)

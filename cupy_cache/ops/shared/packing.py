@@ -24,6 +24,7 @@ from ...runtime import (
     params,
     spelling,
 )
+from ...runtime.devices import NOWHERE
 from ...runtime.log import logger
 from . import blocks
 
@@ -310,7 +311,7 @@ class Plan:
             self._enqueue(work, tables, Places((0, 0), 0), 0, items)
             return
         (address,) = buffer
-        if self.buffer.device.kind == "cpu":
+        if self.buffer.device.kind == "cpu" and self.device.index != NOWHERE:
             size = items * work.item_bytes
             mapped = blocks.mapped_range(address, size)
             if mapped is None:
