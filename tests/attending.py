@@ -303,7 +303,8 @@ def check_numbers(got, wanted, plain, dtype):
     """Require errors of at most twice those of the plain computation, but for the last bit."""
     assert np.isfinite(got).all()
     allowed = 2 * np.abs(plain - wanted).max(initial=0)
-    allowed += float(ml_dtypes.finfo(formats.DTYPES[dtype].numpy).eps) * np.abs(wanted).max(
-        initial=0
-    )
+    # Of few numbers the plain computation's error may be small by chance.
+    places = 16 if dtype == "float32" else 1
+    eps = float(ml_dtypes.finfo(formats.DTYPES[dtype].numpy).eps)
+    allowed += places * eps * np.abs(wanted).max(initial=0)
     assert np.abs(got - wanted).max(initial=0) <= allowed
