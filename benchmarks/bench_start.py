@@ -97,9 +97,9 @@ def test_empty_call(benchmark):
     import torch
 
     key = torch.empty((0, 8, 128), device=timing.device())
-    cache = torch.empty((4, 16, 8, 128), device=timing.device())
+    caches = [torch.empty((4, 16, 8, 128), device=timing.device()) for _ in range(2)]
     slots = torch.empty(0, dtype=torch.int64, device=timing.device())
-    calls = [lambda: op(key, key, cache, cache, slots)]
+    calls = [lambda: op(key, key, *caches, slots)]
     timer = timing.HostTimer(calls)
     case = "reshape_and_cache_flash of no tokens"
     suite.measure_plain(benchmark, "start", case, "host", timer.round, timing.HOST_BATCHES)
