@@ -18,7 +18,9 @@
 #include "cupy_cache/elements.cuh"
 #include "cupy_cache/ints.cuh"
 #include "cupy_cache/matrix.cuh"
+#include "cupy_cache/operands.cuh"
 #include "cupy_cache/paging.cuh"
+#include "cupy_cache/softmax.cuh"
 
 namespace cupy_cache {
 
@@ -87,134 +89,20 @@ constexpr int kKeys = 16;   // of a tile of keys
 constexpr int kWarps = 4;   // of a thread block
 constexpr int kMaxParts = 8;
 constexpr int kSorted = 32 * kWarps;
-constexpr float kNone = -3.0e38f;  // the maximum of no scores
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
-
-// 2 to the power of x.
-__device__ __forceinline__ float power_of_two(float x) {
-#ifdef __CUDA_ARCH__
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-#else
-  return exp2f(x);
-#endif
-}
-
-// Sums of exponentials and of values weighted by them, relative to a maximum: one after the other is
-// joined to what came before, always by the same operations.
-struct Joined {
-  float largest = kNone;
-  float before = 0.0f, now = 0.0f;  // what weights the sums so far, and those of what is joined
-
-  __device__ __forceinline__ void join(float other) {
-    const float both = fmaxf(largest, other);
-    before = power_of_two(largest - both);
-    now = power_of_two(other - both);
-    largest = both;
-  }
-  __device__ __forceinline__ float sum(float sum_before, float sum_now) const {
-    return __fmaf_rn(sum_now, now, __fmul_rn(sum_before, before));
-  }
-};
-
-// Two neighbouring 8-bit elements as F16, which holds them all.
-template <typename Stored>
-__device__ __forceinline__ u32 widen(u16 pair) {
-  float low, high;
-  Stored::decode_pair(pair, low, high);
-  return pack_pair<F16>(low, high);
-}
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-template <>
-__device__ __forceinline__ u32 widen<E4M3>(u16 pair) {
-  u32 halves;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
-  return halves;
-}
-#endif
-template <>
-__device__ __forceinline__ u32 widen<E5M2>(u16 pair) {
-  return __byte_perm(pair, 0, 0x1404);  // they are the upper halves of halves
-}
-#ifdef __CUDA_ARCH__
-template <>
-__device__ __forceinline__ u32 widen<I8>(u16 pair) {
-  // 1024 + n is the half with n in its lowest bits; here n is the element + 128.
-  const u32 biased = __byte_perm(pair ^ 0x8080u, 0x64u, 0x4140);
-  constexpr u32 kBias = 0x64806480;  // 1152, twice
-  u32 halves;
-  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(halves) : "r"(biased), "r"(kBias));
-  return halves;
-}
-#endif
-
-// How the caches' elements become operands of a product: those of the query's type as they are, 8-bit
-// ones as F16. Of these a fragment holds other elements than the instruction's description says, keys
-// and queries alike, and the columns of values come out in another order.
-template <typename Query, typename Stored>
-struct Operands {
-  using Type = F16;
-  static constexpr bool kNarrow = true;
-  static constexpr int kBytes = 1;
-};
-template <typename Query>
-struct Operands<Query, Query> {
-  using Type = Query;
-  static constexpr bool kNarrow = false;
-  static constexpr int kBytes = 2;
-};
-
-// Two neighbouring elements of a query, as operands. `there` are those that exist, at most two.
-template <typename Query, typename Type>
-__device__ __forceinline__ u32 query_pair(const char* at, bool together, int there) {
-  u32 bits = 0;
-  if (together && there >= 2) {
-    bits = *reinterpret_cast<const u32*>(at);
-  } else {
-    if (there >= 1) bits = *reinterpret_cast<const u16*>(at);
-    if (there >= 2) bits |= static_cast<u32>(reinterpret_cast<const u16*>(at)[1]) << 16;
-  }
-  if constexpr (IsBF16<Query>::value == IsBF16<Type>::value) {
-    return bits;
-  } else {
-    return pack_pair<Type>(Query::decode(static_cast<u16>(bits)),
-                           Query::decode(static_cast<u16>(bits >> 16)));
-  }
-}
-
-// The rows of shared memory that a tile of keys or values has: an odd number of 16-byte chunks apart,
-// so that eight rows of a matrix lie in different banks.
-template <int kElements, int kBytes>
+// Rows of kBytes bytes in shared memory: an odd number of 16-byte chunks apart, so that eight rows of a
+// matrix lie in different banks.
+template <int kTileRows, int kBytes>
 struct Tile {
-  static constexpr int kChunks = kElements * kBytes / 16;
+  static constexpr int kChunks = kBytes / 16;  // of a row
   static constexpr int kRowBytes = (kChunks | 1) * 16;
-  static constexpr int kSize = kKeys * kRowBytes;
+  static constexpr int kSize = kTileRows * kRowBytes;
 };
 
-// The same of values that have neighbouring slots side by side: a row for each element of a head.
-template <int kElements, int kBytes>
-struct TileByToken {
-  static constexpr int kChunks = kKeys * kBytes / 16;  // of a row
-  static constexpr int kRowBytes = (kChunks | 1) * 16;
-  static constexpr int kSize = kElements * kRowBytes;
-};
-
-template <bool kByToken, int kElements, int kBytes>
-struct ValueTileOf {
-  using Type = Tile<kElements, kBytes>;
-};
-template <int kElements, int kBytes>
-struct ValueTileOf<true, kElements, kBytes> {
-  using Type = TileByToken<kElements, kBytes>;
-};
-
-// Which queries a tile of rows has.
+// Which queries a unit has.
 struct Unit {
   i64 sequence;
   i64 token;        // the first one's row in query and out
-  i32 tokens;       // of this tile
+  i32 tokens;       // of this unit
   i64 position;     // the first one's in its sequence
   i64 length;       // of the sequence
   bool any = false;
@@ -288,7 +176,7 @@ __device__ __forceinline__ i64 sequence_by_length(const Params& p, u32 place, u3
   return found;
 }
 
-// A row of the tile, as a lane needs it.
+// A row of the unit, as a lane needs it.
 struct Row {
   bool valid;
   i64 token;    // its row in query and out
@@ -443,19 +331,6 @@ __device__ __forceinline__ void copy_tile(char* to, const Source& from, u32 bloc
   }
 }
 
-// What a row has been joined to over all parts, for the output.
-struct Sums {
-  Joined joined;
-  float sum = 0.0f, first = 0.0f, second = 0.0f;
-
-  __device__ __forceinline__ void join(float largest, float other, float2 pair) {
-    joined.join(largest);
-    sum = joined.sum(sum, other);
-    first = joined.sum(first, pair.x);
-    second = joined.sum(second, pair.y);
-  }
-};
-
 // Writes two columns of a row's output, and with the first two its log-sum-exp.
 template <typename Query, int kValueSize>
 __device__ __forceinline__ void write_row(const Params& p, const Row& row, int column, Sums sums,
@@ -492,8 +367,8 @@ __device__ __forceinline__ float head_scale(const char* array, i64 stride, u32 h
 // block_size is a multiple of kKeys. kByToken: a head's values of neighbouring slots are side by side.
 // kShared are the bytes of shared memory. kCluster blocks take a part each, or 1 block takes all.
 template <typename Query, typename Stored, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
-          int kRows, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages, int kShared, int kCluster, typename Block, typename Length,
-          typename Start>
+          int kRows, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
+          int kShared, int kCluster, typename Block, typename Length, typename Start>
 __global__ void CUPY_CACHE_CLUSTER(kCluster)
     __launch_bounds__(kWarps * 32, kKeySize + kValueSize > 256 ? 1 : 2)
     paged_attention(const __grid_constant__ Params p) {
@@ -502,8 +377,9 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
   constexpr int kSteps = (kKeySize + 15) / 16;  // of the product of queries and keys
   constexpr int kOutSize = (kValueSize + 15) / 16 * 16;
   constexpr int kColumns = kOutSize / 8;  // tiles of 8 columns of the output
-  using KeyTile = Tile<kSteps * 16, In::kBytes>;
-  using ValueTile = typename ValueTileOf<kByToken, kOutSize, In::kBytes>::Type;
+  using KeyTile = Tile<kKeys, kSteps * 16 * In::kBytes>;
+  // By token it has a row for each element of a head.
+  using ValueTile = Tile<kByToken ? kOutSize : kKeys, (kByToken ? kKeys : kOutSize) * In::kBytes>;
   constexpr int kHalves = kRows == 8 ? 1 : 2;  // of a tile of rows
   constexpr int kTileRows = 8 * kHalves;
   constexpr int kOutRow = (kOutSize + 8) / 2;  // in pairs of numbers; rows in different banks
@@ -704,152 +580,152 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
     if (wide) __syncthreads();
     else __syncwarp();
     for (i32 turn = 0; turn < (kRows == kWide && wide ? kWarps : 1); ++turn) {
-    const i32 copier = wide ? turn : warp;
-    const i32 tile = offset + copier + index * kWarps;
-    if (wide && tile >= behind) break;
-    const char* const keys = shared + (copier * kStages + stage) * kStageBytes;
-    const char* const values = keys + KeyTile::kSize;
+      const i32 copier = wide ? turn : warp;
+      const i32 tile = offset + copier + index * kWarps;
+      if (wide && tile >= behind) break;
+      const char* const keys = shared + (copier * kStages + stage) * kStageBytes;
+      const char* const values = keys + KeyTile::kSize;
 
-    float scores[2][4] = {}, others[2][4] = {};  // of every second step: two chains of products
-    const int key_row = key_of_column(lane % 8 + lane / 16 * 8), key_chunk = lane / 8 % 2;
+      float scores[2][4] = {}, others[2][4] = {};  // of every second step: two chains of products
+      const int key_row = key_of_column(lane % 8 + lane / 16 * 8), key_chunk = lane / 8 % 2;
 #pragma unroll
-    for (int chunk = 0; chunk < KeyTile::kChunks; chunk += 2) {
-      u32 loaded[4];
-      // The last chunk may have no neighbour: it is read twice.
-      const int at = chunk + (chunk + 1 < KeyTile::kChunks ? key_chunk : 0);
-      load_matrices<false>(loaded, keys + key_row * KeyTile::kRowBytes + at * 16);
-      if constexpr (In::kNarrow) {
+      for (int chunk = 0; chunk < KeyTile::kChunks; chunk += 2) {
+        u32 loaded[4];
+        // The last chunk may have no neighbour: it is read twice.
+        const int at = chunk + (chunk + 1 < KeyTile::kChunks ? key_chunk : 0);
+        load_matrices<false>(loaded, keys + key_row * KeyTile::kRowBytes + at * 16);
+        if constexpr (In::kNarrow) {
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int step = chunk + i % 2;
-          if (step < kSteps) {
-            multiply_add<Type>(i % 2 ? others[i / 2] : scores[i / 2],
-                               queries[step < kSteps ? step : 0],
-                               widen<Stored>(static_cast<u16>(loaded[i])),
-                               widen<Stored>(static_cast<u16>(loaded[i] >> 16)));
+          for (int i = 0; i < 4; ++i) {
+            const int step = chunk + i % 2;
+            if (step < kSteps) {
+              multiply_add<Type>(i % 2 ? others[i / 2] : scores[i / 2],
+                                 queries[step < kSteps ? step : 0],
+                                 widen<Stored>(static_cast<u16>(loaded[i])),
+                                 widen<Stored>(static_cast<u16>(loaded[i] >> 16)));
+            }
           }
+        } else {
+          auto& sums_of = chunk / 2 % 2 ? others : scores;
+          multiply_add<Type>(sums_of[0], queries[chunk / 2], loaded[0], loaded[1]);
+          multiply_add<Type>(sums_of[1], queries[chunk / 2], loaded[2], loaded[3]);
         }
-      } else {
-        auto& sums_of = chunk / 2 % 2 ? others : scores;
-        multiply_add<Type>(sums_of[0], queries[chunk / 2], loaded[0], loaded[1]);
-        multiply_add<Type>(sums_of[1], queries[chunk / 2], loaded[2], loaded[3]);
       }
-    }
 
-    const i32 key = (cut.first + tile) * kKeys;
-    const u32 absent = reinterpret_cast<const u32*>(shared + kBytes)[copier * kStages + stage];
-    const bool all = key >= all_low && key + kKeys <= all_high && absent == 0;
-    float most[kHalves];
+      const i32 key = (cut.first + tile) * kKeys;
+      const u32 absent = reinterpret_cast<const u32*>(shared + kBytes)[copier * kStages + stage];
+      const bool all = key >= all_low && key + kKeys <= all_high && absent == 0;
+      float most[kHalves];
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      most[half] = kNone;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int in_tile = key_of_column(i / 2 * 8 + pair * 2 + i % 2);
-        float& score = scores[i / 2][2 * half + i % 2];
-        score = (score + others[i / 2][2 * half + i % 2]) * scale;
-        if constexpr (kCapped) {
-          score = p.soft_cap -
-                  2.0f * p.soft_cap * __fdividef(1.0f, power_of_two(score * cap_inverse) + 1.0f);
-        }
-        if constexpr (kSloped) {
-          score += slopes[half] * static_cast<float>(key + in_tile - rows[half].position);
-        }
-        if constexpr (kCapped || kSloped) score *= kLog2E;
-      }
-      if (!all) {
+      for (int half = 0; half < kHalves; ++half) {
+        most[half] = kNone;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int in_tile = key_of_column(i / 2 * 8 + pair * 2 + i % 2);
-          if (key + in_tile < rows[half].low || key + in_tile >= rows[half].high ||
-              (absent >> in_tile & 1)) {
-            scores[i / 2][2 * half + i % 2] = __uint_as_float(0xff800000u);  // minus infinity
+          float& score = scores[i / 2][2 * half + i % 2];
+          score = (score + others[i / 2][2 * half + i % 2]) * scale;
+          if constexpr (kCapped) {
+            score = p.soft_cap -
+                    2.0f * p.soft_cap * __fdividef(1.0f, power_of_two(score * cap_inverse) + 1.0f);
+          }
+          if constexpr (kSloped) {
+            score += slopes[half] * static_cast<float>(key + in_tile - rows[half].position);
+          }
+          if constexpr (kCapped || kSloped) score *= kLog2E;
+        }
+        if (!all) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int in_tile = key_of_column(i / 2 * 8 + pair * 2 + i % 2);
+            if (key + in_tile < rows[half].low || key + in_tile >= rows[half].high ||
+                (absent >> in_tile & 1)) {
+              scores[i / 2][2 * half + i % 2] = __uint_as_float(0xff800000u);  // minus infinity
+            }
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) most[half] = fmaxf(most[half], scores[i / 2][2 * half + i % 2]);
+        most[half] = fmaxf(most[half], __shfl_xor_sync(kWarp, most[half], 1));
+        most[half] = fmaxf(most[half], __shfl_xor_sync(kWarp, most[half], 2));
+      }
+      bool grows = most[0] > largest[0];
+      if constexpr (kHalves == 2) grows |= most[1] > largest[1];
+      if (__any_sync(kWarp, grows)) {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          const float now = fmaxf(largest[half], most[half]);
+          const float weight = power_of_two(largest[half] - now);
+          largest[half] = now;
+          sums[half] *= weight;
+#pragma unroll
+          for (int i = 0; i < kColumns; ++i) {
+            out[i][2 * half] *= weight;
+            out[i][2 * half + 1] *= weight;
           }
         }
       }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) most[half] = fmaxf(most[half], scores[i / 2][2 * half + i % 2]);
-      most[half] = fmaxf(most[half], __shfl_xor_sync(kWarp, most[half], 1));
-      most[half] = fmaxf(most[half], __shfl_xor_sync(kWarp, most[half], 2));
-    }
-    bool grows = most[0] > largest[0];
-    if constexpr (kHalves == 2) grows |= most[1] > largest[1];
-    if (__any_sync(kWarp, grows)) {
+      u32 weights[4] = {};
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
-        const float now = fmaxf(largest[half], most[half]);
-        const float weight = power_of_two(largest[half] - now);
-        largest[half] = now;
-        sums[half] *= weight;
-#pragma unroll
-        for (int i = 0; i < kColumns; ++i) {
-          out[i][2 * half] *= weight;
-          out[i][2 * half + 1] *= weight;
-        }
-      }
-    }
-    u32 weights[4] = {};
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float low = power_of_two(scores[i][2 * half] - largest[half]);
-        const float high = power_of_two(scores[i][2 * half + 1] - largest[half]);
-        sums[half] += low + high;
-        weights[2 * i + half] = pack_pair<Type>(low, high);
-      }
-    }
-
-    if constexpr (kByToken) {
-      // Matrices of 8 elements of a head by 8 tokens, or by 16 that have 8 bits.
-      constexpr int kRowsLoaded = 32 / ValueTile::kChunks;
-#pragma unroll
-      for (int row = 0; row < kValueSize; row += kRowsLoaded) {
-        u32 loaded[4];
-        const int at = In::kNarrow ? lane : lane % 8 + lane / 16 * 8;
-        const int chunk = In::kNarrow ? 0 : lane / 8 % 2;
-        // The last rows may be fewer: others are read twice.
-        const int its_row = row + at < kValueSize ? row + at : at % 8;
-        load_matrices<false>(loaded, values + its_row * ValueTile::kRowBytes + chunk * 16);
-#pragma unroll
-        for (int i = 0; i < kRowsLoaded / 8; ++i) {
-          const int column = row / 8 + i;
-          if (column >= kColumns) continue;
-          float(&sum)[4] = out[column < kColumns ? column : 0];
-          if constexpr (In::kNarrow) {
-            multiply_add<Type>(sum, weights, widen<Stored>(static_cast<u16>(loaded[i])),
-                               widen<Stored>(static_cast<u16>(loaded[i] >> 16)));
-          } else {
-            multiply_add<Type>(sum, weights, loaded[2 * i], loaded[2 * i + 1]);
-          }
-        }
-      }
-    } else {
-      const int value_row = lane % 16, value_chunk = lane / 16;
-#pragma unroll
-      for (int chunk = 0; chunk < ValueTile::kChunks; chunk += 2) {
-        u32 loaded[4];
-        const int at = chunk + (chunk + 1 < ValueTile::kChunks ? value_chunk : 0);
-        load_matrices<true>(loaded, values + value_row * ValueTile::kRowBytes + at * 16);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          if (chunk + i >= ValueTile::kChunks) continue;
-          const u32 b0 = loaded[2 * i], b1 = loaded[2 * i + 1];
-          if constexpr (In::kNarrow) {
-            // Every second column, then the others.
-            const int column = (chunk + i) * 2 < kColumns ? (chunk + i) * 2 : 0;
-            multiply_add<Type>(out[column], weights,
-                               widen<Stored>(static_cast<u16>(__byte_perm(b0, 0, 0x20))),
-                               widen<Stored>(static_cast<u16>(__byte_perm(b1, 0, 0x20))));
-            multiply_add<Type>(out[column + 1], weights,
-                               widen<Stored>(static_cast<u16>(__byte_perm(b0, 0, 0x31))),
-                               widen<Stored>(static_cast<u16>(__byte_perm(b1, 0, 0x31))));
-          } else {
-            multiply_add<Type>(out[chunk + i < kColumns ? chunk + i : 0], weights, b0, b1);
+          const float low = power_of_two(scores[i][2 * half] - largest[half]);
+          const float high = power_of_two(scores[i][2 * half + 1] - largest[half]);
+          sums[half] += low + high;
+          weights[2 * i + half] = pack_pair<Type>(low, high);
+        }
+      }
+
+      if constexpr (kByToken) {
+        // Matrices of 8 elements of a head by 8 tokens, or by 16 that have 8 bits.
+        constexpr int kRowsLoaded = 32 / ValueTile::kChunks;
+#pragma unroll
+        for (int row = 0; row < kValueSize; row += kRowsLoaded) {
+          u32 loaded[4];
+          const int at = In::kNarrow ? lane : lane % 8 + lane / 16 * 8;
+          const int chunk = In::kNarrow ? 0 : lane / 8 % 2;
+          // The last rows may be fewer: others are read twice.
+          const int its_row = row + at < kValueSize ? row + at : at % 8;
+          load_matrices<false>(loaded, values + its_row * ValueTile::kRowBytes + chunk * 16);
+#pragma unroll
+          for (int i = 0; i < kRowsLoaded / 8; ++i) {
+            const int column = row / 8 + i;
+            if (column >= kColumns) continue;
+            float(&sum)[4] = out[column < kColumns ? column : 0];
+            if constexpr (In::kNarrow) {
+              multiply_add<Type>(sum, weights, widen<Stored>(static_cast<u16>(loaded[i])),
+                                 widen<Stored>(static_cast<u16>(loaded[i] >> 16)));
+            } else {
+              multiply_add<Type>(sum, weights, loaded[2 * i], loaded[2 * i + 1]);
+            }
+          }
+        }
+      } else {
+        const int value_row = lane % 16, value_chunk = lane / 16;
+#pragma unroll
+        for (int chunk = 0; chunk < ValueTile::kChunks; chunk += 2) {
+          u32 loaded[4];
+          const int at = chunk + (chunk + 1 < ValueTile::kChunks ? value_chunk : 0);
+          load_matrices<true>(loaded, values + value_row * ValueTile::kRowBytes + at * 16);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if (chunk + i >= ValueTile::kChunks) continue;
+            const u32 b0 = loaded[2 * i], b1 = loaded[2 * i + 1];
+            if constexpr (In::kNarrow) {
+              // Every second column, then the others.
+              const int column = (chunk + i) * 2 < kColumns ? (chunk + i) * 2 : 0;
+              multiply_add<Type>(out[column], weights,
+                                 widen<Stored>(static_cast<u16>(__byte_perm(b0, 0, 0x20))),
+                                 widen<Stored>(static_cast<u16>(__byte_perm(b1, 0, 0x20))));
+              multiply_add<Type>(out[column + 1], weights,
+                                 widen<Stored>(static_cast<u16>(__byte_perm(b0, 0, 0x31))),
+                                 widen<Stored>(static_cast<u16>(__byte_perm(b1, 0, 0x31))));
+            } else {
+              multiply_add<Type>(out[chunk + i < kColumns ? chunk + i : 0], weights, b0, b1);
+            }
           }
         }
       }
-    }
     }
     // The stage is copied to next.
     if (wide) __syncthreads();
@@ -912,7 +788,8 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
         const int its_row = from * kTileRows + row;
         joined.join(totals[its_row].x, totals[its_row].y, outputs[its_row * kOutRow + column]);
       }
-      write_row<Query, kValueSize>(p, find_row(p, unit, head, head_part, row), 2 * column, joined, v_scale);
+      const Row its = find_row(p, unit, head, head_part, row);
+      write_row<Query, kValueSize>(p, its, 2 * column, joined, v_scale);
     }
   } else {
     sync_cluster();
@@ -946,7 +823,8 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
                  {__shfl_sync(kWarp, joined.first, source), __shfl_sync(kWarp, joined.second, source)});
       }
       if (pair == 0 && at + in_half < used * kPairs) {
-        write_row<Query, kValueSize>(p, find_row(p, unit, head, head_part, row), 2 * column, all, v_scale);
+        const Row its = find_row(p, unit, head, head_part, row);
+        write_row<Query, kValueSize>(p, its, 2 * column, all, v_scale);
       }
     }
     sync_cluster();  // the others may still be reading

@@ -14,10 +14,11 @@ import pytest
 
 sys.path.insert(0, os.path.dirname(__file__))
 
+import recording
 import worlds
 
 import cupy_cache as cc
-from cupy_cache.runtime import env
+from cupy_cache.runtime import dispatch, env, launch
 
 
 def installed():
@@ -105,6 +106,21 @@ def _keep_sample(config, items):
     if not named and len(kept) < len(items):
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = [item for item in items if item in kept]
+
+
+@pytest.fixture
+def nothing_remembered():
+    """The test has a history of its own, and leaves none."""
+    dispatch.forget_everything()
+    yield
+    dispatch.forget_everything()
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    """`recording.recorder`, with nothing left behind."""
+    yield recording.recorder(monkeypatch)
+    launch.processors.cache_clear()
 
 
 def pytest_terminal_summary(terminalreporter):

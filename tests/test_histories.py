@@ -8,28 +8,16 @@ import weakref
 
 import numpy as np
 import pytest
-import recording
 import worlds
 
 import cupy_cache as cc
 from cupy_cache.ops import copy_blocks, reshape_and_cache_flash
-from cupy_cache.runtime import dispatch, launch, streams
+from cupy_cache.runtime import dispatch, streams
 
 PAIRS = [(0, 1)]
 
 
-@pytest.fixture(autouse=True)
-def nothing_remembered():
-    """Each test has its own history, and leaves none."""
-    dispatch.forget_everything()
-    yield
-    dispatch.forget_everything()
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    yield recording.recorder(monkeypatch)
-    launch.processors.cache_clear()
+pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
 
 def tensor(*shape, dtype="float16"):

@@ -286,7 +286,7 @@ def test_attention_is_remembered_by_its_options_and_within_bounds(rng):
     step = [world.put(spec) for spec in (problem.query, problem.table, problem.lens)]
     cache.attend(0, *step, scale=1, sliding_window=1)
     for name in ("scale", "sliding_window"):
-        with pytest.raises(cc.ArgumentError, match=f"paged_attention: Invalid value of {name}"):
+        with pytest.raises(cc.ArgumentError, match=f"PagedKVCache.attend: Invalid value of {name}"):
             cache.attend(0, *step, **{"scale": 1, "sliding_window": 1, name: True})
     for number in range(50):
         sinks = np.full(4, number, np.float32)
@@ -295,6 +295,26 @@ def test_attention_is_remembered_by_its_options_and_within_bounds(rng):
         )
         np.testing.assert_array_equal(cache.attend(0, *step, sinks=sinks), wanted)
     assert len(cache._attenders) <= 16
+
+
+@pytest.mark.parametrize("layer", [-1, 1, 1.5, None, [0]])
+def test_attention_of_a_layer_that_is_not_there(rng, layer):
+    world, problem = worlds.NumPyWorld(), attending.Problem(rng, [9])
+    cache = cc.PagedKVCache(*([world.put(cache)] for cache in problem.caches))
+    for _ in range(2):
+        with pytest.raises(cc.ArgumentError, match=r"PagedKVCache\.attend: .* of layer: .*0\.\.0"):
+            attending_to(world, cache, layer, problem)()
+
+
+def test_options_of_attention_that_cannot_be_hashed(rng):
+    world, problem = worlds.NumPyWorld(), attending.Problem(rng, [9], sliding_window=3)
+    cache = cc.PagedKVCache(*([world.put(cache)] for cache in problem.caches))
+    call = attending_to(world, cache, 0, problem)
+    call(sliding_window=np.array(3))
+    problem.judge(world)
+    for name in ("scale", "soft_cap", "sliding_window"):
+        with pytest.raises(cc.ArgumentError, match=rf"PagedKVCache\.attend: .* of {name}"):
+            call(**{name: [3]})
 
 
 def test_attention_needs_values(world, rng):

@@ -12,26 +12,13 @@ import weakref
 import numpy as np
 import oracle
 import pytest
-import recording
 import worlds
 
 import cupy_cache as cc
 from cupy_cache.compilation import specialisations
-from cupy_cache.runtime import arrays, dispatch, dlpack, launch
+from cupy_cache.runtime import arrays, dispatch, dlpack
 
-
-@pytest.fixture(autouse=True)
-def nothing_remembered():
-    """Each test has its own history, and leaves none."""
-    dispatch.forget_everything()
-    yield
-    dispatch.forget_everything()
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    yield recording.recorder(monkeypatch)
-    launch.processors.cache_clear()
+pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
 
 @pytest.fixture

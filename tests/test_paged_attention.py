@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 import contextlib
 import itertools
+import types
 
 import attending
 import hypothesis
@@ -15,7 +16,7 @@ from guards import BAD, check_faults
 
 import cupy_cache as cc
 from cupy_cache.attention import paged_attention as module
-from cupy_cache.runtime import formats
+from cupy_cache.runtime import driver, formats, launch
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -250,6 +251,13 @@ def test_starts_beyond_the_query(world, rng, starts, causal):
 def test_nothing_to_do(world, rng):
     for problem in (Problem(rng, []), Problem(rng, [], [], spare=3), Problem(rng, [5], [0])):
         problem.solve(world)
+
+
+def test_clusters_are_asked_of_the_driver_in_use(monkeypatch):
+    """What one driver says of a GPU's number is not taken for another's."""
+    for answer in (True, False):
+        monkeypatch.setattr(driver, "active", types.SimpleNamespace(has_clusters={0: answer}.get))
+        assert launch.has_clusters(0) is answer
 
 
 # --- the same bits in any batch -------------------------------------------------------------------

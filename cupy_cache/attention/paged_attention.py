@@ -189,7 +189,7 @@ def arguments(
     is the caller, for errors."""
     window, scaled_by, cap = NO_WINDOW, 1.0, 0.0
     if sliding_window is not None:
-        window = _window(op, sliding_window)
+        window = min(contract.integer(op, "sliding_window", sliding_window, 1), NO_WINDOW)
     if scale is not None:
         scaled_by = number(op, "scale", scale)
     if soft_cap is not None:
@@ -204,15 +204,6 @@ def arguments(
     scales, scalars = contract.split_scales(op, kv_cache_dtype, k_scale, v_scale)
     objects = (key_cache, value_cache, alibi_slopes, sinks, *(scales or (None, None)))
     return objects, options, (window, scaled_by, cap, *(scalars or (1.0, 1.0)))
-
-
-def _window(op, value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 1:
-        raise ArgumentError(
-            f"{op}: Invalid value of sliding_window: expected None or an integer of at least 1, "
-            f"got {contract.shown(value)}"
-        )
-    return min(int(value), NO_WINDOW)
 
 
 def number(op, name, value, positive=False):
@@ -247,23 +238,13 @@ def _check_caches(check, key_cache, value_cache):
         check.shape("value_cache", value_cache, "num_blocks block_size num_kv_heads head_size_v")
         return False
     check.shape("key_cache", key_cache, "num_blocks num_kv_heads _ block_size x")
-    _check_packs(check, "key_cache", key_cache, "head_size")
+    check.packs("key_cache", key_cache, "head_size")
     if len(value_cache.shape) == 5:
         check.shape("value_cache", value_cache, "num_blocks num_kv_heads _ head_size_v x")
-        _check_packs(check, "value_cache", value_cache, "block_size")
+        check.packs("value_cache", value_cache, "block_size")
     else:
         check.shape("value_cache", value_cache, "num_blocks num_kv_heads head_size_v block_size")
     return True
-
-
-def _check_packs(check, name, cache, whole):
-    """Require dimension 2 of ``cache`` to hold all packs of x of the size called ``whole``."""
-    size, x = check.sizes[whole], check.sizes["x"]
-    if cache.shape[2] * x != size:
-        raise ShapeError(
-            f"{check.op}: Invalid shape of {name}: expected {whole} / x = {size} / {x} in "
-            f"dimension 2, got {cache.shape[2]}"
-        )
 
 
 def _plan(op, described, options):
@@ -399,7 +380,7 @@ class _Plan(plans.KernelPlan):
         self._units, self._row_tokens = units, row_tokens
 
     def launch_for(self, rows):
-        tokens, sequences, _ = rows
+        tokens, sequences = rows
         units = sequences if self._row_tokens is None else tokens // self._row_tokens + sequences
         units *= self._units
         if self._clustered is not None:
@@ -487,8 +468,7 @@ def _on_numpy(*arguments, base_scale, **options):
 
 
 def _count(extents, options, scalars):
-    """(Tokens, sequences and width of the table, or 0; the fields of `PARAMS` behind the
-    pointers)."""
+    """(Tokens and sequences, or 0; the fields of `PARAMS` behind the pointers)."""
     del options
     tokens, ((table_rows, width), (step, _)), sequences, starts, *written = extents
     contract.check_sequence_count(NAME, "seq_lens", sequences)
@@ -513,7 +493,7 @@ def _count(extents, options, scalars):
                 f"{NAME}: Invalid shape of {name}: expected at least {tokens} rows, those of "
                 f"query, got {rows}"
             )
-    work = (tokens, sequences, width) if tokens and sequences else 0
+    work = (tokens, sequences) if tokens and sequences else 0
     return work, (tokens, sequences, width, step, *scalars)
 
 

@@ -21,6 +21,7 @@ from ..runtime import contract, dispatch, lists, streams
 from ..types import ArrayLike, Layers, Pairs, Scale, StreamLike, Writer
 
 MAX_ATTENDERS = 16  # of one layer
+_ATTEND = "PagedKVCache.attend"
 
 
 class PagedKVCache:
@@ -199,21 +200,24 @@ class PagedKVCache:
             Likewise. Their combination is remembered for the layer, and the arrays among them are
             kept, as the caches are: give the same ones at each step.
         """
-        options = scale, sliding_window, soft_cap, bool(causal)
+        options = scale, sliding_window, soft_cap, contract.flag(_ATTEND, "causal", causal)
         given = query_start_loc is not None, lse is not None
         kinds = tuple(map(type, options))  # True equals 1
         key = layer, options, kinds, id(alibi_slopes), id(sinks), given
-        bound = self._attenders.get(key)
+        try:
+            bound = self._attenders.get(key)
+        except TypeError:  # what cannot be hashed is not remembered, and may be refused
+            key = bound = None
         if bound is None:
             bound = self._attender(layer, *options, alibi_slopes, sinks, *given)
             if len(self._attenders) >= MAX_ATTENDERS * len(self):
                 self._attenders.clear()
-            self._attenders[key] = bound
-        if stream is not None:
-            stream = streams.pointer("PagedKVCache.attend", stream)
+            if key is not None:
+                self._attenders[key] = bound
         if out is None:
-            caches = self.key_caches[layer], self._values_of(layer)
-            out = paged_attention.new_out(paged_attention.NAME, query, *caches, stream)
+            if stream is not None:
+                stream = streams.pointer(_ATTEND, stream)
+            out = paged_attention.new_out(_ATTEND, query, *self._caches_of(layer), stream)
         step = query, block_table, seq_lens, query_start_loc, out, lse
         bound(*(array for array in step if array is not None), stream=stream)
         return out
@@ -222,23 +226,26 @@ class PagedKVCache:
         self, layer, scale, sliding_window, soft_cap, causal, alibi_slopes, sinks, with_starts,
         with_lse,
     ):  # fmt: skip
-        caches = self.key_caches[layer], self._values_of(layer)
         objects, options, scalars = paged_attention.arguments(
-            paged_attention.NAME, *caches, scale, alibi_slopes, sliding_window, soft_cap, sinks,
+            _ATTEND, *self._caches_of(layer), scale, alibi_slopes, sliding_window, soft_cap, sinks,
             causal, self._kv_cache_dtype, *self._scales[layer],
         )  # fmt: skip
         names = "key_cache", "value_cache", "alibi_slopes", "sinks", "k_scale", "v_scale"
         fixed = {name: array for name, array in zip(names, objects) if array is not None}
         also = ["query_start_loc"] * with_starts + ["lse"] * with_lse
-        return dispatch.Bound(paged_attention.OP, fixed, options, scalars, also=also)
+        return dispatch.Bound(paged_attention.OP, fixed, options, scalars, name=_ATTEND, also=also)
 
-    def _values_of(self, layer):
+    def _caches_of(self, layer):
+        """The key and the value cache that `attend` reads."""
         if self.value_caches is None:
-            raise ArgumentError(
-                "PagedKVCache: Invalid kind of caches: expected key and value caches to attend to, "
-                "got entries of latent attention"
-            )
-        return self.value_caches[layer]
+            expected = "key and value caches to attend to"
+            got = "entries of latent attention"
+            raise ArgumentError(errors.wrong("kind", f"{_ATTEND}: caches", expected, got))
+        try:
+            self._writers[layer]  # has no layers of negative numbers
+        except (KeyError, TypeError):
+            raise self._no_layer("attend", layer) from None
+        return self.key_caches[layer], self.value_caches[layer]
 
     def copy_blocks(self, block_mapping: Pairs, *, stream: StreamLike | None = None) -> None:
         """Copy blocks within every layer: see `copy_blocks`. The host's time does not depend on the

@@ -7,7 +7,6 @@ from __future__ import annotations
 import functools
 
 from .. import cpu
-from ..errors import ShapeError
 from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
 from ..types import ArrayLike, Scale, StreamLike
 
@@ -106,10 +105,10 @@ def _plan(op, described, options):
     check.shape("key", key, "_ num_kv_heads head_size")
     check.shape("value", value, "_ num_kv_heads head_size_v")
     check.shape("key_cache", key_cache, "num_blocks num_kv_heads _ block_size x")
-    _check_packs(check, "key_cache", key_cache, "head_size")
+    check.packs("key_cache", key_cache, "head_size")
     if interleaved:
         check.shape("value_cache", value_cache, "num_blocks num_kv_heads _ head_size_v x")
-        _check_packs(check, "value_cache", value_cache, "block_size")
+        check.packs("value_cache", value_cache, "block_size")
     else:
         check.shape("value_cache", value_cache, "num_blocks num_kv_heads head_size_v block_size")
     check.shape("slot_mapping", slot_mapping, "_")
@@ -175,16 +174,6 @@ def _plan(op, described, options):
         return (parts, launch.ceil_div(tiles, layers) if layers else 0, layers), threads
 
     return plans.KernelPlan(launcher, shape)
-
-
-def _check_packs(check, name, cache, whole):
-    """Require dimension 2 of ``cache`` to hold all packs of x of the size called ``whole``."""
-    size, x = check.sizes[whole], check.sizes["x"]
-    if cache.shape[2] * x != size:
-        raise ShapeError(
-            f"{check.op}: Invalid shape of {name}: expected {whole} / x = {size} / {x} in "
-            f"dimension 2, got {cache.shape[2]}"
-        )
 
 
 OP = dispatch.Op(

@@ -84,14 +84,9 @@ class Apart:
         if addresses in self._known:
             return
         placed = list(self._places(addresses, shapes))
-        if len(placed) == 2 and (
-            placed[0].end <= placed[1].begin or placed[1].end <= placed[0].begin
-        ):
-            pass
-        else:
-            placed.sort()
-            if not _one_behind_the_other(placed) and not self._in_turn(placed):
-                self._compare(placed)
+        placed.sort()
+        if not _one_behind_the_other(placed) and not self._in_turn(placed):
+            self._compare(placed)
         if shapes is None:
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()

@@ -215,6 +215,15 @@ class Contract:
         self.aligned(name, array)
         return array.strides[0] if array.shape == (heads,) and heads > 1 else 0
 
+    def packs(self, name, cache, whole):
+        """Require dimension 2 of an x-packed cache to hold all packs of x of the size ``whole``."""
+        size, x = self.sizes[whole], self.sizes["x"]
+        if cache.shape[2] * x != size:
+            raise ShapeError(
+                f"{self.op}: Invalid shape of {name}: expected {whole} / x = {size} / {x} in "
+                f"dimension 2, got {cache.shape[2]}"
+            )
+
     def positive(self, name, value):
         """Require a positive number; ``value`` is an integer."""
         if value <= 0:

@@ -61,9 +61,9 @@ def processors(device):
     return 1 if device == NOWHERE else driver.active.processors(device)
 
 
-@functools.lru_cache(maxsize=64)
 def has_clusters(device):
-    """Whether thread blocks of GPU ``device`` can read each other's shared memory."""
+    """Whether thread blocks of GPU ``device`` can read each other's shared memory. Not remembered:
+    plans ask, and what is remembered by a GPU's number outlives another driver in its place."""
     return device == NOWHERE or driver.active.has_clusters(device)
 
 

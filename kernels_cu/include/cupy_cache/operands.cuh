@@ -1,0 +1,77 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+// SPDX-License-Identifier: Apache-2.0
+// What is multiplied on tensor cores: elements of caches and of queries, in pairs.
+#pragma once
+
+#include "cupy_cache/elements.cuh"
+#include "cupy_cache/ints.cuh"
+#include "cupy_cache/matrix.cuh"
+
+namespace cupy_cache {
+
+// Two neighbouring 8-bit elements as F16, which holds them all.
+template <typename Stored>
+__device__ __forceinline__ u32 widen(u16 pair) {
+  float low, high;
+  Stored::decode_pair(pair, low, high);
+  return pack_pair<F16>(low, high);
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+template <>
+__device__ __forceinline__ u32 widen<E4M3>(u16 pair) {
+  u32 halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
+  return halves;
+}
+#endif
+template <>
+__device__ __forceinline__ u32 widen<E5M2>(u16 pair) {
+  return __byte_perm(pair, 0, 0x1404);  // they are the upper halves of halves
+}
+#ifdef __CUDA_ARCH__
+template <>
+__device__ __forceinline__ u32 widen<I8>(u16 pair) {
+  // 1024 + n is the half with n in its lowest bits; here n is the element + 128.
+  const u32 biased = __byte_perm(pair ^ 0x8080u, 0x64u, 0x4140);
+  constexpr u32 kBias = 0x64806480;  // 1152, twice
+  u32 halves;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(halves) : "r"(biased), "r"(kBias));
+  return halves;
+}
+#endif
+
+// How the caches' elements become operands of a product: those of the query's type as they are, 8-bit
+// ones as F16. Of these a fragment holds other elements than the instruction's description says, keys
+// and queries alike, and the columns of values come out in another order.
+template <typename Query, typename Stored>
+struct Operands {
+  using Type = F16;
+  static constexpr bool kNarrow = true;
+  static constexpr int kBytes = 1;
+};
+template <typename Query>
+struct Operands<Query, Query> {
+  using Type = Query;
+  static constexpr bool kNarrow = false;
+  static constexpr int kBytes = 2;
+};
+
+// Two neighbouring elements of a query, as operands. `there` are those that exist, at most two.
+template <typename Query, typename Type>
+__device__ __forceinline__ u32 query_pair(const char* at, bool together, int there) {
+  u32 bits = 0;
+  if (together && there >= 2) {
+    bits = *reinterpret_cast<const u32*>(at);
+  } else {
+    if (there >= 1) bits = *reinterpret_cast<const u16*>(at);
+    if (there >= 2) bits |= static_cast<u32>(reinterpret_cast<const u16*>(at)[1]) << 16;
+  }
+  if constexpr (IsBF16<Query>::value == IsBF16<Type>::value) {
+    return bits;
+  } else {
+    return pack_pair<Type>(Query::decode(static_cast<u16>(bits)),
+                           Query::decode(static_cast<u16>(bits >> 16)));
+  }
+}
+
+}  // namespace cupy_cache
