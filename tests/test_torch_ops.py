@@ -293,6 +293,9 @@ def test_devices_are_checked():
         for device in ("cuda:0", "cpu"):
             packed = torch.empty(2, 3, 16, 8, device=device)
             operations.pack_blocks([on["cuda:0"]] * 2, blocks, packed)
+            few = torch.empty(2, 2, 16, 8, device=device)
+            with pytest.raises(cc.ShapeError, match="size of out: expected at least"):
+                operations.pack_blocks([on["cuda:0"]] * 2, blocks, few)
         with pytest.raises(cc.DeviceError, match="dst: expected cuda:0 like src, got cuda:1"):
             operations.swap_blocks(on["cuda:0"], on["cuda:1"], pairs)
         with pytest.raises(cc.DeviceError, match="block_mapping: expected host memory, got cuda:0"):

@@ -329,8 +329,6 @@ class _Describe:
     def __init__(self, given, chosen):
         self._chosen = chosen
         self._gpus = sorted({t.device for t in _flat(given.values()) if t.is_cuda}, key=str)
-        others = [value for name, value in given.items() if name not in chosen]
-        self._over_the_bus = bool(self._gpus) and not all(t.is_cuda for t in _flat(others))
         self._storages = {}
 
     def __call__(self, name, value):
@@ -345,7 +343,7 @@ class _Describe:
         if name in self._chosen and not value.is_cuda and dtype in formats.DTYPES:
             # Read on the GPU, indices would be checked there. Pairs may have to be in host memory:
             # none of them is the only number of pairs that all checks let pass.
-            if self._chosen[name] or self._over_the_bus:
+            if self._chosen[name]:
                 return np.empty((0, *shape[1:]) if shape else (), formats.DTYPES[dtype].numpy)
             return self._traced(value, dtype, shape, _GPU)
         return self._traced(value, dtype, shape, self._place(value.device))
