@@ -9,7 +9,7 @@
 
 namespace cupy_cache {
 
-constexpr int kRanges = 160;
+constexpr int kRanges = 512;
 
 struct Range {
   u64 source;

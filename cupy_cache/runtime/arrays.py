@@ -87,10 +87,16 @@ LOWEST = 1 << 33
 # --- readers ------------------------------------------------------------------------------------
 
 
-def _read_torch(tensor):
+def torch_address(tensor):
+    """A torch tensor's address; 0 where it has no memory."""
     ptr = tensor.data_ptr()
     if 0 < ptr < LOWEST and not tensor.untyped_storage().data_ptr():
-        ptr = 0
+        return 0
+    return ptr
+
+
+def _read_torch(tensor):
+    ptr = torch_address(tensor)
     if tensor.is_neg():
         raise ValueError("its negative bit is set: give what resolve_neg() returns")
     return ptr, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, None

@@ -547,6 +547,8 @@ def _plan_path(op, entry, objects, options, given):
         tables = None if entry.tables is None else entry.tables(values)
         return values, tables
 
+    varying = [(index, *part) for index, part in enumerate(parts) if part[0].varies]
+
     def run(tensors, scalars, stream, objects):
         if not same(*tensors):
             return False
@@ -560,21 +562,18 @@ def _plan_path(op, entry, objects, options, given):
         if free and [_low_bits(args[at], tensors[at]) for at in free] != low_bits:
             return False
         values, extents = values.copy(), []
-        for index, (arg, at, length) in enumerate(parts):
-            if not arg.varies:
-                continue
-            if type(length) is type:
+        for index, arg, at, length in varying:
+            if length is indices.Chosen:
+                values[index] = objects[index].numbers
+                extent = values[index].shape[-1]
+            elif type(length) is type:
                 extent = None
-                if objects[index] is not None:
-                    values[index] = objects[index].numbers
-                    extent = values[index].shape[-1]
             elif length is True:
                 extent = _extent(arg, tensors[at])
             else:
                 extent = [_extent(arg, tensor) for tensor in tensors[at : at + length]]
             extents.append(extent)
-        call = plans.Call(values, 1, (), tables, stream, (), ())
-        op.finish(entry, call, extents, objects, options, scalars)
+        op.finish(entry, values, tables, stream, extents, objects, options, scalars)
         return True
 
     return run
