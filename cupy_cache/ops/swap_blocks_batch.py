@@ -74,9 +74,7 @@ def swap_blocks_batch(
     del is_src_access_order_any
     for name, column in (("src_ptrs", src_ptrs), ("sizes", sizes)):
         arrays.reader_for(column, f"{NAME}: {name}")  # a list would be taken too
-    framework = "torch"
-    if not arrays.is_torch(dst_ptrs):
-        framework = arrays.view(dst_ptrs, f"{NAME}: dst_ptrs").framework
+    framework = arrays.framework_of(dst_ptrs, f"{NAME}: dst_ptrs")
     OP((src_ptrs, dst_ptrs, sizes), (framework,), stream)
 
 

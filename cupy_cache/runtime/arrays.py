@@ -115,6 +115,7 @@ def _read_numpy(array):
 
 _REGISTERED: dict[type, Callable] = {np.ndarray: _read_numpy}
 _READERS: dict[type, Callable] = dict(_REGISTERED)  # and those that were found
+_NAMES = {_read_torch: "torch", _read_cupy: "cupy", _read_numpy: "numpy"}
 # Readers that must know the stream the data will be used on.
 _FOREIGN = (dlpack.read, dlpack.read_cuda_interface)
 
@@ -304,6 +305,12 @@ def extent(varies, shape, strides, unit):
 def any_bits(numbers):
     """All bits that are set in any of ``numbers``."""
     return functools.reduce(operator.or_, numbers, 0)
+
+
+def framework_of(value, name):
+    """The name of the framework that owns an array."""
+    known = _NAMES.get(reader_for(value, name))
+    return view(value, name).framework if known is None else known
 
 
 def view(value, name):

@@ -202,17 +202,15 @@ def during_captures():
         _library().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
-@contextlib.contextmanager
 def in_a_context():
-    """Where this is entered, the thread has a context: the driver does not answer without one. Any
-    GPU's will do, so one that is in use serves, and no GPU gets one that nobody else asked for."""
-    cuda = import_cupy("a raw address").cuda
-    if cuda.driver.ctxGetCurrent():
-        yield
-        return
-    in_use = filter(_has_context, range(cuda.runtime.getDeviceCount()))
-    with on_device(next(in_use, 0)):
-        yield
+    """A context manager, to be entered at once: inside, the thread has a context, without which the
+    driver does not answer. Any GPU's will do, so one that is in use serves, and no GPU gets one
+    that nobody else asked for."""
+    _, get_context, _ = _current()
+    if get_context():
+        return _HERE
+    count = import_cupy("a raw address").cuda.runtime.getDeviceCount()
+    return on_device(next(filter(_has_context, range(count)), 0))
 
 
 def _has_context(index):
@@ -232,7 +230,8 @@ def allocation_at(address):
         status = _library().cuPointerGetAttributes(
             len(found.IDS), found.IDS, found.places(), ctypes.c_uint64(address)
         )
-    _check(status, f"asking for what is at {address:#x}")
+    if status:
+        _check(status, f"asking for what is at {address:#x}")
     return found.allocation(address)
 
 
@@ -264,7 +263,7 @@ class _PointerAttributes(ctypes.Structure):
     def places(self):
         """The fields' addresses, in the order of the numbers."""
         at = ctypes.addressof(self)
-        return _FivePointers(*(at + offset for offset in _OFFSETS))
+        return _FivePointers(*[at + offset for offset in _OFFSETS])
 
     def allocation(self, address):
         """The `Allocation`, if there is one."""
