@@ -68,6 +68,11 @@ def forget_everything():
         bound.forget()
 
 
+def written_by(name):
+    """The names of the arguments that the operations of this name write."""
+    return {arg.name for op in _ops if op.name == name for arg in op.args if arg.written}
+
+
 ROWS = arrays.ROWS
 _NO_VIEWS = (), ()
 

@@ -492,18 +492,18 @@ def flattened(op, objects, options):
     of the call."""
     read, tensors, form = [], [], [options]
     for arg, value in zip(op.args, objects):
-        if arg.chosen and value is not None:
-            value = indices.read_host(op.name, arg, value)
-        read.append(value)
-        if value is None or type(value) is indices.Chosen:
+        if value is None:
             form.append(type(value))
         elif arg.layers:
             lists.require_list(op.name, arg.name, value)
             tensors += value
             form.append(len(value))
+        elif arg.chosen and type(value := indices.read_host(op.name, arg, value)) is indices.Chosen:
+            form.append(indices.Chosen)
         else:
             tensors.append(value)
             form.append(True)
+        read.append(value)
     return read, tensors, tuple(form)
 
 
