@@ -28,11 +28,11 @@ struct Params {
   u32 root;    // the bias grows with the square root of the distance
 };
 
-// T is an element type of elements.cuh; kVec are the bytes of a vector of them.
-template <typename T, int kVec, typename Query, typename Key, int kMaxThreads>
+// T is an element type of elements.cuh; kStoreVec are the bytes of a vector of them.
+template <typename T, int kStoreVec, typename Query, typename Key, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) alibi_bias(const __grid_constant__ Params p) {
   using Bits = typename T::Bits;
-  constexpr int kCount = kVec / static_cast<int>(sizeof(Bits));
+  constexpr int kCount = kStoreVec / static_cast<int>(sizeof(Bits));
   const i64 first = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * kCount;
   if (first >= p.keys) return;
   const i64 left = p.keys - first;  // a row's last vector may be a part of one
@@ -64,9 +64,9 @@ __global__ void __launch_bounds__(kMaxThreads) alibi_bias(const __grid_constant_
       char* at = p.out + head * p.out_head_stride + query * p.out_query_stride +
                  first * static_cast<i64>(sizeof(Bits));
       if (left >= kCount) {
-        Vec<kVec> vector;
+        Vec<kStoreVec> vector;
         memcpy(&vector, bits, sizeof(vector));  // becomes register moves
-        *reinterpret_cast<Vec<kVec>*>(at) = vector;
+        *reinterpret_cast<Vec<kStoreVec>*>(at) = vector;
       } else {
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {

@@ -9,7 +9,7 @@
 
 namespace cupy_cache {
 
-constexpr int kRanges = 160;
+constexpr int kRanges = 512;  // 12 KiB of kernel parameters: CUDA 12.1 or newer
 
 struct Range {
   u64 source;

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A driver that only notes what it is told: what would be launched, lent and waited for."""
 
-import collections
-
 import numpy as np
 
 from cupy_cache.runtime import arrays, cuda, devices, driver, launch, streams
@@ -15,6 +13,9 @@ class Event:
     """Work whose end the test decides."""
 
     is_done = False
+
+    def move(self, stream):
+        del stream
 
     def done(self):
         return self.is_done
@@ -66,9 +67,9 @@ class Recorder:
         del stream, device
         return self.event_made
 
-    def mapped_address(self, address, device):
+    def mapped_addresses(self, addresses, device):
         del device
-        return None if self.allocation(address) is None else address
+        return [None if self.allocation(address) is None else address for address in addresses]
 
     def allocation(self, address):
         """The piece of pinned memory at an address: all of it is one, or ``pinned`` are."""
@@ -111,7 +112,7 @@ def recorder(monkeypatch):
     monkeypatch.setattr(arrays, "describe", on_gpu)
     monkeypatch.setattr(streams, "current", lambda framework, device: lambda: STREAM)
     monkeypatch.setattr(streams, "lend", lend)
-    monkeypatch.setattr(streams, "_kept", collections.deque())
+    monkeypatch.setattr(streams, "_kept", {})
     monkeypatch.setattr(driver, "active", made)
     launch.processors.cache_clear()
     return made

@@ -56,7 +56,7 @@ import numpy as np
 import cupy_cache
 
 from ..errors import CupyCacheError, MissingDependencyError
-from ..runtime import arrays, devices, formats, launch
+from ..runtime import arrays, devices, dispatch, formats, launch
 
 _NEEDED = "cupy_cache.integrations.torch_ops needs torch 2.4 or newer (pip install 'torch>=2.4')"
 try:
@@ -66,35 +66,24 @@ except ImportError as error:
 if not hasattr(torch.library, "register_fake"):
     raise MissingDependencyError(f"{_NEEDED}, got {torch.__version__}")
 
-# Numbers that are read off shapes are SymInt: compiled code stays valid where they change.
+# Public functions that are no operations on tensors, or cannot be, and why.
+NOT_REGISTERED = {
+    "swap_blocks_batch": "it gets addresses: torch could not know what is written",
+    "alibi_slopes": "it takes no tensor, and what it returns is remembered",
+    "place_slopes": "likewise",
+    "packed_size": "a number, of shapes alone",
+    "raise_faults": "it waits for the device and returns nothing",
+    "paged_attention_v1": "another name of paged_attention",
+    "paged_attention_v2": "likewise",
+    "warmup": "it compiles, and takes no tensor",
+}
+# Of the functions whose signature does not say all; `_schema_of` has the others'. Numbers that are
+# read off shapes are SymInt: compiled code stays valid where they change.
 SCHEMAS = (
-    'reshape_and_cache(Tensor key, Tensor value, Tensor(a!) key_cache, Tensor(b!) value_cache, '
-    'Tensor slot_mapping, str kv_cache_dtype="auto", Tensor? k_scale=None, Tensor? v_scale=None, '
-    'bool interleaved_v=False) -> ()',
-
-    'reshape_and_cache_flash(Tensor key, Tensor value, Tensor(a!) key_cache, '
-    'Tensor(b!) value_cache, Tensor slot_mapping, str kv_cache_dtype="auto", '
-    'Tensor? k_scale=None, Tensor? v_scale=None) -> ()',
-
-    'reshape_and_cache_flash_per_token_head(Tensor key, Tensor value, Tensor(a!) key_cache, '
-    'Tensor(b!) value_cache, Tensor(c!) k_scale_cache, Tensor(d!) v_scale_cache, '
-    'Tensor slot_mapping, str kv_cache_dtype) -> ()',
-
-    'concat_and_cache_mla(Tensor kv_c, Tensor k_pe, Tensor(a!) kv_cache, Tensor slot_mapping, '
-    'str kv_cache_dtype="auto", Tensor? scale=None, bool skip_scale=False, *, '
-    'str scale_rule="power_of_two") -> ()',
-
     'concat_and_cache_mla_grouped(Tensor kv_c, Tensor k_pe, Tensor(a!)[] kv_cache_ptrs, '
     'Tensor slot_mapping, SymInt? block_size=None, SymInt? block_stride=None, '
     'SymInt? entry_stride=None, Tensor? kv_scales=None, str kv_cache_dtype="auto", *, '
     'SymInt? num_blocks=None) -> ()',
-
-    'indexer_k_quant_and_cache(Tensor k, Tensor(a!) kv_cache, Tensor slot_mapping, '
-    'SymInt quant_block_size, str kv_cache_dtype) -> ()',
-
-    'copy_blocks(Tensor(a!)[] key_caches, Tensor(b!)[] value_caches, Tensor block_mapping) -> ()',
-
-    'copy_blocks_mla(Tensor(a!)[] kv_caches, Tensor block_mapping) -> ()',
 
     'swap_blocks(Tensor src, Tensor(a!) dst, Tensor block_mapping) -> ()',
 
@@ -117,24 +106,9 @@ SCHEMAS = (
 
     'zero_blocks(Tensor(a!)[] caches, Tensor block_ids, *, bool with_values=False) -> ()',
 
-    'gather_cache(Tensor src_cache, Tensor(a!) dst, Tensor block_table, Tensor cu_seq_lens, '
-    'Tensor? seq_starts=None, *, str layout="NHD") -> ()',
-
-    'cp_gather_cache(Tensor src_cache, Tensor(a!) dst, Tensor block_table, Tensor cu_seq_lens, '
-    'SymInt batch_size, Tensor? seq_starts=None) -> ()',
-
     'gather_and_maybe_dequant_cache(Tensor src_cache, Tensor(a!) dst, Tensor block_table, '
     'Tensor cu_seq_lens, Tensor? token_to_seq, SymInt num_tokens, str kv_cache_dtype, '
     'Tensor? scale, Tensor? seq_starts=None) -> ()',
-
-    'cp_gather_and_upconvert_fp8_kv_cache(Tensor src_cache, Tensor(a!) dst, Tensor block_table, '
-    'Tensor workspace_starts, SymInt batch_size, Tensor? seq_starts=None, *, '
-    'str? rope_dtype=None) -> ()',
-
-    'cp_gather_indexer_k_quant_cache(Tensor kv_cache, Tensor(a!) dst_k, Tensor(b!) dst_scale, '
-    'Tensor block_table, Tensor cu_seq_lens) -> ()',
-
-    'convert_fp8(Tensor(a!) output, Tensor input, Tensor? scale=None, str kv_dtype="fp8") -> ()',
 
     'slot_mapping(Tensor block_table, Tensor positions, Tensor query_start_loc, '
     'SymInt block_size, *, int cp_world_size=1, int cp_rank=0, int cp_interleave=1) -> Tensor',
@@ -157,9 +131,6 @@ SCHEMAS = (
     'alibi_bias.out(Tensor slopes, Tensor query_positions, Tensor key_positions, Tensor(a!) out, '
     '*, str? dtype=None, bool sqrt=False, bool causal=False) -> ()',
 
-    'merge_attn_states(Tensor(a!) output, Tensor prefix_output, Tensor prefix_lse, '
-    'Tensor suffix_output, Tensor suffix_lse, Tensor(b!)? output_lse=None) -> ()',
-
     'paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, '
     'Tensor seq_lens, *, Tensor? query_start_loc=None, float? scale=None, '
     'Tensor? alibi_slopes=None, int? sliding_window=None, float? soft_cap=None, '
@@ -172,6 +143,53 @@ SCHEMAS = (
     'Tensor? sinks=None, bool causal=True, str kv_cache_dtype="auto", Tensor? k_scale=None, '
     'Tensor? v_scale=None, Tensor(b!)? lse=None) -> ()',
 )  # fmt: skip
+
+
+# What torch calls an argument of an annotation.
+_TYPES = {
+    "ArrayLike": "Tensor", "Layers": "Tensor[]", "Indices": "Tensor", "Pairs": "Tensor",
+    "Scale": "Tensor?", "int": "SymInt", "bool": "bool", "str": "str",
+}  # fmt: skip
+
+
+def _schema_of(name):
+    """The schema of a public function that returns nothing, from its signature and from what its
+    operation writes."""
+    written, marks, words = dispatch.written_by(name), iter("abcdefgh"), []
+    for parameter in inspect.signature(getattr(cupy_cache, name)).parameters.values():
+        if parameter.name == "stream":
+            continue
+        annotation = re.sub(r"^Literal\[[^\[\]]*\]", "str", parameter.annotation)
+        plain = annotation.removesuffix(" | None")
+        if plain not in _TYPES:
+            raise TypeError(f"{name}: torch has no type for {parameter}: write a schema in SCHEMAS")
+        kind, default = _TYPES[plain], parameter.default
+        if parameter.name in written:
+            kind = kind.replace("Tensor", f"Tensor({next(marks)}!)")
+        if plain != annotation:
+            kind += "?"
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in words:
+            words.append("*")
+        if default is parameter.empty:
+            words.append(f"{kind} {parameter.name}")
+            continue
+        if plain == "Scale":  # numbers would have to be part of the graph, and None means 1.0
+            default = None
+        shown = f'"{default}"' if isinstance(default, str) else default
+        words.append(f"{kind} {parameter.name}={shown}")
+    return f"{name}({', '.join(words)}) -> ()"
+
+
+def _derived():
+    """The schemas of all other public functions."""
+    written_out = {re.match(r"\w+", schema)[0] for schema in SCHEMAS}
+    for name in cupy_cache.__all__:
+        function = getattr(cupy_cache, name)
+        if inspect.isfunction(function) and name not in written_out | NOT_REGISTERED.keys():
+            yield _schema_of(name)
+
+
+SCHEMAS += tuple(_derived())
 
 
 # --- what runs ------------------------------------------------------------------------------------

@@ -96,11 +96,12 @@ def concat_and_cache_mla(
 
 
 def scales_of(name, kv_cache_dtype, scale):
-    """The scale, which the caller calls ``name``, as (arrays, floats); a raw copy has neither."""
+    """The scale, which the caller calls ``name``, as (arrays, floats): the array, or none where the
+    float counts. A raw copy has neither."""
     if not formats.is_scaled(kv_cache_dtype):
         return (), ()
     array, number = contract.split_scale("concat_and_cache_mla", name, scale)
-    return (array,), (number,)
+    return () if array is None else (array,), (number,)
 
 
 def _plan(op, described, options):

@@ -101,7 +101,7 @@ def slot_mapping(
     The formulas are those of vLLM's block tables.
     """
     given = block_size, cp_world_size, cp_rank, cp_interleave
-    options = tuple([contract.integer("slot_mapping", *pair) for pair in zip(OPTIONS, given)])
+    options = contract.integers("slot_mapping", OPTIONS, given)
     if stream is not None:
         stream = streams.pointer("slot_mapping", stream)
     if out is None:

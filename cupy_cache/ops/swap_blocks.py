@@ -140,6 +140,22 @@ def _as_blocks_of_bytes(array, size):
     )
 
 
+class _Layers:
+    """The addresses of a call.
+
+    sources, destinations : of each tensor, those of all layers. sides : both, layer by layer.
+    pointers : both as the kernel wants them, where all are on one GPU.
+    reached : (where a GPU reached host memory last, both as the kernel wants them then).
+    """
+
+    __slots__ = ("destinations", "pointers", "reached", "sides", "sources")
+
+    def __init__(self, sources, destinations):
+        self.sources, self.destinations = sources, destinations
+        self.sides = blocks.interleaved(sources), blocks.interleaved(destinations)
+        self.pointers, self.reached = None, (None, None)
+
+
 class _Plan:
     """How blocks of one signature travel."""
 
@@ -161,9 +177,16 @@ class _Plan:
         self._destination_blocks = first.destination.shape[0]
         self._check_devices(sides)
         self._from, self._to = first.source.device, first.destination.device
+        self._within = self._from == self._to  # one device
         gpus = [device.index for device in (self._from, self._to) if device.kind == "cuda"]
         self._gpu = gpus[0] if gpus else None
         self._pinned = set()  # addresses of arrays that were found to be pinned as a whole
+        sizes = [tensor.geometry.bytes for tensor in self._tensors]
+        self._has_bytes = any(sizes)
+        # Blocks of a run for the copy engines; None where they cannot be copied several at a time.
+        self._least_run = None
+        if all(tensor.dense for tensor in self._tensors):
+            self._least_run = launch.ceil_div(blocks.RUN_BYTES, max(min(sizes), 1))
         if self._gpu is not None:
             self._make_kernel()
 
@@ -193,41 +216,36 @@ class _Plan:
         )  # fmt: skip
 
     def tables(self, values):
-        """(The lists of sources, those of destinations, both as the kernel wants them)."""
+        """The addresses as `_Layers`."""
         given = [side for side in values[:-1] if side]
-        sources, destinations = given[::2], given[1::2]
-        sides = [blocks.interleaved(side) for side in (sources, destinations)]
-        if self._gpu is not None and self._from == self._to:
-            sides = self._copy.tables(*sides)
-        return sources, destinations, sides
+        made = _Layers(given[::2], given[1::2])
+        if self._gpu is not None and self._within:
+            made.pointers = self._copy.tables(*made.sides)
+        return made
 
     def run(self, call):
         """Check the pairs, and copy."""
-        pairs = call.values[-1]
-        sources, destinations, sides = call.tables
+        pairs, layers = call.values[-1], call.tables
         mappings.check(NAME, pairs, self._source_blocks, self._destination_blocks)
-        if self._from == self._to:
-            for tensor, of, to in zip(self._tensors, sources, destinations):
+        if self._within:
+            for tensor, of, to in zip(self._tensors, layers.sources, layers.destinations):
                 mappings.check_apart(NAME, pairs, tensor.source, tensor.destination, of, to)
-        if not any(tensor.geometry.bytes for tensor in self._tensors):
+        if not self._has_bytes:
             return
         if self._gpu is None:
-            for tensor, *given in zip(self._tensors, sources, destinations):
+            for tensor, *given in zip(self._tensors, layers.sources, layers.destinations):
                 for addresses in zip(*given):
                     cpu.copy_blocks(*tensor.numpy(*addresses), pairs)
-        elif self._from == self._to:
-            self._copy.enqueue_pairs(call.stream, sides, pairs)
+        elif self._within:
+            self._copy.enqueue_pairs(call.stream, layers.pointers, pairs)
         else:
-            self._over_the_bus(sides, pairs, call.stream)
+            self._over_the_bus(layers, pairs, call.stream)
 
-    def _over_the_bus(self, sides, pairs, stream):
-        to_host = self._to.kind == "cpu"
+    def _over_the_bus(self, layers, pairs, stream):
+        sides, to_host = layers.sides, self._to.kind == "cpu"
         host = sides[to_host]
-        mapped = [
-            self._mapped(self._tensors[at % len(self._tensors)], address, to_host)
-            for at, address in enumerate(host)
-        ]
-        if None in mapped:
+        mapped = driver.active.mapped_addresses(host, self._gpu)
+        if not self._pinned_as_wholes(host, mapped, to_host):
             logger.warning(
                 "%s: host memory is not pinned; the driver stages each copy, and may wait", NAME
             )
@@ -235,37 +253,42 @@ class _Plan:
             return
         runs, scattered = self._split(pairs)
         if scattered.shape[1]:
-            on_gpu = list(sides)
-            on_gpu[to_host] = mapped
-            self._copy.enqueue_pairs(stream, self._copy.tables(*on_gpu), scattered)
+            reached, pointers = layers.reached
+            if reached != mapped:
+                on_gpu = (sides[0], mapped) if to_host else (mapped, sides[1])
+                pointers = self._copy.tables(*on_gpu)
+                layers.reached = mapped, pointers
+            self._copy.enqueue_pairs(stream, pointers, scattered)
         for at, layer in enumerate(zip(*sides)):
             for run in runs:
                 self._copy_run(self._tensors[at % len(self._tensors)], *layer, *run, stream)
 
-    def _mapped(self, tensor, address, to_host):
-        """The address at which the GPU reaches an array in host memory; None if it is not pinned as
-        a whole. That is found out once: afterwards one byte is asked about, in a third of the
-        time."""
-        mapped = driver.active.mapped_address(address, self._gpu)
-        if mapped is None:
-            self._pinned.discard(address)
-            return None
-        if address not in self._pinned:
-            array = tensor.destination if to_host else tensor.source
-            low, high = blocks.extent(array)
-            if blocks.mapped_range(address + low, high - low) != mapped + low:
-                return None
+    def _pinned_as_wholes(self, host, mapped, to_host):
+        """Whether all arrays in host memory, at these addresses, are pinned, each as a whole; a GPU
+        reaches the first byte of each at ``mapped``. The other bytes are asked about once."""
+        if None in mapped:
+            self._pinned.difference_update(
+                address for address, reached in zip(host, mapped) if reached is None
+            )
+            return False
+        if self._pinned.issuperset(host):
+            return True
+        for at, address in enumerate(host):
+            if address in self._pinned:
+                continue
+            tensor = self._tensors[at % len(self._tensors)]
+            low, high = blocks.extent(tensor.destination if to_host else tensor.source)
+            if blocks.mapped_range(address + low, high - low) != mapped[at] + low:
+                return False
             if len(self._pinned) >= MAX_PINNED:
                 self._pinned.clear()
             self._pinned.add(address)
-        return mapped
+        return True
 
     def _split(self, pairs):
         """Runs (source, destination, blocks) long enough for the copy engines, and the rest."""
-        smallest = min(tensor.geometry.bytes for tensor in self._tensors)
-        least = launch.ceil_div(blocks.RUN_BYTES, max(smallest, 1))
-        dense = all(tensor.dense for tensor in self._tensors)
-        if not dense or not mappings.may_have_runs(pairs, least):
+        least = self._least_run
+        if least is None or not mappings.may_have_runs(pairs, least):
             return [], pairs
         *sides, counts = mappings.runs(pairs)
         long = counts >= least

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,9 @@ from ..runtime.log import logger
 from ..types import ArrayLike, StreamLike
 from .shared import blocks
 
-MAX_RANGES = 160  # kRanges of the kernel: what the 4 KiB of kernel parameters hold
+# kRanges of the kernel: 12 KiB of parameters. CUDA takes more than 4 since 12.1, the driver too. A
+# launch with them takes 6 us, one with few takes 5.
+MAX_RANGES = 512
 CHUNK_BYTES = 8192  # that one thread block copies at a time
 MAX_THREADS = 256
 # Sizes are 32-bit in the kernel: longer ranges are cut.
@@ -71,7 +74,7 @@ def swap_blocks_batch(
     del is_src_access_order_any
     for name, column in (("src_ptrs", src_ptrs), ("sizes", sizes)):
         arrays.reader_for(column, f"{NAME}: {name}")  # a list would be taken too
-    framework = arrays.view(dst_ptrs, f"{NAME}: dst_ptrs").framework
+    framework = arrays.framework_of(dst_ptrs, f"{NAME}: dst_ptrs")
     OP((src_ptrs, dst_ptrs, sizes), (framework,), stream)
 
 
@@ -85,18 +88,21 @@ class _Plan:
     def run(self, call):
         """Check the ranges, and copy them."""
         sources, destinations, sizes = call.values
-        _check_ranges(sources, destinations, sizes)
-        if not sizes.all():
+        if sizes.min() <= 0:
+            _check_ranges(*call.values)
             used = sizes > 0
             sources, destinations, sizes = (column[used] for column in call.values)
-        if not len(sizes):
-            return
-        _check_apart(sources, destinations, sizes)
+            if not len(sizes):
+                return
+        largest = int(sizes.max())
+        of, to = _Ranges(sources, sizes, largest), _Ranges(destinations, sizes, largest)
+        if min(of.low, to.low) <= 0 or max(of.high, to.high) > _MOST:
+            _check_ranges(*call.values)
+        _check_apart(of, to)
         if not _gpus():
             _copy_on_host(sources, destinations, sizes)
             return
-        from_sides = _locate("src_ptrs", sources, sizes)
-        to_sides = _locate("dst_ptrs", destinations, sizes)
+        from_sides, to_sides = _locate("src_ptrs", of), _locate("dst_ptrs", to)
         on_gpu = [s.device for s in (*to_sides.all, *from_sides.all) if s.device.kind == "cuda"]
         if not on_gpu:
             _copy_on_host(sources, destinations, sizes)
@@ -140,16 +146,27 @@ def _count(extents, options, scalars):
     return extents[0], ()
 
 
+_MOST = np.iinfo(np.int64).max
+
+
+class _Ranges:
+    """The ranges of one side. ``low``: their first byte. ``high``: no range reaches further."""
+
+    __slots__ = ("high", "largest", "low", "sizes", "starts")
+
+    def __init__(self, starts, sizes, largest):
+        self.starts, self.sizes, self.largest = starts, sizes, largest
+        self.low, self.high = int(starts.min()), int(starts.max()) + largest
+
+    def end(self):
+        """How far they reach."""
+        return int((self.starts + self.sizes).max())
+
+
 def _check_ranges(sources, destinations, sizes):
-    addresses = ("src_ptrs", sources), ("dst_ptrs", destinations)
-    most = np.iinfo(np.int64).max - max(int(sizes.max()), 0)
-    if sizes.min() >= 0 and all(
-        0 < column.min() and column.max() <= most for _, column in addresses
-    ):
-        return
     _require("sizes", sizes, sizes >= 0, "0 bytes or more")
-    most = np.iinfo(np.int64).max - sizes
-    for name, column in addresses:
+    most = _MOST - sizes
+    for name, column in (("src_ptrs", sources), ("dst_ptrs", destinations)):
         _require(name, column, (column > 0) | (sizes == 0), "an address that is not null")
         _require(name, column, column <= most, "an address of that many bytes")
 
@@ -162,8 +179,14 @@ def _require(name, column, good, expected):
         )
 
 
-def _check_apart(sources, destinations, sizes):
+def _check_apart(of, to):
     """Refuse ranges that overlap where one of them is written: they are copied all at once."""
+    if of.low >= to.high or of.high <= to.low:
+        ordered = np.sort(to.starts)
+        gaps = ordered[1:] - ordered[:-1]
+        if gaps.min(initial=to.largest) >= to.largest:  # which tells of most calls
+            return
+    sources, destinations, sizes = of.starts, to.starts, to.sizes
     order = np.argsort(destinations)
     starts = destinations[order]
     ends = starts + sizes[order]
@@ -200,11 +223,16 @@ class _Side(NamedTuple):
 
 
 class _Sides(NamedTuple):
-    """Of every range, an index into ``all``, and the number of its allocation."""
+    """Of every range, an index into ``all``, and the number of its allocation; None where there is
+    only one."""
 
     all: list
-    index: np.ndarray
-    allocation: np.ndarray
+    index: np.ndarray | None
+    allocation: np.ndarray | None
+
+    def are(self, number, which):
+        """Whether each of the ranges ``which`` is in the memory of this number."""
+        return True if self.index is None else self.index[which] == number
 
 
 _PAGEABLE = _Side(devices.CPU, None)
@@ -217,13 +245,16 @@ def _gpus():
         return 0
 
 
-def _locate(name, addresses, sizes):
+def _locate(name, ranges):
     """Where each range is, asking once for each allocation."""
-    first, end = int(addresses.min()), int((addresses + sizes).max())
-    found = driver.active.allocation(first)
-    if found is not None and found.start < found.end >= end:  # one allocation holds them all
-        zeros = np.zeros(len(sizes), np.int64)
-        return _Sides([_Side(found.device, found.shift)], zeros, zeros)
+    found = driver.active.allocation(ranges.low)
+    if (
+        found is not None
+        and found.start < found.end
+        and (found.end >= ranges.high or found.end >= ranges.end())
+    ):  # one allocation holds them all
+        return _Sides([_Side(found.device, found.shift)], None, None)
+    addresses, sizes = ranges.starts, ranges.sizes
     order = np.argsort(addresses)
     starts, ends = addresses[order], (addresses + sizes)[order]
     sides, index, allocation = [], np.empty(len(order), np.int64), np.empty(len(order), np.int64)
@@ -267,34 +298,33 @@ def _copy_on_host(sources, destinations, sizes):
 def _join(sources, destinations, sizes, from_sides, to_sides):
     """One range for each run of neighbours: (sources, destinations, sizes, index of the first)."""
     joined = destinations[1:] - destinations[:-1] == sizes[:-1]
-    if not joined.any():
+    if not np.count_nonzero(joined):
         return sources, destinations, sizes, slice(None)
     joined &= sources[1:] == sources[:-1] + sizes[:-1]
     for sides in (from_sides, to_sides):
-        joined &= sides.allocation[1:] == sides.allocation[:-1]
+        if sides.allocation is not None:
+            joined &= sides.allocation[1:] == sides.allocation[:-1]
     first = np.flatnonzero(np.concatenate(([True], ~joined)))
     return sources[first], destinations[first], np.add.reduceat(sizes, first), first
 
 
 def _copy(launcher, device, stream, from_sides, to_sides, sources, destinations, sizes, first):
     """Enqueue the copies, those between one pair of sides after the other."""
-    from_index, to_index = from_sides.index[first], to_sides.index[first]
     for i, source in enumerate(from_sides.all):
         for j, destination in enumerate(to_sides.all):
             columns = sources, destinations, sizes
             if len(from_sides.all) > 1 or len(to_sides.all) > 1:
-                chosen = (from_index == i) & (to_index == j)
+                chosen = from_sides.are(i, first) & to_sides.are(j, first)
                 columns = [column[chosen] for column in columns]
             if len(columns[0]):
                 _copy_between(launcher, device, stream, source, destination, *columns)
 
 
 def _copy_between(launcher, device, stream, source, destination, sources, destinations, sizes):
-    by_kernel = _kernel_takes(device, source, destination, sizes)
-    if by_kernel.all():
-        by_kernel = slice(None)
-        others = ()
-    else:
+    least, largest = _least_for_engines(device, source, destination), int(sizes.max())
+    by_kernel, others = slice(None), ()
+    if largest >= least:
+        by_kernel = sizes < least
         others = np.flatnonzero(~by_kernel).tolist()
     if len(others) < len(sizes):
         limit = None
@@ -305,6 +335,7 @@ def _copy_between(launcher, device, stream, source, destination, sources, destin
         _launch(
             launcher, stream, sources[by_kernel] + source.shift,
             destinations[by_kernel] + destination.shift, sizes[by_kernel], limit,
+            largest > MAX_RANGE_BYTES,
         )  # fmt: skip
     for row in others:
         driver.active.copy(
@@ -312,21 +343,20 @@ def _copy_between(launcher, device, stream, source, destination, sources, destin
         )
 
 
-def _kernel_takes(device, source, destination, sizes):
-    """Whether ranges between these sides are the kernel's: what ``device`` reaches, short of what
-    the copy engines do faster."""
-    every = np.ones(len(sizes), bool)
+def _least_for_engines(device, source, destination):
+    """The bytes from which on a range between these sides is the copy engines': the kernel takes
+    what ``device`` reaches, short of what they do faster."""
     if source.device == destination.device == device:
-        return every
+        return math.inf
     sides = (source, destination)
     reached = None not in (source.shift, destination.shift)
     if not reached or {s.device for s in sides} != {device, devices.CPU}:
-        return ~every
-    return sizes < blocks.RUN_BYTES
+        return 0
+    return blocks.RUN_BYTES
 
 
-def _launch(launcher, stream, sources, destinations, sizes, limit):
-    if sizes.max() > MAX_RANGE_BYTES:
+def _launch(launcher, stream, sources, destinations, sizes, limit, has_long):
+    if has_long:
         sources, destinations, sizes = _cut(sources, destinations, sizes)
     rows = np.empty(len(sizes), _ROW)
     rows["source"], rows["destination"], rows["bytes"] = sources, destinations, sizes

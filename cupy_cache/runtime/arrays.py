@@ -87,10 +87,16 @@ LOWEST = 1 << 33
 # --- readers ------------------------------------------------------------------------------------
 
 
-def _read_torch(tensor):
+def torch_address(tensor):
+    """A torch tensor's address; 0 where it has no memory."""
     ptr = tensor.data_ptr()
     if 0 < ptr < LOWEST and not tensor.untyped_storage().data_ptr():
-        ptr = 0
+        return 0
+    return ptr
+
+
+def _read_torch(tensor):
+    ptr = torch_address(tensor)
     if tensor.is_neg():
         raise ValueError("its negative bit is set: give what resolve_neg() returns")
     return ptr, tensor.shape, tensor.stride(), tensor.dtype, tensor.device, None
@@ -109,6 +115,7 @@ def _read_numpy(array):
 
 _REGISTERED: dict[type, Callable] = {np.ndarray: _read_numpy}
 _READERS: dict[type, Callable] = dict(_REGISTERED)  # and those that were found
+_NAMES = {_read_torch: "torch", _read_cupy: "cupy", _read_numpy: "numpy"}
 # Readers that must know the stream the data will be used on.
 _FOREIGN = (dlpack.read, dlpack.read_cuda_interface)
 
@@ -298,6 +305,12 @@ def extent(varies, shape, strides, unit):
 def any_bits(numbers):
     """All bits that are set in any of ``numbers``."""
     return functools.reduce(operator.or_, numbers, 0)
+
+
+def framework_of(value, name):
+    """The name of the framework that owns an array."""
+    known = _NAMES.get(reader_for(value, name))
+    return view(value, name).framework if known is None else known
 
 
 def view(value, name):

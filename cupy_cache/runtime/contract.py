@@ -258,6 +258,8 @@ def integer(op, name, value, least=None):
 def integers(op, names, values):
     """``values``, those of the arguments ``names``, as Python integers; None stays None. Options
     have one form before anything is remembered of them: True and 1.0 equal 1."""
+    if set(map(type, values)) == {int} and -(2**63) <= min(values) <= max(values) < 2**63:
+        return tuple(values)
     return tuple(
         None if value is None else integer(op, name, value) for name, value in zip(names, values)
     )
@@ -338,14 +340,15 @@ def split_scale(op, name, scale):
     """A scale, of which None means 1.0, as (array or None, number that counts where it is None)."""
     if scale is None:
         return None, 1.0
-    if arrays.is_torch(scale):  # numbers.Real takes a microsecond to tell
-        return scale, 0.0
-    if isinstance(scale, bool):
-        raise ArgumentError(
-            f"{op}: Invalid value of {name}: expected a number or a float32 array, got {scale}"
-        )
-    if type(scale) is not float and not isinstance(scale, numbers.Real):
-        return scale, 0.0
+    if type(scale) is not float:
+        if arrays.is_torch(scale):  # numbers.Real takes a microsecond to tell
+            return scale, 0.0
+        if isinstance(scale, bool):
+            raise ArgumentError(
+                f"{op}: Invalid value of {name}: expected a number or a float32 array, got {scale}"
+            )
+        if not isinstance(scale, numbers.Real):
+            return scale, 0.0
     if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
         raise ArgumentError(
             f"{op}: Invalid value of {name}: expected a positive, finite float32, got {scale!r}"
@@ -354,12 +357,14 @@ def split_scale(op, name, scale):
 
 
 def split_scales(op, kv_cache_dtype, k_scale, v_scale):
-    """The scales of keys and values as (arrays, floats); an array is None where the float counts.
-    A raw copy has neither."""
+    """The scales of keys and values as (arrays, floats); an array is None where the float counts,
+    and where both do there is none. A raw copy has neither."""
     if not formats.is_scaled(kv_cache_dtype):
         return (), ()
     k_array, k_number = split_scale(op, "k_scale", k_scale)
     v_array, v_number = split_scale(op, "v_scale", v_scale)
+    if k_array is v_array is None:
+        return (), (k_number, v_number)
     return (k_array, v_array), (k_number, v_number)
 
 

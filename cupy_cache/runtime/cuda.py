@@ -138,32 +138,50 @@ def _primary_context(index):
     return context
 
 
-class on_device:
-    """Where this is entered, GPU ``index`` is current in this thread; afterwards what was before.
+def on_device(index):
+    """A context manager, to be entered at once: inside, GPU ``index`` is current in this thread;
+    afterwards what was before.
 
     CuPy's ``Device`` sets the GPU that was current again, and setting a GPU makes a context there,
     of half a gigabyte, also where nobody has used it. Pushing a context and popping it makes none.
     """
+    get_device, get_context, set_device = _current()
+    if get_device() != index:
+        return _Pushed(index)
+    if not get_context():  # a thread that has not used CUDA yet
+        set_device(index)
+    return _HERE
 
-    __slots__ = ("_index", "_pushed")
 
-    # A generator would take three times as long, and a swap enters this five times.
-    def __init__(self, index):
-        self._index, self._pushed = index, False
+class _Here:
+    """The GPU is current as it is. A generator would take six times as long."""
+
+    __slots__ = ()
 
     def __enter__(self):
-        get_device, get_context, set_device = _current()
-        if get_device() == self._index:
-            if not get_context():  # a thread that has not used CUDA yet
-                set_device(self._index)
-            return
-        _check(_library().cuCtxPushCurrent_v2(_primary_context(self._index)), "cuCtxPushCurrent")
-        self._pushed = True
+        pass
 
     def __exit__(self, *error):
-        if self._pushed:
-            popped = ctypes.c_void_p()
-            _check(_library().cuCtxPopCurrent_v2(ctypes.byref(popped)), "cuCtxPopCurrent")
+        pass
+
+
+_HERE = _Here()
+
+
+class _Pushed:
+    """GPU ``index`` is current where this is entered."""
+
+    __slots__ = ("_index",)
+
+    def __init__(self, index):
+        self._index = index
+
+    def __enter__(self):
+        _check(_library().cuCtxPushCurrent_v2(_primary_context(self._index)), "cuCtxPushCurrent")
+
+    def __exit__(self, *error):
+        popped = ctypes.c_void_p()
+        _check(_library().cuCtxPopCurrent_v2(ctypes.byref(popped)), "cuCtxPopCurrent")
 
 
 @functools.cache
@@ -184,17 +202,15 @@ def during_captures():
         _library().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
-@contextlib.contextmanager
 def in_a_context():
-    """Where this is entered, the thread has a context: the driver does not answer without one. Any
-    GPU's will do, so one that is in use serves, and no GPU gets one that nobody else asked for."""
-    cuda = import_cupy("a raw address").cuda
-    if cuda.driver.ctxGetCurrent():
-        yield
-        return
-    in_use = filter(_has_context, range(cuda.runtime.getDeviceCount()))
-    with on_device(next(in_use, 0)):
-        yield
+    """A context manager, to be entered at once: inside, the thread has a context, without which the
+    driver does not answer. Any GPU's will do, so one that is in use serves, and no GPU gets one
+    that nobody else asked for."""
+    _, get_context, _ = _current()
+    if get_context():
+        return _HERE
+    count = import_cupy("a raw address").cuda.runtime.getDeviceCount()
+    return on_device(next(filter(_has_context, range(count)), 0))
 
 
 def _has_context(index):
@@ -214,7 +230,8 @@ def allocation_at(address):
         status = _library().cuPointerGetAttributes(
             len(found.IDS), found.IDS, found.places(), ctypes.c_uint64(address)
         )
-    _check(status, f"asking for what is at {address:#x}")
+    if status:
+        _check(status, f"asking for what is at {address:#x}")
     return found.allocation(address)
 
 
@@ -246,7 +263,7 @@ class _PointerAttributes(ctypes.Structure):
     def places(self):
         """The fields' addresses, in the order of the numbers."""
         at = ctypes.addressof(self)
-        return _FivePointers(*(at + offset for offset in _OFFSETS))
+        return _FivePointers(*[at + offset for offset in _OFFSETS])
 
     def allocation(self, address):
         """The `Allocation`, if there is one."""

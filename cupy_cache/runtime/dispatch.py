@@ -68,7 +68,13 @@ def forget_everything():
         bound.forget()
 
 
+def written_by(name):
+    """The names of the arguments that the operations of this name write."""
+    return {arg.name for op in _ops if op.name == name for arg in op.args if arg.written}
+
+
 ROWS = arrays.ROWS
+_NO_VIEWS = (), ()
 
 
 class Op:
@@ -230,17 +236,16 @@ class Op:
             entry = self.remember(signature, read.found, options)
         if entry.apart is not None:
             entry.apart.check(values, _shapes(read.found) if entry.apart.varies else None)
-        shapes, strides = (), ()
-        if entry.device is None:
-            shapes, strides = self._views(read.found, entry)
-        call = plans.Call(values, 1, (), None, stream, shapes, strides)
-        self.finish(entry, call, extents, objects, options, scalars)
+        views = _NO_VIEWS if entry.device is not None else self._views(read.found, entry)
+        self.finish(entry, values, None, stream, extents, objects, options, scalars, views)
         return entry if entry is known else None
 
-    def finish(self, entry, call, extents, objects, options, scalars):
-        """Run a plan on the stream that it belongs to, behind all that it must wait for. Of
-        ``call``, rows and fields are still to be found, and tables and stream may be."""
-        values, rows, fields, tables, stream, shapes, strides = call
+    def finish(
+        self, entry, values, tables, stream, extents, objects, options, scalars, views=_NO_VIEWS
+    ):  # fmt: skip
+        """Run a plan on the stream that it belongs to, behind all that it must wait for. ``tables``
+        and ``stream`` may still be to be found; ``views`` are shapes and strides, for NumPy."""
+        rows, fields = 1, ()
         if self.count is not None:
             rows, fields = self.count(extents, options, scalars)
         if not rows:
@@ -254,13 +259,12 @@ class Op:
                 streams.lend(self._leaves(objects), stream, entry.device)
         if tables is None and entry.tables is not None:
             tables = entry.tables(values)
-        entry.plan.run(plans.Call(values, rows, fields, tables, stream, shapes, strides))
+        entry.plan.run(plans.Call(values, rows, fields, tables, stream, *views))
         if entry.hosted:
-            # A caller's list may be another by the time that the work is done.
-            kept = [
-                tuple(value) if isinstance(value, list) else value
-                for value in (objects[index] for index in entry.hosted)
-            ]
+            kept = []  # not the callers' lists, which may be others by the time that it is done
+            for index in entry.hosted:
+                value = objects[index]
+                kept += value if isinstance(value, (list, tuple)) else (value,)
             streams.keep_until_done(kept, stream, entry.device)
         if faults.debug:
             faults.after_call(stream, entry.device)
@@ -557,8 +561,8 @@ class Bound:
         for index in self.given:
             values[index] = objects[index].numbers
             extents.append(values[index].shape[-1])
-        call = plans.Call(values, 1, (), tables, stream, (), ())
-        self.op.finish(entry, call, extents, objects, self.options, self.scalars)
+        fixed = self.options, self.scalars
+        self.op.finish(entry, values, tables, stream, extents, objects, *fixed)
 
 
 def require_array(op, name, value):

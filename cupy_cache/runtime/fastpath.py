@@ -492,18 +492,18 @@ def flattened(op, objects, options):
     of the call."""
     read, tensors, form = [], [], [options]
     for arg, value in zip(op.args, objects):
-        if arg.chosen and value is not None:
-            value = indices.read_host(op.name, arg, value)
-        read.append(value)
-        if value is None or type(value) is indices.Chosen:
+        if value is None:
             form.append(type(value))
         elif arg.layers:
             lists.require_list(op.name, arg.name, value)
             tensors += value
             form.append(len(value))
+        elif arg.chosen and type(value := indices.read_host(op.name, arg, value)) is indices.Chosen:
+            form.append(indices.Chosen)
         else:
             tensors.append(value)
             form.append(True)
+        read.append(value)
     return read, tensors, tuple(form)
 
 
@@ -518,8 +518,12 @@ def _plan_path(op, entry, objects, options, given):
     for arg, length in zip(op.args, form[1:]):
         if type(length) is not type:
             args += [arg] * int(length)
-    free = [at for at, arg in enumerate(args) if arg.varies and arg.varies != arrays.ROWS]
-    low_bits = [_low_bits(args[at], tensors[at]) for at in free]
+    aligned = [
+        at
+        for at, arg in enumerate(args)
+        if arg.varies and arg.varies != arrays.ROWS and not arg.index
+    ]
+    low_bits = [_low_bits(args[at], tensors[at]) for at in aligned]
     address = guards.readers()[0] if tensors else None
     same = guards.same_as(tensors, [arg.varies for arg in args]) if tensors else _no_tensors
     if same is None or arrays.any_bits(map(address, tensors)) & 15:
@@ -547,6 +551,24 @@ def _plan_path(op, entry, objects, options, given):
         tables = None if entry.tables is None else entry.tables(values)
         return values, tables
 
+    varying = [(index, *part) for index, part in enumerate(parts) if part[0].varies]
+    # Of what is chosen in host memory, the index of the argument and the place of its extent.
+    chosen = [(one[0], at) for at, one in enumerate(varying) if one[3] is indices.Chosen]
+    sized = [at for at, arg in enumerate(args) if arg.varies]
+    latest_extents = [None, None]  # shapes and strides of these, and what was made of them
+
+    def extents_of(tensors):
+        """The extents for the operation's count; None of what is absent or chosen."""
+        extents = []
+        for _, arg, at, length in varying:
+            if type(length) is type:
+                extents.append(None)
+            elif length is True:
+                extents.append(_extent(arg, tensors[at]))
+            else:
+                extents.append([_extent(arg, tensor) for tensor in tensors[at : at + length]])
+        return extents
+
     def run(tensors, scalars, stream, objects):
         if not same(*tensors):
             return False
@@ -557,24 +579,18 @@ def _plan_path(op, entry, objects, options, given):
             if values is None:
                 return False
             latest[:] = addresses, values, tables
-        if free and [_low_bits(args[at], tensors[at]) for at in free] != low_bits:
+        if aligned and [_low_bits(args[at], tensors[at]) for at in aligned] != low_bits:
             return False
-        values, extents = values.copy(), []
-        for index, (arg, at, length) in enumerate(parts):
-            if not arg.varies:
-                continue
-            if type(length) is type:
-                extent = None
-                if objects[index] is not None:
-                    values[index] = objects[index].numbers
-                    extent = values[index].shape[-1]
-            elif length is True:
-                extent = _extent(arg, tensors[at])
-            else:
-                extent = [_extent(arg, tensor) for tensor in tensors[at : at + length]]
-            extents.append(extent)
-        call = plans.Call(values, 1, (), tables, stream, (), ())
-        op.finish(entry, call, extents, objects, options, scalars)
+        layouts = [(tensors[at].shape, tensors[at].stride()) for at in sized]
+        known, extents = latest_extents
+        if layouts != known:
+            extents = extents_of(tensors)
+            latest_extents[:] = layouts, extents
+        values, extents = values.copy(), extents.copy()
+        for index, at in chosen:
+            values[index] = objects[index].numbers
+            extents[at] = values[index].shape[-1]
+        op.finish(entry, values, tables, stream, extents, objects, options, scalars)
         return True
 
     return run

@@ -33,7 +33,7 @@ def read_host(op, arg, value):
         return Chosen((_pairs if arg.pairs else _numbers)(op, arg.name, value))
     if arrays.is_torch(value):
         try:
-            if value.is_cuda or value.is_floating_point() or value.data_ptr() < arrays.LOWEST:
+            if value.is_cuda or value.is_floating_point() or not arrays.torch_address(value):
                 return value
             value = value.numpy()
         except Exception:  # on another device, say, or sparse: whoever reads it says so

@@ -107,7 +107,7 @@ class Launcher:
                 record = self.new_record()
             self._pack(record.buffer, 0, *values)
             if tail:
-                ctypes.memmove(record.tail, tail, len(tail))
+                record.tail[: len(tail)] = tail
             driver.active.launch(self._loaded, grid, threads, stream, record)
             self._free.append(record)
 
@@ -155,6 +155,6 @@ class Record:
 
     def __init__(self, template, tail_at):
         self.buffer = ctypes.create_string_buffer(template, len(template))
-        self.tail = ctypes.addressof(self.buffer) + tail_at
+        self.tail = memoryview(self.buffer).cast("B")[tail_at:]
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
         self.address = ctypes.addressof(self._pointers)

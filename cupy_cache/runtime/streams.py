@@ -18,15 +18,15 @@ The rules, of which this module is the one owner:
   asked. There the caller orders the streams, and what the graph uses must live as long as it.
 """
 
-import collections
 import functools
 import operator
 import sys
+import threading
 
 import numpy as np
 
 from ..errors import DTypeError
-from . import arrays, cuda, driver
+from . import arrays, cuda, driver, locks
 
 
 def pointer(op, stream):
@@ -84,27 +84,47 @@ def lend(tensors, stream, device):
             tensor.record_stream(shown)
 
 
-_kept: collections.deque = collections.deque()
+_PER_THREAD = 2  # the handle that is another stream in each thread
+# {(stream, GPU, thread): [(event, objects)]}, in the order of that stream.
+_kept: dict[tuple, list] = {}
+_keeping = locks.Lock()
 
 
 def keep_until_done(objects, stream, device):
     """Keep ``objects``, which own host memory, until what ``stream`` holds is done. They are let go
     at the next call of this, or of `let_go`, after that."""
-    if not driver.active.capturing(stream, device):
-        let_go()
-        _kept.append((driver.active.event(stream, device), objects))
+    if driver.active.capturing(stream, device):
+        return
+    place = stream, device, threading.get_ident() if stream == _PER_THREAD else None
+    with _keeping:
+        known = _kept.get(place)
+        if known is not None and len(_kept) == len(known) == 1:
+            ((event, latest),) = known
+            if _same(latest, objects):  # as mostly: swaps go to and from one host cache
+                event.move(stream)
+                return
+    let_go()
+    made = driver.active.event(stream, device), objects
+    with _keeping:
+        _kept.setdefault(place, []).append(made)
+
+
+def _same(some, others):
+    """Whether two lists have the very same objects."""
+    return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
 def let_go():
     """Drop what was kept for work that is done."""
-    while _kept:
-        try:
-            event, objects = _kept.popleft()
-        except IndexError:  # another thread was quicker
-            return
-        if not event.done():
-            _kept.appendleft((event, objects))
-            return
+    dropped = []
+    with _keeping:
+        for place, kept in list(_kept.items()):
+            while kept and kept[0][0].done():
+                dropped.append(kept.pop(0))
+            if not kept:
+                del _kept[place]
+    # Outside the lock: whoever owned the memory may have code that runs when it goes.
+    dropped.clear()
 
 
 def can_make(framework):

@@ -374,6 +374,9 @@ def _fields_that_point_to(storage, kernel, record):
 class Done:
     """What `driver.Event` is, for a device whose work is done when enqueueing returns."""
 
+    def move(self, stream):
+        pass
+
     def done(self):
         return True
 
@@ -444,9 +447,9 @@ class EmulatedDriver:
     def order(self, before, after, device):
         pass
 
-    def mapped_address(self, address, device):
+    def mapped_addresses(self, addresses, device):
         """Storages of the emulated device serve as pinned memory too; no other memory is mapped."""
-        return address if memory().contains(address) else None
+        return [address if memory().contains(address) else None for address in addresses]
 
     def copy(self, destination, source, size, stream, device):
         """What the copy engines do."""

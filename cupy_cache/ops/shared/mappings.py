@@ -59,12 +59,13 @@ def check(op, pairs, source_blocks, destination_blocks, disjoint=False):
         if good and (not disjoint or written.isdisjoint(sources)):
             return
     else:
-        from_high, to_high = pairs.max(axis=1)
+        sources, ordered = pairs[0], np.sort(pairs[1])
         good = (
-            pairs.min() >= 0
-            and from_high < source_blocks
-            and to_high < destination_blocks
-            and _distinct(pairs[1], destination_blocks)
+            sources.min() >= 0
+            and sources.max() < source_blocks
+            and ordered[0] >= 0
+            and ordered[-1] < destination_blocks
+            and not np.count_nonzero(ordered[1:] == ordered[:-1])
         )
     if not good:
         _refuse(op, *pairs.tolist(), source_blocks, destination_blocks)
@@ -105,18 +106,6 @@ def check_disjoint(op, pairs, num_blocks):
             f"{op}: Invalid value of block_mapping: expected blocks to be either source or "
             f"destination, got block {both[0]} as both; copy in two calls"
         )
-
-
-def _distinct(numbers, num_blocks):
-    """Whether none of ``numbers`` is there twice."""
-    if num_blocks > MOST_IN_TABLE:
-        return len(np.unique(numbers)) == len(numbers)
-    # Of two with the same number, one does not find its own row in the table, of which only the
-    # entries written here are ever read.
-    rows = np.arange(len(numbers))
-    table = np.empty(num_blocks, rows.dtype)
-    table[numbers] = rows
-    return bool((table[numbers] == rows).all())
 
 
 def _disjoint(sources, destinations, num_blocks):
