@@ -40,6 +40,8 @@ struct Params {
   const char* v_scale;
   char* out;  // [tokens, heads, kValueSize]
   char* lse;  // float32 [tokens, heads], or null
+  const char* k_scale_cache;  // float32 [num_blocks, block_size, kv_heads] in any order, or null
+  const char* v_scale_cache;
   i64 tokens;
   i64 sequences;
   i64 table_width;
@@ -68,6 +70,12 @@ struct Params {
   i64 sink_stride;
   i64 k_scale_stride;  // 0 where there is one for all heads
   i64 v_scale_stride;
+  i64 k_scale_block_stride;  // of k_scale_cache
+  i64 k_scale_slot_stride;
+  i64 k_scale_head_stride;
+  i64 v_scale_block_stride;
+  i64 v_scale_slot_stride;
+  i64 v_scale_head_stride;
   float base_scale;  // what `scale` is multiplied with
   u32 block_size;
   u32 kv_heads;
@@ -331,6 +339,31 @@ __device__ __forceinline__ void copy_tile(char* to, const Source& from, u32 bloc
   }
 }
 
+// Starts a warp's copy of the scales of a tile's keys, and behind them of its values, to shared memory,
+// one for each lane. The arguments are as of copy_tile.
+template <bool kWhole>
+__device__ __forceinline__ void copy_scales(float* to, const Params& p, u32 head, const Cut& cut,
+                                            i32 block, i32 key) {
+  const i32 lane = static_cast<i32>(threadIdx.x % 32), row = lane % kKeys;
+  const bool of_key = lane < kKeys;
+  const char* const from = of_key ? p.k_scale_cache + head * p.k_scale_head_stride
+                                  : p.v_scale_cache + head * p.v_scale_head_stride;
+  const i64 block_stride = of_key ? p.k_scale_block_stride : p.v_scale_block_stride;
+  const i64 slot_stride = of_key ? p.k_scale_slot_stride : p.v_scale_slot_stride;
+  const i32 its_block = kWhole ? block : __shfl_sync(kWarp, block, row);
+  const u32 slot = static_cast<u32>(key + row) % p.block_size;
+  const bool present = its_block >= 0 && key + row >= cut.low && key + row < cut.high;
+  const i64 away = present ? its_block * block_stride + slot * slot_stride : 0;
+  copy_async<4>(reinterpret_cast<char*>(to + lane), from + away, present);
+}
+
+// The logarithm of the power of two next below a scale's magnitude: from -64, so that sums of weights are
+// not too large, to 120, so that they do not vanish.
+__device__ __forceinline__ float magnitude(float scale) {
+  const i32 biased = static_cast<i32>(__float_as_uint(scale) >> 23 & 0xffu);
+  return static_cast<float>(min(max(biased, 63), 247) - 127);
+}
+
 // Writes two columns of a row's output, and with the first two its log-sum-exp.
 template <typename Query, int kValueSize>
 __device__ __forceinline__ void write_row(const Params& p, const Row& row, int column, Sums sums,
@@ -362,18 +395,21 @@ __device__ __forceinline__ float head_scale(const char* array, i64 stride, u32 h
   return array ? *reinterpret_cast<const float*>(array + head * stride) : value;
 }
 
-// Query is F16 or BF16, of queries and output; Stored is Query or one of the 8-bit types. kRows: a unit
+// Query is F16 or BF16, of queries and output; Cached is Query, one of the 8-bit types, or TokenScaled of
+// one of these: then the scales of keys multiply scores, and those of values multiply weights. kRows: a unit
 // has at most 8 rows, 16, or kWide. Caches are read kKeyVec and kValueVec bytes at a time. kWhole:
 // block_size is a multiple of kKeys. kByToken: a head's values of neighbouring slots are side by side.
 // kShared are the bytes of shared memory. kCluster blocks take a part each, or 1 block takes all.
-template <typename Query, typename Stored, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
+template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
           int kRows, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
           int kShared, int kCluster, typename Block, typename Length, typename Start>
 __global__ void CUPY_CACHE_CLUSTER(kCluster)
     __launch_bounds__(kWarps * 32, kKeySize + kValueSize > 256 ? 1 : 2)
     paged_attention(const __grid_constant__ Params p) {
-  using In = Operands<Query, Stored>;
+  using In = Operands<Query, Cached>;
   using Type = typename In::Type;
+  using Stored = typename In::Stored;
+  static_assert(!(In::kTokenScales && kByToken), "columns of scores are keys in their order");
   constexpr int kSteps = (kKeySize + 15) / 16;  // of the product of queries and keys
   constexpr int kOutSize = (kValueSize + 15) / 16 * 16;
   constexpr int kColumns = kOutSize / 8;  // tiles of 8 columns of the output
@@ -387,7 +423,9 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
   constexpr int kCopyBytes = kWarps * kStages * kStageBytes;
   constexpr int kOutBytes = kWarps * kTileRows * (kOutRow + 1) * 8;
   constexpr int kBytes = kCopyBytes > kOutBytes ? kCopyBytes : kOutBytes;
-  static_assert(kShared == kBytes + kWarps * kStages * 4, "what the host gives");
+  // Behind the tiles which of their keys are missing, and then their scales.
+  constexpr int kTileScales = In::kTokenScales ? 2 * kKeys : 0;
+  static_assert(kShared == kBytes + kWarps * kStages * 4 * (1 + kTileScales), "what the host gives");
   CUPY_CACHE_DYNAMIC_SHARED(shared, kShared);
 
   const u32 rank = blockIdx.x % kCluster, work = blockIdx.x / kCluster;
@@ -410,6 +448,7 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
   const i32 first = cut.first + offset + warp;
   char* const copies = shared + warp * (kStages * kStageBytes);
   u32* const missing = reinterpret_cast<u32*>(shared + kBytes) + warp * kStages;
+  float* const scales = reinterpret_cast<float*>(shared + kBytes + kWarps * kStages * 4);
 
   // --- copies, ahead of use
   Pages<Block, kWhole> pages(p, unit, cut, first, mine);
@@ -455,6 +494,9 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
              p.value_pack},
             p.block_size, cut, block, key, complete);
       }
+      if constexpr (In::kTokenScales) {
+        copy_scales<kWhole>(scales + (warp * kStages + stage) * kTileScales, p, head, cut, block, key);
+      }
       const u32 absent = kWhole ? (block < 0 ? kWarp : 0u) : __ballot_sync(kWarp, block < 0);
       if (lane == 0) missing[stage] = absent;
     }
@@ -495,7 +537,7 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
       }
     }
   }
-  const float k_scale = In::kNarrow
+  const float k_scale = In::kNarrow && !In::kTokenScales
                             ? head_scale(p.k_scale, p.k_scale_stride, head, p.k_scale_value)
                             : 1.0f;
   const float scale = p.scale * p.base_scale * k_scale * (kCapped || kSloped ? 1.0f : kLog2E);
@@ -615,6 +657,19 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
       const i32 key = (cut.first + tile) * kKeys;
       const u32 absent = reinterpret_cast<const u32*>(shared + kBytes)[copier * kStages + stage];
       const bool all = key >= all_low && key + kKeys <= all_high && absent == 0;
+      // Of this lane's columns of scores. A weight times its value's scale is an operand, which has few
+      // bits: so the largest score is found with the scales' magnitudes added.
+      float factors[4], value_scales[4], magnitudes[4];
+      if constexpr (In::kTokenScales) {
+        const float* const its = scales + (copier * kStages + stage) * kTileScales;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int in_tile = i / 2 * 8 + pair * 2 + i % 2;
+          factors[i] = its[in_tile] * scale;
+          value_scales[i] = its[kKeys + in_tile];
+          magnitudes[i] = magnitude(value_scales[i]);
+        }
+      }
       float most[kHalves];
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
@@ -623,7 +678,8 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
         for (int i = 0; i < 4; ++i) {
           const int in_tile = key_of_column(i / 2 * 8 + pair * 2 + i % 2);
           float& score = scores[i / 2][2 * half + i % 2];
-          score = (score + others[i / 2][2 * half + i % 2]) * scale;
+          score = (score + others[i / 2][2 * half + i % 2]) *
+                  (In::kTokenScales ? factors[i] : scale);
           if constexpr (kCapped) {
             score = p.soft_cap -
                     2.0f * p.soft_cap * __fdividef(1.0f, power_of_two(score * cap_inverse) + 1.0f);
@@ -644,7 +700,10 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
           }
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) most[half] = fmaxf(most[half], scores[i / 2][2 * half + i % 2]);
+        for (int i = 0; i < 4; ++i) {
+          const float score = scores[i / 2][2 * half + i % 2];
+          most[half] = fmaxf(most[half], In::kTokenScales ? score + magnitudes[i] : score);
+        }
         most[half] = fmaxf(most[half], __shfl_xor_sync(kWarp, most[half], 1));
         most[half] = fmaxf(most[half], __shfl_xor_sync(kWarp, most[half], 2));
       }
@@ -672,7 +731,10 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
           const float low = power_of_two(scores[i][2 * half] - largest[half]);
           const float high = power_of_two(scores[i][2 * half + 1] - largest[half]);
           sums[half] += low + high;
-          weights[2 * i + half] = pack_pair<Type>(low, high);
+          weights[2 * i + half] = In::kTokenScales
+                                      ? pack_pair<Type>(low * value_scales[2 * i],
+                                                        high * value_scales[2 * i + 1])
+                                      : pack_pair<Type>(low, high);
         }
       }
 
@@ -771,7 +833,7 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
   }
 
   // --- joined
-  const float v_scale = In::kNarrow
+  const float v_scale = In::kNarrow && !In::kTokenScales
                             ? head_scale(p.v_scale, p.v_scale_stride, head, p.v_scale_value)
                             : 1.0f;
   // Row `row` of the unit is in row `row` of the first tile, and of the other warps' tiles, or of one.

@@ -67,6 +67,76 @@ def test_quantised_caches(world, rng, layout, kv_cache_dtype, scales):
     problem.solve(world)
 
 
+@pytest.mark.parametrize("kv_cache_dtype", attending.TOKEN_SCALED)
+@pytest.mark.parametrize("layout", LAYOUTS[:5])
+def test_scales_of_tokens(world, rng, layout, kv_cache_dtype):
+    """Scales of rows that no query sees are garbage."""
+    dtype = str(rng.choice(["float16", "bfloat16"]))
+    problem = Problem(
+        rng, [33, 0, 16, 7, 90], dtype=dtype, kv_cache_dtype=kv_cache_dtype, scales="tokens",
+        layout=layout,
+    )  # fmt: skip
+    problem.solve(world)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 8, 32])
+def test_scales_of_tokens_and_blocks(world, rng, block_size):
+    problem = Problem(
+        rng, borders(block_size), block_size=block_size, kv_cache_dtype="int8", scales="tokens",
+        sizes=(24, 40),
+    )  # fmt: skip
+    problem.solve(world)
+
+
+@pytest.mark.parametrize("queries", [None, [1, 4, 0, 18]])
+@pytest.mark.parametrize("heads", [(4, 2), (20, 1), (70, 1)])
+def test_scales_of_tokens_and_everything_else(world, rng, heads, queries):
+    problem = Problem(
+        rng, [1, 37, 5, 20], queries, heads=heads, kv_cache_dtype="fp8_per_token_head",
+        scales="tokens", slopes=True, sliding_window=30, soft_cap=2.0, sinks="float32", scale=0.3,
+        bad={(1, 0): 99},
+    )  # fmt: skip
+    problem.solve(world)
+
+
+@pytest.mark.parametrize("largest", [1e-6, 1e-3, 1.0, 1e9, 1e30])
+@pytest.mark.parametrize("smallest", [1.0, 1e-5, 0.0])
+def test_values_of_any_magnitude(world, rng, largest, smallest):
+    """The token that counts has the smallest scale of all, or the largest; the result's precision is
+    the same. Scales of 0 do no harm."""
+    lengths, queries = [40, 40], None
+    problem = Problem(
+        rng, lengths, queries, heads=(1, 1), dtype="bfloat16", kv_cache_dtype="int8",
+        scales="tokens", scale=1.0,
+    )  # fmt: skip
+    scales = problem.scales["v_scale_cache"]
+    view = scales.on(scales.buffer.bytes)
+    keys = problem.caches[0].on(problem.caches[0].buffer.bytes).view(np.int8)
+    values = problem.caches[1].on(problem.caches[1].buffer.bytes).view(np.int8)
+    k_scales = problem.scales["k_scale_cache"]
+    k_view = k_scales.on(k_scales.buffer.bytes)
+    query = problem.query.on(problem.query.buffer.bytes)
+    query[...] = 0
+    query[:, :, 0] = 1
+    for row in range(2):
+        for token, block, offset in problem.seen[row][2]:
+            alone = token == 23  # it has nearly all of the weight
+            k_view[block, offset] = 1.0
+            keys[block, offset, 0, 0] = 60 if alone else 0
+            view[block, offset] = np.float32(largest) * np.float32(smallest if alone ^ row else 1)
+            problem.numbers[0][block, offset] = keys[block, offset]
+            wide = values[block, offset].astype(np.float64)
+            problem.numbers[1][block, offset] = wide * float(view[block, offset, 0])
+    problem.run(world)
+    got = problem.out.on(world.bytes_of(problem.out)).astype(np.float64)
+    lse = problem.lse.on(world.bytes_of(problem.lse))
+    for row, (wanted, logarithms) in problem.exact().items():
+        # What has a weight of exp(-60) may be lost.
+        allowed = 2**-8 * np.abs(wanted).max() + 1e-15 * largest
+        np.testing.assert_allclose(got[row], wanted, rtol=2**-7, atol=allowed)
+        np.testing.assert_allclose(lse[row], logarithms, rtol=1e-5)
+
+
 def test_strides_and_spare_rows(world, rng):
     """Query and results are cut from wider arrays and have more rows than there are queries."""
     problem = Problem(

@@ -25,8 +25,8 @@ _PACKED_VALUES = {4: (1, 0, 3, 2), 5: (1, 0, 2, 4, 3)}
 
 def paged_attention(
     query, key_cache, value_cache, block_table, seq_lens, query_start_loc, alibi_slopes, sinks,
-    k_scale, v_scale, out, lse, tokens, sequences, width, _, window, scale, soft_cap, k_number,
-    v_number, *, dtype, stored, sink_type, block_size, causal,
+    k_scale, v_scale, out, lse, k_scale_cache, v_scale_cache, tokens, sequences, width, _, window,
+    scale, soft_cap, k_number, v_number, *, dtype, stored, sink_type, block_size, causal,
 ):  # fmt: skip
     """Write the attention of ``tokens`` queries to ``out``, and its logarithms to ``lse``.
 
@@ -34,10 +34,11 @@ def paged_attention(
     ``sink_type``. ``soft_cap`` 0 is none.
     """
     packed = key_cache.ndim == 5
-    keys = _Pages(key_cache, stored, _PACKED_KEYS if packed else _SLOTS_FIRST)
+    keys = _Pages(key_cache, stored, _PACKED_KEYS if packed else _SLOTS_FIRST, k_scale_cache)
     values = _Pages(
-        value_cache, stored, _PACKED_VALUES[value_cache.ndim] if packed else _SLOTS_FIRST
-    )
+        value_cache, stored, _PACKED_VALUES[value_cache.ndim] if packed else _SLOTS_FIRST,
+        v_scale_cache,
+    )  # fmt: skip
     kv_heads, heads = keys.heads, query.shape[1]
     by_head = (kv_heads, heads // kv_heads, 1)
     with np.errstate(all="ignore"):
@@ -75,13 +76,16 @@ def paged_attention(
 
 
 class _Pages:
-    """A cache whose blocks are read as float32 [head, token, element]."""
+    """A cache whose blocks are read as float32 [head, token, element].
 
-    def __init__(self, cache, stored, axes):
+    scales : [block, offset, head], or None
+    """
+
+    def __init__(self, cache, stored, axes, scales):
         self.heads, self.elements = cache.shape[axes[0]], cache.shape[axes[-1]]
         if axes == _PACKED_KEYS:
             self.elements *= cache.shape[2]
-        self._cache, self._stored, self._axes = cache, stored, axes
+        self._cache, self._stored, self._axes, self._scales = cache, stored, axes, scales
         # The slots that lie together along the first of the dimensions of the offsets.
         self._run = cache.shape[4] if axes == _PACKED_VALUES[5] else 1
 
@@ -94,6 +98,14 @@ class _Pages:
         tokens = tokens.reshape(self.heads, -1, self.elements)
         skipped = start - first * self._run
         return tokens[:, skipped : skipped + len(blocks) * (stop - start)]
+
+    def scaled(self, numbers, blocks, start, stop, used):
+        """``numbers`` [head, group, query, token], in place, times the scales of these tokens of
+        the same slots, if there are any."""
+        if self._scales is not None:
+            scales = self._scales[:, start:stop][blocks].reshape(-1, self.heads)[used]
+            numbers *= scales.T[:, np.newaxis, np.newaxis]
+        return numbers
 
 
 class _Logits:
@@ -179,10 +191,10 @@ def _attend(query, positions, seen, keys, values, block_size, pages, tokens, log
         token = token.reshape(-1)[used]
         if not token.size:
             continue
-        products = rows @ keys.read(block[index], start, stop)[:, used].swapaxes(1, 2)
-        scores = logits.of(
-            products.reshape(heads, group, count, -1), token - positions[:, np.newaxis]
-        )
+        where = block[index], start, stop
+        products = rows @ keys.read(*where)[:, used].swapaxes(1, 2)
+        products = keys.scaled(products.reshape(heads, group, count, -1), *where, used)
+        scores = logits.of(products, token - positions[:, np.newaxis])
         hidden = (token < first[:, np.newaxis]) | (token > last[:, np.newaxis])
         if hidden.any():
             np.copyto(scores, -np.inf, where=hidden)
@@ -192,8 +204,8 @@ def _attend(query, positions, seen, keys, values, block_size, pages, tokens, log
         weights = np.exp(scores, out=scores)
         shrink = np.exp(before - shift)
         total = total * shrink + weights.sum(axis=-1)
-        weights = weights.reshape(heads, group * count, -1)
-        added = weights @ values.read(block[index], start, stop)[:, used]
+        weights = values.scaled(weights, *where, used).reshape(heads, group * count, -1)
+        added = weights @ values.read(*where)[:, used]
         sums = sums * shrink[..., np.newaxis] + added.reshape(sums.shape)
     none = total == 0
     if logits.sinks is not None:
