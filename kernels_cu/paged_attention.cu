@@ -34,7 +34,7 @@ struct Params {
   const char* block_table;      // [sequences, table_width]
   const char* seq_lens;         // [sequences]
   const char* query_start_loc;  // [sequences + 1]; where Start is void each has one token
-  const char* alibi_slopes;     // float32 [heads]
+  const char* alibi_slopes;     // float32 [heads], or null
   const char* sinks;            // [heads], or null
   const char* k_scale;          // float32, one or one for each KV head; or null: k_scale_value
   const char* v_scale;
@@ -42,6 +42,7 @@ struct Params {
   char* lse;  // float32 [tokens, heads], or null
   const char* k_scale_cache;  // float32 [num_blocks, block_size, kv_heads] in any order, or null
   const char* v_scale_cache;
+  const char* sequence_slopes;  // float32 [sequences, heads], where there are no alibi_slopes
   i64 tokens;
   i64 sequences;
   i64 table_width;
@@ -67,6 +68,7 @@ struct Params {
   i64 value_slot_stride;  // kByToken: of elements
   i64 value_pack_stride;
   i64 slope_stride;
+  i64 slope_sequence_stride;  // 0 where they are those of all sequences
   i64 sink_stride;
   i64 k_scale_stride;  // 0 where there is one for all heads
   i64 v_scale_stride;
@@ -90,7 +92,7 @@ struct Params {
   u32 pairs_out;    // the output's can be written in pairs
 };
 
-constexpr u32 kBlockTable = 1, kSeqLens = 2;  // numbers of guarded arguments
+constexpr u32 kBlockTable = 1, kSeqLens = 2, kQueryStartLoc = 3;  // numbers of guarded arguments
 
 constexpr int kWide = 64;  // the most rows of a unit, where it may have more than one tile of rows
 constexpr int kKeys = 16;   // of a tile of keys
@@ -116,33 +118,84 @@ struct Unit {
   bool any = false;
 };
 
+// A sequence, and where its rows of the query begin and end.
+struct Span {
+  i64 sequence = -1;  // none
+  i64 start, end;
+
+  // Takes this sequence if its units include the one of this index. Sequence s has those from
+  // start / row_tokens + s on: enough for any start inside a unit.
+  __device__ __forceinline__ void take(const Params& p, i64 index, i64 other, i64 from, i64 to) {
+    const i64 behind = (index - other) * p.row_tokens;
+    if (other <= index && from < behind + p.row_tokens && to >= behind) {
+      sequence = other, start = from, end = to;
+    }
+  }
+};
+
+// The same where some start is below an earlier one or outside the query: it counts as the nearest that
+// is neither, and is recorded. All starts are read by each thread.
 template <typename Start>
-__device__ __forceinline__ i64 start_of(const Params& p, i64 sequence) {
-  const i64 start = load_number<Start>(p.query_start_loc + sequence * static_cast<i64>(sizeof(Start)));
-  return start < 0 ? 0 : start > p.tokens ? p.tokens : start;
+__device__ __forceinline__ Span find_span_of_odd(const Params& p, i64 index) {
+  Span span;
+  i64 before = 0;
+  for (i64 s = 0; s <= p.sequences; ++s) {
+    const i64 found = load_number<Start>(p.query_start_loc + s * static_cast<i64>(sizeof(Start)));
+    const i64 start = found < before ? before : found > p.tokens ? p.tokens : found;
+    if (start != found && threadIdx.x == 0) record_fault(kQueryStartLoc, s, found, p.tokens + 1);
+    if (s > 0) span.take(p, index, s - 1, before, start);
+    before = start;
+  }
+  return span;
 }
 
+// The sequence that the unit of this index belongs to. `found` is shared memory for a Span of each warp
+// and a number of each, free again when this returns.
+template <typename Start>
+__device__ __forceinline__ Span find_span(const Params& p, i64 index, Span* found) {
+  u32* const what = reinterpret_cast<u32*>(found + kWarps);  // of a warp: 1, it has one; 2, one is odd
+  const i64 most = index < p.sequences - 1 ? index : p.sequences - 1;
+  Span span;
+  bool odd = false;
+  for (i64 s = threadIdx.x; s <= most; s += kWarps * 32) {
+    const char* const at = p.query_start_loc + s * static_cast<i64>(sizeof(Start));
+    const i64 start = load_number<Start>(at), end = load_number<Start>(at + sizeof(Start));
+    odd |= start < 0 || end < start || end > p.tokens;
+    span.take(p, index, s, start, end);
+  }
+  const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const u32 holders = __ballot_sync(kWarp, span.sequence >= 0), odds = __ballot_sync(kWarp, odd);
+  if (holders != 0 && lane == static_cast<u32>(__ffs(static_cast<int>(holders)) - 1)) {
+    found[warp] = span;
+  }
+  if (lane == 0) what[warp] = (holders != 0 ? 1u : 0u) | (odds != 0 ? 2u : 0u);
+  __syncthreads();
+  span.sequence = -1;
+  u32 all = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) {
+    if (what[i] & 1) span = found[i];
+    all |= what[i];
+  }
+  __syncthreads();
+  return all & 2 ? find_span_of_odd<Start>(p, index) : span;
+}
+
+// `shared` is what find_span needs.
 template <typename Length, typename Start>
-__device__ __forceinline__ Unit find_unit(const Params& p, i64 index) {
+__device__ __forceinline__ Unit find_unit(const Params& p, i64 index, char* shared) {
   Unit unit;
   i64 count = 1, first = 0;
   if constexpr (IsVoid<Start>::value) {
     unit.sequence = unit.token = index;
   } else {
-    // Sequence s has the tiles from start / row_tokens + s on: enough for any start inside a tile.
-    i64 low = 0, high = p.sequences;
-    while (high - low > 1) {
-      const i64 middle = low + (high - low) / 2;
-      const bool before = start_of<Start>(p, middle) / p.row_tokens + middle <= index;
-      low = before ? middle : low;
-      high = before ? high : middle;
-    }
-    const i64 start = start_of<Start>(p, low), end = start_of<Start>(p, low + 1);
-    unit.sequence = low;
-    count = end - start;
-    first = (index - (start / p.row_tokens + low)) * p.row_tokens;
-    unit.token = start + first;
-    if (first < 0 || first >= count) return unit;
+    const Span span = find_span<Start>(p, index, reinterpret_cast<Span*>(shared));
+    if (span.sequence < 0) return unit;
+    unit.sequence = span.sequence;
+    count = span.end - span.start;
+    first = (index - (span.start / p.row_tokens + span.sequence)) * p.row_tokens;
+    unit.token = span.start + first;
+    if (first >= count) return unit;
   }
   unit.tokens = static_cast<i32>(count - first < p.row_tokens ? count - first : p.row_tokens);
   const i64 length = load_number<Length>(p.seq_lens + unit.sequence * static_cast<i64>(sizeof(Length)));
@@ -437,7 +490,7 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
       p.sequences <= kSorted) {
     place = sequence_by_length<Length>(p, static_cast<u32>(place), reinterpret_cast<u32*>(shared));
   }
-  const Unit unit = find_unit<Length, Start>(p, place);
+  const Unit unit = find_unit<Length, Start>(p, place, shared);
   if (!unit.any) return;  // as do all blocks of the cluster
 
   const Cut cut(p, unit);
@@ -518,8 +571,9 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
     rows[half] = find_row(p, unit, head, head_part, first_row + half * 8 + in_half);
     slopes[half] = 0.0f;
     if (kSloped && rows[half].valid) {
-      slopes[half] = *reinterpret_cast<const float*>(p.alibi_slopes +
-                                                     rows[half].head * p.slope_stride);
+      slopes[half] = *reinterpret_cast<const float*>(
+          (p.alibi_slopes ? p.alibi_slopes : p.sequence_slopes) +
+          unit.sequence * p.slope_sequence_stride + rows[half].head * p.slope_stride);
     }
   }
   u32 queries[kSteps][4];

@@ -90,6 +90,7 @@ class Problem:
     spare : rows of the query behind those of all sequences, and further ones of the results
     bad : {(sequence, page): block number}
     lse : None, "rows" or "heads first"
+    slopes : True, of all sequences; "sequences", of each
     sinks : None or a dtype
     storage : dtype of the arrays of 8-bit caches; by default one of those that may be
     scale, sliding_window, soft_cap, causal, kv_cache_dtype : as of `paged_attention`
@@ -149,7 +150,12 @@ class Problem:
         self.starts = None if queries is None else worlds.of_values(starts.astype(types[2]))
         self.slopes = self.sinks = self.lse = None
         if slopes:
-            self.slopes = worlds.of_values(rng.uniform(-0.5, 0.5, heads[0]).astype(np.float32))
+            shape = heads[0]
+            if slopes == "sequences":  # in memory head by head, and one row more
+                shape = heads[0], len(numbers) + 1
+            self.slopes = worlds.of_values(rng.uniform(-0.5, 0.5, shape).astype(np.float32))
+            if slopes == "sequences":
+                self.slopes = self.slopes.permuted(1, 0)
         if sinks:
             kind = formats.DTYPES[sinks].numpy
             self.sinks = worlds.of_values(rng.standard_normal(heads[0]).astype(kind))
@@ -308,7 +314,9 @@ class Problem:
             return values.astype(kind).astype(np.float32)
 
         query, slopes, sinks = map(self._values, (self.query, self.slopes, self.sinks))
-        _, position, tokens = self.seen[row]
+        sequence, position, tokens = self.seen[row]
+        if slopes is not None and slopes.ndim == 2:
+            slopes = slopes[sequence]
         heads, scale = query.shape[1], self.options.get("scale", 1 / math.sqrt(query.shape[2]))
         keys, values = (rounded(numbers) for numbers in self.numbers)
         group = heads // keys.shape[2]

@@ -25,8 +25,9 @@ _PACKED_VALUES = {4: (1, 0, 3, 2), 5: (1, 0, 2, 4, 3)}
 
 def paged_attention(
     query, key_cache, value_cache, block_table, seq_lens, query_start_loc, alibi_slopes, sinks,
-    k_scale, v_scale, out, lse, k_scale_cache, v_scale_cache, tokens, sequences, width, _, window,
-    scale, soft_cap, k_number, v_number, *, dtype, stored, sink_type, block_size, causal,
+    k_scale, v_scale, out, lse, k_scale_cache, v_scale_cache, sequence_slopes, tokens, sequences,
+    width, _, window, scale, soft_cap, k_number, v_number, *, dtype, stored, sink_type, block_size,
+    causal,
 ):  # fmt: skip
     """Write the attention of ``tokens`` queries to ``out``, and its logarithms to ``lse``.
 
@@ -48,20 +49,23 @@ def paged_attention(
             None if sinks is None else decode(sinks, sink_type).reshape(by_head),
         )  # fmt: skip
         v_factors = _factors(v_scale, v_number)
-        starts = range(tokens + 1) if query_start_loc is None else query_start_loc.tolist()
+        starts = range(tokens + 1)
+        if query_start_loc is not None:
+            starts = _starts(query_start_loc, tokens)
         lengths = seq_lens.tolist()
         most = max(1, SCORES // (heads * KEYS))
         for sequence in range(sequences):
             begin, end = starts[sequence], starts[sequence + 1]
-            rows = range(max(begin, 0), min(end, tokens))
-            if not rows:
+            if begin == end:
                 continue
+            if sequence_slopes is not None:
+                logits.slopes = sequence_slopes[sequence].reshape(*by_head, 1)
             length = min(max(lengths[sequence], 0), width * block_size)
             if length != lengths[sequence]:
                 limit = width * block_size + 1
                 faults.record(OP, "seq_lens", sequence, lengths[sequence], limit)
-            for first in range(rows.start, rows.stop, most):
-                part = slice(first, min(first + most, rows.stop))
+            for first in range(begin, end, most):
+                part = slice(first, min(first + most, end))
                 positions = np.arange(part.start, part.stop) + (length - end)
                 seen = _seen(positions, length, window, causal)
                 pages = _pages(block_table, sequence, seen, block_size, len(key_cache))
@@ -73,6 +77,14 @@ def paged_attention(
                 out[part] = encode(_by_token(attended), dtype)
                 if lse is not None:
                     lse[part] = _by_token(logarithms)
+
+
+def _starts(found, tokens):
+    """The starts that those ``found`` count as: from 0 to ``tokens``, and not descending."""
+    starts = np.minimum(np.maximum.accumulate(np.maximum(found, 0)), tokens)
+    for index in np.flatnonzero(starts != found)[:1]:
+        faults.record(OP, "query_start_loc", index, found[index], tokens + 1)
+    return starts.tolist()
 
 
 class _Pages:
