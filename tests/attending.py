@@ -252,7 +252,8 @@ class Problem:
         """Run, and judge all there is to judge."""
         if world.on_gpu and self.dtype == "float32":  # a warp's products take 16-bit factors
             with pytest.raises(
-                cc.DTypeError, match="query: expected float16 or bfloat16, got float32"
+                cc.DTypeError,
+                match="query: expected float16 or bfloat16, got float32; .* use gather_cache",
             ):
                 self.run(world)
             for spec in filter(None, self.specs):

@@ -92,8 +92,11 @@ def paged_attention(
     Parameters
     ----------
     query : array [num_tokens, num_heads, head_size]
-        float16, bfloat16 or, on the CPU alone, float32; the last dimension contiguous. On a GPU
-        heads, and those of values, have at most 256 elements.
+        float16, bfloat16 or, on the CPU alone, float32; the last dimension contiguous. For float32
+        on a GPU, whose products take 16 bits, use `gather_cache` and the framework's attention. On
+        a GPU heads, and those of values, have at most 256 elements: for 512 a thread would keep
+        1,104 bytes outside its registers, and a thread block need 260 KiB of shared memory, which
+        none has.
     key_cache, value_cache : array [num_blocks, block_size, num_kv_heads, head_size or head_size_v]
         As `reshape_and_cache_flash` writes them; or, of five dimensions, the key cache [num_blocks,
         num_kv_heads, head_size / x, block_size, x] with the value cache [num_blocks, num_kv_heads,
@@ -467,7 +470,10 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     _, causal, _, _, capped = options
     size, query, out = check.sizes, named["query"], named["out"]
     key_cache, value_cache = named["key_cache"], named["value_cache"]
-    check.dtype("query", query, *(formats.DTYPES[name] for name in ("float16", "bfloat16")))
+    check.dtype(
+        "query", query, *(formats.DTYPES[name] for name in ("float16", "bfloat16")),
+        way_out="for float32 on a GPU use gather_cache and the framework's attention",
+    )  # fmt: skip
     for name, extent in (("query", size["head_size"]), ("value_cache", size["head_size_v"])):
         if extent > LARGEST_HEAD:
             raise ShapeError(
