@@ -16,7 +16,11 @@ from . import suite, timing
 from .baselines import bare_read
 
 pytestmark = suite.marks
-STORED = {"fp8": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "int8": "int8"}
+BY_TOKEN = "_per_token_head"  # there is a scale for each token and head
+STORED = {
+    "fp8": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "int8": "int8",
+    f"fp8{BY_TOKEN}": "float8_e4m3fn", f"int8{BY_TOKEN}": "int8",
+}  # fmt: skip
 RAGGED = (128, 8192)  # tokens of the shortest and the longest sequence
 
 
@@ -56,13 +60,15 @@ if timing.on_gpu():
         *(Case(n, 4096, stored="fp8") for n in (1, 64)),
         *(Case(64, n, stored="fp8") for n in (1024, 8192, 0)),
         *(Case(64, 4096, stored=stored) for stored in ("fp8_e5m2", "int8")),
+        *(Case(64, n, stored=f"fp8{BY_TOKEN}") for n in (1024, 4096, 0)),
+        *(Case(64, 4096, stored=f"int8{BY_TOKEN}", layout=name) for name in ("NHD", "HND", "page")),
         *(Case(64, 4096, queries=n) for n in (2, 4, 16)),
         Case(1, 4096, queries=2048),
         *(Case(64, 4096, option=option) for option in ("slopes", "soft cap", "sinks", "lse")),
         Case(64, 4096, option="window of 4096"),
     ]  # fmt: skip
 else:
-    CASES = [Case(2, 64, (8, 2), 64)]
+    CASES = [Case(2, 64, (8, 2), 64, stored=stored) for stored in ("auto", f"int8{BY_TOKEN}")]
 
 
 def lengths_of(case):
@@ -78,16 +84,17 @@ def make(case):
     torch, device = timing.torch_module(), timing.device()
     lengths = lengths_of(case)
     query_heads, heads = case.heads
-    element = 2 if case.stored == "auto" else 1
-    read = 2 * sum(lengths) * heads * case.size * element
+    head_bytes = case.size * (2 if case.stored == "auto" else 1)
+    head_bytes += 4 if case.stored.endswith(BY_TOKEN) else 0
+    read = 2 * sum(lengths) * heads * head_bytes
     sets = timing.sets_for(read)
     blocks, tables, _ = _pages(lengths, sets, case.block_size)
-    keys, values = _caches(case, blocks)
+    keys, values, scales = _caches(case, blocks)
     tokens = case.sequences * case.queries
     query = torch.randn((tokens, query_heads, case.size), device=device).to(torch.bfloat16)
     lens = torch.tensor(lengths, dtype=torch.int32, device=device)
     out = torch.empty_like(query)
-    options = {"out": out, "kv_cache_dtype": case.stored}
+    options = {"out": out, "kv_cache_dtype": case.stored, **scales}
     if case.queries != 1:
         starts = torch.arange(case.sequences + 1, dtype=torch.int32, device=device)
         options["query_start_loc"] = starts * case.queries
@@ -162,6 +169,7 @@ def _pages(lengths, sets, block_size):
 
 
 def _caches(case, blocks):
+    """(Keys, values, the caches of their scales by argument)."""
     torch, device = timing.torch_module(), timing.device()
     heads, size = case.heads[1], case.size
     pair = []
@@ -174,12 +182,34 @@ def _caches(case, blocks):
         pair.append(cache)
     if case.layout == "x-packed":
         x = 16 // pair[0].element_size()
-        return pair[0].view(blocks, heads, size // x, case.block_size, x), pair[1].view(
-            blocks, heads, size, case.block_size
-        )
-    inner = (heads, case.block_size) if case.layout == "HND" else (case.block_size, heads)
+        keys = pair[0].view(blocks, heads, size // x, case.block_size, x)
+        return keys, pair[1].view(blocks, heads, size, case.block_size), {}
+    by_head = case.layout in ("HND", "page")
+    inner = (heads, case.block_size) if by_head else (case.block_size, heads)
     pair = [cache.view(blocks, *inner, size) for cache in pair]
-    return [cache.transpose(1, 2) for cache in pair] if case.layout == "HND" else pair
+    scales = []
+    if case.stored.endswith(BY_TOKEN):
+        scales = [torch.rand((blocks, *inner), device=device) / 64 + 1 / 64 for _ in "kv"]
+    if case.layout == "page":  # of each head and slot: key, its scale, value, its scale
+        page = torch.empty((blocks, *inner, 2 * (size + 4)), device=device, dtype=torch.uint8)
+        numbers = page.view(torch.float32)
+        for at, side in enumerate((0, size + 4)):
+            page[..., side : side + size] = pair[at].view(torch.uint8)
+            numbers[..., (side + size) // 4] = scales[at]
+            pair[at], scales[at] = page[..., side : side + size], numbers[..., (side + size) // 4]
+    pair, scales = (
+        [cache.transpose(1, 2) if by_head else cache for cache in caches]
+        for caches in (pair, scales)
+    )
+    return *pair, dict(zip(("k_scale_cache", "v_scale_cache"), scales))
+
+
+def _numbers(case, elements, scales, pages):
+    """What these ``pages`` of a cache, and of its scales if there are any, mean."""
+    torch = timing.torch_module()
+    if case.stored != "auto":
+        elements = elements.view(getattr(torch, STORED[case.stored]))
+    return elements.float() if scales is None else elements.float() * scales[pages][..., None]
 
 
 def _check(case, call, query, keys, values, table, lengths, options):
@@ -193,8 +223,10 @@ def _check(case, call, query, keys, values, table, lengths, options):
         length, first = lengths[b], b * case.queries
         pages = table[b, : -(-length // case.block_size)].long()
         k, v = (
-            cache[pages].float().flatten(0, 1)[:length].repeat_interleave(group, 1)
-            for cache in (keys, values)
+            _numbers(case, cache[pages], options.get(name), pages)
+            .flatten(0, 1)[:length]
+            .repeat_interleave(group, 1)
+            for cache, name in ((keys, "k_scale_cache"), (values, "v_scale_cache"))
         )
         q = query[first : first + case.queries].float()
         logits = torch.einsum("qhd,khd->hqk", q, k) * case.size**-0.5

@@ -9,8 +9,9 @@
 #
 # Without arguments all stages run. Each has a time limit of its own and prints its exit code (124:
 # the limit was reached) and the end of its output; a stage that fails does not stop the next. What
-# is kept goes to $OUT (default: a new temporary folder), eight files: session.log, bench.json,
-# <gpu>.json, report.md, bandwidth.png, host.png, ablation.png, <gpu>-counters.json.
+# is kept goes to $OUT (default: a new temporary folder), ten files: session.log, bench.json,
+# <gpu>.json, report.md, bandwidth.png, attention.png, decoding.png, host.png, ablation.png,
+# <gpu>-counters.json.
 #
 # Settings, by environment: PYTHON; OUT; BENCHMARK_COMMIT (what the results say was measured, where
 # there is no git); BENCH (files or -k arguments instead of the whole suite); SANITIZE (the -k

@@ -3,7 +3,7 @@
 """``python -m benchmarks.report RESULT.json``: from pytest-benchmark's JSON to tables and plots.
 
 Writes ``<gpu>.json``, a flat list with one record for each case, and prints Markdown tables.
-``--plots DIR`` draws three pictures of a few cases with matplotlib, to be read 900 pixels wide.
+``--plots DIR`` draws five pictures of a few cases with matplotlib, to be read 900 pixels wide.
 """
 
 import argparse
@@ -29,6 +29,15 @@ PANELS = (
     ("MLA write", "concat_and_cache_mla", {"stored": "auto", "slots": "random"}),
     ("gather, rows of 576", "gather_cache", {"layout": "rows", "lengths": "equal"}),
     ("copying blocks in 32 layers", "copy_blocks", {"blocks": "random", "same_pairs": False}),
+)  # fmt: skip
+ATTENTION = {"heads": 32, "kv_heads": 8, "head_size": 128, "block_size": 16, "layout": "NHD",
+             "queries": 1, "option": ""}  # fmt: skip
+READ_PANELS = (
+    ("bfloat16", "paged_attention", {**ATTENTION, "stored": "auto"}),
+    ("fp8", "paged_attention", {**ATTENTION, "stored": "fp8"}),
+    ("fp8, a scale for each token and head", "paged_attention",
+     {**ATTENTION, "stored": "fp8_per_token_head"}),
+    ("latent attention", "paged_attention_mla", {"stored": "auto", "queries": 1, "option": ""}),
 )  # fmt: skip
 HOST_OPS = ("host time, in turns", "reshape_and_cache_flash", "reshape_and_cache",
             "concat_and_cache_mla", "gather_cache", "copy_blocks", "slot_mapping")  # fmt: skip
@@ -184,7 +193,8 @@ def plots(records, folder):
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for name, draw in (
-        ("bandwidth", draw_bandwidth), ("host", draw_host), ("ablation", draw_ablation)
+        ("bandwidth", draw_bandwidth), ("attention", draw_attention), ("decoding", draw_decoding),
+        ("host", draw_host), ("ablation", draw_ablation),
     ):  # fmt: skip
         with pyplot.rc_context(FONT):
             figure = draw(pyplot, records)
@@ -199,13 +209,25 @@ def plots(records, folder):
 
 def draw_bandwidth(pyplot, records):
     """Bytes moved per second against bytes moved, one panel for each of the main operations."""
-    measured = [r for r in records if r["bytes"] and r["device_us"] and r["copy_us"]]
+    ceiling = "copy_us", "device-to-device copy"
+    return _draw_panels(pyplot, records, PANELS, ceiling, "Bandwidth by bytes that must move")
+
+
+def draw_attention(pyplot, records):
+    """Bytes read per second against bytes of keys and values, one panel for each kind of cache."""
+    ceiling = "read_us", "bare read of the same bytes"
+    title = "Attention over pages: bandwidth by bytes that must be read"
+    return _draw_panels(pyplot, records, READ_PANELS, ceiling, title)
+
+
+def _draw_panels(pyplot, records, wanted_panels, ceiling_of, heading):
+    """A panel of bandwidth against bytes for each of ``wanted_panels`` that was measured.
+    ``ceiling_of``: the field of the time that nothing can beat, and what it is called."""
+    field, ceiling_name = ceiling_of
+    measured = [r for r in records if r["bytes"] and r["device_us"] and r.get(field)]
     panels = []
-    for title, op, wanted in PANELS:
-        group = [
-            r for r in measured
-            if r["op"] == op and all(r.get(key, value) == value for key, value in wanted.items())
-        ]  # fmt: skip
+    for title, op, wanted in wanted_panels:
+        group = [r for r in measured if r["op"] == op and _is(r, wanted)]
         if group:
             panels.append((title, group))
     if not panels:
@@ -221,8 +243,8 @@ def draw_bandwidth(pyplot, records):
     l2 = records[0].get("l2_bytes")
     handles = {}
     for axis, (title, group) in zip(axes.flat, panels):
-        ceiling = _points((r["bytes"], r["copy_us"]) for r in group)
-        (handles["device-to-device copy"],) = axis.plot(*ceiling, color="0.75", linewidth=5)
+        ceiling = _points((r["bytes"], r[field]) for r in group)
+        (handles[ceiling_name],) = axis.plot(*ceiling, color="0.75", linewidth=5)
         if l2:
             handles["size of the L2"] = axis.axvline(l2, color="0.5", linestyle=":")
         for name in reversed([OURS, *_peers(group)]):  # ours on top
@@ -245,7 +267,59 @@ def draw_bandwidth(pyplot, records):
     figure.legend(
         [handles[name] for name in names], names, loc="outside lower center", ncols=5, frameon=False
     )
-    figure.suptitle(f"Bandwidth by bytes that must move, {_where(records)}")
+    figure.suptitle(f"{heading}, {_where(records)}")
+    return figure
+
+
+def _is(record, wanted):
+    """Whether a record says all this, as far as it says it."""
+    return all(record.get(key, value) == value for key, value in wanted.items())
+
+
+def draw_decoding(pyplot, records):
+    """A step's time against the tokens of each sequence, one panel for each number of sequences
+    that was measured at several lengths."""
+    groups = {}
+    for record in records:
+        known = record["op"] == "paged_attention" and record["device_us"] and record.get("read_us")
+        wanted = {**ATTENTION, "stored": "auto"}
+        if known and _is(record, wanted) and isinstance(record["lengths"], int):
+            groups.setdefault(record["sequences"], []).append(record)
+    groups = {count: group for count, group in sorted(groups.items()) if len(group) > 1}
+    if not groups:
+        return None
+    figure, axes = pyplot.subplots(
+        1, len(groups), figsize=(WIDTH, 3.6), squeeze=False, sharey=True, layout="constrained"
+    )
+    handles = {}
+    for axis, (count, group) in zip(axes.flat, groups.items()):
+        group = sorted(group, key=lambda record: record["lengths"])
+        lengths = [record["lengths"] for record in group]
+        read = [record["read_us"] for record in group]
+        (handles["bare read of the same bytes"],) = axis.plot(
+            lengths, read, color="0.75", linewidth=5
+        )
+        for name in reversed([OURS, *_peers(group)]):  # ours on top
+            times = [_place(record, name).get("device_us") for record in group]
+            points = [(length, us) for length, us in zip(lengths, times) if us]
+            (handles[name],) = axis.plot(
+                *zip(*points), "o-", color=_colour(name), markersize=5, linewidth=1
+            )
+        axis.set_title(f"{count} sequence{'s' if count > 1 else ''}")
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axis.minorticks_off()
+        axis.margins(x=0.15)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.3)
+        axis.set_xlabel("tokens of each")
+    axes[0][0].set_ylabel("µs")
+    names = sorted(handles, key=lambda name: (name != OURS, name not in COLOURS))
+    figure.legend(
+        [handles[name] for name in names], names, loc="outside lower center", ncols=5, frameon=False
+    )
+    figure.suptitle(f"Attention over pages: time of a step in bfloat16, {_where(records)}")
     return figure
 
 

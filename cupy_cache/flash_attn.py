@@ -86,7 +86,7 @@ def flash_attn_with_kvcache(
         -1.
     softcap : float
         0 is none.
-    alibi_slopes : float32 array [num_heads], optional
+    alibi_slopes : float32 array [num_heads] or [batch, num_heads], optional
         With ``causal``, or one query for each sequence.
     rotary_interleaved, num_splits : ignored
     return_softmax_lse : bool
@@ -132,7 +132,7 @@ def flash_attn_with_kvcache(
             "cache_seqlens": (None if one_length else cache_seqlens, "batch"),
             "cache_batch_idx": (cache_batch_idx, "batch"),
             "block_table": (block_table, "batch width"),
-            "alibi_slopes": (alibi_slopes, "num_heads"),
+            "alibi_slopes": (alibi_slopes, _of_slopes(op, alibi_slopes, "batch")),
         },
     )
     size = check.sizes
@@ -211,7 +211,7 @@ def flash_attn_varlen_func(
     dropout_p : 0.0
     softmax_scale, causal, window_size, softcap
         As for `flash_attn_with_kvcache`.
-    alibi_slopes : float32 array [num_heads], optional
+    alibi_slopes : float32 array [num_heads] or [batch, num_heads], optional
         With ``causal``.
     deterministic : ignored
         Results always are.
@@ -246,7 +246,7 @@ def flash_attn_varlen_func(
             "cu_seqlens_q": (cu_seqlens_q, "bounds"),
             "cu_seqlens_k": (cu_seqlens_k, "bounds"),
             "block_table": (block_table, "_ _"),
-            "alibi_slopes": (alibi_slopes, "num_heads"),
+            "alibi_slopes": (alibi_slopes, _of_slopes(op, alibi_slopes, "_")),
         },
     )
     options = _options(op, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
@@ -282,6 +282,12 @@ def _options(op, softmax_scale, causal, window_size, softcap, alibi_slopes, one_
         "soft_cap": None if softcap == 0 else number(op, "softcap", softcap, positive=True),
         "alibi_slopes": alibi_slopes,
     }
+
+
+def _of_slopes(op, slopes, batch):
+    """The pattern of their shape: of all sequences, or of each of a ``batch``."""
+    two = slopes is not None and len(arrays.view(slopes, f"{op}: alibi_slopes").shape) == 2
+    return f"{batch} num_heads" if two else "num_heads"
 
 
 def _refuse(op, name, when, expected, got):

@@ -34,7 +34,8 @@ def cache_formats():
     named = {}
     for name, fmt in formats.CACHE_FORMATS.items():
         named.setdefault(fmt, []).append(name)
-    return [*named.values(), [FP8_DS_MLA]]
+    by_token = formats.PER_TOKEN_HEAD_FORMATS.keys() - formats.CACHE_FORMATS
+    return [*named.values(), [FP8_DS_MLA], *([name] for name in sorted(by_token))]
 
 
 def arguments(layout, dtype, kv_cache_dtype):

@@ -34,12 +34,15 @@ struct Params {
   const char* block_table;      // [sequences, table_width]
   const char* seq_lens;         // [sequences]
   const char* query_start_loc;  // [sequences + 1]; where Start is void each has one token
-  const char* alibi_slopes;     // float32 [heads]
+  const char* alibi_slopes;     // float32 [heads], or null
   const char* sinks;            // [heads], or null
   const char* k_scale;          // float32, one or one for each KV head; or null: k_scale_value
   const char* v_scale;
   char* out;  // [tokens, heads, kValueSize]
   char* lse;  // float32 [tokens, heads], or null
+  const char* k_scale_cache;  // float32 [num_blocks, block_size, kv_heads] in any order, or null
+  const char* v_scale_cache;
+  const char* sequence_slopes;  // float32 [sequences, heads], where there are no alibi_slopes
   i64 tokens;
   i64 sequences;
   i64 table_width;
@@ -65,9 +68,16 @@ struct Params {
   i64 value_slot_stride;  // kByToken: of elements
   i64 value_pack_stride;
   i64 slope_stride;
+  i64 slope_sequence_stride;  // 0 where they are those of all sequences
   i64 sink_stride;
   i64 k_scale_stride;  // 0 where there is one for all heads
   i64 v_scale_stride;
+  i64 k_scale_block_stride;  // of k_scale_cache
+  i64 k_scale_slot_stride;
+  i64 k_scale_head_stride;
+  i64 v_scale_block_stride;
+  i64 v_scale_slot_stride;
+  i64 v_scale_head_stride;
   float base_scale;  // what `scale` is multiplied with
   u32 block_size;
   u32 kv_heads;
@@ -82,7 +92,7 @@ struct Params {
   u32 pairs_out;    // the output's can be written in pairs
 };
 
-constexpr u32 kBlockTable = 1, kSeqLens = 2;  // numbers of guarded arguments
+constexpr u32 kBlockTable = 1, kSeqLens = 2, kQueryStartLoc = 3;  // numbers of guarded arguments
 
 constexpr int kWide = 64;  // the most rows of a unit, where it may have more than one tile of rows
 constexpr int kKeys = 16;   // of a tile of keys
@@ -108,33 +118,84 @@ struct Unit {
   bool any = false;
 };
 
+// A sequence, and where its rows of the query begin and end.
+struct Span {
+  i64 sequence = -1;  // none
+  i64 start, end;
+
+  // Takes this sequence if its units include the one of this index. Sequence s has those from
+  // start / row_tokens + s on: enough for any start inside a unit.
+  __device__ __forceinline__ void take(const Params& p, i64 index, i64 other, i64 from, i64 to) {
+    const i64 behind = (index - other) * p.row_tokens;
+    if (other <= index && from < behind + p.row_tokens && to >= behind) {
+      sequence = other, start = from, end = to;
+    }
+  }
+};
+
+// The same where some start is below an earlier one or outside the query: it counts as the nearest that
+// is neither, and is recorded. All starts are read by each thread.
 template <typename Start>
-__device__ __forceinline__ i64 start_of(const Params& p, i64 sequence) {
-  const i64 start = load_number<Start>(p.query_start_loc + sequence * static_cast<i64>(sizeof(Start)));
-  return start < 0 ? 0 : start > p.tokens ? p.tokens : start;
+__device__ __forceinline__ Span find_span_of_odd(const Params& p, i64 index) {
+  Span span;
+  i64 before = 0;
+  for (i64 s = 0; s <= p.sequences; ++s) {
+    const i64 found = load_number<Start>(p.query_start_loc + s * static_cast<i64>(sizeof(Start)));
+    const i64 start = found < before ? before : found > p.tokens ? p.tokens : found;
+    if (start != found && threadIdx.x == 0) record_fault(kQueryStartLoc, s, found, p.tokens + 1);
+    if (s > 0) span.take(p, index, s - 1, before, start);
+    before = start;
+  }
+  return span;
 }
 
+// The sequence that the unit of this index belongs to. `found` is shared memory for a Span of each warp
+// and a number of each, free again when this returns.
+template <typename Start>
+__device__ __forceinline__ Span find_span(const Params& p, i64 index, Span* found) {
+  u32* const what = reinterpret_cast<u32*>(found + kWarps);  // of a warp: 1, it has one; 2, one is odd
+  const i64 most = index < p.sequences - 1 ? index : p.sequences - 1;
+  Span span;
+  bool odd = false;
+  for (i64 s = threadIdx.x; s <= most; s += kWarps * 32) {
+    const char* const at = p.query_start_loc + s * static_cast<i64>(sizeof(Start));
+    const i64 start = load_number<Start>(at), end = load_number<Start>(at + sizeof(Start));
+    odd |= start < 0 || end < start || end > p.tokens;
+    span.take(p, index, s, start, end);
+  }
+  const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const u32 holders = __ballot_sync(kWarp, span.sequence >= 0), odds = __ballot_sync(kWarp, odd);
+  if (holders != 0 && lane == static_cast<u32>(__ffs(static_cast<int>(holders)) - 1)) {
+    found[warp] = span;
+  }
+  if (lane == 0) what[warp] = (holders != 0 ? 1u : 0u) | (odds != 0 ? 2u : 0u);
+  __syncthreads();
+  span.sequence = -1;
+  u32 all = 0;
+#pragma unroll
+  for (int i = 0; i < kWarps; ++i) {
+    if (what[i] & 1) span = found[i];
+    all |= what[i];
+  }
+  __syncthreads();
+  return all & 2 ? find_span_of_odd<Start>(p, index) : span;
+}
+
+// `shared` is what find_span needs.
 template <typename Length, typename Start>
-__device__ __forceinline__ Unit find_unit(const Params& p, i64 index) {
+__device__ __forceinline__ Unit find_unit(const Params& p, i64 index, char* shared) {
   Unit unit;
   i64 count = 1, first = 0;
   if constexpr (IsVoid<Start>::value) {
     unit.sequence = unit.token = index;
   } else {
-    // Sequence s has the tiles from start / row_tokens + s on: enough for any start inside a tile.
-    i64 low = 0, high = p.sequences;
-    while (high - low > 1) {
-      const i64 middle = low + (high - low) / 2;
-      const bool before = start_of<Start>(p, middle) / p.row_tokens + middle <= index;
-      low = before ? middle : low;
-      high = before ? high : middle;
-    }
-    const i64 start = start_of<Start>(p, low), end = start_of<Start>(p, low + 1);
-    unit.sequence = low;
-    count = end - start;
-    first = (index - (start / p.row_tokens + low)) * p.row_tokens;
-    unit.token = start + first;
-    if (first < 0 || first >= count) return unit;
+    const Span span = find_span<Start>(p, index, reinterpret_cast<Span*>(shared));
+    if (span.sequence < 0) return unit;
+    unit.sequence = span.sequence;
+    count = span.end - span.start;
+    first = (index - (span.start / p.row_tokens + span.sequence)) * p.row_tokens;
+    unit.token = span.start + first;
+    if (first >= count) return unit;
   }
   unit.tokens = static_cast<i32>(count - first < p.row_tokens ? count - first : p.row_tokens);
   const i64 length = load_number<Length>(p.seq_lens + unit.sequence * static_cast<i64>(sizeof(Length)));
@@ -331,6 +392,31 @@ __device__ __forceinline__ void copy_tile(char* to, const Source& from, u32 bloc
   }
 }
 
+// Starts a warp's copy of the scales of a tile's keys, and behind them of its values, to shared memory,
+// one for each lane. The arguments are as of copy_tile.
+template <bool kWhole>
+__device__ __forceinline__ void copy_scales(float* to, const Params& p, u32 head, const Cut& cut,
+                                            i32 block, i32 key) {
+  const i32 lane = static_cast<i32>(threadIdx.x % 32), row = lane % kKeys;
+  const bool of_key = lane < kKeys;
+  const char* const from = of_key ? p.k_scale_cache + head * p.k_scale_head_stride
+                                  : p.v_scale_cache + head * p.v_scale_head_stride;
+  const i64 block_stride = of_key ? p.k_scale_block_stride : p.v_scale_block_stride;
+  const i64 slot_stride = of_key ? p.k_scale_slot_stride : p.v_scale_slot_stride;
+  const i32 its_block = kWhole ? block : __shfl_sync(kWarp, block, row);
+  const u32 slot = static_cast<u32>(key + row) % p.block_size;
+  const bool present = its_block >= 0 && key + row >= cut.low && key + row < cut.high;
+  const i64 away = present ? its_block * block_stride + slot * slot_stride : 0;
+  copy_async<4>(reinterpret_cast<char*>(to + lane), from + away, present);
+}
+
+// The logarithm of the power of two next below a scale's magnitude: from -64, so that sums of weights are
+// not too large, to 120, so that they do not vanish.
+__device__ __forceinline__ float magnitude(float scale) {
+  const i32 biased = static_cast<i32>(__float_as_uint(scale) >> 23 & 0xffu);
+  return static_cast<float>(min(max(biased, 63), 247) - 127);
+}
+
 // Writes two columns of a row's output, and with the first two its log-sum-exp.
 template <typename Query, int kValueSize>
 __device__ __forceinline__ void write_row(const Params& p, const Row& row, int column, Sums sums,
@@ -362,18 +448,21 @@ __device__ __forceinline__ float head_scale(const char* array, i64 stride, u32 h
   return array ? *reinterpret_cast<const float*>(array + head * stride) : value;
 }
 
-// Query is F16 or BF16, of queries and output; Stored is Query or one of the 8-bit types. kRows: a unit
+// Query is F16 or BF16, of queries and output; Cached is Query, one of the 8-bit types, or TokenScaled of
+// one of these: then the scales of keys multiply scores, and those of values multiply weights. kRows: a unit
 // has at most 8 rows, 16, or kWide. Caches are read kKeyVec and kValueVec bytes at a time. kWhole:
 // block_size is a multiple of kKeys. kByToken: a head's values of neighbouring slots are side by side.
 // kShared are the bytes of shared memory. kCluster blocks take a part each, or 1 block takes all.
-template <typename Query, typename Stored, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
+template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
           int kRows, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
           int kShared, int kCluster, typename Block, typename Length, typename Start>
 __global__ void CUPY_CACHE_CLUSTER(kCluster)
     __launch_bounds__(kWarps * 32, kKeySize + kValueSize > 256 ? 1 : 2)
     paged_attention(const __grid_constant__ Params p) {
-  using In = Operands<Query, Stored>;
+  using In = Operands<Query, Cached>;
   using Type = typename In::Type;
+  using Stored = typename In::Stored;
+  static_assert(!(In::kTokenScales && kByToken), "columns of scores are keys in their order");
   constexpr int kSteps = (kKeySize + 15) / 16;  // of the product of queries and keys
   constexpr int kOutSize = (kValueSize + 15) / 16 * 16;
   constexpr int kColumns = kOutSize / 8;  // tiles of 8 columns of the output
@@ -387,7 +476,9 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
   constexpr int kCopyBytes = kWarps * kStages * kStageBytes;
   constexpr int kOutBytes = kWarps * kTileRows * (kOutRow + 1) * 8;
   constexpr int kBytes = kCopyBytes > kOutBytes ? kCopyBytes : kOutBytes;
-  static_assert(kShared == kBytes + kWarps * kStages * 4, "what the host gives");
+  // Behind the tiles which of their keys are missing, and then their scales.
+  constexpr int kTileScales = In::kTokenScales ? 2 * kKeys : 0;
+  static_assert(kShared == kBytes + kWarps * kStages * 4 * (1 + kTileScales), "what the host gives");
   CUPY_CACHE_DYNAMIC_SHARED(shared, kShared);
 
   const u32 rank = blockIdx.x % kCluster, work = blockIdx.x / kCluster;
@@ -399,7 +490,7 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
       p.sequences <= kSorted) {
     place = sequence_by_length<Length>(p, static_cast<u32>(place), reinterpret_cast<u32*>(shared));
   }
-  const Unit unit = find_unit<Length, Start>(p, place);
+  const Unit unit = find_unit<Length, Start>(p, place, shared);
   if (!unit.any) return;  // as do all blocks of the cluster
 
   const Cut cut(p, unit);
@@ -410,6 +501,7 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
   const i32 first = cut.first + offset + warp;
   char* const copies = shared + warp * (kStages * kStageBytes);
   u32* const missing = reinterpret_cast<u32*>(shared + kBytes) + warp * kStages;
+  float* const scales = reinterpret_cast<float*>(shared + kBytes + kWarps * kStages * 4);
 
   // --- copies, ahead of use
   Pages<Block, kWhole> pages(p, unit, cut, first, mine);
@@ -455,6 +547,9 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
              p.value_pack},
             p.block_size, cut, block, key, complete);
       }
+      if constexpr (In::kTokenScales) {
+        copy_scales<kWhole>(scales + (warp * kStages + stage) * kTileScales, p, head, cut, block, key);
+      }
       const u32 absent = kWhole ? (block < 0 ? kWarp : 0u) : __ballot_sync(kWarp, block < 0);
       if (lane == 0) missing[stage] = absent;
     }
@@ -476,8 +571,9 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
     rows[half] = find_row(p, unit, head, head_part, first_row + half * 8 + in_half);
     slopes[half] = 0.0f;
     if (kSloped && rows[half].valid) {
-      slopes[half] = *reinterpret_cast<const float*>(p.alibi_slopes +
-                                                     rows[half].head * p.slope_stride);
+      slopes[half] = *reinterpret_cast<const float*>(
+          (p.alibi_slopes ? p.alibi_slopes : p.sequence_slopes) +
+          unit.sequence * p.slope_sequence_stride + rows[half].head * p.slope_stride);
     }
   }
   u32 queries[kSteps][4];
@@ -495,7 +591,7 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
       }
     }
   }
-  const float k_scale = In::kNarrow
+  const float k_scale = In::kNarrow && !In::kTokenScales
                             ? head_scale(p.k_scale, p.k_scale_stride, head, p.k_scale_value)
                             : 1.0f;
   const float scale = p.scale * p.base_scale * k_scale * (kCapped || kSloped ? 1.0f : kLog2E);
@@ -615,6 +711,19 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
       const i32 key = (cut.first + tile) * kKeys;
       const u32 absent = reinterpret_cast<const u32*>(shared + kBytes)[copier * kStages + stage];
       const bool all = key >= all_low && key + kKeys <= all_high && absent == 0;
+      // Of this lane's columns of scores. A weight times its value's scale is an operand, which has few
+      // bits: so the largest score is found with the scales' magnitudes added.
+      float factors[4], value_scales[4], magnitudes[4];
+      if constexpr (In::kTokenScales) {
+        const float* const its = scales + (copier * kStages + stage) * kTileScales;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int in_tile = i / 2 * 8 + pair * 2 + i % 2;
+          factors[i] = its[in_tile] * scale;
+          value_scales[i] = its[kKeys + in_tile];
+          magnitudes[i] = magnitude(value_scales[i]);
+        }
+      }
       float most[kHalves];
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
@@ -623,7 +732,8 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
         for (int i = 0; i < 4; ++i) {
           const int in_tile = key_of_column(i / 2 * 8 + pair * 2 + i % 2);
           float& score = scores[i / 2][2 * half + i % 2];
-          score = (score + others[i / 2][2 * half + i % 2]) * scale;
+          score = (score + others[i / 2][2 * half + i % 2]) *
+                  (In::kTokenScales ? factors[i] : scale);
           if constexpr (kCapped) {
             score = p.soft_cap -
                     2.0f * p.soft_cap * __fdividef(1.0f, power_of_two(score * cap_inverse) + 1.0f);
@@ -644,7 +754,10 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
           }
         }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) most[half] = fmaxf(most[half], scores[i / 2][2 * half + i % 2]);
+        for (int i = 0; i < 4; ++i) {
+          const float score = scores[i / 2][2 * half + i % 2];
+          most[half] = fmaxf(most[half], In::kTokenScales ? score + magnitudes[i] : score);
+        }
         most[half] = fmaxf(most[half], __shfl_xor_sync(kWarp, most[half], 1));
         most[half] = fmaxf(most[half], __shfl_xor_sync(kWarp, most[half], 2));
       }
@@ -672,7 +785,10 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
           const float low = power_of_two(scores[i][2 * half] - largest[half]);
           const float high = power_of_two(scores[i][2 * half + 1] - largest[half]);
           sums[half] += low + high;
-          weights[2 * i + half] = pack_pair<Type>(low, high);
+          weights[2 * i + half] = In::kTokenScales
+                                      ? pack_pair<Type>(low * value_scales[2 * i],
+                                                        high * value_scales[2 * i + 1])
+                                      : pack_pair<Type>(low, high);
         }
       }
 
@@ -771,7 +887,7 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
   }
 
   // --- joined
-  const float v_scale = In::kNarrow
+  const float v_scale = In::kNarrow && !In::kTokenScales
                             ? head_scale(p.v_scale, p.v_scale_stride, head, p.v_scale_value)
                             : 1.0f;
   // Row `row` of the unit is in row `row` of the first tile, and of the other warps' tiles, or of one.

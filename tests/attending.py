@@ -23,6 +23,11 @@ LAYOUTS = ("NHD", "HND", "packed-NHD", "packed-HND", "gaps", "x-packed", "interl
 STORED = {
     "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn", "fp8_e5m2": "float8_e5m2", "int8": "int8"
 }  # fmt: skip
+# Of caches with a scale for each token and head.
+TOKEN_SCALED = {
+    "int8": "int8", "fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn",
+    "int8_per_token_head": "int8", "fp8_per_token_head": "float8_e4m3fn",
+}  # fmt: skip
 UNUSED = -7  # in tables
 
 
@@ -79,12 +84,13 @@ class Problem:
         Rows of each sequence; None: one each, without query_start_loc.
     heads : (query heads, KV heads)
     sizes : (of keys, of values)
-    scales : "number", "array" or "heads"
+    scales : "number", "array", "heads" or "tokens": one for each token and head
     types : of table, lengths and starts
     width : of the table; by default what the lengths need
     spare : rows of the query behind those of all sequences, and further ones of the results
     bad : {(sequence, page): block number}
     lse : None, "rows" or "heads first"
+    slopes : True, of all sequences; "sequences", of each
     sinks : None or a dtype
     storage : dtype of the arrays of 8-bit caches; by default one of those that may be
     scale, sliding_window, soft_cap, causal, kv_cache_dtype : as of `paged_attention`
@@ -97,7 +103,8 @@ class Problem:
         slopes=False, sinks=None, scale=None, sliding_window=None, soft_cap=None, causal=True,
         pad=0, strided=False, storage=None,
     ):  # fmt: skip
-        self.rng, self.dtype, self.stored = rng, dtype, STORED.get(kv_cache_dtype)
+        self.rng, self.dtype = rng, dtype
+        self.stored = (TOKEN_SCALED if scales == "tokens" else STORED).get(kv_cache_dtype)
         if storage is None and self.stored:
             storage = str(rng.choice(["uint8", self.stored]))
         self.storage = storage or dtype
@@ -143,7 +150,12 @@ class Problem:
         self.starts = None if queries is None else worlds.of_values(starts.astype(types[2]))
         self.slopes = self.sinks = self.lse = None
         if slopes:
-            self.slopes = worlds.of_values(rng.uniform(-0.5, 0.5, heads[0]).astype(np.float32))
+            shape = heads[0]
+            if slopes == "sequences":  # in memory head by head, and one row more
+                shape = heads[0], len(numbers) + 1
+            self.slopes = worlds.of_values(rng.uniform(-0.5, 0.5, shape).astype(np.float32))
+            if slopes == "sequences":
+                self.slopes = self.slopes.permuted(1, 0)
         if sinks:
             kind = formats.DTYPES[sinks].numpy
             self.sinks = worlds.of_values(rng.standard_normal(heads[0]).astype(kind))
@@ -174,7 +186,12 @@ class Problem:
         for name, spec, size in zip(("k_scale", "v_scale"), self.caches, sizes):
             values = rng.standard_normal((num_blocks, self.block_size, heads, size))
             scale = np.ones(1, np.float32)
-            if stored is not None:
+            if stored is not None and scales == "tokens":
+                scale = self._token_scales(name, values, used)
+                values = values / scale[..., np.newaxis]
+                if stored == "int8":
+                    values = np.rint(values)
+            elif stored is not None:
                 scale = rng.uniform(0.02, 0.05, heads if scales == "heads" else 1)
                 scale = scale.astype(np.float32)
                 self.scales[name] = float(scale[0])
@@ -188,7 +205,29 @@ class Problem:
             elements[~used] = -128 if stored == "int8" else np.nan
             bits = formats.DTYPES[self.storage].numpy
             fill(spec, elements.view(bits), layout, name == "k_scale")
-            self.numbers.append(elements.astype(np.float64) * scale[:, np.newaxis].astype(float))
+            self.numbers.append(
+                elements.astype(np.float64) * scale[..., np.newaxis].astype(np.float64)
+            )
+
+    def _token_scales(self, name, values, used):
+        """Scales [block, offset, head] of ``values`` [block, offset, head, element], which are
+        made larger and smaller by orders of magnitude. Unused ones are garbage."""
+        rng = self.rng
+        if name == "v_scale":
+            values *= 10 ** rng.uniform(-3, 1, (*values.shape[:3], 1))
+        largest = 127 if self.stored == "int8" else 448
+        scale = np.maximum(np.abs(values).max(axis=-1) / largest, 1e-6).astype(np.float32)
+        shape = [*scale.shape, 3]  # a page has something else between scales
+        order = [0, *(1 + rng.permutation(2)), 3]
+        page = worlds.array(rng, [shape[axis] for axis in order], "float32")
+        spec = page.permuted(*np.argsort(order))[..., int(rng.integers(3))]
+        if rng.random() < 0.5:
+            spec = worlds.array(rng, scale.shape, "float32")
+        self.scales[f"{name}_cache"] = spec
+        garbage = np.array([np.nan, np.inf, -np.inf, 3e38, 0], np.float32)
+        shown = np.where(used[..., np.newaxis], scale, rng.choice(garbage, scale.shape))
+        spec.on(spec.buffer.bytes)[...] = shown
+        return scale
 
     # --- running
 
@@ -213,7 +252,8 @@ class Problem:
         """Run, and judge all there is to judge."""
         if world.on_gpu and self.dtype == "float32":  # a warp's products take 16-bit factors
             with pytest.raises(
-                cc.DTypeError, match="query: expected float16 or bfloat16, got float32"
+                cc.DTypeError,
+                match="query: expected float16 or bfloat16, got float32; .* use gather_cache",
             ):
                 self.run(world)
             for spec in filter(None, self.specs):
@@ -275,7 +315,9 @@ class Problem:
             return values.astype(kind).astype(np.float32)
 
         query, slopes, sinks = map(self._values, (self.query, self.slopes, self.sinks))
-        _, position, tokens = self.seen[row]
+        sequence, position, tokens = self.seen[row]
+        if slopes is not None and slopes.ndim == 2:
+            slopes = slopes[sequence]
         heads, scale = query.shape[1], self.options.get("scale", 1 / math.sqrt(query.shape[2]))
         keys, values = (rounded(numbers) for numbers in self.numbers)
         group = heads // keys.shape[2]

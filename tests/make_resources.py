@@ -53,7 +53,7 @@ MODELS = (
     (ONE_SHAPE, {**PAIRS, "kv_cache_dtype": "int8", "ops": CONVERTING}),
     *(
         (ONE_SHAPE, {**PAIRS, "kv_cache_dtype": name, "ops": ["paged_attention"]})
-        for name in ("fp8", "int8")
+        for name in ("fp8", "int8", "fp8_per_token_head", "int8_per_token_head")
     ),
     (MLA_SHAPE, LATENTS),
     (MLA_SHAPE, {**LATENTS, "kv_cache_dtype": "fp8"}),

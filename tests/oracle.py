@@ -513,6 +513,18 @@ def cp_gather_indexer_k_quant_cache(
     return faults
 
 
+def starts_that_count(starts, rows):
+    """The starts of neighbouring segments of so many ``rows``: no less than those before, from 0 to
+    ``rows``; and the faults to expect: (index, value, limit)."""
+    counted, faults = [], set()
+    for index, start in enumerate(map(int, starts)):
+        counts = min(max([start, 0, *counted[-1:]]), rows)
+        if counts != start:
+            faults.add((index, start, rows + 1))
+        counted.append(counts)
+    return counted, faults
+
+
 def tokens_seen(
     block_table, seq_lens, query_start_loc, tokens, num_blocks, block_size, window=None,
     causal=True,
@@ -520,12 +532,13 @@ def tokens_seen(
     """What each query of `paged_attention` sees: {row: (sequence, position, [(token, block,
     offset), …])}; and the faults to expect: (row, argument, value, limit)."""
     longest = block_table.shape[1] * block_size
-    seen, faults = {}, set()
+    seen, faults, starts = {}, set(), list(range(len(seq_lens) + 1))
+    if query_start_loc is not None:
+        starts, faults = starts_that_count(query_start_loc, tokens)
+        faults = {(row, "query_start_loc", value, limit) for row, value, limit in faults}
     for b in range(len(seq_lens)):
-        begin, end = (b, b + 1) if query_start_loc is None else map(int, query_start_loc[b : b + 2])
+        begin, end = starts[b], starts[b + 1]
         for row in range(begin, end):
-            if not 0 <= row < tokens:
-                continue
             length = int(seq_lens[b])
             if not 0 <= length <= longest:
                 faults.add((b, "seq_lens", length, longest + 1))
@@ -555,7 +568,10 @@ def paged_attention(
     if scale is None:
         scale = 1 / math.sqrt(query.shape[2])
     result = {}
-    for row, (_, position, tokens) in seen.items():
+    for row, (sequence, position, tokens) in seen.items():
+        slopes = alibi_slopes
+        if slopes is not None and slopes.ndim == 2:
+            slopes = slopes[sequence]
         attended, logarithms = np.zeros((heads, values.shape[3])), np.full(heads, -math.inf)
         for head in range(heads) if tokens else ():
             logits = []
@@ -564,8 +580,8 @@ def paged_attention(
                 logit = scale * float(query[row, head].astype(np.float64) @ key)
                 if soft_cap is not None:
                     logit = soft_cap * math.tanh(logit / soft_cap)
-                if alibi_slopes is not None:
-                    logit += float(alibi_slopes[head]) * (token - position)
+                if slopes is not None:
+                    logit += float(slopes[head]) * (token - position)
                 logits.append(logit)
             everything = logits + ([] if sinks is None else [float(sinks[head])])
             largest = max(everything)

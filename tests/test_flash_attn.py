@@ -128,9 +128,15 @@ class Case:
         out = world.numpy(result)
         for b in range(len(self.lengths)):
             given = (x[b].astype(np.float64) for x in (self.q, self.k, self.v))
-            wanted, wanted_lse = attention(*given, causal, **options)
+            also = dict(options)
+            if np.ndim(also.get("slopes")) == 2:
+                also["slopes"] = also["slopes"][b]
+            wanted, wanted_lse = attention(*given, causal, **also)
             np.testing.assert_allclose(out[b], wanted, **self.allowed)
             if lse is not None:
+                # As documented: [batch, heads, queries], float32.
+                assert world.numpy(lse).shape == (len(self.lengths), 4, self.q.shape[1])
+                assert world.numpy(lse).dtype == np.float32
                 np.testing.assert_allclose(world.numpy(lse)[b], wanted_lse, rtol=1e-5, atol=1e-5)
         full = [cache.copy() for cache in self.caches]
         self.put_in(full, self.lengths + self.added)
@@ -187,8 +193,11 @@ def test_options(world, rng, causal, options, also):
 
 @whole_arrays
 @pytest.mark.parametrize("causal, queries", [(True, 3), (True, 1), (False, 1)])
-def test_slopes(world, rng, causal, queries):
-    case, slopes = Case(world, rng, [9, 3, 20], queries), rng.uniform(0, 1, 4).astype(np.float32)
+@pytest.mark.parametrize("shape", [(4,), (3, 4)])
+def test_slopes(world, rng, causal, queries, shape):
+    """Of all sequences, and of each."""
+    case, slopes = Case(world, rng, [9, 3, 20], queries), rng.uniform(0, 1, shape)
+    slopes = slopes.astype(np.float32)
     put = [world.put(worlds.of_values(x)) for x in (case.q, *case.caches, case.table)]
     result = flash_attn.flash_attn_with_kvcache(
         *put[:3], cache_seqlens=world.put(worlds.of_values(case.lengths)), block_table=put[3],
@@ -224,15 +233,21 @@ def test_caches_in_order(world, rng):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("paged", [False, True])
 @pytest.mark.parametrize("lse", [False, True])
-def test_varlen(world, rng, causal, paged, lse):
+@pytest.mark.parametrize("slopes", [None, (4,), (4, 4)])
+def test_varlen(world, rng, causal, paged, lse, slopes):
+    if slopes is not None and not causal:
+        slopes = None  # refused
+    if slopes is not None:
+        slopes = rng.uniform(0, 1, slopes).astype(np.float32)
     case, counts = Case(world, rng, [9, 0, 20, 3], 1), [4, 2, 0, 3]
     queries = [rng.standard_normal((n, 4, 16)).astype(case.dtype) for n in counts]
     bounds = [np.concatenate([[0], np.cumsum(n)]).astype(np.int32) for n in (counts, case.lengths)]
     keys, values = case.caches if paged else map(np.concatenate, (case.k, case.v))
     put = [world.put(worlds.of_values(x)) for x in (np.concatenate(queries), keys, values, *bounds)]
     table = {"block_table": world.put(worlds.of_values(case.table))} if paged else {}
+    given = None if slopes is None else world.put(worlds.of_values(slopes))
     result = flash_attn.flash_attn_varlen_func(
-        *put, max(counts), 20, causal=causal, return_attn_probs=lse, **table
+        *put, max(counts), 20, causal=causal, alibi_slopes=given, return_attn_probs=lse, **table
     )
     if lse:
         result, logarithms, nothing = result
@@ -240,9 +255,13 @@ def test_varlen(world, rng, causal, paged, lse):
     for b, q in enumerate(queries):
         rows = slice(bounds[0][b], bounds[0][b + 1])
         given = (x.astype(np.float64) for x in (q, case.k[b], case.v[b]))
-        wanted, wanted_lse = attention(*given, causal)
+        own = slopes if np.ndim(slopes) < 2 else slopes[b]
+        wanted, wanted_lse = attention(*given, causal, slopes=own)
         np.testing.assert_allclose(world.numpy(result)[rows], wanted, **case.allowed)
         if lse:
+            # As documented: [heads, all queries], float32.
+            assert world.numpy(logarithms).shape == (4, sum(counts))
+            assert world.numpy(logarithms).dtype == np.float32
             got = world.numpy(logarithms)[:, rows]
             np.testing.assert_allclose(got, wanted_lse, rtol=1e-5, atol=1e-5)
 
@@ -288,6 +307,7 @@ class TestRefusals:
             ("window_size", 3),
             ("window_size", (1, 2, 3)),
             ("alibi_slopes", np.ones(4, np.float32)),
+            ("alibi_slopes", np.ones((2, 4), np.float32)),
             ("softcap", -1.0),
             ("softmax_scale", "1"),
         ],
@@ -311,6 +331,8 @@ class TestRefusals:
             ("cache_seqlens", np.ones(3, np.int32), cc.ShapeError),
             ("cache_seqlens", np.ones(2, np.float32), cc.DTypeError),
             ("block_table", np.ones((3, 8), np.int32), cc.ShapeError),
+            ("alibi_slopes", np.ones((3, 4), np.float32), cc.ShapeError),
+            ("alibi_slopes", np.ones((1, 2, 4), np.float32), cc.ShapeError),
             ("q", [1.0], cc.DTypeError),
             ("q", None, cc.DTypeError),
         ],

@@ -250,6 +250,7 @@ def attending_to(world, cache, layer, problem):
         {"kv_cache_dtype": "fp8", "scales": "number", "sliding_window": 3, "causal": False},
         {"kv_cache_dtype": "int8", "scales": "heads", "soft_cap": 3.0, "scale": 0.5},
         {"queries": [1, 1, 1], "slopes": True, "layout": "HND"},
+        {"slopes": "sequences"},
     ],
 )
 def test_attention_again_and_again(world, rng, named):

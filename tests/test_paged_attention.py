@@ -1,6 +1,5 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-import contextlib
 import itertools
 import types
 
@@ -67,6 +66,75 @@ def test_quantised_caches(world, rng, layout, kv_cache_dtype, scales):
     problem.solve(world)
 
 
+@pytest.mark.parametrize("kv_cache_dtype", attending.TOKEN_SCALED)
+@pytest.mark.parametrize("layout", LAYOUTS[:5])
+def test_scales_of_tokens(world, rng, layout, kv_cache_dtype):
+    """Scales of rows that no query sees are garbage."""
+    dtype = str(rng.choice(["float16", "bfloat16"]))
+    problem = Problem(
+        rng, [33, 0, 16, 7, 90], dtype=dtype, kv_cache_dtype=kv_cache_dtype, scales="tokens",
+        layout=layout,
+    )  # fmt: skip
+    problem.solve(world)
+
+
+@pytest.mark.parametrize("block_size", [1, 5, 8, 32])
+def test_scales_of_tokens_and_blocks(world, rng, block_size):
+    problem = Problem(
+        rng, borders(block_size), block_size=block_size, kv_cache_dtype="int8", scales="tokens",
+        sizes=(24, 40),
+    )  # fmt: skip
+    problem.solve(world)
+
+
+@pytest.mark.parametrize("queries", [None, [1, 4, 0, 18]])
+@pytest.mark.parametrize("heads", [(4, 2), (20, 1), (70, 1)])
+def test_scales_of_tokens_and_everything_else(world, rng, heads, queries):
+    problem = Problem(
+        rng, [1, 37, 5, 20], queries, heads=heads, kv_cache_dtype="fp8_per_token_head",
+        scales="tokens", slopes=True, sliding_window=30, soft_cap=2.0, sinks="float32", scale=0.3,
+        bad={(1, 0): 99},
+    )  # fmt: skip
+    problem.solve(world)
+
+
+@pytest.mark.parametrize("largest", [1e-6, 1e-3, 1.0, 1e9, 1e30])
+@pytest.mark.parametrize("smallest", [1.0, 1e-5, 0.0])
+def test_values_of_any_magnitude(world, rng, largest, smallest):
+    """The token that counts has the smallest scale of all, or the largest: the result is as
+    precise. Scales of 0 do no harm."""
+    problem = Problem(
+        rng, [40, 40], heads=(1, 1), dtype="bfloat16", kv_cache_dtype="int8",
+        scales="tokens", scale=1.0,
+    )  # fmt: skip
+    scales = problem.scales["v_scale_cache"]
+    view = scales.on(scales.buffer.bytes)
+    keys = problem.caches[0].on(problem.caches[0].buffer.bytes).view(np.int8)
+    values = problem.caches[1].on(problem.caches[1].buffer.bytes).view(np.int8)
+    k_scales = problem.scales["k_scale_cache"]
+    k_view = k_scales.on(k_scales.buffer.bytes)
+    query = problem.query.on(problem.query.buffer.bytes)
+    query[...] = 0
+    query[:, :, 0] = 1
+    for row in range(2):
+        for token, block, offset in problem.seen[row][2]:
+            alone = token == 23  # it has nearly all of the weight
+            k_view[block, offset] = 1.0
+            keys[block, offset, 0, 0] = 60 if alone else 0
+            view[block, offset] = np.float32(largest) * np.float32(smallest if alone ^ row else 1)
+            problem.numbers[0][block, offset] = keys[block, offset]
+            wide = values[block, offset].astype(np.float64)
+            problem.numbers[1][block, offset] = wide * float(view[block, offset, 0])
+    problem.run(world)
+    got = problem.out.on(world.bytes_of(problem.out)).astype(np.float64)
+    lse = problem.lse.on(world.bytes_of(problem.lse))
+    for row, (wanted, logarithms) in problem.exact().items():
+        # What has a weight of exp(-60) may be lost.
+        allowed = 2**-8 * np.abs(wanted).max() + 1e-15 * largest
+        np.testing.assert_allclose(got[row], wanted, rtol=2**-7, atol=allowed)
+        np.testing.assert_allclose(lse[row], logarithms, rtol=1e-5)
+
+
 def test_strides_and_spare_rows(world, rng):
     """Query and results are cut from wider arrays and have more rows than there are queries."""
     problem = Problem(
@@ -107,6 +175,7 @@ def test_prefill(world, rng):
 
 OPTIONS = {
     "slopes": {"slopes": True},
+    "slopes of each sequence": {"slopes": "sequences"},
     "window": {"sliding_window": 20},
     "window of one": {"sliding_window": 1},
     "soft cap": {"soft_cap": 1.5},
@@ -211,6 +280,21 @@ def test_sequences_without_queries_are_not_looked_at(world, rng):
     Problem(rng, [20, -5, 2**31 - 1], [1, 0, 0], width=2).solve(world)
 
 
+def with_starts(rng, starts, lengths, rows, causal=True, **named):
+    """A problem whose starts are these, whatever they are, for so many rows of the query."""
+    whole = Problem(rng, [48] * len(lengths), [48] * len(lengths), lse=None, **named)
+    step = Problem(rng, lengths, [rows, *[0] * (len(lengths) - 1)], **named)
+    # Caches that hold numbers throughout.
+    step.caches, step.numbers, step.table = whole.caches, whole.numbers, whole.table
+    step.starts = worlds.of_values(np.array(starts, np.int64))
+    step.options = {"causal": causal}
+    table, lens = (spec.on(spec.buffer.bytes) for spec in (step.table, step.lens))
+    step.seen, step.faults = oracle.tokens_seen(
+        table, lens, starts, rows, len(step.numbers[0]), 16, causal=causal
+    )
+    return step
+
+
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     "starts",
@@ -222,30 +306,33 @@ def test_sequences_without_queries_are_not_looked_at(world, rng):
         [8, 9, 9],
         [0, 2, 2**63 - 1],
         [-(2**63), 1, 5],
+        [4, 1, 5],
+        [0, 5, 1],
+        [5, 3, 1],
     ],
 )
-def test_starts_beyond_the_query(world, rng, starts, causal):
-    """Rows that there are not are not read; rows of no sequence are left as they are."""
-    problem = Problem(rng, [48, 48], [48, 48])  # caches that hold numbers throughout
-    step = Problem(rng, [40, 30], [2, 3])
-    step.caches, step.numbers, step.table = problem.caches, problem.numbers, problem.table
-    step.starts = worlds.of_values(np.array(starts, np.int64))
-    if world.on_gpu and not 0 <= min(starts) <= max(starts) <= 5:
-        # Which rows a sequence with such bounds has is not defined there.
-        step.run(world, causal=causal)
-        for spec in filter(None, step.specs):
-            if spec not in (step.out, step.lse):
-                np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
-        with contextlib.suppress(cc.FaultError):
-            cc.raise_faults()
-        return
-    step.options = {"causal": causal}
-    table, lens = (spec.on(spec.buffer.bytes) for spec in (step.table, step.lens))
-    near = [min(max(start, -(10**6)), 10**6) for start in starts]  # what the loops can walk
-    step.seen, step.faults = oracle.tokens_seen(
-        table, lens, near, 5, len(step.numbers[0]), 16, causal=causal
-    )
-    step.solve(world)
+def test_starts_out_of_order(world, rng, starts, causal):
+    """Those outside the query, or below an earlier one, count as the nearest that is neither."""
+    with_starts(rng, starts, [40, 30], 5, causal).solve(world)
+
+
+def test_starts_that_are_garbage(world, rng):
+    """Of sequences of which some have more rows than are taken together, and of many."""
+    for count, rows in ((1, 7), (4, 90), (9, 50), (150, 40)):
+        for kind in range(3):
+            starts = np.sort(rng.integers(0, rows + 1, count + 1))
+            odd = rng.random(count + 1) < (0.3, 0.05, 1)[kind]
+            wild = rng.choice([*BAD, *range(-3, rows + 3)], count + 1)
+            starts[odd] = wild[odd]
+            lengths = rng.integers(0, 49, count)
+            with_starts(rng, starts, lengths, rows, heads=(5, 1), sizes=(16, 16)).solve(world)
+
+
+def test_starts_of_many_sequences(world, rng):
+    """More than a thread block has threads."""
+    counts = rng.integers(0, 3, 300)
+    lengths = rng.integers(0, 20, 300)
+    Problem(rng, lengths, counts, heads=(1, 1), sizes=(16, 16), types=["int64"] * 3).solve(world)
 
 
 def test_nothing_to_do(world, rng):
@@ -324,6 +411,10 @@ def problems(draw, **fixed):
         "kv_cache_dtype": draw(st.sampled_from(["auto", *attending.STORED])),
         "heads": draw(st.sampled_from([(1, 1), (2, 1), (3, 3), (6, 2), (5, 1), (8, 2)])),
     } | fixed  # fmt: skip
+    scales = ["number", "array", "heads"]
+    if named["kv_cache_dtype"] in attending.TOKEN_SCALED and named["layout"] in LAYOUTS[:5]:
+        scales.append("tokens")
+    scales = draw(st.sampled_from(scales))
     size = named["block_size"]
     length = st.one_of(st.sampled_from([0, 1, size - 1, size, size + 1]), st.integers(0, 6 * size))
     lengths = draw(st.lists(length, max_size=5))
@@ -347,9 +438,10 @@ def problems(draw, **fixed):
     maybe = st.sampled_from
     return np.random.default_rng(draw(st.integers(0, 2**32))), lengths, {
         **named, "types": types, "width": width, "bad": bad,
-        "scales": draw(maybe(["number", "array", "heads"])),
+        "scales": scales,
         "spare": draw(maybe([0, 0, 2])), "lse": draw(maybe([None, "rows", "heads first"])),
-        "slopes": draw(st.booleans()), "sinks": draw(maybe([None, "float32", named["dtype"]])),
+        "slopes": draw(maybe([False, True, "sequences"])),
+        "sinks": draw(maybe([None, "float32", named["dtype"]])),
         "scale": draw(maybe([None, 0.2, 1.0])), "sliding_window": draw(maybe([None, 1, 3, 17])),
         "soft_cap": draw(maybe([None, 0.5, 30.0])), "causal": draw(st.booleans()),
         "strided": draw(st.booleans()), "pad": draw(maybe([0, 0, 16])),
@@ -450,6 +542,10 @@ class TestRefusals:
             ("starts", (4,), "float32", cc.DTypeError, ("query_start_loc",)),
             ("slopes", (2,), "float32", cc.ShapeError, ("alibi_slopes", "num_heads")),
             ("slopes", (4,), "bfloat16", cc.DTypeError, ("alibi_slopes", "float32")),
+            ("slopes", (3, 2), "float32", cc.ShapeError, ("alibi_slopes", "num_heads")),
+            ("slopes", (2, 4), "float32", cc.ShapeError, ("alibi_slopes", "3 sequences")),
+            ("slopes", (3, 4), "float16", cc.DTypeError, ("alibi_slopes", "float32")),
+            ("slopes", (1, 3, 4), "float32", cc.ShapeError, ("alibi_slopes", "num_heads")),
             ("sinks", (4, 1), "float32", cc.ShapeError, ("sinks",)),
             ("sinks", (4,), "float16", cc.DTypeError, ("sinks", "float32", "bfloat16")),
             ("out", (3, 4, 31), "bfloat16", cc.ShapeError, ("out", "head_size_v")),
@@ -521,6 +617,37 @@ class TestRefusals:
         ):
             scale = worlds.array(rng, shape, dtype)
             self.refused(world, problem, error, name, **{name: scale})
+
+    @pytest.mark.parametrize("name", ["k_scale_cache", "v_scale_cache"])
+    def test_scales_of_tokens(self, world, rng, name):
+        problem = Problem(rng, [20], kv_cache_dtype="int8_per_token_head", scales="tokens")
+        for spec in problem.scales.values():
+            world.put(spec)
+        self.refused(world, problem, cc.ArgumentError, name, "both", **{name: None})
+        scale = name.removesuffix("_cache")
+        self.refused(world, problem, cc.ArgumentError, scale, "None", **{scale: 1.0})
+        blocks, *inner = problem.scales[name].shape
+        for shape, dtype, error in (
+            ((blocks, *inner[::-1]), "float32", cc.ShapeError),
+            ((blocks, *inner, 1), "float32", cc.ShapeError),
+            ((blocks, *inner), "float16", cc.DTypeError),
+        ):
+            self.refused(world, problem, error, name, **{name: worlds.array(rng, shape, dtype)})
+        for dtype in ("auto", "fp8_e5m2", "fp9"):
+            words = "kv_cache_dtype", "int8_per_token_head", dtype
+            self.refused(world, problem, cc.ArgumentError, *words, kv_cache_dtype=dtype)
+
+    def test_formats_that_need_scales_of_tokens(self, world, rng):
+        problem = Problem(rng, [20], kv_cache_dtype="int8", storage="int8")
+        name = "int8_per_token_head"
+        self.refused(world, problem, cc.ArgumentError, "k_scale_cache", name, kv_cache_dtype=name)
+
+    def test_x_packed_caches_have_no_scales_of_tokens(self, world, rng):
+        problem = Problem(rng, [20], kv_cache_dtype="int8", layout="x-packed", storage="int8")
+        blocks, heads, _, size, _ = problem.caches[0].shape
+        scales = [worlds.array(rng, (blocks, size, heads), "float32") for _ in "kv"]
+        problem.scales = dict(zip(("k_scale_cache", "v_scale_cache"), scales))
+        self.refused(world, problem, cc.ShapeError, "key_cache", "num_kv_heads, head_size")
 
     def test_strides(self, world, rng):
         problem = Problem(rng, [20, 9])

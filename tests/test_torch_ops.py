@@ -419,6 +419,18 @@ def test_new_attention(world, rng, layout):
     np.testing.assert_array_equal(problem.lse.on(world.bytes_of(problem.lse)), written)
 
 
+@only_torch
+def test_new_attention_with_scales_of_tokens(world, rng):
+    problem = attending.Problem(
+        rng, [9, 0, 20], kv_cache_dtype="int8_per_token_head", scales="tokens", lse=None
+    )
+    problem.solve(world)
+    expected = problem.out.on(world.bytes_of(problem.out))[:3]
+    args = problem.query, *problem.caches, problem.table, problem.lens
+    options = {**problem.options, **{n: world.put(s) for n, s in problem.scales.items()}}
+    check_new(world, "paged_attention", list(map(world.put, args)), options, expected)
+
+
 # --- several in one function ----------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ import math
 import numbers
 from typing import Any, NamedTuple
 
-from .. import cpu
+from .. import cpu, errors
 from ..errors import ArgumentError, ShapeError
 from ..runtime import (
     arrays,
@@ -30,19 +30,27 @@ NAME = "paged_attention"
 PARAMS = params.Struct(
     per_call="query:ptr key_cache:ptr value_cache:ptr block_table:ptr seq_lens:ptr "
     "query_start_loc:ptr alibi_slopes:ptr sinks:ptr k_scale:ptr v_scale:ptr out:ptr lse:ptr "
+    "k_scale_cache:ptr v_scale_cache:ptr sequence_slopes:ptr "
     "tokens:i64 sequences:i64 table_width:i64 table_stride:i64 window:i64 "
     "scale:f32 soft_cap:f32 k_scale_value:f32 v_scale_value:f32",
     constant="num_blocks:i64 query_stride:i64 query_head_stride:i64 out_stride:i64 "
     "out_head_stride:i64 lse_stride:i64 lse_head_stride:i64 key_block_stride:i64 "
     "key_head_stride:i64 key_slot_stride:i64 key_pack_stride:i64 value_block_stride:i64 "
     "value_head_stride:i64 value_slot_stride:i64 value_pack_stride:i64 slope_stride:i64 "
-    "sink_stride:i64 k_scale_stride:i64 v_scale_stride:i64 base_scale:f32 block_size:u32 "
-    "kv_heads:u32 group:u32 row_tokens:u32 head_parts:u32 causal:u32 float_sinks:u32 key_pack:u32 "
-    "value_pack:u32 pairs_in:u32 pairs_out:u32",
+    "slope_sequence_stride:i64 sink_stride:i64 k_scale_stride:i64 v_scale_stride:i64 "
+    "k_scale_block_stride:i64 k_scale_slot_stride:i64 k_scale_head_stride:i64 "
+    "v_scale_block_stride:i64 v_scale_slot_stride:i64 v_scale_head_stride:i64 base_scale:f32 "
+    "block_size:u32 kv_heads:u32 group:u32 row_tokens:u32 head_parts:u32 causal:u32 "
+    "float_sinks:u32 key_pack:u32 value_pack:u32 pairs_in:u32 pairs_out:u32",
 )
 FLOAT32 = formats.DTYPES["float32"]
 NO_WINDOW = 1 << 62  # more tokens than there are
 LARGEST = contract.LARGEST_SCALE
+# The arguments that belong to a layer; of its slopes, those of all sequences or of each.
+LAYERS = (
+    "key_cache", "value_cache", "alibi_slopes", "sinks", "k_scale", "v_scale", "k_scale_cache",
+    "v_scale_cache", "sequence_slopes",
+)  # fmt: skip
 
 
 def paged_attention(
@@ -62,6 +70,8 @@ def paged_attention(
     kv_cache_dtype: str = "auto",
     k_scale: Scale = None,
     v_scale: Scale = None,
+    k_scale_cache: ArrayLike | None = None,
+    v_scale_cache: ArrayLike | None = None,
     out: ArrayLike | None = None,
     lse: ArrayLike | None = None,
     stream: StreamLike | None = None,
@@ -82,8 +92,11 @@ def paged_attention(
     Parameters
     ----------
     query : array [num_tokens, num_heads, head_size]
-        float16, bfloat16 or, on the CPU alone, float32; the last dimension contiguous. On a GPU
-        heads, and those of values, have at most 256 elements.
+        float16, bfloat16 or, on the CPU alone, float32; the last dimension contiguous. For float32
+        on a GPU, whose products take 16 bits, use `gather_cache` and the framework's attention. On
+        a GPU heads, and those of values, have at most 256 elements: for 512 a thread would keep
+        1,104 bytes outside its registers, and a thread block need 260 KiB of shared memory, which
+        none has.
     key_cache, value_cache : array [num_blocks, block_size, num_kv_heads, head_size or head_size_v]
         As `reshape_and_cache_flash` writes them; or, of five dimensions, the key cache [num_blocks,
         num_kv_heads, head_size / x, block_size, x] with the value cache [num_blocks, num_kv_heads,
@@ -99,14 +112,13 @@ def paged_attention(
         Tokens of each sequence in the cache. Contiguous.
     query_start_loc : int32 or int64 array [num_seqs + 1], optional
         Where each sequence's rows of ``query`` start, and where the last one's end; never
-        descending, and inside ``query``; contiguous. Bounds outside are not followed, but which
-        rows their sequences have is then not the same on CPU and GPU. Rows of no sequence are left
-        as they are in ``out`` and ``lse``. By default each sequence has one row, so ``num_seqs`` is
+        descending, and inside ``query``; contiguous. Rows of no sequence are left as they are in
+        ``out`` and ``lse``. By default each sequence has one row, so ``num_seqs`` is
         ``num_tokens``.
     scale : float, optional
         By default ``1 / sqrt(head_size)``.
-    alibi_slopes : float32 array [num_heads], optional
-        Such as `alibi_slopes` returns; any stride.
+    alibi_slopes : float32 array [num_heads] or [at least num_seqs, num_heads], optional
+        Such as `alibi_slopes` returns, of all sequences or of each; any strides.
     sliding_window : int, optional
         How many tokens a query sees at most, itself included: the ``sliding_window - 1`` before it
         and its own. With ``causal=False`` also all that follow.
@@ -119,10 +131,16 @@ def paged_attention(
         False: every query of a sequence sees all its tokens, but for what ``sliding_window`` hides.
     kv_cache_dtype : str
         "auto", "float16", "bfloat16" or "float32": raw caches. "fp8" or "fp8_e4m3", "fp8_e5m2",
-        "int8": a key or value is what is stored, times its scale.
+        "int8": a key or value is what is stored, times its scale. With ``k_scale_cache`` and
+        ``v_scale_cache`` what `reshape_and_cache_flash_per_token_head` takes: "int8", "fp8" or
+        "fp8_e4m3", or "int8_per_token_head" or "fp8_per_token_head".
     k_scale, v_scale : float, or float32 array [1], [num_kv_heads] or of no dimensions, optional
         One number, or one for each head. An array is read on its device. None is 1.0. Raw caches
         ignore them.
+    k_scale_cache, v_scale_cache : float32 array [num_blocks, block_size, num_kv_heads], optional
+        Both or neither, and then no ``k_scale`` and ``v_scale``: a scale for each token and head,
+        as `reshape_and_cache_flash_per_token_head` writes them; any strides. Caches have four
+        dimensions then.
     out : array [at least num_tokens, num_heads, head_size_v], optional
         Written in place; of the dtype of ``query``; the last dimension contiguous.
     lse : float32 array [at least num_tokens, num_heads], optional
@@ -156,7 +174,9 @@ def paged_attention(
 
     A length below 0 or above ``width * block_size`` counts as the nearer of the two, and tokens in
     blocks that the cache does not have count as not there. Both are recorded under the number of
-    the sequence (see `raise_faults`), arguments ``seq_lens`` and ``block_table``.
+    the sequence (see `raise_faults`), arguments ``seq_lens`` and ``block_table``. A start below an
+    earlier one, below 0 or above ``num_tokens`` counts as the nearest number that is neither, and
+    is recorded under its own number, argument ``query_start_loc``.
 
     A sequence's result has the same bits whatever else is in the batch. Logits, softmax and sums
     are float32; on a GPU the weights are rounded to the dtype of ``query`` before they multiply
@@ -171,21 +191,23 @@ def paged_attention(
         stream = streams.pointer(NAME, stream)
     objects, options, scalars = arguments(
         NAME, key_cache, value_cache, scale, alibi_slopes, sliding_window, soft_cap, sinks, causal,
-        kv_cache_dtype, k_scale, v_scale,
+        kv_cache_dtype, k_scale, v_scale, k_scale_cache, v_scale_cache,
     )  # fmt: skip
     if out is None:
         out = new_out(NAME, query, key_cache, value_cache, stream)
-    keys, values, *heads = objects
-    objects = query, keys, values, block_table, seq_lens, query_start_loc, *heads, out, lse
+    keys, values, *heads = objects[:6]
+    # What is rarely given comes last, and costs other calls nothing.
+    others = objects[6:]
+    objects = query, keys, values, block_table, seq_lens, query_start_loc, *heads, out, lse, *others
     OP(objects, options, stream, scalars)
     return out
 
 
 def arguments(
     op, key_cache, value_cache, scale, alibi_slopes, sliding_window, soft_cap, sinks, causal,
-    kv_cache_dtype, k_scale, v_scale,
+    kv_cache_dtype, k_scale, v_scale, k_scale_cache=None, v_scale_cache=None,
 ):  # fmt: skip
-    """What of a call a layer decides: (arrays, but for those of a step; options; scalars). ``op``
+    """What of a call a layer decides: (arrays, in the order of `LAYERS`; options; scalars). ``op``
     is the caller, for errors."""
     window, scaled_by, cap = NO_WINDOW, 1.0, 0.0
     if sliding_window is not None:
@@ -202,8 +224,36 @@ def arguments(
         soft_cap is not None,
     )
     scales, scalars = contract.split_scales(op, kv_cache_dtype, k_scale, v_scale)
-    objects = (key_cache, value_cache, alibi_slopes, sinks, *(scales or (None, None)))
+    others = ()
+    if k_scale_cache is not None or v_scale_cache is not None:
+        _check_scales(op, k_scale, v_scale, k_scale_cache, v_scale_cache)
+        scales = scalars = ()
+        others = k_scale_cache, v_scale_cache
+    if alibi_slopes is not None and _is_of_sequences(op, alibi_slopes):
+        others = k_scale_cache, v_scale_cache, alibi_slopes
+        alibi_slopes = None
+    objects = key_cache, value_cache, alibi_slopes, sinks, *(scales or (None, None)), *others
     return objects, options, (window, scaled_by, cap, *(scalars or (1.0, 1.0)))
+
+
+def _is_of_sequences(op, slopes):
+    """Whether each sequence has slopes of its own."""
+    shape = getattr(slopes, "shape", None)
+    if shape is None:
+        shape = arrays.view(slopes, f"{op}: alibi_slopes").shape
+    return len(shape) == 2
+
+
+def _check_scales(op, k_scale, v_scale, k_scale_cache, v_scale_cache):
+    """Refuse one cache of scales without the other, or with other scales."""
+    for name, cache in (("k_scale_cache", k_scale_cache), ("v_scale_cache", v_scale_cache)):
+        if cache is None:
+            other = "both k_scale_cache and v_scale_cache, or neither"
+            raise ArgumentError(errors.wrong("value", f"{op}: {name}", other, "None"))
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scale is not None:
+            expected, got = f"None beside {name}_cache", contract.shown(scale)
+            raise ArgumentError(errors.wrong("value", f"{op}: {name}", expected, got))
 
 
 def number(op, name, value, positive=False):
@@ -250,17 +300,28 @@ def _check_caches(check, key_cache, value_cache):
 def _plan(op, described, options):
     kv_cache_dtype, causal, default_scale, *_ = options
     named = {arg.name: array for arg, array in zip(op.args, described)}
-    query, key_cache, value_cache, table, lens, _, _, sinks, *scales, out, _ = described
-    fmt = formats.cache_format(op.name, kv_cache_dtype)
+    of_sequences = named.pop("sequence_slopes")
+    if of_sequences is not None:
+        named["alibi_slopes"] = of_sequences
+    query, key_cache, value_cache, table, lens, _, _, sinks, *scales, out, _ = described[:12]
+    scale_caches = {name: named[name] for name in ("k_scale_cache", "v_scale_cache")}
+    by_token = scale_caches["k_scale_cache"] is not None
+    fmt = _format(op.name, kv_cache_dtype, by_token)
     check = contract.Contract(op.name)
     check.shape("query", query, "_ num_heads head_size")
+    if by_token:
+        check.shape("key_cache", key_cache, "num_blocks block_size num_kv_heads head_size")
     _check_caches(check, key_cache, value_cache)
+    for name, array in scale_caches.items():
+        if array is not None:
+            check.shape(name, array, "num_blocks block_size num_kv_heads")
+            check.dtype(name, array, FLOAT32)
     check.shape("block_table", table, "_ _")
     check.shape("seq_lens", lens, "_")
     check.shape("out", out, "_ num_heads head_size_v")
     for name, pattern in (
-        ("query_start_loc", "_"), ("alibi_slopes", "num_heads"), ("sinks", "num_heads"),
-        ("lse", "_ num_heads"),
+        ("query_start_loc", "_"), ("sinks", "num_heads"), ("lse", "_ num_heads"),
+        ("alibi_slopes", "num_heads" if of_sequences is None else "_ num_heads"),
     ):  # fmt: skip
         if named[name] is not None:
             check.shape(name, named[name], pattern)
@@ -311,12 +372,22 @@ def _plan(op, described, options):
         )  # fmt: skip
         bits = {"query", "key_cache", "value_cache", "sinks", "out"}
         dtypes = [
-            array and (array.dtype.bits if name in bits else array.dtype.numpy)
-            for name, array in named.items()
+            array and (array.dtype.bits if arg.name in bits else array.dtype.numpy)
+            for arg, array in zip(op.args, described)
         ]
         return plans.NumPyPlan(run, dtypes)
 
     return _gpu_plan(check, named, fmt.stored or query.dtype, options, scale_strides, base_scale)
+
+
+def _format(op, kv_cache_dtype, by_token):
+    """The `formats.CacheFormat` of caches, with a scale for each token and head or without."""
+    if by_token:
+        return formats.cache_format(op, kv_cache_dtype, table=formats.PER_TOKEN_HEAD_FORMATS)
+    if kv_cache_dtype in {*formats.PER_TOKEN_HEAD_FORMATS} - {*formats.CACHE_FORMATS}:
+        expected = f"float32 scales, with kv_cache_dtype={kv_cache_dtype!r}"
+        raise ArgumentError(errors.wrong("value", f"{op}: k_scale_cache", expected, "None"))
+    return formats.cache_format(op, kv_cache_dtype)
 
 
 # --- the kernel: constants of paged_attention.cu
@@ -399,7 +470,10 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     _, causal, _, _, capped = options
     size, query, out = check.sizes, named["query"], named["out"]
     key_cache, value_cache = named["key_cache"], named["value_cache"]
-    check.dtype("query", query, *(formats.DTYPES[name] for name in ("float16", "bfloat16")))
+    check.dtype(
+        "query", query, *(formats.DTYPES[name] for name in ("float16", "bfloat16")),
+        way_out="for float32 on a GPU use gather_cache and the framework's attention",
+    )  # fmt: skip
     for name, extent in (("query", size["head_size"]), ("value_cache", size["head_size_v"])):
         if extent > LARGEST_HEAD:
             raise ShapeError(
@@ -424,7 +498,12 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         stage += _tile_bytes(KEYS, value_size * stored.bytes)
     stages = min(3, max(2, HALF_OF_SHARED // (WARPS * stage)))
     results = WARPS * min(rows, 16) * ((value_size + 8) // 2 + 1) * 8
-    shared = max(WARPS * stages * stage, results) + WARPS * stages * 4
+    k_scales, v_scales = named["k_scale_cache"], named["v_scale_cache"]
+    cached, of_tile = spelling.ELEMENT_NAMES[stored.name], 4
+    if k_scales is not None:
+        cached = f"cupy_cache::TokenScaled<{cached}>"
+        of_tile += 2 * KEYS * FLOAT32.bytes
+    shared = max(WARPS * stages * stage, results) + WARPS * stages * of_tile
 
     device, whole = out.device.index, size["block_size"] % KEYS == 0
     indices = (named[name] for name in ("block_table", "seq_lens", "query_start_loc"))
@@ -433,24 +512,26 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
 
     def launcher(cluster):
         arguments = (
-            *(spelling.ELEMENT_NAMES[dtype.name] for dtype in (query.dtype, stored)),
+            spelling.ELEMENT_NAMES[query.dtype.name], cached,
             size["head_size"], size["head_size_v"], keys.vector, values.vector, rows,
             *map(spelling.boolean, flags), stages, shared, cluster, *index,
         )  # fmt: skip
         kernel = modules.Kernel(
             check.op, NAME, f"{NAME}<{', '.join(map(str, arguments))}>", PARAMS,
-            guarded=("block_table", "seq_lens"), shared_bytes=shared,
+            guarded=("block_table", "seq_lens", "query_start_loc"), shared_bytes=shared,
         )  # fmt: skip
         return launch.Launcher(kernel, device, constants)
 
-    lse, sinks = named["lse"], named["sinks"]
+    lse, sinks, slopes = named["lse"], named["sinks"], named["alibi_slopes"]
     constants = (
         key_cache.shape[0], *query.strides[:2], *out.strides[:2],
         *((0, 0) if lse is None else lse.strides), keys.block, keys.head, keys.slot,
         keys.pack_stride, values.block, values.head, values.slot, values.pack_stride,
-        *(named[name].strides[0] if named[name] is not None else 0
-          for name in ("alibi_slopes", "sinks")),
-        *scale_strides, base_scale, size["block_size"], size["num_kv_heads"],
+        *((0, 0) if slopes is None else (*reversed(slopes.strides), 0)[:2]),
+        0 if sinks is None else sinks.strides[0],
+        *scale_strides,
+        *(n for a in (k_scales, v_scales) for n in ((0, 0, 0) if a is None else a.strides)),
+        base_scale, size["block_size"], size["num_kv_heads"],
         group, row_tokens, head_parts, causal, sinks is not None and sinks.dtype == FLOAT32,
         keys.pack, values.pack,
         *(contract.vector_bytes(a.ptr, *a.strides[:2]) >= 4 for a in (query, out)),
@@ -470,7 +551,7 @@ def _on_numpy(*arguments, base_scale, **options):
 def _count(extents, options, scalars):
     """(Tokens and sequences, or 0; the fields of `PARAMS` behind the pointers)."""
     del options
-    tokens, ((table_rows, width), (step, _)), sequences, starts, *written = extents
+    tokens, ((table_rows, width), (step, _)), sequences, starts, *written, slopes = extents
     contract.check_sequence_count(NAME, "seq_lens", sequences)
     if table_rows < sequences:
         raise ShapeError(
@@ -486,6 +567,11 @@ def _count(extents, options, scalars):
         raise ShapeError(
             f"{NAME}: Invalid shape of query_start_loc: expected [{sequences + 1}], one more than "
             f"seq_lens, got [{starts}]"
+        )
+    if slopes is not None and slopes < sequences:
+        raise ShapeError(
+            f"{NAME}: Invalid shape of alibi_slopes: expected rows for the {sequences} sequences "
+            f"of seq_lens, got {slopes}"
         )
     for name, rows in zip(("out", "lse"), written):
         if rows is not None and rows < tokens:
@@ -512,6 +598,9 @@ OP = dispatch.Op(
         dispatch.Arg("v_scale", optional=True),
         dispatch.Arg("out", varies=dispatch.ROWS, written=True),
         dispatch.Arg("lse", varies=dispatch.ROWS, optional=True, written=True),
+        dispatch.Arg("k_scale_cache", optional=True),
+        dispatch.Arg("v_scale_cache", optional=True),
+        dispatch.Arg("sequence_slopes", varies=dispatch.ROWS, optional=True),
     ),
     plan=_plan,
     destination=(10, 11),

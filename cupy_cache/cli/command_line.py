@@ -169,9 +169,11 @@ def _add_demo(commands):
         help="decode a text with a small model in a paged cache, and compare with a dense cache",
         description="A small ALiBi decoder with random weights reads the first bytes of FILE and "
         "continues them, greedily and by beam search. Its keys and values live in a paged cache: "
-        "written, forked, swapped out to host memory and back, gathered. Every step is compared "
-        "with the same model on a dense cache: keys and values bit for bit, logits within "
-        f"{demo.TOLERANCE:g}, and the tokens chosen. Exits with 1 at the first difference.",
+        "written, forked, swapped out to host memory and back, attended to, gathered. Every step "
+        "is compared with the same model on a dense cache: keys and values bit for bit, logits "
+        f"within {demo.TOLERANCE['float16']:g} ({demo.TOLERANCE['float32']:g} in float32, "
+        f"{demo.TOLERANCE['bfloat16']:g} in bfloat16), and the tokens chosen. Exits with 1 at the "
+        "first difference.",
     )
     parser.add_argument(
         "file", nargs="?", metavar="FILE",

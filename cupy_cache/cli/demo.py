@@ -6,7 +6,7 @@
 
 1. arrays: the module ``xp`` is NumPy on the CPU, CuPy on a GPU;
 2. `PagedCache`: **here the library is used**, every operation that serving a model takes;
-3. `DenseCache`: the same keys and values in plain arrays, to compare with;
+3. `DenseCache`: the same keys and values in plain arrays, and attention to them, to compare with;
 4. `Decoder`: the model, a small transformer with grouped-query heads and ALiBi, random weights;
 5. `Run`: feeds tokens to the model on both caches, and compares them at every step;
 6. `search` and `demo`, which fork, free and preempt sequences.
@@ -25,7 +25,9 @@ QUERY_HEADS, KV_HEADS, HEAD_SIZE = 8, 2, 32
 WIDTH = QUERY_HEADS * HEAD_SIZE
 VOCABULARY = 256  # the model reads and writes bytes
 CHUNK = 100  # tokens of the prompt at a time; chunks end inside blocks, as they do in engines
-TOLERANCE = 1e-4  # of logits, whose standard deviation is about 1
+# Of logits, whose standard deviation is about 1: queries and what they attend to are rounded to the
+# cache's dtype, and where sums differ in the last bit, so may what is rounded.
+TOLERANCE = {"float16": 5e-3, "bfloat16": 4e-2, "float32": 1e-4}
 WEIGHTS = {  # of a layer
     "query, key, value": (WIDTH, (QUERY_HEADS + 2 * KV_HEADS) * HEAD_SIZE),
     "output": (WIDTH, WIDTH),
@@ -65,6 +67,34 @@ def matmul(a, b):
     if isinstance(a, np.ndarray):
         return np.einsum("...ij,...jk->...ik", a, b)
     return (a[..., :, :, None] * b[..., None, :, :]).sum(axis=-2)
+
+
+def attention(xp, query, keys, values, slopes):
+    """The model's attention without pages: of a sequence's last n tokens, ``query`` [n,
+    QUERY_HEADS, HEAD_SIZE], to all its T tokens, ``keys`` and ``values`` [T, KV_HEADS, HEAD_SIZE].
+    Returns an array like ``query``."""
+    n, total, dtype = len(query), len(keys), query.dtype
+    query, keys, values = (x.astype(np.float32) for x in (query, keys, values))
+    # Neighbouring query heads share a key/value head: [KV_HEADS, queries of these, HEAD_SIZE].
+    query = query.transpose(1, 0, 2).reshape(KV_HEADS, -1, HEAD_SIZE)
+    scores = matmul(query, keys.transpose(1, 2, 0)) * np.float32(HEAD_SIZE**-0.5)
+    scores = scores.reshape(QUERY_HEADS, n, total)
+    distance = xp.arange(total) - xp.arange(total - n, total)[:, None]  # of a key from a query
+    scores = scores + slopes[:, None, None] * distance.astype(np.float32)
+    scores = xp.where(distance > 0, np.float32(-np.inf), scores)
+    weights = xp.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights = weights / weights.sum(axis=-1, keepdims=True)
+    mixed = matmul(weights.reshape(KV_HEADS, -1, total), values.transpose(1, 0, 2))
+    return mixed.reshape(QUERY_HEADS, n, HEAD_SIZE).transpose(1, 0, 2).astype(dtype)
+
+
+def attend_each(xp, query, starts, sequences, slopes):
+    """`attention` of each of the ``sequences``, (keys, values), to which the rows of ``query``
+    between ``starts`` belong."""
+    parts = zip(starts, starts[1:], sequences)
+    return xp.concatenate(
+        [attention(xp, query[start:end], *pair, slopes) for start, end, pair in parts]
+    )
 
 
 # --- 2. the paged cache: here the library is used -------------------------------------------------
@@ -155,7 +185,9 @@ class PagedCache:
         self.block_table = asarray(np.array(padded, np.int32))
         self.ends = np.cumsum([0, *(self.lengths[s] for s in batch)], dtype=np.int32)
         self.cu_seq_lens = asarray(self.ends)
-        starts = asarray(np.cumsum([0, *counts], dtype=np.int32))
+        self.seq_lens = asarray(np.diff(self.ends))
+        self.starts = np.cumsum([0, *counts], dtype=np.int32)
+        starts = self.query_start_loc = asarray(self.starts)
         positions = asarray(np.concatenate(positions))
         self.slots = cc.slot_mapping(self.block_table, positions, starts, self.block_size)
         self._count("slot_mapping", self.slots.nbytes)
@@ -164,6 +196,20 @@ class PagedCache:
         """Write the step's keys and values [new tokens, KV_HEADS, HEAD_SIZE] of one layer."""
         cc.reshape_and_cache_flash(key, value, self.keys[layer], self.values[layer], self.slots)
         self._count("reshape_and_cache_flash", len(key) * self.row_bytes)
+
+    def attend(self, layer, query, slopes):
+        """Attend from the step's queries [new tokens, QUERY_HEADS, HEAD_SIZE] to the pages of their
+        sequences. Returns an array like ``query``."""
+        if self.xp is not np and query.dtype == np.float32:
+            # A GPU's tensor cores take 16 bits: the pages are gathered.
+            return attend_each(self.xp, query, self.starts, self.read(layer), slopes)
+        out = poison(self.xp.empty(query.shape, query.dtype))
+        cc.paged_attention(
+            query, self.keys[layer], self.values[layer], self.block_table, self.seq_lens,
+            query_start_loc=self.query_start_loc, alibi_slopes=slopes, out=out,
+        )  # fmt: skip
+        self._count("paged_attention", int(self.ends[-1]) * self.row_bytes)
+        return out
 
     def read(self, layer):
         """All (keys, values) [tokens, KV_HEADS, HEAD_SIZE] of each sequence of the step."""
@@ -212,7 +258,7 @@ class DenseCache:
     """What `PagedCache` must give back: each sequence's keys and values in plain arrays."""
 
     def __init__(self, xp, layers, dtype):
-        self.concatenate, nothing = xp.concatenate, xp.empty((0, KV_HEADS, HEAD_SIZE), dtype)
+        self.xp, nothing = xp, xp.empty((0, KV_HEADS, HEAD_SIZE), dtype)
         self.rows = {0: [(nothing, nothing)] * layers}  # sequence -> layers -> (keys, values)
 
     def fork(self, parent, child):
@@ -227,12 +273,15 @@ class DenseCache:
     def write(self, layer, key, value):
         for sequence, start, end in zip(self.batch, self.starts, self.starts[1:]):
             self.rows[sequence][layer] = tuple(
-                self.concatenate((old, new[start:end]))
+                self.xp.concatenate((old, new[start:end]))
                 for old, new in zip(self.rows[sequence][layer], (key, value))
             )
 
     def read(self, layer):
         return [self.rows[sequence][layer] for sequence in self.batch]
+
+    def attend(self, layer, query, slopes):
+        return attend_each(self.xp, query, self.starts, self.read(layer), slopes)
 
 
 # --- 4. the model ---------------------------------------------------------------------------------
@@ -267,34 +316,14 @@ class Decoder:
         for index, layer in enumerate(self.layers):
             projected = matmul(normalize(x), layer["query, key, value"])
             heads = projected.reshape(len(x), -1, HEAD_SIZE)
-            query = heads[:, :QUERY_HEADS]
+            query = heads[:, :QUERY_HEADS].astype(self.dtype)
             key, value = xp.split(heads[:, QUERY_HEADS:].astype(self.dtype), 2, axis=1)
             cache.write(index, key, value)
             written.append((key, value))
-            attended = [
-                self.attend(query[start:end], *keys_and_values, slopes)
-                for start, end, keys_and_values in zip(ends, ends[1:], cache.read(index))
-            ]
-            x = x + matmul(xp.concatenate(attended), layer["output"])
+            attended = cache.attend(index, query, slopes).reshape(len(x), WIDTH)
+            x = x + matmul(attended.astype(np.float32), layer["output"])
             x = x + matmul(xp.maximum(matmul(normalize(x), layer["up"]), 0), layer["down"])
         return matmul(normalize(x[xp.asarray(ends[1:] - 1)]), self.head), written
-
-    def attend(self, query, keys, values, slopes):
-        """Attention of a sequence's last n tokens, ``query`` [n, QUERY_HEADS, HEAD_SIZE], to all
-        its T tokens, ``keys`` and ``values`` [T, KV_HEADS, HEAD_SIZE]. Returns [n, WIDTH]."""
-        xp, n, total = self.xp, len(query), len(keys)
-        keys, values = keys.astype(np.float32), values.astype(np.float32)
-        # Neighbouring query heads share a key/value head: [KV_HEADS, queries of these, HEAD_SIZE].
-        query = query.transpose(1, 0, 2).reshape(KV_HEADS, -1, HEAD_SIZE)
-        scores = matmul(query, keys.transpose(1, 2, 0)) * np.float32(HEAD_SIZE**-0.5)
-        scores = scores.reshape(QUERY_HEADS, n, total)
-        distance = xp.arange(total) - xp.arange(total - n, total)[:, None]  # of a key from a query
-        scores = scores + slopes[:, None, None] * distance.astype(np.float32)
-        scores = xp.where(distance > 0, np.float32(-np.inf), scores)
-        weights = xp.exp(scores - scores.max(axis=-1, keepdims=True))
-        weights = weights / weights.sum(axis=-1, keepdims=True)
-        mixed = matmul(weights.reshape(KV_HEADS, -1, total), values.transpose(1, 0, 2))
-        return mixed.reshape(QUERY_HEADS, n, HEAD_SIZE).transpose(1, 0, 2).reshape(n, WIDTH)
 
 
 def normalize(x):
@@ -309,7 +338,8 @@ class Run:
     """Feeds tokens to the decoder on the paged and on the dense cache, and compares at every step.
 
     Three things must hold: the pages give back what was written, bit for bit; the logits are those
-    of the dense cache, within `TOLERANCE`; and so the tokens chosen are the same.
+    of the dense cache, within `TOLERANCE`; and the tokens chosen are those that the dense cache's
+    logits choose, or as good within it.
     ``progress(phase, tokens)`` is told of each step.
     """
 
@@ -321,7 +351,7 @@ class Run:
         published = [2.0 ** (-8 * (head + 1) / QUERY_HEADS) for head in range(QUERY_HEADS)]
         self.published_slopes = xp.asarray(np.array(published, np.float32))
         self.sequences = self.steps = self.compared = 0
-        self.worst = 0.0
+        self.worst, self.tolerance = 0.0, TOLERANCE[paged.dtype.name]
         self.rates = defaultdict(list)  # phase -> tokens per second of each step, paged
 
     def fork(self, parent):
@@ -358,12 +388,14 @@ class Run:
                 self._require_same_bits(f"{at}, values", got[1], expected[1])
         expected, _ = self.decoder.forward(self.dense, self.published_slopes, batch, chunks)
         expected = to_host(expected)
-        worst = float(np.abs(logits - expected).max())
-        if not worst <= TOLERANCE:  # NaN is refused too
-            raise Difference(f"{where}: logits differ by {worst:g}, more than {TOLERANCE:g}")
-        self.worst = max(self.worst, worst)
+        self._require_close(where, float(np.abs(logits - expected).max()))
         self.progress(phase, len(chunks[0]))
         return logits, expected
+
+    def _require_close(self, where, worst):
+        if not worst <= self.tolerance:  # NaN is refused too
+            raise Difference(f"{where}: logits differ by {worst:g}, more than {self.tolerance:g}")
+        self.worst = max(self.worst, worst)
 
     def _require_same_bits(self, where, got, expected):
         different = bits(got) != bits(expected)
@@ -396,7 +428,9 @@ def search(run, phase, beams, logits, width, count):
         scores = np.array([[beam.score] for beam in beams])
         totals = [scores + log_softmax(rows) for rows in logits]
         best, expected = (np.argsort(-t, axis=None)[:width].tolist() for t in totals)
-        if best != expected:
+        # Logits that differ a little may exchange choices that are nearly as good.
+        lost = totals[1].flat[expected] - totals[1].flat[best]
+        if lost.max() > 2 * run.tolerance:
             raise Difference(f"after step {run.steps} ({phase}): chose {best}, not {expected}")
         children = []
         for parent, token in (divmod(index, VOCABULARY) for index in best):

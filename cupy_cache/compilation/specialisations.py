@@ -52,6 +52,7 @@ ENGINES = {
 # Extents that no kernel depends on: blocks of a cache, rows of everything else.
 BLOCKS, ROWS = 1024, 64
 QUANT_BLOCK = 128  # elements of an indexer's key that share a scale, where it divides them
+FORMATS = {**formats.PER_TOKEN_HEAD_FORMATS, **formats.CACHE_FORMATS}
 FLOAT32, INT64, UINT8 = (formats.DTYPES[name] for name in ("float32", "int64", "uint8"))
 
 
@@ -68,7 +69,7 @@ def specialisations(
         ("layouts", layouts, formats.LAYOUTS),
         ("index_dtypes", () if index_dtypes is None else index_dtypes, spelling.INDEX_NAMES),
         ("ops", OPERATIONS if ops is None else ops, OPERATIONS),
-        ("kv_cache_dtype", [kv_cache_dtype], [*formats.CACHE_FORMATS, FP8_DS_MLA]),
+        ("kv_cache_dtype", [kv_cache_dtype], [*FORMATS, FP8_DS_MLA]),
     ):
         whole = isinstance(given, str)  # its items would be letters
         unknown = [given] if whole else [item for item in given if item not in allowed]
@@ -80,7 +81,7 @@ def specialisations(
     dtype = formats.dtype_named(dtype, "warmup: dtype")
     stored = UINT8
     if kv_cache_dtype != FP8_DS_MLA:
-        stored = formats.CACHE_FORMATS[kv_cache_dtype].stored or dtype
+        stored = FORMATS[kv_cache_dtype].stored or dtype
     model = Model(
         num_kv_heads, head_size, head_size if head_size_v is None else head_size_v, block_size,
         dtype, kv_cache_dtype, stored, tuple(layouts),
@@ -183,6 +184,11 @@ class Model(NamedTuple):
     indices: dict
     query_heads: int
 
+    @property
+    def by_token(self):
+        """Whether caches are of a format in which each token and head has a scale."""
+        return self.kv_cache_dtype not in (*formats.CACHE_FORMATS, FP8_DS_MLA)
+
     def numbers(self, role, *shape):
         """Indices of each type that those of this role, see `ENGINES`, have."""
         return [described(shape, dtype) for dtype in self.indices[role]]
@@ -202,6 +208,10 @@ class Model(NamedTuple):
         if formats.is_scaled(self.kv_cache_dtype):
             return (1.0, 1.0), [described((self.heads,), FLOAT32) for _ in "kv"]
         return ((None, None),)
+
+    def token_scales(self):
+        """The scales of keys and of values, of each token and head."""
+        return [described((BLOCKS, self.block_size, self.heads), FLOAT32) for _ in "kv"]
 
     def cache(self, *block):
         """A contiguous cache of blocks like this."""
@@ -265,6 +275,8 @@ class Model(NamedTuple):
 
 
 def _flash(model):
+    if model.by_token:
+        return
     for caches in model.pairs():
         for slots, scales in itertools.product(model.numbers("slots", ROWS), model.scales()):
             step = *model.tokens(), *caches, slots, model.kv_cache_dtype
@@ -275,12 +287,13 @@ def _per_token_head(model):
     if model.kv_cache_dtype not in formats.PER_TOKEN_HEAD_FORMATS:
         return
     for caches, slots in itertools.product(model.pairs(), model.numbers("slots", ROWS)):
-        scales = [described((BLOCKS, model.block_size, model.heads), FLOAT32) for _ in "kv"]
-        step = *model.tokens(), *caches, *scales, slots, model.kv_cache_dtype
+        step = *model.tokens(), *caches, *model.token_scales(), slots, model.kv_cache_dtype
         yield reshape_and_cache_flash_per_token_head, *step
 
 
 def _x_packed(model):
+    if model.by_token:
+        return
     for *caches, interleaved in model.x_packed():
         for slots, scales in itertools.product(model.numbers("slots", ROWS), model.scales()):
             step = *model.tokens(), *caches, slots, model.kv_cache_dtype
@@ -288,6 +301,8 @@ def _x_packed(model):
 
 
 def _mla(model):
+    if model.by_token:
+        return
     for cache, slots in itertools.product(model.rows(), model.numbers("slots", ROWS)):
         for rule in SCALE_RULES:
 
@@ -298,7 +313,7 @@ def _mla(model):
 
 
 def _mla_grouped(model):
-    if model.kv_cache_dtype == FP8_DS_MLA:
+    if model.by_token or model.kv_cache_dtype == FP8_DS_MLA:
         return
     scales = described((1,), FLOAT32) if formats.is_scaled(model.kv_cache_dtype) else None
 
@@ -356,7 +371,7 @@ def _cp_gather(model):
 
 
 def _dequant_gather(model):
-    if model.kv_cache_dtype == FP8_DS_MLA:
+    if model.by_token or model.kv_cache_dtype == FP8_DS_MLA:
         return
     for (cache, rows), sequences in itertools.product(_gathers(model), _read_sequences(model)):
         numbers, (table, bounds, starts) = described(rows.shape, model.dtype), sequences
@@ -376,7 +391,7 @@ def _upconvert(model):
 
 def _converts(model):
     """Of whole caches without gaps, there and back."""
-    if model.stored.name.startswith("float8"):
+    if model.stored.name.startswith("float8") and not model.by_token:
         values, stored = (described((ROWS, 16), dtype) for dtype in (model.dtype, model.stored))
         yield convert_fp8, stored, values, 1.0, model.kv_cache_dtype
         yield convert_fp8, values, stored, 1.0, model.kv_cache_dtype
@@ -430,23 +445,26 @@ def _attention(model):
     """Of one query for each sequence, and of several; of many sequences, and of few, of which
     several thread blocks share one."""
 
+    names = ("k_scale_cache", "v_scale_cache") if model.by_token else ("k_scale", "v_scale")
+
     def attend(starts, k_scale, v_scale, *step):
         paged_attention(
-            *step, query_start_loc=starts, kv_cache_dtype=model.kv_cache_dtype, k_scale=k_scale,
-            v_scale=v_scale,
+            *step, query_start_loc=starts, kv_cache_dtype=model.kv_cache_dtype,
+            **dict(zip(names, (k_scale, v_scale))),
         )  # fmt: skip
 
     if model.dtype == FLOAT32:
         return
-    packed = ((keys, values) for keys, values, _ in model.x_packed())
-    for caches in itertools.chain(model.pairs(), packed):
+    packed = () if model.by_token else model.x_packed()
+    every_scale = [model.token_scales()] if model.by_token else model.scales()
+    for caches in itertools.chain(model.pairs(), (pair for *pair, _ in packed)):
         for count in (2, ROWS):
             query = described((count, model.query_heads, model.key_size), model.dtype)
             indices = itertools.product(
                 model.numbers("tables", count, ROWS), model.numbers("requests", count),
                 (None, *model.numbers("bounds", count + 1)),
             )  # fmt: skip
-            for (table, lens, starts), scales in itertools.product(indices, model.scales()):
+            for (table, lens, starts), scales in itertools.product(indices, every_scale):
                 yield attend, starts, *scales, query, *caches, table, lens
 
 

@@ -57,7 +57,8 @@ def warmup(
     head_size_v : int, optional
         Head size of the values, where it differs.
     kv_cache_dtype : str
-        As for the operations that write.
+        As for the operations that write. "int8_per_token_head" and "fp8_per_token_head" are for
+        attention over caches with a scale for each token and head.
     device : int, str, torch.device or cupy.cuda.Device, optional
         The GPU; by default the current one.
     index_dtypes : sequence of str, optional

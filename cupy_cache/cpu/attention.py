@@ -25,8 +25,9 @@ _PACKED_VALUES = {4: (1, 0, 3, 2), 5: (1, 0, 2, 4, 3)}
 
 def paged_attention(
     query, key_cache, value_cache, block_table, seq_lens, query_start_loc, alibi_slopes, sinks,
-    k_scale, v_scale, out, lse, tokens, sequences, width, _, window, scale, soft_cap, k_number,
-    v_number, *, dtype, stored, sink_type, block_size, causal,
+    k_scale, v_scale, out, lse, k_scale_cache, v_scale_cache, sequence_slopes, tokens, sequences,
+    width, _, window, scale, soft_cap, k_number, v_number, *, dtype, stored, sink_type, block_size,
+    causal,
 ):  # fmt: skip
     """Write the attention of ``tokens`` queries to ``out``, and its logarithms to ``lse``.
 
@@ -34,10 +35,11 @@ def paged_attention(
     ``sink_type``. ``soft_cap`` 0 is none.
     """
     packed = key_cache.ndim == 5
-    keys = _Pages(key_cache, stored, _PACKED_KEYS if packed else _SLOTS_FIRST)
+    keys = _Pages(key_cache, stored, _PACKED_KEYS if packed else _SLOTS_FIRST, k_scale_cache)
     values = _Pages(
-        value_cache, stored, _PACKED_VALUES[value_cache.ndim] if packed else _SLOTS_FIRST
-    )
+        value_cache, stored, _PACKED_VALUES[value_cache.ndim] if packed else _SLOTS_FIRST,
+        v_scale_cache,
+    )  # fmt: skip
     kv_heads, heads = keys.heads, query.shape[1]
     by_head = (kv_heads, heads // kv_heads, 1)
     with np.errstate(all="ignore"):
@@ -47,20 +49,23 @@ def paged_attention(
             None if sinks is None else decode(sinks, sink_type).reshape(by_head),
         )  # fmt: skip
         v_factors = _factors(v_scale, v_number)
-        starts = range(tokens + 1) if query_start_loc is None else query_start_loc.tolist()
+        starts = range(tokens + 1)
+        if query_start_loc is not None:
+            starts = _starts(query_start_loc, tokens)
         lengths = seq_lens.tolist()
         most = max(1, SCORES // (heads * KEYS))
         for sequence in range(sequences):
             begin, end = starts[sequence], starts[sequence + 1]
-            rows = range(max(begin, 0), min(end, tokens))
-            if not rows:
+            if begin == end:
                 continue
+            if sequence_slopes is not None:
+                logits.slopes = sequence_slopes[sequence].reshape(*by_head, 1)
             length = min(max(lengths[sequence], 0), width * block_size)
             if length != lengths[sequence]:
                 limit = width * block_size + 1
                 faults.record(OP, "seq_lens", sequence, lengths[sequence], limit)
-            for first in range(rows.start, rows.stop, most):
-                part = slice(first, min(first + most, rows.stop))
+            for first in range(begin, end, most):
+                part = slice(first, min(first + most, end))
                 positions = np.arange(part.start, part.stop) + (length - end)
                 seen = _seen(positions, length, window, causal)
                 pages = _pages(block_table, sequence, seen, block_size, len(key_cache))
@@ -74,14 +79,25 @@ def paged_attention(
                     lse[part] = _by_token(logarithms)
 
 
-class _Pages:
-    """A cache whose blocks are read as float32 [head, token, element]."""
+def _starts(found, tokens):
+    """The starts that those ``found`` count as: from 0 to ``tokens``, and not descending."""
+    starts = np.minimum(np.maximum.accumulate(np.maximum(found, 0)), tokens)
+    for index in np.flatnonzero(starts != found)[:1]:
+        faults.record(OP, "query_start_loc", index, found[index], tokens + 1)
+    return starts.tolist()
 
-    def __init__(self, cache, stored, axes):
+
+class _Pages:
+    """A cache whose blocks are read as float32 [head, token, element].
+
+    scales : [block, offset, head], or None
+    """
+
+    def __init__(self, cache, stored, axes, scales):
         self.heads, self.elements = cache.shape[axes[0]], cache.shape[axes[-1]]
         if axes == _PACKED_KEYS:
             self.elements *= cache.shape[2]
-        self._cache, self._stored, self._axes = cache, stored, axes
+        self._cache, self._stored, self._axes, self._scales = cache, stored, axes, scales
         # The slots that lie together along the first of the dimensions of the offsets.
         self._run = cache.shape[4] if axes == _PACKED_VALUES[5] else 1
 
@@ -94,6 +110,14 @@ class _Pages:
         tokens = tokens.reshape(self.heads, -1, self.elements)
         skipped = start - first * self._run
         return tokens[:, skipped : skipped + len(blocks) * (stop - start)]
+
+    def scaled(self, numbers, blocks, start, stop, used):
+        """``numbers`` [head, group, query, token], in place, times the scales of these tokens of
+        the same slots, if there are any."""
+        if self._scales is not None:
+            scales = self._scales[:, start:stop][blocks].reshape(-1, self.heads)[used]
+            numbers *= scales.T[:, np.newaxis, np.newaxis]
+        return numbers
 
 
 class _Logits:
@@ -179,10 +203,10 @@ def _attend(query, positions, seen, keys, values, block_size, pages, tokens, log
         token = token.reshape(-1)[used]
         if not token.size:
             continue
-        products = rows @ keys.read(block[index], start, stop)[:, used].swapaxes(1, 2)
-        scores = logits.of(
-            products.reshape(heads, group, count, -1), token - positions[:, np.newaxis]
-        )
+        where = block[index], start, stop
+        products = rows @ keys.read(*where)[:, used].swapaxes(1, 2)
+        products = keys.scaled(products.reshape(heads, group, count, -1), *where, used)
+        scores = logits.of(products, token - positions[:, np.newaxis])
         hidden = (token < first[:, np.newaxis]) | (token > last[:, np.newaxis])
         if hidden.any():
             np.copyto(scores, -np.inf, where=hidden)
@@ -192,8 +216,8 @@ def _attend(query, positions, seen, keys, values, block_size, pages, tokens, log
         weights = np.exp(scores, out=scores)
         shrink = np.exp(before - shift)
         total = total * shrink + weights.sum(axis=-1)
-        weights = weights.reshape(heads, group * count, -1)
-        added = weights @ values.read(block[index], start, stop)[:, used]
+        weights = values.scaled(weights, *where, used).reshape(heads, group * count, -1)
+        added = weights @ values.read(*where)[:, used]
         sums = sums * shrink[..., np.newaxis] + added.reshape(sums.shape)
     none = total == 0
     if logits.sinks is not None:

@@ -135,13 +135,15 @@ SCHEMAS = (
     'Tensor seq_lens, *, Tensor? query_start_loc=None, float? scale=None, '
     'Tensor? alibi_slopes=None, int? sliding_window=None, float? soft_cap=None, '
     'Tensor? sinks=None, bool causal=True, str kv_cache_dtype="auto", Tensor? k_scale=None, '
-    'Tensor? v_scale=None, Tensor(a!)? lse=None) -> Tensor',
+    'Tensor? v_scale=None, Tensor? k_scale_cache=None, Tensor? v_scale_cache=None, '
+    'Tensor(a!)? lse=None) -> Tensor',
 
     'paged_attention.out(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, '
     'Tensor seq_lens, Tensor(a!) out, *, Tensor? query_start_loc=None, float? scale=None, '
     'Tensor? alibi_slopes=None, int? sliding_window=None, float? soft_cap=None, '
     'Tensor? sinks=None, bool causal=True, str kv_cache_dtype="auto", Tensor? k_scale=None, '
-    'Tensor? v_scale=None, Tensor(b!)? lse=None) -> ()',
+    'Tensor? v_scale=None, Tensor? k_scale_cache=None, Tensor? v_scale_cache=None, '
+    'Tensor(b!)? lse=None) -> ()',
 )  # fmt: skip
 
 

@@ -230,8 +230,8 @@ class PagedKVCache:
             _ATTEND, *self._caches_of(layer), scale, alibi_slopes, sliding_window, soft_cap, sinks,
             causal, self._kv_cache_dtype, *self._scales[layer],
         )  # fmt: skip
-        names = "key_cache", "value_cache", "alibi_slopes", "sinks", "k_scale", "v_scale"
-        fixed = {name: array for name, array in zip(names, objects) if array is not None}
+        named = zip(paged_attention.LAYERS, objects)
+        fixed = {name: array for name, array in named if array is not None}
         also = ["query_start_loc"] * with_starts + ["lse"] * with_lse
         return dispatch.Bound(paged_attention.OP, fixed, options, scalars, name=_ATTEND, also=also)
 

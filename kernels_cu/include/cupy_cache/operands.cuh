@@ -40,20 +40,32 @@ __device__ __forceinline__ u32 widen<I8>(u16 pair) {
 }
 #endif
 
+// 8-bit elements of a cache beside which there is a scale for each token and head.
+template <typename Stored>
+struct TokenScaled {};
+
 // How the caches' elements become operands of a product: those of the query's type as they are, 8-bit
 // ones as F16. Of these a fragment holds other elements than the instruction's description says, keys
 // and queries alike, and the columns of values come out in another order.
-template <typename Query, typename Stored>
+template <typename Query, typename Cached>
 struct Operands {
   using Type = F16;
+  using Stored = Cached;
   static constexpr bool kNarrow = true;
+  static constexpr bool kTokenScales = false;
   static constexpr int kBytes = 1;
 };
 template <typename Query>
 struct Operands<Query, Query> {
   using Type = Query;
+  using Stored = Query;
   static constexpr bool kNarrow = false;
+  static constexpr bool kTokenScales = false;
   static constexpr int kBytes = 2;
+};
+template <typename Query, typename Element>
+struct Operands<Query, TokenScaled<Element>> : Operands<Query, Element> {
+  static constexpr bool kTokenScales = true;
 };
 
 // Two neighbouring elements of a query, as operands. `there` are those that exist, at most two.
