@@ -94,11 +94,12 @@ class _Plan:
             sources, destinations, sizes = (column[used] for column in call.values)
             if not len(sizes):
                 return
-        largest = int(sizes.max())
-        of, to = _Ranges(sources, sizes, largest), _Ranges(destinations, sizes, largest)
+        largest, ordered = int(sizes.max()), np.sort(destinations)
+        of = _Ranges(sources, sizes, sources.min(), sources.max(), largest)
+        to = _Ranges(destinations, sizes, ordered[0], ordered[-1], largest)
         if min(of.low, to.low) <= 0 or max(of.high, to.high) > _MOST:
             _check_ranges(*call.values)
-        _check_apart(of, to)
+        _check_apart(of, to, ordered[1:] - ordered[:-1])
         if not _gpus():
             _copy_on_host(sources, destinations, sizes)
             return
@@ -150,13 +151,13 @@ _MOST = np.iinfo(np.int64).max
 
 
 class _Ranges:
-    """The ranges of one side. ``low``: their first byte. ``high``: no range reaches further."""
+    """The ranges of one side. ``low``: the first start. ``high``: no range reaches further."""
 
     __slots__ = ("high", "largest", "low", "sizes", "starts")
 
-    def __init__(self, starts, sizes, largest):
+    def __init__(self, starts, sizes, first, last, largest):
         self.starts, self.sizes, self.largest = starts, sizes, largest
-        self.low, self.high = int(starts.min()), int(starts.max()) + largest
+        self.low, self.high = int(first), int(last) + largest
 
     def end(self):
         """How far they reach."""
@@ -179,12 +180,11 @@ def _require(name, column, good, expected):
         )
 
 
-def _check_apart(of, to):
-    """Refuse ranges that overlap where one of them is written: they are copied all at once."""
+def _check_apart(of, to, steps):
+    """Refuse ranges that overlap where one of them is written: they are copied all at once.
+    ``steps``: from each destination to the next."""
     if of.low >= to.high or of.high <= to.low:
-        ordered = np.sort(to.starts)
-        gaps = ordered[1:] - ordered[:-1]
-        if gaps.min(initial=to.largest) >= to.largest:  # which tells of most calls
+        if steps.min(initial=to.largest) >= to.largest:  # as at most calls
             return
     sources, destinations, sizes = of.starts, to.starts, to.sizes
     order = np.argsort(destinations)
