@@ -18,6 +18,7 @@ from ..runtime import (
     modules,
     params,
     plans,
+    segments,
     spelling,
     streams,
 )
@@ -26,7 +27,8 @@ from .shared import slots
 
 PARAMS = params.Struct(
     per_call="block_table:ptr positions:ptr query_start_loc:ptr out:ptr "
-    "slots:i64 requests:i64 tokens:i64 table_stride:i64 position_limit:i64",
+    "slots:i64 requests:i64 tokens:i64 table_stride:i64 position_limit:i64 "
+    "even.segments:f32 even.rows:f32",
     constant="position_stride:i64 block_limit:i64 block_size:i64 "
     "cp_world_size:i64 cp_rank:i64 cp_interleave:i64",
 )
@@ -170,7 +172,7 @@ def _count(extents, options, scalars):
         )
     block_size, world, *_ = options
     limit = slots.position_limit(width, block_size, world)
-    return count, (count, requests, tokens, step, limit)
+    return count, (count, requests, tokens, step, limit, *segments.evenly(requests, tokens))
 
 
 OP = dispatch.Op(
