@@ -24,11 +24,14 @@ struct Params {
   i64 sequences;
   i64 table_width;
   i64 table_stride;
+  Even even;  // sequences of the rows
   i64 num_blocks;
   i64 block_stride;
   i64 k_stride;
   i64 scale_stride;
 };
+
+constexpr u32 kCuSeqLens = 2;
 
 // kBytes bytes, moved in vectors of kVec by kThreads threads; this is one thread's share.
 template <int kVec, int kBytes, int kThreads>
@@ -68,9 +71,11 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (row >= p.rows || p.sequences <= 0) return;
 
   const Sequences sequences = {
-      p.cu_seq_lens, p.block_table, nullptr,        p.rows, static_cast<i32>(p.sequences),
+      p.cu_seq_lens, p.block_table, nullptr,        p.even, static_cast<i32>(p.sequences),
       p.num_blocks,  p.table_width, p.table_stride, 0};
   const TokenSearch<kBlockSize, false, Block, Length, void> search(sequences, row);
+  const OrderCheck<Length> order(p.cu_seq_lens, p.sequences, index,
+                                 static_cast<u32>(p.rows) * kRowThreads);
   Share<kKeyVec, kKeyBytes, kRowThreads> key;
   Share<kScaleVec, kScaleBytes, kRowThreads> scales;
   const auto load = [&](const Token& token) {
@@ -84,11 +89,12 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (!token.valid || !search.right()) {
     constexpr u32 kFirstGuarded = 0;  // there are no seq_starts
     token = search.find(kFirstGuarded);
-    if (!token.valid) return;
+    if (!token.valid) return order.report(kCuSeqLens, p.rows);
     load(token);
   }
   key.store(p.dst_k + row * p.k_stride, thread);
   scales.store(p.dst_scale + row * p.scale_stride, thread);
+  order.report(kCuSeqLens, p.rows);
 }
 
 }  // namespace cupy_cache

@@ -28,7 +28,8 @@ struct Params {
   i64 table_width;
   i64 table_stride;
   float scale_value;
-  u32 first_guarded;  // see TokenSearch::find
+  u32 first_guarded;  // see TokenSearch::find; behind the block table is cu_seq_lens
+  Even even;          // sequences of the rows
   i64 num_blocks;
   i64 start_stride;
   i64 src_block_stride;
@@ -45,7 +46,7 @@ __device__ __forceinline__ Sequences sequences_of(const Params& p) {
   return {p.cu_seq_lens,
           p.block_table,
           p.seq_starts,
-          p.rows,
+          p.even,
           static_cast<i32>(p.sequences),
           p.num_blocks,
           p.table_width,
@@ -83,6 +84,8 @@ __global__ void __launch_bounds__(kMaxThreads) gather_cache(const __grid_constan
   const Sequences sequences = sequences_of(p);
   const TokenSearch<kBlockSize, false, Block, Length, Start> search(sequences, row);
   const float scale = p.scale ? *p.scale : p.scale_value;  // a copy does not use it
+  const OrderCheck<Length> order(p.cu_seq_lens, p.sequences, index,
+                                 static_cast<u32>(p.rows) * kRowThreads);
 
   // Where a vector of `bytes` is in its row.
   const auto offset_of = [](int item, i64 outer_stride, i64 head_stride, int bytes) -> i64 {
@@ -111,7 +114,7 @@ __global__ void __launch_bounds__(kMaxThreads) gather_cache(const __grid_constan
   if (token.valid) load(token);
   if (!token.valid || !search.right()) {
     token = search.find(p.first_guarded);
-    if (!token.valid) return;
+    if (!token.valid) return order.report(p.first_guarded + 2, p.rows);
     load(token);
   }
   char* const to = p.dst + row * p.dst_row_stride;
@@ -123,6 +126,7 @@ __global__ void __launch_bounds__(kMaxThreads) gather_cache(const __grid_constan
                          Converter::convert(held[i], scale));
     }
   }
+  order.report(p.first_guarded + 2, p.rows);
 }
 
 #ifdef CUPY_CACHE_CONVERTS
@@ -162,6 +166,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (row >= p.rows || p.sequences <= 0) return;
   const Sequences sequences = sequences_of(p);
   const TokenSearch<kBlockSize, true, Block, Start, SeqStart> search(sequences, row);
+  const OrderCheck<Start> order(p.cu_seq_lens, p.sequences - 1, index,
+                                static_cast<u32>(p.rows) * kRowThreads);
 
   // Everything is loaded before anything is converted.
   typename Latent::Source latent[kVectors];
@@ -186,7 +192,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   if (token.valid) load(token);
   if (!token.valid || !search.right()) {
     token = search.find(p.first_guarded);
-    if (!token.valid) return;
+    if (!token.valid) return order.report(p.first_guarded + 2, p.rows);
     load(token);
   }
   char* const to = p.dst + row * p.dst_row_stride;
@@ -197,6 +203,7 @@ __global__ void __launch_bounds__(kMaxThreads)
                                              ? Latent::convert(latent[i], scale[i])
                                              : Rope::convert(rope[i], 1.0f));
   }
+  order.report(p.first_guarded + 2, p.rows);
 }
 
 #endif  // CUPY_CACHE_CONVERTS

@@ -22,6 +22,7 @@ struct Params {
   i64 tokens;
   i64 table_stride;
   i64 position_limit;
+  Even even;  // requests of the tokens
   i64 position_stride;
   i64 block_limit;
   i64 block_size;
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kMaxThreads) slot_mapping(const __grid_constan
     // Loaded with the search's numbers, which it does not depend on.
     const i64 position = load_number<Position>(p.positions + token * p.position_stride);
     const i32 requests = static_cast<i32>(p.requests);
-    const SegmentSearch<Start> search(p.query_start_loc, requests, token, p.tokens);
+    const SegmentSearch<Start> search(p.query_start_loc, requests, token, p.even);
     const i64 request = search.right() ? search.guess : search.find().index;
     if (within(request, p.requests)) {
       const Table table = {p.block_table, p.requests,      p.table_stride,

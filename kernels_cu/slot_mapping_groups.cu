@@ -24,6 +24,7 @@ struct Params {
   i64 tokens;
   i64 first;  // this launch's first group, for faults
   i64 out_stride;
+  Even even;  // requests of the tokens
   i64 idx_stride;
   i64 position_stride;
   Table groups[kMaxGroups];  // with a block size of 0: disabled, all its slots are -1
@@ -44,7 +45,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     // Loaded with the search's numbers, which it does not depend on.
     const i64 position = load_number<Position>(p.positions + token * p.position_stride);
     const i32 requests = static_cast<i32>(p.requests);
-    const SegmentSearch<Start> search(p.query_start_loc, requests, token, p.tokens);
+    const SegmentSearch<Start> search(p.query_start_loc, requests, token, p.even);
     const i64 request = search.right() ? search.guess : search.find().index;
     if (within(request, p.requests)) {
       const i64 fault_row = (p.first + blockIdx.y) * p.tokens + token;

@@ -92,6 +92,46 @@ def check(world, specs, call, expect, op="gather_cache", converted=None):
     check_faults(op, faults)
 
 
+def bounds_out_of_order(rng, count, rows):
+    """Bounds of so many sequences of which some are below others, negative or beyond the rows."""
+    bounds = np.sort(rng.integers(0, rows + 1, count + 1))
+    odd = rng.random(count + 1) < rng.choice([0.05, 0.3, 1.0])
+    wild = rng.choice([-(2**31), -1, 2**31 - 1, *range(-3, rows + 3)], count + 1)
+    bounds[odd] = wild[odd]
+    return bounds
+
+
+def descents(bounds, argument, rows):
+    """The faults to expect for these bounds: (row, argument, value, limit)."""
+    return {
+        (at, argument, int(bounds[at]), rows + 1)
+        for at in range(1, len(bounds))
+        if bounds[at] < bounds[at - 1]
+    }
+
+
+def as_on_numpy(world, specs, call, written, allowed, must):
+    """``call`` the operation on ``world``'s arrays of ``specs``, and on NumPy's, and require the
+    same bytes in what is ``written``. Faults are recorded if they ``must`` be, for the arguments
+    that are ``allowed``. Returns what was written as NumPy's."""
+    results = []
+    for one in (worlds.NumPyWorld(), world):
+        call(*(one.put(spec) for spec in specs))
+        results.append([spec.on(one.bytes_of(spec)) for spec in written])
+        try:
+            cc.raise_faults()
+            found = ()
+        except cc.FaultError as error:
+            found = error.faults
+        assert found or not must
+        assert {fault.argument for fault in found} <= {*allowed}
+    for one, other in zip(*results):
+        np.testing.assert_array_equal(
+            np.ascontiguousarray(one).view(np.uint8), np.ascontiguousarray(other).view(np.uint8)
+        )
+    return results[0]
+
+
 def refused(world, call, specs, error, *words):
     """``call`` on the world's arrays raises ``error`` with ``words`` and writes nothing."""
     with pytest.raises(error) as caught:

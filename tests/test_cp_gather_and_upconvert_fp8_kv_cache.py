@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 import worlds
-from gathers import batches, check, refused, sequences, typed
+from gathers import as_on_numpy, batches, bounds_out_of_order, check, refused, sequences, typed
 from guards import BAD
 
 import cupy_cache as cc
@@ -245,6 +245,25 @@ def test_any_batch(emulated_world, batch):
         gather(world, specs, len(table))
     finally:
         world.close()
+
+
+def test_starts_out_of_order(world, rng):
+    """Rows are those of the same sequences as on NumPy; starts below those before them are
+    recorded."""
+    for count in (1, 3, 40):
+        rows = 30
+        starts = bounds_out_of_order(rng, count, rows)[:count]
+        numbers = rng.integers(0, 0x3C, (6, 4, 656), np.uint8)  # in every format: no NaN
+        specs = [
+            worlds.of_values(numbers),
+            worlds.array(rng, (rows, 576), "bfloat16"),
+            *typed((rng.integers(0, 6, (count, 8)), starts), ("int32", "int32")),
+        ]
+        as_on_numpy(
+            world, specs,
+            lambda *step, count=count: cc.cp_gather_and_upconvert_fp8_kv_cache(*step, count),
+            specs[1:2], ["block_table", "workspace_starts"], must=(np.diff(starts) < 0).any(),
+        )  # fmt: skip
 
 
 class TestRefusals:

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import worlds
+from gathers import as_on_numpy, bounds_out_of_order
 from guards import BAD, check_faults, draw_numbers
 
 import cupy_cache as cc
@@ -245,6 +246,23 @@ def test_any_batch(emulated_world, batch):
             worlds.of_values(table),
             worlds.of_values(bounds),
         )
+
+
+def test_bounds_out_of_order(world, rng):
+    """Rows are those of the same sequences as on NumPy; bounds below those before them are
+    recorded."""
+    for count in (1, 3, 40):
+        bounds = bounds_out_of_order(rng, count, 30)
+        specs = [
+            cache(rng, 6, 4, 64, 32),
+            *rows_for(rng, 30, 64, 32, "uint8"),
+            worlds.of_values(rng.integers(0, 6, (count, 8))),
+            worlds.of_values(bounds),
+        ]
+        as_on_numpy(
+            world, specs, cc.cp_gather_indexer_k_quant_cache, specs[1:3],
+            ["block_table", "cu_seq_lens"], must=(np.diff(bounds) < 0).any(),
+        )  # fmt: skip
 
 
 class TestRefusals:

@@ -8,8 +8,18 @@ import numpy as np
 import oracle
 import pytest
 import worlds
-from gathers import batches, cache, check, refused, sequences, typed
-from guards import BAD
+from gathers import (
+    as_on_numpy,
+    batches,
+    bounds_out_of_order,
+    cache,
+    check,
+    descents,
+    refused,
+    sequences,
+    typed,
+)
+from guards import BAD, check_faults
 
 import cupy_cache as cc
 
@@ -201,6 +211,47 @@ def test_any_batch(emulated_world, batch):
         )
     finally:
         world.close()
+
+
+@pytest.mark.parametrize("types", [("int32", "int64"), ("int64", "int32")])
+def test_bounds_out_of_order(world, rng, types):
+    """A row is that of one of the sequences between whose bounds it lies, the same one as on
+    NumPy, or it is left as it is. Bounds below those before them are recorded."""
+    for count in (1, 2, 5, 40, 150):
+        for rows in (1, 7, 60):
+            tokens = np.arange(24).reshape(6, 4, 1).astype(np.int16)
+            table = rng.integers(0, 6, (count, 5))
+            bounds = bounds_out_of_order(rng, count, rows)
+            odd = (np.diff(bounds) < 0).any()
+            specs = [
+                worlds.of_values(tokens),
+                worlds.of_values(np.full((rows, 1), -1, np.int16)),
+                *typed((table, bounds), types),
+            ]
+            (got,) = as_on_numpy(
+                world, specs, cc.gather_cache, specs[1:2], ["block_table", "cu_seq_lens"],
+                must=odd,
+            )  # fmt: skip
+            for row in range(rows):
+                allowed = set()
+                for b in range(count):
+                    position = row - int(bounds[b])
+                    if 0 <= position and row < bounds[b + 1]:
+                        page, offset = divmod(position, 4)
+                        allowed.add(tokens[table[b, page], offset, 0] if page < 5 else -1)
+                assert got[row, 0] in allowed or (got[row, 0] == -1 and (odd or not allowed))
+
+
+def test_bounds_that_descend_are_recorded(world, rng):
+    """All of them could be; rows that no sequence has are left as they are."""
+    tokens, bounds = worlds.array(rng, (6, 4, 8), "float16"), np.array([2, 1, 4, 4, 3, 2])
+    rows = worlds.array(rng, (6, 8), "float16")
+    table = worlds.of_values(np.zeros((5, 1), np.int32))
+    put = [world.put(spec) for spec in (tokens, rows, table, worlds.of_values(bounds))]
+    cc.gather_cache(*put)
+    check_faults("gather_cache", descents(bounds, "cu_seq_lens", 6))
+    got, was = (rows.on(x).view(np.uint16) for x in (world.bytes_of(rows), rows.buffer.bytes))
+    np.testing.assert_array_equal(got[[0, 4, 5]], was[[0, 4, 5]])
 
 
 def packed_cache(rng, layout, num_blocks, heads, size, block_size, x, dtype, pad=0):

@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 import worlds
+from gathers import as_on_numpy, bounds_out_of_order
 from guards import BAD, draw_numbers
 from slot_mappings import compare, values
 
@@ -223,6 +224,22 @@ def test_any_batch(emulated_world, batch):
         compute(world, *map(worlds.of_values, numbers), block_size, out, **parallel)
     finally:
         world.close()
+
+
+def test_starts_out_of_order(world, rng):
+    """A token is of the same request as on NumPy."""
+    for count in (1, 3, 40):
+        starts = bounds_out_of_order(rng, count, 30)
+        specs = [
+            worlds.of_values(rng.integers(0, 99, (count, 8)).astype(np.int32)),
+            worlds.of_values(rng.integers(0, 32, 30)),
+            worlds.of_values(starts.astype(np.int32)),
+            worlds.array(rng, (33,), "int64"),
+        ]
+        as_on_numpy(
+            world, specs, lambda *step: cc.slot_mapping(*step[:3], 4, out=step[3]), specs[3:], (),
+            must=False,
+        )  # fmt: skip
 
 
 class TestRefusals:

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from ..runtime import faults, formats
+from ..runtime import faults, formats, segments
 from .conversions import decode, dequantise, encode, quantise
 
 MAX_WORD = 2**31  # bytes that an element of NumPy's cannot have
@@ -366,8 +366,10 @@ def gather_fp8_ds_mla(
 ):  # fmt: skip
     """Convert entries of 656 bytes; see kernels_cu/gather_cache.cu."""
     del scale
-    bounds = np.append(workspace_starts, rows)
-    row, block, offset = _gathered(op, src_cache.shape[:2], block_table, bounds, seq_starts, rows)
+    bounds = np.append(workspace_starts.astype(np.int64), np.iinfo(np.int64).max)
+    row, block, offset = _gathered(
+        op, src_cache.shape[:2], block_table, bounds, seq_starts, rows, "workspace_starts"
+    )
     latent, scales, rope_bytes = np.split(src_cache[block, offset], (512, 528), axis=1)
     scales = np.ascontiguousarray(scales).view("<f4")[..., np.newaxis]
     tiles = latent.reshape(-1, 4, 128)
@@ -378,11 +380,16 @@ def gather_fp8_ds_mla(
     dst[row, 512:] = bits if rope is target else dequantise(bits, rope, 1.0, target)
 
 
-def _gathered(op, slots, block_table, cu_seq_lens, seq_starts, rows):
+def _gathered(op, slots, block_table, cu_seq_lens, seq_starts, rows, bounds="cu_seq_lens"):
     """The rows that are written and, for each, the block and the offset that it is read from.
+    ``bounds`` is what the caller calls ``cu_seq_lens``.
     ``slots`` are the number of blocks and the size of one."""
     num_blocks, block_size = slots
     width = block_table.shape[1]
+    later = cu_seq_lens[1:]
+    _record_first(
+        op, bounds, later < cu_seq_lens[:-1], later, rows + 1, np.arange(1, len(cu_seq_lens))
+    )
     row, sequence = _owners(cu_seq_lens, rows)
     position = row - cu_seq_lens[sequence]
     if seq_starts is not None:
@@ -429,10 +436,35 @@ def slot_mapping(
 
 def _owners(starts, rows):
     """The rows below ``rows`` that belong to a segment, starts[i] <= row < starts[i + 1], and the
-    index i of each; arbitrary valid ones where ``starts`` descend."""
+    index i of each."""
     starts = starts.astype(np.int64, copy=False)
+    if (starts[1:] < starts[:-1]).any():
+        return _owners_out_of_order(starts, rows)
     end = max(min(int(starts[-1]), rows), 0)
     row = np.arange(min(max(int(starts[0]), 0), end), end)
     owner = np.searchsorted(starts, row, side="right") - 1
     owned = (owner >= 0) & (owner < len(starts) - 1)
     return row[owned], owner[owned]
+
+
+def _owners_out_of_order(starts, rows):
+    """The same where ``starts`` descend: of several segments the one that a kernel finds, see
+    kernels_cu/include/cupy_cache/sequences.cuh."""
+    count, row = len(starts) - 1, np.arange(rows)
+    even = np.float32(segments.evenly(count, rows)[0])
+    guess = np.minimum((row.astype(np.float32) * even).astype(np.int64), count - 1)
+    owner = np.where((starts[guess] <= row) & (row < starts[guess + 1]), guess, -1)
+    first, last, reach = starts[0], starts[count], 2 + (count >> 4)
+    for at in np.flatnonzero((owner < 0) & (first <= row) & (row < last)):
+        one, begin = row[at], guess[at]
+        below = max(begin - reach, 0)
+        above = begin + 1 + reach if reach < count - begin - 1 else count
+        if one < starts[begin]:
+            low, high = (below, begin) if starts[below] <= one else (0, below)
+        else:
+            low, high = (begin + 1, above) if one < starts[above] else (above, count)
+        while high - low > 1:
+            middle = low + (high - low) // 2
+            low, high = (middle, high) if starts[middle] <= one else (low, middle)
+        owner[at] = low
+    return row[owner >= 0], owner[owner >= 0]

@@ -70,7 +70,7 @@ def cp_gather_and_upconvert_fp8_kv_cache(
     is converted, a NaN stays a NaN; which one is not defined.
 
     A row that would be read from outside the table or the cache is skipped and recorded (see
-    `raise_faults`) as by `gather_cache`.
+    `raise_faults`) as by `gather_cache`, and so are numbers of ``workspace_starts`` that descend.
 
     Names, order and meaning are those of vLLM's cache operation of the same name, but for its
     reading of rows from host memory (the arguments ``host_cache``, ``host_row_ids`` and
@@ -122,7 +122,7 @@ def _plan(op, described, options):
         f"gather_fp8_ds_mla<{', '.join(converters)}, {vector}, {source_vector}, {block_size}, "
         f"{gathering.index_names(described)}, {per_thread}, {gathering.MAX_THREADS}>",
         gathering.PARAMS,
-        guarded=gathering.GUARDED,
+        guarded=(*gathering.GUARDED, "workspace_starts"),
         converts=True,
     )
     strides = (src.strides[0], 0, src.strides[1], 0, 0, dst.strides[0], 0, 0)

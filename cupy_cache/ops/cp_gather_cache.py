@@ -37,9 +37,7 @@ def cp_gather_cache(
         Block numbers of each sequence; the last dimension contiguous.
     cu_seq_lens : int32 or int64 array [batch_size + 1]
         Where each sequence's rows start in ``dst``, and where the last one's end; never
-        descending; contiguous. Rows that
-        ``dst`` does not have are dropped, without a fault; where the numbers descend, which rows
-        are written is not defined.
+        descending; contiguous. Rows that ``dst`` does not have are dropped, without a fault.
     batch_size : int
         The number of sequences.
     seq_starts : int32 or int64 array [at least batch_size], optional

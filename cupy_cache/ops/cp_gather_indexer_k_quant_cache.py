@@ -6,13 +6,23 @@ from __future__ import annotations
 
 from .. import cpu
 from ..errors import ShapeError
-from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
+from ..runtime import (
+    contract,
+    dispatch,
+    formats,
+    launch,
+    modules,
+    params,
+    plans,
+    segments,
+    spelling,
+)
 from ..types import ArrayLike, StreamLike
 from .shared import indexer
 
 PARAMS = params.Struct(
     per_call="kv_cache:ptr dst_k:ptr dst_scale:ptr block_table:ptr cu_seq_lens:ptr "
-    "rows:i64 sequences:i64 table_width:i64 table_stride:i64",
+    "rows:i64 sequences:i64 table_width:i64 table_stride:i64 even.segments:f32 even.rows:f32",
     constant="num_blocks:i64 block_stride:i64 k_stride:i64 scale_stride:i64",
 )
 VECTORS = 2  # of a key and of its scales that a thread moves: they pay for its search
@@ -61,7 +71,8 @@ def cp_gather_indexer_k_quant_cache(
     -----
     A row that would be read from outside the table or the cache is skipped and recorded (see
     `raise_faults`) under its number, with the argument ``block_table``: where the page is not below
-    W (the value recorded is the page) or the block number is outside 0..num_blocks - 1.
+    W (the value recorded is the page) or the block number is outside 0..num_blocks - 1. Numbers of
+    ``cu_seq_lens`` that descend are treated as by `gather_cache`.
 
     Names, order and bytes are those of vLLM's operation of the same name.
     """
@@ -123,7 +134,7 @@ def _plan(op, described, options):
         f"cp_gather_indexer_k_quant_cache<{vector}, {scale_vector}, {head_size}, {scale_bytes}, "
         f"{threads}, {block_size}, {', '.join(index)}, {indexer.MAX_THREADS}>",
         PARAMS,
-        guarded=("block_table",),
+        guarded=("block_table", "cu_seq_lens"),
     )
     device = kv_cache.device.index
     launcher = launch.Launcher(
@@ -148,7 +159,7 @@ def _count(extents, options, scalars):
             f"cp_gather_indexer_k_quant_cache: Invalid shape of cu_seq_lens: expected "
             f"[{sequences + 1}], one more than the rows of block_table, got [{bounds}]"
         )
-    return rows, (rows, sequences, width, step)
+    return rows, (rows, sequences, width, step, *segments.evenly(sequences, rows))
 
 
 OP = dispatch.Op(

@@ -45,9 +45,7 @@ def gather_and_maybe_dequant_cache(
         Block numbers of each sequence; the last dimension contiguous.
     cu_seq_lens : int32 or int64 array [B + 1]
         Where each sequence's rows start in ``dst``, and where the last one's end; never
-        descending; contiguous. Rows that
-        ``dst`` does not have are dropped, without a fault; where the numbers descend, which rows
-        are written is not defined.
+        descending; contiguous. Rows that ``dst`` does not have are dropped, without a fault.
     token_to_seq : ignored
         It has its place in vLLM's order of arguments.
     num_tokens : int

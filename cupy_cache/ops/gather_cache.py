@@ -42,9 +42,7 @@ def gather_cache(
         Block numbers of each sequence; the last dimension contiguous.
     cu_seq_lens : int32 or int64 array [B + 1]
         Where each sequence's rows start in ``dst``, and where the last one's end; never
-        descending; contiguous. Rows that
-        ``dst`` does not have are dropped, without a fault; where the numbers descend, which rows
-        are written is not defined.
+        descending; contiguous. Rows that ``dst`` does not have are dropped, without a fault.
     seq_starts : int32 or int64 array [B], optional
         The position in its sequence, in tokens, from which each sequence is read; any value, not
         only multiples of the block size. By default 0.
@@ -69,6 +67,10 @@ def gather_cache(
     `raise_faults`) under its number: with the argument ``seq_starts`` where the start is outside
     0..W * block_size - 1, and with ``block_table`` where the page is not below W (the value
     recorded is the page) or the block number is outside 0..num_blocks - 1.
+
+    A number of ``cu_seq_lens`` below the one before is recorded under its place. A row that lies
+    between the bounds of several sequences is then that of one of them, or left as it is; the same
+    on CPU and GPU.
 
     The mapping is that of vLLM's ``cp_gather_cache``.
     """

@@ -18,6 +18,7 @@ from ..runtime import (
     modules,
     params,
     plans,
+    segments,
     spelling,
     streams,
 )
@@ -26,7 +27,8 @@ from .shared import slots
 
 PARAMS = params.Struct(
     per_call="block_table:ptr positions:ptr query_start_loc:ptr out:ptr "
-    "slots:i64 requests:i64 tokens:i64 table_stride:i64 position_limit:i64",
+    "slots:i64 requests:i64 tokens:i64 table_stride:i64 position_limit:i64 "
+    "even.segments:f32 even.rows:f32",
     constant="position_stride:i64 block_limit:i64 block_size:i64 "
     "cp_world_size:i64 cp_rank:i64 cp_interleave:i64",
 )
@@ -96,7 +98,8 @@ def slot_mapping(
     Nothing synchronises. The slot is -1, and a fault is recorded under the token's number (see
     `raise_faults`), where a position is negative or its page not below W (argument ``positions``),
     or where a table entry that is used is negative or so large that its slots might not fit 64 bits
-    (argument ``block_table``).
+    (argument ``block_table``). Where ``query_start_loc`` descends, a token between the bounds of
+    several requests is of one of them, or of none: the same one on CPU and GPU.
 
     The formulas are those of vLLM's block tables.
     """
@@ -170,7 +173,7 @@ def _count(extents, options, scalars):
         )
     block_size, world, *_ = options
     limit = slots.position_limit(width, block_size, world)
-    return count, (count, requests, tokens, step, limit)
+    return count, (count, requests, tokens, step, limit, *segments.evenly(requests, tokens))
 
 
 OP = dispatch.Op(

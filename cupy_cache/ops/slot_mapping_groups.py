@@ -19,6 +19,7 @@ from ..runtime import (
     lists,
     modules,
     params,
+    segments,
     spelling,
     streams,
 )
@@ -30,7 +31,7 @@ MAX_GROUPS = 48  # kMaxGroups of the kernel
 TABLE_WORDS = 2 + len(slots.FIELDS)
 PARAMS = params.Struct(
     per_call="idx_mapping:ptr positions:ptr query_start_loc:ptr out:ptr slots:i64 requests:i64 "
-    "tokens:i64 first:i64 out_stride:i64",
+    "tokens:i64 first:i64 out_stride:i64 even.segments:f32 even.rows:f32",
     constant="idx_stride:i64 position_stride:i64",
     tail=f"groups:i64[{MAX_GROUPS * TABLE_WORDS}]",
 )
@@ -212,7 +213,7 @@ class _Plan:
             self._launcher.enqueue(
                 (launch.ceil_div(count, threads), groups, 1), threads, call.stream, idx, positions,
                 bounds, out + first * stride, count, requests, tokens, first, stride,
-                tail=words,
+                *segments.evenly(requests, tokens), tail=words,
             )  # fmt: skip
 
     def _words(self, tables, geometries):

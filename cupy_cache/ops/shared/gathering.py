@@ -11,19 +11,30 @@ from typing import NamedTuple
 
 from ... import cpu
 from ...errors import ArgumentError, ShapeError, StrideError
-from ...runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
+from ...runtime import (
+    contract,
+    dispatch,
+    formats,
+    launch,
+    modules,
+    params,
+    plans,
+    segments,
+    spelling,
+)
 
 STEM = "gather_cache"
 # One struct of both kernels: the arguments are those of `op`, in order.
 PARAMS = params.Struct(
     per_call="src_cache:ptr dst:ptr block_table:ptr cu_seq_lens:ptr seq_starts:ptr scale:ptr "
-    "rows:i64 sequences:i64 table_width:i64 table_stride:i64 scale_value:f32 first_guarded:u32",
+    "rows:i64 sequences:i64 table_width:i64 table_stride:i64 scale_value:f32 first_guarded:u32 "
+    "even.segments:f32 even.rows:f32",
     constant="num_blocks:i64 start_stride:i64 "
     "src_block_stride:i64 src_group_stride:i64 src_offset_stride:i64 "
     "src_outer_stride:i64 src_head_stride:i64 "
     "dst_row_stride:i64 dst_outer_stride:i64 dst_head_stride:i64",
 )
-GUARDED = ("seq_starts", "block_table")
+GUARDED = ("seq_starts", "block_table")  # and the bounds, whatever they are called
 # A raw copy is one kernel for all of these, so faults tell which it was.
 SHARING = ("gather_cache", "cp_gather_cache", "gather_and_maybe_dequant_cache")
 MAX_THREADS = 128
@@ -34,14 +45,15 @@ def op(name, plan, count, bounds="cu_seq_lens", options=()):
     ``count(rows of dst, block_table, ``bounds`` and seq_starts, scalars)`` gives the rows to
     process and the sequences; of ``scalars``, the scale is the first."""
     # The fault number of seq_starts.
-    first_guarded = 1 + len(GUARDED) * SHARING.index(name) if name in SHARING else 1
+    first_guarded = 1 + (1 + len(GUARDED)) * SHARING.index(name) if name in SHARING else 1
 
     def fields(extents, options, scalars):
         del options
         rows, ((sequences, width), (step, _)), first_rows, starts = extents
         scale, *others = scalars or (0.0,)
         rows, sequences = count((rows, sequences, first_rows, starts), *others)
-        return rows, (rows, sequences, width, step, scale, first_guarded)
+        even = segments.evenly(sequences, rows)
+        return rows, (rows, sequences, width, step, scale, first_guarded, *even)
 
     return dispatch.Op(
         name,
@@ -179,7 +191,7 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto"):
         f"{shape.outer}, {shape.heads}, "
         f"{length}, {block_size}, {group}, {index_names(described)}, {per_thread}, {MAX_THREADS}>",
         PARAMS,
-        guarded=[(name, argument) for name in SHARING for argument in GUARDED],
+        guarded=[(name, argument) for name in SHARING for argument in (*GUARDED, "cu_seq_lens")],
         converts=fmt.stored is not None,
     )
     strides = (src.strides[0], group_stride, offset_stride, *shape.src_strides,

@@ -19,10 +19,17 @@ struct Segment {
   i64 start;
 };
 
+// How many segments a row has, and a segment rows, if all are equally long.
+struct Even {
+  float segments;
+  float rows;
+};
+
 // A search for the segment that holds `row`: starts[i] <= row < starts[i + 1], for `count`
-// segments, at least one, with non-decreasing starts. There are count + 1 entries of Index; if
-// kOpenEnd count, and the last segment has no end. Reads no others, whatever they hold. There are
-// some `rows`.
+// segments, at least one. There are count + 1 entries of Index; if kOpenEnd count, and the last
+// segment has no end. Reads no others, whatever they hold. Where starts descend, several segments
+// may hold a row, and it is one of them, or none: cpu/operations.py searches alike, so nothing here
+// may be rounded otherwise there.
 template <typename Index, bool kOpenEnd = false>
 class SegmentSearch {
  public:
@@ -30,16 +37,14 @@ class SegmentSearch {
   u32 row_in_guess;  // the number that the row has in the guessed segment, if all are equally long
 
   // Loads the bounds of the guessed segment.
-  __device__ __forceinline__ SegmentSearch(const char* starts, i32 count, i64 row, i64 rows)
+  __device__ __forceinline__ SegmentSearch(const char* starts, i32 count, i64 row, Even even)
       : row_in_guess(static_cast<u32>(row)), starts_(starts), count_(count), row_(row) {
     if (count > 1) {
-      // Any guess would do: 32 bits of each number, and quotients that take few instructions.
-      const float rows_of_all = static_cast<float>(static_cast<u32>(rows));
-      const float segments = static_cast<float>(count);
-      const float at = static_cast<float>(row_in_guess) * __fdividef(segments, rows_of_all);
+      // Any guess would do: 32 bits of the number.
+      const float at = __fmul_rn(static_cast<float>(row_in_guess), even.segments);
       guess = min(__float2int_rz(at), count - 1);
       const float inside = at - static_cast<float>(guess);
-      row_in_guess = __float2uint_rz(inside * __fdividef(rows_of_all, segments) + 0.5f);
+      row_in_guess = __float2uint_rz(inside * even.rows + 0.5f);
     }
     start_ = start_of(guess);
     end_ = start_of(guess + 1);
@@ -94,12 +99,41 @@ class SegmentSearch {
   }
 };
 
+// Whether `count` + 1 starts descend, each looked at with the one before by one of `threads` threads,
+// of which this is that of an `index`. The first two are loaded where this is made.
+template <typename Index>
+class OrderCheck {
+ public:
+  __device__ __forceinline__ OrderCheck(const char* starts, i64 count, u32 index, u32 threads)
+      : starts_(starts), count_(static_cast<u32>(count)), index_(index), threads_(threads) {
+    odd_ = index < count_ && load(index + 1) < load(index);
+  }
+  // Records the starts that are below the one before; there are some `rows`. Called once, last: what
+  // is needed behind a call is kept in more registers.
+  __device__ __forceinline__ void report(u32 argument, i64 rows) const {
+    if (!odd_ && count_ <= threads_) return;
+    for (u32 i = index_; i < count_; i += threads_) {
+      const i64 end = load(i + 1);
+      if (end < load(i)) record_fault(argument, i + 1, end, rows + 1);
+    }
+  }
+
+ private:
+  const char* starts_;
+  u32 count_, index_, threads_;
+  bool odd_;
+
+  __device__ __forceinline__ i64 load(u32 i) const {
+    return load_number<Index>(starts_ + i * static_cast<i64>(sizeof(Index)));
+  }
+};
+
 // Sequences with their pages. Strides in bytes.
 struct Sequences {
   const char* starts;       // see SegmentSearch
   const char* block_table;  // [count, table_width]
   const char* seq_starts;   // [count]: the token that is each sequence's first row, if not 0
-  i64 rows;
+  Even even;
   i32 count;
   i64 num_blocks;
   i64 table_width;
@@ -126,7 +160,7 @@ class TokenSearch {
  public:
   // Starts the loads. There must be sequences.
   __device__ __forceinline__ TokenSearch(const Sequences& sequences, i64 row)
-      : s_(sequences), row_(row), search_(s_.starts, s_.count, row, s_.rows) {
+      : s_(sequences), row_(row), search_(s_.starts, s_.count, row, s_.even) {
     // What the guess leads to is loaded with what tells whether it is right: the start of the
     // sequence or, where all start at 0, the block.
     const i64 page = search_.row_in_guess / kBlockSize;
