@@ -104,7 +104,6 @@ def run_step(function, world, values, slopes):
     return *(result.cpu().numpy() for result in made), specs[2].on(world.bytes_of(specs[2]))
 
 
-@pytest.mark.whole
 @only_torch
 @pytest.mark.parametrize(
     ("backend", "dynamic"),
