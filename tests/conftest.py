@@ -64,8 +64,10 @@ GXX = shutil.which("g++")
 
 
 # Of each test's parameter combinations on each kind of array, this many run by default, chosen by
-# their names, so always the same; --everything runs all. A single combination is quick, but there
-# are more than ten thousand. Tests marked whole always run all.
+# their names, so always the same; --everything runs all, --rest the others. A single combination is
+# quick, but there are more than ten thousand. Of tests marked whole all run, of those marked each()
+# one for each value of the parameters that are named there. What is marked extra takes long, and
+# is never among them.
 SAMPLE = 1
 WITHOUT_ARRAYS = 4  # of the tests that are not about kinds of arrays
 
@@ -75,13 +77,16 @@ def pytest_addoption(parser):
         "--everything", action="store_true", help="run every combination of test parameters"
     )
     parser.addoption(
+        "--rest", action="store_true", help="run every combination that does not run by default"
+    )
+    parser.addoption(
         "--surface-calls", type=int, default=12_000, help="how many random calls are made"
     )
 
 
 def pytest_collection_modifyitems(config, items):
     if not config.getoption("--everything"):
-        _keep_sample(config, items)
+        _keep(config, items, rest=config.getoption("--rest"))
     if GPU_MISSING is None or env.flag(env.REQUIRE_GPU):
         return
     for item in items:
@@ -89,23 +94,34 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason=f"no GPU: {GPU_MISSING}"))
 
 
-def _keep_sample(config, items):
-    groups = {}
+def _keep(config, items, rest):
+    """Leave the sample, or what is not in it. A test that is named runs whole."""
+    if any("::" in argument for argument in config.args):
+        return
+    sample = _sample(items)
+    kept = [item for item in items if (item in sample) != rest]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if (item in sample) == rest])
+        items[:] = kept
+
+
+def _sample(items):
+    groups, kept = {}, set()
     for item in items:
-        world = item.callspec.params.get("world") if hasattr(item, "callspec") else None
-        groups.setdefault((item.nodeid.partition("[")[0], world), []).append(item)
-    kept = {
-        item
-        for (_, world), group in groups.items()
-        for item in sorted(group, key=lambda item: zlib.crc32(item.nodeid.encode()))[
-            : SAMPLE if world else WITHOUT_ARRAYS
-        ]
-    }
-    kept.update(item for item in items if item.get_closest_marker("whole"))
-    named = any("::" in argument for argument in config.args)
-    if not named and len(kept) < len(items):
-        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
-        items[:] = [item for item in items if item in kept]
+        if item.get_closest_marker("extra"):
+            continue
+        if item.get_closest_marker("whole"):
+            kept.add(item)
+            continue
+        call = getattr(item, "callspec", None)
+        world = call and call.params.get("world")
+        each = item.get_closest_marker("each")
+        values = tuple(repr(call.params[name]) for name in each.args) if each else ()
+        size = SAMPLE if world or each else WITHOUT_ARRAYS
+        groups.setdefault((item.nodeid.partition("[")[0], world, values, size), []).append(item)
+    for (*_, size), group in groups.items():
+        kept.update(sorted(group, key=lambda item: zlib.crc32(item.nodeid.encode()))[:size])
+    return kept
 
 
 @pytest.fixture

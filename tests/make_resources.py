@@ -148,13 +148,17 @@ def read(kernels, architecture):
     return found
 
 
-def table(kernels, architectures=ARCHITECTURES):
-    """The text of a file."""
+EVERY = slice(None)
+
+
+def table(kernels, architectures=ARCHITECTURES, rows=EVERY):
+    """The text of a file; ``rows``: of these kernels alone."""
+    heading, kernels = signatures(kernels), kernels[rows]
     blocks = [block(kernels, architecture) for architecture in architectures]
     # The numbers come first: a longer expression moves none of them.
     blocks.append(["", "", *(readable(kernel.expression) for kernel in kernels)])
     lines = map(SEPARATOR.join, zip(*blocks))
-    lines = [f"NVRTC {nvrtc()}", "", *signatures(kernels), "", *lines]
+    lines = [f"NVRTC {nvrtc()}", "", *heading, "", *lines]
     return "".join(f"{line.rstrip(SEPARATOR)}\n" for line in lines)
 
 
@@ -172,14 +176,16 @@ def block(kernels, architecture):
     ]
 
 
-def only(text, architectures):
-    """The text of a file with the columns of these architectures alone."""
+def only(text, architectures, rows=EVERY):
+    """The text of a file with the columns of these architectures, and these rows, alone."""
     kept = [*(architecture in architectures for architecture in ARCHITECTURES), True]
     lines = []
     for line in text.splitlines():
         if SEPARATOR in line:
             line = SEPARATOR.join(itertools.compress(line.split(SEPARATOR), kept))
         lines.append(line.rstrip())
+    first = 2 + max(at for at, line in enumerate(lines) if line.startswith("sm_"))
+    lines[first:] = lines[first:][rows]
     return "".join(f"{line}\n" for line in lines)
 
 

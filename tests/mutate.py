@@ -316,7 +316,8 @@ def stages(file):
         # Kernels are not run on arrays of the CPU.
         only = ["-k", "not (numpy or torch-cpu or dlpack)"]
         stems = [Path(f).stem for f in _reach(file) if f.endswith(".cu")]
-        code = ["tests/test_resources.py", "-k", " or ".join(f"[{stem}]" for stem in stems)]
+        code = ["tests/test_resources.py", "-k", " or ".join(f"[{stem}-90-" for stem in stems)]
+        code.append("--everything")
         return [*tests, *only], [*tests, *only, "--everything"], code
     slow = ["-k", "not (torch-cpu or dlpack or every_16_bit or test_torch_ops)"]
     return tests, [*tests, *slow, "--everything"]

@@ -1208,8 +1208,6 @@ def change_numbers(rng, call):
     bad = pick(
         rng, 99, -1, 2**31, 2**63 - 1, 2**64, -(2**70), 1.0, "1", None, True, (1, 2), Broken()
     )
-    if pairs and bad is True:
-        return None
     value = [(0, bad)] if pairs else [0, bad]
     layers = next(iter(call.args.values()))
     call.args[name] = value

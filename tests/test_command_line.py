@@ -12,7 +12,6 @@ import pytest
 import cupy_cache as cc
 from cupy_cache.cli import command_line, demo
 
-pytestmark = pytest.mark.whole
 DEMO = "demo --backend numpy --tokens 2 --layers 1 --beams 1"
 QUIET = "2>/dev/null"
 

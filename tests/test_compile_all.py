@@ -2,11 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every shipped instantiation as machine code, made and read without a GPU."""
 
-import concurrent.futures
+import functools
 import itertools
 import os
 import re
 import shutil
+import zlib
 
 import pytest
 from machine_code import (
@@ -30,7 +31,6 @@ pytest.importorskip("cupy")
 
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 COMPLETE = 90  # the architecture for which the whole table is compiled; for the others one shape
-THINNED = tuple(architecture for architecture in ARCHITECTURES if architecture != COMPLETE)
 # heads, head size, block size, dtype
 SHAPES = tuple(
     (*shape, block_size, dtype)
@@ -48,8 +48,8 @@ FEW = [
     if not op.startswith(("pack_tokens", "unpack_", "zero_", "paged_attention"))
 ]
 PAIRS = [name for name in formats.LAYOUTS if name not in ("rows", "indexer")]
-# The instructions are read for the plain copies of these alone, except on the complete
-# architecture: starting the disassembler takes longer than compiling a dozen kernels.
+# The instructions are read for the plain copies of these alone, except of ordinary kernels on the
+# complete architecture: starting the disassembler takes longer than compiling a dozen kernels.
 READ_EVERYWHERE = ("copy_blocks", "reshape_and_cache_flash", "gather_cache")
 # The vectors of these are of what is written, as where their width is called kStoreVec: they read
 # less, or nothing.
@@ -58,13 +58,22 @@ READ_LESS = ("Dequantise", "Direction::kZero")
 SPILLS, STACK = re.compile(r"::paged_attention<\S+, \S+, 128, 128, 16, 16, 64, "), 56
 WRITE_LESS = ("paged_attention",)  # its vectors are of what is read
 TOGETHER = 64  # kernels of one source that are compiled and read at a time
+STEMS = sorted(path.stem for path in modules.kernel_dir().glob("*.cu"))
+# Template parameters whose values make kernels that have little in common.
+KINDS = ("kRows",)
 
 
-def chosen(architecture, everything=False):
-    """Kernels that `warmup` loads; ``everything``: for all model shapes, not a few."""
-    complete = architecture == COMPLETE
+def chosen(architecture, extent="ordinary"):
+    """Kernels that `warmup` loads: "few": for one shape; "ordinary": on the complete architecture
+    for some; "every_shape": for all others."""
+    if extent == "every_shape":
+        for shape in SHAPES:
+            if shape not in SHAPES[::16]:
+                yield from specialisations(*shape, layouts=PAIRS, ops=FEW)
+        return
+    complete = architecture == COMPLETE and extent == "ordinary"
     if complete:
-        for shape in SHAPES if everything else SHAPES[::16]:
+        for shape in SHAPES[::16]:
             yield from specialisations(*shape, layouts=PAIRS, ops=FEW)
         yield from specialisations(*ONE_SHAPE, layouts=PAIRS, index_dtypes=["int32", "int64"])
     yield from specialisations(*ONE_SHAPE, layouts=["HND", "x-packed"], ops=FEW)
@@ -81,29 +90,49 @@ def chosen(architecture, everything=False):
     yield from specialisations(*INDEXER_SHAPE, layouts=["indexer"], ops=FEW)
 
 
-def shipped(architecture, everything=False):
-    """The same, each once, in lists of one source."""
+@functools.cache
+def shipped(architecture, extent="ordinary"):
+    """{stem: the same, each once, in lists that are compiled together}. Of a few, one of each kind
+    that a source makes: on each architecture another."""
     kernels = {}
-    for kernel in chosen(architecture, everything):
+    for kernel in chosen(architecture, extent):
         kernels.setdefault((kernel.stem, kernel.converts), {})[kernel.key] = kernel
-    for group in kernels.values():
-        group = list(group.values())
-        for start in range(0, len(group), TOGETHER):
-            yield group[start : start + TOGETHER]
+    found = {}
+    for (stem, _), group in kernels.items():
+        group = one_of_each(architecture, group) if extent == "few" else list(group.values())
+        lists = [group[start : start + TOGETHER] for start in range(0, len(group), TOGETHER)]
+        found.setdefault(stem, []).extend(lists)
+    return found
+
+
+def one_of_each(architecture, kernels):
+    """One of the kernels of each kind, by chance, but always the same."""
+    kinds = {}
+    for key, kernel in kernels.items():
+        values = arguments(kernel)
+        place = zlib.crc32(f"{kernel.expression} {architecture}".encode())
+        kind = template_parameters(kernel)[0], *(values.get(name) for name in KINDS)
+        kinds[kind] = min(kinds.get(kind, (place, key)), (place, key))
+    return [kernels[key] for _, key in kinds.values()]
 
 
 # --- reading --------------------------------------------------------------------------------------
 
 
+def arguments(kernel):
+    """{name of a template parameter: its argument} of a kernel."""
+    name, names = template_parameters(kernel)
+    text = re.fullmatch(rf"cupy_cache::{name}<(.*)>", kernel.expression)[1]
+    while "<" in text:  # commas inside an argument are no separators
+        text = re.sub(r"<[^<>]*>", "", text)
+    values = text.split(", ")
+    assert len(names) == len(values)
+    return dict(zip(names, values))
+
+
 def vector_widths(kernel):
     """A kernel's template parameters that are widths of vectors in bytes, {name: value}."""
-    name, names = template_parameters(kernel)
-    arguments = re.fullmatch(rf"cupy_cache::{name}<(.*)>", kernel.expression)[1]
-    while "<" in arguments:  # commas inside an argument are no separators
-        arguments = re.sub(r"<[^<>]*>", "", arguments)
-    values = arguments.split(", ")
-    assert len(names) == len(values)
-    return {name: int(value) for name, value in zip(names, values) if name.endswith("Vec")}
+    return {name: int(value) for name, value in arguments(kernel).items() if name.endswith("Vec")}
 
 
 def used_too_much(kernel, numbers):
@@ -128,8 +157,9 @@ def moved_too_little(kernel, text):
             yield f"no 16-byte {what}"
 
 
-def check(kernels, architecture, path):
-    """Compile kernels of one source and read them, by way of a file; returns objections."""
+def check(kernels, architecture, path, few=False):
+    """Compile kernels of one source and read them, by way of a file; returns objections. Of a few
+    the instructions are another test's, but for those that are read everywhere."""
     cubin, names = modules.compile_cubins(kernels, architecture)
     assert cubin[:4] == b"\x7fELF"
     if cuobjdump() is None:
@@ -140,7 +170,8 @@ def check(kernels, architecture, path):
         kernel: list(used_too_much(kernel, usage[names[kernel.expression]])) for kernel in kernels
     }
     copies = not kernels[0].converts
-    if architecture == COMPLETE or (copies and kernels[0].stem in READ_EVERYWHERE):
+    widely = architecture == COMPLETE and not few
+    if widely or (copies and kernels[0].stem in READ_EVERYWHERE):
         text = instructions(path)
         for kernel, objections in found.items():
             objections += moved_too_little(kernel, text[names[kernel.expression]])
@@ -152,24 +183,27 @@ def check(kernels, architecture, path):
     ]
 
 
-@pytest.mark.parametrize("architectures", ([COMPLETE], THINNED), ids=("complete", "thinned"))
-def test_every_instantiation(architectures, tmp_path, request):
+def work():
+    """Parameters of the test: by default a few kernels, the others with --everything."""
+    for architecture, stem in itertools.product(ARCHITECTURES, STEMS):
+        yield pytest.param(architecture, stem, "few")
+        yield pytest.param(architecture, stem, "ordinary", marks=pytest.mark.extra)
+    for stem in STEMS:
+        yield pytest.param(COMPLETE, stem, "every_shape", marks=pytest.mark.extra)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("architecture, stem, extent", [*work()])
+def test_every_instantiation(architecture, stem, extent, tmp_path):
     """Compiles, uses neither stack nor local memory, and moves 16 bytes where it says so."""
-    everything = request.config.getoption("--everything")
-    work = [(group, one) for one in architectures for group in shipped(one, everything)]
-    paths = [tmp_path / f"{number}.cubin" for number in range(len(work))]
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        done = list(pool.map(check, *zip(*work), paths))
-    print(f"{sum(len(group) for group, _ in work)} kernels")
-    wrong = list(itertools.chain(*done))
+    groups = shipped(architecture, extent).get(stem, [])
+    assert groups or extent == "every_shape"
+    print(f"{sum(map(len, groups))} kernels")
+    few, path = extent == "few", tmp_path / "made.cubin"
+    wrong = [o for group in groups for o in check(group, architecture, path, few)]
     assert not wrong, f"{len(wrong)} objections, such as\n" + "\n".join(wrong[:10])
     if cuobjdump() is None:
         pytest.skip(NOT_READ)
-
-
-def test_every_source_is_among_them():
-    stems = {path.stem for path in modules.kernel_dir().glob("*.cu")}
-    assert stems == {group[0].stem for group in shipped(THINNED[0])}
 
 
 @pytest.fixture

@@ -28,12 +28,13 @@ only_torch = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.whole
+@pytest.mark.each("name")
 @only_torch
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", cases.CASES)
-def test_every_function(world, rng, name, backend, request):
-    """Between two graphs, whose sizes are fixed or are not: with --everything both."""
+def test_every_function(world, rng, name, backend, dynamic):
+    """Between two graphs, whose sizes are fixed or are not."""
     before = torch.arange(4)
 
     def step(run, number):
@@ -41,15 +42,11 @@ def test_every_function(world, rng, name, backend, request):
         run()
         return more * 2
 
-    both = [False, True]
-    if not request.config.getoption("--everything"):
-        both = [(list(cases.CASES).index(name) + BACKENDS.index(backend)) % 2 == 0]
-    for dynamic in both:
-        case = cases.CASES[name](rng)
-        torch._dynamo.reset()
-        compiled = torch.compile(step, backend=backend, dynamic=dynamic)
-        assert compiled(case.bind(world), before).tolist() == [2, 4, 6, 8]
-        case.check(world)
+    case = cases.CASES[name](rng)
+    torch._dynamo.reset()
+    compiled = torch.compile(step, backend=backend, dynamic=dynamic)
+    assert compiled(case.bind(world), before).tolist() == [2, 4, 6, 8]
+    case.check(world)
 
 
 def test_every_function_has_a_case():
@@ -107,7 +104,6 @@ def run_step(function, world, values, slopes):
     return *(result.cpu().numpy() for result in made), specs[2].on(world.bytes_of(specs[2]))
 
 
-@pytest.mark.whole
 @only_torch
 @pytest.mark.parametrize(
     ("backend", "dynamic"),

@@ -529,3 +529,15 @@ def test_layers_are_not_kept_alive(recorder):
     gc.collect()
     assert all(tensor() is None for tensor in watched)
     recorder.take()
+
+
+# --- declarations ---------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_a_destination():
+    """Where rows vary: then it is seen that more of them may run into one another."""
+    assert len(dispatch._ops) > 25
+    for op in dispatch._ops:
+        for index, arg in enumerate(op.args):
+            if arg.written and arg.varies == dispatch.ROWS:
+                assert index in op.destination, f"{op.name}: {arg.name}"

@@ -298,12 +298,12 @@ def test_attention_is_remembered_by_its_options_and_within_bounds(rng):
     assert len(cache._attenders) <= 16
 
 
-@pytest.mark.parametrize("layer", [-1, 1, 1.5, None, [0]])
+@pytest.mark.parametrize("layer", [-1, 1, 1.5, None, [0], 2**70])
 def test_attention_of_a_layer_that_is_not_there(rng, layer):
     world, problem = worlds.NumPyWorld(), attending.Problem(rng, [9])
     cache = cc.PagedKVCache(*([world.put(cache)] for cache in problem.caches))
     for _ in range(2):
-        with pytest.raises(cc.ArgumentError, match=r"PagedKVCache\.attend: .* of layer: .*0\.\.0"):
+        with pytest.raises(cc.ArgumentError, match=r"PagedKVCache\.attend: .* of layer: expected"):
             attending_to(world, cache, layer, problem)()
 
 

@@ -164,3 +164,56 @@ def test_scales_of_layers_have_one_dimension():
                 kv_cache_dtype="fp8",
             )  # fmt: skip
     assert not cache.any()
+
+
+def numbered_calls():
+    """{name: a function of the number of a block, a slot or a layer}: all that takes one from host
+    memory."""
+    made = [np.zeros((300, 2, 1, 8), np.float32) for _ in range(4)]
+    keys, values = made[:2], made[2:]
+    one, other = (cc.PagedKVCache([k], [v]) for k, v in zip(keys, values))
+    both = cc.PagedKVCache(keys, values)
+    row, slot = np.ones((1, 1, 8), np.float32), np.array([1])
+    step = row, np.zeros((1, 1), np.int32), np.ones(1, np.int32)
+    packed = np.zeros(10_000, np.uint8)
+    many = [(number, number + 100) for number in range(2, 100)]
+    latents = [k[:, :, 0] for k in keys]
+    return {
+        "copy_blocks": lambda n: cc.copy_blocks(keys, values, [(n, 2)]),
+        "copy_blocks, second": lambda n: cc.copy_blocks(keys, values, ((0, 2), [0, n])),
+        "copy_blocks, many": lambda n: cc.copy_blocks(keys, values, [*many, (n, 299)]),
+        "copy_blocks_mla": lambda n: cc.copy_blocks_mla(latents, [(n, 2)]),
+        "swap_blocks": lambda n: cc.swap_blocks(keys[0], keys[1], [(2, n)]),
+        "swap_blocks, many": lambda n: cc.swap_blocks(keys[0], keys[1], [(299, n), *many]),
+        "zero_blocks": lambda n: cc.zero_blocks(keys, [n, 2]),
+        "pack_blocks": lambda n: cc.pack_blocks(keys, [2, n], packed),
+        "unpack_blocks": lambda n: cc.unpack_blocks(packed, keys, (n, 2)),
+        "pack_tokens": lambda n: cc.pack_tokens(keys, [n], packed),
+        "unpack_tokens": lambda n: cc.unpack_tokens(packed, keys, [n]),
+        "PagedKVCache.copy_blocks": lambda n: one.copy_blocks([(n, 2)]),
+        "PagedKVCache.swap_blocks": lambda n: one.swap_blocks(other, [(n, n)]),
+        "PagedKVCache.write": lambda n: both.write(n, row, row, slot),
+        "PagedKVCache.writer": lambda n: both.writer(n)(row, row, slot),
+        "PagedKVCache.attend": lambda n: both.attend(n, *step),
+    }
+
+
+def ones(boolean):
+    """1 in every form that counts as an integer, or True in every form that could."""
+    torch = pytest.importorskip("torch")
+    kind = (bool, np.bool_, torch.bool) if boolean else (int, np.int64, torch.int32)
+    return [kind[0](1), kind[1](1), np.array(1, kind[1]), torch.tensor(1, dtype=kind[2])]
+
+
+@pytest.mark.whole
+@pytest.mark.filterwarnings("ignore:In future, it will be an error")  # NumPy 1, of its booleans
+@pytest.mark.parametrize("name", numbered_calls())
+def test_booleans_are_no_numbers(name):
+    """True is 1, False is 0, and neither is the number of a block, a slot or a layer."""
+    call = numbered_calls()[name]
+    for number in ones(boolean=False):
+        call(number)
+    for _ in range(2):
+        for number in (*ones(boolean=True), False, np.False_):
+            with pytest.raises(cc.CupyCacheError, match=f"^{name.partition(',')[0]}: .* integer"):
+                call(number)

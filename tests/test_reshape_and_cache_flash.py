@@ -108,7 +108,7 @@ def test_strided_sources_and_slots(world, rng):
     check(world, key, value, key_cache, value_cache, slots)
 
 
-@pytest.mark.whole
+@pytest.mark.each("layout")
 @pytest.mark.parametrize("num_blocks, block_size", [(75, 16), (2, 600), (1, 1200)])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_many_tokens(world, rng, layout, num_blocks, block_size):
@@ -281,13 +281,16 @@ def test_every_bit_pattern(world, rng, dtype, kv_cache_dtype):
             np.testing.assert_array_equal(got[:, head].reshape(-1), expected)
 
 
-def test_float32_values(world, rng):
+@pytest.mark.parametrize(
+    "significands",
+    [(2**24 - 1, 2**23 + 1), (14 * 2**20 - 3, 9568255), (11665407, 15859711)],
+)
+def test_float32_values(world, rng, significands):
     """Neighbours of the boundaries between codes, with scales whose quotients round there."""
     boundaries = np.concatenate([
         (np.arange(16, 32) * 2.0 ** np.arange(-21, 12)[:, np.newaxis]).ravel(),
         np.arange(256) - 127.5, np.arange(64, 128) / 4096,
     ])  # fmt: skip
-    significands = [2**24 - 1, 2**23 + 1, 14 * 2**20 - 3, 9568255, 11665407, 15859711]
     scales = np.array([s * 2.0**-26 for s in significands], np.float32)
     near = (boundaries * scales[:, None]).astype(np.float32)
     steps = np.arange(-3, 4, dtype=np.int32)

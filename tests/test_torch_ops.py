@@ -514,7 +514,7 @@ def torch_is_right(mark, dynamic):
 MARKS = {"views": lambda tensor: None, "static views": torch._dynamo.mark_static}
 
 
-@pytest.mark.whole
+@pytest.mark.each("way")
 @only_torch
 @pytest.mark.parametrize("way", ["pages", *MARKS])
 @pytest.mark.parametrize("dynamic", [False, None, True])

@@ -131,9 +131,11 @@ class PagedKVCache:
 
     def writer(self, layer: int) -> Writer:
         """`write` for one layer, as a function of the other arguments: the cheapest call."""
+        if type(layer) is not int:
+            layer = contract.integer("PagedKVCache.writer", "layer", layer)
         try:
             return self._writers[layer]
-        except (KeyError, TypeError):
+        except KeyError:
             raise self._no_layer("writer", layer) from None
 
     def _no_layer(self, method, layer):
@@ -160,9 +162,11 @@ class PagedKVCache:
             As for `reshape_and_cache_flash` or `reshape_and_cache`; without value caches ``kv_c``,
             ``k_pe`` and ``slot_mapping`` of `concat_and_cache_mla`.
         """
+        if type(layer) is not int:  # True would be layer 1
+            layer = contract.integer("PagedKVCache.write", "layer", layer)
         try:
             bound = self._writers[layer]
-        except (KeyError, TypeError):
+        except KeyError:
             raise self._no_layer("write", layer) from None
         if stream is None:  # what the call of ``bound`` begins with: an engine's every layer
             given = key, value, slot_mapping
@@ -200,6 +204,8 @@ class PagedKVCache:
             Likewise. Their combination is remembered for the layer, and the arrays among them are
             kept, as the caches are: give the same ones at each step.
         """
+        if type(layer) is not int:
+            layer = contract.integer(_ATTEND, "layer", layer)
         options = scale, sliding_window, soft_cap, contract.flag(_ATTEND, "causal", causal)
         given = query_start_loc is not None, lse is not None
         kinds = tuple(map(type, options))  # True equals 1
@@ -241,10 +247,8 @@ class PagedKVCache:
             expected = "key and value caches to attend to"
             got = "entries of latent attention"
             raise ArgumentError(errors.wrong("kind", f"{_ATTEND}: caches", expected, got))
-        try:
-            self._writers[layer]  # has no layers of negative numbers
-        except (KeyError, TypeError):
-            raise self._no_layer("attend", layer) from None
+        if layer not in self._writers:  # which has no layers of negative numbers
+            raise self._no_layer("attend", layer)
         return self.key_caches[layer], self.value_caches[layer]
 
     def copy_blocks(self, block_mapping: Pairs, *, stream: StreamLike | None = None) -> None:

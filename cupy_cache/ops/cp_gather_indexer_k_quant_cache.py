@@ -172,6 +172,6 @@ OP = dispatch.Op(
         dispatch.Arg("cu_seq_lens", varies=dispatch.ROWS, index=True),
     ),
     plan=_plan,
-    destination=1,
+    destination=(1, 2),
     count=_count,
 )

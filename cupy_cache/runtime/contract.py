@@ -232,15 +232,22 @@ class Contract:
             )
 
 
+def index(value):
+    """``value`` as a Python integer: whatever has ``__index__`` is taken, NumPy's integers and
+    arrays of a single one too, but no boolean, which is a `TypeError`."""
+    if type(value) is int:
+        return value
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        raise TypeError("a boolean")
+    return operator.index(value)
+
+
 def integer(op, name, value, least=None):
-    """``value`` as a Python integer, of at least ``least``: whatever has ``__index__`` is taken,
-    NumPy's integers and arrays of a single one too, but no boolean."""
+    """``value`` as `index` takes it, of at least ``least``."""
     found = value
     if type(value) is not int:
         try:
-            if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
-                raise TypeError("a boolean")
-            found = operator.index(value)
+            found = index(value)
         except Exception as error:
             raise ArgumentError(
                 f"{op}: Invalid value of {name}: expected an integer, got {shown(value)}"
