@@ -44,6 +44,7 @@ from .compilation import warmup
 from .errors import (
     ArgumentError,
     CaptureError,
+    CopyError,
     CupyCacheError,
     DeviceError,
     DTypeError,
@@ -83,6 +84,7 @@ from .vllm_names import paged_attention_v1, paged_attention_v2
 __all__ = [
     "ArgumentError",
     "CaptureError",
+    "CopyError",
     "CupyCacheError",
     "DTypeError",
     "DeviceError",

@@ -60,6 +60,10 @@ class NotWritableError(ArgumentError):
     """A destination is read-only, or could only be written in a copy."""
 
 
+class CopyError(CupyCacheError, TypeError):
+    """An object cannot be copied or pickled: it holds memory by its address."""
+
+
 class MissingDependencyError(CupyCacheError, ImportError):
     """CUDA, CuPy, NVRTC or the CUDA runtime headers are needed and absent."""
 

@@ -207,9 +207,30 @@ def objects(make: Make[Array]) -> None:
     eighth = [make(zeros(BLOCKS, BLOCK_SIZE, HEADS, SIZE, dtype=np.uint8)) for _ in range(2)]
     one = make(np.ones(1, np.float32))
     cc.PagedKVCache(eighth[:1], eighth[1:], "fp8", k_scales=[0.5], v_scales=one)
+    table, bounds = make(numbers(0, 1).reshape(1, 2)), make(numbers(0, TOKENS))
+    gathered = cache.gather(0, table, bounds, num_tokens=TOKENS, seq_starts=make(numbers(2)))
+    assert gathered[0].shape == (TOKENS, HEADS, SIZE)
+    cache.gather(1, table, bounds, out=(key, make(zeros(TOKENS, HEADS, SIZE))), stream=None)
+    packed = make(zeros(2 * cache.bytes_per_block, dtype=np.uint8))
+    cache.pack_blocks([0, 2], packed, layout="page_first")
+    cache.unpack_blocks(packed, (1, 3), layout="page_first")
+    cache.zero_blocks(range(cache.num_blocks))
+    print(cache.layout.lower(), repr(cache))
 
 
-EVERYTHING = (writes, copies, reads, attention, helpers, objects)
+def allocated(make: Make[Array]) -> None:
+    cache: cc.PagedKVCache = cc.PagedKVCache.allocate(
+        2, BLOCKS, BLOCK_SIZE, HEADS, SIZE, head_size_v=8, dtype=np.float32, layout="HND",
+        framework="numpy", device="cpu", pinned=False,
+    )  # fmt: skip
+    assert len(cache) == 2 and make(zeros(1)) is not None
+    cc.PagedKVCache.allocate(
+        1, BLOCKS, BLOCK_SIZE, 1, SIZE, kv_cache_dtype="fp8", k_scales=0.5, layout="rows",
+        framework="numpy",
+    )  # fmt: skip
+
+
+EVERYTHING = (writes, copies, reads, attention, helpers, objects, allocated)
 
 
 # --- annotations of one's own ---------------------------------------------------------------------
@@ -239,6 +260,7 @@ def errors() -> tuple[type[cc.CupyCacheError], ...]:
     return (
         cc.ArgumentError,
         cc.CaptureError,
+        cc.CopyError,
         cc.DTypeError,
         cc.DeviceError,
         cc.KernelError,
@@ -285,6 +307,7 @@ def mistakes(array: npt.NDArray[Any]) -> None:
     cc.convert_fp8(array, array, "fp8")  # type: ignore[arg-type]
     cc.pack_blocks([array], [0], array, layout="tokens")  # type: ignore[arg-type]
     cc.alibi_slopes(8, framework="jax")  # type: ignore[arg-type]
+    cc.PagedKVCache.allocate(1, 2, 4, 2, 8, layout="NDH")  # type: ignore[arg-type]
     cc.raise_faults(1.5)  # type: ignore[arg-type]
     cc.swap_blocks(array, array)  # type: ignore[call-overload]
     size: str = cc.packed_size([array], num_blocks=1)  # type: ignore[assignment]
