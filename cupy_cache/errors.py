@@ -80,6 +80,33 @@ class CaptureError(KernelError):
     """A kernel met for the first time could not be loaded while a CUDA graph is captured."""
 
 
+class OutOfBlocksError(CupyCacheError, MemoryError):
+    """Fewer blocks are free than are needed; nothing was changed.
+
+    Attributes
+    ----------
+    op : str
+        What needed them.
+    needed, free, num_blocks : int
+        How many are needed, how many are free, and how many there are in all.
+    """
+
+    op: str
+    needed: int
+    free: int
+    num_blocks: int
+
+    def __init__(self, op: str, needed: int, free: int, num_blocks: int) -> None:
+        self.op, self.needed, self.free, self.num_blocks = op, needed, free, num_blocks
+        super().__init__(
+            f"{op}: out of blocks: {needed} are needed, and {free} of {num_blocks} are free; free "
+            "a sequence, or swap one out"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.op, self.needed, self.free, self.num_blocks), self.__dict__
+
+
 class FaultError(CupyCacheError, IndexError):
     """Kernels met slots, block numbers or table entries outside their bounds.
 

@@ -25,7 +25,7 @@ FLOORS = (
     ("runtime",),
     ("cpu",),
     ("ops", "attention"),
-    ("kv_cache", "compilation", "flash_attn", "vllm_names"),
+    ("kv_cache", "bookkeeping", "compilation", "flash_attn", "vllm_names"),
     ("__init__",),
     ("integrations", "cli"),
     ("__main__",),
@@ -33,7 +33,7 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms whose face, the package itself, is all that others import. Of `runtime`, `ops` and
 # `attention` it is the modules.
-FACES = ("cpu", "kv_cache", "compilation", "cli")
+FACES = ("cpu", "kv_cache", "bookkeeping", "compilation", "cli")
 MAY_IMPORT_TORCH = {"integrations.torch_ops"}
 LICENCE = (
     "SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors",

@@ -176,6 +176,13 @@ def _current():
     return cuda.runtime.getDevice, cuda.driver.ctxGetCurrent, cuda.runtime.setDevice
 
 
+def pinned(size):
+    """``size`` bytes of CuPy's pool of host memory that GPUs reach by themselves, as a NumPy array.
+    They go back to the pool with the array."""
+    memory = import_cupy("pinned host memory").cuda.alloc_pinned_memory(size)
+    return np.frombuffer(memory, np.uint8, size)
+
+
 def pinned_zeros(shape, dtype):
     """A NumPy array of zeros in host memory that GPUs reach by themselves. It is exactly as large
     as it must be: CuPy's pool would round it up to a power of two."""
