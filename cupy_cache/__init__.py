@@ -22,7 +22,10 @@ Attention over the pages
 What a step needs besides
     `slot_mapping`, `slot_mapping_groups`, `alibi_slopes`, `place_slopes`, `alibi_bias`
 The caches of all layers as one object, for the cheapest calls
-    `PagedKVCache`
+    `PagedKVCache`, and `PagedKVCache.allocate` which makes them
+Who has which blocks: sequences, prefixes that are shared, swaps, and the arrays of each step
+    `BlockTables`, `BlockPool`; tables in FlashInfer's form: `block_table_to_csr`,
+    `csr_to_block_table`
 Compiling ahead, and asking for what was out of bounds
     `warmup`, `raise_faults`
 
@@ -40,10 +43,18 @@ from .attention.alibi_bias import alibi_bias
 from .attention.alibi_slopes import alibi_slopes, place_slopes
 from .attention.merge_attn_states import merge_attn_states
 from .attention.paged_attention import paged_attention
+from .bookkeeping import (
+    BlockPool,
+    BlockTables,
+    Step,
+    block_table_to_csr,
+    csr_to_block_table,
+)
 from .compilation import warmup
 from .errors import (
     ArgumentError,
     CaptureError,
+    CopyError,
     CupyCacheError,
     DeviceError,
     DTypeError,
@@ -52,6 +63,7 @@ from .errors import (
     KernelError,
     MissingDependencyError,
     NotWritableError,
+    OutOfBlocksError,
     ShapeError,
     StrideError,
     UnsupportedArchitectureError,
@@ -82,7 +94,10 @@ from .vllm_names import paged_attention_v1, paged_attention_v2
 
 __all__ = [
     "ArgumentError",
+    "BlockPool",
+    "BlockTables",
     "CaptureError",
+    "CopyError",
     "CupyCacheError",
     "DTypeError",
     "DeviceError",
@@ -91,13 +106,16 @@ __all__ = [
     "KernelError",
     "MissingDependencyError",
     "NotWritableError",
+    "OutOfBlocksError",
     "PagedKVCache",
     "ShapeError",
+    "Step",
     "StrideError",
     "UnsupportedArchitectureError",
     "__version__",
     "alibi_bias",
     "alibi_slopes",
+    "block_table_to_csr",
     "concat_and_cache_mla",
     "concat_and_cache_mla_grouped",
     "convert_fp8",
@@ -106,6 +124,7 @@ __all__ = [
     "cp_gather_and_upconvert_fp8_kv_cache",
     "cp_gather_cache",
     "cp_gather_indexer_k_quant_cache",
+    "csr_to_block_table",
     "flash_attn",
     "gather_and_maybe_dequant_cache",
     "gather_cache",

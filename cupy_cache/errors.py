@@ -60,6 +60,10 @@ class NotWritableError(ArgumentError):
     """A destination is read-only, or could only be written in a copy."""
 
 
+class CopyError(CupyCacheError, TypeError):
+    """An object cannot be copied or pickled: it holds memory by its address."""
+
+
 class MissingDependencyError(CupyCacheError, ImportError):
     """CUDA, CuPy, NVRTC or the CUDA runtime headers are needed and absent."""
 
@@ -74,6 +78,33 @@ class UnsupportedArchitectureError(KernelError):
 
 class CaptureError(KernelError):
     """A kernel met for the first time could not be loaded while a CUDA graph is captured."""
+
+
+class OutOfBlocksError(CupyCacheError, MemoryError):
+    """Fewer blocks are free than are needed; nothing was changed.
+
+    Attributes
+    ----------
+    op : str
+        What needed them.
+    needed, free, num_blocks : int
+        How many are needed, how many are free, and how many there are in all.
+    """
+
+    op: str
+    needed: int
+    free: int
+    num_blocks: int
+
+    def __init__(self, op: str, needed: int, free: int, num_blocks: int) -> None:
+        self.op, self.needed, self.free, self.num_blocks = op, needed, free, num_blocks
+        super().__init__(
+            f"{op}: out of blocks: {needed} are needed, and {free} of {num_blocks} are free; free "
+            "a sequence, or swap one out"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.op, self.needed, self.free, self.num_blocks), self.__dict__
 
 
 class FaultError(CupyCacheError, IndexError):

@@ -120,6 +120,9 @@ FrameworkName: TypeAlias = Literal["torch", "cupy", "numpy"]
 #: The order of the bytes that `pack_blocks` writes.
 PackedLayout: TypeAlias = Literal["layer_first", "page_first"]
 
+#: How the caches of `PagedKVCache.allocate` lie in memory.
+CacheLayout: TypeAlias = Literal["NHD", "HND", "packed", "x-packed", "rows"]
+
 # --- functions ------------------------------------------------------------------------------------
 
 

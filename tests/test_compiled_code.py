@@ -52,7 +52,7 @@ def test_every_function(world, rng, name, backend, dynamic):
 def test_every_function_has_a_case():
     named = {name.partition("-")[0] for name in cases.CASES}
     functions = {n for n in cc.__all__ if isinstance(getattr(cc, n), types.FunctionType)}
-    others = {"packed_size", "raise_faults", "warmup"}
+    others = {"packed_size", "raise_faults", "warmup", "block_table_to_csr", "csr_to_block_table"}
     assert functions - named == others | {"paged_attention_v1", "paged_attention_v2"}
 
 
@@ -172,7 +172,10 @@ def cc_write(key, pages, slots):
 
 FUNCTIONS = {name: value for name in cc.__all__
              if isinstance(value := getattr(cc, name), types.FunctionType)}  # fmt: skip
-METHODS = ("write", "writer", "attend", "copy_blocks", "swap_blocks")
+METHODS = (
+    "write", "writer", "attend", "gather", "copy_blocks", "swap_blocks", "zero_blocks",
+    "pack_blocks", "unpack_blocks",
+)  # fmt: skip
 
 
 @pytest.mark.whole

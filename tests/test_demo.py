@@ -524,8 +524,9 @@ def test_there_are_examples():
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_example(path, tmp_path):
-    if "torch" in path.read_text(encoding="utf-8"):
-        pytest.importorskip("torch")
+    for package in ("torch", "transformers"):
+        if f"import {package}" in path.read_text(encoding="utf-8"):
+            pytest.importorskip(package)
     done = subprocess.run(
         [sys.executable, "-W", "error", str(path)],
         capture_output=True, text=True, cwd=tmp_path, check=False,

@@ -207,9 +207,64 @@ def objects(make: Make[Array]) -> None:
     eighth = [make(zeros(BLOCKS, BLOCK_SIZE, HEADS, SIZE, dtype=np.uint8)) for _ in range(2)]
     one = make(np.ones(1, np.float32))
     cc.PagedKVCache(eighth[:1], eighth[1:], "fp8", k_scales=[0.5], v_scales=one)
+    table, bounds = make(numbers(0, 1).reshape(1, 2)), make(numbers(0, TOKENS))
+    gathered = cache.gather(0, table, bounds, num_tokens=TOKENS, seq_starts=make(numbers(2)))
+    assert gathered[0].shape == (TOKENS, HEADS, SIZE)
+    cache.gather(1, table, bounds, out=(key, make(zeros(TOKENS, HEADS, SIZE))), stream=None)
+    packed = make(zeros(2 * cache.bytes_per_block, dtype=np.uint8))
+    cache.pack_blocks([0, 2], packed, layout="page_first")
+    cache.unpack_blocks(packed, (1, 3), layout="page_first")
+    cache.zero_blocks(range(cache.num_blocks))
+    print(cache.layout.lower(), repr(cache))
 
 
-EVERYTHING = (writes, copies, reads, attention, helpers, objects)
+def allocated(make: Make[Array]) -> None:
+    cache: cc.PagedKVCache = cc.PagedKVCache.allocate(
+        2, BLOCKS, BLOCK_SIZE, HEADS, SIZE, head_size_v=8, dtype=np.float32, layout="HND",
+        framework="numpy", device="cpu", pinned=False,
+    )  # fmt: skip
+    assert len(cache) == 2 and make(zeros(1)) is not None
+    cc.PagedKVCache.allocate(
+        1, BLOCKS, BLOCK_SIZE, 1, SIZE, kv_cache_dtype="fp8", k_scales=0.5, layout="rows",
+        framework="numpy",
+    )  # fmt: skip
+
+
+def bookkeeping(make: Make[Array]) -> None:
+    tables = cc.BlockTables(
+        8, np.int64(BLOCK_SIZE).item(), max_sequences=2, max_tokens=16, max_length=16,
+        host_blocks=4, reuse_prefixes=True, framework="numpy", device="cpu",
+    )  # fmt: skip
+    known: int = tables.add("a", numbers(1, 2, 3, 4, 5).tolist(), salt=b"adapter")
+    tables.append("a", 6)
+    tables.append("a", [7, np.int32(8)])
+    tables.fork("a", ("b", 1))
+    needed: int = tables.blocks_needed(["a"], [5 - known])
+    step: cc.Step = tables.step(["a", ("b", 1)], (5, 1), num_sequences=2, num_tokens=8, stream=None)
+    assert step.slot_mapping.shape == step.positions.shape == (8,)
+    copies: list[tuple[int, int]] = step.copies + tables.extend(["a"], [1])
+    pairs: list[tuple[int, int]] = tables.swap_out("a") + tables.swap_in("a")
+    print(copies, pairs, needed + step.num_tokens + step.num_sequences + step.max_seq_len)
+    print(step.block_table, step.seq_lens, step.query_start_loc, step.max_query_len)
+    tables.truncate("a", 2)
+    assert tables.length("a") == 2 and len(tables.blocks("a")) == 1
+    assert not tables.is_swapped_out("a") and "a" in tables and len(list(tables)) == len(tables)
+    tables.free("a")
+    pool: cc.BlockPool = tables.pool
+    print(tables, pool, tables.host_pool.num_free, pool.num_blocks, tables.max_sequences)
+    block: int = pool.take(1)[0]
+    held: bool = pool.hold(block, b"content")
+    found: int | None = pool.find(b"content")
+    pool.share(block)
+    assert held and found == block and pool.users(block) == 2
+    pool.forget(block)
+    pool.drop(block)
+    table, lens = make(numbers(3, 1).reshape(1, 2)), make(numbers(6))
+    indptr, indices, last = cc.block_table_to_csr(table, lens, BLOCK_SIZE)
+    cc.csr_to_block_table(indptr, indices, last, BLOCK_SIZE, width=3)
+
+
+EVERYTHING = (writes, copies, reads, attention, helpers, objects, allocated, bookkeeping)
 
 
 # --- annotations of one's own ---------------------------------------------------------------------
@@ -235,15 +290,19 @@ def errors() -> tuple[type[cc.CupyCacheError], ...]:
         text: str = fault.op + fault.argument + fault.device + str(fault)
         count: int = fault.row + fault.value + fault.limit
         print(text, count)
+    except cc.OutOfBlocksError as error:
+        print(error.op + str(error), error.needed + error.free + error.num_blocks)
     print(cc.__version__.upper(), cc.FaultError([cc.Fault("op", "slots", 0, 9, 8, "cpu")]))
     return (
         cc.ArgumentError,
         cc.CaptureError,
+        cc.CopyError,
         cc.DTypeError,
         cc.DeviceError,
         cc.KernelError,
         cc.MissingDependencyError,
         cc.NotWritableError,
+        cc.OutOfBlocksError,
         cc.ShapeError,
         cc.StrideError,
         cc.UnsupportedArchitectureError,
@@ -285,6 +344,8 @@ def mistakes(array: npt.NDArray[Any]) -> None:
     cc.convert_fp8(array, array, "fp8")  # type: ignore[arg-type]
     cc.pack_blocks([array], [0], array, layout="tokens")  # type: ignore[arg-type]
     cc.alibi_slopes(8, framework="jax")  # type: ignore[arg-type]
+    cc.PagedKVCache.allocate(1, 2, 4, 2, 8, layout="NDH")  # type: ignore[arg-type]
+    cc.BlockPool(2).hold(0, "content")  # type: ignore[arg-type]
     cc.raise_faults(1.5)  # type: ignore[arg-type]
     cc.swap_blocks(array, array)  # type: ignore[call-overload]
     size: str = cc.packed_size([array], num_blocks=1)  # type: ignore[assignment]

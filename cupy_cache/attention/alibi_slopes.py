@@ -9,17 +9,15 @@ the same array and launches nothing.
 from __future__ import annotations
 
 import numbers
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from .. import cpu
-from ..errors import ArgumentError, DeviceError, MissingDependencyError, ShapeError
+from ..errors import ArgumentError, ShapeError
 from ..runtime import (
     contract,
-    devices,
     dispatch,
     driver,
     formats,
@@ -325,7 +323,7 @@ def _fill(op, scalars, framework, device, out, stream):
                 )
         op((out,), (), stream, scalars)
         return out
-    framework, device = _home(op.name, framework, device)
+    framework, device = streams.home(op.name, framework, device)
     key = framework, device, op.name, scalars
     found = _remembered.get(key)
     if found is not None and found.event is None:
@@ -362,32 +360,3 @@ def _remember(key, made, event):
     if len(_remembered) < MAX_REMEMBERED:
         _remembered[key] = _Remembered(made, event)
     return made
-
-
-def _home(op, framework, device):
-    """The framework and the `arrays.Device` of a new array."""
-    if framework is None and type(device).__module__.partition(".")[0] == "torch":
-        framework = "torch"
-    if framework == "torch" and "torch" not in sys.modules:
-        raise MissingDependencyError(f"{op}: framework 'torch' was asked for: import torch before")
-    if device is None and framework == "numpy":
-        place = devices.CPU
-    elif device is None and framework == "torch":
-        gpu = sys.modules["torch"].cuda.is_available()
-        place = driver.device_named("cuda" if gpu else "cpu", f"{op}: device")
-    else:
-        place = driver.device_named(device, f"{op}: device")
-    if framework is None:
-        framework = "numpy" if place.kind == "cpu" else "cupy"
-    if not isinstance(framework, str) or not streams.can_make(framework):
-        raise ArgumentError(
-            f"{op}: Invalid value of framework: expected 'torch', 'cupy' or 'numpy', got "
-            f"{contract.shown(framework)}"
-        )
-    if framework != "torch" and (framework == "numpy") != (place.kind == "cpu"):
-        expected = "the CPU" if framework == "numpy" else "a GPU"
-        raise DeviceError(
-            f"{op}: Invalid value of device: expected {expected} for framework {framework!r}, got "
-            f"{place}"
-        )
-    return framework, place

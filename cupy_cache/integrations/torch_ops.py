@@ -24,10 +24,11 @@ express is otherwise:
   what is written.
 
 For the same reason there is no `swap_blocks_batch`. `alibi_slopes` and `place_slopes`, whose
-results are remembered, `packed_size`, which is a number, `warmup` and `raise_faults` are no
-operations on tensors, `paged_attention_v1`, `paged_attention_v2` and `cupy_cache.flash_attn` are
-other names, and a `PagedKVCache` holds addresses: make and call them outside of what is compiled,
-or where it may be interrupted (docs/compiled_code.md).
+results are remembered, `packed_size`, which is a number, `block_table_to_csr`,
+`csr_to_block_table`, `warmup` and `raise_faults` are no operations on tensors,
+`paged_attention_v1`, `paged_attention_v2` and `cupy_cache.flash_attn` are other names, and a
+`PagedKVCache` holds addresses: make and call them outside of what is compiled, or where it may be
+interrupted (docs/compiled_code.md).
 
 What can be told from shapes, strides, dtypes, devices and options is checked while a function is
 traced, with the public function's error, which torch puts into one of its own. Numbers in tensors,
@@ -76,6 +77,8 @@ NOT_REGISTERED = {
     "paged_attention_v1": "another name of paged_attention",
     "paged_attention_v2": "likewise",
     "warmup": "it compiles, and takes no tensor",
+    "block_table_to_csr": "it reads numbers on the host, which decide how large its results are",
+    "csr_to_block_table": "likewise",
 }
 # Of the functions whose signature does not say all; `_schema_of` has the others'. Numbers that are
 # read off shapes are SymInt: compiled code stays valid where they change.

@@ -4,33 +4,53 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 from .. import errors
 from ..attention import paged_attention
-from ..errors import ArgumentError, CupyCacheError, DTypeError, ShapeError
+from ..errors import ArgumentError, CopyError, CupyCacheError, DTypeError, ShapeError
 from ..ops import (
     concat_and_cache_mla,
     copy_blocks,
+    gather_and_maybe_dequant_cache,
+    pack_blocks,
     reshape_and_cache,
     reshape_and_cache_flash,
     swap_blocks,
+    zero_blocks,
 )
-from ..runtime import contract, dispatch, lists, streams
-from ..types import ArrayLike, Layers, Pairs, Scale, StreamLike, Writer
+from ..runtime import arrays, contract, dispatch, formats, lists, streams
+from ..types import (
+    ArrayLike,
+    CacheLayout,
+    DeviceLike,
+    DTypeLike,
+    FrameworkName,
+    Indices,
+    Layers,
+    PackedLayout,
+    Pairs,
+    Scale,
+    StreamLike,
+    Writer,
+)
+from . import allocation
 
 MAX_ATTENDERS = 16  # of one layer
-_ATTEND = "PagedKVCache.attend"
+_ATTEND, _GATHER = "PagedKVCache.attend", "PagedKVCache.gather"
 
 
 class PagedKVCache:
     """Paged caches of all layers of a model, for callers to whom a microsecond a call matters.
 
+    `allocate` makes the arrays; this makes an object of arrays that exist.
+
     The functions of this library read their arguments at every call: of `copy_blocks` for 32 layers
-    these are 64 arrays. This object reads the caches once, but for `swap_blocks`, which reads those
-    of both sides at every call. Its methods mean what the functions of the same arguments mean,
-    with the same checks and errors, which name the method.
+    these are 64 arrays. This object reads the caches once for `write`, `attend` and `copy_blocks`;
+    the other methods read them at every call. Its methods mean what the functions of the same
+    arguments mean, with the same checks and errors, which name the method.
 
     Parameters
     ----------
@@ -50,6 +70,21 @@ class PagedKVCache:
         `concat_and_cache_mla` only ``k_scales``; there ``v_scales`` is refused. A number or an
         array is for all layers.
 
+    Attributes
+    ----------
+    key_caches : list of arrays
+        As given, one for each layer.
+    value_caches : list of arrays, or None
+        Likewise; None where there are none.
+    num_blocks : int
+        Blocks of each layer; 0 without layers.
+    bytes_per_block : int
+        Of one block in all layers, keys and values together: what `pack_blocks` writes for it.
+    layout : str
+        "NHD", "HND", "packed" (each page holds K|V), "x-packed" or "rows", as `allocate` was told;
+        of arrays that were given, as their dimensions and strides say. "" where they are none of
+        these.
+
     Raises
     ------
     CupyCacheError
@@ -59,11 +94,15 @@ class PagedKVCache:
     Notes
     -----
     The arrays are kept alive. Their memory must stay where it is for as long as this object is
-    used: the addresses that they had at first are what is written to.
+    used: the addresses that they had at first are what is written to. So it cannot be copied or
+    pickled: `CopyError`.
     """
 
     key_caches: list[Any]
     value_caches: list[Any] | None
+    num_blocks: int
+    bytes_per_block: int
+    layout: str
 
     def __init__(
         self,
@@ -78,6 +117,86 @@ class PagedKVCache:
         except CupyCacheError as error:
             errors.rename(error, "PagedKVCache", {"k_scale": "k_scales", "v_scale": "v_scales"})
             raise
+
+    @classmethod
+    def allocate(
+        cls,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_size: int,
+        *,
+        head_size_v: int | None = None,
+        dtype: DTypeLike = "bfloat16",
+        kv_cache_dtype: str = "auto",
+        k_scales: Scale | Sequence[Scale] = None,
+        v_scales: Scale | Sequence[Scale] = None,
+        layout: CacheLayout = "NHD",
+        framework: FrameworkName | None = None,
+        device: DeviceLike | None = None,
+        pinned: bool = False,
+    ) -> PagedKVCache:
+        """Make the caches of a model, filled with zeros.
+
+        Parameters
+        ----------
+        num_layers, num_blocks : int
+        block_size : int
+            Tokens of a block.
+        num_kv_heads, head_size : int
+            Of the model's layers, on this GPU.
+        head_size_v : int, optional
+            Of the values, where it differs.
+        dtype : str, NumPy or torch dtype
+            Of the model's keys and values, and of caches that are raw.
+        kv_cache_dtype, k_scales, v_scales
+            As of the constructor. Caches of fp8 are arrays of uint8, those of "int8" of int8.
+        layout : {"NHD", "HND", "packed", "x-packed", "rows"}
+            What lies where in memory, with BS slots of a block, H heads, D = head_size, and x
+            elements in 16 bytes:
+
+            * "NHD" [num_blocks, BS, H, D], keys and values apart
+            * "HND" [num_blocks, H, BS, D], of which the caches are views [num_blocks, BS, H, D]
+            * "packed" [num_blocks, BS, H, D + head_size_v]: K|V, of which the caches are views
+            * "x-packed" keys [num_blocks, H, D / x, BS, x], values [num_blocks, H, head_size_v, BS]
+            * "rows" [num_blocks, BS, head_size]: entries of latent attention. There is one head,
+              and no value cache; ``head_size`` is the elements of an entry (576, or 656 bytes with
+              kv_cache_dtype "fp8_ds_mla"), of which ``head_size_v`` changes nothing.
+        framework : {"torch", "cupy", "numpy"}, optional
+            Whose arrays. By default torch's if ``device`` or ``dtype`` is torch's, NumPy's on the
+            CPU, and CuPy's on a GPU.
+        device : int, str, torch.device or cupy.cuda.Device, optional
+            A GPU's index, "cpu", "cuda", "cuda:1" or a device object. By default the current GPU;
+            the CPU for NumPy, if ``pinned``, and where there is no GPU or no CuPy.
+        pinned : bool
+            Host memory that GPUs reach by themselves: the other side of `swap_blocks`.
+
+        Returns
+        -------
+        PagedKVCache
+
+        Raises
+        ------
+        CupyCacheError
+            One of its kinds. Where memory runs out, the framework's own error.
+
+        Examples
+        --------
+        >>> cache = PagedKVCache.allocate(2, 64, 16, 4, 32, dtype="float32", device="cpu")
+        >>> cache
+        <PagedKVCache of 2 layers: keys and values [64, 16, 4, 32], float32, NHD, numpy on cpu, \
+2.00 MiB>
+        >>> host = PagedKVCache.allocate(2, 256, 16, 4, 32, dtype="float32", pinned=True)
+        """
+        keys, values = allocation.caches(
+            "PagedKVCache.allocate", (num_layers, num_blocks, block_size, num_kv_heads, head_size),
+            head_size_v, dtype, kv_cache_dtype, layout, framework, device, pinned,
+        )  # fmt: skip
+        made = cls(keys, values, kv_cache_dtype, k_scales, v_scales)
+        made.layout = layout
+        made._dtype = formats.dtype_named(dtype)
+        return made
 
     def _bind(self, key_caches, value_caches, kv_cache_dtype, k_scales, v_scales):
         if value_caches is None:
@@ -96,6 +215,18 @@ class PagedKVCache:
         self._copy.check()
         self.key_caches = list(key_caches)
         self.value_caches = None if value_caches is None else list(value_caches)
+        # Of the first layer's arrays; none where there are no layers.
+        self._described = [one for one in op.describe(self._copy.found) if one is not None]
+        self.num_blocks = self._described[0].shape[0] if key_caches else 0
+        self.bytes_per_block = len(self) * sum(
+            math.prod(one.shape[1:]) * one.dtype.bytes for one in self._described
+        )
+        found = self._copy.found[: len(self._described)]
+        self.layout = _layout(self._described, [layers.addresses for layers in found])
+        # Of what `gather` makes. Caches of 8 bits do not tell what was written.
+        self._dtype = None
+        if key_caches and not formats.is_scaled(kv_cache_dtype):
+            self._dtype = self._described[0].dtype
         k_scales = _for_each_layer("k_scales", k_scales, len(self))
         v_scales = _for_each_layer("v_scales", v_scales, len(self))
         self._kv_cache_dtype, self._scales = kv_cache_dtype, list(zip(k_scales, v_scales))
@@ -109,6 +240,29 @@ class PagedKVCache:
     def __len__(self) -> int:
         """How many layers there are."""
         return len(self.key_caches)
+
+    def __repr__(self) -> str:
+        text = f"<PagedKVCache of {len(self)} layer{'s' * (len(self) != 1)}"
+        if not self._described:
+            return f"{text}>"
+        shapes = [str(list(one.shape)) for one in self._described]
+        sides = ("entries",) if len(shapes) == 1 else ("keys", "values")
+        if len(set(shapes)) == 1:
+            sides, shapes = [" and ".join(sides)], shapes[:1]
+        stored = self._described[0].dtype.name
+        if self._kv_cache_dtype not in (*formats.RAW, stored):
+            stored = f"{self._kv_cache_dtype} in {stored}"
+        where = f"{self._described[0].framework} on {self._described[0].device}"
+        size = self.num_blocks * self.bytes_per_block / 2**20
+        size = f"{size / 1024:.2f} GiB" if size >= 1024 else f"{size:.2f} MiB"
+        parts = *(map(" ".join, zip(sides, shapes))), stored, self.layout, where, size
+        return f"{text}: {', '.join(filter(None, parts))}>"
+
+    def __reduce__(self) -> Any:
+        raise CopyError(
+            "PagedKVCache: it cannot be copied or pickled: it writes to memory by its address; "
+            "move blocks with pack_blocks, or make a new one of other arrays"
+        )
 
     def _writer(self, layer, kv_cache_dtype, k_scale, v_scale):
         fixed, options = {}, (kv_cache_dtype,)
@@ -247,9 +401,117 @@ class PagedKVCache:
             expected = "key and value caches to attend to"
             got = "entries of latent attention"
             raise ArgumentError(errors.wrong("kind", f"{_ATTEND}: caches", expected, got))
-        if layer not in self._writers:  # which has no layers of negative numbers
-            raise self._no_layer("attend", layer)
+        self._require_layer("attend", layer)
         return self.key_caches[layer], self.value_caches[layer]
+
+    def _require_layer(self, method, layer):
+        if layer not in self._writers:  # which has no layers of negative numbers
+            raise self._no_layer(method, layer)
+
+    def gather(
+        self,
+        layer: int,
+        block_table: ArrayLike,
+        cu_seq_lens: ArrayLike,
+        *,
+        num_tokens: int | None = None,
+        seq_starts: ArrayLike | None = None,
+        dtype: DTypeLike | None = None,
+        out: ArrayLike | Sequence[ArrayLike] | None = None,
+        stream: StreamLike | None = None,
+    ) -> Any:
+        """Read the tokens of several sequences out of a layer's pages, into contiguous rows.
+
+        Elements of 8 bits are multiplied with the layer's scale, of which there may be only one.
+
+        Parameters
+        ----------
+        layer : int
+        block_table, cu_seq_lens, seq_starts, stream
+            As for `gather_and_maybe_dequant_cache`.
+        num_tokens : int, optional
+            How many rows there are: ``cu_seq_lens[-1]``, which is not read here. By default as many
+            as ``out`` has.
+        dtype : str, NumPy or torch dtype, optional
+            Of new rows, where the cache is not raw. By default that of `allocate`.
+        out : pair of arrays [at least num_tokens, num_kv_heads, head_size], optional
+            For the keys and the values; written in place. Without value caches one array [at least
+            num_tokens, entry_size].
+
+        Returns
+        -------
+        (keys, values)
+            ``out`` where it was given, otherwise new arrays of the caches' framework, whose rows
+            are uninitialised where no sequence owns them. Without value caches one array.
+
+        Raises
+        ------
+        CupyCacheError
+            One of its kinds, before anything is written.
+        """
+        if type(layer) is not int:
+            layer = contract.integer(_GATHER, "layer", layer)
+        self._require_layer("gather", layer)
+        try:
+            if out is None:
+                out = self._new_rows(num_tokens, dtype, stream)
+            elif self.value_caches is None:
+                out = (out,)
+            calls = self._gathers(layer, out, num_tokens)
+            for runs in (0, 1):  # without rows everything is checked, and nothing written
+                for (cache, row, scale), options, number, rows in calls:
+                    objects = cache, row, block_table, cu_seq_lens, seq_starts, scale
+                    gather_and_maybe_dequant_cache.OP(
+                        objects, options, stream, (number, runs * rows)
+                    )
+        except CupyCacheError as error:
+            errors.rename(error, _GATHER, {"src_cache": "caches", "dst": "out"})
+            raise
+        return out[0] if self.value_caches is None else tuple(out)
+
+    def _new_rows(self, num_tokens, dtype, stream):
+        """What `gather` returns, uninitialised."""
+        if num_tokens is None:
+            expected, way_out = "how many rows there are, or out", "it is not read on the device"
+            name = f"{_GATHER}: num_tokens"
+            raise ArgumentError(errors.wrong("value", name, expected, "None", way_out))
+        num_tokens = contract.integer(_GATHER, "num_tokens", num_tokens, 0)
+        if dtype is None and self._dtype is None:
+            expected, way_out = "that of the rows, or out", "caches of 8 bits do not tell"
+            name = f"{_GATHER}: dtype"
+            raise ArgumentError(errors.wrong("value", name, expected, "None", way_out))
+        dtype = self._dtype if dtype is None else formats.dtype_named(dtype, f"{_GATHER}: dtype")
+        if stream is not None:
+            stream = streams.pointer(_GATHER, stream)
+        like = self._described[0]
+        return [
+            streams.empty(like.framework, like.device, (num_tokens, *token), dtype, stream)
+            for token in map(_token, _row_layouts(self._described), self._described)
+        ]
+
+    def _gathers(self, layer, out, num_tokens):
+        """What `gather` has to do for the keys and for the values: (cache, rows, scale that is an
+        array), options, scale that is a number, how many rows."""
+        caches = [side[layer] for side in (self.key_caches, self.value_caches) if side is not None]
+        if not isinstance(out, (list, tuple)) or len(out) != len(caches):
+            expected, got = "a pair of arrays, for keys and values", type(out).__name__
+            raise DTypeError(errors.wrong("type", f"{_GATHER}: out", expected, got))
+        calls = []
+        for cache, rows, layout, scale in zip(
+            caches, out, _row_layouts(self._described), self._scales[layer]
+        ):
+            array, number = None, 0.0
+            if formats.is_scaled(self._kv_cache_dtype):
+                array, number = contract.split_scale(_GATHER, "scale", scale)
+            has = (*arrays.view(rows, f"{_GATHER}: out").shape, 0)[0]
+            count = has if num_tokens is None else num_tokens
+            count = contract.integer(_GATHER, "num_tokens", count, 0)
+            if count > has:
+                expected = f"at most {has}, the rows of out"
+                name = f"{_GATHER}: num_tokens"
+                raise ArgumentError(errors.wrong("value", name, expected, str(count)))
+            calls.append(((cache, rows, array), (layout, self._kv_cache_dtype), number, count))
+        return calls
 
     def copy_blocks(self, block_mapping: Pairs, *, stream: StreamLike | None = None) -> None:
         """Copy blocks within every layer: see `copy_blocks`. The host's time does not depend on the
@@ -289,12 +551,88 @@ class PagedKVCache:
             errors.rename(error, name, _SWAPPED)
             raise
 
+    def zero_blocks(self, block_ids: Indices, *, stream: StreamLike | None = None) -> None:
+        """Fill whole blocks of every layer with zero bytes: see `zero_blocks`."""
+        self._on_all_layers("zero_blocks", zero_blocks.OP, block_ids, stream)
+
+    def pack_blocks(
+        self,
+        block_ids: Indices,
+        out: ArrayLike,
+        *,
+        layout: PackedLayout = "layer_first",
+        stream: StreamLike | None = None,
+    ) -> None:
+        """Copy chosen blocks of every layer into one contiguous buffer: see `pack_blocks`. It takes
+        `bytes_per_block` for each."""
+        self._on_all_layers(
+            "pack_blocks", pack_blocks.PACK_BLOCKS, block_ids, stream, out, layout=layout
+        )
+
+    def unpack_blocks(
+        self,
+        packed: ArrayLike,
+        block_ids: Indices,
+        *,
+        layout: PackedLayout = "layer_first",
+        stream: StreamLike | None = None,
+    ) -> None:
+        """Copy blocks out of one contiguous buffer into every layer: see `unpack_blocks`."""
+        self._on_all_layers(
+            "unpack_blocks", pack_blocks.UNPACK_BLOCKS, block_ids, stream, packed, layout=layout
+        )
+
+    def _on_all_layers(self, method, operation, *given, **options):
+        caches = self.key_caches
+        if self.value_caches is not None:
+            caches = list(zip(caches, self.value_caches))
+        try:
+            operation(caches, *given, **options)
+        except CupyCacheError as error:
+            errors.rename(error, f"PagedKVCache.{method}", {})
+            raise
+
 
 # What the arguments of a swap are called here.
 _SWAPPED = {
     "src": "key_caches", "dst": "other.key_caches", "src_values": "value_caches",
     "dst_values": "other.value_caches",
 }  # fmt: skip
+
+
+def _layout(described, addresses):
+    """The layout of a layer's arrays, as `PagedKVCache.layout` says it. ``addresses`` are those of
+    all layers' keys, and of their values."""
+    dims = [len(one.shape) for one in described]
+    if dims == [3]:
+        return "rows"
+    if dims in ([5, 4], [5, 5]):
+        return "x-packed"
+    if dims != [4, 4]:
+        return ""
+    keys, values = described
+    row = keys.shape[3] * keys.dtype.bytes
+    behind = addresses[1][0] - addresses[0][0] == row
+    if behind and keys.strides == values.strides and row < min(keys.strides[:3]):
+        return "packed"
+    return "HND" if keys.strides[1] < keys.strides[2] else "NHD"
+
+
+def _row_layouts(described):
+    """What gathering calls the layouts of a layer's caches."""
+    if len(described[0].shape) != 5:
+        return ["NHD"] * len(described)
+    values = "interleaved-value" if len(described[1].shape) == 5 else "x-packed-value"
+    return ["x-packed-key", values]
+
+
+def _token(layout, array):
+    """The shape of a token's row."""
+    axes = formats.CACHE_AXES[layout].token
+    if axes is None:
+        return array.shape[2:]
+    heads, *elements = (array.shape[axis] for axis in axes)
+    return heads, math.prod(elements)
 
 
 def _for_each_layer(name, scales, layers):

@@ -6,9 +6,12 @@ for."""
 import contextlib
 import ctypes
 import functools
+import math
 import os
 import sys
 from typing import NamedTuple
+
+import numpy as np
 
 from ..errors import KernelError, MissingDependencyError
 from . import env
@@ -189,6 +192,25 @@ def _current():
     """What tells this thread's current GPU, its context, and sets the GPU."""
     cuda = import_cupy("a CUDA device").cuda
     return cuda.runtime.getDevice, cuda.driver.ctxGetCurrent, cuda.runtime.setDevice
+
+
+def pinned(size):
+    """``size`` bytes of CuPy's pool of host memory that GPUs reach by themselves, as a NumPy array.
+    They go back to the pool with the array."""
+    memory = import_cupy("pinned host memory").cuda.alloc_pinned_memory(size)
+    return np.frombuffer(memory, np.uint8, size)
+
+
+def pinned_zeros(shape, dtype):
+    """A NumPy array of zeros in host memory that GPUs reach by themselves. It is exactly as large
+    as it must be: CuPy's pool would round it up to a power of two."""
+    cuda, size = import_cupy("pinned host memory").cuda, math.prod(shape) * dtype.itemsize
+    if not size:
+        return np.zeros(shape, dtype)
+    memory = cuda.PinnedMemoryPointer(cuda.PinnedMemory(size), 0)
+    array = np.frombuffer(memory, np.uint8, size)
+    array[...] = 0
+    return array.view(dtype).reshape(shape)
 
 
 @contextlib.contextmanager

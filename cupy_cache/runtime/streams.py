@@ -25,8 +25,8 @@ import threading
 
 import numpy as np
 
-from ..errors import DTypeError
-from . import arrays, cuda, driver, locks
+from ..errors import ArgumentError, DeviceError, DTypeError, MissingDependencyError
+from . import arrays, contract, cuda, devices, driver, locks
 
 
 def pointer(op, stream):
@@ -132,6 +132,36 @@ def can_make(framework):
     return framework in ("torch", "cupy", "numpy") or framework in arrays.FRAMEWORKS
 
 
+def home(op, framework, device):
+    """The framework and the `devices.Device` of a new array, of which ``op`` was told either, both
+    or neither."""
+    if framework is None and type(device).__module__.partition(".")[0] == "torch":
+        framework = "torch"
+    if framework == "torch" and "torch" not in sys.modules:
+        raise MissingDependencyError(f"{op}: framework 'torch' was asked for: import torch before")
+    if device is None and framework == "numpy":
+        place = devices.CPU
+    elif device is None and framework == "torch":
+        gpu = sys.modules["torch"].cuda.is_available()
+        place = driver.device_named("cuda" if gpu else "cpu", f"{op}: device")
+    else:
+        place = driver.device_named(device, f"{op}: device")
+    if framework is None:
+        framework = "numpy" if place.kind == "cpu" else "cupy"
+    if not isinstance(framework, str) or not can_make(framework):
+        raise ArgumentError(
+            f"{op}: Invalid value of framework: expected 'torch', 'cupy' or 'numpy', got "
+            f"{contract.shown(framework)}"
+        )
+    if framework != "torch" and (framework == "numpy") != (place.kind == "cpu"):
+        expected = "the CPU" if framework == "numpy" else "a GPU"
+        raise DeviceError(
+            f"{op}: Invalid value of device: expected {expected} for framework {framework!r}, got "
+            f"{place}"
+        )
+    return framework, place
+
+
 def empty(framework, device, shape, dtype, stream=None):
     """An uninitialised, contiguous array of ``framework`` ("torch", "cupy", "numpy" or a registered
     one; anything else means CuPy on a GPU and NumPy elsewhere), to be written on ``stream``, by
@@ -153,3 +183,18 @@ def empty(framework, device, shape, dtype, stream=None):
             if framework == "torch":
                 lend([made], stream, device.index)
     return made
+
+
+def zeros(framework, device, shape, dtype, pinned=False):
+    """A contiguous array of zeros of "torch", "cupy" or "numpy", enqueued on the framework's
+    current stream. ``pinned``: in host memory that GPUs reach by themselves."""
+    if framework == "torch":
+        torch = sys.modules["torch"]
+        dtype = getattr(torch, dtype.name)
+        return torch.zeros(shape, dtype=dtype, device=str(device), pin_memory=pinned)
+    if pinned:
+        return cuda.pinned_zeros(shape, dtype.numpy)
+    if device.kind == "cpu":
+        return np.zeros(shape, dtype.numpy)
+    with cuda.on_device(device.index):
+        return cuda.import_cupy(f"an array on {device}").zeros(shape, dtype.numpy)

@@ -1,0 +1,603 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Which blocks hold the tokens of which sequence."""
+
+from __future__ import annotations
+
+import array
+import hashlib
+import operator
+from collections.abc import Hashable, Iterator, Sequence
+from typing import SupportsIndex
+
+import numpy as np
+
+from .. import errors
+from ..errors import ArgumentError, DTypeError, OutOfBlocksError, ShapeError
+from ..runtime import contract, streams
+from ..types import DeviceLike, FrameworkName, StreamLike
+from .block_pool import BlockPool
+from .step import Buffers, Step, fill
+
+NAME = "BlockTables"
+NO_ROW = -1  # of a sequence that is swapped out
+
+
+class _Sequence:
+    """What is known of a sequence.
+
+    row : its row in the array of all tables; `NO_ROW` while it is swapped out.
+    blocks : of its tokens, in order, in the pool or, while it is swapped out, in the host's; as
+        many as the tokens need.
+    length : tokens that have a slot.
+    tokens : the tokens' numbers from the first one on, as far as they were told: may be fewer than
+        ``length``, or more.
+    contents : what the full blocks hold, from the first one on, as far as tokens are known.
+    salt : what stands before the first block's tokens in its content.
+    """
+
+    __slots__ = ("blocks", "contents", "length", "row", "salt", "tokens")
+
+    def __init__(self, row, tokens, salt):
+        self.row, self.tokens, self.salt = row, tokens, salt
+        self.blocks: list[int] = []
+        self.contents: list[bytes] = []
+        self.length = 0
+
+
+class BlockTables:
+    """The block tables of an engine's sequences: who has which blocks, and each step's arrays.
+
+    A sequence begins with `add` or `fork`, gets room for new tokens at each `step`, may be moved to
+    host memory and back with `swap_out` and `swap_in`, and ends with `free`. Sequences have names,
+    which are anything hashable. All of this is pure Python, on the host, whatever the number of
+    layers; nothing is copied: methods return the pairs of blocks that `copy_blocks` and
+    `swap_blocks` are to be called with, before the next step's work, on the same stream. Only
+    `step` makes one upload, on a GPU.
+
+    A method that needs more blocks than are free raises `OutOfBlocksError`, and has changed
+    nothing: swap a sequence out, or free one, and call again.
+
+    It is not thread-safe.
+
+    Parameters
+    ----------
+    num_blocks, block_size : int
+        Of the cache.
+    max_sequences, max_tokens : int
+        Sequences, and tokens, of a step at most.
+    max_length : int
+        Tokens of a sequence at most: the tables are as wide as it needs.
+    host_blocks : int
+        Blocks of the cache in host memory that sequences are swapped out to.
+    reuse_prefixes : bool
+        Whether `add` finds blocks that hold the same tokens behind the same tokens.
+    framework, device
+        Of a step's arrays: as of `PagedKVCache.allocate`.
+
+    Attributes
+    ----------
+    pool, host_pool : BlockPool
+        Of the cache, and of host memory.
+    block_size, max_sequences, max_tokens, max_length : int
+
+    Raises
+    ------
+    CupyCacheError
+        One of its kinds, from all methods, before anything is changed.
+
+    Examples
+    --------
+    >>> tables = BlockTables(64, 16, max_sequences=8, max_tokens=512, max_length=1024)
+    >>> prompt = list(range(40))
+    >>> known = tables.add("a", prompt)  # the tokens that the cache has: none
+    >>> step = tables.step(["a"], [40 - known])
+    >>> step.num_tokens, step.max_seq_len
+    (40, 40)
+    >>> tables.fork("a", "b")  # b shares all blocks of a
+    >>> step = tables.step(["a", "b"], [1, 1])
+    >>> step.copies  # of the last one each needs its own
+    [(2, 3)]
+    >>> tables.add("c", prompt)  # two blocks are full, so these tokens are there
+    32
+    """
+
+    pool: BlockPool
+    host_pool: BlockPool
+    block_size: int
+    max_sequences: int
+    max_tokens: int
+    max_length: int
+
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        *,
+        max_sequences: int,
+        max_tokens: int,
+        max_length: int,
+        host_blocks: int = 0,
+        reuse_prefixes: bool = True,
+        framework: FrameworkName | None = None,
+        device: DeviceLike | None = None,
+    ) -> None:
+        self.block_size = contract.integer(NAME, "block_size", block_size, 1)
+        self.max_sequences = contract.integer(NAME, "max_sequences", max_sequences, 1)
+        self.max_tokens = contract.integer(NAME, "max_tokens", max_tokens, 1)
+        self.max_length = contract.integer(NAME, "max_length", max_length, 1)
+        self._reuse = contract.flag(NAME, "reuse_prefixes", reuse_prefixes)
+        self.pool = BlockPool(contract.integer(NAME, "num_blocks", num_blocks, 0))
+        self.host_pool = BlockPool(contract.integer(NAME, "host_blocks", host_blocks, 0))
+        width = self._blocks_of(self.max_length)
+        self._buffers = Buffers(NAME, self.max_sequences, self.max_tokens, width, framework, device)
+        self._sequences: dict[Hashable, _Sequence] = {}
+        # Rows of all sequences that are not swapped out; -1 where there is no block. They repeat
+        # what the sequences' lists say, so that a step copies them whole.
+        self._table = np.full((self.max_sequences, width), -1, np.int32)
+        self._free_rows = list(range(self.max_sequences))
+
+    def _blocks_of(self, tokens):
+        return -(-tokens // self.block_size)
+
+    # --- what there is
+
+    def __len__(self) -> int:
+        """How many sequences there are."""
+        return len(self._sequences)
+
+    def __contains__(self, sequence: Hashable) -> bool:
+        return sequence in self._sequences
+
+    def __iter__(self) -> Iterator[Hashable]:
+        """The names of all sequences, in the order in which they came."""
+        return iter(self._sequences)
+
+    def length(self, sequence: Hashable) -> int:
+        """How many tokens of a sequence have a slot."""
+        return self._found("length", sequence).length
+
+    def blocks(self, sequence: Hashable) -> list[int]:
+        """The blocks of a sequence, in order: those of host memory, if it is swapped out."""
+        return list(self._found("blocks", sequence).blocks)
+
+    def is_swapped_out(self, sequence: Hashable) -> bool:
+        """Whether a sequence is in host memory."""
+        return self._found("is_swapped_out", sequence).row == NO_ROW
+
+    def __repr__(self) -> str:
+        out = sum(found.row == NO_ROW for found in self._sequences.values())
+        text = (
+            f"<BlockTables of {len(self)} sequences, {out} swapped out: {self.pool.num_free} of "
+            f"{self.pool.num_blocks} blocks of {self.block_size} tokens are free"
+        )
+        if self.host_pool.num_blocks:
+            text += f", {self.host_pool.num_free} of {self.host_pool.num_blocks} on the host"
+        return f"{text}>"
+
+    # --- sequences that begin and end
+
+    def add(
+        self, sequence: Hashable, tokens: Sequence[SupportsIndex] = (), *, salt: bytes = b""
+    ) -> int:
+        """Begin a sequence.
+
+        Parameters
+        ----------
+        sequence : hashable
+            Its name, which no other has.
+        tokens : sequence of int
+            Of its prompt, as far as it is known. Full blocks that hold the same tokens behind the
+            same tokens are shared.
+        salt : bytes
+            Blocks are shared only among sequences of the same salt: what else decides keys and
+            values, such as an adapter's name or a picture's digest, or whose prompt it is.
+
+        Returns
+        -------
+        int
+            How many tokens, from the first one on, are in the cache already; fewer than there are,
+            so that one is left to be fed to the model. The others are for `step`.
+        """
+        self._require_new("add", sequence)
+        if not isinstance(salt, bytes):
+            got = contract.shown(salt)
+            raise DTypeError(errors.wrong("type", f"{NAME}.add: salt", "bytes", got))
+        known = _numbers("add", tokens)
+        found = _Sequence(self._new_row(), known, salt)
+        full = (len(known) - 1) // self.block_size if self._reuse else 0
+        while len(found.blocks) < full:
+            content = self._content(found, len(found.blocks))
+            block = self.pool.find(content)
+            if block is None:
+                break
+            self.pool.share(block)
+            found.blocks.append(block)
+            found.contents.append(content)
+        self._table[found.row, : len(found.blocks)] = found.blocks
+        found.length = len(found.blocks) * self.block_size
+        self._sequences[sequence] = found
+        return found.length
+
+    def append(self, sequence: Hashable, tokens: SupportsIndex | Sequence[SupportsIndex]) -> None:
+        """Tell the next tokens of a sequence, such as the one that was sampled, before the step
+        that writes their keys and values: blocks that become full of known tokens are found by
+        `add`. No room is made for them: that is `step`'s."""
+        found = self._found("append", sequence)
+        known = _numbers("append", tokens)
+        if len(found.tokens) < found.length:
+            name = f"{NAME}.append: tokens"
+            expected = "them before the step that writes their keys and values"
+            got = f"some behind token {len(found.tokens)}, of which {found.length} are written"
+            raise ArgumentError(errors.wrong("order", name, expected, got))
+        found.tokens.extend(known)
+
+    def fork(self, parent: Hashable, child: Hashable) -> None:
+        """Begin a sequence as ``parent`` is now. They share all blocks; whoever writes into a block
+        that others share gets a copy of it, from `step`."""
+        found = self._resident("fork", parent, "parent")
+        self._require_new("fork", child, "child")
+        made = _Sequence(self._new_row(), found.tokens[:], found.salt)
+        made.blocks, made.contents = found.blocks.copy(), found.contents.copy()
+        made.length = found.length
+        for block in made.blocks:
+            self.pool.share(block)
+        self._table[made.row] = self._table[found.row]
+        self._sequences[child] = made
+
+    def free(self, sequence: Hashable) -> None:
+        """End a sequence. Blocks that nobody else shares are free; full ones whose tokens are known
+        can be found until they are taken."""
+        found = self._found("free", sequence)
+        del self._sequences[sequence]
+        if found.row == NO_ROW:
+            self._drop(self.host_pool, found.blocks)
+        else:
+            self._drop(self.pool, found.blocks)
+            self._give_row_back(found)
+
+    def truncate(self, sequence: Hashable, length: int) -> None:
+        """Forget all tokens of a sequence but the first ``length``, such as guesses that were
+        wrong."""
+        found = self._resident("truncate", sequence)
+        length = contract.integer(f"{NAME}.truncate", "length", length, 0)
+        if length > found.length:
+            expected = f"at most {found.length}, the tokens that there are"
+            name = f"{NAME}.truncate: length"
+            raise ArgumentError(errors.wrong("value", name, expected, str(length)))
+        kept = self._blocks_of(length)
+        self._drop(self.pool, found.blocks[kept:])
+        del found.blocks[kept:], found.contents[length // self.block_size :]
+        del found.tokens[length:]
+        self._table[found.row, kept:] = -1
+        found.length = length
+
+    # --- room for tokens
+
+    def blocks_needed(self, sequences: Sequence[Hashable], counts: Sequence[SupportsIndex]) -> int:
+        """How many free blocks `step` would take for these sequences and counts of new tokens."""
+        return self._planned("blocks_needed", sequences, counts)[2]
+
+    def extend(
+        self, sequences: Sequence[Hashable], counts: Sequence[SupportsIndex]
+    ) -> list[tuple[int, int]]:
+        """Make room for new tokens without a step: for blocks that come from elsewhere.
+
+        Parameters
+        ----------
+        sequences : sequence of names
+            Each once, none swapped out.
+        counts : sequence of int
+            New tokens of each.
+
+        Returns
+        -------
+        list of (source, destination)
+            Blocks to be copied before anything is written, by `copy_blocks`.
+
+        Raises
+        ------
+        OutOfBlocksError
+            Where too few blocks are free; then nothing was changed.
+        """
+        found, numbers, needed = self._planned("extend", sequences, counts)
+        self._require_free("extend", needed)
+        return self._extend(found, numbers)
+
+    def step(
+        self,
+        sequences: Sequence[Hashable],
+        counts: Sequence[SupportsIndex],
+        *,
+        num_sequences: int | None = None,
+        num_tokens: int | None = None,
+        stream: StreamLike | None = None,
+    ) -> Step:
+        """Make room for new tokens of some sequences, and tell where everything is.
+
+        Parameters
+        ----------
+        sequences : sequence of names
+            Each once, none swapped out: in this order they are in the arrays.
+        counts : sequence of int
+            New tokens of each: 1 to decode, more to prefill.
+        num_sequences, num_tokens : int, optional
+            How many the arrays are for, if there are to be more than there are: the others are
+            padding. Of the same two numbers, the arrays have the same addresses at every step, so a
+            graph that was captured with them can be replayed.
+        stream : optional
+            Where the upload to a GPU is enqueued; by default the framework's current stream.
+
+        Returns
+        -------
+        Step
+            Call `copy_blocks` with its ``copies`` before anything is written.
+
+        Raises
+        ------
+        OutOfBlocksError
+            Where too few blocks are free; then nothing was changed.
+        CaptureError
+            In a stream that is being captured.
+        """
+        if stream is not None:
+            stream = streams.pointer(f"{NAME}.step", stream)
+        found, numbers, needed = self._planned("step", sequences, counts)
+        total = sum(numbers)
+        rows = self._padded("num_sequences", num_sequences, len(found), self.max_sequences)
+        tokens = self._padded("num_tokens", num_tokens, total, self.max_tokens)
+        self._require_free("step", needed)
+        views, filled, upload = self._buffers.begin(rows, tokens, stream)
+        copies = self._extend(found, numbers)
+        places, lengths = [one.row for one in found], [one.length for one in found]
+        fill(filled, self._table, self.block_size, places, lengths, numbers, total)
+        self._buffers.end(upload)
+        sizes = len(found), total, max(lengths, default=0), max(numbers, default=0)
+        return Step(views, copies, sizes)
+
+    def _padded(self, name, given, least, most):
+        """How many the arrays are for."""
+        if given is None:
+            given = least
+        given = contract.integer(f"{NAME}.step", name, given)
+        if not least <= given <= most:
+            if least > most:
+                expected, got = f"at most max_{name[4:]} = {most}", str(least)
+            else:
+                expected, got = f"a number in {least}..{most}", str(given)
+            raise ArgumentError(errors.wrong("value", f"{NAME}.step: {name}", expected, got))
+        return given
+
+    def _planned(self, method, sequences, counts):
+        """(The sequences, the counts as integers, how many blocks that takes)."""
+        name = f"{NAME}.{method}"
+        if len(sequences) != len(counts):
+            expected = f"one count for each of {len(sequences)} sequences"
+            raise ShapeError(errors.wrong("length", f"{name}: counts", expected, str(len(counts))))
+        try:
+            distinct = len(set(sequences)) == len(sequences)
+        except TypeError:
+            for sequence in sequences:  # refuses the one that cannot be hashed
+                self._found(method, sequence, "sequences")
+            raise
+        # Every statement of these loops runs for each sequence, at each step.
+        block_size, max_length, users = self.block_size, self.max_length, self.pool._users
+        known = self._sequences.get
+        all_found, numbers, needed = [], [], 0
+        writers: dict[int, int] = {}  # block that is shared -> who gets a copy of it
+        for sequence, count in zip(sequences, counts):
+            found = known(sequence)
+            if found is None or found.row == NO_ROW:
+                found = self._resident(method, sequence, "sequences")
+            if type(count) is not int or count < 0:
+                count = contract.integer(name, "counts", count, 0)
+            length = found.length
+            end = length + count
+            if end > max_length:
+                expected = f"at most max_length = {max_length} tokens of a sequence"
+                got = f"{end} of {contract.shown(sequence)}"
+                raise ArgumentError(errors.wrong("value", f"{name}: counts", expected, got))
+            needed += -(-end // block_size) - len(found.blocks)
+            if count and length % block_size:
+                last = found.blocks[-1]
+                if users[last] > 1:
+                    others = writers.get(last, 0)
+                    if users[last] - others > 1:  # the last one to write keeps it
+                        writers[last] = others + 1
+                        needed += 1
+            all_found.append(found)
+            numbers.append(count)
+        if not distinct:
+            again = next(s for at, s in enumerate(sequences) if s in sequences[:at])
+            got = f"{contract.shown(again)} twice"
+            raise ArgumentError(
+                errors.wrong("value", f"{name}: sequences", "each sequence once", got)
+            )
+        return all_found, numbers, needed
+
+    def _require_free(self, method, needed):
+        if needed > self.pool.num_free:
+            pool = self.pool
+            raise OutOfBlocksError(f"{NAME}.{method}", needed, pool.num_free, pool.num_blocks)
+
+    def _extend(self, all_found, counts):
+        """Make room, for which there are blocks enough; returns the copies."""
+        pool, block_size, table = self.pool, self.block_size, self._table
+        copies = []
+        for found, count in zip(all_found, counts):
+            if not count:
+                continue
+            blocks, length = found.blocks, found.length
+            if length % block_size:
+                last = blocks[-1]
+                if pool._users[last] > 1:
+                    (own,) = pool.take()
+                    copies.append((last, own))
+                    pool.drop(last)
+                    blocks[-1] = own
+                    table[found.row, len(blocks) - 1] = own
+                elif pool._contents[last] is not None:  # it was full, and was truncated
+                    pool.forget(last)
+            found.length = length = length + count
+            missing = -(-length // block_size) - len(blocks)
+            if missing:
+                taken, at = pool.take(missing), len(blocks)
+                table[found.row, at : at + missing] = taken
+                blocks += taken
+            if length - block_size * len(found.contents) >= block_size:
+                self._hold(found)
+        return copies
+
+    # --- to the host and back
+
+    def swap_out(self, sequence: Hashable) -> list[tuple[int, int]]:
+        """Move a sequence to host memory, so that others can have its blocks.
+
+        Returns
+        -------
+        list of (block of the cache, block in host memory)
+            For ``cache.swap_blocks(host_cache, pairs)``.
+
+        Raises
+        ------
+        OutOfBlocksError
+            Where too few blocks are free in host memory; then nothing was changed.
+        """
+        found = self._resident("swap_out", sequence)
+        blocks, pool = found.blocks, self.host_pool
+        if len(blocks) > pool.num_free:
+            op = f"{NAME}.swap_out, in host memory"
+            raise OutOfBlocksError(op, len(blocks), pool.num_free, pool.num_blocks)
+        found.blocks = pool.take(len(blocks))
+        self._drop(self.pool, blocks)
+        self._give_row_back(found)
+        found.row = NO_ROW
+        return list(zip(blocks, found.blocks))
+
+    def swap_in(self, sequence: Hashable) -> list[tuple[int, int]]:
+        """Bring a sequence back, into whatever blocks are free. Full blocks that the cache still
+        has are shared, and not copied.
+
+        Returns
+        -------
+        list of (block in host memory, block of the cache)
+            For ``host_cache.swap_blocks(cache, pairs)``.
+
+        Raises
+        ------
+        OutOfBlocksError
+            Where too few blocks are free; then nothing was changed.
+        """
+        found = self._found("swap_in", sequence)
+        if found.row != NO_ROW:
+            self._refuse("swap_in", sequence, "a sequence that is swapped out", "is not")
+        pool = self.pool
+        there = [pool.find(content) for content in found.contents] if self._reuse else []
+        there += [None] * (len(found.blocks) - len(there))
+        missing = there.count(None)
+        idle = sum(block is not None and not pool.users(block) for block in there)
+        self._require_free("swap_in", missing + idle)
+        for block in there:
+            if block is not None:
+                pool.share(block)
+        taken = iter(pool.take(missing))
+        blocks = [next(taken) if block is None else block for block in there]
+        pairs = [
+            (host, block)
+            for host, block, shared in zip(found.blocks, blocks, there)
+            if shared is None
+        ]
+        self._drop(self.host_pool, found.blocks)
+        found.row, found.blocks = self._new_row(), blocks
+        self._table[found.row, : len(blocks)] = blocks
+        for block, content in zip(blocks, found.contents):
+            pool.hold(block, content)
+        self._hold(found)
+        return pairs
+
+    # --- what blocks hold
+
+    def _hold(self, found):
+        """Say what blocks hold that are full of known tokens."""
+        if not self._reuse:
+            return
+        full = min(found.length, len(found.tokens)) // self.block_size
+        for index in range(len(found.contents), full):
+            content = self._content(found, index)
+            found.contents.append(content)
+            self.pool.hold(found.blocks[index], content)
+
+    def _content(self, found, index):
+        """What stands for the tokens of a full block and for all before them: a digest, so that
+        prompts that are chosen to collide do not."""
+        before = found.contents[index - 1] if index else _digest(found.salt, b"salt")
+        first = index * self.block_size
+        tokens = found.tokens[first : first + self.block_size].tobytes()
+        return _digest(before + tokens, b"block")
+
+    # --- rows and checks
+
+    def _new_row(self):
+        if not self._free_rows:
+            old = len(self._table)
+            more = np.full_like(self._table, -1)
+            self._table = np.concatenate([self._table, more])
+            self._free_rows = list(range(old, 2 * old))
+        return self._free_rows.pop()
+
+    def _give_row_back(self, found):
+        self._table[found.row] = -1
+        self._free_rows.append(found.row)
+
+    @staticmethod
+    def _drop(pool, blocks):
+        """The last one first: it is the first to lose its content, of which the others are the
+        beginning."""
+        for block in reversed(blocks):
+            pool.drop(block)
+
+    def _found(self, method, sequence, argument="sequence"):
+        try:
+            found = self._sequences.get(sequence)
+        except TypeError:
+            name, got = f"{NAME}.{method}: {argument}", contract.shown(sequence)
+            raise DTypeError(errors.wrong("type", name, "something hashable", got)) from None
+        if found is None:
+            self._refuse(method, sequence, "a sequence that was added", "was not", argument)
+        return found
+
+    def _resident(self, method, sequence, argument="sequence"):
+        found = self._found(method, sequence, argument)
+        if found.row == NO_ROW:
+            self._refuse(method, sequence, "a sequence that is not swapped out", "is", argument)
+        return found
+
+    def _require_new(self, method, sequence, argument="sequence"):
+        try:
+            there = sequence in self._sequences
+        except TypeError:
+            there = self._found(method, sequence, argument)
+        if there:
+            self._refuse(method, sequence, "a sequence that is not there", "is", argument)
+
+    def _refuse(self, method, sequence, expected, verb, argument="sequence"):
+        name = f"{NAME}.{method}: {argument}"
+        got = f"{contract.shown(sequence)}, which {verb}"
+        raise ArgumentError(errors.wrong("value", name, expected, got))
+
+
+def _digest(data, kind):
+    return hashlib.blake2b(data, digest_size=32, person=kind).digest()
+
+
+def _numbers(method, tokens):
+    """Tokens, or one, as an array of 64-bit integers."""
+    try:
+        tokens = [operator.index(tokens)]
+    except (TypeError, ValueError):  # it is no single one
+        pass
+    try:
+        return array.array("q", iter(tokens))
+    except (TypeError, ValueError, OverflowError) as error:
+        name, got = f"{NAME}.{method}: tokens", contract.shown(tokens)
+        raise ArgumentError(errors.wrong("value", name, "integers", f"{got} ({error})")) from error

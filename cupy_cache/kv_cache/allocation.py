@@ -1,0 +1,99 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""New caches: the arrays of all layers, in one of the layouts."""
+
+from __future__ import annotations
+
+import functools
+
+from .. import errors
+from ..errors import ArgumentError, DeviceError
+from ..ops import concat_and_cache_mla
+from ..runtime import contract, driver, formats, streams
+
+# The dimensions of caches that can be allocated: the names that `PagedKVCache.allocate` takes.
+LAYOUTS = ("NHD", "HND", "packed", "x-packed", "rows")
+PACK_BYTES = 16  # of the elements that an x-packed cache keeps together
+SIZES = ("num_layers", "num_blocks", "block_size", "num_kv_heads", "head_size")
+
+
+def caches(
+    op, sizes, head_size_v, dtype, kv_cache_dtype, layout, framework, device, pinned
+):  # fmt: skip
+    """(Key caches, value caches or None) of zeros; ``sizes`` are those called `SIZES`."""
+    layers, *sizes = contract.integers(op, SIZES, sizes)
+    for name, size in zip(SIZES, (layers, *sizes)):
+        contract.integer(op, name, size, 0 if name in ("num_layers", "num_blocks") else 1)
+    head_size = sizes[-1]
+    if head_size_v is None:
+        head_size_v = head_size
+    head_size_v = contract.integer(op, "head_size_v", head_size_v, 1)
+    if not isinstance(layout, str) or layout not in LAYOUTS:
+        expected = f"one of {', '.join(LAYOUTS)}"
+        raise ArgumentError(
+            errors.wrong("value", f"{op}: layout", expected, contract.shown(layout))
+        )
+    framework, device = _home(op, dtype, framework, device, contract.flag(op, "pinned", pinned))
+    dtype = storage(op, formats.dtype_named(dtype, f"{op}: dtype"), kv_cache_dtype, layout)
+    shapes = _shapes(op, layout, *sizes, head_size_v, dtype)
+    zeros = functools.partial(streams.zeros, framework, device, dtype=dtype, pinned=pinned)
+    made = [[zeros(shape) for _ in range(layers)] for shape in shapes]
+    if layout == "rows":
+        return made[0], None
+    if layout == "packed":
+        (pages,) = made
+        return [page[..., :head_size] for page in pages], [page[..., head_size:] for page in pages]
+    if layout == "HND":
+        return tuple([array.swapaxes(1, 2) for array in arrays] for arrays in made)
+    return made
+
+
+def _home(op, dtype, framework, device, pinned):
+    """Whose arrays, and where."""
+    if framework is None and type(dtype).__module__ == "torch":
+        framework = "torch"
+    if pinned and device is None:
+        device = "cpu"
+    framework, device = streams.home(op, framework, device)
+    if pinned and device.kind != "cpu":
+        way_out = "only host memory is pinned"
+        raise DeviceError(errors.wrong("value", f"{op}: device", "'cpu'", str(device), way_out))
+    if pinned and not driver.active.device_count():
+        raise DeviceError(
+            errors.wrong("value", f"{op}: pinned", "False, since CuPy sees no CUDA GPU", "True")
+        )
+    return framework, device
+
+
+def storage(op, dtype, kv_cache_dtype, layout):
+    """The `formats.DType` of the arrays. fp8 is kept as bytes, which every framework has."""
+    if layout == "rows" and kv_cache_dtype == concat_and_cache_mla.FP8_DS_MLA:
+        return formats.DTYPES["uint8"]
+    stored = formats.cache_format(op, kv_cache_dtype).stored
+    if stored is None:
+        return dtype
+    return stored if stored.name == "int8" else formats.DTYPES["uint8"]
+
+
+def _shapes(op, layout, num_blocks, block_size, heads, head_size, head_size_v, dtype):
+    """Of each tensor of a layer, as it lies in memory."""
+    if layout == "rows":
+        if heads != 1:
+            way_out = "entries of latent attention have no heads"
+            raise ArgumentError(
+                errors.wrong("value", f"{op}: num_kv_heads", "1", str(heads), way_out)
+            )
+        return [(num_blocks, block_size, head_size)]
+    if layout == "packed":
+        return [(num_blocks, block_size, heads, head_size + head_size_v)]
+    if layout == "x-packed":
+        x = PACK_BYTES // dtype.bytes
+        if head_size % x:
+            expected = f"a multiple of x = {x}, the elements of {dtype.name} in {PACK_BYTES} bytes"
+            raise ArgumentError(errors.wrong("value", f"{op}: head_size", expected, str(head_size)))
+        return [
+            (num_blocks, heads, head_size // x, block_size, x),
+            (num_blocks, heads, head_size_v, block_size),
+        ]
+    sides = (block_size, heads) if layout == "NHD" else (heads, block_size)
+    return [(num_blocks, *sides, size) for size in (head_size, head_size_v)]
