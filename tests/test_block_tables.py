@@ -513,7 +513,10 @@ REFUSALS = [
     (lambda t: t.add("x", None), "add", "value", "tokens"),
     (lambda t: t.add("x", [1], salt="adapter"), "add", "type", "salt"),
     (lambda t: t.append("x", 1), "append", "value", "sequence"),
-    (lambda t: t.append("a", "text"), "append", "value", "tokens"),
+    (lambda t: t.append("told", "text"), "append", "value", "tokens"),
+    (lambda t: t.append("told", 2**63), "append", "value", "tokens"),
+    (lambda t: t.append("told", [1, 2**63]), "append", "value", "tokens"),
+    (lambda t: t.append("a", 1), "append", "order", "tokens"),
     (lambda t: t.fork("x", "y"), "fork", "value", "parent"),
     (lambda t: t.fork("a", "out"), "fork", "value", "child"),
     (lambda t: t.fork("out", "y"), "fork", "value", "parent"),
@@ -548,7 +551,8 @@ def test_refusals(call, method, what, argument):
     for name in "abcde":
         tables.add(name)
         tables.extend([name], [3])
-    tables.add("out")
+    for name in ("out", "told"):
+        tables.add(name)
     tables.swap_out("out")
     before = [(name, tables.blocks(name), tables.length(name)) for name in tables]
     with pytest.raises(

@@ -224,13 +224,17 @@ class BlockTables:
         that writes their keys and values: blocks that become full of known tokens are found by
         `add`. No room is made for them: that is `step`'s."""
         found = self._found("append", sequence)
-        known = _numbers("append", tokens)
+        known = (tokens,) if type(tokens) is int else _numbers("append", tokens)
         if len(found.tokens) < found.length:
             name = f"{NAME}.append: tokens"
             expected = "them before the step that writes their keys and values"
             got = f"some behind token {len(found.tokens)}, of which {found.length} are written"
             raise ArgumentError(errors.wrong("order", name, expected, got))
-        found.tokens.extend(known)
+        try:
+            found.tokens.extend(known)
+        except OverflowError:
+            _numbers("append", tokens)  # refuses what does not fit 64 bits
+            raise
 
     def fork(self, parent: Hashable, child: Hashable) -> None:
         """Begin a sequence as ``parent`` is now. They share all blocks; whoever writes into a block
