@@ -90,8 +90,8 @@ LOWEST = 1 << 33
 def torch_address(tensor):
     """A torch tensor's address; 0 where it has no memory."""
     ptr = tensor.data_ptr()
-    if 0 < ptr < LOWEST and not tensor.untyped_storage().data_ptr():
-        return 0
+    if ptr < LOWEST and ptr == tensor.storage_offset() * tensor.element_size():
+        return 0  # its storage begins at 0
     return ptr
 
 

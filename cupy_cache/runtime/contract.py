@@ -265,7 +265,10 @@ def integer(op, name, value, least=None):
 def integers(op, names, values):
     """``values``, those of the arguments ``names``, as Python integers; None stays None. Options
     have one form before anything is remembered of them: True and 1.0 equal 1."""
-    if set(map(type, values)) == {int} and -(2**63) <= min(values) <= max(values) < 2**63:
+    for value in values:
+        if type(value) is not int or not -(2**63) <= value < 2**63:
+            break
+    else:
         return tuple(values)
     return tuple(
         None if value is None else integer(op, name, value) for name, value in zip(names, values)
