@@ -574,20 +574,20 @@ __global__ void __launch_bounds__(kThreads, 2)
         const u32 absent = __ballot_sync(kWarp, !present);
         const i32 stage = index % kStages;
         if (threadIdx.x == 0) missing[stage] = absent;
-        constexpr int kMyRows = kKeys / kWarps, kAll = kMyRows * kChunks;
-        char* const to = shared + stage * kTileBytes;
+        char* const to = shared + stage * kTileBytes + lane * 16;
+        constexpr int kMyRows = kKeys / kWarps;
 #pragma unroll
-        for (int i = 0; i < (kAll + 31) / 32; ++i) {
-          const int at = i * 32 + lane, row = (warp * kMyRows + at / kChunks) % 32;
-          const int chunk = at % kChunks;
-          const i64 its_away = __shfl_sync(kWarp, away, row);
+        for (int i = 0; i < kMyRows; ++i) {
+          const int row = warp * kMyRows + i;
           const bool there = (absent >> row & 1) == 0;
-          if (kAll % 32 == 0 || at < kAll) {
+          const char* const from = p.kv_cache + __shfl_sync(kWarp, away, row) + lane * 16;
 #pragma unroll
-            for (int piece = 0; piece < 16; piece += kVec) {
-              const bool inside = kEntryBytes == kChunks * 16 || chunk * 16 + piece < kEntryBytes;
-              copy_async<kVec>(to + row * kRowBytes + chunk * 16 + piece,
-                               p.kv_cache + (inside ? its_away + chunk * 16 + piece : 0),
+          for (int first = 0; first < kChunks; first += 32) {
+            if (first + 32 > kChunks && first + lane >= kChunks) continue;
+#pragma unroll
+            for (int piece = first * 16; piece < first * 16 + 16; piece += kVec) {
+              const bool inside = kEntryBytes == kChunks * 16 || lane * 16 + piece < kEntryBytes;
+              copy_async<kVec>(to + row * kRowBytes + piece, inside ? from + piece : p.kv_cache,
                                there && inside);
             }
           }

@@ -290,8 +290,8 @@ GROUP = 1024  # tokens, of which one thread block takes care, unless there are f
 MOST_GROUPS, MOST_PARTS = 32, 128  # of a sequence
 SMALLEST_PART = 64  # tokens
 # For each multiprocessor: units from which on none is cut; results that are kept at the same time;
-# thread blocks that share the work, where it is cut.
-UNCUT, KEPT, BLOCKS = 8, 16, 8
+# thread blocks that share the work, where it is cut; and those of a round of groups.
+UNCUT, KEPT, BLOCKS, ROUND = 8, 16, 8, 1
 
 
 def _units(tokens, sequences, heads, several):
@@ -429,7 +429,7 @@ def _gpu_plan(check, named, stored, rank, causal, entries):
     constants = (
         cache.shape[0], *query.strides[:2], *out.strides[:2],
         *((0, 0) if lse is None else lse.strides), *cache.strides[:2], size["block_size"],
-        size["num_heads"], launch.processors(device), causal,
+        size["num_heads"], ROUND * launch.processors(device), causal,
         contract.vector_bytes(query.ptr, *query.strides[:2]) == 16,
         contract.vector_bytes(out.ptr, *out.strides[:2]) >= 4,
     )  # fmt: skip
