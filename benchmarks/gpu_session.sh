@@ -31,7 +31,8 @@ SANITIZE=${SANITIZE:-"torch-cuda and not emulat and (test_case or out_of_range o
 FIRST="benchmarks/bench_limits.py benchmarks/bench_host.py
   benchmarks/bench_reshape_and_cache_flash.py
   benchmarks/bench_copy_blocks.py benchmarks/bench_gather_cache.py
-  benchmarks/bench_paged_attention.py benchmarks/bench_quantised_writes.py benchmarks/bench_mla.py
+  benchmarks/bench_paged_attention.py benchmarks/bench_paged_attention_mla.py
+  benchmarks/bench_quantised_writes.py benchmarks/bench_mla.py
   benchmarks/bench_reshape_and_cache.py benchmarks/bench_swap_blocks.py
   benchmarks/bench_ablation.py benchmarks/bench_growth.py benchmarks/bench_slot_mapping.py
   benchmarks/bench_start.py benchmarks/bench_alibi_slopes.py benchmarks/bench_packing.py

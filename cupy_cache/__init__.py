@@ -16,9 +16,9 @@ Reading and converting
     `gather_cache`, `cp_gather_cache`, `gather_and_maybe_dequant_cache`,
     `cp_gather_and_upconvert_fp8_kv_cache`, `cp_gather_indexer_k_quant_cache`, `convert_fp8`
 Attention over the pages
-    `paged_attention`, `merge_attn_states`; under other names `paged_attention_v1`,
-    `paged_attention_v2` and, in `cupy_cache.flash_attn`, ``flash_attn_with_kvcache`` and
-    ``flash_attn_varlen_func``
+    `paged_attention`, `paged_attention_mla`, `merge_attn_states`; under other names
+    `paged_attention_v1`, `paged_attention_v2` and, in `cupy_cache.flash_attn`,
+    ``flash_attn_with_kvcache`` and ``flash_attn_varlen_func``
 What a step needs besides
     `slot_mapping`, `slot_mapping_groups`, `alibi_slopes`, `place_slopes`, `alibi_bias`
 The caches of all layers as one object, for the cheapest calls
@@ -43,6 +43,7 @@ from .attention.alibi_bias import alibi_bias
 from .attention.alibi_slopes import alibi_slopes, place_slopes
 from .attention.merge_attn_states import merge_attn_states
 from .attention.paged_attention import paged_attention
+from .attention.paged_attention_mla import paged_attention_mla
 from .bookkeeping import (
     BlockPool,
     BlockTables,
@@ -134,6 +135,7 @@ __all__ = [
     "pack_tokens",
     "packed_size",
     "paged_attention",
+    "paged_attention_mla",
     "paged_attention_v1",
     "paged_attention_v2",
     "place_slopes",

@@ -19,7 +19,6 @@ from pathlib import Path
 import cupy_cache as cc
 from cupy_cache import errors
 from cupy_cache.compilation.specialisations import OPERATIONS, specialisations
-from cupy_cache.ops.concat_and_cache_mla import FP8_DS_MLA
 from cupy_cache.runtime import formats
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +34,7 @@ def cache_formats():
     for name, fmt in formats.CACHE_FORMATS.items():
         named.setdefault(fmt, []).append(name)
     by_token = formats.PER_TOKEN_HEAD_FORMATS.keys() - formats.CACHE_FORMATS
-    return [*named.values(), [FP8_DS_MLA], *([name] for name in sorted(by_token))]
+    return [*named.values(), [formats.FP8_DS_MLA], *([name] for name in sorted(by_token))]
 
 
 def arguments(layout, dtype, kv_cache_dtype):

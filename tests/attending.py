@@ -96,6 +96,8 @@ class Problem:
     scale, sliding_window, soft_cap, causal, kv_cache_dtype : as of `paged_attention`
     """
 
+    op = "paged_attention"
+
     def __init__(
         self, rng, lengths, queries=None, *, heads=(4, 2), sizes=(32, 32), block_size=16,
         layout="NHD", dtype="bfloat16", kv_cache_dtype="auto", scales="number",
@@ -260,7 +262,7 @@ class Problem:
                 self._check_bytes(world, spec, [])
             return
         self.run(world)
-        check_faults("paged_attention", self.faults)
+        check_faults(self.op, self.faults)
         self.judge(world)
 
     def judge(self, world):
@@ -339,6 +341,82 @@ class Problem:
             weights = rounded(weights / weights.sum())[: len(token)]
             result[head] = rounded(weights @ values[block, offset, head // group])
         return result
+
+
+class Latent(Problem):
+    """Arguments of one call of `paged_attention_mla`: ``sizes`` are those of an entry and of its
+    latent part. Further parameters are as of `Problem`."""
+
+    op = "paged_attention_mla"
+
+    def __init__(self, rng, lengths, queries=None, *, heads=4, sizes=(48, 32), **named):
+        self.rank = sizes[1]
+        named = {"scale": 0.2, **named}
+        super().__init__(rng, lengths, queries, heads=(heads, 1), sizes=sizes, **named)
+
+    def _make_caches(self, layout, num_blocks, heads, sizes, used, pad, scales):
+        rng, size = self.rng, self.block_size
+        values = rng.standard_normal((num_blocks, size, sizes[0]))
+        self.scales = {}
+        if self.options.get("kv_cache_dtype") == "fp8_ds_mla":
+            elements, numbers = self._entries(values)
+            self.storage = str(rng.choice(["uint8", "float8_e4m3fn"]))
+        else:
+            elements, numbers = self._elements(values, scales)
+        elements[~used] = 0xFF if self.stored != "int8" else 0x80
+        shape = num_blocks, size, elements.shape[2] // formats.DTYPES[self.storage].bytes
+        if layout == "gaps":  # a layer of a pool, with something else between entries
+            pool = worlds.array(rng, (num_blocks, 3, size, shape[2] + 8), self.storage, pad)
+            cache = pool[:, 1, :, 8:]
+        else:
+            cache = worlds.array(rng, shape, self.storage, pad)
+        view = cache.on(cache.buffer.bytes)
+        view[...] = elements.view(formats.DTYPES[self.storage].numpy)
+        self.caches = [cache]
+        numbers = numbers[:, :, np.newaxis]
+        numbers[~used] = np.nan
+        self.numbers = [numbers, numbers[..., : self.rank]]
+
+    def _elements(self, values, scales):
+        """Bytes of elements of one type, and what they mean."""
+        scale = np.float32(1)
+        if self.stored is not None:
+            scale = np.float32(self.rng.uniform(0.02, 0.05))
+            self.scales["kv_scale"] = float(scale)
+            if scales != "number":
+                shape = () if self.rng.random() < 0.5 else (1,)
+                array = worlds.of_values(np.array([scale]))
+                self.scales["kv_scale"] = array.buffer.view(shape, "float32")
+            values = values / scale
+            if self.stored == "int8":
+                values = np.clip(np.rint(values), -128, 127)
+        elements = values.astype(formats.DTYPES[self.stored or self.dtype].numpy)
+        return elements.view(np.uint8), elements.astype(np.float64) * float(scale)
+
+    def _entries(self, values):
+        """Bytes of fp8_ds_mla entries, of scales that differ by much, and what they mean."""
+        blocks, size, _ = values.shape
+        scales = np.exp2(self.rng.integers(-20, 4, (blocks, size, 4))).astype(np.float32)
+        scales *= self.rng.uniform(1, 2, scales.shape).astype(np.float32)
+        latent = (values[..., :512] * 100).astype(formats.DTYPES["float8_e4m3fn"].numpy)
+        rope = values[..., 512:].astype(formats.DTYPES[self.dtype].numpy)
+        entries = np.concatenate(
+            [latent.view(np.uint8), scales.view(np.uint8), rope.view(np.uint8)], axis=2
+        )
+        latent = latent.astype(np.float64).reshape(blocks, size, 4, 128) * scales[..., np.newaxis]
+        return entries, np.concatenate(
+            [latent.reshape(blocks, size, 512), rope.astype(np.float64)], axis=2
+        )
+
+    def run(self, world, **changes):
+        """Call `paged_attention_mla`; ``changes`` are further keyword arguments, or others."""
+        named = {
+            "kv_lora_rank": self.rank, "query_start_loc": self.starts, "out": self.out,
+            "lse": self.lse, **self.scales, **self.options, **changes,
+        }  # fmt: skip
+        put = {n: world.put(v) if isinstance(v, worlds.Spec) else v for n, v in named.items()}
+        where = (self.query, *self.caches, self.table, self.lens)
+        return cc.paged_attention_mla(*map(world.put, where), **put)
 
 
 def check_numbers(got, wanted, plain, dtype):

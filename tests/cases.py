@@ -378,6 +378,39 @@ def _paged_attention(rng):
     return Case(specs, specs[5:], run, expected)
 
 
+def _paged_attention_mla(rng, kv_cache_dtype="auto"):
+    """Each query is 32 times the rope part of one token, which alone counts: the results are
+    exact."""
+    entries = rng.choice([-1.0, 1.0], (6, 16, 576))
+    table, lens = np.array([[4, 1], [0, 3], [5, 2]], np.int32), np.array([20, 16, 1], np.int32)
+    query = np.zeros((3, 4, 576))
+    for sequence, head in np.ndindex(3, 4):
+        token = rng.integers(0, lens[sequence])
+        query[sequence, head, 512:] = 32 * entries[table[sequence, token // 16], token % 16, 512:]
+    raw = kv_cache_dtype == "auto"
+    stored = entries.astype(ml_dtypes.bfloat16 if raw else ml_dtypes.float8_e4m3fn)
+    specs = [
+        worlds.of_values(query.astype(ml_dtypes.bfloat16)),
+        worlds.of_values(stored if raw else stored.view(np.uint8)),
+        worlds.of_values(table),
+        worlds.of_values(lens),
+        worlds.array(rng, (3, 4, 512), "bfloat16"),
+    ]
+
+    def run(*args):
+        cc.paged_attention_mla(*args[:4], scale=1.0, out=args[4], kv_cache_dtype=kv_cache_dtype)
+
+    def expected(query, entries, table, lens, out):
+        seen, _ = oracle.tokens_seen(table, lens, None, 3, 6, 16)
+        numbers = entries if raw else entries.view(ml_dtypes.float8_e4m3fn)
+        keys = numbers[:, :, np.newaxis].astype(np.float64)
+        exact = oracle.paged_attention(query, keys, keys[..., :512], seen, scale=1.0)
+        for row, (attended, _) in exact.items():
+            out[row] = attended
+
+    return Case(specs, specs[4:], run, expected)
+
+
 def _merge(rng):
     """One side alone counts, or both the same, or none: the results are exact."""
     rows = [rng.integers(-99, 99, (5, 3, 24)).astype(np.float16) for _ in "ps"]
@@ -520,6 +553,8 @@ CASES = {
     "alibi_bias": _bias,
     "merge_attn_states": _merge,
     "paged_attention": _paged_attention,
+    "paged_attention_mla": _paged_attention_mla,
+    "paged_attention_mla-fp8": functools.partial(_paged_attention_mla, kv_cache_dtype="fp8"),
     "alibi_slopes": _slopes,
     "place_slopes": _placed,
 }

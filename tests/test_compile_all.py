@@ -82,6 +82,12 @@ def chosen(architecture, extent="ordinary"):
             *ONE_SHAPE, layouts=["NHD"], kv_cache_dtype=name, num_heads=heads,
             ops=["paged_attention"],
         )  # fmt: skip
+    # Products of bfloat16 are not for sm_75: so many without the instruction take a minute.
+    for name in ("auto", "fp8", "fp8_ds_mla") if complete else ("auto",):
+        yield from specialisations(
+            *MLA_SHAPE[:3], "bfloat16" if complete else "float16", layouts=["rows"],
+            head_size_v=512, kv_cache_dtype=name, ops=["paged_attention_mla"],
+        )  # fmt: skip
     for name in ("fp8", "fp8_e5m2", "int8") if complete else ("fp8",):
         yield from specialisations(*ONE_SHAPE, layouts=PAIRS, kv_cache_dtype=name, ops=CONVERTING)
     for name in ("auto", "fp8", "int8", "fp8_ds_mla") if complete else ("fp8_ds_mla",):

@@ -136,9 +136,9 @@ def run_all(table, marked, monkeypatch, memory, dtypes_of):
         called.add(current)
         assert memory.written(), f"nothing was written: {current}"
         cc.raise_faults()
-        return SimpleNamespace(key=next(keys))
+        return [SimpleNamespace(key=next(keys))]
 
-    monkeypatch.setattr(specialisations, "_kernel_of", run)
+    monkeypatch.setattr(specialisations, "_kernels_of", run)
     for op, layout, names, dtypes in marked:
         for name in names:
             for dtype in dtypes_of(dtypes) if name == "auto" else few(dtypes):

@@ -431,6 +431,27 @@ def test_new_attention_with_scales_of_tokens(world, rng):
     check_new(world, "paged_attention", list(map(world.put, args)), options, expected)
 
 
+@only_torch
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_new_latent_attention(world, rng, kv_cache_dtype):
+    """With logarithms, which are written, and without."""
+    problem = attending.Latent(
+        rng, [9, 0, 20], sizes=(24, 16), kv_cache_dtype=kv_cache_dtype, scales="array"
+    )
+    problem.solve(world)
+    expected = problem.out.on(world.bytes_of(problem.out))[:3]
+    args = problem.query, *problem.caches, problem.table, problem.lens
+    args = list(map(world.put, args))
+    options = {"scale": 0.2, "kv_lora_rank": 16, "kv_cache_dtype": kv_cache_dtype}
+    options |= {name: world.put(scale) for name, scale in problem.scales.items()}
+    check_new(world, "paged_attention_mla", args, options, expected)
+    written = problem.lse.on(world.bytes_of(problem.lse))
+    options["lse"] = world.put(problem.lse).fill_(0)
+    torch.ops.cupy_cache.paged_attention_mla(*args, **options)
+    torch.library.opcheck(overload("paged_attention_mla"), args, options)
+    np.testing.assert_array_equal(problem.lse.on(world.bytes_of(problem.lse)), written)
+
+
 # --- several in one function ----------------------------------------------------------------------
 
 

@@ -154,6 +154,14 @@ def attention(make: Make[Array]) -> None:
         alibi_slopes=make(zeros(2 * HEADS)), sliding_window=2, soft_cap=np.float64(30), out=query,
         lse=make(zeros(1, 2 * HEADS)),
     )  # fmt: skip
+    entries = make(zeros(BLOCKS, BLOCK_SIZE, SIZE))
+    latent = cc.paged_attention_mla(query, entries, table, lens, scale=0.5, kv_lora_rank=SIZE - 1)
+    assert latent.shape == (1, 2 * HEADS, SIZE - 1)
+    cc.paged_attention_mla(
+        query, entries, table, lens, scale=np.float64(0.5), kv_lora_rank=SIZE, out=query,
+        query_start_loc=make(numbers(0, 1)), causal=False, kv_cache_dtype="auto", kv_scale=None,
+        lse=make(zeros(1, 2 * HEADS)),
+    )  # fmt: skip
     # Its arrays are of frameworks that it knows.
     one = zeros(1, 1, HEADS, SIZE)
     keys, values = (zeros(BLOCKS, BLOCK_SIZE, HEADS, SIZE) for _ in range(2))

@@ -16,8 +16,9 @@ from ..attention import alibi_slopes as attention
 from ..attention.alibi_bias import alibi_bias
 from ..attention.merge_attn_states import merge_attn_states
 from ..attention.paged_attention import paged_attention
+from ..attention.paged_attention_mla import paged_attention_mla
 from ..errors import ArgumentError, CupyCacheError
-from ..ops.concat_and_cache_mla import DS_ENTRY_BYTES, FP8_DS_MLA, SCALE_RULES, concat_and_cache_mla
+from ..ops.concat_and_cache_mla import SCALE_RULES, concat_and_cache_mla
 from ..ops.concat_and_cache_mla_grouped import concat_and_cache_mla_grouped
 from ..ops.convert_fp8 import convert_fp8
 from ..ops.copy_blocks import copy_blocks, copy_blocks_mla
@@ -69,7 +70,7 @@ def specialisations(
         ("layouts", layouts, formats.LAYOUTS),
         ("index_dtypes", () if index_dtypes is None else index_dtypes, spelling.INDEX_NAMES),
         ("ops", OPERATIONS if ops is None else ops, OPERATIONS),
-        ("kv_cache_dtype", [kv_cache_dtype], [*FORMATS, FP8_DS_MLA]),
+        ("kv_cache_dtype", [kv_cache_dtype], [*FORMATS, formats.FP8_DS_MLA]),
     ):
         whole = isinstance(given, str)  # its items would be letters
         unknown = [given] if whole else [item for item in given if item not in allowed]
@@ -80,7 +81,7 @@ def specialisations(
             )
     dtype = formats.dtype_named(dtype, "warmup: dtype")
     stored = UINT8
-    if kv_cache_dtype != FP8_DS_MLA:
+    if kv_cache_dtype != formats.FP8_DS_MLA:
         stored = FORMATS[kv_cache_dtype].stored or dtype
     model = Model(
         num_kv_heads, head_size, head_size if head_size_v is None else head_size_v, block_size,
@@ -94,7 +95,7 @@ def specialisations(
     seen = set()
     for name in OPERATIONS if ops is None else ops:
         try:
-            for kernel in map(_kernel_of, OPERATIONS[name](model)):
+            for kernel in itertools.chain.from_iterable(map(_kernels_of, OPERATIONS[name](model))):
                 if kernel.key not in seen:
                     seen.add(kernel.key)
                     yield kernel
@@ -104,13 +105,13 @@ def specialisations(
             refused.append(error)
 
 
-def _kernel_of(call):
-    """The kernel that a call, (function, its arguments …), launches."""
+def _kernels_of(call):
+    """The kernels that a call, (function, its arguments …), launches."""
     function, *arguments = call
     try:
         function(*arguments)
     except launch.KernelNeeded as noted:
-        return noted.kernel
+        return noted.kernels
     raise AssertionError(f"{function.__name__} launched nothing")
 
 
@@ -187,7 +188,7 @@ class Model(NamedTuple):
     @property
     def by_token(self):
         """Whether caches are of a format in which each token and head has a scale."""
-        return self.kv_cache_dtype not in (*formats.CACHE_FORMATS, FP8_DS_MLA)
+        return self.kv_cache_dtype not in (*formats.CACHE_FORMATS, formats.FP8_DS_MLA)
 
     def numbers(self, role, *shape):
         """Indices of each type that those of this role, see `ENGINES`, have."""
@@ -243,7 +244,11 @@ class Model(NamedTuple):
     def rows(self):
         """A cache [NB, BS, E] that keeps one entry for each token."""
         if "rows" in self.layouts:
-            size = DS_ENTRY_BYTES if self.kv_cache_dtype == FP8_DS_MLA else self.key_size
+            size = (
+                formats.DS_ENTRY_BYTES
+                if self.kv_cache_dtype == formats.FP8_DS_MLA
+                else self.key_size
+            )
             yield self.cache(self.block_size, size)
 
     def indexer(self):
@@ -313,7 +318,7 @@ def _mla(model):
 
 
 def _mla_grouped(model):
-    if model.by_token or model.kv_cache_dtype == FP8_DS_MLA:
+    if model.by_token or model.kv_cache_dtype == formats.FP8_DS_MLA:
         return
     scales = described((1,), FLOAT32) if formats.is_scaled(model.kv_cache_dtype) else None
 
@@ -371,7 +376,7 @@ def _cp_gather(model):
 
 
 def _dequant_gather(model):
-    if model.by_token or model.kv_cache_dtype == FP8_DS_MLA:
+    if model.by_token or model.kv_cache_dtype == formats.FP8_DS_MLA:
         return
     for (cache, rows), sequences in itertools.product(_gathers(model), _read_sequences(model)):
         numbers, (table, bounds, starts) = described(rows.shape, model.dtype), sequences
@@ -380,7 +385,7 @@ def _dequant_gather(model):
 
 
 def _upconvert(model):
-    if model.kv_cache_dtype != FP8_DS_MLA:
+    if model.kv_cache_dtype != formats.FP8_DS_MLA:
         return
     rows = described((ROWS, sum(part.shape[1] for part in model.entries())), model.dtype)
     for cache in model.rows():
@@ -468,6 +473,27 @@ def _attention(model):
                 yield attend, starts, *scales, query, *caches, table, lens
 
 
+def _latent_attention(model):
+    """Of one query for each sequence, and of several."""
+
+    def attend(starts, *step):
+        paged_attention_mla(
+            *step, scale=1.0, kv_lora_rank=model.value_size, query_start_loc=starts,
+            kv_cache_dtype=model.kv_cache_dtype,
+        )  # fmt: skip
+
+    if model.dtype == FLOAT32:
+        return
+    for cache in model.rows():
+        query = described((ROWS, model.query_heads, model.key_size), model.dtype)
+        indices = itertools.product(
+            model.numbers("tables", ROWS, ROWS), model.numbers("requests", ROWS),
+            (None, *model.numbers("bounds", ROWS + 1)),
+        )  # fmt: skip
+        for table, lens, starts in indices:
+            yield attend, starts, query, cache, table, lens
+
+
 def _merges(model):
     if model.dtype in formats.FLOATS:
         rows = [described((ROWS, model.query_heads, model.value_size), model.dtype) for _ in "ops"]
@@ -553,6 +579,7 @@ OPERATIONS = {
     "pack_blocks": _moves(pack_blocks),
     "pack_tokens": _moves(pack_tokens, by_slot=True),
     "paged_attention": _attention,
+    "paged_attention_mla": _latent_attention,
     "place_slopes": _launches(attention.PLACE),
     "reshape_and_cache": _x_packed,
     "reshape_and_cache_flash": _flash,

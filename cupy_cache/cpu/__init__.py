@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations on NumPy: what runs where there is no GPU, and what the kernels mean."""
 
-from .attention import merge_attn_states, paged_attention
+from .attention import merge_attn_states, paged_attention, paged_attention_mla
 from .operations import (
     alibi_bias,
     alibi_slopes,
@@ -37,6 +37,7 @@ __all__ = [
     "merge_attn_states",
     "pack",
     "paged_attention",
+    "paged_attention_mla",
     "reshape_and_cache",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_per_token_head",

@@ -9,10 +9,12 @@ alone: its result has the same bits in any batch.
 
 import numpy as np
 
-from ..runtime import faults
+from ..runtime import faults, formats
+from ..runtime.formats import DS_LATENT, DS_ROPE_AT
 from .conversions import decode, encode
 
 OP = "paged_attention"
+NO_WINDOW = 1 << 62  # more tokens than there are
 KEYS = 512  # tokens whose keys and values are held as float32
 SCORES = 1 << 22  # of all heads, that are held
 ELEMENTS = 1 << 20  # that are merged at once
@@ -27,19 +29,23 @@ def paged_attention(
     query, key_cache, value_cache, block_table, seq_lens, query_start_loc, alibi_slopes, sinks,
     k_scale, v_scale, out, lse, k_scale_cache, v_scale_cache, sequence_slopes, tokens, sequences,
     width, _, window, scale, soft_cap, k_number, v_number, *, dtype, stored, sink_type, block_size,
-    causal,
+    causal, op=OP,
 ):  # fmt: skip
     """Write the attention of ``tokens`` queries to ``out``, and its logarithms to ``lse``.
 
-    ``query`` and ``out`` are bits of ``dtype``, the caches of ``stored``, ``sinks`` of
-    ``sink_type``. ``soft_cap`` 0 is none.
+    ``query`` and ``out`` are bits of ``dtype``, the caches of ``stored`` (None: they are read as
+    `_Pages` are), ``sinks`` of ``sink_type``. ``soft_cap`` 0 is none. ``op``: whose faults these
+    are.
     """
-    packed = key_cache.ndim == 5
-    keys = _Pages(key_cache, stored, _PACKED_KEYS if packed else _SLOTS_FIRST, k_scale_cache)
-    values = _Pages(
-        value_cache, stored, _PACKED_VALUES[value_cache.ndim] if packed else _SLOTS_FIRST,
-        v_scale_cache,
-    )  # fmt: skip
+    if stored is None:
+        keys, values = key_cache, value_cache
+    else:
+        packed = key_cache.ndim == 5
+        keys = _Pages(key_cache, stored, _PACKED_KEYS if packed else _SLOTS_FIRST, k_scale_cache)
+        values = _Pages(
+            value_cache, stored, _PACKED_VALUES[value_cache.ndim] if packed else _SLOTS_FIRST,
+            v_scale_cache,
+        )  # fmt: skip
     kv_heads, heads = keys.heads, query.shape[1]
     by_head = (kv_heads, heads // kv_heads, 1)
     with np.errstate(all="ignore"):
@@ -51,7 +57,7 @@ def paged_attention(
         v_factors = _factors(v_scale, v_number)
         starts = range(tokens + 1)
         if query_start_loc is not None:
-            starts = _starts(query_start_loc, tokens)
+            starts = _starts(op, query_start_loc, tokens)
         lengths = seq_lens.tolist()
         most = max(1, SCORES // (heads * KEYS))
         for sequence in range(sequences):
@@ -63,12 +69,12 @@ def paged_attention(
             length = min(max(lengths[sequence], 0), width * block_size)
             if length != lengths[sequence]:
                 limit = width * block_size + 1
-                faults.record(OP, "seq_lens", sequence, lengths[sequence], limit)
+                faults.record(op, "seq_lens", sequence, lengths[sequence], limit)
             for first in range(begin, end, most):
                 part = slice(first, min(first + most, end))
                 positions = np.arange(part.start, part.stop) + (length - end)
                 seen = _seen(positions, length, window, causal)
-                pages = _pages(block_table, sequence, seen, block_size, len(key_cache))
+                pages = _pages(op, block_table, sequence, seen, block_size, len(key_cache))
                 attended, logarithms = _attend(
                     decode(query[part], dtype), positions, seen, keys, values, block_size, *pages,
                     logits,
@@ -79,11 +85,11 @@ def paged_attention(
                     lse[part] = _by_token(logarithms)
 
 
-def _starts(found, tokens):
+def _starts(op, found, tokens):
     """The starts that those ``found`` count as: from 0 to ``tokens``, and not descending."""
     starts = np.minimum(np.maximum.accumulate(np.maximum(found, 0)), tokens)
     for index in np.flatnonzero(starts != found)[:1]:
-        faults.record(OP, "query_start_loc", index, found[index], tokens + 1)
+        faults.record(op, "query_start_loc", index, found[index], tokens + 1)
     return starts.tolist()
 
 
@@ -157,7 +163,7 @@ def _seen(positions, length, window, causal):
     return np.maximum(positions, before) - before, last  # of any positions, without overflow
 
 
-def _pages(block_table, sequence, seen, block_size, num_blocks):
+def _pages(op, block_table, sequence, seen, block_size, num_blocks):
     """(page, block) of all pages that any of the queries sees a token of, without those whose block
     number is out of range, which is recorded; the tokens of which any is seen."""
     first, last = seen
@@ -169,7 +175,7 @@ def _pages(block_table, sequence, seen, block_size, num_blocks):
     block = block_table[sequence, page].astype(np.int64)
     good = (block >= 0) & (block < num_blocks)
     if not good.all():
-        faults.record(OP, "block_table", sequence, block[~good][0], num_blocks)
+        faults.record(op, "block_table", sequence, block[~good][0], num_blocks)
     return np.stack([page[good], block[good]]), tokens
 
 
@@ -229,6 +235,51 @@ def _attend(query, positions, seen, keys, values, block_size, pages, tokens, log
     sums /= np.where(none, np.float32(1), total)[..., np.newaxis]
     sums[none] = 0
     return sums, np.where(none, np.float32(-np.inf), largest + np.log(total))
+
+
+class _Entries:
+    """A cache of entries of multi-head latent attention, read as `_Pages` of a single head are:
+    the first ``elements`` elements of each. ``dtype``: of the rope part of "fp8_ds_mla" entries."""
+
+    heads = 1
+
+    def __init__(self, cache, dtype, elements):
+        self._cache, self._dtype, self.elements = cache, dtype, elements
+
+    def __len__(self):
+        return len(self._cache)
+
+    def read(self, blocks, start, stop):
+        """Slots ``start`` to ``stop`` of each block."""
+        entries = np.ascontiguousarray(self._cache[:, start:stop][blocks])
+        entries = entries.reshape(1, -1, entries.shape[2])
+        latent = decode(entries[..., :DS_LATENT], formats.DTYPES["float8_e4m3fn"])
+        scales = entries[..., DS_LATENT:DS_ROPE_AT].view(np.float32)
+        latent *= np.repeat(scales, DS_LATENT // scales.shape[2], axis=2)
+        if self.elements == DS_LATENT:
+            return latent
+        rope = decode(entries[..., DS_ROPE_AT:].view(self._dtype.bits), self._dtype)
+        return np.concatenate([latent, rope], axis=2)
+
+
+def paged_attention_mla(
+    query, kv_cache, block_table, seq_lens, query_start_loc, kv_scale, partial, out, lse, tokens,
+    sequences, width, step, slots, scale, kv_number, *, dtype, stored, latent, block_size, causal,
+):  # fmt: skip
+    """The same over one cache of entries, of which the first ``latent`` elements are the values.
+    ``stored`` None: "fp8_ds_mla"."""
+    del partial, slots
+    if stored is None:
+        pair = (_Entries(kv_cache, dtype, size) for size in (query.shape[2], latent))
+    else:
+        heads_third = kv_cache[:, :, np.newaxis]
+        pair = heads_third, heads_third[..., :latent]
+    paged_attention(
+        query, *pair, block_table, seq_lens, query_start_loc, None, None, kv_scale, kv_scale, out,
+        lse, None, None, None, tokens, sequences, width, step, NO_WINDOW, scale, 0.0, kv_number,
+        kv_number, dtype=dtype, stored=stored, sink_type=None, block_size=block_size,
+        causal=causal, op="paged_attention_mla",
+    )  # fmt: skip
 
 
 def _by_token(array):

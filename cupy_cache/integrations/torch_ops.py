@@ -14,8 +14,9 @@ express is otherwise:
 * A mapping or a list of numbers is a tensor, where the function takes it in either form: pairs
   [num_pairs, 2], blocks and slots [n].
 * A scale is a tensor or None, which means 1.0: numbers would have to be part of the graph.
-* `slot_mapping`, `slot_mapping_groups`, `alibi_bias` and `paged_attention` return a new tensor.
-  With ``out``, which follows the arguments that are needed, they write it and return nothing.
+* `slot_mapping`, `slot_mapping_groups`, `alibi_bias`, `paged_attention` and `paged_attention_mla`
+  return a new tensor. With ``out``, which follows the arguments that are needed, they write it and
+  return nothing.
 * `pack_blocks`, `unpack_blocks`, `pack_tokens`, `unpack_tokens` and `zero_blocks` take ``caches``
   as one list; with ``with_values=True`` it holds each layer's key cache and value cache in turn.
 * `swap_blocks` takes two tensors, with ``block_size_in_bytes`` before the mapping or without it,
@@ -146,6 +147,15 @@ SCHEMAS = (
     'Tensor? alibi_slopes=None, int? sliding_window=None, float? soft_cap=None, '
     'Tensor? sinks=None, bool causal=True, str kv_cache_dtype="auto", Tensor? k_scale=None, '
     'Tensor? v_scale=None, Tensor? k_scale_cache=None, Tensor? v_scale_cache=None, '
+    'Tensor(b!)? lse=None) -> ()',
+
+    'paged_attention_mla(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, *, '
+    'float scale, SymInt kv_lora_rank=512, Tensor? query_start_loc=None, bool causal=True, '
+    'str kv_cache_dtype="auto", Tensor? kv_scale=None, Tensor(a!)? lse=None) -> Tensor',
+
+    'paged_attention_mla.out(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, '
+    'Tensor(a!) out, *, float scale, SymInt kv_lora_rank=512, Tensor? query_start_loc=None, '
+    'bool causal=True, str kv_cache_dtype="auto", Tensor? kv_scale=None, '
     'Tensor(b!)? lse=None) -> ()',
 )  # fmt: skip
 
@@ -447,11 +457,17 @@ def _attended(query, key_cache, value_cache, *args, **options):
     return query.new_empty((*query.shape[:2], head_size))
 
 
+def _attended_mla(query, *args, kv_lora_rank=512, **options):
+    del args, options
+    return query.new_empty((*query.shape[:2], kv_lora_rank))
+
+
 _RESULTS = {
     "slot_mapping": _new_slots,
     "slot_mapping_groups": _new_slots_of_groups,
     "alibi_bias": _new_bias,
     "paged_attention": _attended,
+    "paged_attention_mla": _attended_mla,
 }
 
 

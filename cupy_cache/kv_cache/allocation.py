@@ -8,7 +8,6 @@ import functools
 
 from .. import errors
 from ..errors import ArgumentError, DeviceError
-from ..ops import concat_and_cache_mla
 from ..runtime import contract, driver, formats, streams
 
 # The dimensions of caches that can be allocated: the names that `PagedKVCache.allocate` takes.
@@ -67,7 +66,7 @@ def _home(op, dtype, framework, device, pinned):
 
 def storage(op, dtype, kv_cache_dtype, layout):
     """The `formats.DType` of the arrays. fp8 is kept as bytes, which every framework has."""
-    if layout == "rows" and kv_cache_dtype == concat_and_cache_mla.FP8_DS_MLA:
+    if layout == "rows" and kv_cache_dtype == formats.FP8_DS_MLA:
         return formats.DTYPES["uint8"]
     stored = formats.cache_format(op, kv_cache_dtype).stored
     if stored is None:

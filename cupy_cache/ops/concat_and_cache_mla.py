@@ -12,10 +12,8 @@ from ..errors import ArgumentError
 from ..runtime import contract, dispatch, formats, launch, modules, plans, spelling
 from ..types import ArrayLike, Scale, StreamLike
 from .shared import mla
-from .shared.mla import DS_ENTRY_BYTES, DS_LATENT, DS_ROPE
 
 FLOAT32 = formats.DTYPES["float32"]
-FP8_DS_MLA = "fp8_ds_mla"
 DS_SOURCES = tuple(formats.DTYPES[name] for name in ("float16", "bfloat16"))
 DS_THREADS_PER_TOKEN = 32  # a warp
 SCALE_RULES = ("power_of_two", "amax")
@@ -114,9 +112,9 @@ def _plan(op, described, options):
         )
     check = contract.Contract(op.name)
     check.shape("slot_mapping", slot_mapping, "_")
-    if kv_cache_dtype == FP8_DS_MLA:
+    if kv_cache_dtype == formats.FP8_DS_MLA:
         return _plan_fp8_ds_mla(check, described, scale_rule)
-    names = (*formats.CACHE_FORMATS, FP8_DS_MLA)
+    names = (*formats.CACHE_FORMATS, formats.FP8_DS_MLA)
     fmt = formats.cache_format(op.name, kv_cache_dtype, names)
     check.shape("kv_c", kv_c, "_ kv_lora_rank")
     check.shape("k_pe", k_pe, "_ qk_rope_head_dim")
@@ -137,9 +135,9 @@ def _plan(op, described, options):
 
 def _plan_fp8_ds_mla(check, described, scale_rule):
     kv_c, k_pe, kv_cache, slot_mapping, _ = described
-    check.shape("kv_c", kv_c, f"_ {DS_LATENT}")
-    check.shape("k_pe", k_pe, f"_ {DS_ROPE if k_pe.shape[-1:] != (0,) else 0}")
-    check.shape("kv_cache", kv_cache, f"num_blocks block_size {DS_ENTRY_BYTES}")
+    check.shape("kv_c", kv_c, f"_ {formats.DS_LATENT}")
+    check.shape("k_pe", k_pe, f"_ {formats.DS_ROPE if k_pe.shape[-1:] != (0,) else 0}")
+    check.shape("kv_cache", kv_cache, f"num_blocks block_size {formats.DS_ENTRY_BYTES}")
     check.dtype("kv_c", kv_c, *DS_SOURCES)
     check.dtype("kv_cache", kv_cache, *formats.BYTES)
     mla.check_arrays(check, _named(described))

@@ -11,7 +11,7 @@ from .. import cpu
 from ..errors import ArgumentError
 from ..runtime import contract, formats, modules, spelling
 from ..types import ArrayLike, StreamLike
-from .shared import gathering, mla
+from .shared import gathering
 
 NAME = "cp_gather_and_upconvert_fp8_kv_cache"
 ROPE_DTYPES = ("bfloat16", "float16")
@@ -85,8 +85,8 @@ def _plan(op, described, options):
     src, dst, *_ = described
     (rope_dtype,) = options
     check = contract.Contract(op.name)
-    check.shape("src_cache", src, f"num_blocks block_size {mla.DS_ENTRY_BYTES}")
-    check.shape("dst", dst, f"_ {mla.DS_LATENT + mla.DS_ROPE}")
+    check.shape("src_cache", src, f"num_blocks block_size {formats.DS_ENTRY_BYTES}")
+    check.shape("dst", dst, f"_ {formats.DS_LATENT + formats.DS_ROPE}")
     block_size = src.shape[1]
     gathering.check_block_size(check, src, block_size)
     check.dtype("src_cache", src, *formats.BYTES)

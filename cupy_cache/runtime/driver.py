@@ -158,6 +158,11 @@ class CudaDriver:
         cupy = cuda.import_cupy(f"cuda:{device}")
         return int(cupy.cuda.Device(device).compute_capability) >= 90
 
+    def shared_memory(self, device):
+        """Bytes of shared memory that a thread block of a GPU can have."""
+        cupy = cuda.import_cupy(f"cuda:{device}")
+        return cupy.cuda.Device(device).attributes["MaxSharedMemoryPerBlockOptin"]
+
     def device_at(self, address):
         """The index of the GPU whose memory is at ``address``; the current one's for null."""
         runtime = cuda.import_cupy("an array with __cuda_array_interface__").cuda.runtime

@@ -121,6 +121,11 @@ CACHE_AXES = {
 }
 
 
+# Entries of "fp8_ds_mla": elements of the two parts, bytes of all, and where the rope part is.
+FP8_DS_MLA = "fp8_ds_mla"
+DS_LATENT, DS_ROPE, DS_ENTRY_BYTES, DS_ROPE_AT = 512, 64, 656, 528
+
+
 class CacheFormat(NamedTuple):
     """What a ``kv_cache_dtype`` string means: the element type stored (None: the bytes as they
     are) and the dtypes a cache array of it may have."""

@@ -67,12 +67,19 @@ def has_clusters(device):
     return device == NOWHERE or driver.active.has_clusters(device)
 
 
-class KernelNeeded(Exception):
-    """A launch on the GPU that is not there: ``kernel`` is the one that it needs."""
+def shared_memory(device):
+    """Bytes of shared memory that a thread block of GPU ``device`` can have. Not remembered, as
+    `has_clusters`."""
+    return 227 << 10 if device == NOWHERE else driver.active.shared_memory(device)
 
-    def __init__(self, kernel):
-        super().__init__(kernel)
-        self.kernel = kernel
+
+class KernelNeeded(Exception):
+    """A launch on the GPU that is not there: ``kernels`` are those that it needs, and the launches
+    behind it."""
+
+    def __init__(self, *kernels):
+        super().__init__(*kernels)
+        self.kernels = kernels
 
 
 class Launcher:

@@ -434,6 +434,9 @@ class EmulatedDriver:
     def has_clusters(self, device):
         return False
 
+    def shared_memory(self, device):
+        return 227 << 10
+
     def current_stream(self, device):
         return 0
 

@@ -179,6 +179,7 @@ inline void cp_commit() {}
 inline void cp_wait_0() {}
 inline void cp_wait_1() {}
 inline void cp_wait_2() {}
+inline void cp_wait_3() {}
 
 // A cluster has one block here.
 inline void cluster_sync() { emulator_sync_block(); }

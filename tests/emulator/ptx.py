@@ -109,7 +109,7 @@ INSTRUCTIONS = {
             stays=True,
             clobbers='"memory"',
         )
-        for groups in range(3)
+        for groups in range(4)
     },
     **{
         f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%0, %1, %2, %3}}, [%4];": Instruction(

@@ -11,8 +11,6 @@ from ...runtime import contract, formats, modules, params, spelling
 MAX_LAYERS = 128  # kMaxLayers of the kernel
 MAX_THREADS = 128
 STEM = "concat_and_cache_mla"
-# The fp8_ds_mla entry.
-DS_LATENT, DS_ROPE, DS_ENTRY_BYTES = 512, 64, 656
 
 _EACH_CALL = (
     "kv_c:ptr k_pe:ptr kv_cache:ptr slot_mapping:ptr scale:ptr tokens:i64 scale_value:f32 "

@@ -51,14 +51,16 @@ __device__ __forceinline__ void commit_copies() {
 // Waits for this thread's copies, but for those of the latest kGroups groups.
 template <int kGroups>
 __device__ __forceinline__ void wait_for_copies() {
-  static_assert(kGroups >= 0 && kGroups <= 2, "the number is part of the instruction");
+  static_assert(kGroups >= 0 && kGroups <= 3, "the number is part of the instruction");
 #ifdef CUPY_CACHE_ASYNC
   if constexpr (kGroups == 0) {
     asm volatile("cp.async.wait_group 0;" ::: "memory");
   } else if constexpr (kGroups == 1) {
     asm volatile("cp.async.wait_group 1;" ::: "memory");
-  } else {
+  } else if constexpr (kGroups == 2) {
     asm volatile("cp.async.wait_group 2;" ::: "memory");
+  } else {
+    asm volatile("cp.async.wait_group 3;" ::: "memory");
   }
 #endif
 }
