@@ -85,6 +85,13 @@ def writes(make: Make[Array]) -> None:
         key, key, make(zeros(BLOCKS, HEADS, SIZE // 4, BLOCK_SIZE, 4)),
         make(zeros(BLOCKS, HEADS, SIZE, BLOCK_SIZE)), slots, "auto", 1.0, None, interleaved_v=False,
     )  # fmt: skip
+    cc.rotary_and_cache(
+        make(zeros(3, TOKENS, dtype=np.int64)), key, key, key, make(zeros(1, SIZE)), cache,
+        value_cache, slots, True, "auto", None, 1.0, rope_dim_offset=0,
+        mrope_section=[4, np.int64(2), 2], mrope_interleaved=False, norm_eps=1e-6,
+        q_norm_weight=make(zeros(SIZE)), norm_weight_bias=1.0, out=key,
+        out_dtype="auto", q_scale=scale, rounding="steps", stream=None,
+    )  # fmt: skip
     scales = [make(zeros(BLOCKS, BLOCK_SIZE, HEADS)) for _ in range(2)]
     cc.reshape_and_cache_flash_per_token_head(
         key, key, eighth, make(zeros(BLOCKS, BLOCK_SIZE, HEADS, SIZE, dtype=np.uint8)),
