@@ -202,6 +202,8 @@ def objects(make: Make[Array]) -> None:
     cache.write(0, key, key, slots)
     write: Writer = cache.writer(1)
     write(key, key, slots, stream=None)
+    positions, table = make(numbers(0, 1, 2)), make(zeros(9, SIZE))
+    cache.rotary_write(0, positions, key, key, key, table, slots, False, norm_eps=1e-6)
     attended = cache.attend(
         0, key, make(numbers(0, 1, 2).reshape(3, 1)), make(numbers(1, 0, 4)), sliding_window=2
     )

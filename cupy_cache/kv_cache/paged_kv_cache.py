@@ -5,16 +5,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, SupportsIndex
 
 from .. import errors
 from ..attention import paged_attention
 from ..errors import ArgumentError, CupyCacheError, DTypeError, ShapeError
 from ..ops import (
     concat_and_cache_mla,
+    concat_and_cache_mla_rope_fused,
     copy_blocks,
     reshape_and_cache,
     reshape_and_cache_flash,
+    rotary_and_cache,
     swap_blocks,
 )
 from ..runtime import contract, dispatch, lists, streams
@@ -22,6 +24,7 @@ from ..types import ArrayLike, Layers, Pairs, Scale, StreamLike, Writer
 
 MAX_ATTENDERS = 16  # of one layer
 _ATTEND = "PagedKVCache.attend"
+_ROTARY = "PagedKVCache.rotary_write"
 
 
 class PagedKVCache:
@@ -171,6 +174,85 @@ class PagedKVCache:
                     return
         bound(key, value, slot_mapping, stream=stream)
 
+    def rotary_write(
+        self,
+        layer: int,
+        positions: ArrayLike,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        cos_sin_cache: ArrayLike,
+        slot_mapping: ArrayLike,
+        is_neox: bool = True,
+        *,
+        rope_dim_offset: SupportsIndex = 0,
+        mrope_section: Sequence[SupportsIndex] | None = None,
+        mrope_interleaved: bool = False,
+        norm_eps: float | None = None,
+        q_norm_weight: ArrayLike | None = None,
+        k_norm_weight: ArrayLike | None = None,
+        norm_weight_bias: float = 0.0,
+        out: ArrayLike | None = None,
+        out_dtype: str = "auto",
+        q_scale: Scale = None,
+        rounding: Literal["once", "steps"] = "once",
+        stream: StreamLike | None = None,
+    ) -> None:
+        """Rotate one step's queries and keys, and write the keys and the values into a layer's
+        caches, in one launch. The caches are read again at each call.
+
+        Parameters
+        ----------
+        layer : int
+            From 0 on.
+        positions, query, key, value, cos_sin_cache, slot_mapping, is_neox, stream
+            As for `rotary_and_cache`; without value caches ``positions``, ``q_pe``, ``k_pe``,
+            ``kv_c``, ``cos_sin_cache``, ``slot_mapping`` and ``is_neox`` of
+            `concat_and_cache_mla_rope_fused`, which rotates ``k_pe`` in place, too.
+        rope_dim_offset, mrope_section, mrope_interleaved, norm_eps, q_norm_weight, k_norm_weight,
+        norm_weight_bias, out, out_dtype, q_scale, rounding
+            As for `rotary_and_cache`; without value caches they are refused.
+        """
+        try:
+            k_scale, v_scale = self._scales[self._known("rotary_write", layer)]
+            options = {
+                "rope_dim_offset": rope_dim_offset, "mrope_section": mrope_section,
+                "mrope_interleaved": mrope_interleaved, "norm_eps": norm_eps,
+                "q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight,
+                "norm_weight_bias": norm_weight_bias, "out": out, "out_dtype": out_dtype,
+                "q_scale": q_scale, "rounding": rounding,
+            }  # fmt: skip
+            if self.value_caches is None:
+                for name, option in options.items():
+                    usual = _USUAL.get(name)
+                    if option is not usual and (usual is None or option != usual):
+                        expected = f"{usual!r} where there are no value caches"
+                        name = f"{_ROTARY}: {name}"
+                        raise ArgumentError(
+                            errors.wrong("value", name, expected, contract.shown(option))
+                        )
+                concat_and_cache_mla_rope_fused.concat_and_cache_mla_rope_fused(
+                    positions, query, key, value, cos_sin_cache, is_neox, slot_mapping,
+                    self.key_caches[layer], self._kv_cache_dtype, k_scale, stream=stream,
+                )  # fmt: skip
+                return
+            rotary_and_cache.rotary_and_cache(
+                positions, query, key, value, cos_sin_cache, self.key_caches[layer],
+                self.value_caches[layer], slot_mapping, is_neox, self._kv_cache_dtype, k_scale,
+                v_scale, stream=stream, **options,
+            )  # fmt: skip
+        except CupyCacheError as error:
+            errors.rename(error, _ROTARY, _ROTATED)
+            raise
+
+    def _known(self, method, layer):
+        """``layer``, which must be one: lists have layers of negative numbers, too."""
+        try:
+            self._writers[layer]
+        except (KeyError, TypeError):
+            raise self._no_layer(method, layer) from None
+        return layer
+
     def attend(
         self,
         layer: int,
@@ -241,10 +323,7 @@ class PagedKVCache:
             expected = "key and value caches to attend to"
             got = "entries of latent attention"
             raise ArgumentError(errors.wrong("kind", f"{_ATTEND}: caches", expected, got))
-        try:
-            self._writers[layer]  # has no layers of negative numbers
-        except (KeyError, TypeError):
-            raise self._no_layer("attend", layer) from None
+        self._known("attend", layer)
         return self.key_caches[layer], self.value_caches[layer]
 
     def copy_blocks(self, block_mapping: Pairs, *, stream: StreamLike | None = None) -> None:
@@ -286,6 +365,17 @@ class PagedKVCache:
             raise
 
 
+# What options of `rotary_write` are that are not given, where that is not None.
+_USUAL = {
+    "rope_dim_offset": 0, "mrope_interleaved": False, "norm_weight_bias": 0.0, "out_dtype": "auto",
+    "rounding": "once",
+}  # fmt: skip
+# What the arguments of operations that rotate are called here.
+_ROTATED = {
+    "q_pe": "query", "k_pe": "key", "kv_c": "value", "kv_cache": "key_caches",
+    "key_cache": "key_caches", "value_cache": "value_caches", "kv_cache_scale": "k_scales",
+    "k_scale": "k_scales", "v_scale": "v_scales",
+}  # fmt: skip
 # What the arguments of a swap are called here.
 _SWAPPED = {
     "src": "key_caches", "dst": "other.key_caches", "src_values": "value_caches",
