@@ -9,6 +9,8 @@ cache operations.
 Writing new tokens
     `reshape_and_cache_flash`, `reshape_and_cache`, `reshape_and_cache_flash_per_token_head`,
     `concat_and_cache_mla`, `concat_and_cache_mla_grouped`, `indexer_k_quant_and_cache`
+Rotating queries and keys, and writing what was rotated
+    `rotary_and_cache`, `rotary_embedding`, `concat_and_cache_mla_rope_fused`
 Copying, moving and clearing blocks and tokens
     `copy_blocks`, `copy_blocks_mla`, `swap_blocks`, `swap_blocks_batch`, `pack_blocks`,
     `unpack_blocks`, `pack_tokens`, `unpack_tokens`, `packed_size`, `zero_blocks`
@@ -72,6 +74,7 @@ from .errors import (
 from .kv_cache import PagedKVCache
 from .ops.concat_and_cache_mla import concat_and_cache_mla
 from .ops.concat_and_cache_mla_grouped import concat_and_cache_mla_grouped
+from .ops.concat_and_cache_mla_rope_fused import concat_and_cache_mla_rope_fused
 from .ops.convert_fp8 import convert_fp8
 from .ops.copy_blocks import copy_blocks, copy_blocks_mla
 from .ops.cp_gather_and_upconvert_fp8_kv_cache import cp_gather_and_upconvert_fp8_kv_cache
@@ -84,6 +87,8 @@ from .ops.pack_blocks import pack_blocks, pack_tokens, packed_size, unpack_block
 from .ops.reshape_and_cache import reshape_and_cache
 from .ops.reshape_and_cache_flash import reshape_and_cache_flash
 from .ops.reshape_and_cache_flash_per_token_head import reshape_and_cache_flash_per_token_head
+from .ops.rotary_and_cache import rotary_and_cache
+from .ops.rotary_embedding import rotary_embedding
 from .ops.slot_mapping import slot_mapping
 from .ops.slot_mapping_groups import slot_mapping_groups
 from .ops.swap_blocks import swap_blocks
@@ -119,6 +124,7 @@ __all__ = [
     "block_table_to_csr",
     "concat_and_cache_mla",
     "concat_and_cache_mla_grouped",
+    "concat_and_cache_mla_rope_fused",
     "convert_fp8",
     "copy_blocks",
     "copy_blocks_mla",
@@ -143,6 +149,8 @@ __all__ = [
     "reshape_and_cache",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_per_token_head",
+    "rotary_and_cache",
+    "rotary_embedding",
     "slot_mapping",
     "slot_mapping_groups",
     "swap_blocks",

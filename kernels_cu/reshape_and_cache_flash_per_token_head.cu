@@ -9,8 +9,7 @@
 #include "cupy_cache/convert.cuh"
 #include "cupy_cache/ints.cuh"
 #include "cupy_cache/paging.cuh"
-#include "cupy_cache/vec.cuh"
-#include "cupy_cache/warp.cuh"
+#include "cupy_cache/row.cuh"
 
 namespace cupy_cache {
 
@@ -48,51 +47,6 @@ constexpr u32 kSlotMapping = 1;
 
 #ifdef CUPY_CACHE_CONVERTS
 
-// A lane's part of a row of kSize elements of type From, which become elements of type To.
-template <typename From, typename To, int kVec, int kSize, int kLanes>
-struct Row {
-  static_assert(kSize % kVec == 0 && sizeof(typename To::Bits) == 1, "whole vectors of bytes");
-  // The scale is multiplied: it is given as its inverse.
-  using Converter = Convert<From, To, Multiply, kVec>;
-  static constexpr int kVectors = kSize / kVec;
-  static constexpr int kHeld = (kVectors + kLanes - 1) / kLanes;
-
-  typename Converter::Source held[kHeld];
-
-  static __device__ __forceinline__ bool has(int vector) {
-    return kVectors % kLanes == 0 || vector < kVectors;
-  }
-  __device__ __forceinline__ void load(const char* from, int lane) {
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int vector = lane + i * kLanes;
-      if (has(vector)) held[i] = Converter::load(from + vector * Converter::kSourceBytes);
-    }
-  }
-  // The largest magnitude of the whole row, for all its lanes; NaN does not count.
-  __device__ __forceinline__ float largest(int lane) const {
-    float found = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      if (!has(lane + i * kLanes)) continue;
-      float values[kVec];
-      decode_all<From>(held[i], values);
-#pragma unroll
-      for (float value : values) found = fmaxf(found, fabsf(value));
-    }
-    return group_max<kLanes>(found);
-  }
-  __device__ __forceinline__ void store(char* to, int lane, float inverse, bool when) const {
-#pragma unroll
-    for (int i = 0; i < kHeld; ++i) {
-      const int vector = lane + i * kLanes;
-      if (has(vector)) {
-        store_vector<kVec>(to + vector * kVec, Converter::convert(held[i], inverse), when);
-      }
-    }
-  }
-};
-
 // kVec elements are converted at a time. kLargest is what the largest magnitude of a row becomes.
 template <typename From, typename To, int kLargest, int kVec, int kLanes, int kHeads, int kKeySize,
           int kValueSize, int kBlockSize, typename Slot, int kMaxThreads>
@@ -111,8 +65,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   value.load(p.value + token * p.value_token_stride + head * p.value_head_stride, lane);
 
   // Found before the slot is looked at, so that loads do not wait for it.
-  const float k_scale = fmaxf(divide(key.largest(lane), kLargest), 1e-6f);
-  const float v_scale = fmaxf(divide(value.largest(lane), kLargest), 1e-6f);
+  const float k_scale = row_scale<kLargest>(key.largest(lane));
+  const float v_scale = row_scale<kLargest>(value.largest(lane));
 
   const Target<kBlockSize> target(slot, p.num_blocks);
   const Place<kBlockSize> place = target.place();

@@ -520,7 +520,82 @@ def _per_token_head(rng):
     )
 
 
+def _quarters(rng, size):
+    """A table of angles that are quarters of a turn: what is made of small numbers is exact."""
+    turns = rng.integers(0, 4, (12, size // 2))
+    cosines, sines = np.array([[1, 0, -1, 0], [0, 1, 0, -1]], np.float32)[:, turns]
+    return worlds.of_values(np.concatenate([cosines, sines], axis=1))
+
+
+def _turn(arrays, table, positions, is_neox):
+    for rows in arrays:
+        for token, head in np.ndindex(*rows.shape[:2]):
+            row = [(float(x), float(x)) for x in rows[token, head]]
+            row = oracle.turned(row, table, [positions[token]], is_neox)
+            rows[token, head] = [round((low + high) / 2) for low, high in row]
+
+
+def _integers(rng, *shape):
+    """None is 0, whose sign is lost."""
+    return worlds.of_values(rng.integers(1, 99, shape).astype(ml_dtypes.bfloat16))
+
+
+def _rotary(rng):
+    specs = [
+        worlds.of_values(rng.integers(0, 12, 9)), _integers(rng, 9, 4, 64),
+        _integers(rng, 9, 2, 64), _quarters(rng, 64),
+    ]  # fmt: skip
+
+    def expected(positions, query, key, table):
+        _turn((query, key), table, positions, is_neox=True)
+
+    def run(positions, query, key, table):
+        cc.rotary_embedding(positions, query, key, 64, table)
+
+    return Case(specs, specs[1:3], run, expected)
+
+
+def _mla_rotary(rng):
+    specs = [
+        worlds.of_values(rng.integers(0, 12, 9)), _integers(rng, 9, 4, 64), _integers(rng, 9, 64),
+        worlds.array(rng, (9, 512), "bfloat16"), _quarters(rng, 64),
+        worlds.of_values(rng.permutation(80)[:9]), worlds.array(rng, (5, 16, 576), "bfloat16"),
+    ]  # fmt: skip
+
+    def run(positions, q_pe, k_pe, kv_c, table, slots, kv_cache):
+        cc.concat_and_cache_mla_rope_fused(
+            positions, q_pe, k_pe, kv_c, table, False, slots, kv_cache
+        )
+
+    def expected(positions, q_pe, k_pe, kv_c, table, slots, kv_cache):
+        _turn((q_pe, k_pe[:, np.newaxis]), table, positions, is_neox=False)
+        oracle.concat_and_cache_mla(kv_c, k_pe, kv_cache, slots)
+
+    return Case(specs, [specs[1], specs[2], specs[6]], run, expected)
+
+
+def _rotary_write(rng):
+    specs = [
+        worlds.of_values(rng.integers(0, 12, 9)),
+        *(_integers(rng, 9, heads, 64) for heads in (4, 2, 2)),
+        _quarters(rng, 64),
+        worlds.array(rng, (5, 16, 2, 64), "bfloat16"),
+        worlds.array(rng, (5, 16, 2, 64), "bfloat16"),
+        worlds.of_values(rng.permutation(80)[:9]),
+    ]
+
+    def expected(positions, query, key, value, table, key_cache, value_cache, slots):
+        key = key.copy()
+        _turn((query, key), table, positions, is_neox=True)
+        oracle.reshape_and_cache_flash(key, value, key_cache, value_cache, slots)
+
+    return Case(specs, [specs[1], *specs[5:7]], cc.rotary_and_cache, expected)
+
+
 CASES = {
+    "rotary_and_cache": _rotary_write,
+    "rotary_embedding": _rotary,
+    "concat_and_cache_mla_rope_fused": _mla_rotary,
     "reshape_and_cache_flash": _flash,
     "convert_fp8": _convert,
     "reshape_and_cache_flash_per_token_head": _per_token_head,

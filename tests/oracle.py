@@ -63,6 +63,56 @@ def reshape_and_cache_flash_per_token_head(
                     cache[(*place, head, element)] = quantise(product, 1.0, stored)
 
 
+def turned(row, table, positions, is_neox, offset=0, sections=None, interleaved=False, sign=1):
+    """A head's elements, each an interval (least, greatest) of numbers, after its pairs were turned
+    by the angles of ``table`` [position, cosines | sines]: intervals, widened by what float32
+    arithmetic may lose. ``positions``: one, or three with ``sections``."""
+    row, pairs = list(row), table.shape[1] // 2
+    for pair in range(pairs):
+        axis = 0
+        if sections is not None and interleaved:
+            if pair % 3 and pair < 3 * sections[pair % 3]:
+                axis = pair % 3
+        elif sections is not None:
+            axis = 0 if pair < sections[0] else 1 if pair < sections[0] + sections[1] else 2
+        angles = table[int(positions[axis])]
+        cosine, sine = float(angles[pair]), sign * float(angles[pairs + pair])
+        at = (pair, pair + pairs) if is_neox else (2 * pair, 2 * pair + 1)
+        x, y = (row[offset + i] for i in at)
+        row[offset + at[0]] = _sum_of_products((x, cosine), (y, -sine))
+        row[offset + at[1]] = _sum_of_products((y, cosine), (x, sine))
+    return row
+
+
+def _sum_of_products(*products):
+    ends = [sorted((interval[0] * f, interval[1] * f)) for interval, f in products]
+    lost = 2.0**-22 * sum(max(abs(low), abs(high)) for low, high in ends) + 2.0**-140
+    return sum(low for low, _ in ends) - lost, sum(high for _, high in ends) + lost
+
+
+def normalised(row, weights, epsilon, bias):
+    """A head's numbers over the root of their mean square, times its weights (None: without), as
+    intervals; see `turned`."""
+    mean = sum(float(x) ** 2 for x in row) / len(row)
+    factor = 1 / math.sqrt(mean + epsilon)
+    found = []
+    for at, x in enumerate(row):
+        exact = float(x) * factor
+        lost = 2.0**-20 * abs(exact)
+        if weights is not None:
+            weight = float(weights[at]) + bias
+            lost *= abs(weight) + abs(bias)
+            exact *= weight
+        found.append((exact - lost, exact + lost))
+    return found
+
+
+def rounded(interval, dtype):
+    """An interval of numbers, each rounded to float32 and then to the NumPy dtype."""
+    with np.errstate(all="ignore"):
+        return tuple(float(np.float32(end).astype(dtype)) for end in interval)
+
+
 def reshape_and_cache(
     key, value, key_cache, value_cache, slot_mapping, k_scale=1.0, v_scale=1.0, stored=None
 ):

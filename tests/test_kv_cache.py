@@ -219,6 +219,84 @@ def test_refusals(world, rng):
         np.testing.assert_array_equal(world.bytes_of(spec), before)
 
 
+# --- rotary ---------------------------------------------------------------------------------------
+
+
+def rotary_case(rng, kind, tokens=5):
+    """Positions, queries, keys, values, a table and slots, as specs."""
+    shapes = [(tokens, 6, SIZE), (tokens, HEADS, SIZE), (tokens, HEADS, SIZE)]
+    if kind == "rows":
+        shapes = [(tokens, 6, 8), (tokens, 8), (tokens, 16)]
+    rows = [worlds.of_values(rng.standard_normal(shape).astype(np.float32)) for shape in shapes]
+    return (
+        worlds.of_values(rng.integers(0, 9, tokens)), *rows,
+        worlds.of_values(rng.standard_normal((9, 8)).astype(np.float32)),
+        worlds.of_values(rng.permutation(BLOCKS * BLOCK_SIZE)[:tokens]),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("is_neox", [True, False])
+@pytest.mark.parametrize("stored", ["float32", "fp8"])
+@pytest.mark.parametrize("kind", ["flash", "x-packed", "interleaved", "rows"])
+def test_rotary_writes(world, rng, kind, stored, is_neox):
+    """What the functions do, which have tests of their own, in every layer and again and again."""
+    dtype = "uint8" if stored == "fp8" else "float32"
+    lists = caches(rng, kind, dtype)
+    named = {"kv_cache_dtype": stored, "k_scales": [0.25, 0.5, 2.0]}
+    if kind != "rows":
+        named["v_scales"] = 0.125
+    cache = cc.PagedKVCache(*put(world, lists), **named)
+    plain = worlds.NumPyWorld()
+    for layer in (0, 2, 1) * 2:
+        case = rotary_case(rng, kind)
+        cache.rotary_write(layer, *map(world.put, case), is_neox)
+        positions, query, key, value, table, slots = map(plain.put, case)
+        step = [plain.put(specs[layer]) for specs in lists]
+        if kind == "rows":
+            cc.concat_and_cache_mla_rope_fused(
+                positions, query, key, value, table, is_neox, slots, *step, stored,
+                named["k_scales"][layer],
+            )  # fmt: skip
+        else:
+            cc.rotary_and_cache(
+                positions, query, key, value, table, *step, slots, is_neox, stored,
+                named["k_scales"][layer], 0.125,
+            )  # fmt: skip
+        for spec in case:
+            np.testing.assert_array_equal(world.bytes_of(spec), plain.bytes_of(spec))
+    for spec in (s for specs in lists for s in specs):
+        np.testing.assert_array_equal(world.bytes_of(spec), plain.bytes_of(spec))
+
+
+def test_rotary_writes_to_out(world, rng):
+    lists, case = caches(rng, "flash", "float32"), rotary_case(rng, "flash")
+    cache = cc.PagedKVCache(*put(world, lists))
+    out = worlds.array(rng, (5, 6, SIZE), "uint8")
+    named = {"norm_eps": 1e-5, "rope_dim_offset": 0, "out_dtype": "fp8", "q_scale": 0.125}
+    cache.rotary_write(1, *map(world.put, case), out=world.put(out), **named)
+    assert not np.array_equal(world.bytes_of(out), out.buffer.bytes)
+    np.testing.assert_array_equal(world.bytes_of(case[1]), case[1].buffer.bytes)
+
+
+def test_refusals_of_rotary_writes(rng):
+    pair = cc.PagedKVCache(*put(worlds.NumPyWorld(), caches(rng, "flash", "float32")))
+    rows = cc.PagedKVCache(*put(worlds.NumPyWorld(), caches(rng, "rows", "float32")))
+    name = r"PagedKVCache\.rotary_write: Invalid "
+    for cache, kind in ((pair, "flash"), (rows, "rows")):
+        step = [spec.on(spec.buffer.bytes) for spec in rotary_case(rng, kind)]
+        for layer in (-1, 3, 1.5, None, [0]):
+            with pytest.raises(cc.ArgumentError, match=f"{name}.* of layer"):
+                cache.rotary_write(layer, *step)
+        with pytest.raises(cc.ShapeError, match=f"{name}shape of query"):
+            cache.rotary_write(0, step[0], step[1][:2], *step[2:])
+    for option, value in (
+        ("out", step[1]), ("rope_dim_offset", 2), ("norm_eps", 1e-6), ("rounding", "steps"),
+        ("norm_weight_bias", 1.0), ("mrope_interleaved", True), ("q_norm_weight", step[1]),
+    ):  # fmt: skip
+        with pytest.raises(cc.ArgumentError, match=f"{name}value of {option}"):
+            rows.rotary_write(0, *step, **{option: value})
+
+
 def test_no_layers(world):
     del world
     cache = cc.PagedKVCache([], [])

@@ -85,6 +85,13 @@ def writes(make: Make[Array]) -> None:
         key, key, make(zeros(BLOCKS, HEADS, SIZE // 4, BLOCK_SIZE, 4)),
         make(zeros(BLOCKS, HEADS, SIZE, BLOCK_SIZE)), slots, "auto", 1.0, None, interleaved_v=False,
     )  # fmt: skip
+    cc.rotary_and_cache(
+        make(zeros(3, TOKENS, dtype=np.int64)), key, key, key, make(zeros(1, SIZE)), cache,
+        value_cache, slots, True, "auto", None, 1.0, rope_dim_offset=0,
+        mrope_section=[4, np.int64(2), 2], mrope_interleaved=False, norm_eps=1e-6,
+        q_norm_weight=make(zeros(SIZE)), norm_weight_bias=1.0, out=key,
+        out_dtype="auto", q_scale=scale, rounding="steps", stream=None,
+    )  # fmt: skip
     scales = [make(zeros(BLOCKS, BLOCK_SIZE, HEADS)) for _ in range(2)]
     cc.reshape_and_cache_flash_per_token_head(
         key, key, eighth, make(zeros(BLOCKS, BLOCK_SIZE, HEADS, SIZE, dtype=np.uint8)),
@@ -203,6 +210,8 @@ def objects(make: Make[Array]) -> None:
     cache.write(0, key, key, slots)
     write: Writer = cache.writer(1)
     write(key, key, slots, stream=None)
+    positions, table = make(numbers(0, 1, 2)), make(zeros(9, SIZE))
+    cache.rotary_write(0, positions, key, key, key, table, slots, False, norm_eps=1e-6)
     attended = cache.attend(
         0, key, make(numbers(0, 1, 2).reshape(3, 1)), make(numbers(1, 0, 4)), sliding_window=2
     )

@@ -20,6 +20,7 @@ from ..attention.paged_attention_mla import paged_attention_mla
 from ..errors import ArgumentError, CupyCacheError
 from ..ops.concat_and_cache_mla import SCALE_RULES, concat_and_cache_mla
 from ..ops.concat_and_cache_mla_grouped import concat_and_cache_mla_grouped
+from ..ops.concat_and_cache_mla_rope_fused import concat_and_cache_mla_rope_fused
 from ..ops.convert_fp8 import convert_fp8
 from ..ops.copy_blocks import copy_blocks, copy_blocks_mla
 from ..ops.cp_gather_and_upconvert_fp8_kv_cache import cp_gather_and_upconvert_fp8_kv_cache
@@ -32,6 +33,8 @@ from ..ops.pack_blocks import pack_blocks, pack_tokens, unpack_blocks, unpack_to
 from ..ops.reshape_and_cache import reshape_and_cache
 from ..ops.reshape_and_cache_flash import reshape_and_cache_flash
 from ..ops.reshape_and_cache_flash_per_token_head import reshape_and_cache_flash_per_token_head
+from ..ops.rotary_and_cache import rotary_and_cache
+from ..ops.rotary_embedding import rotary_embedding
 from ..ops.slot_mapping import slot_mapping
 from ..ops.slot_mapping_groups import slot_mapping_groups
 from ..ops.swap_blocks import swap_blocks
@@ -305,6 +308,54 @@ def _x_packed(model):
             yield reshape_and_cache, *step, *scales, interleaved
 
 
+def _tables(model, size):
+    """Cosines and sines of the type of the keys, and of float32, for rows of so many elements that
+    rotate whole."""
+    if model.dtype in formats.FLOATS and size > 0 and size % 2 == 0:
+        for dtype in dict.fromkeys((model.dtype, FLOAT32)):
+            yield described((ROWS, size), dtype)
+
+
+def _rotary_write(model):
+    """Of queries in place; a model that normalises, or rotates less of a head, needs others."""
+    packed = ((keys, values) for keys, values, _ in model.x_packed())
+    caches = [*model.pairs(), *packed]
+    tables = _tables(model, model.key_size)
+    for table, is_neox, pair in itertools.product(tables, (True, False), caches):
+        for positions, slots, scales in itertools.product(
+            model.numbers("positions", ROWS), model.numbers("slots", ROWS), model.scales()
+        ):
+            query = described((ROWS, model.query_heads, model.key_size), model.dtype)
+            step = positions, query, *model.tokens(), table, *pair, slots, is_neox
+            yield rotary_and_cache, *step, model.kv_cache_dtype, *scales
+
+
+def _rotary(model):
+    for table in _tables(model, model.key_size):
+        for is_neox, positions in itertools.product(
+            (True, False), model.numbers("positions", ROWS)
+        ):
+            query, key = (
+                described((ROWS, heads, model.key_size), model.dtype)
+                for heads in (model.query_heads, model.heads)
+            )
+            yield rotary_embedding, positions, query, key, model.key_size, table, is_neox
+
+
+def _mla_rotary(model):
+    if model.kv_cache_dtype == FP8_DS_MLA:
+        return
+    kv_c, k_pe = model.entries()
+    q_pe = described((ROWS, model.query_heads, k_pe.shape[1]), model.dtype)
+    tables = _tables(model, k_pe.shape[1])
+    for table, is_neox, cache in itertools.product(tables, (True, False), list(model.rows())):
+        for positions, slots in itertools.product(
+            model.numbers("positions", ROWS), model.numbers("slots", ROWS)
+        ):
+            step = positions, q_pe, k_pe, kv_c, table, is_neox, slots, cache
+            yield concat_and_cache_mla_rope_fused, *step, model.kv_cache_dtype, 1.0
+
+
 def _mla(model):
     if model.by_token:
         return
@@ -566,6 +617,7 @@ OPERATIONS = {
     "alibi_slopes": _launches(attention.ALIBI),
     "concat_and_cache_mla": _mla,
     "concat_and_cache_mla_grouped": _mla_grouped,
+    "concat_and_cache_mla_rope_fused": _mla_rotary,
     "convert_fp8": _converts,
     "copy_blocks": _copies,
     "copy_blocks_mla": _mla_copies,
@@ -584,6 +636,8 @@ OPERATIONS = {
     "reshape_and_cache": _x_packed,
     "reshape_and_cache_flash": _flash,
     "reshape_and_cache_flash_per_token_head": _per_token_head,
+    "rotary_and_cache": _rotary_write,
+    "rotary_embedding": _rotary,
     "slot_mapping": _slots,
     "slot_mapping_groups": _slot_groups,
     "swap_blocks": _swaps,

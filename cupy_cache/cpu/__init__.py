@@ -22,6 +22,7 @@ from .operations import (
     unpack,
     zero,
 )
+from .rotary import rotary
 
 __all__ = [
     "alibi_bias",
@@ -41,6 +42,7 @@ __all__ = [
     "reshape_and_cache",
     "reshape_and_cache_flash",
     "reshape_and_cache_flash_per_token_head",
+    "rotary",
     "slot_mapping",
     "unpack",
     "zero",

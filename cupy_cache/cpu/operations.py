@@ -38,7 +38,7 @@ def _record_first(op, argument, bad, values, limit, rows):
         faults.record(op, argument, row, values.reshape(-1)[first], limit)
 
 
-def _as_stored(rows, source, stored, scale, number):
+def quantised_rows(rows, source, stored, scale, number):
     """``rows`` [token, head, element] of dtype ``source`` as they are stored: divided by ``scale``
     (one, or one for each head) or else by ``number``; as they are where ``stored`` is None."""
     if stored is not None:
@@ -61,7 +61,7 @@ def reshape_and_cache_flash(
     tokens, slots = _kept("reshape_and_cache_flash", slot_mapping[:rows], num_blocks * block_size)
 
     def written(data, scale, number):
-        return _as_stored(data[tokens], source, stored, scale, number)
+        return quantised_rows(data[tokens], source, stored, scale, number)
 
     # Values are made when keys are written and gone: the memory serves twice.
     if len(slots) < MANY_ROWS:
@@ -142,11 +142,17 @@ def reshape_and_cache_flash_per_token_head(
     for data, cache, scale_cache in sides:
         with np.errstate(all="ignore"):
             values = decode(data[tokens], source)
-            scales = _largest(values) / np.float32(formats.LARGEST[stored.name])
-            scales = np.maximum(scales, np.float32(1e-6))
-            inverses = np.float32(1.0) / scales
-            cache[block, offset] = encode(values * inverses[..., np.newaxis], stored)
-        scale_cache[block, offset] = scales
+        put_scaled(cache, scale_cache, (block, offset), values, stored)
+
+
+def put_scaled(cache, scale_cache, places, values, stored):
+    """Write float32 rows, and the scale that each is given, to ``places`` (block, offset)."""
+    with np.errstate(all="ignore"):
+        scales = _largest(values) / np.float32(formats.LARGEST[stored.name])
+        scales = np.maximum(scales, np.float32(1e-6))
+        inverses = np.float32(1.0) / scales
+        cache[places] = encode(values * inverses[..., np.newaxis], stored)
+    scale_cache[places] = scales
 
 
 def reshape_and_cache(
@@ -155,12 +161,18 @@ def reshape_and_cache(
 ):  # fmt: skip
     """Write ``rows`` tokens into x-packed caches: keys [block, head, d / x, offset, d % x], values
     [block, head, d, offset] or, interleaved, [block, head, offset / x, d, offset % x]."""
-    num_blocks, block_size, x = key_cache.shape[0], *key_cache.shape[3:]
+    num_blocks, block_size = key_cache.shape[0], key_cache.shape[3]
     tokens, block, offset = _places(
         "reshape_and_cache", slot_mapping[:rows], num_blocks, block_size
     )
-    keys = _as_stored(key[tokens], source, stored, k_scale, numbers[0])
-    values = _as_stored(value[tokens], source, stored, v_scale, numbers[1])
+    keys = quantised_rows(key[tokens], source, stored, k_scale, numbers[0])
+    values = quantised_rows(value[tokens], source, stored, v_scale, numbers[1])
+    put_packed(key_cache, value_cache, block, offset, keys, values)
+
+
+def put_packed(key_cache, value_cache, block, offset, keys, values):
+    """Write rows [token, head, element] to x-packed caches."""
+    x = key_cache.shape[4]
     # Indices split by slices put the token first: [token, head, pack], [token, head, d].
     _words(key_cache)[block, :, :, offset] = keys.view(f"V{x * keys.itemsize}")
     if value_cache.ndim == 5:

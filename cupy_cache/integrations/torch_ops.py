@@ -84,6 +84,22 @@ NOT_REGISTERED = {
 # Of the functions whose signature does not say all; `_schema_of` has the others'. Numbers that are
 # read off shapes are SymInt: compiled code stays valid where they change.
 SCHEMAS = (
+    'rotary_and_cache(Tensor positions, Tensor(a!) query, Tensor key, Tensor value, '
+    'Tensor cos_sin_cache, Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor slot_mapping, '
+    'bool is_neox=True, str kv_cache_dtype="auto", Tensor? k_scale=None, Tensor? v_scale=None, *, '
+    'SymInt rope_dim_offset=0, SymInt[]? mrope_section=None, bool mrope_interleaved=False, '
+    'float? norm_eps=None, Tensor? q_norm_weight=None, Tensor? k_norm_weight=None, '
+    'float norm_weight_bias=0., Tensor(d!)? out=None, str out_dtype="auto", Tensor? q_scale=None, '
+    'Tensor(e!)? k_scale_cache=None, Tensor(f!)? v_scale_cache=None, str rounding="once") -> ()',
+
+    'rotary_embedding(Tensor positions, Tensor(a!) query, Tensor(b!)? key, SymInt head_size, '
+    'Tensor cos_sin_cache, bool is_neox=True, SymInt rope_dim_offset=0, bool inverse=False, *, '
+    'SymInt[]? mrope_section=None, bool mrope_interleaved=False) -> ()',
+
+    'concat_and_cache_mla_rope_fused(Tensor positions, Tensor(a!) q_pe, Tensor(b!) k_pe, '
+    'Tensor kv_c, Tensor cos_sin_cache, bool is_neox, Tensor slot_mapping, Tensor(c!) kv_cache, '
+    'str kv_cache_dtype="auto", Tensor? kv_cache_scale=None) -> ()',
+
     'concat_and_cache_mla_grouped(Tensor kv_c, Tensor k_pe, Tensor(a!)[] kv_cache_ptrs, '
     'Tensor slot_mapping, SymInt? block_size=None, SymInt? block_stride=None, '
     'SymInt? entry_stride=None, Tensor? kv_scales=None, str kv_cache_dtype="auto", *, '

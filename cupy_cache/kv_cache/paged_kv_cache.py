@@ -6,18 +6,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, SupportsIndex
 
 from .. import errors
 from ..attention import paged_attention
 from ..errors import ArgumentError, CopyError, CupyCacheError, DTypeError, ShapeError
 from ..ops import (
     concat_and_cache_mla,
+    concat_and_cache_mla_rope_fused,
     copy_blocks,
     gather_and_maybe_dequant_cache,
     pack_blocks,
     reshape_and_cache,
     reshape_and_cache_flash,
+    rotary_and_cache,
     swap_blocks,
     zero_blocks,
 )
@@ -40,6 +42,7 @@ from . import allocation
 
 MAX_ATTENDERS = 16  # of one layer
 _ATTEND, _GATHER = "PagedKVCache.attend", "PagedKVCache.gather"
+_ROTARY = "PagedKVCache.rotary_write"
 
 
 class PagedKVCache:
@@ -329,6 +332,86 @@ class PagedKVCache:
                     return
         bound(key, value, slot_mapping, stream=stream)
 
+    def rotary_write(
+        self,
+        layer: int,
+        positions: ArrayLike,
+        query: ArrayLike,
+        key: ArrayLike,
+        value: ArrayLike,
+        cos_sin_cache: ArrayLike,
+        slot_mapping: ArrayLike,
+        is_neox: bool = True,
+        *,
+        rope_dim_offset: SupportsIndex = 0,
+        mrope_section: Sequence[SupportsIndex] | None = None,
+        mrope_interleaved: bool = False,
+        norm_eps: float | None = None,
+        q_norm_weight: ArrayLike | None = None,
+        k_norm_weight: ArrayLike | None = None,
+        norm_weight_bias: float = 0.0,
+        out: ArrayLike | None = None,
+        out_dtype: str = "auto",
+        q_scale: Scale = None,
+        rounding: Literal["once", "steps"] = "once",
+        stream: StreamLike | None = None,
+    ) -> None:
+        """Rotate one step's queries and keys, and write the keys and the values into a layer's
+        caches, in one launch. The caches are read again at each call.
+
+        Parameters
+        ----------
+        layer : int
+            From 0 on.
+        positions, query, key, value, cos_sin_cache, slot_mapping, is_neox, stream
+            As for `rotary_and_cache`; without value caches ``positions``, ``q_pe``, ``k_pe``,
+            ``kv_c``, ``cos_sin_cache``, ``slot_mapping`` and ``is_neox`` of
+            `concat_and_cache_mla_rope_fused`, which rotates ``k_pe`` in place, too.
+        rope_dim_offset, mrope_section, mrope_interleaved, norm_eps, q_norm_weight, k_norm_weight,
+        norm_weight_bias, out, out_dtype, q_scale, rounding
+            As for `rotary_and_cache`; without value caches they are refused.
+        """
+        try:
+            layer = self._layer("rotary_write", layer)
+            k_scale, v_scale = self._scales[layer]
+            options = {
+                "rope_dim_offset": rope_dim_offset, "mrope_section": mrope_section,
+                "mrope_interleaved": mrope_interleaved, "norm_eps": norm_eps,
+                "q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight,
+                "norm_weight_bias": norm_weight_bias, "out": out, "out_dtype": out_dtype,
+                "q_scale": q_scale, "rounding": rounding,
+            }  # fmt: skip
+            if self.value_caches is None:
+                for name, option in options.items():
+                    usual = _USUAL.get(name)
+                    if option is not usual and (usual is None or option != usual):
+                        expected = f"{usual!r} where there are no value caches"
+                        name = f"{_ROTARY}: {name}"
+                        raise ArgumentError(
+                            errors.wrong("value", name, expected, contract.shown(option))
+                        )
+                concat_and_cache_mla_rope_fused.concat_and_cache_mla_rope_fused(
+                    positions, query, key, value, cos_sin_cache, is_neox, slot_mapping,
+                    self.key_caches[layer], self._kv_cache_dtype, k_scale, stream=stream,
+                )  # fmt: skip
+                return
+            rotary_and_cache.rotary_and_cache(
+                positions, query, key, value, cos_sin_cache, self.key_caches[layer],
+                self.value_caches[layer], slot_mapping, is_neox, self._kv_cache_dtype, k_scale,
+                v_scale, stream=stream, **options,
+            )  # fmt: skip
+        except CupyCacheError as error:
+            errors.rename(error, _ROTARY, _ROTATED)
+            raise
+
+    def _layer(self, method, layer):
+        """``layer``, which must be one: lists have layers of negative numbers, too."""
+        if type(layer) is not int:
+            layer = contract.integer(f"PagedKVCache.{method}", "layer", layer)
+        if layer not in self._writers:
+            raise self._no_layer(method, layer)
+        return layer
+
     def attend(
         self,
         layer: int,
@@ -401,12 +484,8 @@ class PagedKVCache:
             expected = "key and value caches to attend to"
             got = "entries of latent attention"
             raise ArgumentError(errors.wrong("kind", f"{_ATTEND}: caches", expected, got))
-        self._require_layer("attend", layer)
+        layer = self._layer("attend", layer)
         return self.key_caches[layer], self.value_caches[layer]
-
-    def _require_layer(self, method, layer):
-        if layer not in self._writers:  # which has no layers of negative numbers
-            raise self._no_layer(method, layer)
 
     def gather(
         self,
@@ -449,9 +528,7 @@ class PagedKVCache:
         CupyCacheError
             One of its kinds, before anything is written.
         """
-        if type(layer) is not int:
-            layer = contract.integer(_GATHER, "layer", layer)
-        self._require_layer("gather", layer)
+        layer = self._layer("gather", layer)
         try:
             if out is None:
                 out = self._new_rows(num_tokens, dtype, stream)
@@ -593,6 +670,17 @@ class PagedKVCache:
             raise
 
 
+# What options of `rotary_write` are that are not given, where that is not None.
+_USUAL = {
+    "rope_dim_offset": 0, "mrope_interleaved": False, "norm_weight_bias": 0.0, "out_dtype": "auto",
+    "rounding": "once",
+}  # fmt: skip
+# What the arguments of operations that rotate are called here.
+_ROTATED = {
+    "q_pe": "query", "k_pe": "key", "kv_c": "value", "kv_cache": "key_caches",
+    "key_cache": "key_caches", "value_cache": "value_caches", "kv_cache_scale": "k_scales",
+    "k_scale": "k_scales", "v_scale": "v_scales",
+}  # fmt: skip
 # What the arguments of a swap are called here.
 _SWAPPED = {
     "src": "key_caches", "dst": "other.key_caches", "src_values": "value_caches",

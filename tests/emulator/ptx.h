@@ -107,6 +107,22 @@ inline void mul_rn_f32(float& to, float a, float b) {
   }
   to = result;
 }
+inline void add_rn_f32(float& to, float a, float b) {
+  volatile float x = a, y = b, result;
+  {
+    WithSmallNumbers here;
+    result = x + y;
+  }
+  to = result;
+}
+inline void sub_rn_f32(float& to, float a, float b) {
+  volatile float x = a, y = b, result;
+  {
+    WithSmallNumbers here;
+    result = x - y;
+  }
+  to = result;
+}
 
 template <typename T>
 __forceinline__ const T& at(unsigned long long address) {

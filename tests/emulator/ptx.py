@@ -84,6 +84,8 @@ INSTRUCTIONS = {
     ),
     "div.rn.f32 %0, %1, %2;": Instruction("div_rn_f32", "=f f f", r"FCHK .* FFMA R.* CALL"),
     "mul.rn.f32 %0, %1, %2;": Instruction("mul_rn_f32", "=f f f", r"FMUL R"),
+    "add.rn.f32 %0, %1, %2;": Instruction("add_rn_f32", "=f f f", r"FADD R"),
+    "sub.rn.f32 %0, %1, %2;": Instruction("sub_rn_f32", "=f f f", r"FADD R\d+, R\d+, -R"),
     "ex2.approx.ftz.f32 %0, %1;": Instruction("ex2", "=f f", r"MUFU\.EX2 R"),
     "sub.rn.f16x2 %0, %1, %2;": Instruction(
         "sub_f16x2", "=r r r", r"HADD2 R\d+, R\d+, -R|HFMA2\.MMA R\d+, R\d+, 1, 1, -R"

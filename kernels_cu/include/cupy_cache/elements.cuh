@@ -220,4 +220,24 @@ __device__ __forceinline__ float multiply(float a, float b) {
 #endif
 }
 
+// And for the sum and the difference: a negation, too, would make zeros of subnormal numbers.
+__device__ __forceinline__ float add(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float sum;
+  asm("add.rn.f32 %0, %1, %2;" : "=f"(sum) : "f"(a), "f"(b));
+  return sum;
+#else
+  return a + b;
+#endif
+}
+__device__ __forceinline__ float subtract(float a, float b) {
+#ifdef __CUDA_ARCH__
+  float difference;
+  asm("sub.rn.f32 %0, %1, %2;" : "=f"(difference) : "f"(a), "f"(b));
+  return difference;
+#else
+  return a - b;
+#endif
+}
+
 }  // namespace cupy_cache

@@ -62,18 +62,19 @@ struct Elements {
 //   the lines of others leave, and go to memory in small lots, which takes 2 to 6 % longer.
 // The numbers are what createpolicy gives for evict_first and evict_normal from sm_80 to sm_121; the
 // instruction itself would be carried out every time.
+constexpr u64 kNormalPolicy = 0x16f0000000000000;
 __device__ __forceinline__ u64 l2_policy(u32 few) {
   constexpr u32 kMany = 128 << 10;
   const u32 threads = gridDim.x * gridDim.y * blockDim.x;
-  return threads >= few && threads < kMany ? 0x12f0000000000000 : 0x16f0000000000000;
+  return threads >= few && threads < kMany ? 0x12f0000000000000 : kNormalPolicy;
 }
 
 // Loads and stores of vectors in global memory. The policy is an operand: of two loads under
 // opposite conditions the compiler would move the second behind the check of the slot.
 template <int kBytes>
-__device__ __forceinline__ Vec<kBytes> load_vector(const char* at) {
+__device__ __forceinline__ Vec<kBytes> load_vector(const char* at, u64 policy) {
 #ifdef CUPY_CACHE_L2_POLICY
-  const u64 policy = l2_policy(6 << 10), from = __cvta_generic_to_global(at);
+  const u64 from = __cvta_generic_to_global(at);
   Vec<kBytes> vector;
   if constexpr (kBytes == 16) {
     asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
@@ -100,6 +101,15 @@ __device__ __forceinline__ Vec<kBytes> load_vector(const char* at) {
 #else
   return *reinterpret_cast<const Vec<kBytes>*>(at);
 #endif
+}
+template <int kBytes>
+__device__ __forceinline__ Vec<kBytes> load_vector(const char* at) {
+  return load_vector<kBytes>(at, l2_policy(6 << 10));
+}
+// Of what others read, too: the lines stay like any others.
+template <int kBytes>
+__device__ __forceinline__ Vec<kBytes> load_shared_vector(const char* at) {
+  return load_vector<kBytes>(at, kNormalPolicy);
 }
 
 // Stores if `when`. Without a branch: loads whose results are only stored under a condition the

@@ -25,4 +25,15 @@ __device__ __forceinline__ float group_max(float value) {
   return value;
 }
 
+// The sum over the group, for all its lanes, each of which must take part: the same in each.
+template <int kLanes>
+__device__ __forceinline__ float group_sum(float value) {
+  const u32 lanes = group_lanes<kLanes>();
+#pragma unroll
+  for (int other = kLanes / 2; other > 0; other /= 2) {
+    value += __shfl_xor_sync(lanes, value, other);
+  }
+  return value;
+}
+
 }  // namespace cupy_cache

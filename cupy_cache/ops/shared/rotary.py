@@ -1,0 +1,568 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Rotary position embedding, with or without writing what was rotated into a cache: the checks, the
+plan and the kernel of the operations that have it."""
+
+import functools
+import math
+import numbers
+
+from ... import cpu, errors
+from ...errors import ArgumentError, ShapeError
+from ...runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
+from . import mla
+
+STEM = "rotary"
+PARAMS = params.Struct(
+    per_call="positions:ptr query:ptr key:ptr value:ptr cos_sin:ptr key_cache:ptr value_cache:ptr "
+    "slot_mapping:ptr out:ptr q_weight:ptr k_weight:ptr q_scale:ptr k_scale:ptr v_scale:ptr "
+    "k_scale_cache:ptr v_scale_cache:ptr tokens:i64 slots:i64 position_axis_stride:i64 "
+    "epsilon:f32 weight_bias:f32 q_scale_value:f32 k_scale_value:f32 v_scale_value:f32 unused:u32",
+    constant="max_position:i64 num_blocks:i64 position_stride:i64 slot_stride:i64 "
+    "cos_sin_stride:i64 query_token_stride:i64 query_head_stride:i64 key_token_stride:i64 "
+    "key_head_stride:i64 value_token_stride:i64 value_head_stride:i64 out_token_stride:i64 "
+    "out_head_stride:i64 key_block_stride:i64 key_offset_stride:i64 key_cache_head_stride:i64 "
+    "key_pack_stride:i64 value_block_stride:i64 value_slots_stride:i64 value_offset_stride:i64 "
+    "value_cache_head_stride:i64 value_element_stride:i64 q_scale_stride:i64 k_scale_stride:i64 "
+    "v_scale_stride:i64 k_scale_block_stride:i64 k_scale_offset_stride:i64 "
+    "k_scale_head_stride:i64 v_scale_block_stride:i64 v_scale_offset_stride:i64 "
+    "v_scale_head_stride:i64 section_ends:u32[2]",
+)
+MAX_THREADS = 128
+MAX_HEAD_SIZE = 2048  # that one warp holds in its registers
+LANE_BYTES = 32  # of values, that a lane moves at least
+ROUNDINGS = ("once", "steps")
+FLOAT32 = formats.DTYPES["float32"]
+
+# The arguments, of which an operation may lack some or call them otherwise.
+ROLES = (
+    "positions", "query", "key", "value", "cos_sin_cache", "key_cache", "value_cache",
+    "slot_mapping", "out", "q_norm_weight", "k_norm_weight", "q_scale", "k_scale", "v_scale",
+    "k_scale_cache", "v_scale_cache",
+)  # fmt: skip
+_ROWS = ("query", "key", "value", "slot_mapping", "out")
+_WRITTEN = ("query", "key_cache", "value_cache", "out", "k_scale_cache", "v_scale_cache")
+# The options of a plan.
+_OPTIONS = (
+    "kv_cache_dtype", "out_dtype", "rounding", "is_neox", "offset", "sections", "interleaved",
+    "norm", "inverse", "head_size",
+)  # fmt: skip
+
+
+class Call:
+    """One of the operations: as a function of its arrays by their roles and of its options.
+
+    Parameters
+    ----------
+    name : str
+        Of the public function.
+    needed : tuple
+        The roles of what may not be absent.
+    key_in_place : bool
+        Keys are rotated where they are.
+    entries : bool
+        There is one cache, the role key_cache, whose entries are [value | key].
+    called : dict, optional
+        What roles are called that are not called so.
+    """
+
+    def __init__(self, name, needed, key_in_place=False, entries=False, called=None):
+        called = called or {}
+        written = (*_WRITTEN, "key") if key_in_place else _WRITTEN
+        # Positions of several axes vary along another dimension: that is another operation to the
+        # machinery of calls.
+        self._ops = {
+            axes: dispatch.Op(
+                name,
+                args=[
+                    dispatch.Arg(
+                        called.get(role, role),
+                        varies=((1,) if axes == 3 else dispatch.ROWS)
+                        if role == "positions"
+                        else (dispatch.ROWS if role in _ROWS else ()),
+                        optional=role not in needed,
+                        index=role in ("positions", "slot_mapping"),
+                        written=role in written,
+                    )
+                    for role in ROLES
+                ],
+                plan=functools.partial(_plan, key_in_place=key_in_place, entries=entries),
+                destination=tuple(map(ROLES.index, ("key_cache", "query", "key", "out"))),
+                count=functools.partial(_count, name, called, axes == 3, key_in_place),
+                options=_OPTIONS[:3],
+            )
+            for axes in (1, 3)
+        }
+        self.name = name
+
+    def __call__(
+        self, objects, stream, *, is_neox, kv_cache_dtype="auto", out_dtype="auto",
+        rounding="once", offset=0, sections=None, interleaved=False, norm_eps=None,
+        norm_weight_bias=0.0, inverse=False, head_size=None, q_scale=1.0, k_scale=1.0, v_scale=1.0,
+    ):  # fmt: skip
+        """``objects``: of `ROLES`, those at the end may be left out. The scales are floats."""
+        name = self.name
+        axes, epsilon = 1, 0.0
+        if sections is not None:
+            axes, sections = 3, _sections(name, sections)
+        if norm_eps is not None:
+            epsilon = _real(name, "norm_eps", norm_eps)
+            if epsilon < 0:
+                expected = "a number of at least 0"
+                raise ArgumentError(errors.wrong("value", f"{name}: norm_eps", expected, epsilon))
+        options = (
+            kv_cache_dtype, out_dtype, rounding, contract.flag(name, "is_neox", is_neox),
+            contract.integer(name, "rope_dim_offset", offset, least=0), sections,
+            contract.flag(name, "mrope_interleaved", interleaved), norm_eps is not None,
+            contract.flag(name, "inverse", inverse), head_size,
+        )  # fmt: skip
+        bias = _real(name, "norm_weight_bias", norm_weight_bias)
+        scalars = epsilon, bias, q_scale, k_scale, v_scale
+        self._ops[axes](objects, options, stream, scalars)
+
+
+def _real(op, name, value):
+    """``value`` as a finite float."""
+    if type(value) is float and math.isfinite(value):
+        return value
+    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not real or not math.isfinite(value):
+        expected = "a finite number"
+        raise ArgumentError(errors.wrong("value", f"{op}: {name}", expected, contract.shown(value)))
+    return float(value)
+
+
+def _sections(op, sections):
+    """The three sections, as a tuple."""
+    try:
+        found = tuple(sections)
+    except TypeError:
+        found = ()
+    if len(found) != 3:
+        raise ArgumentError(
+            errors.wrong(
+                "value", f"{op}: mrope_section", "three integers", contract.shown(sections)
+            )
+        )
+    return tuple(contract.integer(op, "mrope_section", size, least=0) for size in found)
+
+
+def _count(op, called, has_axes, key_in_place, extents, options, scalars):
+    del options
+    positions, query, key, value, slots, out = extents
+    tokens, axis_stride = (positions[0][1], positions[1][0]) if has_axes else (positions, 0)
+    rows = {"query": query, "out": out, "key": key if key_in_place else None}
+    for role, extent in rows.items():
+        if extent is not None and extent < tokens:
+            raise ShapeError(
+                f"{op}: Invalid shape of {called.get(role, role)}: expected at least {tokens} "
+                f"rows, as many as positions, got {extent}"
+            )
+    if slots is not None:
+        rows = {"positions": tokens, "key": key, "value": value}
+        least = min(rows, key=rows.get)
+        if slots > rows[least]:
+            raise ShapeError(
+                f"{op}: Invalid shape of slot_mapping: expected at most {rows[least]} slots, the "
+                f"rows of {called.get(least, least)}, got {slots}"
+            )
+    return tokens, (tokens, slots or 0, axis_stride, *scalars, 0)
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+class _Checked:
+    """The arguments of a signature, after all checks: by their roles as attributes, with the heads
+    of rows [token, head, element] apart; and the options likewise."""
+
+    def __init__(self, op, described, options, key_in_place, entries):
+        self.op, self.key_in_place, self.entries = op.name, key_in_place, entries
+        self.names = {role: arg.name for role, arg in zip(ROLES, op.args)}
+        self.given = {role: a for role, a in zip(ROLES, described) if a is not None}
+        for role, array in zip(ROLES, described):
+            setattr(self, role, array)
+        for name, option in zip(_OPTIONS, options):
+            setattr(self, name, option)
+        self.check = contract.Contract(op.name)
+        self.cached = self.key_cache is not None
+        self.scaled = self.k_scale_cache is not None
+        self.stored = self.out_stored = None
+        self._check_options()
+        self._check_caches()
+        self._check_rows()
+        self._check_table()
+        self._check_norm()
+        self._check_out()
+        if self.scaled or self.norm:
+            for size in (self.size, self.value_size if self.scaled else 0):
+                if size > MAX_HEAD_SIZE:
+                    raise ShapeError(
+                        f"{self.op}: Invalid shape of {self.names['query']}: expected a head size "
+                        f"of at most {MAX_HEAD_SIZE}, got {size}"
+                    )
+
+    def refuse(self, kind, role, expected, got, error=ShapeError):
+        """Raise for the argument of ``role``."""
+        name = self.names.get(role, role)
+        raise error(errors.wrong(kind, f"{self.op}: {name}", expected, got))
+
+    def _check_options(self):
+        if not isinstance(self.rounding, str) or self.rounding not in ROUNDINGS:
+            expected = " or ".join(ROUNDINGS)
+            self.refuse("value", "rounding", expected, repr(self.rounding), ArgumentError)
+        if self.scaled != (self.v_scale_cache is not None):
+            absent = "v_scale_cache" if self.scaled else "k_scale_cache"
+            self.refuse("value", absent, "an array like the other one", "None", ArgumentError)
+
+    def _check_caches(self):
+        """Find the sizes of heads, and check whatever is as for the operations that write."""
+        check, given = self.check, self.given
+        self.value_size, self.block_size, self.num_blocks = 0, 0, 0
+        self.steps = {"k_scale": 0, "v_scale": 0, "q_scale": 0}
+        if not self.cached:
+            self.size = self.head_size
+            return
+        table = formats.PER_TOKEN_HEAD_FORMATS if self.scaled else formats.CACHE_FORMATS
+        fmt = formats.cache_format(self.op, self.kv_cache_dtype, table=table)
+        check.shape(self.names["slot_mapping"], self.slot_mapping, "_")
+        if self.entries:
+            self._check_entries(fmt)
+            return
+        self.packed = len(self.key_cache.shape) == 5
+        if self.packed and self.scaled:
+            self.refuse("shape", "key_cache", "four dimensions beside scale caches", "five")
+        if self.packed:
+            check.shape("key_cache", self.key_cache, "num_blocks num_kv_heads _ block_size x")
+            self.size = self.key_cache.shape[2] * self.key_cache.shape[4]
+            interleaved = len(self.value_cache.shape) == 5
+            pattern = "_ head_size_v x" if interleaved else "head_size_v block_size"
+            check.shape("value_cache", self.value_cache, f"num_blocks num_kv_heads {pattern}")
+            if interleaved:
+                check.packs("value_cache", self.value_cache, "block_size")
+        else:
+            pattern = "num_blocks block_size num_kv_heads"
+            check.shape("key_cache", self.key_cache, f"{pattern} head_size")
+            check.shape("value_cache", self.value_cache, f"{pattern} head_size_v")
+            self.size = self.key_cache.shape[3]
+        check.sizes["head_size"] = self.size
+        sizes = check.sizes
+        self.value_size, self.block_size = sizes["head_size_v"], sizes["block_size"]
+        self.num_blocks = sizes["num_blocks"]
+        check.dtype("key", self.key, *formats.FLOATS)
+        named = ("key", "value", "key_cache", "value_cache", "slot_mapping")
+        self.stored = check.writes({role: given[role] for role in named}, fmt)
+        for role in ("k_scale", "v_scale"):
+            self.steps[role] = check.head_scale(role, given.get(role), sizes["num_kv_heads"])
+        for role in ("k_scale_cache", "v_scale_cache") if self.scaled else ():
+            check.shape(role, given[role], "num_blocks block_size num_kv_heads")
+            check.dtype(role, given[role], FLOAT32)
+            check.device(role, given[role])
+            check.aligned(role, given[role])
+            check.writable(role, given[role])
+
+    def _check_entries(self, fmt):
+        check, names = self.check, self.names
+        check.shape(names["value"], self.value, "_ kv_lora_rank")
+        check.shape(names["key"], self.key, "_ qk_rope_head_dim")
+        check.shape(names["key_cache"], self.key_cache, "num_blocks block_size _")
+        roles = ("value", "key", "key_cache", "slot_mapping")
+        mla.check_entries(check, {names[role]: self.given[role] for role in roles}, fmt.storage)
+        self.stored = fmt.stored
+        self.num_blocks, self.block_size, _ = self.key_cache.shape
+        self.value_size, self.size = self.value.shape[1], self.key.shape[1]
+        for name, size in (("kv_lora_rank", self.value_size), ("qk_rope_head_dim", self.size)):
+            check.positive(name, size)
+        if self.k_scale is not None:
+            check.scale(names["k_scale"], self.k_scale)
+
+    def _check_rows(self):
+        check, names = self.check, self.names
+        check.dtype(names["query"], self.query, *formats.FLOATS)
+        if self.key is not None:
+            check.dtype(names["key"], self.key, self.query.dtype)
+        for role in ("query", "key", "value", "out"):
+            array = self.given.get(role)
+            if array is None:
+                continue
+            check.device(names[role], array)
+            check.aligned(names[role], array)
+            check.contiguous(names[role], array)
+            size = self.value_size if role == "value" else self.size
+            setattr(self, role, self._by_head(role, array, size))
+        self.heads = self.query.shape[1]
+        self.key_heads = 0 if self.key is None else self.key.shape[1]
+        self.check.positive("num_heads", self.heads)
+        if not self.entries:
+            for role in ("key", "value") if self.cached else ():
+                array, expected = getattr(self, role), self.check.sizes["num_kv_heads"]
+                if array.shape[1] != expected:
+                    got = f"{list(self.given[role].shape)}, {array.shape[1]} heads"
+                    self.refuse("shape", role, f"{expected} heads like key_cache", got)
+        if self.out is None:
+            self.check.writable(names["query"], self.query, rows=True)
+        if self.key is not None and self.key_in_place:
+            self.check.writable(names["key"], self.key, rows=True)
+
+    def _by_head(self, role, array, size):
+        """``array`` as [token, head, element]: the heads may be one dimension with the elements."""
+        *_, last = array.shape
+        if len(array.shape) == 2 and size and last % size == 0:
+            strides = array.strides[0], size * array.dtype.bytes, array.dtype.bytes
+            return array._replace(shape=(array.shape[0], last // size, size), strides=strides)
+        if len(array.shape) != 3 or last != size:
+            expected = f"[_, heads, {size}] or [_, heads * {size}]"
+            self.refuse("shape", role, expected, list(array.shape))
+        return array
+
+    def _check_table(self):
+        check, table = self.check, self.cos_sin_cache
+        name, positions = self.names["positions"], self.positions
+        check.shape(name, positions, "_" if self.sections is None else "3 _")
+        check.dtype(name, positions, *formats.INDICES)
+        check.device(name, positions)
+        check.aligned(name, positions)
+        name = self.names["cos_sin_cache"]
+        check.shape(name, table, "max_position rotary_dim")
+        check.dtype(name, table, *dict.fromkeys((self.query.dtype, FLOAT32)))
+        check.device(name, table)
+        check.aligned(name, table)
+        check.contiguous(name, table)
+        self.rotary = table.shape[1]
+        room = self.size - self.offset
+        if not table.shape[0]:
+            self.refuse("shape", "cos_sin_cache", "at least one position", list(table.shape))
+        if self.rotary % 2 or not 0 < self.rotary <= room:
+            expected = f"an even rotary_dim in 2..{room}, the elements of a head from {self.offset}"
+            self.refuse("shape", "cos_sin_cache", expected, list(table.shape))
+        if self.sections is not None and sum(self.sections) != self.rotary // 2:
+            expected = f"three sections of {self.rotary // 2} pairs in all"
+            self.refuse("value", "mrope_section", expected, list(self.sections), ArgumentError)
+
+    def _check_norm(self):
+        for role in ("q_norm_weight", "k_norm_weight"):
+            weight = self.given.get(role)
+            if weight is None:
+                continue
+            if not self.norm:
+                self.refuse("value", role, "None without norm_eps", "an array", ArgumentError)
+            if weight.shape != (self.size,):
+                self.refuse("shape", role, [self.size], list(weight.shape))
+            self.check.dtype(role, weight, *dict.fromkeys((self.query.dtype, FLOAT32)))
+            self.check.device(role, weight)
+            self.check.aligned(role, weight)
+            self.check.contiguous(role, weight)
+        weights = [w for w in (self.q_norm_weight, self.k_norm_weight) if w is not None]
+        if len(weights) == 2:
+            self.check.dtype("k_norm_weight", weights[1], weights[0].dtype)
+        self.weight_dtype = weights[0].dtype if weights else self.query.dtype
+
+    def _check_out(self):
+        fmt = formats.cache_format(self.op, self.out_dtype, argument="out_dtype")
+        if self.out is None:
+            if fmt.stored is not None:
+                self.refuse("value", "out", f"an array for out_dtype={self.out_dtype!r}", "None",
+                            ArgumentError)  # fmt: skip
+            return
+        self.out_stored = fmt.stored
+        self.check.dtype("out", self.out, *(fmt.storage or (self.query.dtype,)))
+        if self.out.shape[1] != self.heads:
+            got = list(self.given["out"].shape)
+            self.refuse("shape", "out", f"{self.heads} heads like {self.names['query']}", got)
+        self.check.writable("out", self.out, rows=True)
+        self.steps["q_scale"] = self.check.head_scale("q_scale", self.q_scale, self.heads)
+
+
+def _plan(op, described, options, *, key_in_place, entries):
+    found = _Checked(op, described, options, key_in_place, entries)
+    if found.query.device.kind == "cpu":
+        return _cpu_plan(found, described)
+    return _gpu_plan(found)
+
+
+def _cpu_plan(found, described):
+    run = functools.partial(
+        cpu.rotary, op=found.op, source=found.query.dtype, table=found.cos_sin_cache.dtype,
+        weight=found.weight_dtype, stored=found.stored, out_stored=found.out_stored,
+        head_size=found.size, value_size=found.value_size, offset=found.offset,
+        neox=found.is_neox, inverse=found.inverse, sections=found.sections,
+        interleaved=found.interleaved, norm=found.norm, steps=found.rounding == "steps",
+        key_in_place=found.key_in_place, names=found.names,
+    )  # fmt: skip
+    kept = {"positions", "slot_mapping", "q_scale", "k_scale", "v_scale", "k_scale_cache",
+            "v_scale_cache"}  # fmt: skip
+    return plans.NumPyPlan(
+        run,
+        [
+            None if a is None else (a.dtype.numpy if role in kept else a.dtype.bits)
+            for role, a in zip(ROLES, described)
+        ],
+    )
+
+
+def _gpu_plan(found):
+    query, key, value, table = found.query, found.key, found.value, found.cos_sin_cache
+    element = query.dtype.bytes
+    key_places, pack = _key_places(found)
+    value_places, slots, scattered = _value_places(found)
+    elements = _elements(found, key_places, pack)
+    across = found.is_neox or elements == 1
+    items = _items(found, elements, across)
+
+    stored = found.stored or query.dtype
+    vector, vectors, width = 1, 0, 1
+    if found.cached:
+        vector = contract.converting_vector_bytes(
+            element // stored.bytes,
+            (value.ptr, *value.strides[:2]),
+            (found.value_size * stored.bytes,)
+            + (() if scattered else (_value_cache(found).ptr, *value_places)),
+        )
+        vectors = found.value_size * stored.bytes // vector
+        width = max(1, LANE_BYTES * stored.bytes // (vector * element))
+    lanes, value_lanes = items, launch.ceil_div(vectors, width)
+    if found.norm or found.scaled:
+        lanes = _lanes(max(items, vectors if found.scaled else 0))
+        if found.scaled or found.key_heads * value_lanes % lanes:
+            value_lanes = lanes
+
+    name = spelling.ELEMENT_NAMES.get
+    flag = spelling.boolean
+    index = spelling.INDEX_NAMES
+    largest = formats.LARGEST[stored.name] if found.scaled else 0
+    slot_dtype = "int64" if found.slot_mapping is None else found.slot_mapping.dtype.name
+    values = spelling.quantiser(query.dtype, found.stored, vector)
+    kernel = modules.Kernel(
+        found.op,
+        STEM,
+        f"rotary<{name(query.dtype.name)}, {name(table.dtype.name)}, "
+        f"{name(found.weight_dtype.name)}, {name((found.out_stored or query.dtype).name)}, "
+        f"{name(stored.name)}, {values}, {elements * element}, {vector}, {lanes}, "
+        f"{max(value_lanes, 1)}, {found.heads}, {found.key_heads}, {found.size}, "
+        f"{found.value_size}, {found.rotary}, {found.offset}, {pack}, {slots}, "
+        f"{found.block_size}, {flag(scattered)}, {largest}, {flag(found.is_neox)}, "
+        f"{flag(found.inverse)}, cupy_cache::Sections::{_sections_kind(found, elements, across)}, "
+        f"{flag(found.norm)}, {flag(found.rounding == 'steps')}, {flag(found.out is not None)}, "
+        f"{flag(found.key_in_place)}, {flag(found.cached)}, {flag(found.entries)}, "
+        f"{index[found.positions.dtype.name]}, {index[slot_dtype]}, {MAX_THREADS}>",
+        PARAMS,
+        guarded=(found.names["positions"], found.names["slot_mapping"]),
+        converts=True,
+    )
+
+    def rows(array):
+        return (0, 0) if array is None else array.strides[:2]
+
+    def places(array):
+        return (0, 0, 0) if array is None else array.strides
+
+    device = query.device.index
+    ends = _section_ends(found)
+    launcher = launch.Launcher(
+        kernel,
+        device,
+        (table.shape[0], found.num_blocks, found.positions.strides[-1],
+         0 if found.slot_mapping is None else found.slot_mapping.strides[0], table.strides[0],
+         *rows(query), *rows(key), *rows(value), *rows(found.out), *key_places, *value_places,
+         *(found.steps[role] for role in ("q_scale", "k_scale", "v_scale")),
+         *places(found.k_scale_cache), *places(found.v_scale_cache), *ends),
+    )  # fmt: skip
+    count = (found.heads + found.key_heads) * lanes + found.cached * found.key_heads * value_lanes
+    return plans.KernelPlan(launcher, launch.FlatShape(count, device, MAX_THREADS))
+
+
+def _lanes(items):
+    """A power of two that has a lane for each item, if a warp has as many."""
+    return min(launch.WARP, 1 << (items - 1).bit_length())
+
+
+def _value_cache(found):
+    return found.key_cache if found.entries else found.value_cache
+
+
+def _key_places(found):
+    """The strides of a key cache: blocks, offsets, heads, packs; and the elements of a pack."""
+    if not found.cached:
+        return (0, 0, 0, 0), found.size
+    if found.entries:
+        return (*found.key_cache.strides[:2], 0, 0), found.size
+    if found.packed:
+        block, head, packs, offset, _ = found.key_cache.strides
+        return (block, offset, head, packs), found.key_cache.shape[4]
+    return (*found.key_cache.strides[:3], 0), found.size
+
+
+def _value_places(found):
+    """The strides of a value cache: blocks, groups of slots, slots in them, heads, elements; the
+    slots of a group; and whether elements do not lie together."""
+    if not found.cached:
+        return (0, 0, 0, 0, 0), 1, False
+    cache = _value_cache(found)
+    if found.entries:
+        return (cache.strides[0], 0, cache.strides[1], 0, 0), found.block_size, False
+    if found.packed and len(cache.shape) == 5:
+        block, head, groups, elements, slot = cache.strides
+        return (block, groups, slot, head, elements), cache.shape[4], True
+    if found.packed:
+        block, head, elements, slot = cache.strides
+        return (block, 0, slot, head, elements), found.block_size, True
+    block, offset, head, _ = cache.strides
+    return (block, 0, offset, head, 0), found.block_size, False
+
+
+def _elements(found, key_places, pack):
+    """The elements of a unit: the most, of 16 bytes, that everything is a multiple of."""
+    bytes_each, table = found.query.dtype.bytes, found.cos_sin_cache
+    elements = 16 // bytes_each
+    while elements > 1:
+        in_pairs = found.rotary // 2 if found.is_neox else found.rotary
+        angles = elements if found.is_neox else elements // 2
+        sizes = [found.size, found.offset, in_pairs, pack]
+        moved = [(found.query, bytes_each), (found.key, bytes_each)]
+        if found.out is not None:
+            moved.append((found.out, found.out.dtype.bytes))
+        fits = not any(size % elements for size in sizes) and all(
+            n % (elements * size) == 0
+            for array, size in moved
+            if array is not None
+            for n in (array.ptr, *array.strides[:2])
+        )
+        if found.cached:
+            size = found.key_cache.dtype.bytes
+            start = found.value_size * size if found.entries else 0
+            numbers_ = (found.key_cache.ptr, start, *key_places)
+            fits = fits and not any(n % (elements * size) for n in numbers_)
+        read = [(table.dtype.bytes * angles, (table.ptr, table.strides[0],
+                 found.rotary // 2 * table.dtype.bytes))]  # fmt: skip
+        for weight in (found.q_norm_weight, found.k_norm_weight):
+            if weight is not None:
+                read.append((weight.dtype.bytes * elements, (weight.ptr,)))
+        if fits and not any(n % min(16, width) for width, several in read for n in several):
+            return elements
+        elements //= 2
+    return 1
+
+
+def _items(found, elements, across):
+    """The kItems of the kernel's Deal."""
+    others = found.out is not None or found.norm or found.cached
+    pairs = found.rotary // 2 // elements if across else 0
+    singles = ((found.size if others else found.rotary) - across * found.rotary) // elements
+    return pairs + (singles + 1) // 2
+
+
+def _section_ends(found):
+    if found.sections is None:
+        return 0, 0
+    time, height, width = found.sections
+    return (3 * height, 3 * width) if found.interleaved else (time, time + height)
+
+
+def _sections_kind(found, elements, across):
+    if found.sections is None:
+        return "kNone"
+    if found.interleaved:
+        return "kInterleaved"
+    angles = elements if across else elements // 2
+    whole = not any(end % angles for end in _section_ends(found))
+    return "kWhole" if whole else "kRuns"

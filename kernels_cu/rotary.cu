@@ -1,0 +1,552 @@
+// SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+// SPDX-License-Identifier: Apache-2.0
+// Rotates queries and keys by the angles of their positions, and writes the keys, and the values as
+// they are, into their slots of a cache.
+//
+// A token's work is dealt to lanes head by head: the heads of the queries, then those of the keys,
+// then those of the values. A head's elements lie in units of kVec bytes; a lane holds both units of
+// a pair that turns together, so no other thread reads what it overwrites. Where a head is
+// normalised, or has a scale of its own, its kLanes lanes are neighbours in one warp.
+#include "cupy_cache/convert.cuh"
+#include "cupy_cache/ints.cuh"
+#include "cupy_cache/paging.cuh"
+#include "cupy_cache/row.cuh"
+#include "cupy_cache/vec.cuh"
+#include "cupy_cache/warp.cuh"
+
+namespace cupy_cache {
+
+// Strides are in bytes.
+struct Params {
+  const char* positions;     // [tokens], or [3, tokens] where there are sections
+  char* query;               // [tokens, kHeads, kSize]
+  char* key;                 // [tokens, kKeyHeads, kSize]
+  const char* value;         // [tokens, kKeyHeads, kValueSize]
+  const char* cos_sin;       // [max_position, kRotary]: cosines, then sines
+  char* key_cache;           // [num_blocks, kBlockSize, kKeyHeads, kSize], or see kPack
+  char* value_cache;         // likewise; null where kEntries
+  const char* slot_mapping;  // [slots]
+  char* out;                 // [tokens, kHeads, kSize]
+  const char* q_weight;      // [kSize], or null
+  const char* k_weight;      // likewise
+  const char* q_scale;       // [kHeads] of float, or null: q_scale_value
+  const char* k_scale;       // [kKeyHeads] of float, or null: k_scale_value
+  const char* v_scale;       // likewise
+  char* k_scale_cache;       // [num_blocks, kBlockSize, kKeyHeads] of float
+  char* v_scale_cache;       // likewise
+  i64 tokens;
+  i64 slots;
+  i64 position_axis_stride;
+  float epsilon;
+  float weight_bias;
+  float q_scale_value;
+  float k_scale_value;
+  float v_scale_value;
+  u32 unused;
+  i64 max_position;
+  i64 num_blocks;
+  i64 position_stride;
+  i64 slot_stride;
+  i64 cos_sin_stride;
+  i64 query_token_stride;
+  i64 query_head_stride;
+  i64 key_token_stride;
+  i64 key_head_stride;
+  i64 value_token_stride;
+  i64 value_head_stride;
+  i64 out_token_stride;
+  i64 out_head_stride;
+  i64 key_block_stride;
+  i64 key_offset_stride;
+  i64 key_cache_head_stride;
+  i64 key_pack_stride;
+  i64 value_block_stride;
+  i64 value_slots_stride;
+  i64 value_offset_stride;
+  i64 value_cache_head_stride;
+  i64 value_element_stride;
+  i64 q_scale_stride;
+  i64 k_scale_stride;
+  i64 v_scale_stride;
+  i64 k_scale_block_stride;
+  i64 k_scale_offset_stride;
+  i64 k_scale_head_stride;
+  i64 v_scale_block_stride;
+  i64 v_scale_offset_stride;
+  i64 v_scale_head_stride;
+  u32 section_ends[2];  // see Sections
+};
+
+constexpr u32 kPositions = 1;
+constexpr u32 kSlotMapping = 2;
+
+#ifdef CUPY_CACHE_CONVERTS
+
+// Which of three positions, of time, height and width, turns a pair.
+enum class Sections {
+  kNone,         // there is one position
+  kWhole,        // as kRuns, and all angles of a load are of one section
+  kRuns,         // pairs below section_ends[0] by time, below section_ends[1] by height
+  kInterleaved,  // of three neighbours the second by height below section_ends[0], the third by
+                 // width below section_ends[1]; all others by time
+};
+
+// kCount elements of type T, read at an address that is a multiple of their size in all, or of 16.
+template <typename T, int kCount>
+struct Numbers {
+  static constexpr int kBytes = kCount * static_cast<int>(sizeof(typename T::Bits));
+  static constexpr int kPart = kBytes < 16 ? kBytes : 16;
+
+  Vec<kPart> parts[kBytes / kPart];
+
+  __device__ __forceinline__ void load(const char* at) {
+#pragma unroll
+    for (int i = 0; i < kBytes / kPart; ++i) {
+      parts[i] = load_shared_vector<kPart>(at + i * kPart);
+    }
+  }
+};
+
+// The angles of a token: a row of the table for each of its positions.
+template <typename Table, typename Position, Sections kSections, int kRotary>
+struct Angles {
+  static constexpr int kAxes = kSections == Sections::kNone ? 1 : 3;
+  static constexpr int kElement = sizeof(typename Table::Bits);
+  static constexpr int kSines = kRotary / 2 * kElement;  // from a cosine to its sine
+  // Whether neighbouring pairs that are loaded together turn by one position.
+  static constexpr bool kIsRun = kSections == Sections::kNone || kSections == Sections::kWhole;
+  using Type = Table;
+
+  i64 position[kAxes];
+
+  __device__ __forceinline__ Angles(const Params& p, i64 token) {
+#pragma unroll
+    for (int axis = 0; axis < kAxes; ++axis) {
+      position[axis] = load_number<Position>(p.positions + axis * p.position_axis_stride +
+                                             token * p.position_stride);
+    }
+  }
+  __device__ __forceinline__ bool valid(const Params& p) const {
+    bool all = true;
+#pragma unroll
+    for (int axis = 0; axis < kAxes; ++axis) all = all && within(position[axis], p.max_position);
+    return all;
+  }
+  __device__ __forceinline__ void report(const Params& p, i64 token) const {
+#pragma unroll
+    for (int axis = 0; axis < kAxes; ++axis) {
+      if (!in_bounds(position[axis], p.max_position, kPositions, token)) return;
+    }
+  }
+  // The row of a pair.
+  __device__ __forceinline__ const char* row(const Params& p, u32 pair) const {
+    i64 of = position[0];
+    if constexpr (kSections == Sections::kWhole || kSections == Sections::kRuns) {
+      if (pair >= p.section_ends[0]) of = position[1];
+      if (pair >= p.section_ends[1]) of = position[2];
+    } else if constexpr (kSections == Sections::kInterleaved) {
+      if (pair % 3 == 1 && pair < p.section_ends[0]) of = position[1];
+      if (pair % 3 == 2 && pair < p.section_ends[1]) of = position[2];
+    }
+    return p.cos_sin + (within(of, p.max_position) ? of : 0) * p.cos_sin_stride;
+  }
+};
+
+// The cosines and sines of kCount neighbouring pairs, loaded long before they are used.
+template <typename Of, int kCount>
+struct Turn {
+  static constexpr bool kTogether = Of::kIsRun;
+  static constexpr int kEach = kTogether ? kCount : 1;
+
+  Numbers<typename Of::Type, kEach> cosines[kCount / kEach], sines[kCount / kEach];
+
+  __device__ __forceinline__ void load(const Params& p, const Of& angles, u32 first) {
+#pragma unroll
+    for (int i = 0; i < kCount / kEach; ++i) {
+      const char* const from = angles.row(p, first + i) + (first + i) * Of::kElement;
+      cosines[i].load(from);
+      sines[i].load(from + Of::kSines);
+    }
+  }
+  __device__ __forceinline__ void get(float (&cosine)[kCount], float (&sine)[kCount]) const {
+    decode_all<typename Of::Type>(cosines, cosine);
+    decode_all<typename Of::Type>(sines, sine);
+  }
+};
+
+// Turns the pair (a, b), or turns it back. No product is part of a fused multiply-add, so that every
+// backend rounds the same.
+template <bool kInverse>
+__device__ __forceinline__ void turn(float& a, float& b, float cosine, float sine) {
+  const float ac = multiply(a, cosine), as = multiply(a, sine);
+  const float bc = multiply(b, cosine), bs = multiply(b, sine);
+  a = kInverse ? add(ac, bs) : subtract(ac, bs);
+  b = kInverse ? subtract(bc, as) : add(bc, as);
+}
+
+// How a head's elements are dealt to items, two units of kElements for each: the two of a pair that
+// turns together where pairs go across units; then units by themselves, of which pairs may be
+// inside. !kOthers: only what turns is dealt.
+template <int kSize, int kRotary, int kOffset, int kElements, bool kNeox, bool kOthers>
+struct Deal {
+  static constexpr bool kAcross = kNeox || kElements == 1;
+  static constexpr int kPairs = kAcross ? kRotary / 2 / kElements : 0;
+  static constexpr int kSingles =
+      ((kOthers ? kSize : kRotary) - (kAcross ? kRotary : 0)) / kElements;
+  static constexpr int kHalf = (kSingles + 1) / 2;
+  static constexpr int kItems = kPairs + kHalf;
+
+  u32 at[2];  // the elements that begin its units
+  bool there[2];
+  bool is_pair;
+
+  __device__ __forceinline__ explicit Deal(u32 item) {
+    is_pair = item < kPairs;
+    if (is_pair) {
+      at[0] = kOffset + item * (kNeox ? kElements : 2);
+      at[1] = at[0] + (kNeox ? kRotary / 2 : 1);
+      there[0] = there[1] = true;
+    } else {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const u32 single = item - kPairs + i * kHalf;
+        at[i] = single * kElements;
+        if (!kOthers || (kAcross && at[i] >= kOffset)) at[i] += kOthers ? kRotary : kOffset;
+        there[i] = item < kItems && single < kSingles;
+      }
+    }
+  }
+  // Whether unit i turns.
+  __device__ __forceinline__ bool turns(int i) const {
+    return is_pair || (!kAcross && at[i] >= kOffset && at[i] < kOffset + kRotary);
+  }
+};
+
+// Loads a lane's units; without kOthers only those that turn.
+template <typename Dealt, int kVec, int kElement, int kLanes, bool kOthers, int kHeld>
+__device__ __forceinline__ void load_units(Vec<kVec> (&loaded)[kHeld][2], const char* from,
+                                           u32 lane) {
+#pragma unroll
+  for (int n = 0; n < kHeld; ++n) {
+    const Dealt dealt(lane + n * kLanes);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (dealt.there[i] && (kOthers || dealt.turns(i))) {
+        loaded[n][i] = load_vector<kVec>(from + dealt.at[i] * kElement);
+      }
+    }
+  }
+}
+
+template <typename T, int kCount>
+__device__ __forceinline__ void round_all(float (&values)[kCount]) {
+#pragma unroll
+  for (float& value : values) value = T::decode(T::encode(value));
+}
+
+// Stores what Arithmetic makes of the values, as elements of type To.
+template <typename To, typename Arithmetic, int kCount>
+__device__ __forceinline__ void store_all(char* at, float (&values)[kCount],
+                                          const Arithmetic& arithmetic, bool when) {
+  constexpr int kBytes = kCount * static_cast<int>(sizeof(typename To::Bits));
+  float stored[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) stored[i] = arithmetic(values[i]);
+  Vec<kBytes> vector;
+  encode_all<To>(stored, vector);
+  store_vector<kBytes>(at, vector, when);
+}
+
+template <bool kFirst, typename First, typename Second>
+struct Either {
+  using type = First;
+};
+template <typename First, typename Second>
+struct Either<false, First, Second> {
+  using type = Second;
+};
+
+struct AsItIs {
+  __device__ __forceinline__ explicit AsItIs(float) {}
+  __device__ __forceinline__ float operator()(float value) const { return value; }
+};
+
+// From float32 results of queries and keys of type Element to what is stored.
+template <typename Element, typename To>
+struct ToStore {
+  using type = typename DivideFor<F32, To>::type;
+};
+template <typename Element>
+struct ToStore<Element, Element> {
+  using type = AsItIs;
+};
+
+// Where the slot of a token is in a cache whose slots have a place of their own for each head.
+template <int kBlockSize>
+__device__ __forceinline__ char* scale_at(char* cache, const Place<kBlockSize>& place, u32 head,
+                                          i64 block_stride, i64 offset_stride, i64 head_stride) {
+  return cache + place.block * block_stride + place.offset * offset_stride + head * head_stride;
+}
+
+// Queries and keys are of type Element, the table of type Table, weights of type Weight; queries are
+// written as Out, keys as Stored, and values as Values (a converter to kValueVec bytes) makes them.
+//
+// kPack elements of a key lie together, and kSlots slots of the value cache. kScattered: a value's
+// elements do not lie together. kLargest: what the largest magnitude of a row becomes, whose scale
+// is stored; 0 where scales are given. kToOut: queries are written to `out`, not in place. kKeys:
+// keys are written in place. kCached: keys and values are written to caches; kEntries: to one, which
+// has the value's elements and then the key's. kSteps: each step rounds to Element.
+template <typename Element, typename Table, typename Weight, typename Out, typename Stored,
+          typename Values, int kVec, int kValueVec, int kLanes, int kValueLanes, int kHeads,
+          int kKeyHeads, int kSize, int kValueSize, int kRotary, int kOffset, int kPack, int kSlots,
+          int kBlockSize, bool kScattered, int kLargest, bool kNeox, bool kInverse,
+          Sections kSections, bool kNorm, bool kSteps, bool kToOut, bool kKeys, bool kCached,
+          bool kEntries, typename Position, typename Slot, int kMaxThreads>
+__global__ void __launch_bounds__(kMaxThreads) rotary(const __grid_constant__ Params p) {
+  constexpr int kElement = sizeof(typename Element::Bits);
+  constexpr int kElements = kVec / kElement;
+  constexpr int kStored = sizeof(typename Stored::Bits);
+  constexpr bool kQueryOthers = kToOut || kNorm;
+  constexpr bool kKeyOthers = kCached || kNorm;
+  using Dealt = Deal<kSize, kRotary, kOffset, kElements, kNeox, kQueryOthers || kKeyOthers>;
+  constexpr int kHeld = (Dealt::kItems + kLanes - 1) / kLanes;
+  constexpr int kRotatedItems = (kHeads + kKeyHeads) * kLanes;
+  constexpr int kItems = kRotatedItems + (kCached ? kKeyHeads * kValueLanes : 0);  // of a token
+
+  const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
+  const i64 token = static_cast<i64>(index / kItems);
+  const u32 item = index % kItems;
+  if (token >= p.tokens) return;  // whole heads
+
+  const bool has_slot = kCached && token < p.slots;
+  if (!has_slot && item >= (kHeads + (kKeys ? kKeyHeads : 0)) * kLanes) return;  // nothing to write
+
+  const Angles<Table, Position, kSections, kRotary> angles(p, token);
+  i64 slot = -1;
+  if constexpr (kCached) {
+    if (has_slot) slot = load_number<Slot>(p.slot_mapping + token * p.slot_stride);
+  }
+  const bool valid = angles.valid(p);
+  // kBlockSize is 0 where there is no cache.
+  constexpr int kDivisor = kBlockSize > 0 ? kBlockSize : 1;
+  const Target<kDivisor> target(slot, p.num_blocks);
+
+  if (item < kRotatedItems) {
+    const u32 lane = item % kLanes;
+    const bool is_query = item < kHeads * kLanes;
+    const u32 head = item / kLanes - (is_query ? 0 : kHeads);
+    // Each in its own branch: behind it the compiler would have the loads wait for the position.
+    Vec<kVec> loaded[kHeld][2];  // of no meaning where a unit is not there
+    char* from;
+    if (is_query) {
+      from = p.query + token * p.query_token_stride + head * p.query_head_stride;
+      load_units<Dealt, kVec, kElement, kLanes, kQueryOthers>(loaded, from, lane);
+    } else {
+      from = p.key + token * p.key_token_stride + head * p.key_head_stride;
+      load_units<Dealt, kVec, kElement, kLanes, kKeyOthers>(loaded, from, lane);
+    }
+    // Before anything waits for the rows.
+    constexpr int kTurns = Dealt::kAcross ? 1 : 2;  // of an item
+    using Turned = Turn<Angles<Table, Position, kSections, kRotary>, kElements / kTurns>;
+    Turned turns[kHeld][kTurns];
+#pragma unroll
+    for (int n = 0; n < kHeld; ++n) {
+      const Dealt dealt(lane + n * kLanes);
+#pragma unroll
+      for (int i = 0; i < kTurns; ++i) {
+        const u32 first = kTurns == 1 ? (lane + n * kLanes) * kElements : (dealt.at[i] - kOffset) / 2;
+        turns[n][i].load(p, angles, dealt.there[i] && dealt.turns(i) ? first : 0);
+      }
+    }
+    float values[kHeld][2][kElements];
+#pragma unroll
+    for (int n = 0; n < kHeld; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) decode_all<Element>(loaded[n][i], values[n][i]);
+    }
+
+    if constexpr (kNorm) {
+      float sum = 0.0f;
+#pragma unroll
+      for (int n = 0; n < kHeld; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+#pragma unroll
+          for (float value : values[n][i]) sum += Dealt(lane + n * kLanes).there[i] ? value * value : 0;
+        }
+      }
+      const float factor = rsqrtf(group_sum<kLanes>(sum) / kSize + p.epsilon);
+      const char* const weights = is_query ? p.q_weight : p.k_weight;
+#pragma unroll
+      for (int n = 0; n < kHeld; ++n) {
+        const Dealt dealt(lane + n * kLanes);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float weight[kElements];
+          if (weights && dealt.there[i]) {
+            Numbers<Weight, kElements> bytes;
+            bytes.load(weights + dealt.at[i] * sizeof(typename Weight::Bits));
+            decode_all<Weight>(bytes, weight);
+#pragma unroll
+            for (float& one : weight) one += p.weight_bias;
+          } else {
+#pragma unroll
+            for (float& one : weight) one = 1.0f;
+          }
+#pragma unroll
+          for (int e = 0; e < kElements; ++e) values[n][i][e] *= factor * weight[e];
+          if constexpr (kSteps) round_all<Element>(values[n][i]);
+        }
+      }
+    }
+
+#pragma unroll
+    for (int n = 0; n < kHeld; ++n) {
+      const Dealt dealt(lane + n * kLanes);
+#pragma unroll
+      for (int i = 0; i < kTurns; ++i) {
+        if (!dealt.there[i] || !dealt.turns(i)) continue;
+        float cosine[kElements / kTurns], sine[kElements / kTurns];
+        turns[n][i].get(cosine, sine);
+#pragma unroll
+        for (int e = 0; e < kElements / kTurns; ++e) {
+          if constexpr (Dealt::kAcross) {
+            turn<kInverse>(values[n][0][e], values[n][1][e], cosine[e], sine[e]);
+          } else {
+            turn<kInverse>(values[n][i][2 * e], values[n][i][2 * e + 1], cosine[e], sine[e]);
+          }
+        }
+      }
+      if constexpr (kSteps) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) round_all<Element>(values[n][i]);
+      }
+    }
+
+    if (is_query) {
+      char* const to = kToOut ? p.out + token * p.out_token_stride + head * p.out_head_stride : from;
+      using Arithmetic = typename ToStore<Element, Out>::type;
+      const Arithmetic arithmetic(scale_of(p.q_scale, p.q_scale_stride, head, p.q_scale_value));
+#pragma unroll
+      for (int n = 0; n < kHeld; ++n) {
+        const Dealt dealt(lane + n * kLanes);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          store_all<Out>(to + dealt.at[i] * static_cast<int>(sizeof(typename Out::Bits)),
+                         values[n][i], arithmetic,
+                         valid && dealt.there[i] && (kQueryOthers || dealt.turns(i)));
+        }
+      }
+    } else {
+      if constexpr (kKeys) {
+#pragma unroll
+        for (int n = 0; n < kHeld; ++n) {
+          const Dealt dealt(lane + n * kLanes);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            store_all<Element>(from + dealt.at[i] * kElement, values[n][i], AsItIs(1.0f),
+                               valid && dealt.there[i] && (kNorm || dealt.turns(i)));
+          }
+        }
+      }
+      if constexpr (kCached) {
+        const Place<kDivisor> place = target.place();
+        float scale = 0.0f;
+        if constexpr (kLargest > 0) {
+          float largest = 0.0f;
+#pragma unroll
+          for (int n = 0; n < kHeld; ++n) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+#pragma unroll
+              for (float value : values[n][i]) {
+                if (Dealt(lane + n * kLanes).there[i]) largest = fmaxf(largest, fabsf(value));
+              }
+            }
+          }
+          const float found = row_scale<kLargest>(group_max<kLanes>(largest));
+          scale = divide(1.0f, found);
+          if (valid && target.valid && lane == 0) {
+            *reinterpret_cast<float*>(scale_at(p.k_scale_cache, place, head, p.k_scale_block_stride,
+                                               p.k_scale_offset_stride, p.k_scale_head_stride)) =
+                found;
+          }
+        } else {
+          scale = scale_of(p.k_scale, p.k_scale_stride, head, p.k_scale_value);
+        }
+        char* const to = p.key_cache + (kEntries ? kValueSize * kStored : 0) +
+                         place.block * p.key_block_stride + place.offset * p.key_offset_stride +
+                         head * p.key_cache_head_stride;
+        using Given = typename ToStore<Element, Stored>::type;
+        using Arithmetic = typename Either<(kLargest > 0), Multiply, Given>::type;
+        const Arithmetic arithmetic(scale);
+#pragma unroll
+        for (int n = 0; n < kHeld; ++n) {
+          const Dealt dealt(lane + n * kLanes);
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            store_all<Stored>(to + dealt.at[i] / kPack * p.key_pack_stride +
+                                  dealt.at[i] % kPack * kStored,
+                              values[n][i], arithmetic, valid && target.valid && dealt.there[i]);
+          }
+        }
+      }
+    }
+    if (item == 0) angles.report(p, token);
+    return;
+  }
+
+  if constexpr (kCached) {
+    const u32 lane = (item - kRotatedItems) % kValueLanes;
+    const u32 head = (item - kRotatedItems) / kValueLanes;
+    const char* const from = p.value + token * p.value_token_stride + head * p.value_head_stride;
+    const Place<kDivisor> place = target.place();
+    char* const to = (kEntries ? p.key_cache : p.value_cache) + place.block * p.value_block_stride +
+                     place.offset / kSlots * p.value_slots_stride +
+                     place.offset % kSlots * p.value_offset_stride +
+                     head * p.value_cache_head_stride;
+    const bool when = valid && target.valid;
+    if constexpr (kLargest > 0) {
+      Row<Element, Stored, kValueVec, kValueSize, kValueLanes> row;
+      row.load(from, lane);
+      const float scale = row_scale<kLargest>(row.largest(lane));
+      row.store(to, lane, divide(1.0f, scale), when);
+      if (when && lane == 0) {
+        *reinterpret_cast<float*>(scale_at(p.v_scale_cache, place, head, p.v_scale_block_stride,
+                                           p.v_scale_offset_stride, p.v_scale_head_stride)) = scale;
+      }
+    } else {
+      constexpr int kVectors = kValueSize * kStored / kValueVec;
+      constexpr int kCount = (kVectors + kValueLanes - 1) / kValueLanes;
+      const float scale = scale_of(p.v_scale, p.v_scale_stride, head, p.v_scale_value);
+      typename Values::Source held[kCount];
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) {
+        const u32 vector = lane + n * kValueLanes;
+        if (vector < kVectors) held[n] = Values::load(from + vector * Values::kSourceBytes);
+      }
+#pragma unroll
+      for (int n = 0; n < kCount; ++n) {
+        const u32 vector = lane + n * kValueLanes;
+        const Vec<kValueVec> converted = Values::convert(held[n], scale);
+        const bool stores = when && vector < kVectors;
+        if constexpr (kScattered) {
+          const Elements<kStored, kValueVec> elements(converted);
+#pragma unroll
+          for (int e = 0; e < kValueVec / kStored; ++e) {
+            store_vector<kStored>(
+                to + (vector * (kValueVec / kStored) + e) * p.value_element_stride,
+                elements.part[e], stores);
+          }
+        } else {
+          store_vector<kValueVec>(to + vector * kValueVec, converted, stores);
+        }
+      }
+    }
+    if (item == kRotatedItems) target.report(kSlotMapping, token);
+  }
+}
+
+#endif  // CUPY_CACHE_CONVERTS
+
+}  // namespace cupy_cache
