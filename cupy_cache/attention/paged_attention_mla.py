@@ -283,7 +283,7 @@ THREADS = 128
 JOINING_THREADS = 256
 WARPS = THREADS // launch.WARP
 LARGEST_RANK, LARGEST_ENTRY = 512, 640
-MOST_STAGES = 5
+LEAST_STAGES, MOST_STAGES = 3, 5
 # Bytes of shared memory of a thread block, where a multiprocessor of sm_90 has two.
 HALF_OF_SHARED = 112 << 10
 GROUP = 1024  # tokens, of which one thread block takes care, unless there are few
@@ -459,14 +459,15 @@ def _stages(op, device, entry_size, rank, element_bytes, entries):
         steps = launch.ceil_div(entry_size, 16 * WARPS) * WARPS
         chunks = max(steps, columns // 16) * element_bytes
     tile = keys * (chunks | 1) * 16 + 4  # and which of its tokens are missing
-    rest = WARPS * ROWS * keys * 4 + 2 * THREADS * 16  # scores of each warp, totals of each thread
+    # Scores of each warp for two tiles, and two totals of each thread.
+    rest = 2 * WARPS * ROWS * keys * 4 + 2 * THREADS * 16
     shared = launch.shared_memory(device)
     room = HALF_OF_SHARED if shared >= 2 * HALF_OF_SHARED else shared
     stages = min(MOST_STAGES, (room - rest) // tile)
-    if stages < 2:
+    if stages < LEAST_STAGES:
         raise ShapeError(
-            f"{op}: Invalid shape of query: expected entries of which two tiles fit into the "
-            f"{shared} bytes of shared memory that this GPU has, got entries of {entry_size} "
+            f"{op}: Invalid shape of query: expected entries of which {LEAST_STAGES} tiles fit into "
+            f"the {shared} bytes of shared memory that this GPU has, got entries of {entry_size} "
             f"elements, {rank} of them latent"
         )
     return stages, stages * tile + rest
