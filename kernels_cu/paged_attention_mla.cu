@@ -513,7 +513,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr int kRowBytes = (kChunks | 1) * 16;
   constexpr int kTileBytes = kKeys * kRowBytes;
   constexpr int kScoresAt = kStages * kTileBytes;
-  constexpr int kTotalsAt = kScoresAt + kWarps * kRows * kKeys * 4;
+  constexpr int kScoresOfTile = kWarps * kScoreTiles * 32;  // in fours
+  constexpr int kTotalsAt = kScoresAt + 2 * kScoresOfTile * 16;
   constexpr int kMissingAt = kTotalsAt + 2 * kThreads * 16;
   static_assert(kStages * kTileBytes >= kRows * kColumns * 4, "there is room for a result");
   static_assert(kShared == kMissingAt + kStages * 4, "what the host gives");
@@ -711,22 +712,10 @@ __global__ void __launch_bounds__(kThreads, 2)
     begin_part();
     begin_group();
     const i32 of_part = cut.part / kKeys, of_group = of_part * cut.of_group;  // powers of two
-    for (i32 index = 1 - kStages; index < tiles; ++index) {
-      if (index >= 0) {
-        wait_for_copies<kStages - 2>();
-        __syncthreads();  // all have this tile, and are done with the one before
-        if (index == 0) {
-          read_queries();
-          __syncthreads();  // where they were is copied to next
-        }
-      }
-      request(index + kStages - 1);
-      if (index < 0) continue;
-      const i32 stage = index % kStages;
-      const char* const tile = shared + stage * kTileBytes;
-
+    // This warp's part of a tile's scores, for all to add up.
+    const auto multiply_queries = [&](i32 index) {
+      const char* const tile = shared + index % kStages * kTileBytes;
       float scores[kScoreTiles][4] = {}, others[kScoreTiles][4] = {};  // of every second step
-      float token_scale = 0.0f;                                        // kEntries: of the lane's token
 #pragma unroll
       for (int i = 0; i < kMine; ++i) {
         const int step = warp * kMine + i;
@@ -747,7 +736,8 @@ __global__ void __launch_bounds__(kThreads, 2)
         }
       }
       if constexpr (kEntries) {
-        token_scale = *reinterpret_cast<const float*>(tile + lane * kRowBytes + kScalesAt + warp * 4);
+        const float token_scale =
+            *reinterpret_cast<const float*>(tile + lane * kRowBytes + kScalesAt + warp * 4);
 #pragma unroll
         for (int j = 0; j < kScoreTiles; ++j) {
 #pragma unroll
@@ -773,15 +763,33 @@ __global__ void __launch_bounds__(kThreads, 2)
           four = {four.x + others[j][0], four.y + others[j][1], four.z + others[j][2],
                   four.w + others[j][3]};
         }
-        scores_of_all[(warp * kScoreTiles + j) * 32 + lane] = four;
+        scores_of_all[index % 2 * kScoresOfTile + (warp * kScoreTiles + j) * 32 + lane] = four;
       }
-      __syncthreads();
+    };
+    // Each turn multiplies the weights of a tile with its values, and the queries with the next one:
+    // one waits for little of the other. The first turns only copy.
+    for (i32 index = 1 - kStages; index < tiles; ++index) {
+      if (index >= -1) {
+        wait_for_copies<kStages - 3>();
+        // All have the next tile and this one's scores, and are done with the tile before.
+        __syncthreads();
+        if (index == -1) read_queries();
+        if (index + 1 < tiles) multiply_queries(index + 1);
+      }
+      if (index < 0) {
+        request(index + kStages - 1);
+        continue;
+      }
+      const i32 stage = index % kStages;
+      const char* const tile = shared + stage * kTileBytes;
+      float scores[kScoreTiles][4];
 #pragma unroll
       for (int j = 0; j < kScoreTiles; ++j) {
-        float4 sum = scores_of_all[j * 32 + lane];
+        const float4* const its = scores_of_all + index % 2 * kScoresOfTile + j * 32 + lane;
+        float4 sum = its[0];
 #pragma unroll
         for (int from = 1; from < kWarps; ++from) {
-          const float4 more = scores_of_all[(from * kScoreTiles + j) * 32 + lane];
+          const float4 more = its[from * kScoreTiles * 32];
           sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
         }
         scores[j][0] = sum.x * scale;
@@ -830,7 +838,10 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
         }
       }
+      float token_scale = 0.0f;  // kEntries: of the lane's token
       if constexpr (kEntries) {
+        token_scale =
+            *reinterpret_cast<const float*>(tile + lane * kRowBytes + kScalesAt + warp * 4);
         float highest = fabsf(token_scale);
 #pragma unroll
         for (int other = 16; other > 0; other /= 2) {
@@ -891,6 +902,8 @@ __global__ void __launch_bounds__(kThreads, 2)
           multiply_add<Type>(out[i + 1], weights[0], loaded[2], loaded[3]);
         }
       }
+
+      request(index + kStages - 1);
 
       const bool is_last = index + 1 == tiles;
       if (((index + 1) & (of_part - 1)) == 0 || is_last) {

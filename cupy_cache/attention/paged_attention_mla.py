@@ -22,7 +22,7 @@ from ..runtime import (
     spelling,
     streams,
 )
-from ..runtime.devices import NOWHERE
+from ..runtime.devices import NOWHERE, Device
 from ..runtime.formats import DS_ENTRY_BYTES, DS_LATENT, DS_ROPE, FP8_DS_MLA
 from ..types import ArrayLike, Scale, StreamLike
 
@@ -156,15 +156,19 @@ def paged_attention_mla(
     if formats.is_scaled(kv_cache_dtype):
         kv_array, kv_number = contract.split_scale(NAME, "kv_scale", kv_scale)
     number = _number("scale", scale)
-    like = arrays.view(query, f"{NAME}: query")
     if out is None:
-        out = _new_out(like, rank, stream)
+        out = _new_out(arrays.view(query, f"{NAME}: query"), rank, stream)
+    framework, device = _place(query)
     cut, partial = False, None
-    if like.device.kind == "cuda":
-        extents = (arrays.view(array, f"{NAME}: {name}").shape for name, array in (
-            ("kv_cache", kv_cache), ("block_table", block_table), ("seq_lens", seq_lens),
-        ))  # fmt: skip
-        cut, partial = _new_partial(like, *extents, rank, query_start_loc is not None, stream)
+    if device.kind == "cuda":
+        shapes = (
+            _shape("query", query), _shape("kv_cache", kv_cache),
+            _shape("block_table", block_table), _shape("seq_lens", seq_lens),
+        )  # fmt: skip
+        cut, most = _results(device.index, *shapes, rank, query_start_loc is not None)
+        if most:
+            shape = most, ROWS * (_columns(rank) + 2)
+            partial = streams.empty(framework, device, shape, FLOAT32, stream)
     objects = (
         query, kv_cache, block_table, seq_lens, query_start_loc, kv_array, partial, out, lse,
     )  # fmt: skip
@@ -172,9 +176,23 @@ def paged_attention_mla(
     return out
 
 
+def _place(query):
+    """(Framework, device) of the query."""
+    if arrays.is_torch(query) and query.device.type in ("cpu", "cuda"):  # what an engine gives
+        return "torch", Device(query.device.type, query.device.index or 0)
+    like = arrays.view(query, f"{NAME}: query")
+    return like.framework, like.device
+
+
+def _shape(name, array):
+    """The shape of an argument."""
+    shape = getattr(array, "shape", None)
+    return shape if isinstance(shape, tuple) else arrays.view(array, f"{NAME}: {name}").shape
+
+
 def _number(name, value):
     """``value`` as a float that float32 can hold."""
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    real = type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))
     if not real or not -LARGEST <= value <= LARGEST:
         raise ArgumentError(
             f"{NAME}: Invalid value of {name}: expected a finite float32, got "
@@ -283,7 +301,7 @@ THREADS = 128
 JOINING_THREADS = 256
 WARPS = THREADS // launch.WARP
 LARGEST_RANK, LARGEST_ENTRY = 512, 640
-MOST_STAGES = 5
+LEAST_STAGES, MOST_STAGES = 3, 5
 # Bytes of shared memory of a thread block, where a multiprocessor of sm_90 has two.
 HALF_OF_SHARED = 112 << 10
 GROUP = 1024  # tokens, of which one thread block takes care, unless there are few
@@ -306,27 +324,20 @@ def _columns(rank):
     return launch.ceil_div(rank, 16 * WARPS) * 16 * WARPS
 
 
-def _new_partial(query, cache_shape, table_shape, lens_shape, rank, several, stream):
-    """(Whether sequences may be cut, memory for results of parts and what comes of joining them).
-    The latter is None where there is no need of it, or arguments are wrong."""
-    if (len(query.shape), len(cache_shape), len(table_shape), len(lens_shape)) != (3, 3, 2, 1):
-        return False, None
-    longest, device = table_shape[1] * cache_shape[1], query.device.index
-    processors = launch.processors(device)
-    units = _units(query.shape[0], lens_shape[0], query.shape[1], several)
+def _results(device, query, kv_cache, table, lens, rank, several):
+    """(Whether sequences may be cut, the results that must be kept at the same time) for arguments
+    of these shapes; none where they are wrong."""
+    if (len(query), len(kv_cache), len(table), len(lens)) != (3, 3, 2, 1) or rank > LARGEST_RANK:
+        return False, 0
+    longest, processors = table[1] * kv_cache[1], launch.processors(device)
+    units = _units(query[0], lens[0], query[1], several)
     # On the GPU that is not there all kernels are asked for.
-    cut = longest > SMALLEST_PART and (units < UNCUT * processors or device == NOWHERE)
-    most = min(units, BLOCKS * processors)
-    if cut:
+    if longest > SMALLEST_PART and (units < UNCUT * processors or device == NOWHERE):
         groups = min(launch.ceil_div(longest, GROUP), MOST_GROUPS)
         parts = min(launch.ceil_div(longest, SMALLEST_PART), MOST_PARTS)
         most = min(units * parts, units * groups + 16 * processors, KEPT * processors)
-    elif longest <= GROUP:
-        return False, None
-    if rank > LARGEST_RANK:
-        return False, None
-    shape = most, ROWS * (_columns(rank) + 2)
-    return cut, streams.empty(query.framework, query.device, shape, FLOAT32, stream)
+        return most > 0, most
+    return False, min(units, BLOCKS * processors) if longest > GROUP else 0
 
 
 class _Plan(plans.KernelPlan):
@@ -459,15 +470,16 @@ def _stages(op, device, entry_size, rank, element_bytes, entries):
         steps = launch.ceil_div(entry_size, 16 * WARPS) * WARPS
         chunks = max(steps, columns // 16) * element_bytes
     tile = keys * (chunks | 1) * 16 + 4  # and which of its tokens are missing
-    rest = WARPS * ROWS * keys * 4 + 2 * THREADS * 16  # scores of each warp, totals of each thread
+    # Scores of each warp for two tiles, and two totals of each thread.
+    rest = 2 * WARPS * ROWS * keys * 4 + 2 * THREADS * 16
     shared = launch.shared_memory(device)
     room = HALF_OF_SHARED if shared >= 2 * HALF_OF_SHARED else shared
     stages = min(MOST_STAGES, (room - rest) // tile)
-    if stages < 2:
+    if stages < LEAST_STAGES:
         raise ShapeError(
-            f"{op}: Invalid shape of query: expected entries of which two tiles fit into the "
-            f"{shared} bytes of shared memory that this GPU has, got entries of {entry_size} "
-            f"elements, {rank} of them latent"
+            f"{op}: Invalid shape of query: expected entries of which {LEAST_STAGES} tiles fit "
+            f"into the {shared} bytes of shared memory that this GPU has, got entries of "
+            f"{entry_size} elements, {rank} of them latent"
         )
     return stages, stages * tile + rest
 
