@@ -4,6 +4,7 @@
 
 import contextlib
 import gc
+import threading
 import weakref
 
 import numpy as np
@@ -223,6 +224,68 @@ def test_host_memory_of_a_list_that_is_cleared(recorder):
     streams.let_go()
     gc.collect()
     assert kept() is None
+
+
+class Work:
+    """What swaps enqueue, of which a test decides how much is done; makes its events."""
+
+    def __init__(self):
+        self.enqueued = self.done = 0
+
+    def event(self, stream, device):
+        del device
+        return Point(self, stream)
+
+
+class Point:
+    """What `driver.Event` is."""
+
+    def __init__(self, work, stream):
+        self._work = work
+        self.move(stream)
+
+    def move(self, stream):
+        del stream
+        self._at = self._work.enqueued
+
+    def done(self):
+        return self._work.done >= self._at
+
+
+@pytest.fixture
+def work(recorder, monkeypatch):
+    made = Work()
+    monkeypatch.setattr(recorder, "event", made.event)
+    recorder.host = ("dst",)
+    return made
+
+
+@pytest.mark.parametrize("uses", [(0, 0, 0), (0, 0, 1, 0), (1, 0, 0)])
+def test_host_memory_that_is_used_again_is_kept_for_the_last_copy(work, uses):
+    source, hosts = tensor(4, 4, 8), [tensor(4, 4, 8) for _ in range(2)]
+    kept = weakref.ref(hosts[0])
+    for which in uses:
+        work.enqueued += 1
+        cc.swap_blocks(source, hosts[which], PAIRS)
+    del hosts
+    for done in range(len(uses) + 1):
+        work.done = done
+        streams.let_go()
+        gc.collect()
+        assert (kept() is not None) == (done < len(uses))
+
+
+def test_host_memory_that_two_threads_use_on_the_stream_that_each_has(work):
+    """Handle 2 is another stream in each thread: the later copy does not vouch for the earlier."""
+    source, host = tensor(4, 4, 8), tensor(4, 4, 8)
+    for _ in range(2):
+        work.enqueued += 1
+        thread = threading.Thread(target=cc.swap_blocks, args=(source, host, PAIRS),
+                                  kwargs={"stream": 2})  # fmt: skip
+        thread.start()
+        cc.swap_blocks(source, host, PAIRS, stream=2)
+        thread.join()
+    assert len(streams._kept) > 1
 
 
 def test_bound_caches_are_lent_at_every_call(recorder):

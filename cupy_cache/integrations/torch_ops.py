@@ -214,7 +214,7 @@ def _schema_of(name):
 def _derived():
     """The schemas of all other public functions."""
     written_out = {re.match(r"\w+", schema)[0] for schema in SCHEMAS}
-    for name in cupy_cache.__all__:
+    for name in dir(cupy_cache):  # the public ones
         function = getattr(cupy_cache, name)
         if inspect.isfunction(function) and name not in written_out | NOT_REGISTERED.keys():
             yield _schema_of(name)
