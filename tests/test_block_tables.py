@@ -320,6 +320,7 @@ def test_prompts_that_begin_alike_share_blocks():
     tables, prompt = tables_of(), list(range(10))
     assert tables.add("a", prompt) == 0
     tables.step(["a"], [10])
+    tables.append("a", 10)
     assert tables.add("b", [*prompt[:9], 99]) == 8 and tables.length("b") == 8
     assert tables.blocks("b") == tables.blocks("a")[:2]
     assert tables.add("c", prompt[:8]) == 4  # one token is left for the model
@@ -341,11 +342,22 @@ def test_generated_tokens_are_found_too():
     assert tables.pool.num_free == 8 and tables.add("later", [1, 2, 3, 4, 7]) == 4
 
 
+def test_a_step_that_was_given_up_is_not_found():
+    tables = tables_of()
+    for name in "ab":
+        tables.add(name, range(9))
+    tables.step(["a", "b"], [9, 8])
+    tables.free("a")  # its work failed
+    tables.truncate("b", 0)
+    assert tables.add("c", range(9)) == 0
+
+
 def test_the_least_recently_used_prefix_goes_first():
     tables = tables_of(num_blocks=4)
     for first in (10, 20):
         tables.add(first, [first, *range(7)])
         tables.step([first], [8])
+        tables.append(first, 99)
         tables.free(first)
     tables.add(10, [10, *range(7), 0])  # used again, so 20 is older
     tables.free(10)
@@ -370,10 +382,12 @@ def test_blocks_that_are_written_again_lose_their_content():
     tables = tables_of()
     tables.add("a", [1, 2, 3, 4])
     tables.step(["a"], [4])
+    tables.append("a", 5)
     tables.truncate("a", 3)
     assert tables.add("b", [1, 2, 3, 4, 5]) == 4  # nothing was written over it yet
     tables.append("a", 9)
     assert tables.step(["a"], [1]).copies == [(0, 1)]
+    tables.append("a", 5)
     assert tables.add("c", [1, 2, 3, 9, 5]) == 4 and tables.blocks("c") == [1]
     tables.free("c")
     tables.truncate("a", 2)
@@ -389,6 +403,7 @@ def test_tokens_of_any_kind(tokens):
     tables = tables_of()
     tables.add("a", tokens)
     tables.step(["a"], [4])
+    tables.step(["a"], [1])
     assert tables.add("b", [1, 2, 3, 4, 9]) == 4
 
 
@@ -398,7 +413,8 @@ def test_tokens_of_any_kind(tokens):
 def test_what_the_cache_still_has_is_not_swapped_in():
     tables = tables_of(host_blocks=4)
     tables.add("a", range(6))
-    tables.step(["a"], [6])
+    tables.step(["a"], [5])
+    tables.step(["a"], [1])
     assert tables.swap_out("a") == [(0, 0), (1, 1)]
     assert tables.is_swapped_out("a") and tables.pool.num_free == 8
     assert tables.blocks("a") == [0, 1] and tables.length("a") == 6
@@ -409,7 +425,8 @@ def test_what_the_cache_still_has_is_not_swapped_in():
 def test_what_was_swapped_in_is_found_again():
     tables = tables_of(num_blocks=2, host_blocks=2)
     tables.add("a", range(6))
-    tables.step(["a"], [6])
+    tables.step(["a"], [5])
+    tables.step(["a"], [1])
     tables.swap_out("a")
     tables.add("b")
     tables.step(["b"], [8])
@@ -422,7 +439,8 @@ def test_blocks_that_are_shared_again_are_no_longer_free():
     """Of three, the full one is still there, and one is free besides; but nobody may have both."""
     tables = tables_of(num_blocks=3, host_blocks=2)
     tables.add("a", range(6))
-    tables.step(["a"], [6])
+    tables.step(["a"], [5])
+    tables.step(["a"], [1])
     tables.swap_out("a")
     tables.add("b")
     tables.step(["b"], [8])

@@ -221,8 +221,12 @@ class BlockTables:
 
     def append(self, sequence: Hashable, tokens: SupportsIndex | Sequence[SupportsIndex]) -> None:
         """Tell the next tokens of a sequence, such as the one that was sampled, before the step
-        that writes their keys and values: blocks that become full of known tokens are found by
-        `add`. No room is made for them: that is `step`'s."""
+        that writes their keys and values. No room is made for them: that is `step`'s.
+
+        Full blocks of known tokens are found by `add` when their sequence goes on, by this or by
+        another step: only then is it sure that a step's work was done. So tell the last token of a
+        sequence, too, before it is freed.
+        """
         found = self._found("append", sequence)
         known = (tokens,) if type(tokens) is int else _numbers("append", tokens)
         if len(found.tokens) < found.length:
@@ -230,6 +234,8 @@ class BlockTables:
             expected = "them before the step that writes their keys and values"
             got = f"some behind token {len(found.tokens)}, of which {found.length} are written"
             raise ArgumentError(errors.wrong("order", name, expected, got))
+        if found.row != NO_ROW:
+            self._hold(found)
         try:
             found.tokens.extend(known)
         except OverflowError:
@@ -250,8 +256,8 @@ class BlockTables:
         self._sequences[child] = made
 
     def free(self, sequence: Hashable) -> None:
-        """End a sequence. Blocks that nobody else shares are free; full ones whose tokens are known
-        can be found until they are taken."""
+        """End a sequence. Blocks that nobody else shares are free; those that `add` can find are
+        found until they are taken."""
         found = self._found("free", sequence)
         del self._sequences[sequence]
         if found.row == NO_ROW:
@@ -431,6 +437,7 @@ class BlockTables:
         for found, count in zip(all_found, counts):
             if not count:
                 continue
+            self._hold(found)
             blocks, length = found.blocks, found.length
             if length % block_size:
                 last = blocks[-1]
@@ -448,8 +455,6 @@ class BlockTables:
                 taken, at = pool.take(missing), len(blocks)
                 table[found.row, at : at + missing] = taken
                 blocks += taken
-            if length - block_size * len(found.contents) >= block_size:
-                self._hold(found)
         return copies
 
     # --- to the host and back
@@ -516,14 +521,14 @@ class BlockTables:
         self._table[found.row, : len(blocks)] = blocks
         for block, content in zip(blocks, found.contents):
             pool.hold(block, content)
-        self._hold(found)
         return pairs
 
     # --- what blocks hold
 
     def _hold(self, found):
-        """Say what blocks hold that are full of known tokens."""
-        if not self._reuse:
+        """Say what blocks hold that are full of known tokens. This is done when a sequence goes on:
+        then the work of its last step was not given up."""
+        if not self._reuse or found.length < self.block_size * (len(found.contents) + 1):
             return
         full = min(found.length, len(found.tokens)) // self.block_size
         for index in range(len(found.contents), full):
