@@ -16,8 +16,9 @@ express is otherwise:
 * A scale is a tensor or None, which means 1.0: numbers would have to be part of the graph.
 * `slot_mapping`, `slot_mapping_groups`, `alibi_bias` and `paged_attention` return a new tensor.
   With ``out``, which follows the arguments that are needed, they write it and return nothing.
-* `pack_blocks`, `unpack_blocks`, `pack_tokens`, `unpack_tokens` and `zero_blocks` take ``caches``
-  as one list; with ``with_values=True`` it holds each layer's key cache and value cache in turn.
+* `pack_blocks`, `unpack_blocks`, `pack_tokens`, `unpack_tokens`, `zero_blocks` and `copy_tokens`
+  take ``caches`` as one list; with ``with_values=True`` it holds each layer's key cache and value
+  cache in turn.
 * `swap_blocks` takes two tensors, with ``block_size_in_bytes`` before the mapping or without it,
   or two lists of tensors.
 * `concat_and_cache_mla_grouped` takes the caches as tensors, not their addresses: torch must know
@@ -111,6 +112,8 @@ SCHEMAS = (
     'copy_blocks(Tensor(a!)[] key_caches, Tensor(b!)[] value_caches, Tensor block_mapping) -> ()',
 
     'copy_blocks_mla(Tensor(a!)[] kv_caches, Tensor block_mapping) -> ()',
+
+    'copy_tokens(Tensor(a!)[] caches, Tensor pairs, *, bool with_values=False) -> ()',
 
     'swap_blocks(Tensor src, Tensor(a!) dst, Tensor block_mapping) -> ()',
 
