@@ -12,8 +12,8 @@ Writing new tokens
 Rotating queries and keys, and writing what was rotated
     `rotary_and_cache`, `rotary_embedding`, `concat_and_cache_mla_rope_fused`
 Copying, moving and clearing blocks and tokens
-    `copy_blocks`, `copy_blocks_mla`, `swap_blocks`, `swap_blocks_batch`, `pack_blocks`,
-    `unpack_blocks`, `pack_tokens`, `unpack_tokens`, `packed_size`, `zero_blocks`
+    `copy_blocks`, `copy_blocks_mla`, `copy_tokens`, `swap_blocks`, `swap_blocks_batch`,
+    `pack_blocks`, `unpack_blocks`, `pack_tokens`, `unpack_tokens`, `packed_size`, `zero_blocks`
 Reading and converting
     `gather_cache`, `cp_gather_cache`, `gather_and_maybe_dequant_cache`,
     `cp_gather_and_upconvert_fp8_kv_cache`, `cp_gather_indexer_k_quant_cache`, `convert_fp8`
@@ -77,6 +77,7 @@ from .ops.concat_and_cache_mla_grouped import concat_and_cache_mla_grouped
 from .ops.concat_and_cache_mla_rope_fused import concat_and_cache_mla_rope_fused
 from .ops.convert_fp8 import convert_fp8
 from .ops.copy_blocks import copy_blocks, copy_blocks_mla
+from .ops.copy_tokens import copy_tokens
 from .ops.cp_gather_and_upconvert_fp8_kv_cache import cp_gather_and_upconvert_fp8_kv_cache
 from .ops.cp_gather_cache import cp_gather_cache
 from .ops.cp_gather_indexer_k_quant_cache import cp_gather_indexer_k_quant_cache
@@ -128,6 +129,7 @@ __all__ = [
     "convert_fp8",
     "copy_blocks",
     "copy_blocks_mla",
+    "copy_tokens",
     "cp_gather_and_upconvert_fp8_kv_cache",
     "cp_gather_cache",
     "cp_gather_indexer_k_quant_cache",

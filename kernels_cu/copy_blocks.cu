@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 // SPDX-License-Identifier: Apache-2.0
 // Copies whole blocks, for every layer and every (source, destination) pair, in one launch: inside
-// one cache (copy_blocks) or between two (swap_blocks, where one side may be mapped host memory).
+// one cache (copy_blocks) or between two (swap_blocks, where one side may be mapped host memory); or
+// the tokens of single slots inside one cache (copy_tokens).
 //
 // blockIdx.y is the layer. blockIdx.x walks over (pair, chunk); a chunk is the part of a block that
 // one thread block moves at a time. Keys and values are moved by the same loop: twice the loads in
@@ -30,6 +31,7 @@ struct Params {
   i64 from_blocks;
   i64 to_blocks;
   Tensor tensors[2];
+  i64 slot_strides[2];  // of slots: from one to the next in a block, of each tensor
   u32 chunks;  // of one block
   u32 unused;
   // For each layer and tensor the source's and, unless kInPlace, the destination's address; then,
@@ -39,9 +41,21 @@ struct Params {
 
 constexpr u32 kBlockMapping = 1;
 
+// From a tensor's address to a block or, where kBlockSize is not 0, to a slot.
+template <int kBlockSize>
+__device__ __forceinline__ i64 start_of(i64 number, i64 block_stride, i64 slot_stride) {
+  if constexpr (kBlockSize == 0) {
+    return number * block_stride;
+  } else {
+    const Place<kBlockSize> place(number);
+    return place.block * block_stride + place.offset * slot_stride;
+  }
+}
+
 // kFirstRun and kSecondRun belong to tensors 0 and 1. kItems vectors of each tensor per thread.
+// kBlockSize 0: pairs are of blocks; else they are of slots, of which negative ones are padding.
 template <int kTensors, bool kInPlace, int kVec, int kFirstRun, int kSecondRun, bool kNested,
-          int kItems, typename Index, int kMaxThreads>
+          int kItems, int kBlockSize, typename Index, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) copy_blocks(const __grid_constant__ Params p) {
   constexpr u32 kPointers = kTensors * (kInPlace ? 1 : 2);
   const u64* pointers = p.table + blockIdx.y * kPointers;
@@ -59,6 +73,7 @@ __global__ void __launch_bounds__(kMaxThreads) copy_blocks(const __grid_constant
       const char* at = p.mapping + 2 * static_cast<i64>(pair) * static_cast<i64>(sizeof(Index));
       from = load_number<Index>(at);
       to = load_number<Index>(at + sizeof(Index));
+      if (kBlockSize > 0 && (from < 0 || to < 0)) continue;
       if (!in_bounds(from, p.from_blocks, kBlockMapping, pair)) continue;
       if (!in_bounds(to, p.to_blocks, kBlockMapping, pair)) continue;
     }
@@ -69,7 +84,8 @@ __global__ void __launch_bounds__(kMaxThreads) copy_blocks(const __grid_constant
     for (int t = 0; t < kTensors; ++t) {
       const Tensor& tensor = p.tensors[t];
       const char* source =
-          reinterpret_cast<const char*>(pointers[t]) + from * tensor.from.block;
+          reinterpret_cast<const char*>(pointers[t]) +
+          start_of<kBlockSize>(from, tensor.from.block, p.slot_strides[t]);
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         const u32 index = start + i * blockDim.x;
@@ -85,7 +101,8 @@ __global__ void __launch_bounds__(kMaxThreads) copy_blocks(const __grid_constant
     for (int t = 0; t < kTensors; ++t) {
       const Tensor& tensor = p.tensors[t];
       char* destination =
-          reinterpret_cast<char*>(pointers[kInPlace ? t : kTensors + t]) + to * tensor.to.block;
+          reinterpret_cast<char*>(pointers[kInPlace ? t : kTensors + t]) +
+          start_of<kBlockSize>(to, tensor.to.block, p.slot_strides[t]);
 #pragma unroll
       for (int i = 0; i < kItems; ++i) {
         const u32 index = start + i * blockDim.x;

@@ -147,6 +147,17 @@ def _copy_mla(rng):
     )
 
 
+def _copy_tokens(rng):
+    specs = [worlds.array(rng, (6, 16, 2, 64), "bfloat16") for _ in range(4)]
+    pairs = [(3, 70), (90, 4), (3, 5), (-1, 2)]
+    return Case(
+        specs,
+        specs,
+        lambda *caches: cc.copy_tokens(_layers(caches), pairs),
+        lambda *caches: oracle.copy_tokens(caches, pairs),
+    )
+
+
 def _swap_out(rng):
     source, destination = (worlds.array(rng, (n, 16, 72), "bfloat16") for n in (6, 8))
     return Case(
@@ -607,6 +618,7 @@ CASES = {
     "copy_blocks": _copy,
     "copy_blocks-device": _copy_by_device_mapping,
     "copy_blocks_mla": _copy_mla,
+    "copy_tokens": _copy_tokens,
     "swap_blocks-out": _swap_out,
     "swap_blocks-in": _swap_in,
     "swap_blocks_batch": _ranges,

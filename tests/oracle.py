@@ -143,6 +143,24 @@ def copy_blocks(caches, pairs):
                 cache[destination] = before[source]
 
 
+def copy_tokens(caches, pairs):
+    """Likewise, of slots. Returns the faults to expect: (row, value, limit)."""
+    faults = []
+    for cache in caches:
+        before = cache.copy()
+        slots, block_size = cache.shape[0] * cache.shape[1], cache.shape[1]
+        for row, (source, destination) in enumerate(pairs):
+            if source < 0 or destination < 0:
+                continue
+            bad = [slot for slot in (source, destination) if slot >= slots]
+            if bad:
+                faults.append((row, bad[0], slots))
+                continue
+            of, to = divmod(source, block_size), divmod(destination, block_size)
+            cache[to] = before[of]
+    return faults
+
+
 def swap_blocks(source, destination, pairs):
     before = source.copy()
     for first, second in pairs:

@@ -57,6 +57,9 @@ def as_tensor(value):
     return bits.view(getattr(torch, value.dtype.name))
 
 
+CHOSEN = ("block_mapping", "pairs", "block_ids", "slot_mapping")
+
+
 def translate(name, signature, args, options):
     """A public function's call as an operation's: (the name with its overload, args, options)."""
     given = dict(signature.bind(*args, **options).arguments)
@@ -65,7 +68,7 @@ def translate(name, signature, args, options):
     for argument, value in list(given.items()):
         if isinstance(value, np.ndarray):
             given[argument] = as_tensor(value)
-        elif argument in ("block_mapping", "block_ids", "slot_mapping") and type(value) is list:
+        elif argument in CHOSEN and type(value) is list:
             given[argument] = torch.tensor(value)
         elif argument == "scale" and "output" in given and isinstance(value, float):
             device = given["output"].device
@@ -219,7 +222,7 @@ SPOILED = {
 }
 
 
-NUMBERS = "Invalid value of (block_mapping|block_ids|slot_mapping)"
+NUMBERS = f"Invalid value of ({'|'.join(CHOSEN)})"
 
 
 def spoiled(args, options):

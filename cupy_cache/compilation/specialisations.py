@@ -23,6 +23,7 @@ from ..ops.concat_and_cache_mla_grouped import concat_and_cache_mla_grouped
 from ..ops.concat_and_cache_mla_rope_fused import concat_and_cache_mla_rope_fused
 from ..ops.convert_fp8 import convert_fp8
 from ..ops.copy_blocks import copy_blocks, copy_blocks_mla
+from ..ops.copy_tokens import copy_tokens
 from ..ops.cp_gather_and_upconvert_fp8_kv_cache import cp_gather_and_upconvert_fp8_kv_cache
 from ..ops.cp_gather_cache import cp_gather_cache
 from ..ops.cp_gather_indexer_k_quant_cache import cp_gather_indexer_k_quant_cache
@@ -577,6 +578,12 @@ def _mla_copies(model):
             yield copy_blocks_mla, [cache], mapping
 
 
+def _token_copies(model):
+    for caches in model.layers(by_slot=True):
+        for pairs in _mappings(model):
+            yield copy_tokens, [caches], pairs
+
+
 def _swaps(model):
     """To host memory and back, and within the GPU, it is the same kernel. The other side has no
     gaps, and its dimensions in the cache's order or as they are written."""
@@ -621,6 +628,7 @@ OPERATIONS = {
     "convert_fp8": _converts,
     "copy_blocks": _copies,
     "copy_blocks_mla": _mla_copies,
+    "copy_tokens": _token_copies,
     "cp_gather_and_upconvert_fp8_kv_cache": _upconvert,
     "cp_gather_cache": _cp_gather,
     "cp_gather_indexer_k_quant_cache": _indexer_gather,

@@ -17,8 +17,9 @@ express is otherwise:
 * `slot_mapping`, `slot_mapping_groups`, `alibi_bias`, `paged_attention` and `paged_attention_mla`
   return a new tensor. With ``out``, which follows the arguments that are needed, they write it and
   return nothing.
-* `pack_blocks`, `unpack_blocks`, `pack_tokens`, `unpack_tokens` and `zero_blocks` take ``caches``
-  as one list; with ``with_values=True`` it holds each layer's key cache and value cache in turn.
+* `pack_blocks`, `unpack_blocks`, `pack_tokens`, `unpack_tokens`, `zero_blocks` and `copy_tokens`
+  take ``caches`` as one list; with ``with_values=True`` it holds each layer's key cache and value
+  cache in turn.
 * `swap_blocks` takes two tensors, with ``block_size_in_bytes`` before the mapping or without it,
   or two lists of tensors.
 * `concat_and_cache_mla_grouped` takes the caches as tensors, not their addresses: torch must know
@@ -104,6 +105,8 @@ SCHEMAS = (
     'Tensor slot_mapping, SymInt? block_size=None, SymInt? block_stride=None, '
     'SymInt? entry_stride=None, Tensor? kv_scales=None, str kv_cache_dtype="auto", *, '
     'SymInt? num_blocks=None) -> ()',
+
+    'copy_tokens(Tensor(a!)[] caches, Tensor pairs, *, bool with_values=False) -> ()',
 
     'swap_blocks(Tensor src, Tensor(a!) dst, Tensor block_mapping) -> ()',
 

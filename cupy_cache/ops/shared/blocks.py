@@ -40,7 +40,7 @@ def _tensor_fields(index):
 PARAMS = params.Struct(
     per_call="pairs:i64 mapping:ptr",
     constant=f"from_blocks:i64 to_blocks:i64 {_tensor_fields(0)} {_tensor_fields(1)} "
-    "chunks:u32 unused:u32",
+    "slot_strides:i64[2] chunks:u32 unused:u32",
     tail=f"table:u64[{TABLE_WORDS}]",
 )
 
@@ -206,16 +206,24 @@ class CopyPlan:
     max_blocks : int or None
         At most this many thread blocks (for copies that the bus limits, so that the other
         multiprocessors stay free).
+    argument : str
+        What the operation calls the pairs.
+    block_size : int
+        0; or pairs are of slots, as many as there are ``source_blocks``, in blocks of so many, and
+        a Geometry is of a slot, but for the stride from block to block.
+    slot_strides : tuple
+        From slot to slot in a block of each tensor.
     """
 
     def __init__(
         self, op, tensors, in_place, source_blocks, destination_blocks, mapping_dtype, device,
-        max_blocks=None,
+        max_blocks=None, argument="block_mapping", block_size=0, slot_strides=(0,),
     ):  # fmt: skip
         geometries = [g for g, _ in tensors]
         vector = contract.vector_bytes(
             *(a for _, a in tensors),
             *(n for g in geometries for n in (g.run, *g.source, *g.destination)),
+            *slot_strides,
         )
         runs = [0 if g.contiguous else g.run // vector for g in geometries]
         nested = any(g.outer > 1 for g in geometries)
@@ -225,7 +233,7 @@ class CopyPlan:
                 f"{op}: Invalid size of blocks: expected at most {_MAX_WORKS * vector} bytes at "
                 f"this alignment, got {max(g.bytes for g in geometries)}"
             )
-        self.op, self.count, self.in_place = op, len(tensors), in_place
+        self.op, self.count, self.in_place, self.argument = op, len(tensors), in_place, argument
         self.max_blocks = max_blocks
         self._most_blocks = max(source_blocks, destination_blocks)
         self._index_bytes = 0 if mapping_dtype is None else mapping_dtype.bytes
@@ -234,6 +242,7 @@ class CopyPlan:
         constants = [source_blocks, destination_blocks]
         for g, n in (list(zip(geometries, vectors)) * 2)[:2]:
             constants += [*g.source, *g.destination, n, g.middle]
+        constants += (*slot_strides, *slot_strides)[:2]
 
         def variant(items):
             threads = launch.block_threads(launch.ceil_div(max(vectors), items), 1, MAX_THREADS)
@@ -242,9 +251,10 @@ class CopyPlan:
                 op,
                 "copy_blocks",
                 f"copy_blocks<{len(tensors)}, {spelling.boolean(in_place)}, {vector}, {runs[0]}, "
-                f"{second}, {spelling.boolean(nested)}, {items}, {index}, {MAX_THREADS}>",
+                f"{second}, {spelling.boolean(nested)}, {items}, {block_size}, {index}, "
+                f"{MAX_THREADS}>",
                 PARAMS,
-                guarded=() if mapping_dtype is None else ("block_mapping",),
+                guarded=() if mapping_dtype is None else (argument,),
             )
             return _Variant(
                 threads, chunks, launch.Launcher(kernel, device, (*constants, chunks, 0))
@@ -271,7 +281,7 @@ class CopyPlan:
             return
         if self._most_blocks > 2**32 <= pairs.max(initial=0):
             raise ShapeError(
-                f"{self.op}: Invalid value of block_mapping: expected numbers below {2**32} in "
+                f"{self.op}: Invalid value of {self.argument}: expected numbers below {2**32} in "
                 f"host memory, got {pairs.max()}"
             )
         packed = pairs.T.astype("<u4").tobytes()  # source, destination, 32 bits each

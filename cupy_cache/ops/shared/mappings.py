@@ -8,6 +8,7 @@ them.
 """
 
 import itertools
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,7 +44,19 @@ def may_have_runs(pairs, least):
     return bool(ends.any())
 
 
-def check(op, pairs, source_blocks, destination_blocks, disjoint=False):
+class Words(NamedTuple):
+    """What an operation calls the pairs and what they are of, and what to do where one is source
+    and destination."""
+
+    argument: str
+    item: str
+    way_out: str
+
+
+BLOCKS = Words("block_mapping", "block", "copy in two calls")
+
+
+def check(op, pairs, source_blocks, destination_blocks, disjoint=False, words=BLOCKS):
     """Refuse numbers out of range and a destination named twice; if ``disjoint``, also a block that
     is both source and destination."""
     if pairs.shape[1] <= FEW:
@@ -68,12 +81,12 @@ def check(op, pairs, source_blocks, destination_blocks, disjoint=False):
             and not np.count_nonzero(ordered[1:] == ordered[:-1])
         )
     if not good:
-        _refuse(op, *pairs.tolist(), source_blocks, destination_blocks)
+        _refuse(op, *pairs.tolist(), source_blocks, destination_blocks, words)
     if disjoint:
-        check_disjoint(op, pairs, max(source_blocks, destination_blocks))
+        check_disjoint(op, pairs, max(source_blocks, destination_blocks), words)
 
 
-def _refuse(op, sources, destinations, source_blocks, destination_blocks):
+def _refuse(op, sources, destinations, source_blocks, destination_blocks, words):
     for side, numbers, limit in (
         ("source", sources, source_blocks),
         ("destination", destinations, destination_blocks),
@@ -81,18 +94,18 @@ def _refuse(op, sources, destinations, source_blocks, destination_blocks):
         for row, number in enumerate(numbers):
             if not 0 <= number < limit:
                 raise ArgumentError(
-                    f"{op}: Invalid value of block_mapping: expected {side} blocks in "
+                    f"{op}: Invalid value of {words.argument}: expected {side} {words.item}s in "
                     f"0..{limit - 1}, got {number} in row {row}"
                 )
     seen = set()
     repeated = next(b for b in destinations if b in seen or seen.add(b))
     raise ArgumentError(
-        f"{op}: Invalid value of block_mapping: expected distinct destinations, got block "
-        f"{repeated} twice"
+        f"{op}: Invalid value of {words.argument}: expected distinct destinations, got "
+        f"{words.item} {repeated} twice"
     )
 
 
-def check_disjoint(op, pairs, num_blocks):
+def check_disjoint(op, pairs, num_blocks, words=BLOCKS):
     """Refuse a block that is both source and destination: pairs are copied all at once. They have
     been checked to be below ``num_blocks``."""
     if pairs.shape[1] <= FEW:
@@ -103,8 +116,8 @@ def check_disjoint(op, pairs, num_blocks):
     if not good:
         both = np.intersect1d(*pairs)
         raise ArgumentError(
-            f"{op}: Invalid value of block_mapping: expected blocks to be either source or "
-            f"destination, got block {both[0]} as both; copy in two calls"
+            f"{op}: Invalid value of {words.argument}: expected {words.item}s to be either source "
+            f"or destination, got {words.item} {both[0]} as both; {words.way_out}"
         )
 
 

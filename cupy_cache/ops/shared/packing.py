@@ -111,13 +111,13 @@ class Operation:
 
     def __call__(self, caches, chosen, stream, *buffer, layout=None):
         """Check everything, then do it; ``layout`` is that of ``buffer``, where there is one."""
-        tensors = _tensor_lists(self.name, caches)
+        tensors = tensor_lists(self.name, caches)
         objects = (*tensors, chosen, *buffer)
         self._ops[len(tensors)](objects, (layout,) if buffer else (), stream)
 
     def item_bytes(self, caches):
         """The bytes of one item in all layers together."""
-        tensors = _tensor_lists(self.name, caches)
+        tensors = tensor_lists(self.name, caches)
         if not caches:
             return 0
         op = self._ops[len(tensors)]
@@ -128,7 +128,7 @@ class Operation:
 # --- the caches -----------------------------------------------------------------------------------
 
 
-def _tensor_lists(op, caches):
+def tensor_lists(op, caches):
     """``caches``, a list with one array or one tuple of arrays for each layer, as a list with all
     layers' arrays for each tensor of a layer."""
     lists.require_list(op, "caches", caches)

@@ -1,0 +1,146 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Copying tokens from slot to slot inside paged caches, all layers and pairs in one launch."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from .. import cpu
+from ..errors import ShapeError
+from ..runtime import arrays, contract, dispatch
+from ..types import LayersOrPairs, Pairs, StreamLike
+from .shared import blocks, mappings, packing
+
+NAME = "copy_tokens"
+WORDS = mappings.Words("pairs", "slot", "pack_tokens and unpack_tokens go through a buffer")
+
+
+def copy_tokens(caches: LayersOrPairs, pairs: Pairs, *, stream: StreamLike | None = None) -> None:
+    """Copy tokens from slot to slot within every layer's caches: what compaction moves, or what
+    speculation accepted.
+
+    For each layer and each pair ``(source, destination)`` the token in slot ``source`` is copied
+    over that in slot ``destination``. All pairs are copied at once. Pointers and pairs in host
+    memory travel inside the kernel's parameters: nothing is uploaded, nothing waits, and the call
+    can be captured in a CUDA graph. What does not fit one launch's parameters takes several.
+
+    Parameters
+    ----------
+    caches : list of arrays [num_blocks, block_size, ...], or list of (key_cache, value_cache)
+        One entry for each layer, all alike in shape, strides, dtype (any) and device; keys and
+        values may differ from each other. At most 4 dimensions; permuted views will do. Caches that
+        are x-packed, or an indexer's, keep a token in several places, and cannot be given.
+    pairs : sequence of (source, destination), or int32 or int64 array [num_pairs, 2]
+        A token's slot is ``block * block_size + offset``. A pair with a negative slot is padding
+        and skipped. In host memory pairs are checked before anything is written: slots in range, no
+        destination twice, no slot both source and destination. On the device they are used where
+        they are: pairs out of range are skipped and recorded (see `raise_faults`), and repeated
+        destinations or chains give undefined contents of the slots concerned. Chains, such as those
+        of tokens that move up by less than their number, go through a buffer: `pack_tokens`, then
+        `unpack_tokens`.
+    stream : optional
+        Where to enqueue; by default the current stream of the framework that owns the caches.
+
+    Raises
+    ------
+    CupyCacheError
+        One of its kinds, before anything is written.
+    """
+    tensors = packing.tensor_lists(NAME, caches)
+    _OPS[len(tensors)]((*tensors, pairs), (), stream)
+
+
+class _Plan:
+    """How tokens are copied within caches of one signature."""
+
+    def __init__(self, op, described):
+        *tensors, pairs = described
+        check = contract.Contract(op.name)
+        named = [(arg.item(0), array) for arg, array in zip(op.args, tensors)]
+        for name, array in named:
+            check.shape(name, array, "num_blocks block_size ...")
+            if len(array.shape) > packing.MAX_TOKEN_DIMS:
+                raise ShapeError(
+                    f"{op.name}: Invalid shape of {name}: expected [num_blocks, block_size, ...] "
+                    f"of at most {packing.MAX_TOKEN_DIMS} dimensions, got {list(array.shape)}"
+                )
+            check.device(name, array)
+            check.writable(name, array)
+        if pairs is not None:
+            check.device("pairs", pairs)
+        self._tensors, self._block_size = tensors, check.sizes["block_size"]
+        self._slots = check.sizes["num_blocks"] * self._block_size
+        self._copy = None
+        if tensors[0].device.kind == "cuda":
+            self._copy = self._on_gpu(op.name, named, pairs)
+
+    def _on_gpu(self, op, named, pairs):
+        # Slots at one stride throughout are blocks of one slot.
+        dense = all(a.strides[0] == self._block_size * a.strides[1] for _, a in named)
+        geometries = []
+        for name, array in named:
+            block = array.strides[1] if dense else array.strides[0]
+            shape, strides = (array.shape[0], *array.shape[2:]), (block, *array.strides[2:])
+            token = array._replace(shape=shape, strides=strides)
+            geometries.append((blocks.geometry(op, name, token, token), array.ptr))
+        return blocks.CopyPlan(
+            op, geometries, True, self._slots, self._slots, pairs and pairs.dtype,
+            named[0][1].device.index, argument="pairs",
+            block_size=1 if dense else max(self._block_size, 1),
+            slot_strides=[0 if dense else array.strides[1] for _, array in named],
+        )  # fmt: skip
+
+    def tables(self, values):
+        """The addresses as the kernel wants them."""
+        *layers, _ = values
+        if self._copy is None:
+            return layers
+        addresses = blocks.interleaved(layers)
+        return self._copy.tables(addresses, addresses)
+
+    def run(self, call):
+        """Check the pairs that are in host memory, and copy."""
+        pairs = call.values[-1]
+        if not isinstance(pairs, np.ndarray):
+            self._copy.enqueue_mapping(call.stream, call.tables, pairs, call.rows)
+            return
+        kept = pairs
+        if pairs.min(initial=0) < 0:
+            for side in pairs:  # tells the row that the caller knows
+                packing.check_range(NAME, "pairs", side, self._slots, padding=True, distinct=False)
+            kept = pairs[:, (pairs >= 0).all(axis=0)]
+        mappings.check(NAME, kept, self._slots, self._slots, disjoint=True, words=WORDS)
+        if self._copy is not None:
+            self._copy.enqueue_pairs(call.stream, call.tables, kept)
+            return
+        sources, destinations = (np.divmod(slots, self._block_size) for slots in kept)
+        for array, addresses in zip(self._tensors, call.tables):
+            for address in addresses:
+                view = arrays.as_numpy(address, array.shape, array.strides, array.dtype.bits)
+                cpu.copy_blocks(view, view, (sources, destinations))
+
+
+def _plan(op, described, options):
+    del options
+    return _Plan(op, described)
+
+
+def _count(extents, options, scalars):
+    del options, scalars
+    (pairs,) = extents
+    return pairs, ()
+
+
+_OPS = {
+    len(suffixes): dispatch.Op(
+        NAME,
+        args=(
+            *(dispatch.Arg("caches", layers=True, suffix=s, written=True) for s in suffixes),
+            dispatch.Arg("pairs", varies=dispatch.ROWS, chosen=True, pairs=True),
+        ),
+        plan=_plan,
+        count=_count,
+    )
+    for suffixes in (("",), ("[0]", "[1]"))
+}
