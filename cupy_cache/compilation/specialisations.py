@@ -344,7 +344,7 @@ def _rotary(model):
 
 
 def _mla_rotary(model):
-    if model.kv_cache_dtype == FP8_DS_MLA:
+    if model.kv_cache_dtype == formats.FP8_DS_MLA:
         return
     kv_c, k_pe = model.entries()
     q_pe = described((ROWS, model.query_heads, k_pe.shape[1]), model.dtype)
