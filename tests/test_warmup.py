@@ -422,10 +422,14 @@ def test_progress(gpu, monkeypatch):
     assert not quiet.getvalue()
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "change, error, words",
     [
         ({"num_kv_heads": 0}, cc.ArgumentError, ("num_kv_heads", "positive")),
+        ({"num_kv_heads": True}, cc.ArgumentError, ("num_kv_heads", "True")),
+        ({"num_heads": "8"}, cc.ArgumentError, ("num_heads", "'8'")),
+        ({"head_size_v": [64]}, cc.ArgumentError, ("head_size_v", "[64]")),
         ({"head_size": 64.0}, cc.ArgumentError, ("head_size", "64.0")),
         ({"block_size": -1}, cc.ArgumentError, ("block_size", "-1")),
         ({"head_size_v": 0}, cc.ArgumentError, ("head_size_v",)),

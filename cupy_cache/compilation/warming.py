@@ -94,13 +94,16 @@ def warmup(
     NVRTC compiles in parallel in the threads of one process (CUDA 13.5: 20 kernels in 1.31 s by one
     thread, in 0.75 s by two on two cores), so there is a thread for each core, 16 at most.
     """
-    check = contract.Contract("warmup")
-    for name, value in (
-        ("num_kv_heads", num_kv_heads), ("head_size", head_size), ("block_size", block_size),
-        ("head_size_v", head_size if head_size_v is None else head_size_v),
-        ("num_heads", num_kv_heads if num_heads is None else num_heads),
-    ):  # fmt: skip
-        check.positive(name, value)
+    num_kv_heads, head_size, block_size = (
+        contract.integer("warmup", name, value, 1)
+        for name, value in (
+            ("num_kv_heads", num_kv_heads), ("head_size", head_size), ("block_size", block_size),
+        )
+    )  # fmt: skip
+    if head_size_v is not None:
+        head_size_v = contract.integer("warmup", "head_size_v", head_size_v, 1)
+    if num_heads is not None:
+        num_heads = contract.integer("warmup", "num_heads", num_heads, 1)
     place = driver.device_named(device, "warmup: device")
     if place.kind == "cpu":
         raise DeviceError(

@@ -38,8 +38,10 @@ from . import ptx
 HERE = Path(__file__).resolve().parent
 COMPILE = (
     # -Og: kernels of attention compile in two thirds of the time of -O1, and run as fast; those of
-    # -O0 compile in half the time, and run half as fast again.
-    *("g++", "-std=c++17", "-Og", "-g1", "-w", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
+    # -O0 compile in half the time, and take half as long again. In DWARF 5 addr2line takes the file
+    # of some lines for the temporary one.
+    *("g++", "-std=c++17", "-Og", "-g1", "-gdwarf-4", "-w"),
+    *("-fPIC", "-fvisibility=hidden", "-ffp-contract=off"),
     # What is called before each access, ThreadSanitizer's functions, is in runner.cpp.
     *("-fsanitize=thread,undefined", "-fno-sanitize-recover=all"),
     *("--param", "tsan-instrument-func-entry-exit=0"),
