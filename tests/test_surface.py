@@ -41,8 +41,10 @@ def test_random_calls(part, request, seed):
             shown = f"CUPYCACHE_TEST_SEED={seed}, call {number} (part {part}): {call!r}\n{error}"
             raise AssertionError(shown) from error
     dispatch.forget_everything()
-    if sum(made.values()) >= 1000:  # else the test would hold of nothing
-        assert min(taken[name] / made[name] for name in made) > 0.15, taken
+    # Else the test would hold of nothing. Of few calls all may be refused by chance.
+    if sum(made.values()) >= 1000:
+        assert sum(taken.values()) > sum(made.values()) // 2, taken
+    assert all(taken[name] > made[name] // 10 for name in made if made[name] >= 100), taken
 
 
 @pytest.mark.whole
