@@ -469,6 +469,32 @@ def test_locks_are_free_in_a_forked_child():
     assert done.stdout.strip() == "0"
 
 
+FORK_WITH_A_FAULT = """
+import os
+from cupy_cache.runtime import faults
+
+faults.record("op", "slots", 0, 9, 8)
+child = os.fork()
+told = []
+try:
+    faults.raise_faults()
+except faults.FaultError as error:
+    told = error.faults
+if not child:
+    os._exit(len(told))
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(told))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_forked_child_does_not_tell_its_parents_faults():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK_WITH_A_FAULT],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "0 1\n"
+
+
 FORK_WITH_KERNELS = """
 import os, signal
 import numpy as np

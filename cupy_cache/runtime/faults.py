@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import os
+
 from ..errors import Fault, FaultError
 from ..types import DeviceLike
 from . import driver, env, locks
@@ -14,6 +16,8 @@ debug = env.flag(env.DEBUG)
 
 _on_host: dict[str, Fault] = {}  # by the operation
 _lock = locks.Lock()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_on_host.clear)  # the parent tells what it met
 
 
 def record(op, argument, row, value, limit):
