@@ -292,7 +292,7 @@ __device__ __forceinline__ char* scale_at(char* cache, const Place<kBlockSize>& 
 // written as Out, keys as Stored, and values as Values (a converter to kValueVec bytes) makes them.
 //
 // kPack elements of a key lie together, and kSlots slots of the value cache. kScattered: a value's
-// elements do not lie together. kLargest: what the largest magnitude of a row becomes, whose scale
+// elements do not lie together, and kValueVec is one. kLargest: what the largest magnitude of a row becomes, whose scale
 // is stored; 0 where scales are given. kToOut: queries are written to `out`, not in place. kKeys:
 // keys are written in place. kCached: keys and values are written to caches; kEntries: to one, which
 // has the value's elements and then the key's. kSteps: each step rounds to Element.
@@ -528,19 +528,9 @@ __global__ void __launch_bounds__(kMaxThreads) rotary(const __grid_constant__ Pa
 #pragma unroll
       for (int n = 0; n < kCount; ++n) {
         const u32 vector = lane + n * kValueLanes;
-        const Vec<kValueVec> converted = Values::convert(held[n], scale);
-        const bool stores = when && vector < kVectors;
-        if constexpr (kScattered) {
-          const Elements<kStored, kValueVec> elements(converted);
-#pragma unroll
-          for (int e = 0; e < kValueVec / kStored; ++e) {
-            store_vector<kStored>(
-                to + (vector * (kValueVec / kStored) + e) * p.value_element_stride,
-                elements.part[e], stores);
-          }
-        } else {
-          store_vector<kValueVec>(to + vector * kValueVec, converted, stores);
-        }
+        const i64 step = kScattered ? p.value_element_stride : kValueVec;
+        store_vector<kValueVec>(to + vector * step, Values::convert(held[n], scale),
+                                when && vector < kVectors);
       }
     }
     if (item == kRotatedItems) target.report(kSlotMapping, token);
