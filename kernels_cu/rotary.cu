@@ -281,7 +281,7 @@ struct ToStore<Element, Element> {
   using type = AsItIs;
 };
 
-// Where the slot of a token is in a cache whose slots have a place of their own for each head.
+// Where the scale of a token's head is.
 template <int kBlockSize>
 __device__ __forceinline__ char* scale_at(char* cache, const Place<kBlockSize>& place, u32 head,
                                           i64 block_stride, i64 offset_stride, i64 head_stride) {
@@ -292,10 +292,11 @@ __device__ __forceinline__ char* scale_at(char* cache, const Place<kBlockSize>& 
 // written as Out, keys as Stored, and values as Values (a converter to kValueVec bytes) makes them.
 //
 // kPack elements of a key lie together, and kSlots slots of the value cache. kScattered: a value's
-// elements do not lie together, and kValueVec is one. kLargest: what the largest magnitude of a row becomes, whose scale
-// is stored; 0 where scales are given. kToOut: queries are written to `out`, not in place. kKeys:
-// keys are written in place. kCached: keys and values are written to caches; kEntries: to one, which
-// has the value's elements and then the key's. kSteps: each step rounds to Element.
+// elements do not lie together, and kValueVec is one. kLargest: what the largest magnitude of a row
+// becomes, whose scale is stored; 0 where scales are given. kToOut: queries are written to `out`, not
+// in place. kKeys: keys are written in place. kCached: keys and values are written to caches;
+// kEntries: to one, which has the value's elements and then the key's. kSteps: each step rounds to
+// Element.
 template <typename Element, typename Table, typename Weight, typename Out, typename Stored,
           typename Values, int kVec, int kValueVec, int kLanes, int kValueLanes, int kHeads,
           int kKeyHeads, int kSize, int kValueSize, int kRotary, int kOffset, int kPack, int kSlots,
