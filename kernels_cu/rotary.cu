@@ -281,7 +281,7 @@ struct ToStore<Element, Element> {
   using type = AsItIs;
 };
 
-// Where the slot of a token is in a cache whose slots have a place of their own for each head.
+// Where the scale of a token's head is.
 template <int kBlockSize>
 __device__ __forceinline__ char* scale_at(char* cache, const Place<kBlockSize>& place, u32 head,
                                           i64 block_stride, i64 offset_stride, i64 head_stride) {
@@ -292,10 +292,11 @@ __device__ __forceinline__ char* scale_at(char* cache, const Place<kBlockSize>& 
 // written as Out, keys as Stored, and values as Values (a converter to kValueVec bytes) makes them.
 //
 // kPack elements of a key lie together, and kSlots slots of the value cache. kScattered: a value's
-// elements do not lie together. kLargest: what the largest magnitude of a row becomes, whose scale
-// is stored; 0 where scales are given. kToOut: queries are written to `out`, not in place. kKeys:
-// keys are written in place. kCached: keys and values are written to caches; kEntries: to one, which
-// has the value's elements and then the key's. kSteps: each step rounds to Element.
+// elements do not lie together, and kValueVec is one. kLargest: what the largest magnitude of a row
+// becomes, whose scale is stored; 0 where scales are given. kToOut: queries are written to `out`, not
+// in place. kKeys: keys are written in place. kCached: keys and values are written to caches;
+// kEntries: to one, which has the value's elements and then the key's. kSteps: each step rounds to
+// Element.
 template <typename Element, typename Table, typename Weight, typename Out, typename Stored,
           typename Values, int kVec, int kValueVec, int kLanes, int kValueLanes, int kHeads,
           int kKeyHeads, int kSize, int kValueSize, int kRotary, int kOffset, int kPack, int kSlots,
@@ -528,19 +529,9 @@ __global__ void __launch_bounds__(kMaxThreads) rotary(const __grid_constant__ Pa
 #pragma unroll
       for (int n = 0; n < kCount; ++n) {
         const u32 vector = lane + n * kValueLanes;
-        const Vec<kValueVec> converted = Values::convert(held[n], scale);
-        const bool stores = when && vector < kVectors;
-        if constexpr (kScattered) {
-          const Elements<kStored, kValueVec> elements(converted);
-#pragma unroll
-          for (int e = 0; e < kValueVec / kStored; ++e) {
-            store_vector<kStored>(
-                to + (vector * (kValueVec / kStored) + e) * p.value_element_stride,
-                elements.part[e], stores);
-          }
-        } else {
-          store_vector<kValueVec>(to + vector * kValueVec, converted, stores);
-        }
+        const i64 step = kScattered ? p.value_element_stride : kValueVec;
+        store_vector<kValueVec>(to + vector * step, Values::convert(held[n], scale),
+                                when && vector < kVectors);
       }
     }
     if (item == kRotatedItems) target.report(kSlotMapping, token);

@@ -344,6 +344,29 @@ def test_heads_in_one_dimension(world, rng, flat):
         np.testing.assert_array_equal(world.bytes_of(spec), shaped.bytes_of(spec))
 
 
+@pytest.mark.parametrize("kind", ["ordinary", "in steps", "x-packed"])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "int8"])
+def test_the_same_as_one_after_the_other(world, rng, kind, kv_cache_dtype):
+    """In steps it is, byte for byte, `rotary_embedding` and then the write; raw in either way."""
+    layout = "x-packed" if kind == "x-packed" else "NHD"
+    rounding = "once" if kind == "ordinary" and kv_cache_dtype == "auto" else "steps"
+    model = Model(kv_cache_dtype=kv_cache_dtype, layout=layout, rounding=rounding, packed=True)
+    step, named = model.case(rng)
+    call(world, model, step, named)
+    apart = worlds.NumPyWorld()
+    positions, query, key, value, table, *caches, slots = map(apart.put, step)
+    cc.rotary_embedding(positions, query, key, 64, table)
+    scales = [apart.put(s) if isinstance(s, worlds.Spec) else s
+              for s in map(named.get, ("k_scale", "v_scale"))]  # fmt: skip
+    write = cc.reshape_and_cache if kind == "x-packed" else cc.reshape_and_cache_flash
+    write(key, value, *caches, slots, kv_cache_dtype, *scales)
+    for spec in step[5:7]:
+        np.testing.assert_array_equal(world.bytes_of(spec), apart.bytes_of(spec))
+    found, expected = (w.bytes_of(step[1]) for w in (world, apart))
+    queries = [step[1].on(storage)[:5] for storage in (found, expected)]
+    np.testing.assert_array_equal(*(q.view(np.uint16) for q in queries))
+
+
 def test_special_numbers_go_through(world, rng):
     """Infinities, NaN, subnormals and zeros of either sign in queries, keys and tables are the same
     on every backend."""

@@ -4,12 +4,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from .. import cpu
-from ..runtime import arrays, contract, dispatch
+from ..runtime import contract, dispatch
 from ..types import Layers, Pairs, StreamLike
-from .shared import blocks, mappings
+from .shared import blocks, copying, mappings
 
 
 def copy_blocks(
@@ -66,66 +63,30 @@ def copy_blocks_mla(
     MLA_OP((kv_caches, block_mapping), (), stream)
 
 
-class _Plan:
-    """How blocks are copied within caches of one signature."""
-
-    def __init__(self, op, described):
-        *tensors, mapping = described
-        self._op = op.name
-        check = contract.Contract(op.name)
-        geometries = []
-        for arg, array in zip(op.args, tensors):
-            check.shape(arg.name, array, "num_blocks ...")
-            check.device(arg.name, array)
-            check.writable(arg.name, array)
-            geometries.append((blocks.geometry(op.name, arg.name, array, array), array.ptr))
-        if mapping is not None:
-            check.device("block_mapping", mapping)
-        self._tensors, self._num_blocks = tensors, check.sizes["num_blocks"]
-        self._copy = None
-        if tensors[0].device.kind == "cuda":
-            self._copy = blocks.CopyPlan(
-                op.name, geometries, True, self._num_blocks, self._num_blocks,
-                mapping and mapping.dtype, tensors[0].device.index,
-            )  # fmt: skip
-
-    def tables(self, values):
-        """The addresses as the kernel wants them."""
-        *layers, _ = values
-        if self._copy is None:
-            return layers
-        addresses = blocks.interleaved(layers)
-        return self._copy.tables(addresses, addresses)
-
-    def run(self, call):
-        """Check the pairs that are in host memory, and copy."""
-        mapping = call.values[-1]
-        if isinstance(mapping, np.ndarray):
-            count = self._num_blocks
-            mappings.check(self._op, mapping, count, count, disjoint=True)
-            if self._copy is None:
-                self._run_cpu(call.tables, mapping)
-            else:
-                self._copy.enqueue_pairs(call.stream, call.tables, mapping)
-        else:
-            self._copy.enqueue_mapping(call.stream, call.tables, mapping, call.rows)
-
-    def _run_cpu(self, layers, pairs):
-        for array, addresses in zip(self._tensors, layers):
-            for address in addresses:
-                view = arrays.as_numpy(address, array.shape, array.strides, array.dtype.bits)
-                cpu.copy_blocks(view, view, pairs)
-
-
 def _plan(op, described, options):
     del options
-    return _Plan(op, described)
+    *tensors, mapping = described
+    check = contract.Contract(op.name)
+    geometries = []
+    for arg, array in zip(op.args, tensors):
+        check.shape(arg.name, array, "num_blocks ...")
+        check.device(arg.name, array)
+        check.writable(arg.name, array)
+        geometries.append((blocks.geometry(op.name, arg.name, array, array), array.ptr))
+    if mapping is not None:
+        check.device("block_mapping", mapping)
+    num_blocks, copy = check.sizes["num_blocks"], None
+    if tensors[0].device.kind == "cuda":
+        copy = blocks.CopyPlan(
+            op.name, geometries, True, num_blocks, num_blocks, mapping and mapping.dtype,
+            tensors[0].device.index,
+        )  # fmt: skip
 
+    def checked(pairs):
+        mappings.check(op.name, pairs, num_blocks, num_blocks, disjoint=True)
+        return pairs
 
-def _count(extents, options, scalars):
-    del options, scalars
-    (pairs,) = extents
-    return pairs, ()
+    return copying.InPlace(tensors, copy, checked, index=lambda numbers: numbers)
 
 
 def _op(name, *lists):
@@ -136,7 +97,7 @@ def _op(name, *lists):
             dispatch.Arg("block_mapping", varies=dispatch.ROWS, chosen=True, pairs=True),
         ),
         plan=_plan,
-        count=_count,
+        count=copying.count,
     )
 
 

@@ -6,11 +6,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from .. import cpu
 from ..errors import ShapeError
-from ..runtime import arrays, contract, dispatch
+from ..runtime import contract, dispatch
 from ..types import LayersOrPairs, Pairs, StreamLike
-from .shared import blocks, mappings, packing
+from .shared import blocks, copying, mappings, packing
 
 NAME = "copy_tokens"
 WORDS = mappings.Words("pairs", "slot", "pack_tokens and unpack_tokens go through a buffer")
@@ -51,85 +50,53 @@ def copy_tokens(caches: LayersOrPairs, pairs: Pairs, *, stream: StreamLike | Non
     _OPS[len(tensors)]((*tensors, pairs), (), stream)
 
 
-class _Plan:
-    """How tokens are copied within caches of one signature."""
-
-    def __init__(self, op, described):
-        *tensors, pairs = described
-        check = contract.Contract(op.name)
-        named = [(arg.item(0), array) for arg, array in zip(op.args, tensors)]
-        for name, array in named:
-            check.shape(name, array, "num_blocks block_size ...")
-            if len(array.shape) > packing.MAX_TOKEN_DIMS:
-                raise ShapeError(
-                    f"{op.name}: Invalid shape of {name}: expected [num_blocks, block_size, ...] "
-                    f"of at most {packing.MAX_TOKEN_DIMS} dimensions, got {list(array.shape)}"
-                )
-            check.device(name, array)
-            check.writable(name, array)
-        if pairs is not None:
-            check.device("pairs", pairs)
-        self._tensors, self._block_size = tensors, check.sizes["block_size"]
-        self._slots = check.sizes["num_blocks"] * self._block_size
-        self._copy = None
-        if tensors[0].device.kind == "cuda":
-            self._copy = self._on_gpu(op.name, named, pairs)
-
-    def _on_gpu(self, op, named, pairs):
-        # Slots at one stride throughout are blocks of one slot.
-        dense = all(a.strides[0] == self._block_size * a.strides[1] for _, a in named)
-        geometries = []
-        for name, array in named:
-            block = array.strides[1] if dense else array.strides[0]
-            shape, strides = (array.shape[0], *array.shape[2:]), (block, *array.strides[2:])
-            token = array._replace(shape=shape, strides=strides)
-            geometries.append((blocks.geometry(op, name, token, token), array.ptr))
-        return blocks.CopyPlan(
-            op, geometries, True, self._slots, self._slots, pairs and pairs.dtype,
-            named[0][1].device.index, argument="pairs",
-            block_size=1 if dense else max(self._block_size, 1),
-            slot_strides=[0 if dense else array.strides[1] for _, array in named],
-        )  # fmt: skip
-
-    def tables(self, values):
-        """The addresses as the kernel wants them."""
-        *layers, _ = values
-        if self._copy is None:
-            return layers
-        addresses = blocks.interleaved(layers)
-        return self._copy.tables(addresses, addresses)
-
-    def run(self, call):
-        """Check the pairs that are in host memory, and copy."""
-        pairs = call.values[-1]
-        if not isinstance(pairs, np.ndarray):
-            self._copy.enqueue_mapping(call.stream, call.tables, pairs, call.rows)
-            return
-        kept = pairs
-        if pairs.min(initial=0) < 0:
-            for side in pairs:  # tells the row that the caller knows
-                packing.check_range(NAME, "pairs", side, self._slots, padding=True, distinct=False)
-            kept = pairs[:, (pairs >= 0).all(axis=0)]
-        mappings.check(NAME, kept, self._slots, self._slots, disjoint=True, words=WORDS)
-        if self._copy is not None:
-            self._copy.enqueue_pairs(call.stream, call.tables, kept)
-            return
-        sources, destinations = (np.divmod(slots, self._block_size) for slots in kept)
-        for array, addresses in zip(self._tensors, call.tables):
-            for address in addresses:
-                view = arrays.as_numpy(address, array.shape, array.strides, array.dtype.bits)
-                cpu.copy_blocks(view, view, (sources, destinations))
-
-
 def _plan(op, described, options):
     del options
-    return _Plan(op, described)
+    *tensors, pairs = described
+    check = contract.Contract(op.name)
+    named = [(arg.item(0), array) for arg, array in zip(op.args, tensors)]
+    for name, array in named:
+        check.shape(name, array, "num_blocks block_size ...")
+        if len(array.shape) > packing.MAX_TOKEN_DIMS:
+            raise ShapeError(
+                f"{op.name}: Invalid shape of {name}: expected [num_blocks, block_size, ...] of at "
+                f"most {packing.MAX_TOKEN_DIMS} dimensions, got {list(array.shape)}"
+            )
+        check.device(name, array)
+        check.writable(name, array)
+    if pairs is not None:
+        check.device("pairs", pairs)
+    block_size = check.sizes["block_size"]
+    slots = check.sizes["num_blocks"] * block_size
+    copy = None
+    if tensors[0].device.kind == "cuda":
+        copy = _copy_plan(op.name, named, pairs, block_size, slots)
+
+    def checked(pairs):
+        if pairs.min(initial=0) < 0:
+            for side in pairs:  # tells the row that the caller knows
+                packing.check_range(NAME, "pairs", side, slots, padding=True, distinct=False)
+            pairs = pairs[:, (pairs >= 0).all(axis=0)]
+        mappings.check(NAME, pairs, slots, slots, disjoint=True, words=WORDS)
+        return pairs
+
+    return copying.InPlace(tensors, copy, checked, lambda numbers: np.divmod(numbers, block_size))
 
 
-def _count(extents, options, scalars):
-    del options, scalars
-    (pairs,) = extents
-    return pairs, ()
+def _copy_plan(op, named, pairs, block_size, slots):
+    # Slots at one stride throughout are blocks of one slot.
+    dense = all(array.strides[0] == block_size * array.strides[1] for _, array in named)
+    geometries = []
+    for name, array in named:
+        step = array.strides[1] if dense else array.strides[0]
+        shape, strides = (array.shape[0], *array.shape[2:]), (step, *array.strides[2:])
+        token = array._replace(shape=shape, strides=strides)
+        geometries.append((blocks.geometry(op, name, token, token), array.ptr))
+    return blocks.CopyPlan(
+        op, geometries, True, slots, slots, pairs and pairs.dtype, named[0][1].device.index,
+        argument="pairs", block_size=1 if dense else max(block_size, 1),
+        slot_strides=[0 if dense else array.strides[1] for _, array in named],
+    )  # fmt: skip
 
 
 _OPS = {
@@ -140,7 +107,7 @@ _OPS = {
             dispatch.Arg("pairs", varies=dispatch.ROWS, chosen=True, pairs=True),
         ),
         plan=_plan,
-        count=_count,
+        count=copying.count,
     )
     for suffixes in (("",), ("[0]", "[1]"))
 }

@@ -123,6 +123,9 @@ def rotary_and_cache(
     that results may differ in the last place where heads are normalised.
 
     A NaN is stored with all bits but the sign set.
+
+    Into x-packed caches values go element by element: many tokens in consecutive slots can take
+    several times as long as in `reshape_and_cache`, which joins those of one block.
     """
     arrays, (k_number, v_number) = (None, None), (1.0, 1.0)
     if k_scale_cache is None and formats.is_scaled(kv_cache_dtype):

@@ -410,17 +410,21 @@ def _gpu_plan(found):
     items = _items(found, elements, across)
 
     stored = found.stored or query.dtype
-    vector, vectors, width = 1, 0, 1
-    if found.cached:
+    vector, vectors, value_lanes = 1, 0, 1
+    if found.cached and scattered:
+        # Elements, since none lies beside the next; those of a warp's lanes share lines of the L2.
+        vector, vectors = stored.bytes, found.value_size
+        value_lanes = min(vectors, launch.WARP)
+    elif found.cached:
         vector = contract.converting_vector_bytes(
             element // stored.bytes,
             (value.ptr, *value.strides[:2]),
-            (found.value_size * stored.bytes,)
-            + (() if scattered else (_value_cache(found).ptr, *value_places)),
+            (found.value_size * stored.bytes, _value_cache(found).ptr, *value_places),
         )
         vectors = found.value_size * stored.bytes // vector
         width = max(1, LANE_BYTES * stored.bytes // (vector * element))
-    lanes, value_lanes = items, launch.ceil_div(vectors, width)
+        value_lanes = launch.ceil_div(vectors, width)
+    lanes = items
     if found.norm or found.scaled:
         lanes = _lanes(max(items, vectors if found.scaled else 0))
         if found.scaled or found.key_heads * value_lanes % lanes:
@@ -438,7 +442,7 @@ def _gpu_plan(found):
         f"rotary<{name(query.dtype.name)}, {name(table.dtype.name)}, "
         f"{name(found.weight_dtype.name)}, {name((found.out_stored or query.dtype).name)}, "
         f"{name(stored.name)}, {values}, {elements * element}, {vector}, {lanes}, "
-        f"{max(value_lanes, 1)}, {found.heads}, {found.key_heads}, {found.size}, "
+        f"{value_lanes}, {found.heads}, {found.key_heads}, {found.size}, "
         f"{found.value_size}, {found.rotary}, {found.offset}, {pack}, {slots}, "
         f"{found.block_size}, {flag(scattered)}, {largest}, {flag(found.is_neox)}, "
         f"{flag(found.inverse)}, cupy_cache::Sections::{_sections_kind(found, elements, across)}, "

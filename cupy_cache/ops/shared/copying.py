@@ -1,0 +1,62 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of operations that copy within caches, by pairs of (source, destination)."""
+
+import numpy as np
+
+from ... import cpu
+from ...runtime import arrays
+from . import blocks
+
+
+class InPlace:
+    """How what pairs name is copied within caches of one signature.
+
+    Parameters
+    ----------
+    tensors : list of arrays.Array
+        Of a layer.
+    copy : blocks.CopyPlan or None
+        None on the CPU.
+    check : callable
+        Pairs in host memory, int64 [2, n], -> those that are copied; refuses what is wrong.
+    index : callable
+        On the CPU: numbers, an array, -> what NumPy takes as the index of a cache.
+    """
+
+    def __init__(self, tensors, copy, check, index):
+        self._tensors, self._copy, self._check, self._index = tensors, copy, check, index
+
+    def tables(self, values):
+        """The addresses as the kernel wants them."""
+        *layers, _ = values
+        if self._copy is None:
+            return layers
+        addresses = blocks.interleaved(layers)
+        return self._copy.tables(addresses, addresses)
+
+    def run(self, call):
+        """Check the pairs that are in host memory, and copy."""
+        pairs = call.values[-1]
+        if not isinstance(pairs, np.ndarray):
+            self._copy.enqueue_mapping(call.stream, call.tables, pairs, call.rows)
+            return
+        pairs = self._check(pairs)
+        if self._copy is None:
+            self._run_cpu(call.tables, pairs)
+        else:
+            self._copy.enqueue_pairs(call.stream, call.tables, pairs)
+
+    def _run_cpu(self, layers, pairs):
+        indices = [self._index(side) for side in pairs]
+        for array, addresses in zip(self._tensors, layers):
+            for address in addresses:
+                view = arrays.as_numpy(address, array.shape, array.strides, array.dtype.bits)
+                cpu.copy_blocks(view, view, indices)
+
+
+def count(extents, options, scalars):
+    """The `dispatch.Op` count of such operations: (pairs, no fields)."""
+    del options, scalars
+    (pairs,) = extents
+    return pairs, ()
