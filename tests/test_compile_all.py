@@ -54,8 +54,13 @@ READ_EVERYWHERE = ("copy_blocks", "reshape_and_cache_flash", "gather_cache")
 # The vectors of these are of what is written, as where their width is called kStoreVec: they read
 # less, or nothing.
 READ_LESS = ("Dequantise", "Direction::kZero")
-# Kernels that may spill, and so many bytes: those of attention for 64 rows have no register left.
-SPILLS, STACK = re.compile(r"::paged_attention<\S+, \S+, 128, 128, 16, 16, 64, "), 56
+# Kernels that may spill, and so many bytes: those of attention for 64 rows, and of latent attention
+# over fp8_ds_mla, have no register left.
+SPILLS = re.compile(
+    r"::paged_attention<\S+, \S+, 128, 128, 16, 16, 64, "
+    r"|::paged_attention_mla<\S+, \S+, 512, 64, true, "
+)
+STACK = 56
 WRITE_LESS = ("paged_attention",)  # its vectors are of what is read
 TOGETHER = 64  # kernels of one source that are compiled and read at a time
 STEMS = sorted(path.stem for path in modules.kernel_dir().glob("*.cu"))
