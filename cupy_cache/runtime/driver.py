@@ -241,6 +241,25 @@ class CudaDriver:
             with cuda.on_device(device):
                 runtime.freeAsync(address, stream)
 
+    @contextlib.contextmanager
+    def scratch(self, size, stream, device):
+        """The address of ``size`` bytes on GPU ``device`` for the work enqueued on ``stream`` while
+        this is entered; of CuPy's memory pool, or, in a stream that is captured, of the graph."""
+        cupy = cuda.import_cupy("scratch memory")
+        runtime = cupy.cuda.runtime
+        with cuda.on_device(device):
+            if not self.capturing(stream, device):
+                # Of the pool's memory, what was given for a stream is given again for that stream.
+                with cupy.cuda.ExternalStream(stream, device):
+                    memory = cupy.cuda.alloc(size)
+                yield memory.ptr
+                return
+            address = runtime.mallocAsync(size, stream)
+            try:
+                yield address
+            finally:
+                runtime.freeAsync(address, stream)
+
     # --- faults
 
     def take_faults(self, device=None):

@@ -25,6 +25,12 @@ def ceil_div(a, b):
     return -(-a // b)
 
 
+def divisor(number):
+    """(factor, shift) of a kernel's `Divisor` (divide.cuh) by ``number``, below 2^31."""
+    shift = 31 + (number - 1).bit_length()
+    return ceil_div(1 << shift, number), shift
+
+
 def block_threads(items, processors, most=256):
     """Threads of a block for ``items`` independent work items: whole warps, at most ``most``.
 
@@ -107,7 +113,7 @@ class Launcher:
                 record = self.new_record()
             self._pack(record.buffer, 0, *values)
             if tail:
-                ctypes.memmove(record.tail, tail, len(tail))
+                record.fill_tail(tail)
             driver.active.launch(self._loaded, grid, threads, stream, record)
             self._free.append(record)
 
@@ -158,3 +164,7 @@ class Record:
         self.tail = ctypes.addressof(self.buffer) + tail_at
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
         self.address = ctypes.addressof(self._pointers)
+
+    def fill_tail(self, tail):
+        """Put these bytes at the start of the struct's tail."""
+        ctypes.memmove(self.tail, tail, len(tail))

@@ -11,6 +11,8 @@ The rules, of which this module is the one owner:
   Arrays behind a protocol are ordered by their producer, which is told the stream.
 * A result is made by its framework, on the framework's current stream. Work on another stream waits
   for that one first: the memory may have been freed under work that is still to come (`empty`).
+* Scratch memory that a kernel needs beside its arguments is free again behind it, in its stream's
+  order (`scratch`).
 * torch tensors used on another stream than torch's current one are told to torch's allocator
   (`lend`), so that dropping them early does no harm. Host memory under a copy that is enqueued is
   kept until the copy is done (`keep_until_done`).
@@ -19,6 +21,7 @@ The rules, of which this module is the one owner:
 """
 
 import collections
+import contextlib
 import functools
 import operator
 import sys
@@ -26,7 +29,8 @@ import sys
 import numpy as np
 
 from ..errors import DTypeError
-from . import arrays, cuda, driver
+from . import arrays, cuda, driver, formats
+from .devices import Device
 
 
 def pointer(op, stream):
@@ -133,3 +137,18 @@ def empty(framework, device, shape, dtype, stream=None):
             if framework == "torch":
                 lend([made], stream, device.index)
     return made
+
+
+@contextlib.contextmanager
+def scratch(framework, device, size, stream):
+    """The address of ``size`` bytes on GPU ``device``, a multiple of 16, for what is enqueued on
+    ``stream`` while this is entered: they are free again behind it, in the stream's order. They
+    hold anything. torch's allocator gives them where ``framework`` is "torch", and otherwise
+    CuPy's. In a stream that is captured they belong to the graph."""
+    if framework == "torch" or framework in arrays.FRAMEWORKS:
+        uint8 = formats.DTYPES["uint8"]
+        made = empty(framework, Device("cuda", device), (size,), uint8, stream)
+        yield arrays.view(made, "scratch").ptr
+    else:
+        with driver.active.scratch(size, stream, device) as address:
+            yield address
