@@ -428,7 +428,7 @@ def _biases(model):
 
 def _attention(model):
     """Of one query for each sequence, and of several; of many sequences, and of few, of which
-    several thread blocks share one."""
+    several thread blocks share one, in two ways."""
 
     def attend(starts, k_scale, v_scale, *step):
         paged_attention(
@@ -440,7 +440,7 @@ def _attention(model):
         return
     packed = ((keys, values) for keys, values, _ in model.x_packed())
     for caches in itertools.chain(model.pairs(), packed):
-        for count in (2, ROWS):
+        for count in (2, 3, ROWS):
             query = described((count, model.query_heads, model.key_size), model.dtype)
             indices = itertools.product(
                 model.numbers("tables", count, ROWS), model.numbers("requests", count),

@@ -103,8 +103,7 @@ class Launcher:
         """Launch with the per-call fields ``values`` and the bytes ``tail`` at the start of the
         struct's tail; zero work launches nothing."""
         if self.has_work(grid, threads):
-            if self._loaded is None:
-                self._load(stream)
+            self.load(stream)
             # One in use by a thread must not be repacked by another: each takes one and puts it
             # back. The driver copies it before launching returns.
             try:
@@ -143,7 +142,10 @@ class Launcher:
         """Launch with a record that is filled."""
         driver.active.launch(self._loaded, grid, threads, stream, record)
 
-    def _load(self, stream):
+    def load(self, stream):
+        """Load the kernel, unless it is; ``stream`` is that of the launch."""
+        if self._loaded is not None:
+            return
         if self.device == NOWHERE:
             raise KernelNeeded(self.kernel)
         self._loaded = driver.active.load(self.kernel, self.device, stream)

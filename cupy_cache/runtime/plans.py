@@ -85,6 +85,7 @@ class KernelPlan:
         if scratch is None:
             launcher.enqueue(grid, threads, call.stream, *values)
             return
+        launcher.load(call.stream)
         held = streams.scratch(scratch.framework, launcher.device, scratch.size, call.stream)
         with held as address:
             tail = scratch.tail(address)

@@ -143,12 +143,12 @@ def empty(framework, device, shape, dtype, stream=None):
 def scratch(framework, device, size, stream):
     """The address of ``size`` bytes on GPU ``device``, a multiple of 16, for what is enqueued on
     ``stream`` while this is entered: they are free again behind it, in the stream's order. They
-    hold anything. torch's allocator gives them where ``framework`` is "torch", and otherwise
-    CuPy's. In a stream that is captured they belong to the graph."""
-    if framework == "torch" or framework in arrays.FRAMEWORKS:
+    hold anything. torch's allocator gives them where ``framework`` is "torch", otherwise
+    `driver.CudaDriver.scratch`. In a stream that is captured they belong to the graph."""
+    if framework == "torch":
         uint8 = formats.DTYPES["uint8"]
         made = empty(framework, Device("cuda", device), (size,), uint8, stream)
-        yield arrays.view(made, "scratch").ptr
+        yield made.data_ptr()  # the tensor lives until what is enqueued meanwhile is
     else:
         with driver.active.scratch(size, stream, device) as address:
             yield address

@@ -5,8 +5,8 @@
 //
 // The memory comes as it is, and is another's again when the kernel is done. So a count of arrivals
 // must not depend on what was there before: it is told from anything else by a tag, a random number
-// of 48 bits that the host has chosen for the process, in the upper bits. A word without it counts as
-// none, and the last one to arrive takes it away. Words are 64 bits, aligned.
+// of 48 bits that the host has chosen for the process, in the upper bits. Whoever is to arrive begins
+// the count if nobody has, and the last one to arrive takes the tag away. Words are 64 bits, aligned.
 #pragma once
 
 #include "cupy_cache/ints.cuh"
@@ -15,26 +15,25 @@ namespace cupy_cache {
 
 constexpr u64 kCountBits = 0xffff;  // of a word: the number of blocks that have arrived
 
-// Whether this thread is the last of `expected` to come to this word.
-__device__ __forceinline__ bool arrive(u64* word, u64 tag, u32 expected) {
-  u64 known = 0;
-  for (;;) {
-    const u64 arrived = (known & ~kCountBits) == tag ? (known & kCountBits) + 1 : 1;
-    const bool last = arrived == expected;
-    const u64 found = atomicCAS(word, known, last ? 0 : tag | arrived);
-    if (found == known) return last;
-    known = found;
-  }
+// What is in a word, to be given to begin_count when there is time to wait for it.
+__device__ __forceinline__ u64 look_at_count(u64* word) { return atomicAdd(word, u64{0}); }
+
+// Begins the count, unless another thread that is to arrive has.
+__device__ __forceinline__ void begin_count(u64* word, u64 tag, u64 seen) {
+  if ((seen & ~kCountBits) != tag) atomicCAS(word, seen, tag);
 }
 
-// The same for a block whose threads have written to global memory: all of them call it. If it is the
-// last one, they see what the other blocks had written before they came; read it with load_shared.
-__device__ __forceinline__ bool arrive_block(u64* word, u64 tag, u32 expected) {
+// Called by all threads of a block that have written to global memory: whether it is the last of
+// `expected` blocks to come to this word. If so, they see what the other blocks had written before
+// they came; read it through the L2. `begun`: thread 0 has begun the count before.
+__device__ __forceinline__ bool arrive_block(u64* word, u64 tag, u32 expected, bool begun = false) {
   __shared__ u32 last;
   __syncthreads();
   if (threadIdx.x == 0) {
+    if (!begun) begin_count(word, tag, look_at_count(word));
     __threadfence();
-    last = arrive(word, tag, expected);
+    last = (atomicAdd(word, u64{1}) & kCountBits) + 1 == expected;
+    if (last) atomicExch(word, u64{0});
     __threadfence();
   }
   __syncthreads();
