@@ -3,23 +3,26 @@
 // Attention of queries over the keys and values in a paged cache, in one launch.
 //
 // A unit of work is a number of rows: query heads that share a KV head, of one or several neighbouring
-// tokens of one sequence. The keys that it sees are cut into tiles of 16, and these into at most
-// kMaxParts parts, by their number alone. Of up to 16 rows, the warps of a thread block take the tiles
-// of a part in turns, and each works by itself: it copies its tiles to shared memory ahead of use and
-// has a running maximum, a sum and an output of its own. Of more, each warp copies tiles likewise, but
-// takes all of them for 16 of the rows. At the end of a part its results are joined to what the same
-// warp had of the parts before, and at the end of all parts those of warps with the same rows are.
+// tokens of one sequence. The keys that it sees are cut into tiles of 16, and these into parts, by their
+// number alone. Of up to 16 rows, the warps of a thread block take the tiles of a part in turns, and each
+// works by itself: it copies its tiles to shared memory ahead of use and has a running maximum, a sum and
+// an output of its own. At the end of a part these are joined. Of more rows, each warp copies tiles
+// likewise, but takes all of them for 16 of the rows. Parts are joined to one another in their order, in
+// groups first, of which a unit has at most eight.
 //
-// So it does not matter to any bit of the result whether one block takes the parts one after the other
-// or each of a cluster's blocks takes one: the host may choose by how much there is to do. Nor does it
-// matter what else is in the batch.
+// So it does not matter to any bit of the result who computes a part: a thread block takes all of a unit,
+// or a group; or each thread block takes as many parts of all units as any other, and what a unit lacks is
+// exchanged through scratch memory. The host chooses by how much there is to do. Nor does it matter what
+// else is in the batch.
 #include "cupy_cache/async.cuh"
 #include "cupy_cache/cluster.cuh"
+#include "cupy_cache/divide.cuh"
 #include "cupy_cache/elements.cuh"
 #include "cupy_cache/ints.cuh"
 #include "cupy_cache/matrix.cuh"
 #include "cupy_cache/operands.cuh"
 #include "cupy_cache/paging.cuh"
+#include "cupy_cache/scratch.cuh"
 #include "cupy_cache/softmax.cuh"
 
 namespace cupy_cache {
@@ -78,18 +81,26 @@ struct Params {
   i64 v_scale_block_stride;
   i64 v_scale_slot_stride;
   i64 v_scale_head_stride;
+  u64 scratch_tag;  // see scratch.cuh
   float base_scale;  // what `scale` is multiplied with
   u32 block_size;
   u32 kv_heads;
   u32 group;       // query heads of a KV head
   u32 row_tokens;  // tokens of a unit
   u32 head_parts;  // units that a token's group is cut into
+  u32 part_rows;   // query heads of one of them, at most
   u32 causal;
   u32 float_sinks;  // they are float32, else of the query's type
   u32 key_pack;     // bytes
+  u32 slot_bytes;   // of a slot of scratch memory
   u32 value_pack;   // bytes
   u32 pairs_in;     // the query's elements can be read in pairs
   u32 pairs_out;    // the output's can be written in pairs
+  Divisor by_block_size;
+  Divisor by_heads;  // units of a sequence, or of a number of its tokens
+  char* scratch;    // where kCluster is 0: a word for each sequence and KV head, and slots of results
+  u64 slots_at;     // bytes
+  u32 slots;        // of a thread block
 };
 
 constexpr u32 kBlockTable = 1, kSeqLens = 2, kQueryStartLoc = 3;  // numbers of guarded arguments
@@ -97,15 +108,23 @@ constexpr u32 kBlockTable = 1, kSeqLens = 2, kQueryStartLoc = 3;  // numbers of 
 constexpr int kWide = 64;  // the most rows of a unit, where it may have more than one tile of rows
 constexpr int kKeys = 16;   // of a tile of keys
 constexpr int kWarps = 4;   // of a thread block
-constexpr int kMaxParts = 8;
+constexpr int kGroups = 8;     // of parts; a cluster's blocks take one each
+constexpr int kMaxParts = 64;  // of a unit
 constexpr int kSorted = 32 * kWarps;
-// Rows of kBytes bytes in shared memory: an odd number of 16-byte chunks apart, so that eight rows of a
-// matrix lie in different banks.
+// Rows of kBytes bytes in shared memory, in chunks of 16. Eight rows of a matrix lie in different banks:
+// their chunks are exchanged where a row has a multiple of eight, which costs no room and lets copies
+// write whole lines of 128 bytes; else rows are an odd number of chunks apart.
 template <int kTileRows, int kBytes>
 struct Tile {
   static constexpr int kChunks = kBytes / 16;  // of a row
-  static constexpr int kRowBytes = (kChunks | 1) * 16;
+  static constexpr bool kExchanged = kChunks % 8 == 0;
+  static constexpr int kRowBytes = (kExchanged ? kChunks : kChunks | 1) * 16;
   static constexpr int kSize = kTileRows * kRowBytes;
+
+  // Where a chunk of a row is.
+  static __device__ __forceinline__ int at(int row, int chunk) {
+    return row * kRowBytes + (kExchanged ? chunk ^ row % 8 : chunk) * 16;
+  }
 };
 
 // Which queries a unit has.
@@ -115,8 +134,14 @@ struct Unit {
   i32 tokens;       // of this unit
   i64 position;     // the first one's in its sequence
   i64 length;       // of the sequence
+  i64 stated;       // the same, as it was given
   bool any = false;
 };
+
+// What a length may be at most: what the table has room for. Keys have 32-bit numbers.
+__device__ __forceinline__ i64 longest(const Params& p) {
+  return min(p.table_width * p.block_size, i64{0x7fffff00});
+}
 
 // A sequence, and where its rows of the query begin and end.
 struct Span {
@@ -198,14 +223,8 @@ __device__ __forceinline__ Unit find_unit(const Params& p, i64 index, char* shar
     if (first >= count) return unit;
   }
   unit.tokens = static_cast<i32>(count - first < p.row_tokens ? count - first : p.row_tokens);
-  const i64 length = load_number<Length>(p.seq_lens + unit.sequence * static_cast<i64>(sizeof(Length)));
-  constexpr i64 kLongest = 0x7fffff00;  // keys have 32-bit numbers
-  const i64 in_table = p.table_width * p.block_size;
-  const i64 most = in_table < kLongest ? in_table : kLongest;
-  unit.length = length < 0 ? 0 : length > most ? most : length;
-  if (unit.length != length && threadIdx.x == 0) {
-    record_fault(kSeqLens, unit.sequence, length, most + 1);
-  }
+  unit.stated = load_number<Length>(p.seq_lens + unit.sequence * static_cast<i64>(sizeof(Length)));
+  unit.length = max(min(unit.stated, longest(p)), i64{0});
   unit.position = unit.length - count + first;
   unit.any = true;
   return unit;
@@ -246,11 +265,14 @@ struct Row {
   i32 position;   // in the sequence
 };
 
+// kOne: a unit has one token.
+template <bool kOne>
 __device__ __forceinline__ Row find_row(const Params& p, const Unit& unit, u32 head, u32 head_part,
                                         u32 index) {
   Row row;
-  const u32 token = p.head_parts > 1 ? 0 : index / p.group;
-  const u32 in_group = p.head_parts > 1 ? head_part * kWide + index : index % p.group;
+  const bool one = kOne || p.head_parts > 1;
+  const u32 token = one ? 0 : index / p.group;
+  const u32 in_group = one ? head_part * p.part_rows + index : index % p.group;
   row.valid = token < static_cast<u32>(unit.tokens) && in_group < p.group;
   row.token = unit.token + token;
   row.head = head * p.group + in_group;
@@ -268,9 +290,13 @@ struct Cut {
   i32 low, high;  // keys that any row sees: low <= key < high
   i32 first;      // tile
   i32 tiles;
-  i32 part;  // tiles of one: a multiple of kWarps
+  i32 part;   // tiles of one: kWarps times a power of two
+  i32 log;    // of that
+  i32 parts;  // at least 1, at most kMaxParts
+  i32 group;  // parts that are joined to one another before they are to all others; kGroups of them
 
-  __device__ __forceinline__ Cut(const Params& p, const Unit& unit) {
+  // `whole`: a group is not cut into parts.
+  __device__ __forceinline__ Cut(const Params& p, const Unit& unit, bool whole) {
     const i64 last = unit.position + unit.tokens;
     const i64 end = p.causal ? last : unit.length;
     high = static_cast<i32>(end < 0 ? 0 : end < unit.length ? end : unit.length);
@@ -278,9 +304,37 @@ struct Cut {
     low = static_cast<i32>(begin > 0 ? begin : 0);
     first = low / kKeys;
     tiles = high > low ? (high - 1) / kKeys + 1 - first : 0;
-    constexpr int kAll = kMaxParts * kWarps;
-    part = max((tiles + kAll - 1) / kAll, 1) * kWarps;
+    // A power of two of tiles for each warp, such that sequences of all lengths have a number of parts
+    // that suits them.
+    log = tiles <= 32     ? 0
+          : tiles <= 128  ? 1
+          : tiles <= 256  ? 2
+          : tiles <= 1024 ? 3
+          : tiles <= 4096 ? 4
+                          : 32 - __clz((tiles - 1) / 256);
+    part = kWarps << log;
+    parts = max((tiles + part - 1) / kWarps >> log, 1);
+    group = (parts + kGroups - 1) / kGroups;
+    if (whole) {
+      part *= group;
+      parts = (parts + group - 1) / group;
+      group = 1;
+    }
   }
+};
+
+// The tiles of a unit that a block takes: from `begin` to before `end`, its warps in turns.
+struct Tiles {
+  i32 begin, end;
+
+  __device__ __forceinline__ Tiles(const Cut& cut, i32 from, i32 to)
+      : begin(from * cut.part), end(min(to * cut.part, cut.tiles)) {}
+
+  __device__ __forceinline__ i32 turns() const {
+    return end > begin ? (end - begin - 1) / kWarps + 1 : 0;
+  }
+  // The tile of a warp at a turn; there is none if that is not below `end`.
+  __device__ __forceinline__ i32 of(i32 warp, i32 turn) const { return begin + turn * kWarps + warp; }
 };
 
 // The blocks of the tiles that a warp takes, one for each lane and for the next 32 tiles (kWhole: tiles
@@ -288,9 +342,9 @@ struct Cut {
 template <typename Block, bool kWhole>
 class Pages {
  public:
-  __device__ __forceinline__ Pages(const Params& p, const Unit& unit, const Cut& cut, i32 tile,
-                                   i32 tiles)
-      : p_(p), unit_(unit), cut_(cut), tile_(tile), tiles_(tiles) {
+  __device__ __forceinline__ Pages(const Params& p, const Unit& unit, const Cut& cut,
+                                   const Tiles& tiles)
+      : p_(p), unit_(unit), cut_(cut), tiles_(tiles) {
     upcoming_ = load(0);
   }
 
@@ -314,17 +368,18 @@ class Pages {
   const Params& p_;
   const Unit& unit_;
   const Cut& cut_;
-  i32 tile_, tiles_;
+  const Tiles& tiles_;
   i32 blocks_ = -1, upcoming_;
 
   __device__ __forceinline__ i32 load(i32 index) const {
     const i32 lane = static_cast<i32>(threadIdx.x % 32);
-    const i32 at = kWhole ? index + lane : index;
-    i32 key = (tile_ + at * kWarps) * kKeys + (kWhole ? 0 : lane);
-    if (at >= tiles_ || (!kWhole && (lane >= kKeys || key < cut_.low || key >= cut_.high))) return -1;
+    const i32 warp = static_cast<i32>(threadIdx.x / 32);
+    const i32 tile = tiles_.of(warp, kWhole ? index + lane : index);
+    const i32 key = (cut_.first + tile) * kKeys + (kWhole ? 0 : lane);
+    if (tile >= tiles_.end || (!kWhole && (lane >= kKeys || key < cut_.low || key >= cut_.high))) return -1;
     const i64 block = load_number<Block>(
         p_.block_table + unit_.sequence * p_.table_stride +
-        static_cast<i64>(static_cast<u32>(key) / p_.block_size) * static_cast<i64>(sizeof(Block)));
+        static_cast<i64>(p_.by_block_size.quotient(key)) * static_cast<i64>(sizeof(Block)));
     if (!in_bounds(block, p_.num_blocks, kBlockTable, unit_.sequence)) return -1;
     return static_cast<i32>(block);
   }
@@ -339,44 +394,45 @@ struct Source {
   u32 pack;  // bytes
 
   // Where a byte of a slot's elements is.
+  template <bool kPacked>
   __device__ __forceinline__ i64 in_slot(u32 byte) const {
+    if constexpr (!kPacked) return byte;
     return static_cast<i64>(byte / pack) * pack_stride + byte % pack;
   }
 };
 
 // Starts a warp's copy of the tile of keys from `key` on, kBytes of each, to shared memory, kVec bytes
 // at a time. `block` is that of the lane's key (kWhole: of all), negative where there is none, whose
-// place gets zeros; `complete`: all are there.
-template <typename T, int kBytes, int kVec, bool kWhole>
-__device__ __forceinline__ void copy_tile(char* to, const Source& from, u32 block_size, const Cut& cut,
-                                          i32 block, i32 key, bool complete) {
+// place gets zeros; `slot` is that of the first key in its block; `complete`: all are there. kPacked: a
+// slot has several packs.
+template <typename T, int kBytes, int kVec, bool kWhole, bool kPacked>
+__device__ __forceinline__ void copy_tile(char* to, const Source& from, const Params& p, const Cut& cut,
+                                          i32 block, i32 key, u32 slot, bool complete) {
   const i32 lane = static_cast<i32>(threadIdx.x % 32);
-  const u32 slot = static_cast<u32>(key) % block_size;
   // Where the warp's lanes take whole rows, each lane always has the same chunk of a row.
   if constexpr (kWhole && 32 % T::kChunks == 0 && kVec == 16) {
     if (complete) {
       const i32 row = lane / T::kChunks, chunk = lane % T::kChunks;
       constexpr i32 kTogether = 32 / T::kChunks;  // rows
       const char* its = from.head + (block * from.block_stride + (slot + row) * from.slot_stride +
-                                     from.in_slot(chunk * 16));
-      to += row * T::kRowBytes + chunk * 16;
+                                     from.template in_slot<kPacked>(chunk * 16));
 #pragma unroll
       for (i32 i = 0; i < kKeys; i += kTogether) {
-        copy_async<16>(to + i * T::kRowBytes, its, true);
+        copy_async<16>(to + T::at(row + i, chunk), its, true);
         its += kTogether * from.slot_stride;
       }
       return;
     }
   }
   constexpr i32 kAll = kKeys * T::kChunks;
-#pragma unroll
+#pragma unroll 1
   for (i32 i = 0; i < (kAll + 31) / 32; ++i) {
     const i32 at = i * 32 + lane, row = at / T::kChunks % kKeys, chunk = at % T::kChunks;
     i32 its_block = block;
     u32 its_slot = slot + row;
     if constexpr (!kWhole) {
       its_block = __shfl_sync(kWarp, block, row);
-      its_slot = static_cast<u32>(key + row) % block_size;
+      its_slot = p.by_block_size.remainder(key + row, p.block_size);
     }
     const bool present = its_block >= 0 && key + row >= cut.low && key + row < cut.high;
     const i64 away = present ? its_block * from.block_stride + its_slot * from.slot_stride : 0;
@@ -384,8 +440,8 @@ __device__ __forceinline__ void copy_tile(char* to, const Source& from, u32 bloc
 #pragma unroll
       for (i32 piece = 0; piece < 16; piece += kVec) {
         const bool inside = kBytes % 16 == 0 || chunk * 16 + piece < kBytes;
-        copy_async<kVec>(to + row * T::kRowBytes + chunk * 16 + piece,
-                         inside ? from.head + away + from.in_slot(chunk * 16 + piece) : from.head,
+        copy_async<kVec>(to + T::at(row, chunk) + piece,
+                         inside ? from.head + away + from.template in_slot<kPacked>(chunk * 16 + piece) : from.head,
                          present && inside);
       }
     }
@@ -448,17 +504,168 @@ __device__ __forceinline__ float head_scale(const char* array, i64 stride, u32 h
   return array ? *reinterpret_cast<const float*>(array + head * stride) : value;
 }
 
-// Query is F16 or BF16, of queries and output; Cached is Query, one of the 8-bit types, or TokenScaled of
-// one of these: then the scales of keys multiply scores, and those of values multiply weights. kRows: a unit
-// has at most 8 rows, 16, or kWide. Caches are read kKeyVec and kValueVec bytes at a time. kWhole:
-// block_size is a multiple of kKeys. kByToken: a head's values of neighbouring slots are side by side.
-// kShared are the bytes of shared memory. kCluster blocks take a part each, or 1 block takes all.
+
+// What a lane has of a row of the query, in the fragments of its half of a tile's rows.
+template <typename Query, typename Type, int kSize, bool kNarrow, int kSteps>
+__device__ __forceinline__ void load_query(const Params& p, const char* row, int pair, int half,
+                                           u32 (&queries)[kSteps][4]) {
+  const auto element_of = [&](int step, int i) {
+    return step * 16 + (kNarrow ? pair * 4 + i * 2 : pair * 2 + i * 8);
+  };
+  if (p.pairs_in && kSize % 16 == 0) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const char* const at = row + element_of(step, i) * 2;
+        queries[step][2 * i + half] = static_cast<u32>(load_number<i32>(at));
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        u32& bits = queries[step][2 * i + half];
+        bits = as_operands<Query, Type>(bits);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int element = element_of(step, i);
+        queries[step][2 * i + half] =
+            query_pair<Query, Type>(row + element * 2, p.pairs_in, kSize - element);
+      }
+    }
+  }
+}
+
+// What a thread has of the results of a row: its maximum and sum, and kOwn pairs of columns.
+template <int kOwn>
+struct Results {
+  Joined joined;
+  float sum = 0.0f;
+  float2 pairs[kOwn] = {};
+
+  __device__ __forceinline__ void join_total(float2 total) {
+    joined.join(total.x);
+    sum = joined.sum(sum, total.y);
+  }
+  __device__ __forceinline__ void join_pair(int own, float2 pair) {
+    pairs[own].x = joined.sum(pairs[own].x, pair.x);
+    pairs[own].y = joined.sum(pairs[own].y, pair.y);
+  }
+  __device__ __forceinline__ void join(const Results& other) {
+    join_total({other.joined.largest, other.sum});
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own) join_pair(own, other.pairs[own]);
+  }
+};
+
+// The results of parts, joined in their order: in groups first.
+template <int kOwn>
+struct Folded {
+  Results<kOwn> all, group;
+  i32 parts = 0;  // of the group
+
+  __device__ __forceinline__ void join(const Results<kOwn>& part, i32 of_group) {
+    group.join(part);
+    if (++parts == of_group) close();
+  }
+  __device__ __forceinline__ void close() {
+    all.join(group);
+    group = {};
+    parts = 0;
+  }
+};
+
+// What a thread block takes of one head's work where all blocks take equal shares: the turns of its
+// warps, those of all sequences one after the other, are numbered, and a block takes the parts whose
+// first turn is one of its own.
+struct Share {
+  u32 each;        // turns of a block
+  u32 begin, end;  // of this block
+  u32 before;      // turns of the sequences before
+  i64 sequence;
+
+  // `block` is one of `blocks`. `numbers` is shared memory for kWarps + 2 numbers, free again when
+  // this returns.
+  template <typename Length>
+  static __device__ __forceinline__ Share find(const Params& p, u32 block, u32 blocks, u32* numbers) {
+    constexpr u32 kThreads = kWarps * 32;
+    const u32 count = static_cast<u32>(p.sequences), of_thread = (count + kThreads - 1) / kThreads;
+    const u32 first = threadIdx.x * of_thread, last = min(first + of_thread, count);
+    u32 mine = 0;
+    for (u32 i = first; i < last; ++i) mine += turns_of<Length>(p, i);
+    u32 until = mine;  // of this warp's threads, up to this one
+#pragma unroll
+    for (u32 lanes = 1; lanes < 32; lanes *= 2) {
+      const u32 other = __shfl_up_sync(kWarp, until, lanes);
+      if (threadIdx.x % 32 >= lanes) until += other;
+    }
+    if (threadIdx.x % 32 == 31) numbers[threadIdx.x / 32] = until;
+    __syncthreads();
+    u32 total = 0, before = until - mine;
+#pragma unroll
+    for (u32 warp = 0; warp < kWarps; ++warp) {
+      if (warp < threadIdx.x / 32) before += numbers[warp];
+      total += numbers[warp];
+    }
+    Share share;
+    share.each = (total + blocks - 1) / blocks;
+    share.begin = min(block * share.each, total);
+    share.end = min(share.begin + share.each, total);
+    if (before <= share.begin && share.begin < before + mine) {
+      u32 at = first;
+      for (u32 turns = of_thread == 1 ? mine : turns_of<Length>(p, at); before + turns <= share.begin;) {
+        before += turns;
+        turns = turns_of<Length>(p, ++at);
+      }
+      numbers[kWarps] = at;
+      numbers[kWarps + 1] = before;
+    }
+    __syncthreads();
+    share.sequence = numbers[kWarps];
+    share.before = numbers[kWarps + 1];
+    __syncthreads();
+    return share;
+  }
+
+  __device__ __forceinline__ bool more() const { return before < end && begin < end; }
+  // Goes on to the next sequence.
+  __device__ __forceinline__ void go_on(const Cut& cut) {
+    before += turns_of(cut);
+    ++sequence;
+  }
+  // The first part of the sequence that is not for the blocks before turn `turn`.
+  __device__ __forceinline__ i32 part_at(const Cut& cut, u32 turn) const {
+    const u32 turns = turn > before ? turn - before : 0;
+    return static_cast<i32>(min((turns + (1u << cut.log) - 1) >> cut.log, static_cast<u32>(cut.parts)));
+  }
+  // The block that a part of the sequence is for.
+  __device__ __forceinline__ u32 block_of(const Cut& cut, i32 part) const {
+    return (before + (static_cast<u32>(part) << cut.log)) / each;
+  }
+
+ private:
+  static __device__ __forceinline__ u32 turns_of(const Cut& cut) {
+    return max((cut.tiles + kWarps - 1) / kWarps, 1);
+  }
+  template <typename Length>
+  static __device__ __forceinline__ u32 turns_of(const Params& p, u32 sequence) {
+    return turns_of(Cut(p, find_unit<Length, void>(p, sequence, nullptr), false));
+  }
+};
+
+// Attends to a unit, or to what the block has of it, and moves `share` on behind it. The template's
+// arguments are those of paged_attention; `shared` has kShared bytes.
 template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
           int kRows, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
           int kShared, int kCluster, typename Block, typename Length, typename Start>
-__global__ void CUPY_CACHE_CLUSTER(kCluster)
-    __launch_bounds__(kWarps * 32, kKeySize + kValueSize > 256 ? 1 : 2)
-    paged_attention(const __grid_constant__ Params p) {
+__device__ __forceinline__ void attend(const Params& p, char* shared, i64 place, u32 head,
+                                       u32 head_part, u32 rank, Share& share) {
   using In = Operands<Query, Cached>;
   using Type = typename In::Type;
   using Stored = typename In::Stored;
@@ -471,53 +678,82 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
   using ValueTile = Tile<kByToken ? kOutSize : kKeys, (kByToken ? kKeys : kOutSize) * In::kBytes>;
   constexpr int kHalves = kRows == 8 ? 1 : 2;  // of a tile of rows
   constexpr int kTileRows = 8 * kHalves;
-  constexpr int kOutRow = (kOutSize + 8) / 2;  // in pairs of numbers; rows in different banks
+  constexpr int kPairs = kOutSize / 2;  // of columns
   constexpr int kStageBytes = KeyTile::kSize + ValueTile::kSize;
+  // Of results: rows in different banks, unless that is what a tile has no room for.
+  constexpr int kOutRow = kRows != kWide && kTileRows * kPairs * 8 <= kStageBytes &&
+                                  kTileRows * (kPairs + 4) * 8 > kStageBytes
+                              ? kPairs
+                              : kPairs + 4;
   constexpr int kCopyBytes = kWarps * kStages * kStageBytes;
-  constexpr int kOutBytes = kWarps * kTileRows * (kOutRow + 1) * 8;
-  constexpr int kBytes = kCopyBytes > kOutBytes ? kCopyBytes : kOutBytes;
+  constexpr int kResultBytes = kTileRows * kOutRow * 8;  // of a warp
+  // They have a place of their own if they stay, or if that of a tile that is done with is too small.
+  constexpr bool kOwnPlace = kRows == kWide || kResultBytes > kStageBytes;
+  constexpr int kBytes = kCopyBytes + kWarps * ((kOwnPlace ? kResultBytes : 0) + kTileRows * 8);
   // Behind the tiles which of their keys are missing, and then their scales.
   constexpr int kTileScales = In::kTokenScales ? 2 * kKeys : 0;
   static_assert(kShared == kBytes + kWarps * kStages * 4 * (1 + kTileScales), "what the host gives");
-  CUPY_CACHE_DYNAMIC_SHARED(shared, kShared);
+  constexpr bool kOne = IsVoid<Start>::value;
+  constexpr int kThreads = kWarps * 32;
+  constexpr int kOfRow = kThreads / kTileRows;  // threads that join a row's results
+  constexpr int kOwn = (kPairs + kOfRow - 1) / kOfRow;
 
-  const u32 rank = blockIdx.x % kCluster, work = blockIdx.x / kCluster;
-  const u32 heads = p.kv_heads * p.head_parts;
-  const u32 head = work % heads / p.head_parts, head_part = work % p.head_parts;
-  i64 place = work / heads;
-  constexpr u32 kMany = 256;  // more units than run at once: then the order matters
-  if (IsVoid<Start>::value && kCluster == 1 && gridDim.x > kMany && p.sequences > 1 &&
-      p.sequences <= kSorted) {
-    place = sequence_by_length<Length>(p, static_cast<u32>(place), reinterpret_cast<u32*>(shared));
-  }
+  const i32 warp = static_cast<i32>(threadIdx.x / 32), lane = static_cast<i32>(threadIdx.x % 32);
   const Unit unit = find_unit<Length, Start>(p, place, shared);
   if (!unit.any) return;  // as do all blocks of the cluster
+  const int used = p.head_parts > 1
+                       ? static_cast<int>(min(p.group - head_part * p.part_rows, p.part_rows))
+                       : unit.tokens * static_cast<int>(p.group);
+  const bool wide = kRows == kWide && used > kTileRows;  // each warp has rows of its own
 
-  const Cut cut(p, unit);
-  const i32 warp = static_cast<i32>(threadIdx.x / 32), lane = static_cast<i32>(threadIdx.x % 32);
-  const i32 offset = kCluster > 1 ? static_cast<i32>(rank) * cut.part : 0;
-  const i32 behind = kCluster > 1 && offset + cut.part < cut.tiles ? offset + cut.part : cut.tiles;
-  const i32 mine = behind > offset + warp ? (behind - offset - warp - 1) / kWarps + 1 : 0;
-  const i32 first = cut.first + offset + warp;
+  // --- queries, rows row and row + 8 of the tile: on their way while the length is read
+  const int first_row = wide ? warp * kTileRows : 0;
+  const int in_half = lane / 4, pair = lane % 4;
+  u32 queries[kSteps][4] = {};
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half) {
+    const Row row = find_row<kOne>(p, unit, head, head_part, first_row + half * 8 + in_half);
+    const char* const at = p.query + row.token * p.query_stride + row.head * p.query_head_stride;
+    if (row.valid) {
+      load_query<Query, Type, kKeySize, In::kNarrow>(p, at, pair, half, queries);
+    }
+  }
+
+  const Cut cut(p, unit, wide);
+  i32 from = 0, to = cut.parts;  // the parts to take
+  if constexpr (kCluster > 1) {
+    from = static_cast<i32>(rank) * cut.group;
+    to = min(from + cut.group, to);
+  } else if constexpr (kCluster == 0) {
+    from = share.part_at(cut, share.begin);
+    to = share.part_at(cut, share.end);
+    if (from >= to) {
+      share.go_on(cut);
+      return;
+    }
+  }
+  const Tiles tiles(cut, from, to);
+  const i32 turns = tiles.turns();
   char* const copies = shared + warp * (kStages * kStageBytes);
   u32* const missing = reinterpret_cast<u32*>(shared + kBytes) + warp * kStages;
   float* const scales = reinterpret_cast<float*>(shared + kBytes + kWarps * kStages * 4);
 
   // --- copies, ahead of use
-  Pages<Block, kWhole> pages(p, unit, cut, first, mine);
+  Pages<Block, kWhole> pages(p, unit, cut, tiles);
   const char* const key_head = p.key_cache + head * p.key_head_stride;
   const char* const value_head = p.value_cache + head * p.value_head_stride;
   const auto request = [&](i32 index) {
-    if (index < mine) {
-      const i32 block = pages.next(index);
-      const i32 key = (first + index * kWarps) * kKeys;
+    const i32 tile = tiles.of(warp, index);
+    const i32 block = index < turns ? pages.next(index) : -1;
+    if (tile < tiles.end) {
+      const i32 key = (cut.first + tile) * kKeys;
       const i32 stage = index % kStages;
-      const u32 slot = static_cast<u32>(key) % p.block_size;
+      const u32 slot = p.by_block_size.remainder(key, p.block_size);
       const bool complete = block >= 0 && key >= cut.low && key + kKeys <= cut.high;
       char* const keys = copies + stage * kStageBytes;
-      copy_tile<KeyTile, kKeySize * In::kBytes, kKeyVec, kWhole>(
-          keys, {key_head, p.key_block_stride, p.key_slot_stride, p.key_pack_stride, p.key_pack},
-          p.block_size, cut, block, key, complete);
+      copy_tile<KeyTile, kKeySize * In::kBytes, kKeyVec, kWhole, kByToken>(
+          keys, {key_head, p.key_block_stride, p.key_slot_stride, p.key_pack_stride, p.key_pack}, p,
+          cut, block, key, slot, complete);
       if constexpr (kByToken) {
         constexpr int kPieces = kKeys * In::kBytes / kValueVec;  // of a row
         constexpr int kAll = kValueSize * kPieces;
@@ -529,23 +765,23 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
           u32 byte = (slot + in_tile) * In::kBytes;  // of the block's
           if constexpr (!kWhole) {
             its_block = __shfl_sync(kWarp, block, in_tile);
-            byte = static_cast<u32>(key + in_tile) % p.block_size * In::kBytes;
+            byte = p.by_block_size.remainder(key + in_tile, p.block_size) * In::kBytes;
           }
           const i64 away = its_block >= 0
                                ? its_block * p.value_block_stride +
                                      byte / p.value_pack * p.value_pack_stride + byte % p.value_pack
                                : 0;
           if (kAll % 32 == 0 || at < kAll) {
-            copy_async<kValueVec>(keys + KeyTile::kSize + row * ValueTile::kRowBytes + piece,
+            copy_async<kValueVec>(keys + KeyTile::kSize + ValueTile::at(row, piece / 16) + piece % 16,
                                   value_head + away + row * p.value_slot_stride, its_block >= 0);
           }
         }
       } else {
-        copy_tile<ValueTile, kValueSize * In::kBytes, kValueVec, kWhole>(
+        copy_tile<ValueTile, kValueSize * In::kBytes, kValueVec, kWhole, false>(
             keys + KeyTile::kSize,
             {value_head, p.value_block_stride, p.value_slot_stride, p.value_pack_stride,
              p.value_pack},
-            p.block_size, cut, block, key, complete);
+            p, cut, block, key, slot, complete);
       }
       if constexpr (In::kTokenScales) {
         copy_scales<kWhole>(scales + (warp * kStages + stage) * kTileScales, p, head, cut, block, key);
@@ -555,40 +791,20 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
     }
     commit_copies();
   };
-#pragma unroll
-  for (int i = 0; i < kStages - 1; ++i) request(i);
-
-  // --- queries: rows row and row + 8 of the tile
-  const int used = p.head_parts > 1 ? static_cast<int>(min(p.group - head_part * kWide, u32{kWide}))
-                                    : unit.tokens * static_cast<int>(p.group);
-  const bool wide = kRows == kWide && used > kTileRows;  // each warp has rows of its own
-  const int first_row = wide ? warp * kTileRows : 0;
-  const int in_half = lane / 4, pair = lane % 4;
+  // --- rows
+  if (unit.length != unit.stated && threadIdx.x == 0) {
+    record_fault(kSeqLens, unit.sequence, unit.stated, longest(p) + 1);
+  }
   Row rows[kHalves];
   float slopes[kHalves];
 #pragma unroll
   for (int half = 0; half < kHalves; ++half) {
-    rows[half] = find_row(p, unit, head, head_part, first_row + half * 8 + in_half);
+    rows[half] = find_row<kOne>(p, unit, head, head_part, first_row + half * 8 + in_half);
     slopes[half] = 0.0f;
     if (kSloped && rows[half].valid) {
       slopes[half] = *reinterpret_cast<const float*>(
           (p.alibi_slopes ? p.alibi_slopes : p.sequence_slopes) +
           unit.sequence * p.slope_sequence_stride + rows[half].head * p.slope_stride);
-    }
-  }
-  u32 queries[kSteps][4];
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      queries[step][i] = 0;
-      if (i % 2 < kHalves && rows[i % 2 % kHalves].valid) {
-        const Row& row = rows[i % 2 % kHalves];
-        const int element = step * 16 + (In::kNarrow ? pair * 4 + i / 2 * 2 : pair * 2 + i / 2 * 8);
-        queries[step][i] = query_pair<Query, Type>(
-            p.query + row.token * p.query_stride + row.head * p.query_head_stride + element * 2,
-            p.pairs_in, kKeySize - element);
-      }
     }
   }
   const float k_scale = In::kNarrow && !In::kTokenScales
@@ -598,8 +814,8 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
   const float cap_inverse = kCapped ? 2.0f * kLog2E / p.soft_cap : 0.0f;
   // Keys that all rows of this warp see: those between the last row's first and the first row's last.
   const int last_row = first_row + kTileRows < used ? first_row + kTileRows - 1 : used - 1;
-  const i32 all_low = find_row(p, unit, head, head_part, last_row).low;
-  const i32 all_high = find_row(p, unit, head, head_part, first_row).high;
+  const i32 all_low = find_row<kOne>(p, unit, head, head_part, last_row).low;
+  const i32 all_high = find_row<kOne>(p, unit, head, head_part, first_row).high;
 
   // --- tiles
   // The key of the tile that a column of scores is for. 8-bit values by token are read four
@@ -612,62 +828,131 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
     }
   };
   float largest[kHalves], sums[kHalves], out[kColumns][4];
-  Joined kept[kHalves];
-  float kept_sums[kHalves], kept_out[kColumns][4];
   const auto begin = [&] {
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) largest[half] = kNone, sums[half] = 0.0f;
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
   };
-  // Joins the part to those before.
-  const auto keep = [&] {
+  begin();
+  // The results of the warps; of a wide unit those of all parts so far.
+  float2* const totals = reinterpret_cast<float2*>(shared + kBytes) - kWarps * kTileRows;
+  const auto place_of = [&](int of_warp, int stage) {
+    char* const at = kOwnPlace ? shared + kCopyBytes + of_warp * kResultBytes
+                               : shared + (of_warp * kStages + stage) * kStageBytes;
+    return reinterpret_cast<float2*>(at);
+  };
+  if (wide) {
+    for (int i = lane; i < kTileRows * kOutRow; i += 32) place_of(warp, 0)[i] = {0.0f, 0.0f};
+    if (lane < kTileRows) totals[warp * kTileRows + lane] = {kNone, 0.0f};
+    __syncwarp();
+  }
+  // What this thread joins, otherwise.
+  const int its_row = static_cast<int>(threadIdx.x) / kOfRow, its_column = threadIdx.x % kOfRow;
+  const auto has = [&](int own) { return kPairs % kOfRow == 0 || its_column + own * kOfRow < kPairs; };
+  Folded<kOwn> folded;
+  // The scratch memory of a block, in slots of results: the pairs of all rows, and then their totals.
+  // A block has a slot for each part of a unit that it does not begin, and two for all the parts of
+  // one that it begins and does not end: their groups, and what is of the last group.
+  const int slot_bytes = static_cast<int>(p.slot_bytes);
+  const u32 heads = p.kv_heads * p.head_parts, its_head = head * p.head_parts + head_part;
+  const auto slot_at = [&](u32 block, i32 slot) {
+    const u64 number = static_cast<u64>(block * heads + its_head) * p.slots + slot;
+    return reinterpret_cast<float2*>(p.scratch + p.slots_at + number * slot_bytes);
+  };
+  const bool shares = kCluster == 0 && (from > 0 || to < cut.parts);  // the unit with other blocks
+  u64* const word = reinterpret_cast<u64*>(p.scratch) + unit.sequence * heads + its_head;
+  u64 seen = 0;
+  if (shares && threadIdx.x == 0) seen = look_at_count(word);
+  const auto store = [&](float2* slot, const Results<kOwn>& results) {
+    if (its_row >= used) return;
+#pragma unroll
+    for (int own = 0; own < kOwn; ++own) {
+      if (has(own)) slot[its_row * kPairs + its_column + own * kOfRow] = results.pairs[own];
+    }
+    if (its_column == 0) {
+      slot[used * kPairs + its_row] = {results.joined.largest, results.sum};
+    }
+  };
+  const bool keeps = kCluster != 0 || from == 0;  // joins the parts here
+  i32 parts_done = 0;
+  // Ends a part. `stage` is that of the last tile.
+  const auto end_part = [&](int stage) {
+    float2* const outputs = place_of(warp, stage);
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
+      const int row = half * 8 + in_half, j = 2 * half;
       float sum = sums[half];
       sum += __shfl_xor_sync(kWarp, sum, 1);
       sum += __shfl_xor_sync(kWarp, sum, 2);
-      sums[half] = sum;
-      if constexpr (kCluster == 1) {
-        kept[half].join(largest[half]);
-        kept_sums[half] = kept[half].sum(kept_sums[half], sum);
+      float2& total = totals[warp * kTileRows + row];
+      Joined joined;
+      if (wide) {
+        joined.largest = total.x;
+        joined.join(largest[half]);
+        sum = joined.sum(total.y, sum);
+        largest[half] = joined.largest;
+        __syncwarp();
+      }
 #pragma unroll
-        for (int i = 0; i < kColumns; ++i) {
+      for (int i = 0; i < kColumns; i += 2) {
+        // Columns next to each other: of one tile, or of two that have every second one.
+        constexpr bool kAlternate = In::kNarrow && !kByToken;
+        float2* const at = outputs + row * kOutRow + i * 4 + (kAlternate ? 2 * pair : pair);
+        float2 here = {out[i][j], out[i][j + 1]}, there = {out[i + 1][j], out[i + 1][j + 1]};
+        if constexpr (kAlternate) {
+          here = {out[i][j], out[i + 1][j]};
+          there = {out[i][j + 1], out[i + 1][j + 1]};
+        }
+        float2& second = at[kAlternate ? 1 : 4];
+        if (wide) {
+          here = {joined.sum(at->x, here.x), joined.sum(at->y, here.y)};
+          there = {joined.sum(second.x, there.x), joined.sum(second.y, there.y)};
+        }
+        *at = here;
+        second = there;
+      }
+      if (pair == 0) total = {largest[half], sum};
+    }
+    begin();
+    if (wide) return;
+    __syncthreads();
+    if (its_row < used) {
+      Results<kOwn> part;
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            float& sum_of = kept_out[i][2 * half + j];
-            sum_of = kept[half].sum(sum_of, out[i][2 * half + j]);
-          }
+      for (int source = 0; source < kWarps; ++source) {
+        part.join_total(totals[source * kTileRows + its_row]);
+        const float2* const row = place_of(source, stage) + its_row * kOutRow + its_column;
+#pragma unroll
+        for (int own = 0; own < kOwn; ++own) {
+          if (has(own)) part.join_pair(own, row[own * kOfRow]);
         }
       }
+      if (keeps) folded.join(part, cut.group);
+      else store(slot_at(p.by_heads.quotient(blockIdx.x), parts_done), part);
     }
+    ++parts_done;
+    __syncthreads();  // what is read here may be copied over
   };
-  begin();
-  if constexpr (kCluster == 1) {
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) kept_sums[half] = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kColumns; ++i) {
-      kept_out[i][0] = kept_out[i][1] = kept_out[i][2] = kept_out[i][3] = 0.0f;
-    }
-  }
   const i32 of_part = cut.part / kWarps;
-  i32 left = of_part;  // tiles of this part
-  const i32 turns = wide ? (behind > offset ? (behind - offset - 1) / kWarps + 1 : 0) : mine;
-  for (i32 index = 0; index < turns; ++index) {
+  i32 left = of_part;  // turns of this part
+  for (i32 index = 1 - kStages; index < turns; ++index) {
     request(index + kStages - 1);
+    if (index < 0) continue;
+    if (shares && index == 0 && threadIdx.x == 0) begin_count(word, p.scratch_tag, seen);
     wait_for_copies<kStages - 1>();
     const i32 stage = index % kStages;
     if constexpr (kByToken) {
       // What was copied with the values of tokens that are there.
       __syncwarp();
-      const i32 key = (first + index * kWarps) * kKeys;
-      if (index < mine && (key < cut.low || key + kKeys > cut.high)) {
+      const i32 tile = tiles.of(warp, index), key = (cut.first + tile) * kKeys;
+      if (tile < tiles.end && (key < cut.low || key + kKeys > cut.high)) {
         char* const at = copies + stage * kStageBytes + KeyTile::kSize;
         for (int i = lane; i < kValueSize * kKeys; i += 32) {
           const int token = i % kKeys;
           if (key + token >= cut.low && key + token < cut.high) continue;
-          char* const element = at + i / kKeys * ValueTile::kRowBytes + token * In::kBytes;
+          const int byte = token * In::kBytes;
+          char* const element = at + ValueTile::at(i / kKeys, byte / 16) + byte % 16;
           if constexpr (In::kNarrow) *element = 0;
           else *reinterpret_cast<u16*>(element) = 0;
         }
@@ -677,8 +962,8 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
     else __syncwarp();
     for (i32 turn = 0; turn < (kRows == kWide && wide ? kWarps : 1); ++turn) {
       const i32 copier = wide ? turn : warp;
-      const i32 tile = offset + copier + index * kWarps;
-      if (wide && tile >= behind) break;
+      const i32 tile = tiles.of(copier, index);
+      if (tile >= tiles.end) break;
       const char* const keys = shared + (copier * kStages + stage) * kStageBytes;
       const char* const values = keys + KeyTile::kSize;
 
@@ -689,7 +974,7 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
         u32 loaded[4];
         // The last chunk may have no neighbour: it is read twice.
         const int at = chunk + (chunk + 1 < KeyTile::kChunks ? key_chunk : 0);
-        load_matrices<false>(loaded, keys + key_row * KeyTile::kRowBytes + at * 16);
+        load_matrices<false>(loaded, keys + KeyTile::at(key_row, at));
         if constexpr (In::kNarrow) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
@@ -802,7 +1087,7 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
           const int chunk = In::kNarrow ? 0 : lane / 8 % 2;
           // The last rows may be fewer: others are read twice.
           const int its_row = row + at < kValueSize ? row + at : at % 8;
-          load_matrices<false>(loaded, values + its_row * ValueTile::kRowBytes + chunk * 16);
+          load_matrices<false>(loaded, values + ValueTile::at(its_row, chunk));
 #pragma unroll
           for (int i = 0; i < kRowsLoaded / 8; ++i) {
             const int column = row / 8 + i;
@@ -822,7 +1107,7 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
         for (int chunk = 0; chunk < ValueTile::kChunks; chunk += 2) {
           u32 loaded[4];
           const int at = chunk + (chunk + 1 < ValueTile::kChunks ? value_chunk : 0);
-          load_matrices<true>(loaded, values + value_row * ValueTile::kRowBytes + at * 16);
+          load_matrices<true>(loaded, values + ValueTile::at(value_row, at));
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             if (chunk + i >= ValueTile::kChunks) continue;
@@ -846,43 +1131,9 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
     // The stage is copied to next.
     if (wide) __syncthreads();
     else __syncwarp();
-    if (--left == 0 && kCluster == 1) {
+    if (--left == 0 || index + 1 == turns) {
       left = of_part;
-      keep();
-      begin();
-    }
-  }
-  if (kCluster > 1 || left < of_part) keep();
-
-  // --- the warps' results side by side
-  wait_for_copies<0>();
-  __syncthreads();
-  constexpr bool kAlternate = In::kNarrow && !kByToken;  // columns of a pair of tiles
-  float2* const outputs = reinterpret_cast<float2*>(shared);
-  float2* const totals = outputs + kWarps * kTileRows * kOutRow;
-#pragma unroll
-  for (int half = 0; half < kHalves; ++half) {
-    const int row = warp * kTileRows + half * 8 + in_half;
-    const auto& from = [&]() -> float (&)[kColumns][4] {
-      if constexpr (kCluster == 1) return kept_out;
-      else return out;
-    }();
-#pragma unroll
-    for (int i = 0; i < kColumns; i += 2) {
-      // Columns next to each other: of one tile, or of two that have every second one.
-      const int j = 2 * half;
-      float2* const at = outputs + row * kOutRow + i * 4 + (kAlternate ? 2 * pair : pair);
-      if constexpr (kAlternate) {
-        at[0] = {from[i][j], from[i + 1][j]};
-        at[1] = {from[i][j + 1], from[i + 1][j + 1]};
-      } else {
-        at[0] = {from[i][j], from[i][j + 1]};
-        at[4] = {from[i + 1][j], from[i + 1][j + 1]};
-      }
-    }
-    if (pair == 0) {
-      if constexpr (kCluster == 1) totals[row] = {kept[half].largest, kept_sums[half]};
-      else totals[row] = {largest[half], sums[half]};
+      end_part(stage);
     }
   }
 
@@ -890,61 +1141,194 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
   const float v_scale = In::kNarrow && !In::kTokenScales
                             ? head_scale(p.v_scale, p.v_scale_stride, head, p.v_scale_value)
                             : 1.0f;
-  // Row `row` of the unit is in row `row` of the first tile, and of the other warps' tiles, or of one.
-  const int sources = wide ? 1 : kWarps;
-  constexpr int kPairs = kOutSize / 2;
-  if constexpr (kCluster == 1) {
-    __syncthreads();
-    for (int at = static_cast<int>(threadIdx.x); at < used * kPairs; at += kWarps * 32) {
-      const int row = at / kPairs, column = at % kPairs;
-      Sums joined;
-#pragma unroll
-      for (int from = 0; from < kWarps; ++from) {
-        if (from >= sources) continue;
-        const int its_row = from * kTileRows + row;
-        joined.join(totals[its_row].x, totals[its_row].y, outputs[its_row * kOutRow + column]);
+  const auto write = [&](int row, int column, const Sums& sums) {
+    write_row<Query, kValueSize>(p, find_row<kOne>(p, unit, head, head_part, row), 2 * column, sums,
+                                 v_scale);
+  };
+  if constexpr (kCluster == 0) {
+    if (shares) {
+      const u32 first_block = share.block_of(cut, 0), last_block = share.block_of(cut, cut.parts - 1);
+      // If a block has no turn of each part, each part is for another one.
+      const bool all = share.each >> cut.log > 0;
+      const u32 blocks = all ? last_block - first_block + 1 : static_cast<u32>(cut.parts);
+      const Share here = share;
+      share.go_on(cut);
+      if (from == 0) {
+        float2* const slot = slot_at(first_block, p.slots - 2);
+        store(slot, folded.all);
+        store(reinterpret_cast<float2*>(reinterpret_cast<char*>(slot) + slot_bytes), folded.group);
       }
-      const Row its = find_row(p, unit, head, head_part, row);
-      write_row<Query, kValueSize>(p, its, 2 * column, joined, v_scale);
+      if (!arrive_block(word, p.scratch_tag, blocks, true)) return;
+      // All parts are there: those of the first block are joined, the others come one by one.
+      const auto load = [&](const float2* slot, Results<kOwn>& results) {
+        if (its_row >= used) return;
+        const float2 total = slot[used * kPairs + its_row];
+        results.joined.largest = total.x;
+        results.sum = total.y;
+#pragma unroll
+        for (int own = 0; own < kOwn; ++own) {
+          if (has(own)) results.pairs[own] = slot[its_row * kPairs + its_column + own * kOfRow];
+        }
+      };
+      const i32 joined = here.part_at(cut, (first_block + 1) * here.each);
+      // As many at a time as shared memory has room for, and as there are places for addresses.
+      __shared__ const char* slots[kMaxParts];
+      const int fit = min(kCopyBytes / slot_bytes, kMaxParts);
+      for (i32 next = joined - 2; next < cut.parts; next += fit) {
+        const int count = min(fit, cut.parts - next);
+        if (threadIdx.x < count) {
+          const i32 part = next + static_cast<i32>(threadIdx.x);
+          const u32 block = part < joined ? first_block : here.block_of(cut, part);
+          const i32 slot = part < joined ? static_cast<i32>(p.slots) + part - joined
+                                         : part - here.part_at(cut, block * here.each);
+          slots[threadIdx.x] = reinterpret_cast<const char*>(slot_at(block, slot));
+        }
+        __syncthreads();
+#pragma unroll 4
+        for (int i = 0; i < count; ++i) {
+          for (int byte = threadIdx.x * 16; byte < slot_bytes; byte += kThreads * 16) {
+            copy_async<16>(shared + i * slot_bytes + byte, slots[i] + byte, true);
+          }
+        }
+        commit_copies();
+        wait_for_copies<0>();
+        __syncthreads();
+        for (int i = 0; i < count; ++i) {
+          const float2* const slot = reinterpret_cast<const float2*>(shared + i * slot_bytes);
+          const i32 part = next + i;
+          Results<kOwn> results;
+          load(slot, results);
+          if (part >= joined) {
+            folded.join(results, cut.group);
+          } else if (part == joined - 2) {
+            folded.all = results;
+          } else {
+            folded.group = results;
+            folded.parts = joined % cut.group;
+          }
+        }
+        __syncthreads();
+      }
+    } else {
+      share.go_on(cut);
+    }
+  }
+  if (folded.parts > 0) folded.close();
+  if constexpr (kCluster <= 1) {
+    if (wide) {
+      __syncthreads();
+      for (int at = static_cast<int>(threadIdx.x); at < used * kPairs; at += kThreads) {
+        const int row = at / kPairs, column = at % kPairs;
+        const float2 total = totals[row], sums = place_of(0, 0)[row * kOutRow + column];
+        Sums joined;
+        joined.join(total.x, total.y, sums);
+        write(row, column, joined);
+      }
+    } else if (its_row < used) {
+#pragma unroll
+      for (int own = 0; own < kOwn; ++own) {
+        const float2 sums = folded.all.pairs[own];
+        if (has(own)) {
+          write(its_row, its_column + own * kOfRow,
+                {folded.all.joined, folded.all.sum, sums.x, sums.y});
+        }
+      }
     }
   } else {
+    // Where the other blocks of the cluster find this one's.
+    float2* const outputs = place_of(0, 0);
+    if (!wide && its_row < used) {
+#pragma unroll
+      for (int own = 0; own < kOwn; ++own) {
+        if (has(own)) outputs[its_row * kOutRow + its_column + own * kOfRow] = folded.all.pairs[own];
+      }
+      if (its_column == 0) totals[its_row] = {folded.all.joined.largest, folded.all.sum};
+    }
     sync_cluster();
-    const int parts = (cut.tiles + cut.part - 1) / cut.part;
-    const int every = kCluster * kWarps * 8;
-    for (int at = (static_cast<int>(rank) * kWarps + warp) * 8; at < used * kPairs; at += every) {
-      // Four lanes for a pair of columns: one for each warp's parts.
-      const int place = at + in_half < used * kPairs ? at + in_half : 0;
-      const int row = place / kPairs, column = place % kPairs;
-      const int its_row = pair < sources ? pair * kTileRows + row : row;
+    const auto is_there = [&](u32 other) { return static_cast<i32>(other) * cut.group < cut.parts; };
+    for (int at = static_cast<int>(rank * kThreads + threadIdx.x); at < used * kPairs;
+         at += kCluster * kThreads) {
+      const int row = at / kPairs, column = at % kPairs;
       // All are on their way before the first is used.
       float2 its_totals[kCluster], its_pairs[kCluster];
 #pragma unroll
-      for (int part = 0; part < kCluster; ++part) {
-        const u32 from = part < parts ? part : 0;
-        its_totals[part] = load_from_block(totals + its_row, from);
-        its_pairs[part] = load_from_block(outputs + its_row * kOutRow + column, from);
+      for (u32 other = 0; other < kCluster; ++other) {
+        const u32 block = is_there(other) ? other : 0;
+        its_totals[other] = load_from_block(totals + row, block);
+        its_pairs[other] = load_from_block(outputs + row * kOutRow + column, block);
       }
       Sums joined;
 #pragma unroll
-      for (int part = 0; part < kCluster; ++part) {
-        if (part < parts) joined.join(its_totals[part].x, its_totals[part].y, its_pairs[part]);
+      for (u32 other = 0; other < kCluster; ++other) {
+        if (is_there(other)) joined.join(its_totals[other].x, its_totals[other].y, its_pairs[other]);
       }
-      Sums all;
-#pragma unroll
-      for (int from = 0; from < kWarps; ++from) {
-        const int source = lane / 4 * 4 + from;
-        if (from >= sources) continue;
-        all.join(__shfl_sync(kWarp, joined.joined.largest, source),
-                 __shfl_sync(kWarp, joined.sum, source),
-                 {__shfl_sync(kWarp, joined.first, source), __shfl_sync(kWarp, joined.second, source)});
-      }
-      if (pair == 0 && at + in_half < used * kPairs) {
-        const Row its = find_row(p, unit, head, head_part, row);
-        write_row<Query, kValueSize>(p, its, 2 * column, all, v_scale);
-      }
+      write(row, column, joined);
     }
     sync_cluster();  // the others may still be reading
   }
+}
+
+// What each of the kernels does; the template's arguments are those of paged_attention.
+template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
+          int kRows, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
+          int kShared, int kCluster, typename Block, typename Length, typename Start>
+__device__ __forceinline__ void run(const Params& p) {
+  CUPY_CACHE_DYNAMIC_SHARED(shared, kShared);
+  u32* const numbers = reinterpret_cast<u32*>(shared);
+  const u32 rank = kCluster > 1 ? blockIdx.x % kCluster : 0;
+  const u32 work = kCluster > 1 ? blockIdx.x / kCluster : blockIdx.x;
+  const u32 heads = p.kv_heads * p.head_parts;
+  i64 place = p.by_heads.quotient(work);
+  u32 head = work - static_cast<u32>(place) * heads, head_part = 0;
+  if (p.head_parts > 1) {
+    head_part = head % p.head_parts;
+    head /= p.head_parts;
+  }
+  Share share;
+  if constexpr (kCluster == 0) {
+    static_assert(IsVoid<Start>::value && kRows != kWide, "units are sequences");
+    share = Share::find<Length>(p, static_cast<u32>(place), p.by_heads.quotient(gridDim.x),
+                                numbers);
+    if (!share.more()) return;
+    place = share.sequence;
+  }
+  constexpr u32 kMany = 256;  // more units than run at once: then the order matters
+  if (IsVoid<Start>::value && kCluster == 1 && gridDim.x > kMany && p.sequences > 1 &&
+      p.sequences <= kSorted) {
+    place = sequence_by_length<Length>(p, static_cast<u32>(place), numbers);
+  }
+  do {
+    attend<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kWhole, kByToken, kCapped,
+           kSloped, kStages, kShared, kCluster, Block, Length, Start>(p, shared, place, head,
+                                                                     head_part, rank, share);
+    if constexpr (kCluster == 0) place = share.sequence;
+  } while (kCluster == 0 && share.more());
+}
+
+// Query is F16 or BF16, of queries and output; Cached is Query, one of the 8-bit types, or TokenScaled of
+// one of these: then the scales of keys multiply scores, and those of values multiply weights. kRows: a unit
+// has at most 8 rows, 16, or kWide. Caches are read kKeyVec and kValueVec bytes at a time. kWhole:
+// block_size is a multiple of kKeys. kByToken: a head's values of neighbouring slots are side by side.
+// kShared are the bytes of shared memory. kCluster blocks take a group of parts each, or 1 block takes
+// all; or, if 0, all blocks take equal shares of all parts.
+template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
+          int kRows, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
+          int kShared, int kCluster, typename Block, typename Length, typename Start>
+__global__ void __launch_bounds__(kWarps * 32, kKeySize + kValueSize > 256 ? 1 : 2)
+    paged_attention(const __grid_constant__ Params p) {
+  run<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kWhole, kByToken, kCapped, kSloped,
+      kStages, kShared, kCluster, Block, Length, Start>(p);
+}
+
+// The same where kCluster is more than 1: without a cluster it would be launched later.
+template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
+          int kRows, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
+          int kShared, int kCluster, typename Block, typename Length, typename Start>
+__global__ void CUPY_CACHE_CLUSTER(kCluster)
+    __launch_bounds__(kWarps * 32, kKeySize + kValueSize > 256 ? 1 : 2)
+    paged_attention_clustered(const __grid_constant__ Params p) {
+  run<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kWhole, kByToken, kCapped, kSloped,
+      kStages, kShared, kCluster, Block, Length, Start>(p);
 }
 
 }  // namespace cupy_cache

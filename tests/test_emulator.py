@@ -49,8 +49,8 @@ class Bench:
         values = np.ascontiguousarray(values)
         return self.world.upload(values.reshape(-1).view(np.uint8))
 
-    def kernel(self, body, threads, **options):
-        text = SOURCE % body
+    def kernel(self, body, threads, source_text=SOURCE, **options):
+        text = source_text % body
         stem = self.kernels.setdefault(text, f"planted{len(self.kernels)}")
         (self.folder / f"{stem}.cu").write_text(text)
         return modules.Kernel("planted", stem, f"planted<{threads}>", PARAMS, **options)
@@ -340,6 +340,55 @@ class TestRaces:
                     bench.run(write, to, grid=(3, 1, 1))
             else:
                 bench.run(write, to, grid=(3, 1, 1))
+
+    @pytest.mark.parametrize("left_out", ["", "barrier", "release", "count", "acquire", "last"])
+    def test_fences_and_atomic_accesses_order_blocks(self, bench, left_out):
+        """The last block sees what the others wrote before; with any step left out it may not."""
+        from emulator import EmulationError
+
+        steps = {
+            "": "  int* const at = reinterpret_cast<int*>(p.to);\n  __shared__ int count;\n"
+            "  at[1 + kThreads * blockIdx.x + thread] = thread;\n",
+            "barrier": "  __syncthreads();\n",
+            "release": "  if (thread == 0) __threadfence();\n",
+            "count": "  if (thread == 0) count = atomicAdd(at, 1);\n",
+            "acquire": "  if (thread == 0) __threadfence();\n",
+            "last": "  __syncthreads();\n",
+            "sum": "  for (int i = 0; i < 3 && (count == 2 || p.number); ++i) {\n"
+            "    at[1 + kThreads * (3 + i) + thread] = at[1 + kThreads * i + (thread + 1) % 64];\n"
+            "  }\n",
+        }
+        body = "".join(step for name, step in steps.items() if not left_out or name != left_out)
+        if left_out == "count":
+            body = body.replace("(count == 2 || p.number)", "blockIdx.x == 2 * p.number")
+        if not left_out:
+            for _ in range(3):
+                bench.run(body, bench.storage(np.zeros(2048, np.uint8)), threads=64, grid=(3, 1, 1))
+            return
+        seen = 0
+        for number in (0, 1):  # blocks run in either order
+            to = bench.storage(np.zeros(2048, np.uint8))
+            try:
+                bench.run(body, to, threads=64, grid=(3, 1, 1), number=number)
+            except EmulationError as error:
+                assert "race" in str(error)
+                seen += 1
+        assert seen
+
+    def test_counts_in_memory_that_holds_anything(self, bench):
+        """One of the blocks is the last to arrive, each time; scratch.cuh."""
+        body = """
+  u64* const words = reinterpret_cast<u64*>(p.to);
+  if (arrive_block(words, 0x123456789abc0000, gridDim.x)) words[1 + thread] += 1;
+"""
+        text = SOURCE.replace('#include "cupy_cache/vec.cuh"', '#include "cupy_cache/scratch.cuh"')
+        for word in (0, 1, 2, 0x123456789ABB0001, 0x123456789ABD0002, 2**64 - 1):
+            to = bench.storage(np.array([word] + [0] * 64, np.uint64))
+            for launched in range(1, 4):
+                bench.run(body, to, threads=64, grid=(5, 1, 1), source_text=text)
+                words = to.bytes.view(np.uint64)
+                assert words[0] == 0
+                assert (words[1:] == launched).all()
 
     def test_what_is_told(self, bench):
         """The kernel, the line, both threads, what they did, and which byte of which argument."""

@@ -15,7 +15,7 @@ from guards import BAD, check_faults
 
 import cupy_cache as cc
 from cupy_cache.attention import paged_attention as module
-from cupy_cache.runtime import driver, formats, launch
+from cupy_cache.runtime import dispatch, driver, formats, launch
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -395,6 +395,253 @@ def test_same_bits_in_any_batch(world, rng, queries):
     part([1, 0, 5], 0, width + 30)
     for sequence in range(len(lengths)):
         part([sequence], 0, width)
+
+
+SHARED = {
+    "ragged": (
+        [1300, 33, 1, 130, 0, 15, 700], {"sizes": (16, 16), "sinks": "float32"}
+    ),
+    "one head": ([2111, 513], {"heads": (3, 1), "sizes": (16, 16), "slopes": True}),
+    "one sequence": ([9000], {"heads": (2, 1), "sizes": (16, 16), "soft_cap": 3.0}),
+    "16 rows, fp8": ([300, 900], {"heads": (16, 1), "kv_cache_dtype": "fp8"}),
+    "odd sizes, a window": (
+        [300, 900], {"heads": (12, 1), "sizes": (24, 40), "sliding_window": 300}
+    ),
+    "x-packed": ([300, 900], {"heads": (5, 1), "sizes": (64, 64), "layout": "x-packed"}),
+    "blocks of 8": ([300, 40], {"heads": (2, 2), "block_size": 8, "dtype": "float16"}),
+    "nothing there": ([300, 200], {"bad": {(0, page): 10**6 for page in range(10)}}),
+}  # fmt: skip
+
+
+class TestWhoComputes:
+    """One thread block takes a sequence and head, or a cluster does, or all blocks take equal
+    shares: the bits are the same."""
+
+    @pytest.fixture
+    def whole(self, monkeypatch):
+        """All kernels are emulated as for one GPU: for others products are summed differently."""
+        monkeypatch.setattr("emulator.ARCHITECTURES", (90,))
+
+    def rows(self, world, problem, monkeypatch, how, blocks=None):
+        def choose(plan, tokens, sequences, width):
+            units = sequences
+            if plan._row_tokens is not None:
+                units += tokens // plan._row_tokens
+            units *= plan._heads
+            if blocks is not None:
+                units = max(blocks // plan._heads, 1) * plan._heads
+            return how, units * (module.CLUSTER if how == "clustered" else 1)
+
+        with monkeypatch.context() as changed:
+            changed.setattr(module._Plan, "_choose", choose)
+            dispatch.forget_everything()
+            found = rows_of(world, problem)
+        dispatch.forget_everything()
+        check_faults("paged_attention", problem.faults)
+        return found
+
+    @pytest.mark.parametrize("name", SHARED)
+    def test_emulated(self, whole, emulated_world, rng, monkeypatch, name):
+        lengths, named = SHARED[name]
+        problem = Problem(rng, lengths, **named)
+        found = []
+        for how, blocks in (("plain", None), *(("shared", n) for n in (1, 2, 7, 33, 264))):
+            world = emulated_world(seed=blocks or 0)
+            try:
+                found.append(self.rows(world, problem, monkeypatch, how, blocks))
+                if how == "plain" or blocks == 7:
+                    problem.judge(world)
+            finally:
+                world.close()
+        assert found == found[:1] * len(found)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("name", SHARED)
+    def test_on_gpu(self, rng, monkeypatch, name):
+        lengths, named = SHARED[name]
+        problem = Problem(rng, lengths, **named)
+        world = worlds.CuPyWorld()
+        found = [
+            self.rows(world, problem, monkeypatch, how, blocks)
+            for how, blocks in (
+                ("plain", None), *(("shared", n) for n in (1, 2, 7, 33, 132, 264, 500)),
+                *((("clustered", None),) if launch.has_clusters(0) else ()),
+            )
+        ]  # fmt: skip
+        problem.judge(world)
+        assert found == found[:1] * len(found)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("queries", [[1, 3, 40, 1], [2, 2, 2, 2]])
+    def test_several_queries_on_gpu(self, rng, monkeypatch, queries):
+        problem = Problem(rng, [700, 33, 1300, 64], queries, sizes=(64, 64))
+        world = worlds.CuPyWorld()
+        if not launch.has_clusters(0):
+            pytest.skip("clusters need compute capability 9.0")
+        found = [self.rows(world, problem, monkeypatch, how) for how in ("plain", "clustered")]
+        problem.judge(world)
+        assert found[0] == found[1]
+
+
+class TestScratch:
+    """Where blocks share parts through scratch memory, on a GPU: nothing comes in between."""
+
+    pytestmark = pytest.mark.gpu
+    BLOCKS = 264
+
+    @pytest.fixture(autouse=True)
+    def shared(self, monkeypatch):
+        def choose(plan, tokens, sequences, width):
+            return "shared", max(self.BLOCKS // plan._heads, 1) * plan._heads
+
+        monkeypatch.setattr(module._Plan, "_choose", choose)
+        dispatch.forget_everything()
+        yield
+        dispatch.forget_everything()
+
+    def problem(self, rng):
+        return Problem(rng, [3000, 700, 5, 1500], heads=(8, 2), sizes=(64, 64), lse=None)
+
+    def arguments(self, world, problem):
+        where = (problem.query, *problem.caches, problem.table, problem.lens)
+        return [world.put(spec) for spec in where]
+
+    def test_torch_graph(self, rng):
+        """The graph's scratch memory is no other tensor's, and it may hold anything."""
+        torch = pytest.importorskip("torch")
+        problem, world = self.problem(rng), worlds.TorchCudaWorld()
+        arguments, out = self.arguments(world, problem), world.put(problem.out)
+        cc.paged_attention(*arguments, out=out)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for _ in range(3):
+                cc.paged_attention(*arguments, out=out)
+        others = []
+        for turn in range(5):
+            others.append(torch.full((1 << 20,), turn, dtype=torch.int32, device="cuda"))
+            out.fill_(float("nan"))
+            graph.replay()
+            problem.judge(world)
+            assert all((other == at).all() for at, other in enumerate(others))
+
+    def test_cupy_graph(self, rng):
+        cupy = pytest.importorskip("cupy")
+        problem, world = self.problem(rng), worlds.CuPyWorld()
+        arguments, out = self.arguments(world, problem), world.put(problem.out)
+        cc.paged_attention(*arguments, out=out)
+        cupy.cuda.Device().synchronize()
+        stream = cupy.cuda.Stream(non_blocking=True)
+        with stream:
+            stream.begin_capture()
+            for _ in range(3):
+                cc.paged_attention(*arguments, out=out)
+            graph = stream.end_capture()
+        others = []
+        for turn in range(5):
+            others.append(cupy.full(1 << 20, turn, cupy.int32))
+            out.fill(-1.0)
+            cupy.cuda.Device().synchronize()
+            graph.launch(stream)
+            stream.synchronize()
+            problem.judge(world)
+            assert all((other == at).all() for at, other in enumerate(others))
+
+    def test_streams_side_by_side(self, rng):
+        torch = pytest.importorskip("torch")
+        problem, world = self.problem(rng), worlds.TorchCudaWorld()
+        arguments, wanted = self.arguments(world, problem), world.put(problem.out)
+        cc.paged_attention(*arguments, out=wanted)
+        problem.judge(world)
+        streams = [torch.cuda.Stream() for _ in range(4)]
+        outs = [torch.full_like(wanted, float("nan")) for _ in range(40)]
+        torch.cuda.synchronize()
+        for turn, out in enumerate(outs):
+            if turn % 3:
+                with torch.cuda.stream(streams[turn % 4]):
+                    cc.paged_attention(*arguments, out=out)
+            else:
+                cc.paged_attention(*arguments, out=out, stream=streams[turn % 4])
+        torch.cuda.synchronize()
+        rows = len(problem.seen)
+        assert all(torch.equal(out[:rows], wanted[:rows]) for out in outs)
+
+    def test_cupy_on_a_stream_that_is_not_current(self, rng):
+        cupy = pytest.importorskip("cupy")
+        problem, world = self.problem(rng), worlds.CuPyWorld()
+        arguments, out = self.arguments(world, problem), world.put(problem.out)
+        cupy.cuda.Device().synchronize()
+        stream = cupy.cuda.Stream(non_blocking=True)
+        for _ in range(3):
+            cc.paged_attention(*arguments, out=out, stream=stream)
+        stream.synchronize()
+        problem.judge(world)
+
+
+@pytest.mark.parametrize(
+    "sequences, heads, tokens, how, blocks",
+    [
+        (1, 8, 512, "clustered", 64),
+        (4, 8, 2048, "clustered", 256),
+        (1, 8, 32768, "clustered", 64),
+        (1, 1, 32768, "shared", 264),
+        (5, 8, 8192, "shared", 264),
+        (8, 8, 1024, "plain", 64),
+        (8, 8, 8192, "shared", 264),
+        (64, 8, 4096, "plain", 512),
+        (2000, 1, 128, "plain", 2000),
+        (1, 300, 32768, "plain", 300),
+    ],
+)
+def test_who_computes_is_chosen_by_shapes(monkeypatch, sequences, heads, tokens, how, blocks):
+    """As it was measured on a GPU of 132 multiprocessors; without clusters, and without room for
+    equal shares, too."""
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    named = {name: types.SimpleNamespace(device=0) for name in ("plain", "shared", "clustered")}
+
+    def chosen(*names):
+        launchers = {name: named[name] for name in names}
+        plan = module._Plan(launchers, "cupy", heads, None, 16, 2, 4160)
+        return plan._choose(sequences, sequences, tokens // 16), plan
+
+    (found, count), plan = chosen(*named)
+    assert (found, count) == (how, blocks)
+    scratch = plan.scratch_for((sequences, sequences, tokens // 16))
+    assert (scratch is None) == (how != "shared")
+    if scratch is not None:
+        assert scratch.size < 64 << 20
+    assert chosen("plain")[0] == ("plain", sequences * heads)
+    assert chosen("plain", "shared")[0][0] != "clustered"
+    assert chosen("plain", "clustered")[0][0] != "shared"
+
+
+def test_divisors():
+    """A multiplication and a shift are a division: divide.cuh."""
+    rng = np.random.default_rng(0)
+    powers = [2**k + d for k in range(1, 31) for d in (-1, 0, 1)]
+    for number in {*range(1, 70), *powers, 2**31 - 1}:
+        factor, shift = launch.divisor(number)
+        assert 0 < factor < 2**32
+        dividends = [0, 1, number - 1, number, number + 1, 2**31 - 1, *rng.integers(0, 2**31, 50)]
+        dividends += [number * int(k) - 1 for k in rng.integers(1, 2**31 // number + 1, 50)]
+        for dividend in map(int, dividends):
+            if dividend < 2**31:
+                assert dividend * factor >> shift == dividend // number
+                assert dividend * factor < 2**64
+
+
+@pytest.mark.parametrize(
+    "tokens", [0, 1, 63, 64, 65, 512, 513, 1024, 1025, 8192, 8193, 32768, 10**6]
+)
+def test_no_sequence_has_more_parts_than_there_is_room_for(tokens):
+    """`Cut` of the kernel, written out."""
+    most, all_tiles = module._most_parts(tokens), -(-tokens // 16)
+    for tiles in (*range(min(all_tiles, 2048) + 1), all_tiles):
+        limits = ((32, 1), (128, 2), (256, 4), (1024, 8), (4096, 16))
+        turns = next((turns for limit, turns in limits if tiles <= limit), None)
+        if turns is None:
+            turns = 1 << ((tiles - 1) // 256).bit_length()
+        assert max(1, -(-tiles // (4 * turns))) <= most <= 64
 
 
 # --- any problem ----------------------------------------------------------------------------------

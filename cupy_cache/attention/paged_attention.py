@@ -7,6 +7,7 @@ from __future__ import annotations
 import functools
 import math
 import numbers
+import struct
 from typing import Any, NamedTuple
 
 from .. import cpu, errors
@@ -39,9 +40,11 @@ PARAMS = params.Struct(
     "value_head_stride:i64 value_slot_stride:i64 value_pack_stride:i64 slope_stride:i64 "
     "slope_sequence_stride:i64 sink_stride:i64 k_scale_stride:i64 v_scale_stride:i64 "
     "k_scale_block_stride:i64 k_scale_slot_stride:i64 k_scale_head_stride:i64 "
-    "v_scale_block_stride:i64 v_scale_slot_stride:i64 v_scale_head_stride:i64 base_scale:f32 "
-    "block_size:u32 kv_heads:u32 group:u32 row_tokens:u32 head_parts:u32 causal:u32 "
-    "float_sinks:u32 key_pack:u32 value_pack:u32 pairs_in:u32 pairs_out:u32",
+    "v_scale_block_stride:i64 v_scale_slot_stride:i64 v_scale_head_stride:i64 scratch_tag:u64 "
+    "base_scale:f32 block_size:u32 kv_heads:u32 group:u32 row_tokens:u32 head_parts:u32 "
+    "part_rows:u32 causal:u32 float_sinks:u32 key_pack:u32 slot_bytes:u32 value_pack:u32 "
+    "pairs_in:u32 pairs_out:u32 by_block_size:u32[2] by_heads:u32[2]",
+    tail="scratch:ptr slots_at:u64 slots:u32",
 )
 FLOAT32 = formats.DTYPES["float32"]
 NO_WINDOW = 1 << 62  # more tokens than there are
@@ -182,10 +185,13 @@ def paged_attention(
     are float32; on a GPU the weights are rounded to the dtype of ``query`` before they multiply
     values, and to float16 where caches have 8 bits.
 
-    On a GPU there is one launch, of a thread block for each sequence and KV head (for each 64 rows
-    of these, where there are several queries). Where these are few, on sm_90 and newer, a cluster
-    of eight thread blocks shares one. Caches whose addresses and strides are multiples of 16 bytes
-    are read fastest.
+    On a GPU there is one launch, of a thread block for each sequence and 16 query heads of a KV
+    head (64 rows of these, with ``query_start_loc``). Where these are too few for the GPU, a
+    cluster of eight thread blocks shares one, on sm_90 and newer; or, without ``query_start_loc``,
+    where tables are wide or there are no clusters, all thread blocks share all of them through
+    scratch memory: some MiB of the allocator of the result's framework, free again behind the
+    kernel in the stream's order, or, during a capture, the graph's. Caches whose addresses and
+    strides are multiples of 16 bytes are read fastest.
     """
     if stream is not None:
         stream = streams.pointer(NAME, stream)
@@ -394,9 +400,13 @@ def _format(op, kv_cache_dtype, by_token):
 
 KEYS = 16  # of a tile
 WARPS = 4
-MOST_ROWS = 64  # of a unit: query heads of neighbouring tokens that share a KV head
+TILE_ROWS = 16  # of a unit: query heads of a token that share a KV head
+MOST_ROWS = 64  # and of neighbouring tokens, where a sequence has several
 CLUSTER = 8  # thread blocks that share a unit, where there are few
+COST_OF_SHARING = 1300  # as measured on an H100
+MOST_SHARED = 1024  # sequences whose parts thread blocks share equally: each looks at all of them
 HALF_OF_SHARED = 113 << 10  # bytes: two thread blocks on a multiprocessor of sm_90
+SMALL_ROW = 128  # bytes
 LARGEST_HEAD = 256
 
 
@@ -441,29 +451,98 @@ def _value_layout(cache, packed, block_size):
 
 
 class _Plan(plans.KernelPlan):
-    """A unit is taken by one thread block, or by a cluster of them where there are few units."""
+    """Thread blocks take units of work: a unit each; or equal shares of the parts of all, through
+    scratch memory; or a cluster of them one, where there are few. The result is the same.
 
-    __slots__ = ("_clustered", "_device", "_row_tokens", "_units")
+    Parameters
+    ----------
+    launchers : {"plain", "shared" or "clustered": launch.Launcher}
+        "shared" where a sequence is a unit, "clustered" where the GPU has clusters.
+    framework : str
+        That of the results.
+    heads : int
+        Units of a sequence, or of a number of its tokens.
+    row_tokens : int or None
+        That number, where a sequence has several.
+    block_size : int
+    resident : int
+        Thread blocks that a multiprocessor runs at once.
+    slot_bytes : int
+        Of a part's results.
+    """
 
-    def __init__(self, launcher, clustered, device, units, row_tokens):
-        super().__init__(launcher, None)
-        self._clustered, self._device = clustered, device
-        self._units, self._row_tokens = units, row_tokens
+    __slots__ = (
+        "_block_size", "_framework", "_heads", "_launchers", "_resident", "_row_tokens",
+        "_slot_bytes",
+    )  # fmt: skip
+
+    def __init__(
+        self, launchers, framework, heads, row_tokens, block_size, resident, slot_bytes
+    ):  # fmt: skip
+        super().__init__(launchers["plain"], None)
+        self._launchers, self._framework = launchers, framework
+        self._heads, self._row_tokens = heads, row_tokens
+        self._block_size, self._resident, self._slot_bytes = block_size, resident, slot_bytes
 
     def launch_for(self, rows):
-        tokens, sequences = rows
-        units = sequences if self._row_tokens is None else tokens // self._row_tokens + sequences
-        units *= self._units
-        if self._clustered is not None:
-            most = 2 * launch.processors(self._device)  # thread blocks that run at once
-            if units * CLUSTER <= most or (self._device == NOWHERE and sequences <= 2):
-                return self._clustered, (units * CLUSTER, 1, 1), WARPS * launch.WARP
-        return self.launcher, (units, 1, 1), WARPS * launch.WARP
+        how, blocks = self._choose(*rows)
+        return self._launchers[how], (blocks, 1, 1), WARPS * launch.WARP
+
+    def scratch_for(self, rows):
+        how, blocks = self._choose(*rows)
+        if how != "shared":
+            return None
+        _, sequences, width = rows
+        # A word for each sequence and head; then of each block as many slots as it can have parts
+        # of a unit that it does not begin, and two.
+        words = launch.ceil_div(8 * sequences * self._heads, 16) * 16
+        tokens = width * self._block_size
+        turns = max(launch.ceil_div(tokens, WARPS * KEYS), 1)  # of a sequence
+        each = launch.ceil_div(sequences * turns, blocks // self._heads)
+        slots = min(_most_parts(tokens), each) + 2
+        size = words + blocks * slots * self._slot_bytes
+        return plans.Scratch(self._framework, size, struct.pack("<QI", words, slots))
+
+    def _choose(self, tokens, sequences, width):
+        """(How thread blocks take units, how many there are)."""
+        device = self.launcher.device
+        units = sequences
+        if self._row_tokens is not None:
+            units = tokens // self._row_tokens + sequences
+        units *= self._heads
+        if device == NOWHERE:  # one of each is to be compiled
+            how = {2: "clustered", 3: "shared"}.get(sequences)
+            return how if how in self._launchers else "plain", units
+        at_once = self._resident * launch.processors(device)
+        everyone = max(at_once // self._heads, 1) * self._heads
+        turns = launch.ceil_div(width * self._block_size, WARPS * KEYS)  # of a sequence
+        if "clustered" in self._launchers and units * CLUSTER <= at_once:
+            if self._sharing_pays(sequences, units, turns, CLUSTER):
+                return "shared", everyone
+            return "clustered", units * CLUSTER
+        if self._sharing_pays(sequences, units, turns, at_once // 3):
+            return "shared", everyone
+        return "plain", units
+
+    def _sharing_pays(self, sequences, units, turns, units_that_fill_memory):
+        """Whether equal shares are quicker: a turn of few thread blocks takes as long as one of as
+        many as `units_that_fill_memory` need, and joining parts through scratch memory takes as
+        long as `COST_OF_SHARING` of these turns of one unit."""
+        gained = turns * (units_that_fill_memory - units)
+        return "shared" in self._launchers and sequences <= MOST_SHARED and gained > COST_OF_SHARING
+
+
+def _most_parts(tokens):
+    """How many parts a sequence of at most so many tokens may have: `Cut` of paged_attention.cu."""
+    tiles = launch.ceil_div(tokens, KEYS)
+    most = next((most for most, least in ((8, 64), (16, 512), (32, 2048)) if tiles <= least), 64)
+    return max(min(most, launch.ceil_div(tiles, WARPS)), 1)
 
 
 def _tile_bytes(rows, row_bytes):
-    """Shared memory of a tile: rows of an odd number of 16-byte chunks."""
-    return rows * (launch.ceil_div(row_bytes, 16) | 1) * 16
+    """Shared memory of a tile: `Tile` of paged_attention.cu."""
+    chunks = launch.ceil_div(row_bytes, 16)
+    return rows * (chunks if chunks % 8 == 0 else chunks | 1) * 16
 
 
 def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
@@ -485,8 +564,11 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     group = size["num_heads"] // size["num_kv_heads"]
     several = named["query_start_loc"] is not None
     row_tokens = max(1, MOST_ROWS // group) if several else 1
-    head_parts = launch.ceil_div(group, MOST_ROWS)
-    used = row_tokens * min(group, MOST_ROWS)
+    # Of one token, query heads that one tile has no rows for are units of their own, so that more
+    # thread blocks read the keys at the same time.
+    part_rows = MOST_ROWS if several else TILE_ROWS
+    head_parts = launch.ceil_div(group, part_rows)
+    used = row_tokens * min(group, part_rows)
     rows = next(most for most in (8, 16, MOST_ROWS) if used <= most)
 
     key_bytes = launch.ceil_div(size["head_size"], 16) * 16 * stored.bytes
@@ -496,14 +578,21 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         stage += _tile_bytes(value_size, KEYS * stored.bytes)
     else:
         stage += _tile_bytes(KEYS, value_size * stored.bytes)
-    stages = min(3, max(2, HALF_OF_SHARED // (WARPS * stage)))
-    results = WARPS * min(rows, 16) * ((value_size + 8) // 2 + 1) * 8
     k_scales, v_scales = named["k_scale_cache"], named["v_scale_cache"]
     cached, of_tile = spelling.ELEMENT_NAMES[stored.name], 4
     if k_scales is not None:
         cached = f"cupy_cache::TokenScaled<{cached}>"
         of_tile += 2 * KEYS * FLOAT32.bytes
-    shared = max(WARPS * stages * stage, results) + WARPS * stages * of_tile
+    tile_rows = min(rows, TILE_ROWS)
+    results = tile_rows * (value_size // 2 + 4) * 8  # of a warp
+    if rows < MOST_ROWS and tile_rows * value_size // 2 * 8 <= stage:
+        results = 0  # in the place of a tile
+    results += tile_rows * 8
+    stages = 3
+    # Of small rows two tiles ahead are more than memory likes.
+    if WARPS * (3 * (stage + of_tile) + results) > HALF_OF_SHARED or key_bytes <= SMALL_ROW:
+        stages = 2
+    shared = WARPS * (stages * (stage + of_tile) + results)
 
     device, whole = out.device.index, size["block_size"] % KEYS == 0
     indices = (named[name] for name in ("block_table", "seq_lens", "query_start_loc"))
@@ -516,13 +605,16 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
             size["head_size"], size["head_size_v"], keys.vector, values.vector, rows,
             *map(spelling.boolean, flags), stages, shared, cluster, *index,
         )  # fmt: skip
+        entry = NAME if cluster <= 1 else f"{NAME}_clustered"
         kernel = modules.Kernel(
-            check.op, NAME, f"{NAME}<{', '.join(map(str, arguments))}>", PARAMS,
+            check.op, NAME, f"{entry}<{', '.join(map(str, arguments))}>", PARAMS,
             guarded=("block_table", "seq_lens", "query_start_loc"), shared_bytes=shared,
         )  # fmt: skip
         return launch.Launcher(kernel, device, constants)
 
     lse, sinks, slopes = named["lse"], named["sinks"], named["alibi_slopes"]
+    # Of a part's results: float32 pairs of columns, and a maximum and a sum, of each row.
+    slot_bytes = launch.ceil_div(min(group, part_rows) * (value_size // 2 + 1) * 8, 16) * 16
     constants = (
         key_cache.shape[0], *query.strides[:2], *out.strides[:2],
         *((0, 0) if lse is None else lse.strides), keys.block, keys.head, keys.slot,
@@ -531,14 +623,22 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         0 if sinks is None else sinks.strides[0],
         *scale_strides,
         *(n for a in (k_scales, v_scales) for n in ((0, 0, 0) if a is None else a.strides)),
-        base_scale, size["block_size"], size["num_kv_heads"],
-        group, row_tokens, head_parts, causal, sinks is not None and sinks.dtype == FLOAT32,
-        keys.pack, values.pack,
+        plans.SCRATCH_TAG, base_scale, size["block_size"], size["num_kv_heads"],
+        group, row_tokens, head_parts, part_rows, causal,
+        sinks is not None and sinks.dtype == FLOAT32, keys.pack, slot_bytes, values.pack,
         *(contract.vector_bytes(a.ptr, *a.strides[:2]) >= 4 for a in (query, out)),
+        *launch.divisor(size["block_size"]), *launch.divisor(size["num_kv_heads"] * head_parts),
     )  # fmt: skip
-    clustered = launcher(CLUSTER) if launch.has_clusters(device) else None
-    units = size["num_kv_heads"] * head_parts
-    return _Plan(launcher(1), clustered, device, units, row_tokens if several else None)
+    launchers = {"plain": launcher(1)}
+    if launch.has_clusters(device):
+        launchers["clustered"] = launcher(CLUSTER)
+    if not several:
+        launchers["shared"] = launcher(0)
+    resident = 1 if size["head_size"] + size["head_size_v"] > LARGEST_HEAD else 2
+    return _Plan(
+        launchers, out.framework, size["num_kv_heads"] * head_parts,
+        row_tokens if several else None, size["block_size"], resident, slot_bytes,
+    )  # fmt: skip
 
 
 def _on_numpy(*arguments, base_scale, **options):
@@ -579,7 +679,7 @@ def _count(extents, options, scalars):
                 f"{NAME}: Invalid shape of {name}: expected at least {tokens} rows, those of "
                 f"query, got {rows}"
             )
-    work = (tokens, sequences) if tokens and sequences else 0
+    work = (tokens, sequences, width) if tokens and sequences else 0
     return work, (tokens, sequences, width, step, *scalars)
 
 

@@ -248,6 +248,30 @@ class CudaDriver:
             with cuda.on_device(device):
                 runtime.freeAsync(address, stream)
 
+    @contextlib.contextmanager
+    def scratch(self, size, stream, device):
+        """The address of ``size`` bytes on GPU ``device`` for the work enqueued on ``stream`` while
+        this is entered; of CuPy's memory pool if that is CuPy's current stream, else of the
+        driver's, and in a stream that is captured of the graph."""
+        cupy = cuda.import_cupy("scratch memory")
+        runtime = cupy.cuda.runtime
+        with cuda.on_device(device):
+            # What the pool gave for its current stream, it gives again for that stream alone.
+            if stream == self.current_stream(device) and not self.capturing(stream, device):
+                memory = cupy.cuda.alloc(size)
+                yield memory.ptr
+                return
+            try:
+                address = runtime.mallocAsync(size, stream)
+            except runtime.CUDARuntimeError as error:
+                raise KernelError(
+                    f"scratch memory on cuda:{device}: no {size} bytes: {error}"
+                ) from error
+            try:
+                yield address
+            finally:
+                runtime.freeAsync(address, stream)
+
     # --- faults
 
     def take_faults(self, device=None):

@@ -88,7 +88,8 @@ class _Launches:
     """The launches of a signature.
 
     known : by what decides them, {numbers of elements, shapes and scalars of a call: (enqueue,
-        errors, what to call at these instead, fields)}; empty where there is nothing to do.
+        errors, what to call at these instead, scratch, fields)}; empty where there is nothing to
+        do.
     records : parameters, each with the fields that it was filled with last. One in use by a thread
         must not be repacked by another: each takes one and puts it back.
     """
@@ -96,11 +97,11 @@ class _Launches:
     def __init__(self, op, entry, options, extents):
         self._op, self._options = op, options
         self._alike, self._find = extents.alike, extents.find
-        self._launcher, self._launch_for = entry.plan.launcher, entry.plan.launch_for
+        self._launcher, self._plan = entry.plan.launcher, entry.plan
         letters = self._launcher.kernel.params.call_letters[len(op.args) :]
         self._pack = struct.Struct("<" + "".join(letters)).pack_into
         self._fields_at = 8 * len(op.args)
-        self._grids = {}  # {rows: (enqueue, errors, what to call at these instead)}
+        self._grids = {}  # {rows: (enqueue, errors, what to call at these instead, scratch)}
         self.known, self.records = {}, []
 
     def prepare(self, key, tensors, scalars):
@@ -126,14 +127,14 @@ class _Launches:
         return launch
 
     def _of_grid(self, rows):
-        launcher, grid, threads = self._launch_for(rows)
+        launcher, grid, threads = self._plan.launch_for(rows)
         if not launcher.has_work(grid, threads):
             return ()
         if not launcher.loaded:  # the calls before had no work: the long way loads it
             return None
         enqueue, failed = launcher.prepare(grid, threads)
         again = functools.partial(launcher.launch, grid, threads)
-        self._grids[rows] = enqueue, failed, again
+        self._grids[rows] = enqueue, failed, again, self._plan.scratch_for(rows)
         return self._grids[rows]
 
     def fill(self, record, fields):
@@ -224,7 +225,7 @@ def _kernel_path(op, entry, objects, options, given):
             where = written(addresses) + key if varies else written(addresses)
             if where not in apart:
                 check_apart(where, addresses, tensors)
-        enqueue, failed, again, fields = launch
+        enqueue, failed, again, scratch, fields = launch
         try:
             record = records.pop()
         except IndexError:
@@ -236,11 +237,17 @@ def _kernel_path(op, entry, objects, options, given):
             stream = current_stream()
         elif stream != torchs():
             streams.lend((*tensors, *more.tensors) if insert_at else tensors, stream, device)
+        held = None
+        if scratch is not None:
+            held = streams.scratch(scratch.framework, device, scratch.size, stream)
+            record.fill_tail(scratch.tail(held.__enter__()))
         try:
             enqueue(stream, record.address, 0)
         except failed:
             again(stream, record)
         records.append(record)
+        if held is not None:
+            held.__exit__(None, None, None)
         if faults.debug:
             faults.after_call(stream, device)
         return True
@@ -285,7 +292,7 @@ def _write_path(entry, same, launches, pointers, caches_bound):
             return False
         if (a | b | e) & 15 and misaligned((a, b, c, d, e)):
             return False
-        enqueue, failed, again, fields = launch
+        enqueue, failed, again, _, fields = launch
         try:
             record = records.pop()
         except IndexError:

@@ -25,6 +25,12 @@ def ceil_div(a, b):
     return -(-a // b)
 
 
+def divisor(number):
+    """(factor, shift) of a kernel's `Divisor` (divide.cuh) by ``number``, below 2^31."""
+    shift = 31 + (number - 1).bit_length()
+    return ceil_div(1 << shift, number), shift
+
+
 def block_threads(items, processors, most=256):
     """Threads of a block for ``items`` independent work items: whole warps, at most ``most``.
 
@@ -104,8 +110,7 @@ class Launcher:
         """Launch with the per-call fields ``values`` and the bytes ``tail`` at the start of the
         struct's tail; zero work launches nothing."""
         if self.has_work(grid, threads):
-            if self._loaded is None:
-                self._load(stream)
+            self.load(stream)
             # One in use by a thread must not be repacked by another: each takes one and puts it
             # back. The driver copies it before launching returns.
             try:
@@ -114,7 +119,7 @@ class Launcher:
                 record = self.new_record()
             self._pack(record.buffer, 0, *values)
             if tail:
-                record.tail[: len(tail)] = tail
+                record.fill_tail(tail)
             driver.active.launch(self._loaded, grid, threads, stream, record)
             self._free.append(record)
 
@@ -144,7 +149,10 @@ class Launcher:
         """Launch with a record that is filled."""
         driver.active.launch(self._loaded, grid, threads, stream, record)
 
-    def _load(self, stream):
+    def load(self, stream):
+        """Load the kernel, unless it is; ``stream`` is that of the launch."""
+        if self._loaded is not None:
+            return
         if self.device == NOWHERE:
             raise KernelNeeded(self.kernel)
         self._loaded = driver.active.load(self.kernel, self.device, stream)
@@ -165,3 +173,7 @@ class Record:
         self.tail = memoryview(self.buffer).cast("B")[tail_at:]
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
         self.address = ctypes.addressof(self._pointers)
+
+    def fill_tail(self, tail):
+        """Put these bytes at the start of the struct's tail."""
+        self.tail[: len(tail)] = tail

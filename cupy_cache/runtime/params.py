@@ -31,7 +31,8 @@ class Struct:
     constant : str
         Fields that a plan fixes once, in the same form.
     tail : str
-        One last field, an array of which each call writes as much as it needs.
+        The last fields, of which each call writes as much as it needs: an array, or what only some
+        calls give.
     """
 
     def __init__(self, per_call, constant="", tail=""):

@@ -2,13 +2,33 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plans: how calls of one signature run, and the memory of them."""
 
+import secrets
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from . import arrays, launch, locks
+from . import arrays, launch, locks, streams
 
 MAX_PLANS = 1024  # of one operation
+# What kernels tell their counts in scratch memory by: `arrive` of scratch.cuh.
+SCRATCH_TAG = (secrets.randbits(47) << 1 | 1) << 16
+
+
+class Scratch(NamedTuple):
+    """What a launch needs of scratch memory.
+
+    framework : whose allocator gives it.
+    size : in bytes.
+    rest : what follows its address in the tail of the kernel's parameters.
+    """
+
+    framework: str
+    size: int
+    rest: bytes
+
+    def tail(self, address):
+        """The tail of the parameters."""
+        return address.to_bytes(8, "little") + self.rest
 
 
 class Call(NamedTuple):
@@ -54,10 +74,22 @@ class KernelPlan:
         is in the parameters."""
         return self.launcher, *self.shape(rows)
 
+    def scratch_for(self, rows):
+        """The `Scratch` of the launch for so much to do; None where it needs none."""
+        del rows
+
     def run(self, call):
         """Enqueue."""
         launcher, grid, threads = self.launch_for(call.rows)
-        launcher.enqueue(grid, threads, call.stream, *call.values, *call.fields)
+        values, scratch = (*call.values, *call.fields), self.scratch_for(call.rows)
+        if scratch is None:
+            launcher.enqueue(grid, threads, call.stream, *values)
+            return
+        launcher.load(call.stream)
+        held = streams.scratch(scratch.framework, launcher.device, scratch.size, call.stream)
+        with held as address:
+            tail = scratch.tail(address)
+            launcher.enqueue(grid, threads, call.stream, *values, tail=tail)
 
 
 class NumPyPlan:

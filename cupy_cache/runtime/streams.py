@@ -11,6 +11,8 @@ The rules, of which this module is the one owner:
   Arrays behind a protocol are ordered by their producer, which is told the stream.
 * A result is made by its framework, on the framework's current stream. Work on another stream waits
   for that one first: the memory may have been freed under work that is still to come (`empty`).
+* Scratch memory that a kernel needs beside its arguments is free again behind it, in its stream's
+  order (`scratch`).
 * torch tensors used on another stream than torch's current one are told to torch's allocator
   (`lend`), so that dropping them early does no harm. Host memory under a copy that is enqueued is
   kept until the copy is done (`keep_until_done`).
@@ -18,6 +20,7 @@ The rules, of which this module is the one owner:
   asked. There the caller orders the streams, and what the graph uses must live as long as it.
 """
 
+import contextlib
 import functools
 import operator
 import sys
@@ -26,7 +29,7 @@ import threading
 import numpy as np
 
 from ..errors import ArgumentError, DeviceError, DTypeError, MissingDependencyError
-from . import arrays, contract, cuda, devices, driver, locks
+from . import arrays, contract, cuda, devices, driver, formats, locks
 
 
 def pointer(op, stream):
@@ -198,3 +201,18 @@ def zeros(framework, device, shape, dtype, pinned=False):
         return np.zeros(shape, dtype.numpy)
     with cuda.on_device(device.index):
         return cuda.import_cupy(f"an array on {device}").zeros(shape, dtype.numpy)
+
+
+@contextlib.contextmanager
+def scratch(framework, device, size, stream):
+    """The address of ``size`` bytes on GPU ``device``, a multiple of 16, for what is enqueued on
+    ``stream`` while this is entered: they are free again behind it, in the stream's order. They
+    hold anything. torch's allocator gives them where ``framework`` is "torch", otherwise
+    `driver.CudaDriver.scratch`. In a stream that is captured they belong to the graph."""
+    if framework == "torch":
+        uint8 = formats.DTYPES["uint8"]
+        made = empty(framework, devices.Device("cuda", device), (size,), uint8, stream)
+        yield made.data_ptr()  # the tensor lives until what is enqueued meanwhile is
+    else:
+        with driver.active.scratch(size, stream, device) as address:
+            yield address

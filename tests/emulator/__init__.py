@@ -470,6 +470,8 @@ class EmulatedDriver:
         storage = memory().allocate(size)
         yield storage.ptr
 
+    scratch = staging
+
     def allocation(self, address):
         for storage in memory().storages():
             if storage.holds(address, 1):

@@ -12,7 +12,8 @@
 // Kernels are instrumented as for ThreadSanitizer, which knows no fibers and is not linked: before
 // each access they call a function of ours. It looks whether the thread may touch these bytes, and
 // whether another thread of the launch touched one of them, with nothing between that orders the
-// two. Either ends the process with a report.
+// two. Either ends the process with a report. A fence and then an atomic access order what the block
+// had done with what another does after an atomic access to the same word, and a fence.
 #include <dlfcn.h>
 #include <execinfo.h>
 #include <stdio.h>
@@ -23,6 +24,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <map>
 #include <random>
 #include <string>
 #include <vector>
@@ -170,12 +172,29 @@ u32 first_of_launch = 1, first_of_block = 1;
 u64 block_number;
 u32 barriers;  // that this block has passed
 bool writes_one_value;
+
+// What of a block is ordered before something: segments before this number, of this thread or from
+// before the latest barrier.
+struct Fence {
+  u64 block;
+  u32 segment, barriers;
+  unsigned thread;
+};
+Fence fence = {};                           // the latest of this block; segment 0: none
+std::map<u64, std::vector<Fence>> changes;  // of this launch: those before atomic accesses, by word
+std::vector<Fence> found;                   // by this block's atomic accesses
+std::vector<Fence> known;                   // those ordered before `known_by`, and what is behind it
+Fence known_by = {};
+
 std::vector<Area> storages;  // by address
 std::vector<Area> variables;
 
 void begin_block() {
   first_of_block = first_of_launch + segments.size();
   barriers = 0;
+  fence = known_by = {};
+  found.clear();
+  known.clear();
 }
 
 const Segment& segment(u32 number) { return segments[number - first_of_launch]; }
@@ -191,7 +210,13 @@ u32 present_segment() {
 // Whether what the running thread does is ordered behind an earlier access, or that is its own.
 bool is_ordered(u32 earlier) {
   const Segment& then = segment(earlier);
-  if (then.block != block_number) return false;
+  if (then.block != block_number) {
+    if (barriers == known_by.barriers && current->thread != known_by.thread) return false;
+    return std::any_of(known.begin(), known.end(), [&](const Fence& before) {
+      return before.block == then.block && earlier < before.segment &&
+             (then.barriers < before.barriers || then.thread == before.thread);
+    });
+  }
   if (then.barriers != barriers || then.thread == current->thread) return true;
   return then.thread / kWarp == current->thread / kWarp &&
          current->seen[then.thread % kWarp] >= then.clock;
@@ -286,7 +311,22 @@ SIZES(1) SIZES(2) SIZES(4) SIZES(8) SIZES(16)
 void __tsan_read_range(const void* at, u64 bytes) { touch(at, bytes, Access::kRead); }
 void __tsan_write_range(void* at, u64 bytes) { touch(at, bytes, Access::kWrite); }
 void __tsan_init() {}
-void emulator_atomic(void* at, unsigned bytes) { touch(at, bytes, Access::kAtomic); }
+void emulator_atomic(void* at, unsigned bytes) {
+  touch(at, bytes, Access::kAtomic);
+  std::vector<Fence>& before = changes[reinterpret_cast<u64>(at)];
+  found.insert(found.end(), before.begin(), before.end());
+  if (!fence.segment || fence.thread != current->thread) return;
+  before.push_back(fence);
+  before.insert(before.end(), known.begin(), known.end());
+}
+void emulator_fence() {
+  current->segment = 0;
+  const u32 next = first_of_launch + segments.size();
+  fence = {block_number, next, barriers, current->thread};
+  if (found.empty()) return;
+  known = found;
+  known_by = fence;
+}
 }
 
 namespace {
@@ -490,6 +530,7 @@ struct Memory {
       first_of_launch += segments.size();
     }
     segments.clear();
+    changes.clear();
     storages.clear();
     for (const Range& range : given) {
       Shadow* shadow = reinterpret_cast<Shadow*>(kShadow) + (range.begin - memory_begin);

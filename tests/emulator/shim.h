@@ -85,6 +85,8 @@ void emulator_sync_block();
 const unsigned long long* emulator_exchange(unsigned mask, unsigned long long given, bool orders = false);
 // Notes an atomic access.
 void emulator_atomic(void* at, unsigned bytes);
+// Orders what the thread, and those behind a barrier before it, did before with its next atomic access.
+void emulator_fence();
 // Reports a misuse of a warp operation and ends the process.
 [[noreturn]] void emulator_refuse(const char* why);
 }
@@ -92,9 +94,9 @@ constexpr int warpSize = 32;
 
 inline void __syncthreads() { emulator_sync_block(); }
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulator_exchange(mask, 0, true); }
-inline void __threadfence() {}
+inline void __threadfence() { emulator_fence(); }
 inline void __threadfence_block() {}
-inline void __threadfence_system() {}
+inline void __threadfence_system() { emulator_fence(); }
 
 namespace emulator {
 

@@ -68,6 +68,17 @@ struct Operands<Query, TokenScaled<Element>> : Operands<Query, Element> {
   static constexpr bool kTokenScales = true;
 };
 
+// Two elements of a query as operands.
+template <typename Query, typename Type>
+__device__ __forceinline__ u32 as_operands(u32 bits) {
+  if constexpr (IsBF16<Query>::value == IsBF16<Type>::value) {
+    return bits;
+  } else {
+    return pack_pair<Type>(Query::decode(static_cast<u16>(bits)),
+                           Query::decode(static_cast<u16>(bits >> 16)));
+  }
+}
+
 // Two neighbouring elements of a query, as operands. `there` are those that exist, at most two.
 template <typename Query, typename Type>
 __device__ __forceinline__ u32 query_pair(const char* at, bool together, int there) {
@@ -78,12 +89,7 @@ __device__ __forceinline__ u32 query_pair(const char* at, bool together, int the
     if (there >= 1) bits = *reinterpret_cast<const u16*>(at);
     if (there >= 2) bits |= static_cast<u32>(reinterpret_cast<const u16*>(at)[1]) << 16;
   }
-  if constexpr (IsBF16<Query>::value == IsBF16<Type>::value) {
-    return bits;
-  } else {
-    return pack_pair<Type>(Query::decode(static_cast<u16>(bits)),
-                           Query::decode(static_cast<u16>(bits >> 16)));
-  }
+  return as_operands<Query, Type>(bits);
 }
 
 }  // namespace cupy_cache
