@@ -722,7 +722,7 @@ TYPES = (
 )  # fmt: skip
 
 
-@pytest.mark.whole
+@pytest.mark.each("types")
 @pytest.mark.parametrize("types", ["one", pytest.param("all", marks=pytest.mark.extra)])
 @pytest.mark.parametrize("number", range(len(POOL)))
 def test_any_problem_on_the_kernels(emulated_world, number, types):
