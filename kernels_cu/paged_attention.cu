@@ -410,7 +410,7 @@ __device__ __forceinline__ void copy_tile(char* to, const Source& from, const Pa
                                           i32 block, i32 key, u32 slot, bool complete) {
   const i32 lane = static_cast<i32>(threadIdx.x % 32);
   // Where the warp's lanes take whole rows, each lane always has the same chunk of a row.
-  if constexpr (kWhole && 32 % T::kChunks == 0 && kVec == 16) {
+  if constexpr (kWhole && 32 % T::kChunks == 0 && kVec == 16 && kBytes == T::kChunks * 16) {
     if (complete) {
       const i32 row = lane / T::kChunks, chunk = lane % T::kChunks;
       constexpr i32 kTogether = 32 / T::kChunks;  // rows
@@ -439,9 +439,11 @@ __device__ __forceinline__ void copy_tile(char* to, const Source& from, const Pa
     if (kAll % 32 == 0 || at < kAll) {
 #pragma unroll
       for (i32 piece = 0; piece < 16; piece += kVec) {
-        const bool inside = kBytes % 16 == 0 || chunk * 16 + piece < kBytes;
+        // The last chunks may have no elements: nothing is read for them.
+        const bool inside = kBytes == T::kChunks * 16 || chunk * 16 + piece < kBytes;
         copy_async<kVec>(to + T::at(row, chunk) + piece,
-                         inside ? from.head + away + from.template in_slot<kPacked>(chunk * 16 + piece) : from.head,
+                         inside ? from.head + away + from.template in_slot<kPacked>(chunk * 16 + piece)
+                                : from.head,
                          present && inside);
       }
     }
