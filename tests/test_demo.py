@@ -54,10 +54,11 @@ def test_pages_agree_with_a_dense_cache(file, capsys, layout, dtype):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_pages_agree_on_a_gpu(file, capsys, layout, dtype):
     assert run(file, *SMALL, "--layout", layout, "--dtype", dtype, backend="cupy") == 0
-    check_report(capsys, dtype, layout)
+    # On a GPU float32 queries attend to gathered rows.
+    check_report(capsys, dtype, layout, reads_pages=dtype != "float32")
 
 
-def check_report(capsys, dtype, layout):
+def check_report(capsys, dtype, layout, reads_pages=True):
     report = capsys.readouterr().out
     size = np.dtype(demo.DTYPES[dtype]).itemsize
     layers, block_size, tokens, beams = 2, 4, 6, 3
@@ -66,7 +67,8 @@ def check_report(capsys, dtype, layout):
     written = 23 + tokens + beams * tokens
     steps = 1 + tokens + tokens
     assert lines["reshape_and_cache_flash"] == [f"{steps * layers:,}", f"{written * row:,}"]
-    assert lines["paged_attention"][0] == f"{steps * layers:,}"
+    if reads_pages:
+        assert lines["paged_attention"][0] == f"{steps * layers:,}"
     assert lines["slot_mapping"] == [f"{steps:,}", f"{written * 8:,}"]
     swapped = -(-(23 + tokens // 2) // block_size)
     assert lines["swap_blocks"] == ["2", f"{2 * swapped * block_size * row:,}"]

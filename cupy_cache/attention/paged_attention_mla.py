@@ -156,13 +156,15 @@ def paged_attention_mla(
     if formats.is_scaled(kv_cache_dtype):
         kv_array, kv_number = contract.split_scale(NAME, "kv_scale", kv_scale)
     number = _number("scale", scale)
+    like = None
     if out is None:
-        out = _new_out(arrays.view(query, f"{NAME}: query"), rank, stream)
-    framework, device = _place(query)
+        like = arrays.view(query, f"{NAME}: query")
+        out = _new_out(like, rank, stream)
+    framework, device, query_shape = _place(query, like)
     cut, partial = False, None
     if device.kind == "cuda":
         shapes = (
-            _shape("query", query), _shape("kv_cache", kv_cache),
+            query_shape, _shape("kv_cache", kv_cache),
             _shape("block_table", block_table), _shape("seq_lens", seq_lens),
         )  # fmt: skip
         cut, most = _results(device.index, *shapes, rank, query_start_loc is not None)
@@ -176,12 +178,13 @@ def paged_attention_mla(
     return out
 
 
-def _place(query):
-    """(Framework, device) of the query."""
-    if arrays.is_torch(query) and query.device.type in ("cpu", "cuda"):  # what an engine gives
-        return "torch", Device(query.device.type, query.device.index or 0)
-    like = arrays.view(query, f"{NAME}: query")
-    return like.framework, like.device
+def _place(query, like):
+    """(Framework, device, shape) of the query; ``like`` is its view, if there is one."""
+    if like is None:
+        if arrays.is_torch(query) and query.device.type in ("cpu", "cuda"):  # what an engine gives
+            return "torch", Device(query.device.type, query.device.index or 0), query.shape
+        like = arrays.view(query, f"{NAME}: query")
+    return like.framework, like.device, like.shape
 
 
 def _shape(name, array):
@@ -410,7 +413,10 @@ class _Two:
 
 def _gpu_plan(check, named, stored, rank, causal, entries):
     size, query, out, cache = check.sizes, named["query"], named["out"], named["kv_cache"]
-    check.dtype("query", query, *formats.FLOATS[:2])
+    check.dtype(
+        "query", query, *formats.FLOATS[:2],
+        way_out="for float32 on a GPU use gather_cache and the framework's attention",
+    )  # fmt: skip
     for name, extent, most in (
         ("kv_lora_rank", rank, LARGEST_RANK), ("entry_size", size["entry_size"], LARGEST_ENTRY),
     ):  # fmt: skip

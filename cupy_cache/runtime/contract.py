@@ -225,8 +225,8 @@ class Contract:
             )
 
     def positive(self, name, value):
-        """Require a positive number; ``value`` is an integer."""
-        if value <= 0:
+        """Require a positive number; ``value`` is an integer, or None, which is none."""
+        if value is None or value <= 0:
             raise ArgumentError(
                 f"{self.op}: Invalid value of {name}: expected a positive integer, got {value}"
             )
