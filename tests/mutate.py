@@ -290,6 +290,7 @@ MORE_TESTS = {
     ),
     "ops": ("test_exact_ends.py", "test_histories.py", "test_threads.py", "test_warmup.py"),
     "attention": ("test_histories.py", "test_warmup.py"),
+    "bookkeeping": ("test_block_pool.py", "test_block_tables.py", "test_csr.py"),
     "compilation": ("test_warmup.py", "test_compile_all.py"),
     "cpu": (),
     "integrations": ("test_torch_ops.py",),

@@ -358,7 +358,9 @@ def every_error():
     while todo:
         kind = todo.pop()
         todo += kind.__subclasses__()
-        if kind is not cc.FaultError:
+        if kind is cc.OutOfBlocksError:
+            made.append(kind("BlockTables.step", 3, 2, 8))
+        elif kind is not cc.FaultError:
             made.append(kind("op: Invalid value of x: expected 1, got 2"))
     return made
 
