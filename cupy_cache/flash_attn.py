@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
-from .attention.paged_attention import number, paged_attention
+from .attention.paged_attention import paged_attention
 from .errors import ArgumentError, DTypeError, ShapeError
 from .ops.reshape_and_cache_flash import reshape_and_cache_flash
 from .ops.slot_mapping import slot_mapping
@@ -275,11 +275,14 @@ def _options(op, softmax_scale, causal, window_size, softcap, alibi_slopes, one_
             f"{op}: Invalid value of alibi_slopes: expected None where queries see tokens behind "
             f"their own, got {type(alibi_slopes).__name__}"
         )
+    if softmax_scale is not None:
+        softmax_scale = contract.number(op, "softmax_scale", softmax_scale)
+    softcap = None if softcap == 0 else contract.number(op, "softcap", softcap, positive=True)
     return {
         "causal": causal,
         "sliding_window": None if left < 0 else left + 1,
-        "scale": None if softmax_scale is None else number(op, "softmax_scale", softmax_scale),
-        "soft_cap": None if softcap == 0 else number(op, "softcap", softcap, positive=True),
+        "scale": softmax_scale,
+        "soft_cap": softcap,
         "alibi_slopes": alibi_slopes,
     }
 

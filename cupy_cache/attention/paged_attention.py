@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 import math
-import numbers
 import struct
 from typing import Any, NamedTuple
 
@@ -48,7 +47,6 @@ PARAMS = params.Struct(
 )
 FLOAT32 = formats.DTYPES["float32"]
 NO_WINDOW = 1 << 62  # more tokens than there are
-LARGEST = contract.LARGEST_SCALE
 # The arguments that belong to a layer; of its slopes, those of all sequences or of each.
 LAYERS = (
     "key_cache", "value_cache", "alibi_slopes", "sinks", "k_scale", "v_scale", "k_scale_cache",
@@ -219,9 +217,9 @@ def arguments(
     if sliding_window is not None:
         window = min(contract.integer(op, "sliding_window", sliding_window, 1), NO_WINDOW)
     if scale is not None:
-        scaled_by = number(op, "scale", scale)
+        scaled_by = contract.number(op, "scale", scale)
     if soft_cap is not None:
-        cap = number(op, "soft_cap", soft_cap, positive=True)
+        cap = contract.number(op, "soft_cap", soft_cap, positive=True)
     options = (
         kv_cache_dtype,
         contract.flag(op, "causal", causal),
@@ -260,17 +258,6 @@ def _check_scales(op, k_scale, v_scale, k_scale_cache, v_scale_cache):
         if scale is not None:
             expected, got = f"None beside {name}_cache", contract.shown(scale)
             raise ArgumentError(errors.wrong("value", f"{op}: {name}", expected, got))
-
-
-def number(op, name, value, positive=False):
-    """``value`` as a float that float32 can hold."""
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not -LARGEST <= value <= LARGEST or (positive and value <= 0):
-        kind = "a positive, finite float32" if positive else "a finite float32"
-        raise ArgumentError(
-            f"{op}: Invalid value of {name}: expected None or {kind}, got {contract.shown(value)}"
-        )
-    return float(value)
 
 
 def new_out(op, query, key_cache, value_cache, stream):
@@ -668,33 +655,14 @@ def _count(extents, options, scalars):
     """(Tokens and sequences, or 0; the fields of `PARAMS` behind the pointers)."""
     del options
     tokens, ((table_rows, width), (step, _)), sequences, starts, *written, slopes = extents
-    contract.check_sequence_count(NAME, "seq_lens", sequences)
-    if table_rows < sequences:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of block_table: expected rows for the {sequences} sequences of "
-            f"seq_lens, got {table_rows}"
-        )
-    if starts is None and tokens != sequences:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of seq_lens: expected [{tokens}], one for each row of query, "
-            f"where there is no query_start_loc, got [{sequences}]"
-        )
-    if starts is not None and starts != sequences + 1:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of query_start_loc: expected [{sequences + 1}], one more than "
-            f"seq_lens, got [{starts}]"
-        )
+    contract.check_step(
+        NAME, tokens, sequences, table_rows, starts, dict(zip(("out", "lse"), written))
+    )  # fmt: skip
     if slopes is not None and slopes < sequences:
         raise ShapeError(
             f"{NAME}: Invalid shape of alibi_slopes: expected rows for the {sequences} sequences "
             f"of seq_lens, got {slopes}"
         )
-    for name, rows in zip(("out", "lse"), written):
-        if rows is not None and rows < tokens:
-            raise ShapeError(
-                f"{NAME}: Invalid shape of {name}: expected at least {tokens} rows, those of "
-                f"query, got {rows}"
-            )
     work = (tokens, sequences, width) if tokens and sequences else 0
     return work, (tokens, sequences, width, step, *scalars)
 

@@ -5,11 +5,10 @@
 from __future__ import annotations
 
 import functools
-import numbers
 from typing import Any
 
 from .. import cpu
-from ..errors import ArgumentError, ShapeError
+from ..errors import ShapeError
 from ..runtime import (
     arrays,
     contract,
@@ -36,7 +35,6 @@ PARAMS = params.Struct(
     "block_size:u32 heads:u32 processors:u32 causal:u32 chunks_in:u32 pairs_out:u32",
 )
 FLOAT32 = formats.DTYPES["float32"]
-LARGEST = contract.LARGEST_SCALE
 
 
 def paged_attention_mla(
@@ -155,7 +153,7 @@ def paged_attention_mla(
     kv_array, kv_number = None, 1.0
     if formats.is_scaled(kv_cache_dtype):
         kv_array, kv_number = contract.split_scale(NAME, "kv_scale", kv_scale)
-    number = _number("scale", scale)
+    number = contract.number(NAME, "scale", scale, kind="")
     like = None
     if out is None:
         like = arrays.view(query, f"{NAME}: query")
@@ -191,17 +189,6 @@ def _shape(name, array):
     """The shape of an argument."""
     shape = getattr(array, "shape", None)
     return shape if isinstance(shape, tuple) else arrays.view(array, f"{NAME}: {name}").shape
-
-
-def _number(name, value):
-    """``value`` as a float that float32 can hold."""
-    real = type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))
-    if not real or not -LARGEST <= value <= LARGEST:
-        raise ArgumentError(
-            f"{NAME}: Invalid value of {name}: expected a finite float32, got "
-            f"{contract.shown(value)}"
-        )
-    return float(value)
 
 
 def _new_out(query, rank, stream):
@@ -496,28 +483,9 @@ def _count(extents, options, scalars):
     del options
     tokens, ((table_rows, width), (step, _)), sequences, starts, kept, *written = extents
     cut, *numbers_of_call = scalars
-    contract.check_sequence_count(NAME, "seq_lens", sequences)
-    if table_rows < sequences:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of block_table: expected rows for the {sequences} sequences of "
-            f"seq_lens, got {table_rows}"
-        )
-    if starts is None and tokens != sequences:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of seq_lens: expected [{tokens}], one for each row of query, "
-            f"where there is no query_start_loc, got [{sequences}]"
-        )
-    if starts is not None and starts != sequences + 1:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of query_start_loc: expected [{sequences + 1}], one more than "
-            f"seq_lens, got [{starts}]"
-        )
-    for name, rows in zip(("out", "lse"), written):
-        if rows is not None and rows < tokens:
-            raise ShapeError(
-                f"{NAME}: Invalid shape of {name}: expected at least {tokens} rows, those of "
-                f"query, got {rows}"
-            )
+    contract.check_step(
+        NAME, tokens, sequences, table_rows, starts, dict(zip(("out", "lse"), written))
+    )  # fmt: skip
     work = (tokens, sequences, kept, cut) if tokens and sequences else 0
     return work, (tokens, sequences, width, step, kept if cut else 0, *numbers_of_call)
 

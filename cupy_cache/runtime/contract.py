@@ -346,6 +346,42 @@ def slot_count(op, first="key", second="value", scales=2):
     return count
 
 
+def number(op, name, value, positive=False, kind="None or "):
+    """``value`` as a float that float32 can hold. ``kind``: what else is taken, for the error."""
+    real = type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))
+    if not real or not -LARGEST_SCALE <= value <= LARGEST_SCALE or (positive and value <= 0):
+        kind += "a positive, finite float32" if positive else "a finite float32"
+        raise ArgumentError(f"{op}: Invalid value of {name}: expected {kind}, got {shown(value)}")
+    return float(value)
+
+
+def check_step(op, tokens, sequences, table_rows, starts, written):
+    """Refuse counts of a step's queries that do not belong together. ``starts``: those of
+    query_start_loc, or None. ``written``: {name: rows or None} of results."""
+    check_sequence_count(op, "seq_lens", sequences)
+    if table_rows < sequences:
+        raise ShapeError(
+            f"{op}: Invalid shape of block_table: expected rows for the {sequences} sequences of "
+            f"seq_lens, got {table_rows}"
+        )
+    if starts is None and tokens != sequences:
+        raise ShapeError(
+            f"{op}: Invalid shape of seq_lens: expected [{tokens}], one for each row of query, "
+            f"where there is no query_start_loc, got [{sequences}]"
+        )
+    if starts is not None and starts != sequences + 1:
+        raise ShapeError(
+            f"{op}: Invalid shape of query_start_loc: expected [{sequences + 1}], one more than "
+            f"seq_lens, got [{starts}]"
+        )
+    for name, rows in written.items():
+        if rows is not None and rows < tokens:
+            raise ShapeError(
+                f"{op}: Invalid shape of {name}: expected at least {tokens} rows, those of "
+                f"query, got {rows}"
+            )
+
+
 def split_scale(op, name, scale):
     """A scale, of which None means 1.0, as (array or None, number that counts where it is None)."""
     if scale is None:
