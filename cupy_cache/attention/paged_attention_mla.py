@@ -89,7 +89,7 @@ def paged_attention_mla(
         Elements of the latent part, the values. On a GPU at most 512, and entries have at most 640.
     query_start_loc : int32 or int64 array [num_seqs + 1], optional
         Where each sequence's rows of ``query`` start, and where the last one's end; never
-        descending, and inside ``query``; contiguous. Bounds outside are not followed, but which
+        descending, and inside ``query``; contiguous. Others are not followed, but which
         rows their sequences have is then not the same on CPU and GPU. Rows of no sequence are left
         as they are in ``out`` and ``lse``. By default each sequence has one row, so ``num_seqs`` is
         ``num_tokens``.
