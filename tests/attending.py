@@ -253,17 +253,23 @@ class Problem:
     def solve(self, world):
         """Run, and judge all there is to judge."""
         if world.on_gpu and self.dtype == "float32":  # a warp's products take 16-bit factors
-            with pytest.raises(
-                cc.DTypeError,
-                match="query: expected float16 or bfloat16, got float32; .* use gather_cache",
-            ):
-                self.run(world)
-            for spec in filter(None, self.specs):
-                self._check_bytes(world, spec, [])
+            words = "query: expected float16 or bfloat16, got float32;", "use gather_cache"
+            self.refused(world, cc.DTypeError, *words)
             return
         self.run(world)
         check_faults(self.op, self.faults)
         self.judge(world)
+
+    def refused(self, world, error, *words, **changes):
+        """Require a call to be refused in these words, with nothing written. ``changes`` are
+        further keyword arguments, or others."""
+        with pytest.raises(error) as caught:
+            self.run(world, **changes)
+        assert issubclass(error, cc.CupyCacheError)
+        for word in (f"{self.op}: Invalid", *words):
+            assert word in str(caught.value)
+        for spec in filter(None, self.specs):
+            self._check_bytes(world, spec, [])
 
     def judge(self, world):
         """Compare what is in the memory of ``world`` with what must be there."""

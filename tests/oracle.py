@@ -461,8 +461,9 @@ def _elements(shape):
 def _chosen(tensor, number, by_slot):
     """The index of a block, or of a slot's token; None where it is padding or there is none."""
     if by_slot:
-        block, offset = int(number) // tensor.shape[1], int(number) % tensor.shape[1]
-        return (block, offset) if 0 <= block < tensor.shape[0] else None
+        if not 0 <= int(number) < tensor.shape[0] * tensor.shape[1]:
+            return None
+        return int(number) // tensor.shape[1], int(number) % tensor.shape[1]
     return (int(number),) if 0 <= int(number) < tensor.shape[0] else None
 
 

@@ -778,16 +778,6 @@ def test_more_rows_of_results_that_interleave(world, rng):
 
 
 class TestRefusals:
-    def refused(self, world, problem, error, *words, **changes):
-        with pytest.raises(error) as caught:
-            problem.run(world, **changes)
-        assert issubclass(error, cc.CupyCacheError)
-        for word in ("paged_attention: Invalid", *words):
-            assert word in str(caught.value)
-        for spec in problem.specs:
-            if spec is not None:
-                np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
-
     @pytest.mark.parametrize(
         "name, shape, dtype, error, words",
         [
@@ -823,7 +813,7 @@ class TestRefusals:
     def test_arguments(self, world, rng, name, shape, dtype, error, words):
         problem = Problem(rng, [20, 9, 3])
         setattr(problem, name, worlds.array(rng, shape, dtype))
-        self.refused(world, problem, error, *words)
+        problem.refused(world, error, *words)
 
     @pytest.mark.parametrize(
         "index, shape, dtype, error, words",
@@ -841,20 +831,20 @@ class TestRefusals:
         problem.caches = list(problem.caches)
         shape = problem.caches[0].shape[:1] + shape[1:] if shape[0] == 9 else shape
         problem.caches[index] = worlds.array(rng, shape, dtype)
-        self.refused(world, problem, error, *words)
+        problem.refused(world, error, *words)
 
     def test_a_ratio_that_is_not_whole(self, world, rng):
         problem = Problem(rng, [20], heads=(3, 3), lse=None)
         problem.query = worlds.array(rng, (1, 4, 32), "bfloat16")
         problem.out = worlds.array(rng, (1, 4, 32), "bfloat16")
-        self.refused(world, problem, cc.ShapeError, "query", "multiple")
+        problem.refused(world, cc.ShapeError, "query", "multiple")
 
     def test_x_packed_caches_that_do_not_fit(self, world, rng):
         problem = Problem(rng, [20], layout="x-packed")
         blocks, heads, packs, size, x = problem.caches[0].shape
         key = worlds.array(rng, (blocks, heads, packs + 1, size, x), "bfloat16")
         problem.caches = key, problem.caches[1]
-        self.refused(world, problem, cc.ShapeError, "key_cache", "head_size / x")
+        problem.refused(world, cc.ShapeError, "key_cache", "head_size / x")
 
     @pytest.mark.parametrize(
         "name, value",
@@ -868,65 +858,65 @@ class TestRefusals:
     )  # fmt: skip
     def test_values(self, world, rng, name, value):
         problem = Problem(rng, [20])
-        self.refused(world, problem, cc.ArgumentError, name, str(value), **{name: value})
+        problem.refused(world, cc.ArgumentError, name, str(value), **{name: value})
 
     @pytest.mark.parametrize("name", ["k_scale", "v_scale"])
     def test_scales(self, world, rng, name):
         problem = Problem(rng, [20], kv_cache_dtype="fp8")
         for value in (0.0, -1.0, float("nan"), True):
-            self.refused(world, problem, cc.ArgumentError, name, str(value), **{name: value})
+            problem.refused(world, cc.ArgumentError, name, str(value), **{name: value})
         for shape, dtype, error in (
             ((3,), "float32", cc.ShapeError),
             ((2,), "float16", cc.DTypeError),
         ):
             scale = worlds.array(rng, shape, dtype)
-            self.refused(world, problem, error, name, **{name: scale})
+            problem.refused(world, error, name, **{name: scale})
 
     @pytest.mark.parametrize("name", ["k_scale_cache", "v_scale_cache"])
     def test_scales_of_tokens(self, world, rng, name):
         problem = Problem(rng, [20], kv_cache_dtype="int8_per_token_head", scales="tokens")
         for spec in problem.scales.values():
             world.put(spec)
-        self.refused(world, problem, cc.ArgumentError, name, "both", **{name: None})
+        problem.refused(world, cc.ArgumentError, name, "both", **{name: None})
         scale = name.removesuffix("_cache")
-        self.refused(world, problem, cc.ArgumentError, scale, "None", **{scale: 1.0})
+        problem.refused(world, cc.ArgumentError, scale, "None", **{scale: 1.0})
         blocks, *inner = problem.scales[name].shape
         for shape, dtype, error in (
             ((blocks, *inner[::-1]), "float32", cc.ShapeError),
             ((blocks, *inner, 1), "float32", cc.ShapeError),
             ((blocks, *inner), "float16", cc.DTypeError),
         ):
-            self.refused(world, problem, error, name, **{name: worlds.array(rng, shape, dtype)})
+            problem.refused(world, error, name, **{name: worlds.array(rng, shape, dtype)})
         for dtype in ("auto", "fp8_e5m2", "fp9"):
             words = "kv_cache_dtype", "int8_per_token_head", dtype
-            self.refused(world, problem, cc.ArgumentError, *words, kv_cache_dtype=dtype)
+            problem.refused(world, cc.ArgumentError, *words, kv_cache_dtype=dtype)
 
     def test_formats_that_need_scales_of_tokens(self, world, rng):
         problem = Problem(rng, [20], kv_cache_dtype="int8", storage="int8")
         name = "int8_per_token_head"
-        self.refused(world, problem, cc.ArgumentError, "k_scale_cache", name, kv_cache_dtype=name)
+        problem.refused(world, cc.ArgumentError, "k_scale_cache", name, kv_cache_dtype=name)
 
     def test_x_packed_caches_have_no_scales_of_tokens(self, world, rng):
         problem = Problem(rng, [20], kv_cache_dtype="int8", layout="x-packed", storage="int8")
         blocks, heads, _, size, _ = problem.caches[0].shape
         scales = [worlds.array(rng, (blocks, size, heads), "float32") for _ in "kv"]
         problem.scales = dict(zip(("k_scale_cache", "v_scale_cache"), scales))
-        self.refused(world, problem, cc.ShapeError, "key_cache", "num_kv_heads, head_size")
+        problem.refused(world, cc.ShapeError, "key_cache", "num_kv_heads, head_size")
 
     def test_strides(self, world, rng):
         problem = Problem(rng, [20, 9])
         wide = worlds.array(rng, (2, 4, 64), "bfloat16")
         problem.query = wide[..., ::2]
-        self.refused(world, problem, cc.StrideError, "query", "contiguous")
+        problem.refused(world, cc.StrideError, "query", "contiguous")
         problem = Problem(rng, [20, 9])
         problem.out = wide[..., ::2]
-        self.refused(world, problem, cc.StrideError, "out", "contiguous")
+        problem.refused(world, cc.StrideError, "out", "contiguous")
         problem = Problem(rng, [20, 9])
         problem.lens = worlds.array(rng, (4,), "int32")[::2]
-        self.refused(world, problem, cc.StrideError, "seq_lens", "contiguous")
+        problem.refused(world, cc.StrideError, "seq_lens", "contiguous")
         problem = Problem(rng, [20, 9], lse=None)
         problem.out = worlds.Spec(wide.buffer, 0, (2, 4, 32), (0, 64, 2), "bfloat16")
-        self.refused(world, problem, cc.StrideError, "out", "share memory")
+        problem.refused(world, cc.StrideError, "out", "share memory")
 
     def test_a_result_that_cannot_be_written(self, rng):
         problem, world = Problem(rng, [20]), worlds.NumPyWorld()

@@ -25,6 +25,7 @@ from ..runtime import (
 )
 from ..runtime.devices import NOWHERE
 from ..types import ArrayLike, Scale, StreamLike
+from .shared import steps
 
 NAME = "paged_attention"
 PARAMS = params.Struct(
@@ -312,7 +313,7 @@ def _plan(op, described, options):
     of_sequences = named.pop("sequence_slopes")
     if of_sequences is not None:
         named["alibi_slopes"] = of_sequences
-    query, key_cache, value_cache, table, lens, _, _, sinks, *scales, out, _ = described[:12]
+    query, key_cache, value_cache, _, _, _, _, sinks, *scales, out, _ = described[:12]
     scale_caches = {name: named[name] for name in ("k_scale_cache", "v_scale_cache")}
     by_token = scale_caches["k_scale_cache"] is not None
     fmt = _format(op.name, kv_cache_dtype, by_token)
@@ -325,13 +326,9 @@ def _plan(op, described, options):
         if array is not None:
             check.shape(name, array, "num_blocks block_size num_kv_heads")
             check.dtype(name, array, FLOAT32)
-    check.shape("block_table", table, "_ _")
-    check.shape("seq_lens", lens, "_")
-    check.shape("out", out, "_ num_heads head_size_v")
-    for name, pattern in (
-        ("query_start_loc", "_"), ("sinks", "num_heads"), ("lse", "_ num_heads"),
-        ("alibi_slopes", "num_heads" if of_sequences is None else "_ num_heads"),
-    ):  # fmt: skip
+    steps.check_shapes(check, named, "head_size_v")
+    slopes = "num_heads" if of_sequences is None else "_ num_heads"
+    for name, pattern in (("sinks", "num_heads"), ("alibi_slopes", slopes)):
         if named[name] is not None:
             check.shape(name, named[name], pattern)
     size = check.sizes
@@ -346,27 +343,10 @@ def _plan(op, described, options):
     check.dtype("query", query, *formats.FLOATS)
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         check.dtype(name, cache, *(fmt.storage or (query.dtype,)))
-    for name in ("block_table", "seq_lens", "query_start_loc"):
-        if named[name] is not None:
-            check.dtype(name, named[name], *formats.INDICES)
-    check.dtype("out", out, query.dtype)
-    for name, allowed in (
-        ("alibi_slopes", {FLOAT32}), ("sinks", {FLOAT32, query.dtype}), ("lse", {FLOAT32}),
-    ):  # fmt: skip
+    for name, allowed in (("alibi_slopes", {FLOAT32}), ("sinks", {FLOAT32, query.dtype})):
         if named[name] is not None:
             check.dtype(name, named[name], *allowed)
-    for name, array in named.items():
-        if array is not None:
-            check.device(name, array)
-            check.aligned(name, array)
-    for name in ("query", "key_cache", "value_cache", "block_table", "out"):
-        check.contiguous(name, named[name])
-    for name in ("seq_lens", "query_start_loc"):
-        if named[name] is not None:
-            check.contiguous_rows(name, named[name])
-    for name in ("out", "lse"):
-        if named[name] is not None:
-            check.writable(name, named[name], rows=True)
+    steps.check_arrays(check, named, ("key_cache", "value_cache"))
     scale_strides = [
         check.head_scale(name, scale, size["num_kv_heads"])
         for name, scale in zip(("k_scale", "v_scale"), scales)
@@ -655,7 +635,7 @@ def _count(extents, options, scalars):
     """(Tokens and sequences, or 0; the fields of `PARAMS` behind the pointers)."""
     del options
     tokens, ((table_rows, width), (step, _)), sequences, starts, *written, slopes = extents
-    contract.check_step(
+    steps.check_counts(
         NAME, tokens, sequences, table_rows, starts, dict(zip(("out", "lse"), written))
     )  # fmt: skip
     if slopes is not None and slopes < sequences:

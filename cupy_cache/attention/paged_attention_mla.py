@@ -24,6 +24,7 @@ from ..runtime import (
 from ..runtime.devices import NOWHERE, Device
 from ..runtime.formats import DS_ENTRY_BYTES, DS_LATENT, DS_ROPE, FP8_DS_MLA
 from ..types import ArrayLike, Scale, StreamLike
+from .shared import steps
 
 NAME = "paged_attention_mla"
 PARAMS = params.Struct(
@@ -203,7 +204,7 @@ def _new_out(query, rank, stream):
 def _plan(op, described, options):
     kv_cache_dtype, rank, causal = options
     named = {arg.name: array for arg, array in zip(op.args, described)}
-    query, kv_cache, table, lens, _, kv_scale, _, out, _ = described
+    query, kv_cache, _, _, _, kv_scale, _, out, _ = described
     entries = kv_cache_dtype == FP8_DS_MLA
     fmt = formats.RAW_FORMAT
     if not entries:
@@ -212,12 +213,7 @@ def _plan(op, described, options):
     check = contract.Contract(op.name)
     check.shape("query", query, "_ num_heads entry_size")
     check.shape("kv_cache", kv_cache, "num_blocks block_size _")
-    check.shape("block_table", table, "_ _")
-    check.shape("seq_lens", lens, "_")
-    check.shape("out", out, "_ num_heads _")
-    for name, pattern in (("query_start_loc", "_"), ("lse", "_ num_heads")):
-        if named[name] is not None:
-            check.shape(name, named[name], pattern)
+    steps.check_shapes(check, named, "_")
     size = check.sizes
     for name in ("num_heads", "entry_size", "block_size"):
         check.positive(name, size[name])
@@ -226,24 +222,7 @@ def _plan(op, described, options):
     check.dtype("query", query, *formats.FLOATS[: 2 if entries else 3])
     stored = formats.BYTES if entries else fmt.storage or (query.dtype,)
     check.dtype("kv_cache", kv_cache, *stored)
-    for name in ("block_table", "seq_lens", "query_start_loc"):
-        if named[name] is not None:
-            check.dtype(name, named[name], *formats.INDICES)
-    check.dtype("out", out, query.dtype)
-    if named["lse"] is not None:
-        check.dtype("lse", named["lse"], FLOAT32)
-    for name, array in named.items():
-        if array is not None:
-            check.device(name, array)
-            check.aligned(name, array)
-    for name in ("query", "kv_cache", "block_table", "out"):
-        check.contiguous(name, named[name])
-    for name in ("seq_lens", "query_start_loc"):
-        if named[name] is not None:
-            check.contiguous_rows(name, named[name])
-    for name in ("out", "lse"):
-        if named[name] is not None:
-            check.writable(name, named[name], rows=True)
+    steps.check_arrays(check, named, ("kv_cache",))
     if kv_scale is not None:
         check.scale("kv_scale", kv_scale)
 
@@ -483,7 +462,7 @@ def _count(extents, options, scalars):
     del options
     tokens, ((table_rows, width), (step, _)), sequences, starts, kept, *written = extents
     cut, *numbers_of_call = scalars
-    contract.check_step(
+    steps.check_counts(
         NAME, tokens, sequences, table_rows, starts, dict(zip(("out", "lse"), written))
     )  # fmt: skip
     work = (tokens, sequences, kept, cut) if tokens and sequences else 0

@@ -20,9 +20,10 @@ def caches(
     op, sizes, head_size_v, dtype, kv_cache_dtype, layout, framework, device, pinned
 ):  # fmt: skip
     """(Key caches, value caches or None) of zeros; ``sizes`` are those called `SIZES`."""
-    layers, *sizes = contract.integers(op, SIZES, sizes)
-    for name, size in zip(SIZES, (layers, *sizes)):
+    layers, *sizes = (
         contract.integer(op, name, size, 0 if name in ("num_layers", "num_blocks") else 1)
+        for name, size in zip(SIZES, sizes)
+    )
     head_size = sizes[-1]
     if head_size_v is None:
         head_size_v = head_size

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, SupportsIndex
@@ -38,7 +39,7 @@ from ..types import (
     StreamLike,
     Writer,
 )
-from . import allocation
+from . import allocation, layouts
 
 MAX_ATTENDERS = 16  # of one layer
 _ATTEND, _GATHER = "PagedKVCache.attend", "PagedKVCache.gather"
@@ -225,7 +226,7 @@ class PagedKVCache:
             math.prod(one.shape[1:]) * one.dtype.bytes for one in self._described
         )
         found = self._copy.found[: len(self._described)]
-        self.layout = _layout(self._described, [layers.addresses for layers in found])
+        self.layout = layouts.of_arrays(self._described, [layers.addresses for layers in found])
         # Of what `gather` makes. Caches of 8 bits do not tell what was written.
         self._dtype = None
         if key_caches and not formats.is_scaled(kv_cache_dtype):
@@ -382,8 +383,9 @@ class PagedKVCache:
                 "q_scale": q_scale, "rounding": rounding,
             }  # fmt: skip
             if self.value_caches is None:
+                usually = inspect.signature(rotary_and_cache.rotary_and_cache).parameters
                 for name, option in options.items():
-                    usual = _USUAL.get(name)
+                    usual = usually[name].default
                     if option is not usual and (usual is None or option != usual):
                         expected = f"{usual!r} where there are no value caches"
                         name = f"{_ROTARY}: {name}"
@@ -563,7 +565,7 @@ class PagedKVCache:
         like = self._described[0]
         return [
             streams.empty(like.framework, like.device, (num_tokens, *token), dtype, stream)
-            for token in map(_token, _row_layouts(self._described), self._described)
+            for token in map(layouts.token, layouts.of_rows(self._described), self._described)
         ]
 
     def _gathers(self, layer, out, num_tokens):
@@ -575,7 +577,7 @@ class PagedKVCache:
             raise DTypeError(errors.wrong("type", f"{_GATHER}: out", expected, got))
         calls = []
         for cache, rows, layout, scale in zip(
-            caches, out, _row_layouts(self._described), self._scales[layer]
+            caches, out, layouts.of_rows(self._described), self._scales[layer]
         ):
             array, number = None, 0.0
             if formats.is_scaled(self._kv_cache_dtype):
@@ -670,11 +672,6 @@ class PagedKVCache:
             raise
 
 
-# What options of `rotary_write` are that are not given, where that is not None.
-_USUAL = {
-    "rope_dim_offset": 0, "mrope_interleaved": False, "norm_weight_bias": 0.0, "out_dtype": "auto",
-    "rounding": "once",
-}  # fmt: skip
 # What the arguments of operations that rotate are called here.
 _ROTATED = {
     "q_pe": "query", "k_pe": "key", "kv_c": "value", "kv_cache": "key_caches",
@@ -686,41 +683,6 @@ _SWAPPED = {
     "src": "key_caches", "dst": "other.key_caches", "src_values": "value_caches",
     "dst_values": "other.value_caches",
 }  # fmt: skip
-
-
-def _layout(described, addresses):
-    """The layout of a layer's arrays, as `PagedKVCache.layout` says it. ``addresses`` are those of
-    all layers' keys, and of their values."""
-    dims = [len(one.shape) for one in described]
-    if dims == [3]:
-        return "rows"
-    if dims in ([5, 4], [5, 5]):
-        return "x-packed"
-    if dims != [4, 4]:
-        return ""
-    keys, values = described
-    row = keys.shape[3] * keys.dtype.bytes
-    behind = addresses[1][0] - addresses[0][0] == row
-    if behind and keys.strides == values.strides and row < min(keys.strides[:3]):
-        return "packed"
-    return "HND" if keys.strides[1] < keys.strides[2] else "NHD"
-
-
-def _row_layouts(described):
-    """What gathering calls the layouts of a layer's caches."""
-    if len(described[0].shape) != 5:
-        return ["NHD"] * len(described)
-    values = "interleaved-value" if len(described[1].shape) == 5 else "x-packed-value"
-    return ["x-packed-key", values]
-
-
-def _token(layout, array):
-    """The shape of a token's row."""
-    axes = formats.CACHE_AXES[layout].token
-    if axes is None:
-        return array.shape[2:]
-    heads, *elements = (array.shape[axis] for axis in axes)
-    return heads, math.prod(elements)
 
 
 def _for_each_layer(name, scales, layers):

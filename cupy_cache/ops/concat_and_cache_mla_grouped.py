@@ -86,7 +86,11 @@ def concat_and_cache_mla_grouped(
     elif not kv_cache_ptrs:
         raise ShapeError(f"{NAME}: Invalid length of kv_cache_ptrs: expected caches, got none")
     geometry = block_size, block_stride, entry_stride, num_blocks
-    options = kv_cache_dtype, contract.integers(NAME, GEOMETRY, geometry)
+    sizes = tuple(
+        None if size is None else contract.integer(NAME, name, size)
+        for name, size in zip(GEOMETRY, geometry)
+    )
+    options = kv_cache_dtype, sizes
     OP((kv_c, k_pe, caches, addresses, slot_mapping, kv_scales), options, stream)
 
 

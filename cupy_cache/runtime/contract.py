@@ -225,8 +225,8 @@ class Contract:
             )
 
     def positive(self, name, value):
-        """Require a positive number; ``value`` is an integer, or None, which is none."""
-        if value is None or value <= 0:
+        """Require a positive number; ``value`` is an integer."""
+        if value <= 0:
             raise ArgumentError(
                 f"{self.op}: Invalid value of {name}: expected a positive integer, got {value}"
             )
@@ -263,16 +263,14 @@ def integer(op, name, value, least=None):
 
 
 def integers(op, names, values):
-    """``values``, those of the arguments ``names``, as Python integers; None stays None. Options
-    have one form before anything is remembered of them: True and 1.0 equal 1."""
+    """``values``, those of the arguments ``names``, as Python integers. Options have one form
+    before anything is remembered of them: True and 1.0 equal 1."""
     for value in values:
         if type(value) is not int or not -(2**63) <= value < 2**63:
             break
     else:
         return tuple(values)
-    return tuple(
-        None if value is None else integer(op, name, value) for name, value in zip(names, values)
-    )
+    return tuple(integer(op, name, value) for name, value in zip(names, values))
 
 
 def flag(op, name, value):
@@ -353,33 +351,6 @@ def number(op, name, value, positive=False, kind="None or "):
         kind += "a positive, finite float32" if positive else "a finite float32"
         raise ArgumentError(f"{op}: Invalid value of {name}: expected {kind}, got {shown(value)}")
     return float(value)
-
-
-def check_step(op, tokens, sequences, table_rows, starts, written):
-    """Refuse counts of a step's queries that do not belong together. ``starts``: those of
-    query_start_loc, or None. ``written``: {name: rows or None} of results."""
-    check_sequence_count(op, "seq_lens", sequences)
-    if table_rows < sequences:
-        raise ShapeError(
-            f"{op}: Invalid shape of block_table: expected rows for the {sequences} sequences of "
-            f"seq_lens, got {table_rows}"
-        )
-    if starts is None and tokens != sequences:
-        raise ShapeError(
-            f"{op}: Invalid shape of seq_lens: expected [{tokens}], one for each row of query, "
-            f"where there is no query_start_loc, got [{sequences}]"
-        )
-    if starts is not None and starts != sequences + 1:
-        raise ShapeError(
-            f"{op}: Invalid shape of query_start_loc: expected [{sequences + 1}], one more than "
-            f"seq_lens, got [{starts}]"
-        )
-    for name, rows in written.items():
-        if rows is not None and rows < tokens:
-            raise ShapeError(
-                f"{op}: Invalid shape of {name}: expected at least {tokens} rows, those of "
-                f"query, got {rows}"
-            )
 
 
 def split_scale(op, name, scale):

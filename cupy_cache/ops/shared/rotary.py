@@ -4,8 +4,6 @@
 plan and the kernel of the operations that have it."""
 
 import functools
-import math
-import numbers
 
 from ... import cpu, errors
 from ...errors import ArgumentError, ShapeError
@@ -106,7 +104,7 @@ class Call:
         if sections is not None:
             axes, sections = 3, _sections(name, sections)
         if norm_eps is not None:
-            epsilon = _real(name, "norm_eps", norm_eps)
+            epsilon = contract.number(name, "norm_eps", norm_eps)
             if epsilon < 0:
                 expected = "a number of at least 0"
                 raise ArgumentError(errors.wrong("value", f"{name}: norm_eps", expected, epsilon))
@@ -116,20 +114,9 @@ class Call:
             contract.flag(name, "mrope_interleaved", interleaved), norm_eps is not None,
             contract.flag(name, "inverse", inverse), head_size,
         )  # fmt: skip
-        bias = _real(name, "norm_weight_bias", norm_weight_bias)
+        bias = contract.number(name, "norm_weight_bias", norm_weight_bias, kind="")
         scalars = epsilon, bias, q_scale, k_scale, v_scale
         self._ops[axes](objects, options, stream, scalars)
-
-
-def _real(op, name, value):
-    """``value`` as a finite float."""
-    if type(value) is float and math.isfinite(value):
-        return value
-    real = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not real or not math.isfinite(value):
-        expected = "a finite number"
-        raise ArgumentError(errors.wrong("value", f"{op}: {name}", expected, contract.shown(value)))
-    return float(value)
 
 
 def _sections(op, sections):
@@ -534,8 +521,8 @@ def _elements(found, key_places, pack):
         if found.cached:
             size = found.key_cache.dtype.bytes
             start = found.value_size * size if found.entries else 0
-            numbers_ = (found.key_cache.ptr, start, *key_places)
-            fits = fits and not any(n % (elements * size) for n in numbers_)
+            where = found.key_cache.ptr, start, *key_places
+            fits = fits and not any(n % (elements * size) for n in where)
         read = [(table.dtype.bytes * angles, (table.ptr, table.strides[0],
                  found.rotary // 2 * table.dtype.bytes))]  # fmt: skip
         for weight in (found.q_norm_weight, found.k_norm_weight):

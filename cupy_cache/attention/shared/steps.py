@@ -1,0 +1,69 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""What attention requires of the arrays of a step, whatever its caches hold."""
+
+from ...errors import ShapeError
+from ...runtime import contract, formats
+
+FLOAT32 = formats.DTYPES["float32"]
+
+
+def check_shapes(check, named, value_size):
+    """Match the shapes of all but query and caches. ``check``: the call's `contract.Contract`;
+    ``named``: {argument: array or None}; ``value_size``: what the last dimension of out is."""
+    for name, pattern in (
+        ("block_table", "_ _"), ("seq_lens", "_"), ("out", f"_ num_heads {value_size}"),
+        ("query_start_loc", "_"), ("lse", "_ num_heads"),
+    ):  # fmt: skip
+        if named[name] is not None:
+            check.shape(name, named[name], pattern)
+
+
+def check_arrays(check, named, caches):
+    """Refuse dtypes, devices and strides that attention cannot read or write; those of queries and
+    of ``caches``, names of arguments, have the dtypes that they must have."""
+    for name in ("block_table", "seq_lens", "query_start_loc"):
+        if named[name] is not None:
+            check.dtype(name, named[name], *formats.INDICES)
+    check.dtype("out", named["out"], named["query"].dtype)
+    if named["lse"] is not None:
+        check.dtype("lse", named["lse"], FLOAT32)
+    for name, array in named.items():
+        if array is not None:
+            check.device(name, array)
+            check.aligned(name, array)
+    for name in ("query", *caches, "block_table", "out"):
+        check.contiguous(name, named[name])
+    for name in ("seq_lens", "query_start_loc"):
+        if named[name] is not None:
+            check.contiguous_rows(name, named[name])
+    for name in ("out", "lse"):
+        if named[name] is not None:
+            check.writable(name, named[name], rows=True)
+
+
+def check_counts(op, tokens, sequences, table_rows, starts, written):
+    """Refuse counts of a step's queries that do not belong together. ``starts``: those of
+    query_start_loc, or None. ``written``: {name: rows or None} of results."""
+    contract.check_sequence_count(op, "seq_lens", sequences)
+    if table_rows < sequences:
+        raise ShapeError(
+            f"{op}: Invalid shape of block_table: expected rows for the {sequences} sequences of "
+            f"seq_lens, got {table_rows}"
+        )
+    if starts is None and tokens != sequences:
+        raise ShapeError(
+            f"{op}: Invalid shape of seq_lens: expected [{tokens}], one for each row of query, "
+            f"where there is no query_start_loc, got [{sequences}]"
+        )
+    if starts is not None and starts != sequences + 1:
+        raise ShapeError(
+            f"{op}: Invalid shape of query_start_loc: expected [{sequences + 1}], one more than "
+            f"seq_lens, got [{starts}]"
+        )
+    for name, rows in written.items():
+        if rows is not None and rows < tokens:
+            raise ShapeError(
+                f"{op}: Invalid shape of {name}: expected at least {tokens} rows, those of "
+                f"query, got {rows}"
+            )
