@@ -984,8 +984,8 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
             if (step < kSteps) {
               multiply_add<Type>(i % 2 ? others[i / 2] : scores[i / 2],
                                  queries[step < kSteps ? step : 0],
-                                 widen<Stored>(static_cast<u16>(loaded[i])),
-                                 widen<Stored>(static_cast<u16>(loaded[i] >> 16)));
+                                 widen<Stored, 0, 1>(loaded[i]),
+                                 widen<Stored, 2, 3>(loaded[i]));
             }
           }
         } else {
@@ -1096,8 +1096,8 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
             if (column >= kColumns) continue;
             float(&sum)[4] = out[column < kColumns ? column : 0];
             if constexpr (In::kNarrow) {
-              multiply_add<Type>(sum, weights, widen<Stored>(static_cast<u16>(loaded[i])),
-                                 widen<Stored>(static_cast<u16>(loaded[i] >> 16)));
+              multiply_add<Type>(sum, weights, widen<Stored, 0, 1>(loaded[i]),
+                                 widen<Stored, 2, 3>(loaded[i]));
             } else {
               multiply_add<Type>(sum, weights, loaded[2 * i], loaded[2 * i + 1]);
             }
@@ -1118,11 +1118,11 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
               // Every second column, then the others.
               const int column = (chunk + i) * 2 < kColumns ? (chunk + i) * 2 : 0;
               multiply_add<Type>(out[column], weights,
-                                 widen<Stored>(static_cast<u16>(__byte_perm(b0, 0, 0x20))),
-                                 widen<Stored>(static_cast<u16>(__byte_perm(b1, 0, 0x20))));
+                                 widen<Stored, 0, 2>(b0),
+                                 widen<Stored, 0, 2>(b1));
               multiply_add<Type>(out[column + 1], weights,
-                                 widen<Stored>(static_cast<u16>(__byte_perm(b0, 0, 0x31))),
-                                 widen<Stored>(static_cast<u16>(__byte_perm(b1, 0, 0x31))));
+                                 widen<Stored, 1, 3>(b0),
+                                 widen<Stored, 1, 3>(b1));
             } else {
               multiply_add<Type>(out[chunk + i < kColumns ? chunk + i : 0], weights, b0, b1);
             }

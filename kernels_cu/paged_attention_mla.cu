@@ -724,8 +724,8 @@ __global__ void __launch_bounds__(kThreads, 2)
           load_matrices<false>(loaded, tile + lane * kRowBytes + step * 16);
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            multiply_add<Type>(scores[j], queries[i], widen<Stored>(static_cast<u16>(loaded[j])),
-                               widen<Stored>(static_cast<u16>(loaded[j] >> 16)));
+            multiply_add<Type>(scores[j], queries[i], widen<Stored, 0, 1>(loaded[j]),
+                               widen<Stored, 2, 3>(loaded[j]));
           }
         } else {
           load_matrices<false>(loaded, tile + (lane % 8 + lane / 16 * 8) * kRowBytes +
@@ -889,11 +889,11 @@ __global__ void __launch_bounds__(kThreads, 2)
             const u32 b0 = loaded[2 * j], b1 = loaded[2 * j + 1];
             // Every second column, then the others.
             multiply_add<Type>(out[i], weights[j],
-                               widen<Stored>(static_cast<u16>(__byte_perm(b0, 0, 0x20))),
-                               widen<Stored>(static_cast<u16>(__byte_perm(b1, 0, 0x20))));
+                               widen<Stored, 0, 2>(b0),
+                               widen<Stored, 0, 2>(b1));
             multiply_add<Type>(out[i + 1], weights[j],
-                               widen<Stored>(static_cast<u16>(__byte_perm(b0, 0, 0x31))),
-                               widen<Stored>(static_cast<u16>(__byte_perm(b1, 0, 0x31))));
+                               widen<Stored, 1, 3>(b0),
+                               widen<Stored, 1, 3>(b1));
           }
         } else {
           load_matrices<true>(loaded, tile + lane % 16 * kRowBytes +

@@ -9,36 +9,60 @@
 
 namespace cupy_cache {
 
-// Two neighbouring 8-bit elements as F16, which holds them all.
-template <typename Stored>
-__device__ __forceinline__ u32 widen(u16 pair) {
-  float low, high;
-  Stored::decode_pair(pair, low, high);
-  return pack_pair<F16>(low, high);
-}
+// Two of four 8-bit elements, by their place from the lowest byte on, as F16, which holds them all.
+template <typename Stored, int kFirst, int kSecond>
+struct Widened {
+  static __device__ __forceinline__ u32 of(u32 four) {
+    const u16 pair = static_cast<u16>(__byte_perm(four, 0, kSecond << 4 | kFirst));
+    float first, second;
+    Stored::decode_pair(pair, first, second);
+    return pack_pair<F16>(first, second);
+  }
+};
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
-template <>
-__device__ __forceinline__ u32 widen<E4M3>(u16 pair) {
-  u32 halves;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(pair));
-  return halves;
-}
+template <int kFirst, int kSecond>
+struct Widened<E4M3, kFirst, kSecond> {
+  static __device__ __forceinline__ u32 of(u32 four) {
+    constexpr bool kNeighbours = kSecond - kFirst == 1;
+    constexpr bool kUpper = kFirst == (kNeighbours ? 2 : 1);  // of the two pairs
+    // The other pair comes along, so that one permutation serves both.
+    const u32 pairs = kNeighbours ? four : __byte_perm(four, 0, 0x3120);
+    u32 halves;
+    if constexpr (kUpper) {
+      // Read where it is: a shift is one instruction more.
+      asm("{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, high;}"
+          : "=r"(halves)
+          : "r"(pairs));
+    } else {
+      asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<u16>(pairs)));
+    }
+    return halves;
+  }
+};
 #endif
-template <>
-__device__ __forceinline__ u32 widen<E5M2>(u16 pair) {
-  return __byte_perm(pair, 0, 0x1404);  // they are the upper halves of halves
-}
+template <int kFirst, int kSecond>
+struct Widened<E5M2, kFirst, kSecond> {
+  static __device__ __forceinline__ u32 of(u32 four) {
+    return __byte_perm(four, 0, kSecond << 12 | kFirst << 4 | 0x404);  // the upper halves of halves
+  }
+};
 #ifdef __CUDA_ARCH__
-template <>
-__device__ __forceinline__ u32 widen<I8>(u16 pair) {
-  // 1024 + n is the half with n in its lowest bits; here n is the element + 128.
-  const u32 biased = __byte_perm(pair ^ 0x8080u, 0x64u, 0x4140);
-  constexpr u32 kBias = 0x64806480;  // 1152, twice
-  u32 halves;
-  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(halves) : "r"(biased), "r"(kBias));
-  return halves;
-}
+template <int kFirst, int kSecond>
+struct Widened<I8, kFirst, kSecond> {
+  static __device__ __forceinline__ u32 of(u32 four) {
+    // 1024 + n is the half with n in its lowest bits; here n is the element + 128.
+    const u32 biased = __byte_perm(four ^ 0x80808080u, 0x64u, kSecond << 8 | kFirst | 0x4040);
+    constexpr u32 kBias = 0x64806480;  // 1152, twice
+    u32 halves;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(halves) : "r"(biased), "r"(kBias));
+    return halves;
+  }
+};
 #endif
+template <typename Stored, int kFirst, int kSecond>
+__device__ __forceinline__ u32 widen(u32 four) {
+  return Widened<Stored, kFirst, kSecond>::of(four);
+}
 
 // 8-bit elements of a cache beside which there is a scale for each token and head.
 template <typename Stored>
