@@ -125,6 +125,12 @@ struct Tile {
   static __device__ __forceinline__ int at(int row, int chunk) {
     return row * kRowBytes + (kExchanged ? chunk ^ row % 8 : chunk) * 16;
   }
+  // Where the chunk is that comes `further` chunks, an even number, behind the first or second one of a
+  // row, which is at `first`. The tile is at a multiple of 128.
+  static __device__ __forceinline__ int behind(int first, int further) {
+    if constexpr (!kExchanged) return first + further * 16;
+    return (first ^ further % 8 * 16) + further / 8 * 128;
+  }
 };
 
 // Which queries a unit has.
@@ -966,17 +972,17 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
       const i32 copier = wide ? turn : warp;
       const i32 tile = tiles.of(copier, index);
       if (tile >= tiles.end) break;
-      const char* const keys = shared + (copier * kStages + stage) * kStageBytes;
-      const char* const values = keys + KeyTile::kSize;
+      const int keys_at = (copier * kStages + stage) * kStageBytes, values_at = keys_at + KeyTile::kSize;
 
       float scores[2][4] = {}, others[2][4] = {};  // of every second step: two chains of products
       const int key_row = key_of_column(lane % 8 + lane / 16 * 8), key_chunk = lane / 8 % 2;
+      const int first_key = keys_at + KeyTile::at(key_row, key_chunk);
 #pragma unroll
       for (int chunk = 0; chunk < KeyTile::kChunks; chunk += 2) {
         u32 loaded[4];
         // The last chunk may have no neighbour: it is read twice.
-        const int at = chunk + (chunk + 1 < KeyTile::kChunks ? key_chunk : 0);
-        load_matrices<false>(loaded, keys + KeyTile::at(key_row, at));
+        const int first = chunk + 1 < KeyTile::kChunks ? first_key : keys_at + KeyTile::at(key_row, 0);
+        load_matrices<false>(loaded, shared + KeyTile::behind(first, chunk));
         if constexpr (In::kNarrow) {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
@@ -984,8 +990,7 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
             if (step < kSteps) {
               multiply_add<Type>(i % 2 ? others[i / 2] : scores[i / 2],
                                  queries[step < kSteps ? step : 0],
-                                 widen<Stored, 0, 1>(loaded[i]),
-                                 widen<Stored, 2, 3>(loaded[i]));
+                                 widen<Stored, 0, 1>(loaded[i]), widen<Stored, 2, 3>(loaded[i]));
             }
           }
         } else {
@@ -1089,7 +1094,7 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
           const int chunk = In::kNarrow ? 0 : lane / 8 % 2;
           // The last rows may be fewer: others are read twice.
           const int its_row = row + at < kValueSize ? row + at : at % 8;
-          load_matrices<false>(loaded, values + ValueTile::at(its_row, chunk));
+          load_matrices<false>(loaded, shared + values_at + ValueTile::at(its_row, chunk));
 #pragma unroll
           for (int i = 0; i < kRowsLoaded / 8; ++i) {
             const int column = row / 8 + i;
@@ -1105,11 +1110,13 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
         }
       } else {
         const int value_row = lane % 16, value_chunk = lane / 16;
+        const int first_value = values_at + ValueTile::at(value_row, value_chunk);
 #pragma unroll
         for (int chunk = 0; chunk < ValueTile::kChunks; chunk += 2) {
           u32 loaded[4];
-          const int at = chunk + (chunk + 1 < ValueTile::kChunks ? value_chunk : 0);
-          load_matrices<true>(loaded, values + ValueTile::at(value_row, at));
+          const int first =
+              chunk + 1 < ValueTile::kChunks ? first_value : values_at + ValueTile::at(value_row, 0);
+          load_matrices<true>(loaded, shared + ValueTile::behind(first, chunk));
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             if (chunk + i >= ValueTile::kChunks) continue;
@@ -1117,11 +1124,9 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
             if constexpr (In::kNarrow) {
               // Every second column, then the others.
               const int column = (chunk + i) * 2 < kColumns ? (chunk + i) * 2 : 0;
-              multiply_add<Type>(out[column], weights,
-                                 widen<Stored, 0, 2>(b0),
+              multiply_add<Type>(out[column], weights, widen<Stored, 0, 2>(b0),
                                  widen<Stored, 0, 2>(b1));
-              multiply_add<Type>(out[column + 1], weights,
-                                 widen<Stored, 1, 3>(b0),
+              multiply_add<Type>(out[column + 1], weights, widen<Stored, 1, 3>(b0),
                                  widen<Stored, 1, 3>(b1));
             } else {
               multiply_add<Type>(out[chunk + i < kColumns ? chunk + i : 0], weights, b0, b1);

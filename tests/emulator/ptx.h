@@ -69,6 +69,9 @@ inline void cvt_rn_f16x2_e4m3x2(unsigned& to, unsigned short from) {
   };
   to = half(from & 0xff) | half(from >> 8) << 16;
 }
+inline void cvt_rn_f16x2_e4m3x2_high(unsigned& to, unsigned from) {
+  cvt_rn_f16x2_e4m3x2(to, static_cast<unsigned short>(from >> 16));
+}
 // The first of two goes into the upper half.
 inline void cvt_rn_satfinite_e5m2x2_f32(unsigned short& to, float high, float low) {
   to = E5M2::encode_float<7>(high) << 8 | E5M2::encode_float<7>(low);
