@@ -235,6 +235,7 @@ class PagedKVCache:
         v_scales = _for_each_layer("v_scales", v_scales, len(self))
         self._kv_cache_dtype, self._scales = kv_cache_dtype, list(zip(k_scales, v_scales))
         self._attenders: dict[tuple, Any] = {}
+        self._movers: dict[tuple, dispatch.Bound] = {}  # by method and layout
         # Not a list: that has layers of negative numbers, too.
         self._writers = {
             layer: self._writer(layer, kv_cache_dtype, k_scales[layer], v_scales[layer])
@@ -632,7 +633,7 @@ class PagedKVCache:
 
     def zero_blocks(self, block_ids: Indices, *, stream: StreamLike | None = None) -> None:
         """Fill whole blocks of every layer with zero bytes: see `zero_blocks`."""
-        self._on_all_layers("zero_blocks", zero_blocks.OP, block_ids, stream)
+        self._mover("zero_blocks", zero_blocks.OP)(block_ids, stream=stream)
 
     def pack_blocks(
         self,
@@ -644,9 +645,7 @@ class PagedKVCache:
     ) -> None:
         """Copy chosen blocks of every layer into one contiguous buffer: see `pack_blocks`. It takes
         `bytes_per_block` for each."""
-        self._on_all_layers(
-            "pack_blocks", pack_blocks.PACK_BLOCKS, block_ids, stream, out, layout=layout
-        )
+        self._mover("pack_blocks", pack_blocks.PACK_BLOCKS, layout)(block_ids, out, stream=stream)
 
     def unpack_blocks(
         self,
@@ -657,19 +656,24 @@ class PagedKVCache:
         stream: StreamLike | None = None,
     ) -> None:
         """Copy blocks out of one contiguous buffer into every layer: see `unpack_blocks`."""
-        self._on_all_layers(
-            "unpack_blocks", pack_blocks.UNPACK_BLOCKS, block_ids, stream, packed, layout=layout
-        )
+        mover = self._mover("unpack_blocks", pack_blocks.UNPACK_BLOCKS, layout)
+        mover(block_ids, packed, stream=stream)
 
-    def _on_all_layers(self, method, operation, *given, **options):
-        caches = self.key_caches
-        if self.value_caches is not None:
-            caches = list(zip(caches, self.value_caches))
-        try:
-            operation(caches, *given, **options)
-        except CupyCacheError as error:
-            errors.rename(error, f"PagedKVCache.{method}", {})
-            raise
+    def _mover(self, method, operation, layout=None):
+        """An operation on chosen blocks, with the caches given."""
+        known = layout is None or isinstance(layout, str)  # else it may have no hash
+        mover = self._movers.get((method, layout)) if known else None
+        if mover is None:
+            name = f"PagedKVCache.{method}"
+            caches = [side for side in (self.key_caches, self.value_caches) if side is not None]
+            try:
+                mover = operation.bound(name, caches, layout)
+            except CupyCacheError as error:
+                errors.rename(error, name, {})
+                raise
+            if layout is None or layout in pack_blocks.LAYOUTS:
+                self._movers[method, layout] = mover
+        return mover
 
 
 # What the arguments of operations that rotate are called here.

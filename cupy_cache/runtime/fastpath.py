@@ -494,11 +494,11 @@ def _low_bits(arg, tensor):
 # --- any plan of an operation with lists ----------------------------------------------------------
 
 
-def flattened(op, objects, options):
-    """``objects`` with what is in host memory read, all their tensors in one list, and the form
-    of the call."""
+def flattened(op, args, objects, options):
+    """``objects``, one for each of these arguments of ``op``, with what is in host memory read, all
+    their tensors in one list, and the form of the call."""
     read, tensors, form = [], [], [options]
-    for arg, value in zip(op.args, objects):
+    for arg, value in zip(args, objects):
         if value is None:
             form.append(type(value))
         elif arg.layers:
@@ -515,14 +515,21 @@ def flattened(op, objects, options):
 
 
 def _plan_path(op, entry, objects, options, given):
-    """The fast path of any other plan: what is remembered is found without reading the arrays."""
-    if given is not None or entry.others:
+    """The fast path of any other plan: what is remembered is found without reading the arrays. What
+    is bound must be lists; a call gives their addresses as ``fixed``."""
+    bound = []
+    if given is None:
+        given = range(len(objects))
+    else:
+        bound = [i for i, value in enumerate(objects) if value is not None and i not in given]
+    if entry.others or not all(op.args[index].layers for index in bound):
         return None
-    _, tensors, form = flattened(op, objects, options)
+    given_args = [op.args[index] for index in given]
+    _, tensors, form = flattened(op, given_args, [objects[index] for index in given], options)
     if not all(map(arrays.is_torch, tensors)):
         return None
     args = []  # of each tensor
-    for arg, length in zip(op.args, form[1:]):
+    for arg, length in zip(given_args, form[1:]):
         if type(length) is not type:
             args += [arg] * int(length)
     aligned = [
@@ -535,34 +542,49 @@ def _plan_path(op, entry, objects, options, given):
     same = guards.same_as(tensors, [arg.varies for arg in args]) if tensors else _no_tensors
     if same is None or arrays.any_bits(map(address, tensors)) & 15:
         return None
-    parts, at = [], 0  # of each argument: (itself, its first tensor, how many or no tensor's type)
-    for arg, length in zip(op.args, form[1:]):
-        parts.append((arg, at, length))
+    # Of each argument: its index, itself, its first tensor, how many or no tensor's type.
+    parts, at = [], 0
+    for index, arg, length in zip(given, given_args, form[1:]):
+        parts.append((index, arg, at, length))
         at += 0 if type(length) is type else int(length)
-    latest = [None, None, None]  # addresses, and what was made of them: values, tables
+    layered = [index for index, arg in enumerate(op.args) if arg.layers]
+    # Addresses, and what was made of them: values, tables.
+    latest = [None, None, None, None]
 
-    def values_of(addresses):
+    def values_of(addresses, fixed):
         """The values of `plans.Call`, but for what is chosen in host memory; the plan's tables."""
         if arrays.any_bits(addresses) & 15 or min(addresses, default=arrays.LOWEST) < arrays.LOWEST:
             return None, None
-        values = []
-        for _, at, length in parts:
-            if type(length) is type:
-                values.append(0)
-            else:
-                values.append(
-                    addresses[at] if length is True else tuple(addresses[at : at + length])
-                )
+        values = [0] * len(op.args)
+        for index, _, at, length in parts:
+            if length is True:
+                values[index] = addresses[at]
+            elif type(length) is not type:
+                values[index] = tuple(addresses[at : at + length])
+        for index, kept in zip(bound, fixed):
+            values[index] = kept
         if entry.apart is not None:
             entry.apart.check(values)
-        tables = None if entry.tables is None else entry.tables(values)
+        _, _, known, tables = latest
+        if entry.tables is None:
+            return values, None
+        if known is None or any(known[index] != values[index] for index in layered):
+            tables = entry.tables(values)
         return values, tables
 
-    varying = [(index, *part) for index, part in enumerate(parts) if part[0].varies]
+    varying = [part for part in parts if part[1].varies]
     # Of what is chosen in host memory, the index of the argument and the place of its extent.
     chosen = [(one[0], at) for at, one in enumerate(varying) if one[3] is indices.Chosen]
+    # The tensors whose extents are asked for. Where rows alone vary, the elements tell them.
     sized = [at for at, arg in enumerate(args) if arg.varies]
-    latest_extents = [None, None]  # shapes and strides of these, and what was made of them
+    counted = [at for at in sized if args[at].varies == arrays.ROWS]
+    if any(0 in tensors[at].shape[1:] for at in counted):
+        return None
+    shaped = [at for at in sized if at not in counted]
+    elements = guards.readers()[1] if tensors else None
+    # What these say, and what was made of it: extents, and what the operation's count made of
+    # them, where nothing else decides that.
+    latest_extents = [None, None, None]
 
     def extents_of(tensors):
         """The extents for the operation's count; None of what is absent or chosen."""
@@ -576,28 +598,34 @@ def _plan_path(op, entry, objects, options, given):
                 extents.append([_extent(arg, tensor) for tensor in tensors[at : at + length]])
         return extents
 
-    def run(tensors, scalars, stream, objects):
+    def run(tensors, scalars, stream, objects, fixed=()):
         if not same(*tensors):
             return False
         addresses = list(map(address, tensors)) if tensors else []
-        known, values, tables = latest
-        if addresses != known:
-            values, tables = values_of(addresses)
+        known, known_fixed, values, tables = latest
+        if addresses != known or fixed != known_fixed:
+            values, tables = values_of(addresses, fixed)
             if values is None:
                 return False
-            latest[:] = addresses, values, tables
+            latest[:] = addresses, fixed, values, tables
         if aligned and [_low_bits(args[at], tensors[at]) for at in aligned] != low_bits:
             return False
-        layouts = [(tensors[at].shape, tensors[at].stride()) for at in sized]
-        known, extents = latest_extents
+        layouts = [elements(tensors[at]) for at in counted]
+        for at in shaped:
+            layouts += tensors[at].shape, tensors[at].stride()
+        known, extents, work = latest_extents
         if layouts != known:
             extents = extents_of(tensors)
-            latest_extents[:] = layouts, extents
-        values, extents = values.copy(), extents.copy()
-        for index, at in chosen:
-            values[index] = objects[index].numbers
-            extents[at] = values[index].shape[-1]
-        op.finish(entry, values, tables, stream, extents, objects, options, scalars)
+            work = None if chosen or scalars else op.work(extents, options, ())
+            latest_extents[:] = layouts, extents, work
+        if chosen:
+            values, extents = values.copy(), extents.copy()
+            for index, at in chosen:
+                values[index] = objects[index].numbers
+                extents[at] = values[index].shape[-1]
+        if work is None or scalars:
+            work = op.work(extents, options, scalars)
+        op.finish(entry, values, tables, stream, work, objects)
         return True
 
     return run
