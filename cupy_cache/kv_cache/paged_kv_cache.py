@@ -376,14 +376,14 @@ class PagedKVCache:
         try:
             layer = self._layer("rotary_write", layer)
             k_scale, v_scale = self._scales[layer]
-            options = {
-                "rope_dim_offset": rope_dim_offset, "mrope_section": mrope_section,
-                "mrope_interleaved": mrope_interleaved, "norm_eps": norm_eps,
-                "q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight,
-                "norm_weight_bias": norm_weight_bias, "out": out, "out_dtype": out_dtype,
-                "q_scale": q_scale, "rounding": rounding,
-            }  # fmt: skip
             if self.value_caches is None:
+                options = {
+                    "rope_dim_offset": rope_dim_offset, "mrope_section": mrope_section,
+                    "mrope_interleaved": mrope_interleaved, "norm_eps": norm_eps,
+                    "q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight,
+                    "norm_weight_bias": norm_weight_bias, "out": out, "out_dtype": out_dtype,
+                    "q_scale": q_scale, "rounding": rounding,
+                }  # fmt: skip
                 usually = inspect.signature(rotary_and_cache.rotary_and_cache).parameters
                 for name, option in options.items():
                     usual = usually[name].default
@@ -401,7 +401,11 @@ class PagedKVCache:
             rotary_and_cache.rotary_and_cache(
                 positions, query, key, value, cos_sin_cache, self.key_caches[layer],
                 self.value_caches[layer], slot_mapping, is_neox, self._kv_cache_dtype, k_scale,
-                v_scale, stream=stream, **options,
+                v_scale, rope_dim_offset=rope_dim_offset, mrope_section=mrope_section,
+                mrope_interleaved=mrope_interleaved, norm_eps=norm_eps,
+                q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight,
+                norm_weight_bias=norm_weight_bias, out=out, out_dtype=out_dtype, q_scale=q_scale,
+                rounding=rounding, stream=stream,
             )  # fmt: skip
         except CupyCacheError as error:
             errors.rename(error, _ROTARY, _ROTATED)

@@ -461,7 +461,10 @@ class _Extents:
 
     def alike(self, tensors):
         """Whether the strides are aligned as the plan wants them."""
-        return all(_low_bits(arg, tensors[at]) == low for arg, at, low in self._low)
+        for arg, at, low in self._low:
+            if _low_bits(arg, tensors[at]) != low:
+                return False
+        return True
 
     def find(self, tensors):
         """What the operation's count gets."""
@@ -483,12 +486,12 @@ def _extent(arg, tensor):
 
 def _low_bits(arg, tensor):
     """Of the strides that change from call to call, what their alignment means to a plan."""
-    if arg.index:
+    if arg.index or not arg.varies:
         return 0
-    if not arg.varies:
-        return 0
-    strides = arrays.regular(tensor.shape, tensor.stride(), 1)[: max(arg.varies)]
-    return arrays.any_bits(strides) * tensor.element_size() & 15
+    bits = 0
+    for stride in arrays.regular(tensor.shape, tensor.stride(), 1)[: max(arg.varies)]:
+        bits |= stride
+    return bits * tensor.element_size() & 15
 
 
 # --- any plan of an operation with lists ----------------------------------------------------------
