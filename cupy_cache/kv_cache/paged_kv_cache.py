@@ -52,9 +52,10 @@ class PagedKVCache:
     `allocate` makes the arrays; this makes an object of arrays that exist.
 
     The functions of this library read their arguments at every call: of `copy_blocks` for 32 layers
-    these are 64 arrays. This object reads the caches once for `write`, `attend` and `copy_blocks`;
-    the other methods read them at every call. Its methods mean what the functions of the same
-    arguments mean, with the same checks and errors, which name the method.
+    these are 64 arrays. This object reads the caches once for `write`, `attend`, and the methods
+    that copy, pack, unpack or zero blocks; the other methods read them at every call. Its methods
+    mean what the functions of the same arguments mean, with the same checks and errors, which name
+    the method.
 
     Parameters
     ----------
