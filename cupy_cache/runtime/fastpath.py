@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""The fast path of signatures that come again with torch tensors on a GPU: what an engine does at
-every layer and step.
+"""The fast path of signatures that come again with arrays of torch or of CuPy on a GPU: what an
+engine does at every layer and step. Both kinds of arrays are called tensors here.
 
-A call is compared with an earlier one in C++ (guards.py); then only addresses and numbers of
-elements are asked of the tensors, and the rest is known. There is one function for each signature
+A call is compared with an earlier one (guards.py); then only addresses and numbers of elements are
+asked of the tensors, and the rest is known. There is one function for each signature
 (`_kernel_path`, `_plan_path`), for any counts, and the layers of a `PagedKVCache` share it.
 """
 
@@ -151,7 +151,8 @@ def _kernel_path(op, entry, objects, options, given):
     given = list(range(len(objects)) if given is None else given)
     bound = [i for i, value in enumerate(objects) if value is not None and i not in given]
     present = [index for index in given if objects[index] is not None]
-    if entry.others or not all(arrays.is_torch(objects[i]) for i in (*present, *bound)):
+    kind = guards.kind_of([objects[index] for index in (*present, *bound)])
+    if entry.others or kind is None:
         return None
     # torch's comparison refuses one tensor given twice: it gets each once.
     unique = []
@@ -159,24 +160,24 @@ def _kernel_path(op, entry, objects, options, given):
         if not any(objects[index] is objects[other] for other in unique):
             unique.append(index)
     tensors = [objects[index] for index in unique]
-    if not all(tensor.numel() for tensor in tensors):
+    if not all(map(kind.elements, tensors)):
         return None  # then the number of elements does not tell the rows
-    same = guards.same_as(tensors, [op.args[index].varies for index in unique])
+    same = kind.same_as(tensors, [op.args[index].varies for index in unique])
     if same is None:
         return None
     pick = _Pick(given, objects, unique)
-    pointers = _Pointers(op, entry, objects, unique, pick.twins, bound)
+    pointers = _Pointers(op, entry, kind, objects, unique, pick.twins, bound)
     if bound and entry.apart is not None and any(op.args[index].written for index in given):
         return None  # only what is bound was found to lie apart before
-    extents = _Extents(op, objects, unique)
+    extents = _Extents(op, kind, objects, unique)
     launches = _Launches(op, entry, options, extents)
     sized = [at for at, index in enumerate(unique) if op.args[index].varies == arrays.ROWS]
     plain = not (pick.needed or extents.free or pointers.arrange or pointers.odd)
     if plain:
         if len(unique) == 3 and sized == [0, 1, 2] and pointers.insert_at == len(bound) == 2:
-            return _write_path(entry, same, launches, pointers, caches_bound=True)
+            return _write_path(entry, kind, same, launches, pointers, caches_bound=True)
         if len(unique) == 5 and sized == [0, 1, 4] and not bound:
-            return _write_path(entry, same, launches, pointers, caches_bound=False)
+            return _write_path(entry, kind, same, launches, pointers, caches_bound=False)
     # Every statement of `run` is one of every call: all that it needs is at hand.
     picks, pick = pick.needed, pick.pick
     insert_at, arrange, pack = pointers.insert_at, pointers.arrange, pointers.pack
@@ -187,7 +188,7 @@ def _kernel_path(op, entry, objects, options, given):
     known, prepare = launches.known, launches.prepare
     records, fill = launches.records, launches.fill
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
-    address, elements = guards.readers()
+    address, elements = kind.address, kind.elements
 
     def run(objects, scalars, stream, more):
         tensors = objects
@@ -235,7 +236,7 @@ def _kernel_path(op, entry, objects, options, given):
         pack(record.buffer, 0, *addresses)
         if stream is None:
             stream = current_stream()
-        elif stream != torchs():
+        elif torchs is not None and stream != torchs():
             streams.lend((*tensors, *more.tensors) if insert_at else tensors, stream, device)
         held = None
         if scratch is not None:
@@ -259,14 +260,14 @@ def _kernel_path(op, entry, objects, options, given):
 # be bound. What `_kernel_path` does with any number of them takes 0.7 us more.
 
 
-def _write_path(entry, same, launches, pointers, caches_bound):
+def _write_path(entry, kind, same, launches, pointers, caches_bound):
     """`_kernel_path` of two sources, two caches and slots."""
     pack, misaligned, lowest = pointers.pack, pointers.misaligned, arrays.LOWEST
     apart, admits = pointers.apart, pointers.admits
     known, prepare = launches.known, launches.prepare
     records, fill = launches.records, launches.fill
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
-    address, elements = guards.readers()
+    address, elements = kind.address, kind.elements
 
     def run(objects, scalars, stream, more):
         if not same(*objects):
@@ -302,7 +303,7 @@ def _write_path(entry, same, launches, pointers, caches_bound):
         pack(record.buffer, 0, a, b, c, d, e)
         if stream is None:
             stream = current_stream()
-        elif stream != torchs():
+        elif torchs is not None and stream != torchs():
             streams.lend((*objects, *more.tensors) if caches_bound else objects, stream, device)
         try:
             enqueue(stream, record.address, 0)
@@ -355,7 +356,7 @@ class _Pointers:
     the key of the call, if their rows vary.
     """
 
-    def __init__(self, op, entry, objects, unique, twins, bound):
+    def __init__(self, op, entry, kind, objects, unique, twins, bound):
         self.insert_at = next((at for at, i in enumerate(unique) if bound and i > bound[0]), 0)
         if bound and not self.insert_at:
             self.insert_at = len(unique)
@@ -369,7 +370,7 @@ class _Pointers:
         letters = ["Q" if index in sources else "8x" for index in range(everything[-1] + 1)]
         self.pack = struct.Struct("<" + "".join(letters)).pack_into
         self._masks = [op.args[index].mask for index in everything]
-        self._low = self._low_bits([objects[index].data_ptr() for index in everything])
+        self._low = self._low_bits([kind.address(objects[index]) for index in everything])
         self.odd = int(any(self._low))
         self._entry, self._everything, self._unique = entry, everything, unique
         self.apart, self.written, self.written_rows_vary = set(), None, False
@@ -423,7 +424,8 @@ class _Extents:
     free : tensors -> shapes and strides of the others; None where there are none.
     """
 
-    def __init__(self, op, objects, unique):
+    def __init__(self, op, kind, objects, unique):
+        self._kind = kind
         self._parts = []  # of each argument that varies: (itself, its tensor, elements of a row)
         whole, free = [], []
         for index, arg in enumerate(op.args):
@@ -435,34 +437,35 @@ class _Extents:
                 continue
             at = next(at for at, one in enumerate(unique) if objects[one] is value)
             rows = arg.varies == arrays.ROWS
-            self._parts.append((arg, at, value.numel() // value.shape[0] if rows else 0))
+            self._parts.append((arg, at, kind.elements(value) // value.shape[0] if rows else 0))
             (whole if rows else free).append(at)
         self.sized = None if whole == list(range(len(unique))) else _getter(whole)
         self.free = None
         self._low = [
-            (arg, at, _low_bits(arg, objects[unique[at]]))
+            (arg, at, kind.low_bits(arg, objects[unique[at]]))
             for arg, at, _ in self._parts
             if at in free and not arg.index
         ]
+        strides = kind.strides
         if len(free) == 1:  # most often: a block table
             (one,) = free
 
             def shape_and_stride(tensors):
                 tensor = tensors[one]
-                return tensor.shape, tensor.stride()
+                return tensor.shape, strides(tensor)
 
             self.free = shape_and_stride
         elif free:
 
             def shapes_and_strides(tensors):
-                return tuple([(tensors[at].shape, tensors[at].stride()) for at in free])
+                return tuple([(tensors[at].shape, strides(tensors[at])) for at in free])
 
             self.free = shapes_and_strides
 
     def alike(self, tensors):
         """Whether the strides are aligned as the plan wants them."""
         for arg, at, low in self._low:
-            if _low_bits(arg, tensors[at]) != low:
+            if self._kind.low_bits(arg, tensors[at]) != low:
                 return False
         return True
 
@@ -473,25 +476,10 @@ class _Extents:
             if at is None:
                 extents.append(None)
             elif elements:
-                extents.append(tensors[at].numel() // elements)
+                extents.append(self._kind.elements(tensors[at]) // elements)
             else:
-                extents.append(_extent(arg, tensors[at]))
+                extents.append(self._kind.extent(arg, tensors[at]))
         return extents
-
-
-def _extent(arg, tensor):
-    """`arrays.extent` of a tensor."""
-    return arrays.extent(arg.varies, tensor.shape, tensor.stride(), tensor.element_size())
-
-
-def _low_bits(arg, tensor):
-    """Of the strides that change from call to call, what their alignment means to a plan."""
-    if arg.index or not arg.varies:
-        return 0
-    bits = 0
-    for stride in arrays.regular(tensor.shape, tensor.stride(), 1)[: max(arg.varies)]:
-        bits |= stride
-    return bits * tensor.element_size() & 15
 
 
 # --- any plan of an operation with lists ----------------------------------------------------------
@@ -529,7 +517,8 @@ def _plan_path(op, entry, objects, options, given):
         return None
     given_args = [op.args[index] for index in given]
     _, tensors, form = flattened(op, given_args, [objects[index] for index in given], options)
-    if not all(map(arrays.is_torch, tensors)):
+    kind = guards.kind_of(tensors) if tensors else None
+    if tensors and kind is None:
         return None
     args = []  # of each tensor
     for arg, length in zip(given_args, form[1:]):
@@ -540,9 +529,9 @@ def _plan_path(op, entry, objects, options, given):
         for at, arg in enumerate(args)
         if arg.varies and arg.varies != arrays.ROWS and not arg.index
     ]
-    low_bits = [_low_bits(args[at], tensors[at]) for at in aligned]
-    address = guards.readers()[0] if tensors else None
-    same = guards.same_as(tensors, [arg.varies for arg in args]) if tensors else _no_tensors
+    low_bits = [kind.low_bits(args[at], tensors[at]) for at in aligned]
+    address = kind and kind.address
+    same = kind.same_as(tensors, [arg.varies for arg in args]) if tensors else _no_tensors
     if same is None or arrays.any_bits(map(address, tensors)) & 15:
         return None
     # Of each argument: its index, itself, its first tensor, how many or no tensor's type.
@@ -584,7 +573,7 @@ def _plan_path(op, entry, objects, options, given):
     if any(0 in tensors[at].shape[1:] for at in counted):
         return None
     shaped = [at for at in sized if at not in counted]
-    elements = guards.readers()[1] if tensors else None
+    elements = kind and kind.elements
     # What these say, and what was made of it: extents, and what the operation's count made of
     # them, where nothing else decides that.
     latest_extents = [None, None, None]
@@ -596,9 +585,9 @@ def _plan_path(op, entry, objects, options, given):
             if type(length) is type:
                 extents.append(None)
             elif length is True:
-                extents.append(_extent(arg, tensors[at]))
+                extents.append(kind.extent(arg, tensors[at]))
             else:
-                extents.append([_extent(arg, tensor) for tensor in tensors[at : at + length]])
+                extents.append([kind.extent(arg, tensor) for tensor in tensors[at : at + length]])
         return extents
 
     def run(tensors, scalars, stream, objects, fixed=()):
@@ -611,11 +600,11 @@ def _plan_path(op, entry, objects, options, given):
             if values is None:
                 return False
             latest[:] = addresses, fixed, values, tables
-        if aligned and [_low_bits(args[at], tensors[at]) for at in aligned] != low_bits:
+        if aligned and [kind.low_bits(args[at], tensors[at]) for at in aligned] != low_bits:
             return False
         layouts = [elements(tensors[at]) for at in counted]
         for at in shaped:
-            layouts += tensors[at].shape, tensors[at].stride()
+            layouts += tensors[at].shape, kind.strides(tensors[at])
         known, extents, work = latest_extents
         if layouts != known:
             extents = extents_of(tensors)
