@@ -22,7 +22,7 @@ from cupy_cache.ops import (
     slot_mapping_groups,
     swap_blocks,
 )
-from cupy_cache.ops.shared import blocks
+from cupy_cache.ops.shared import blocks, packing
 from cupy_cache.runtime import (
     dispatch,
     fastpath,
@@ -120,6 +120,40 @@ def test_other_tensors_of_a_known_signature(recorder, monkeypatch):
             recorder.long = before
     assert recorder.long == KNOWN
     assert {sent for _, sent, _ in recorder.lent} == {g[0].data_ptr() % 1000 for g in made}
+
+
+def test_caches_that_are_bound(recorder):
+    """Each has its own addresses, and each call its buffer and its numbers, though caches that are
+    alike share a fast path; only calls with a buffer that are new go the long way."""
+    layers = [[tensors()[2:4] for _ in range(2)] for _ in range(2)]
+    caches = [cc.PagedKVCache(*map(list, zip(*pairs))) for pairs in layers]
+    memory = torch.zeros(1 << 14, dtype=torch.uint8)
+    memory = memory[-memory.data_ptr() % 16 :]
+    for step in range(8):
+        cache, pairs = caches[step % 2], layers[step % 2]
+        numbers, buffer = [step % 6, (step + 1) % 6], memory[4096 * (step % 3) :][:4096]
+        cache.pack_blocks(numbers, buffer)
+        cache.unpack_blocks(buffer, numbers)
+        cache.zero_blocks(numbers)
+        addresses = [cache.data_ptr() for pair in pairs for cache in pair]
+        for *_, sent in recorder.take():
+            first, *_ = packing.PARAMS.per_call.unpack_from(sent)
+            tail = sent[packing.PARAMS.tail_at :]
+            assert np.frombuffer(tail[:32], np.uint64).tolist() == addresses
+            assert np.frombuffer(tail[32:40], np.int32).tolist() == numbers
+            assert first in (buffer.data_ptr(), 0)
+        if step == 1:
+            known = recorder.long
+    assert recorder.long == known
+    with pytest.raises(cc.ArgumentError, match="numbers in 0..5, got 6"):
+        caches[0].pack_blocks([6], memory[:4096])
+    with pytest.raises(cc.ShapeError, match="PagedKVCache.pack_blocks: Invalid size of out"):
+        caches[0].pack_blocks([1], memory[:16])
+    with pytest.raises(cc.ArgumentError, match="PagedKVCache.pack_blocks: Invalid memory of out"):
+        caches[0].pack_blocks([1], layers[0][0][0].view(-1).view(torch.uint8))
+    with pytest.raises(cc.ArgumentError, match="PagedKVCache.pack_blocks: Invalid value of layout"):
+        caches[0].pack_blocks([1], memory[:4096], layout=["layer_first"])
+    assert not recorder.take()
 
 
 def test_more_counts_than_are_remembered(recorder, monkeypatch):

@@ -52,9 +52,10 @@ class PagedKVCache:
     `allocate` makes the arrays; this makes an object of arrays that exist.
 
     The functions of this library read their arguments at every call: of `copy_blocks` for 32 layers
-    these are 64 arrays. This object reads the caches once for `write`, `attend` and `copy_blocks`;
-    the other methods read them at every call. Its methods mean what the functions of the same
-    arguments mean, with the same checks and errors, which name the method.
+    these are 64 arrays. This object reads the caches once for `write`, `attend`, and the methods
+    that copy, pack, unpack or zero blocks; the other methods read them at every call. Its methods
+    mean what the functions of the same arguments mean, with the same checks and errors, which name
+    the method.
 
     Parameters
     ----------
@@ -235,6 +236,7 @@ class PagedKVCache:
         v_scales = _for_each_layer("v_scales", v_scales, len(self))
         self._kv_cache_dtype, self._scales = kv_cache_dtype, list(zip(k_scales, v_scales))
         self._attenders: dict[tuple, Any] = {}
+        self._movers: dict[tuple, dispatch.Bound] = {}  # by method and layout
         # Not a list: that has layers of negative numbers, too.
         self._writers = {
             layer: self._writer(layer, kv_cache_dtype, k_scales[layer], v_scales[layer])
@@ -375,14 +377,14 @@ class PagedKVCache:
         try:
             layer = self._layer("rotary_write", layer)
             k_scale, v_scale = self._scales[layer]
-            options = {
-                "rope_dim_offset": rope_dim_offset, "mrope_section": mrope_section,
-                "mrope_interleaved": mrope_interleaved, "norm_eps": norm_eps,
-                "q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight,
-                "norm_weight_bias": norm_weight_bias, "out": out, "out_dtype": out_dtype,
-                "q_scale": q_scale, "rounding": rounding,
-            }  # fmt: skip
             if self.value_caches is None:
+                options = {
+                    "rope_dim_offset": rope_dim_offset, "mrope_section": mrope_section,
+                    "mrope_interleaved": mrope_interleaved, "norm_eps": norm_eps,
+                    "q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight,
+                    "norm_weight_bias": norm_weight_bias, "out": out, "out_dtype": out_dtype,
+                    "q_scale": q_scale, "rounding": rounding,
+                }  # fmt: skip
                 usually = inspect.signature(rotary_and_cache.rotary_and_cache).parameters
                 for name, option in options.items():
                     usual = usually[name].default
@@ -400,7 +402,11 @@ class PagedKVCache:
             rotary_and_cache.rotary_and_cache(
                 positions, query, key, value, cos_sin_cache, self.key_caches[layer],
                 self.value_caches[layer], slot_mapping, is_neox, self._kv_cache_dtype, k_scale,
-                v_scale, stream=stream, **options,
+                v_scale, rope_dim_offset=rope_dim_offset, mrope_section=mrope_section,
+                mrope_interleaved=mrope_interleaved, norm_eps=norm_eps,
+                q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight,
+                norm_weight_bias=norm_weight_bias, out=out, out_dtype=out_dtype, q_scale=q_scale,
+                rounding=rounding, stream=stream,
             )  # fmt: skip
         except CupyCacheError as error:
             errors.rename(error, _ROTARY, _ROTATED)
@@ -632,7 +638,7 @@ class PagedKVCache:
 
     def zero_blocks(self, block_ids: Indices, *, stream: StreamLike | None = None) -> None:
         """Fill whole blocks of every layer with zero bytes: see `zero_blocks`."""
-        self._on_all_layers("zero_blocks", zero_blocks.OP, block_ids, stream)
+        self._mover("zero_blocks", zero_blocks.OP)(block_ids, stream=stream)
 
     def pack_blocks(
         self,
@@ -644,9 +650,7 @@ class PagedKVCache:
     ) -> None:
         """Copy chosen blocks of every layer into one contiguous buffer: see `pack_blocks`. It takes
         `bytes_per_block` for each."""
-        self._on_all_layers(
-            "pack_blocks", pack_blocks.PACK_BLOCKS, block_ids, stream, out, layout=layout
-        )
+        self._mover("pack_blocks", pack_blocks.PACK_BLOCKS, layout)(block_ids, out, stream=stream)
 
     def unpack_blocks(
         self,
@@ -657,19 +661,24 @@ class PagedKVCache:
         stream: StreamLike | None = None,
     ) -> None:
         """Copy blocks out of one contiguous buffer into every layer: see `unpack_blocks`."""
-        self._on_all_layers(
-            "unpack_blocks", pack_blocks.UNPACK_BLOCKS, block_ids, stream, packed, layout=layout
-        )
+        mover = self._mover("unpack_blocks", pack_blocks.UNPACK_BLOCKS, layout)
+        mover(block_ids, packed, stream=stream)
 
-    def _on_all_layers(self, method, operation, *given, **options):
-        caches = self.key_caches
-        if self.value_caches is not None:
-            caches = list(zip(caches, self.value_caches))
-        try:
-            operation(caches, *given, **options)
-        except CupyCacheError as error:
-            errors.rename(error, f"PagedKVCache.{method}", {})
-            raise
+    def _mover(self, method, operation, layout=None):
+        """An operation on chosen blocks, with the caches given."""
+        known = layout is None or isinstance(layout, str)  # else it may have no hash
+        mover = self._movers.get((method, layout)) if known else None
+        if mover is None:
+            name = f"PagedKVCache.{method}"
+            caches = [side for side in (self.key_caches, self.value_caches) if side is not None]
+            try:
+                mover = operation.bound(name, caches, layout)
+            except CupyCacheError as error:
+                errors.rename(error, name, {})
+                raise
+            if layout is None or layout in pack_blocks.LAYOUTS:
+                self._movers[method, layout] = mover
+        return mover
 
 
 # What the arguments of operations that rotate are called here.

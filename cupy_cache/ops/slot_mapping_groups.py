@@ -119,9 +119,9 @@ def slot_mapping_groups(
         raise ShapeError(f"{NAME}: Invalid length of block_tables: expected tables, got none")
     all_of_them = (True,) * groups
     options = (
-        _each("block_sizes", block_sizes, groups, contract.integer),
-        all_of_them if enabled is None else _each("enabled", enabled, groups, contract.flag),
-        all_of_them if sharded is None else _each("sharded", sharded, groups, contract.flag),
+        _each("block_sizes", block_sizes, groups, int, contract.integer),
+        all_of_them if enabled is None else _each("enabled", enabled, groups, bool, contract.flag),
+        all_of_them if sharded is None else _each("sharded", sharded, groups, bool, contract.flag),
         contract.integers(NAME, RANKS, (cp_world_size, cp_rank, cp_interleave)),
     )
     if stream is not None:
@@ -134,13 +134,15 @@ def slot_mapping_groups(
     return out
 
 
-def _each(name, values, groups, normal):
-    """A value for each group, in its normal form, which is what ``normal`` makes of it."""
+def _each(name, values, groups, kind, normal):
+    """A value for each group, in its normal form: of type ``kind``, as ``normal`` makes it."""
     if not isinstance(values, (list, tuple)) or len(values) != groups:
         raise ArgumentError(
             f"{NAME}: Invalid value of {name}: expected a list of {groups} values, one for each of "
             f"block_tables, got {contract.shown(values)}"
         )
+    if set(map(type, values)) == {kind}:
+        return tuple(values)
     return tuple([normal(NAME, f"{name}[{at}]", value) for at, value in enumerate(values)])
 
 

@@ -131,7 +131,7 @@ class Op:
         # From here to the launch every statement runs at every call: a microsecond is ten of them.
         tensors, form = objects, (options, len(objects))
         if self.has_lists:
-            objects, tensors, form = fastpath.flattened(self, objects, options)
+            objects, tensors, form = fastpath.flattened(self, self.args, objects, options)
         try:
             paths = self.fast_paths.forms.get(form, ())
         except TypeError as error:
@@ -237,17 +237,18 @@ class Op:
         if entry.apart is not None:
             entry.apart.check(values, _shapes(read.found) if entry.apart.varies else None)
         views = _NO_VIEWS if entry.device is not None else self._views(read.found, entry)
-        self.finish(entry, values, None, stream, extents, objects, options, scalars, views)
+        work = self.work(extents, options, scalars)
+        self.finish(entry, values, None, stream, work, objects, views)
         return entry if entry is known else None
 
-    def finish(
-        self, entry, values, tables, stream, extents, objects, options, scalars, views=_NO_VIEWS
-    ):  # fmt: skip
+    def work(self, extents, options, scalars):
+        """(Rows, fields) of a call, as ``count`` tells them."""
+        return (1, ()) if self.count is None else self.count(extents, options, scalars)
+
+    def finish(self, entry, values, tables, stream, work, objects, views=_NO_VIEWS):
         """Run a plan on the stream that it belongs to, behind all that it must wait for. ``tables``
         and ``stream`` may still be to be found; ``views`` are shapes and strides, for NumPy."""
-        rows, fields = 1, ()
-        if self.count is not None:
-            rows, fields = self.count(extents, options, scalars)
+        rows, fields = work
         if not rows:
             return
         if entry.device is not None:
@@ -448,7 +449,7 @@ class Bound:
     ----------
     op : Op
     fixed : dict
-        {name of an argument: array or list of arrays}.
+        {name of an argument, with its suffix: array or list of arrays}.
     options, scalars : tuple
         As for a call of ``op``.
     name : str, optional
@@ -460,7 +461,7 @@ class Bound:
     def __init__(self, op, fixed, options=(), scalars=(), name=None, also=()):
         self.op, self.options, self.scalars = op, options, scalars
         self.name = op.name if name is None else name
-        names = [arg.name for arg in op.args]
+        names = [arg.name + arg.suffix for arg in op.args]
         self._objects = [
             list(value) if isinstance(value, (list, tuple)) else value
             for value in map(fixed.get, names)
@@ -468,19 +469,26 @@ class Bound:
         self.given = tuple(
             index
             for index, arg in enumerate(op.args)
-            if arg.name not in fixed and (not arg.optional or arg.name in also)
+            if names[index] not in fixed and (not arg.optional or arg.name in also)
         )
-        self._count = len(self.given)
+        self._count, self._args = len(self.given), [op.args[index] for index in self.given]
         self._in_host_memory = None  # (entry, values, tables), see `check`; () for empty lists
         others = [index for index, value in enumerate(self._objects) if value is not None]
         self.found = op.read(self._objects, None, others).found
+        self._form = "bound", options, self.given, self._signature()
         try:
-            self.fast_paths = op.fast_paths.of(("bound", options, self.given, self._signature()))
+            self.fast_paths = op.fast_paths.of(self._form)
         except TypeError as error:
             raise op.unhashable(options) from error
+        self._paths_of: dict[tuple, fastpath.Recent] = {}  # of lists, by the form of the rest
         # What fast paths ask for.
         self.addresses = self.tensors = ()
-        if not op.has_lists:
+        if op.has_lists:
+            self.addresses = tuple(
+                found.addresses if type(found) is lists.Layers else found.ptr
+                for found in map(self.found.__getitem__, others)
+            )
+        else:
             self.addresses = [self.found[index].ptr for index in others]
             self.tensors = [v for v in map(self._objects.__getitem__, others) if arrays.is_torch(v)]
         _bound.add(self)
@@ -498,6 +506,8 @@ class Bound:
     def forget(self):
         """Forget what is remembered for calls."""
         self.fast_paths.clear()
+        for paths in self._paths_of.values():
+            paths.clear()
         self._in_host_memory = None
 
     def check(self):
@@ -537,19 +547,26 @@ class Bound:
             raise
 
     def _run(self, given, stream):
-        op, objects = self.op, self._objects.copy()
+        op, objects, paths = self.op, self._objects.copy(), self.fast_paths
+        if op.has_lists:
+            given, tensors, form = fastpath.flattened(op, self._args, given, self.options)
         for index, value in zip(self.given, given):
-            if op.args[index].chosen:
-                value = indices.read_host(op.name, op.args[index], value)
             objects[index] = value
-        if all(type(objects[index]) is indices.Chosen for index in self.given):
-            self._run_chosen(objects, stream)
-            return
+        if op.has_lists:
+            if not tensors and all(type(value) is indices.Chosen for value in given):
+                self._run_chosen(objects, stream)
+                return
+            paths = self._paths_of.get(form)
+            if paths is None:
+                paths = self._paths_of[form] = op.fast_paths.of((self._form, form))
+            for path in paths:
+                if path(tensors, self.scalars, stream, objects, self.addresses):
+                    return
         read = op.read(objects, stream, self.given)
         found = [read.found[i] if i in self.given else meta for i, meta in enumerate(self.found)]
         entry = op.run(Read(found, read.keep), objects, self.options, self.scalars, stream)
-        if entry is not None and not op.has_lists:
-            op.fast_paths.learn(self.fast_paths, entry, objects, self.options, self.given)
+        if entry is not None:
+            op.fast_paths.learn(paths, entry, objects, self.options, self.given)
 
     def _run_chosen(self, objects, stream):
         """Run where all that is given is in host memory: nothing else is left to find out."""
@@ -561,8 +578,8 @@ class Bound:
         for index in self.given:
             values[index] = objects[index].numbers
             extents.append(values[index].shape[-1])
-        fixed = self.options, self.scalars
-        self.op.finish(entry, values, tables, stream, extents, objects, *fixed)
+        work = self.op.work(extents, self.options, self.scalars)
+        self.op.finish(entry, values, tables, stream, work, objects)
 
 
 def require_array(op, name, value):

@@ -1,10 +1,10 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""The fast path of signatures that come again with torch tensors on a GPU: what an engine does at
-every layer and step.
+"""The fast path of signatures that come again with arrays of torch or of CuPy on a GPU: what an
+engine does at every layer and step. Both kinds of arrays are called tensors here.
 
-A call is compared with an earlier one in C++ (guards.py); then only addresses and numbers of
-elements are asked of the tensors, and the rest is known. There is one function for each signature
+A call is compared with an earlier one (guards.py); then only addresses and numbers of elements are
+asked of the tensors, and the rest is known. There is one function for each signature
 (`_kernel_path`, `_plan_path`), for any counts, and the layers of a `PagedKVCache` share it.
 """
 
@@ -151,7 +151,8 @@ def _kernel_path(op, entry, objects, options, given):
     given = list(range(len(objects)) if given is None else given)
     bound = [i for i, value in enumerate(objects) if value is not None and i not in given]
     present = [index for index in given if objects[index] is not None]
-    if entry.others or not all(arrays.is_torch(objects[i]) for i in (*present, *bound)):
+    kind = guards.kind_of([objects[index] for index in (*present, *bound)])
+    if entry.others or kind is None:
         return None
     # torch's comparison refuses one tensor given twice: it gets each once.
     unique = []
@@ -159,24 +160,24 @@ def _kernel_path(op, entry, objects, options, given):
         if not any(objects[index] is objects[other] for other in unique):
             unique.append(index)
     tensors = [objects[index] for index in unique]
-    if not all(tensor.numel() for tensor in tensors):
+    if not all(map(kind.elements, tensors)):
         return None  # then the number of elements does not tell the rows
-    same = guards.same_as(tensors, [op.args[index].varies for index in unique])
+    same = kind.same_as(tensors, [op.args[index].varies for index in unique])
     if same is None:
         return None
     pick = _Pick(given, objects, unique)
-    pointers = _Pointers(op, entry, objects, unique, pick.twins, bound)
+    pointers = _Pointers(op, entry, kind, objects, unique, pick.twins, bound)
     if bound and entry.apart is not None and any(op.args[index].written for index in given):
         return None  # only what is bound was found to lie apart before
-    extents = _Extents(op, objects, unique)
+    extents = _Extents(op, kind, objects, unique)
     launches = _Launches(op, entry, options, extents)
     sized = [at for at, index in enumerate(unique) if op.args[index].varies == arrays.ROWS]
     plain = not (pick.needed or extents.free or pointers.arrange or pointers.odd)
     if plain:
         if len(unique) == 3 and sized == [0, 1, 2] and pointers.insert_at == len(bound) == 2:
-            return _write_path(entry, same, launches, pointers, caches_bound=True)
+            return _write_path(entry, kind, same, launches, pointers, caches_bound=True)
         if len(unique) == 5 and sized == [0, 1, 4] and not bound:
-            return _write_path(entry, same, launches, pointers, caches_bound=False)
+            return _write_path(entry, kind, same, launches, pointers, caches_bound=False)
     # Every statement of `run` is one of every call: all that it needs is at hand.
     picks, pick = pick.needed, pick.pick
     insert_at, arrange, pack = pointers.insert_at, pointers.arrange, pointers.pack
@@ -187,7 +188,7 @@ def _kernel_path(op, entry, objects, options, given):
     known, prepare = launches.known, launches.prepare
     records, fill = launches.records, launches.fill
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
-    address, elements = guards.readers()
+    address, elements = kind.address, kind.elements
 
     def run(objects, scalars, stream, more):
         tensors = objects
@@ -235,7 +236,7 @@ def _kernel_path(op, entry, objects, options, given):
         pack(record.buffer, 0, *addresses)
         if stream is None:
             stream = current_stream()
-        elif stream != torchs():
+        elif torchs is not None and stream != torchs():
             streams.lend((*tensors, *more.tensors) if insert_at else tensors, stream, device)
         held = None
         if scratch is not None:
@@ -259,14 +260,14 @@ def _kernel_path(op, entry, objects, options, given):
 # be bound. What `_kernel_path` does with any number of them takes 0.7 us more.
 
 
-def _write_path(entry, same, launches, pointers, caches_bound):
+def _write_path(entry, kind, same, launches, pointers, caches_bound):
     """`_kernel_path` of two sources, two caches and slots."""
     pack, misaligned, lowest = pointers.pack, pointers.misaligned, arrays.LOWEST
     apart, admits = pointers.apart, pointers.admits
     known, prepare = launches.known, launches.prepare
     records, fill = launches.records, launches.fill
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
-    address, elements = guards.readers()
+    address, elements = kind.address, kind.elements
 
     def run(objects, scalars, stream, more):
         if not same(*objects):
@@ -302,7 +303,7 @@ def _write_path(entry, same, launches, pointers, caches_bound):
         pack(record.buffer, 0, a, b, c, d, e)
         if stream is None:
             stream = current_stream()
-        elif stream != torchs():
+        elif torchs is not None and stream != torchs():
             streams.lend((*objects, *more.tensors) if caches_bound else objects, stream, device)
         try:
             enqueue(stream, record.address, 0)
@@ -355,7 +356,7 @@ class _Pointers:
     the key of the call, if their rows vary.
     """
 
-    def __init__(self, op, entry, objects, unique, twins, bound):
+    def __init__(self, op, entry, kind, objects, unique, twins, bound):
         self.insert_at = next((at for at, i in enumerate(unique) if bound and i > bound[0]), 0)
         if bound and not self.insert_at:
             self.insert_at = len(unique)
@@ -369,7 +370,7 @@ class _Pointers:
         letters = ["Q" if index in sources else "8x" for index in range(everything[-1] + 1)]
         self.pack = struct.Struct("<" + "".join(letters)).pack_into
         self._masks = [op.args[index].mask for index in everything]
-        self._low = self._low_bits([objects[index].data_ptr() for index in everything])
+        self._low = self._low_bits([kind.address(objects[index]) for index in everything])
         self.odd = int(any(self._low))
         self._entry, self._everything, self._unique = entry, everything, unique
         self.apart, self.written, self.written_rows_vary = set(), None, False
@@ -423,7 +424,8 @@ class _Extents:
     free : tensors -> shapes and strides of the others; None where there are none.
     """
 
-    def __init__(self, op, objects, unique):
+    def __init__(self, op, kind, objects, unique):
+        self._kind = kind
         self._parts = []  # of each argument that varies: (itself, its tensor, elements of a row)
         whole, free = [], []
         for index, arg in enumerate(op.args):
@@ -435,33 +437,37 @@ class _Extents:
                 continue
             at = next(at for at, one in enumerate(unique) if objects[one] is value)
             rows = arg.varies == arrays.ROWS
-            self._parts.append((arg, at, value.numel() // value.shape[0] if rows else 0))
+            self._parts.append((arg, at, kind.elements(value) // value.shape[0] if rows else 0))
             (whole if rows else free).append(at)
         self.sized = None if whole == list(range(len(unique))) else _getter(whole)
         self.free = None
         self._low = [
-            (arg, at, _low_bits(arg, objects[unique[at]]))
+            (arg, at, kind.low_bits(arg, objects[unique[at]]))
             for arg, at, _ in self._parts
             if at in free and not arg.index
         ]
+        strides = kind.strides
         if len(free) == 1:  # most often: a block table
             (one,) = free
 
             def shape_and_stride(tensors):
                 tensor = tensors[one]
-                return tensor.shape, tensor.stride()
+                return tensor.shape, strides(tensor)
 
             self.free = shape_and_stride
         elif free:
 
             def shapes_and_strides(tensors):
-                return tuple([(tensors[at].shape, tensors[at].stride()) for at in free])
+                return tuple([(tensors[at].shape, strides(tensors[at])) for at in free])
 
             self.free = shapes_and_strides
 
     def alike(self, tensors):
         """Whether the strides are aligned as the plan wants them."""
-        return all(_low_bits(arg, tensors[at]) == low for arg, at, low in self._low)
+        for arg, at, low in self._low:
+            if self._kind.low_bits(arg, tensors[at]) != low:
+                return False
+        return True
 
     def find(self, tensors):
         """What the operation's count gets."""
@@ -470,35 +476,20 @@ class _Extents:
             if at is None:
                 extents.append(None)
             elif elements:
-                extents.append(tensors[at].numel() // elements)
+                extents.append(self._kind.elements(tensors[at]) // elements)
             else:
-                extents.append(_extent(arg, tensors[at]))
+                extents.append(self._kind.extent(arg, tensors[at]))
         return extents
-
-
-def _extent(arg, tensor):
-    """`arrays.extent` of a tensor."""
-    return arrays.extent(arg.varies, tensor.shape, tensor.stride(), tensor.element_size())
-
-
-def _low_bits(arg, tensor):
-    """Of the strides that change from call to call, what their alignment means to a plan."""
-    if arg.index:
-        return 0
-    if not arg.varies:
-        return 0
-    strides = arrays.regular(tensor.shape, tensor.stride(), 1)[: max(arg.varies)]
-    return arrays.any_bits(strides) * tensor.element_size() & 15
 
 
 # --- any plan of an operation with lists ----------------------------------------------------------
 
 
-def flattened(op, objects, options):
-    """``objects`` with what is in host memory read, all their tensors in one list, and the form
-    of the call."""
+def flattened(op, args, objects, options):
+    """``objects``, one for each of these arguments of ``op``, with what is in host memory read, all
+    their tensors in one list, and the form of the call."""
     read, tensors, form = [], [], [options]
-    for arg, value in zip(op.args, objects):
+    for arg, value in zip(args, objects):
         if value is None:
             form.append(type(value))
         elif arg.layers:
@@ -515,14 +506,22 @@ def flattened(op, objects, options):
 
 
 def _plan_path(op, entry, objects, options, given):
-    """The fast path of any other plan: what is remembered is found without reading the arrays."""
-    if given is not None or entry.others:
+    """The fast path of any other plan: what is remembered is found without reading the arrays. What
+    is bound must be lists; a call gives their addresses as ``fixed``."""
+    bound = []
+    if given is None:
+        given = range(len(objects))
+    else:
+        bound = [i for i, value in enumerate(objects) if value is not None and i not in given]
+    if entry.others or not all(op.args[index].layers for index in bound):
         return None
-    _, tensors, form = flattened(op, objects, options)
-    if not all(map(arrays.is_torch, tensors)):
+    given_args = [op.args[index] for index in given]
+    _, tensors, form = flattened(op, given_args, [objects[index] for index in given], options)
+    kind = guards.kind_of(tensors) if tensors else None
+    if tensors and kind is None:
         return None
     args = []  # of each tensor
-    for arg, length in zip(op.args, form[1:]):
+    for arg, length in zip(given_args, form[1:]):
         if type(length) is not type:
             args += [arg] * int(length)
     aligned = [
@@ -530,39 +529,54 @@ def _plan_path(op, entry, objects, options, given):
         for at, arg in enumerate(args)
         if arg.varies and arg.varies != arrays.ROWS and not arg.index
     ]
-    low_bits = [_low_bits(args[at], tensors[at]) for at in aligned]
-    address = guards.readers()[0] if tensors else None
-    same = guards.same_as(tensors, [arg.varies for arg in args]) if tensors else _no_tensors
+    low_bits = [kind.low_bits(args[at], tensors[at]) for at in aligned]
+    address = kind and kind.address
+    same = kind.same_as(tensors, [arg.varies for arg in args]) if tensors else _no_tensors
     if same is None or arrays.any_bits(map(address, tensors)) & 15:
         return None
-    parts, at = [], 0  # of each argument: (itself, its first tensor, how many or no tensor's type)
-    for arg, length in zip(op.args, form[1:]):
-        parts.append((arg, at, length))
+    # Of each argument: its index, itself, its first tensor, how many or no tensor's type.
+    parts, at = [], 0
+    for index, arg, length in zip(given, given_args, form[1:]):
+        parts.append((index, arg, at, length))
         at += 0 if type(length) is type else int(length)
-    latest = [None, None, None]  # addresses, and what was made of them: values, tables
+    layered = [index for index, arg in enumerate(op.args) if arg.layers]
+    # Addresses, and what was made of them: values, tables.
+    latest = [None, None, None, None]
 
-    def values_of(addresses):
+    def values_of(addresses, fixed):
         """The values of `plans.Call`, but for what is chosen in host memory; the plan's tables."""
         if arrays.any_bits(addresses) & 15 or min(addresses, default=arrays.LOWEST) < arrays.LOWEST:
             return None, None
-        values = []
-        for _, at, length in parts:
-            if type(length) is type:
-                values.append(0)
-            else:
-                values.append(
-                    addresses[at] if length is True else tuple(addresses[at : at + length])
-                )
+        values = [0] * len(op.args)
+        for index, _, at, length in parts:
+            if length is True:
+                values[index] = addresses[at]
+            elif type(length) is not type:
+                values[index] = tuple(addresses[at : at + length])
+        for index, kept in zip(bound, fixed):
+            values[index] = kept
         if entry.apart is not None:
             entry.apart.check(values)
-        tables = None if entry.tables is None else entry.tables(values)
+        _, _, known, tables = latest
+        if entry.tables is None:
+            return values, None
+        if known is None or any(known[index] != values[index] for index in layered):
+            tables = entry.tables(values)
         return values, tables
 
-    varying = [(index, *part) for index, part in enumerate(parts) if part[0].varies]
+    varying = [part for part in parts if part[1].varies]
     # Of what is chosen in host memory, the index of the argument and the place of its extent.
     chosen = [(one[0], at) for at, one in enumerate(varying) if one[3] is indices.Chosen]
+    # The tensors whose extents are asked for. Where rows alone vary, the elements tell them.
     sized = [at for at, arg in enumerate(args) if arg.varies]
-    latest_extents = [None, None]  # shapes and strides of these, and what was made of them
+    counted = [at for at in sized if args[at].varies == arrays.ROWS]
+    if any(0 in tensors[at].shape[1:] for at in counted):
+        return None
+    shaped = [at for at in sized if at not in counted]
+    elements = kind and kind.elements
+    # What these say, and what was made of it: extents, and what the operation's count made of
+    # them, where nothing else decides that.
+    latest_extents = [None, None, None]
 
     def extents_of(tensors):
         """The extents for the operation's count; None of what is absent or chosen."""
@@ -571,33 +585,39 @@ def _plan_path(op, entry, objects, options, given):
             if type(length) is type:
                 extents.append(None)
             elif length is True:
-                extents.append(_extent(arg, tensors[at]))
+                extents.append(kind.extent(arg, tensors[at]))
             else:
-                extents.append([_extent(arg, tensor) for tensor in tensors[at : at + length]])
+                extents.append([kind.extent(arg, tensor) for tensor in tensors[at : at + length]])
         return extents
 
-    def run(tensors, scalars, stream, objects):
+    def run(tensors, scalars, stream, objects, fixed=()):
         if not same(*tensors):
             return False
         addresses = list(map(address, tensors)) if tensors else []
-        known, values, tables = latest
-        if addresses != known:
-            values, tables = values_of(addresses)
+        known, known_fixed, values, tables = latest
+        if addresses != known or fixed != known_fixed:
+            values, tables = values_of(addresses, fixed)
             if values is None:
                 return False
-            latest[:] = addresses, values, tables
-        if aligned and [_low_bits(args[at], tensors[at]) for at in aligned] != low_bits:
+            latest[:] = addresses, fixed, values, tables
+        if aligned and [kind.low_bits(args[at], tensors[at]) for at in aligned] != low_bits:
             return False
-        layouts = [(tensors[at].shape, tensors[at].stride()) for at in sized]
-        known, extents = latest_extents
+        layouts = [elements(tensors[at]) for at in counted]
+        for at in shaped:
+            layouts += tensors[at].shape, kind.strides(tensors[at])
+        known, extents, work = latest_extents
         if layouts != known:
             extents = extents_of(tensors)
-            latest_extents[:] = layouts, extents
-        values, extents = values.copy(), extents.copy()
-        for index, at in chosen:
-            values[index] = objects[index].numbers
-            extents[at] = values[index].shape[-1]
-        op.finish(entry, values, tables, stream, extents, objects, options, scalars)
+            work = None if chosen or scalars else op.work(extents, options, ())
+            latest_extents[:] = layouts, extents, work
+        if chosen:
+            values, extents = values.copy(), extents.copy()
+            for index, at in chosen:
+                values[index] = objects[index].numbers
+                extents[at] = values[index].shape[-1]
+        if work is None or scalars:
+            work = op.work(extents, options, scalars)
+        op.finish(entry, values, tables, stream, work, objects)
         return True
 
     return run

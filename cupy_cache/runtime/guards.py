@@ -1,17 +1,98 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Comparing torch tensors with earlier ones, in C++."""
+"""Comparing arrays with earlier ones: torch's in C++, CuPy's by their attributes."""
 
 import functools
+import operator
 import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 from . import arrays
 
 
-def readers():
-    """What tells the address of a torch tensor, and its number of elements."""
-    kind = sys.modules["torch"].Tensor
-    return kind.data_ptr, kind.numel
+class Kind(NamedTuple):
+    """How arrays of a framework are asked for what changes from call to call.
+
+    address, elements, strides : ``f(array)``: where it is, how many elements it has, its strides.
+    unit : ``unit(array)`` -> the bytes that these strides are counted in.
+    step : ``step(array)`` -> the stride, counted so, from one element to the next without gaps.
+    same_as : ``same_as(arrays, varies)``, as `same_as`.
+    """
+
+    address: Callable
+    elements: Callable
+    strides: Callable
+    unit: Callable
+    step: Callable
+    same_as: Callable
+
+    def low_bits(self, arg, array):
+        """Of the strides that change from call to call, what their alignment means to a plan."""
+        if arg.index or not arg.varies:
+            return 0
+        strides = arrays.regular(array.shape, self.strides(array), self.step(array))
+        return arrays.any_bits(strides[: max(arg.varies)]) * self.unit(array) & 15
+
+    def extent(self, arg, array):
+        """`arrays.extent` of an array."""
+        return arrays.extent(arg.varies, array.shape, self.strides(array), self.unit(array))
+
+
+def kind_of(objects):
+    """The `Kind` of GPU arrays that are all of one framework; None of others."""
+    if all(map(arrays.is_torch, objects)):
+        return _torch()
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and all(type(array) is cupy.ndarray for array in objects):
+        return _CUPY
+    return None
+
+
+@functools.cache
+def _torch():
+    tensor = sys.modules["torch"].Tensor
+    return Kind(
+        tensor.data_ptr, tensor.numel, tensor.stride, tensor.element_size, lambda tensor: 1, same_as
+    )  # fmt: skip
+
+
+def _same_cupy(given, varies):
+    """`same_as` of CuPy's arrays; None where what varies is not the first dimensions."""
+    expected = []
+    for array, dims in zip(given, varies):
+        if tuple(dims) != tuple(range(len(dims))):
+            return None
+        last = max(dims, default=0)
+        strides = arrays.regular(array.shape, array.strides, array.itemsize)
+        if strides != array.strides:
+            return None
+        expected.append(
+            (array.dtype, array.data.device_id, array.ndim, len(dims), array.shape[len(dims) :],
+             last, strides[last:])
+        )  # fmt: skip
+    kind, expected = type(given[0]), tuple(expected)
+
+    def same(*given):
+        for array, (dtype, device, rank, first, shape, last, strides) in zip(given, expected):
+            if (
+                type(array) is not kind
+                or array.shape[first:] != shape
+                or array.strides[last:] != strides
+                or array.dtype != dtype
+                or array.data.device_id != device
+                or array.ndim != rank
+            ):
+                return False
+        return True
+
+    return same
+
+
+_CUPY = Kind(
+    operator.attrgetter("data.ptr"), operator.attrgetter("size"), operator.attrgetter("strides"),
+    lambda array: 1, operator.attrgetter("itemsize"), _same_cupy,
+)  # fmt: skip
 
 
 def same_as(tensors, varies):

@@ -7,7 +7,7 @@ Shared by the operations that pack, unpack and zero.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,7 @@ from ...runtime import (
 )
 from ...runtime.devices import NOWHERE
 from ...runtime.log import logger
-from . import blocks
+from . import blocks, mappings
 
 # A packed buffer in host memory that is not pinned goes through a buffer of this size on the GPU.
 STAGE_BYTES = 32 << 20
@@ -115,6 +115,14 @@ class Operation:
         objects = (*tensors, chosen, *buffer)
         self._ops[len(tensors)](objects, (layout,) if buffer else (), stream)
 
+    def bound(self, name, tensors, layout=None):
+        """The operation on ``tensors``, all layers' arrays for each tensor of a layer, as a
+        `dispatch.Bound` that errors call ``name``; ``layout`` is that of the buffer, if any."""
+        op = self._ops[len(tensors)]
+        fixed = {arg.name + arg.suffix: caches for arg, caches in zip(op.args, tensors)}
+        options = (layout,) if self.direction.buffer is not None else ()
+        return dispatch.Bound(op, fixed, options, name=name)
+
     def item_bytes(self, caches):
         """The bytes of one item in all layers together."""
         tensors = tensor_lists(self.name, caches)
@@ -157,6 +165,9 @@ class Places(NamedTuple):
     def of_layer(self, layer, item=0, strides=(0, 0)):
         """The addresses of ``item`` of ``layer``."""
         return [s + layer * self.layer + item * stride for s, stride in zip(self.starts, strides)]
+
+
+_NO_BUFFER = Places((0, 0), 0)
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -213,6 +224,7 @@ class Plan:
             for name, tensor in zip(names, self.tensors)
         ]
         self.sizes = [g.bytes for g in self.geometries]
+        self.layer_bytes = sum(self.sizes)  # of an item
         self._extents = [None if 0 in t.shape else blocks.extent(t) for t in self.tensors]
         self.page_first = layout == "page_first"
         self.buffer = buffer[0] if buffer else None
@@ -225,6 +237,7 @@ class Plan:
     def _check_buffer(self, check):
         (name,), buffer = self.buffer_name, self.buffer
         check.contiguous(name, buffer, len(buffer.shape))
+        self._row_bytes = math.prod(buffer.shape[1:]) * buffer.dtype.bytes
         if self.direction is PACK:
             check.writable(name, buffer)
         if buffer.device.kind != "cpu" or self.device.kind == "cpu":
@@ -273,6 +286,7 @@ class Plan:
             (block, *g.source[1:], slot, count, g.middle)
             for (block, slot), g, count in zip(strides, self.geometries, vectors)
         ]
+        self._enough = None  # threads for which all blocks have the most
         first, second = (constants * 2)[:2]
         self._launcher = launch.Launcher(
             kernel, self.device.index, (self.limit, self.vectors, *first, *second)
@@ -281,26 +295,33 @@ class Plan:
     # --- running
 
     def tables(self, values):
-        """(The lists of layers; all addresses, layer by layer; their `blocks.PointerTable`)."""
-        lists, tensors = values[: len(self.tensors)], len(self.tensors)
-        addresses = blocks.interleaved(lists)
-        return lists, addresses, blocks.pointer_tables(addresses, tensors)
+        """The `_Caches` at these addresses."""
+        places, tensors = values[: len(self.tensors)], len(self.tensors)
+        addresses, layers = blocks.interleaved(places), len(places[0])
+        strides = [layers * self.layer_bytes] * tensors if self.page_first else self.sizes
+        ends = [
+            None if extent is None else (min(each) + extent[0], max(each) + extent[1])
+            for extent, each in zip(self._extents, places)
+        ]
+        return _Caches(
+            places, ends, layers, layers * self.layer_bytes, tuple(strides * 2)[:2], addresses,
+            blocks.pointer_tables(addresses, tensors),
+        )  # fmt: skip
 
     def run(self, call):
         """Check what depends on the call, then move."""
-        lists, addresses, tables = call.tables
         chosen, *buffer = call.values[len(self.tensors) :]
-        layers, items = len(lists[0]), call.rows
+        caches, items = call.tables, call.rows
         if self.chosen is None:
             distinct = self.direction is UNPACK
             check_range(self.op, self.argument, chosen, self.limit, self.by_slot, distinct)
-        work = _Work(self, layers, items, chosen, call.stream)
+        work = _Work(self, caches, items, chosen, call.stream)
         if self.buffer is not None:
-            self._check_room(buffer[0], call.fields[0], work, lists)
-        if not work.item_bytes:
+            self._check_room(buffer[0], call.fields[0], work)
+        if not caches.item_bytes:
             return
         if self.device.kind == "cpu":
-            self._run_cpu(addresses, work, buffer)
+            self._run_cpu(work, buffer)
             return
         if self.chosen is None and self.limit > _MAX_PACKED_INDEX:
             raise ShapeError(
@@ -308,95 +329,98 @@ class Plan:
                 f"there are more than {_MAX_PACKED_INDEX} blocks or slots, got host memory"
             )
         if self.buffer is None:
-            self._enqueue(work, tables, Places((0, 0), 0), 0, items)
+            self._enqueue(work, caches.pointers, _NO_BUFFER, 0, items)
             return
         (address,) = buffer
         if self.buffer.device.kind == "cpu" and self.device.index != NOWHERE:
-            size = items * work.item_bytes
+            size = items * caches.item_bytes
             mapped = blocks.mapped_range(address, size)
             if mapped is None:
-                self._run_staged(work, addresses, address)
+                self._run_staged(work, address)
                 return
             address = mapped
-        self._enqueue(work, tables, work.places(address, items), 0, items)
+        self._enqueue(work, caches.pointers, work.places(address, items), 0, items)
 
-    def _check_room(self, address, rows, work, lists):
+    def _check_room(self, address, rows, work):
         """Require room for all items in the buffer, and none of the caches' bytes in it."""
-        (name,), buffer = self.buffer_name, self.buffer
-        room = rows * math.prod(buffer.shape[1:]) * buffer.dtype.bytes
-        size = work.items * work.item_bytes
+        room, caches = rows * self._row_bytes, work.caches
+        size = work.items * caches.item_bytes
         if size > room:
             raise ShapeError(
-                f"{self.op}: Invalid size of {name}: expected at least {size} bytes for "
-                f"{work.items} items of {work.item_bytes} bytes in all layers, got {room}"
+                f"{self.op}: Invalid size of {self.buffer_name[0]}: expected at least {size} bytes "
+                f"for {work.items} items of {caches.item_bytes} bytes in all layers, got {room}"
             )
-        if not size or buffer.device != self.device:
+        if not size or self.buffer.device.kind != self.device.kind:
             return
-        for extent, places in zip(self._extents, lists):
-            if extent is None:
+        for ends, extent, places in zip(caches.ends, self._extents, caches.places):
+            if ends is None or address + size <= ends[0] or ends[1] <= address:
                 continue
             low, high = extent
-            begin, end = address - high, address + size - low
-            if min(places) < end and begin < max(places):
-                for layer, place in enumerate(places):
-                    if begin < place < end:
-                        raise ArgumentError(
-                            f"{self.op}: Invalid memory of {name}: expected memory of its own, got "
-                            f"some that layer {layer} of caches lies in"
-                        )
+            for layer, place in enumerate(places):
+                if place + low < address + size and address < place + high:
+                    raise ArgumentError(
+                        f"{self.op}: Invalid memory of {self.buffer_name[0]}: expected memory of "
+                        f"its own, got some that layer {layer} of caches lies in"
+                    )
 
     def _enqueue(self, work, tables, places, begin, end):
         """Launch for items ``begin`` to ``end`` of the list; the first of them is at ``places``."""
+        strides = work.caches.strides
         for table in tables:
             room = _MAX_WORKS // self.vectors
             if self.chosen is None:
                 room = min(room, 2 * table.room)  # 32 bits each
             for first in range(begin, end, room):
-                packed = places.of_layer(table.first, first - begin, work.strides)
+                packed = places.of_layer(table.first, first - begin, strides)
                 items = min(room, end - first)
                 index, stride, tail = 0, 0, table.pointers
                 if self.chosen is None:
                     part = work.chosen[first : first + items]
-                    tail += np.maximum(part, -1).astype("<i4").tobytes()
+                    if self.by_slot:
+                        part = np.maximum(part, -1)
+                    tail += part.astype("<i4").tobytes()
                 else:
                     stride = self.chosen.strides[0]
                     index = work.chosen + first * stride
-                values = (*packed, index, stride, items, first, places.layer, *work.strides)
+                values = (*packed, index, stride, items, first, places.layer, *strides)
                 self._launch(work.stream, table.layers, items, tail, values)
 
     def _launch(self, stream, layers, items, tail, values):
         works = items * self.vectors
-        work_threads = launch.ceil_div(works * layers, ITEMS)
-        threads = launch.block_threads(
-            work_threads, launch.processors(self.device.index), MAX_THREADS
-        )
-        grid = launch.ceil_div(works, threads * ITEMS)
+        work_threads, threads = -(-works * layers // ITEMS), MAX_THREADS
+        if self._enough is None:  # asked late: a plan can be made for a GPU that is not there
+            self._enough = threads * launch.processors(self.device.index)
+        if work_threads < self._enough:
+            threads = launch.block_threads(
+                work_threads, launch.processors(self.device.index), MAX_THREADS
+            )
+        grid = -(-works // (threads * ITEMS))
         if self.max_blocks is not None:
             grid = min(grid, max(1, self.max_blocks // layers))
         self._launcher.enqueue((grid, layers, 1), threads, stream, *values, tail=tail)
 
     # --- a buffer in host memory that is not pinned
 
-    def _run_staged(self, work, addresses, buffer):
+    def _run_staged(self, work, buffer):
         logger.warning(
             "%s: %s is not pinned; the driver stages its bytes, and may wait",
             self.op, self.buffer_name[0],
         )  # fmt: skip
-        count, tensors = work.items, len(self.sizes)
+        count, tensors, strides = work.items, len(self.sizes), work.caches.strides
         host = work.places(buffer, count)
         pieces = list(work.pieces())
-        largest = max(layers * items * sum(self.sizes) for _, layers, _, items in pieces)
+        largest = max(layers * items * self.layer_bytes for _, layers, _, items in pieces)
         device, stream = self.device.index, work.stream
         # What is skipped keeps its bytes, so they have to make the round trip.
         skips = self.direction is PACK and (self.chosen is not None or (work.chosen < 0).any())
         with driver.active.staging(largest, stream, device) as address:
             for layer, layers, first, items in pieces:
-                part = addresses[layer * tensors : (layer + layers) * tensors]
+                part = work.caches.addresses[layer * tensors : (layer + layers) * tensors]
                 part = blocks.pointer_tables(part, tensors)
                 staged = work.places(address, items)
-                outside = host.of_layer(layer, first, work.strides)
+                outside = host.of_layer(layer, first, strides)
                 if self.page_first or items == count:  # one stretch of the buffer
-                    spans = [(outside[0], address, layers * items * sum(self.sizes))]
+                    spans = [(outside[0], address, layers * items * self.layer_bytes)]
                 else:
                     sizes = [items * size for size in self.sizes]
                     spans = list(zip(outside, staged.starts, sizes))
@@ -410,14 +434,14 @@ class Plan:
 
     # --- the CPU
 
-    def _run_cpu(self, addresses, work, buffer):
+    def _run_cpu(self, work, buffer):
         chosen, rows = work.chosen, slice(None)
         if self.by_slot and (chosen < 0).any():
             rows = np.flatnonzero(chosen >= 0)
         kept = chosen[rows]
         index = np.divmod(kept, self.block_size) if self.by_slot else (kept,)
         places = work.places(buffer[0], work.items) if buffer else None
-        for at, address in enumerate(addresses):
+        for at, address in enumerate(work.caches.addresses):
             layer, t = divmod(at, len(self.sizes))
             tensor = self.tensors[t]
             cache = arrays.as_numpy(address, tensor.shape, tensor.strides, tensor.dtype.bits)
@@ -427,7 +451,7 @@ class Plan:
             packed = arrays.as_numpy(
                 places.of_layer(layer)[t],
                 (work.items, *tensor.shape[1 + self.by_slot :]),
-                (work.strides[t], *_dense_strides(tensor, 1 + self.by_slot)),
+                (work.caches.strides[t], *_dense_strides(tensor, 1 + self.by_slot)),
                 tensor.dtype.bits,
             )
             if self.direction is PACK:
@@ -436,40 +460,55 @@ class Plan:
                 cpu.unpack(packed, rows, cache, index)
 
 
-class _Work:
-    """What there is to do in one call of a `Plan`.
+class _Caches(NamedTuple):
+    """The caches of a call of a `Plan`.
 
-    ``chosen`` are int64 indices in host memory, or the address of those on the device; ``strides``
-    the bytes from item to item of each tensor in the buffer; ``item_bytes`` those of an item in all
-    layers.
+    places : the addresses of all layers, for each tensor of a layer. ends : of each tensor, the
+    bytes that all layers lie within; None where it is empty. layers : how many. item_bytes : of an
+    item in all layers. strides : from item to item of each tensor in the buffer. addresses : layer
+    by layer. pointers : their `blocks.PointerTable`s.
     """
 
-    def __init__(self, plan, layers, items, chosen, stream):
-        self._plan = plan
-        self.layers, self.items, self.chosen, self.stream = layers, items, chosen, stream
-        self.item_bytes = layers * sum(plan.sizes)
-        whole = [self.item_bytes] * len(plan.sizes)
-        self.strides = tuple((whole if plan.page_first else plan.sizes) * 2)[:2]
+    places: list
+    ends: list
+    layers: int
+    item_bytes: int
+    strides: tuple
+    addresses: list
+    pointers: list
+
+
+class _Work(NamedTuple):
+    """What there is to do in one call of a `Plan`.
+
+    ``chosen`` are int64 indices in host memory, or the address of those on the device.
+    """
+
+    plan: Plan
+    caches: _Caches
+    items: int
+    chosen: Any
+    stream: int | None
 
     def places(self, address, count):
         """The `Places` of ``count`` items in a buffer at ``address``."""
-        sizes = self._plan.sizes
-        if self._plan.page_first:
-            return Places((address, address + sizes[0]), sum(sizes))
-        return Places((address, address + count * sizes[0]), count * sum(sizes))
+        first, layer = self.plan.sizes[0], self.plan.layer_bytes
+        if self.plan.page_first:
+            return Places((address, address + first), layer)
+        return Places((address, address + count * first), count * layer)
 
     def pieces(self):
         """Cuts the work into parts of at most `STAGE_BYTES`, if an item of a layer has no more:
         yields (first layer, layers, first item, items)."""
-        row = sum(self._plan.sizes)
-        if self._plan.page_first:
-            group, items = self.layers, max(1, STAGE_BYTES // self.item_bytes)
+        row, all_layers = self.plan.layer_bytes, self.caches.layers
+        if self.plan.page_first:
+            group, items = all_layers, max(1, STAGE_BYTES // self.caches.item_bytes)
         else:
             group = max(1, STAGE_BYTES // (self.items * row))
             items = self.items if self.items * row <= STAGE_BYTES else max(1, STAGE_BYTES // row)
-        for layer in range(0, self.layers, group):
+        for layer in range(0, all_layers, group):
             for first in range(0, self.items, items):
-                yield layer, min(group, self.layers - layer), first, min(items, self.items - first)
+                yield layer, min(group, all_layers - layer), first, min(items, self.items - first)
 
 
 def check_range(op, name, chosen, limit, padding, distinct):
@@ -477,6 +516,11 @@ def check_range(op, name, chosen, limit, padding, distinct):
     ones are allowed if they are ``padding``."""
     if not len(chosen):
         return
+    if len(chosen) <= mappings.FEW:
+        numbers = chosen.tolist()
+        good = max(numbers) < limit and (padding or min(numbers) >= 0)
+        if good and (not distinct or len(set(numbers)) == len(numbers)):
+            return
     if int(chosen.max()) >= limit or (int(chosen.min()) < 0 and not padding):
         bad = (chosen >= limit) | ((chosen < 0) & (not padding))
         row = int(np.argmax(bad))
