@@ -112,18 +112,20 @@ constexpr int kGroups = 8;     // of parts; a cluster's blocks take one each
 constexpr int kMaxParts = 64;  // of a unit
 constexpr int kSorted = 32 * kWarps;
 // Rows of kBytes bytes in shared memory, in chunks of 16. Eight rows of a matrix lie in different banks:
-// their chunks are exchanged where a row has a multiple of eight, which costs no room and lets copies
-// write whole lines of 128 bytes; else rows are an odd number of chunks apart.
+// their chunks are exchanged where a row has a multiple of eight, or two or four, which costs no room and
+// lets copies write whole lines of 128 bytes; else rows are an odd number of chunks apart.
 template <int kTileRows, int kBytes>
 struct Tile {
   static constexpr int kChunks = kBytes / 16;  // of a row
-  static constexpr bool kExchanged = kChunks % 8 == 0;
+  static constexpr bool kExchanged = kChunks % 8 == 0 || kChunks == 4 || kChunks == 2;
   static constexpr int kRowBytes = (kExchanged ? kChunks : kChunks | 1) * 16;
   static constexpr int kSize = kTileRows * kRowBytes;
 
   // Where a chunk of a row is.
   static __device__ __forceinline__ int at(int row, int chunk) {
-    return row * kRowBytes + (kExchanged ? chunk ^ row % 8 : chunk) * 16;
+    if constexpr (!kExchanged) return row * kRowBytes + chunk * 16;
+    constexpr int kAmong = kChunks < 8 ? kChunks : 8;  // chunks
+    return row * kRowBytes + (chunk ^ row / (8 / kAmong) % kAmong) * 16;
   }
   // Where the chunk is that comes `further` chunks, an even number, behind the first or second one of a
   // row, which is at `first`. The tile is at a multiple of 128.
@@ -415,19 +417,30 @@ template <typename T, int kBytes, int kVec, bool kWhole, bool kPacked>
 __device__ __forceinline__ void copy_tile(char* to, const Source& from, const Params& p, const Cut& cut,
                                           i32 block, i32 key, u32 slot, bool complete) {
   const i32 lane = static_cast<i32>(threadIdx.x % 32);
-  // Where the warp's lanes take whole rows, each lane always has the same chunk of a row.
-  if constexpr (kWhole && 32 % T::kChunks == 0 && kVec == 16 && kBytes == T::kChunks * 16) {
-    if (complete) {
-      const i32 row = lane / T::kChunks, chunk = lane % T::kChunks;
-      constexpr i32 kTogether = 32 / T::kChunks;  // rows
-      const char* its = from.head + (block * from.block_stride + (slot + row) * from.slot_stride +
-                                     from.template in_slot<kPacked>(chunk * 16));
+  if constexpr (kWhole && kVec == 16 && kBytes == T::kChunks * 16) {
+    // The lanes take chunks one after the other, and after some rows the same ones again.
+    constexpr i32 kCommon = T::kChunks % 32 == 0   ? 32
+                            : T::kChunks % 16 == 0 ? 16
+                            : T::kChunks % 8 == 0  ? 8
+                            : T::kChunks % 4 == 0  ? 4
+                            : T::kChunks % 2 == 0  ? 2
+                                                   : 1;
+    constexpr i32 kTogether = 32 / kCommon;  // rows
+    if constexpr (kTogether <= kKeys) {
+      if (complete) {
 #pragma unroll
-      for (i32 i = 0; i < kKeys; i += kTogether) {
-        copy_async<16>(to + T::at(row + i, chunk), its, true);
-        its += kTogether * from.slot_stride;
+        for (i32 part = 0; part < T::kChunks / kCommon; ++part) {
+          const i32 at = part * 32 + lane, row = at / T::kChunks, chunk = at % T::kChunks;
+          const char* its = from.head + (block * from.block_stride + (slot + row) * from.slot_stride +
+                                         from.template in_slot<kPacked>(chunk * 16));
+#pragma unroll
+          for (i32 i = 0; i < kKeys; i += kTogether) {
+            copy_async<16>(to + T::at(row + i, chunk), its, true);
+            its += kTogether * from.slot_stride;
+          }
+        }
+        return;
       }
-      return;
     }
   }
   constexpr i32 kAll = kKeys * T::kChunks;
@@ -763,26 +776,30 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
           keys, {key_head, p.key_block_stride, p.key_slot_stride, p.key_pack_stride, p.key_pack}, p,
           cut, block, key, slot, complete);
       if constexpr (kByToken) {
-        constexpr int kPieces = kKeys * In::kBytes / kValueVec;  // of a row
-        constexpr int kAll = kValueSize * kPieces;
-#pragma unroll 4
-        for (int base = 0; base < kAll; base += 32) {
-          const int at = base + lane, row = at / kPieces, piece = at % kPieces * kValueVec;
-          const int in_tile = piece / In::kBytes;
-          i32 its_block = block;
-          u32 byte = (slot + in_tile) * In::kBytes;  // of the block's
-          if constexpr (!kWhole) {
-            its_block = __shfl_sync(kWarp, block, in_tile);
-            byte = p.by_block_size.remainder(key + in_tile, p.block_size) * In::kBytes;
+        constexpr int kPieces = kKeys * In::kBytes / kValueVec;  // of a row; each lane's are alike
+        constexpr int kTogether = 32 / kPieces;                  // rows
+        const int piece = lane % kPieces * kValueVec, in_tile = piece / In::kBytes;
+        i32 its_block = block;
+        u32 byte = (slot + in_tile) * In::kBytes;  // of the block's
+        if constexpr (!kWhole) {
+          its_block = __shfl_sync(kWarp, block, in_tile);
+          byte = p.by_block_size.remainder(key + in_tile, p.block_size) * In::kBytes;
+        }
+        const bool present = its_block >= 0;
+        const char* its = value_head;
+        if (present) {
+          its += its_block * p.value_block_stride + byte / p.value_pack * p.value_pack_stride +
+                 byte % p.value_pack + lane / kPieces * p.value_slot_stride;
+        }
+        const i64 step = present ? kTogether * p.value_slot_stride : 0;
+        char* const column = keys + KeyTile::kSize + piece % 16;
+#pragma unroll
+        for (int base = 0; base < kValueSize; base += kTogether) {
+          const int row = base + lane / kPieces;
+          if (kValueSize % kTogether == 0 || row < kValueSize) {
+            copy_async<kValueVec>(column + ValueTile::at(row, piece / 16), its, present);
           }
-          const i64 away = its_block >= 0
-                               ? its_block * p.value_block_stride +
-                                     byte / p.value_pack * p.value_pack_stride + byte % p.value_pack
-                               : 0;
-          if (kAll % 32 == 0 || at < kAll) {
-            copy_async<kValueVec>(keys + KeyTile::kSize + ValueTile::at(row, piece / 16) + piece % 16,
-                                  value_head + away + row * p.value_slot_stride, its_block >= 0);
-          }
+          its += step;
         }
       } else {
         copy_tile<ValueTile, kValueSize * In::kBytes, kValueVec, kWhole, false>(

@@ -525,7 +525,8 @@ def _most_parts(tokens):
 def _tile_bytes(rows, row_bytes):
     """Shared memory of a tile: `Tile` of paged_attention.cu."""
     chunks = launch.ceil_div(row_bytes, 16)
-    return rows * (chunks if chunks % 8 == 0 else chunks | 1) * 16
+    exchanged = chunks % 8 == 0 or chunks in (2, 4)
+    return rows * (chunks if exchanged else chunks | 1) * 16
 
 
 def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
