@@ -385,6 +385,8 @@ def _bench(args):
         print(f"cupy_cache {__version__}, backend {xp.__name__} on {device}; microseconds\n")
         print(f"{'':32}{'MB moved':>10}{'ours':>10}{'copy':>10}{'of copy':>9}{'host':>8}")
     bench.measure(xp is not np, told)
+    if xp is not np and not args.json:
+        print("\nhost: to enqueue a call with CuPy's arrays; torch's take a shorter way")
     if args.json:
         facts = {"cupy_cache": __version__, "backend": xp.__name__, "device": device}
         print(json.dumps({**facts, "rows": rows}, indent=2))
