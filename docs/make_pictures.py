@@ -23,7 +23,7 @@ README = ROOT / "README.md"
 
 # Of each token, by the first of its letters: a colour for its first head, and one for the second.
 COLOURS = (
-    ("#f2c14e", "#f9e2a8"), ("#5b8e7d", "#a9cabf"), ("#d1495b", "#eaa6af"), ("#4a6fa5", "#a9bedb"),
+    ("#f2c14e", "#f9e2a8"), ("#7fb3a0", "#c3ded4"), ("#e58a94", "#f3c6cb"), ("#8aa8d6", "#c8d6ec"),
 )  # fmt: skip
 INK, GREY, OURS, OTHER = "#222222", "#999999", "#1b6ca8", "#d9a0a7"
 
@@ -34,29 +34,31 @@ class Svg:
     def __init__(self, width, height, title):
         self.parts = [
             f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-            f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12" role="img" '
-            f'aria-label="{title}">',
+            f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12" fill="{INK}" '
+            f'text-anchor="middle" stroke-width="0" role="img" aria-label="{title}">',
             f'<rect width="{width}" height="{height}" rx="6" fill="#ffffff"/>',
         ]
 
-    def box(self, x, y, width, height, fill, text="", edge="#ffffff"):
+    def box(self, x, y, width, height, fill, text="", edge=None):
+        """Of its size, with an edge; or a little smaller, so that there is a gap to the next."""
+        gap, stroke = (1, "") if edge is None else (0, f' stroke="{edge}" stroke-width="1"')
         self.parts.append(
-            f'<rect x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}" fill="{fill}" '
-            f'stroke="{edge}"/>'
+            f'<rect x="{x:g}" y="{y:g}" width="{width - gap:g}" height="{height - gap:g}" '
+            f'fill="{fill}"{stroke}/>'
         )
         if text:
             self.text(x + width / 2, y + height / 2 + 4, text, "middle")
 
     def text(self, x, y, text, anchor="start", weight="normal", fill=INK):
-        bold = "" if weight == "normal" else f' font-weight="{weight}"'
-        self.parts.append(
-            f'<text x="{x:g}" y="{y:g}" text-anchor="{anchor}" fill="{fill}"{bold}>{text}</text>'
-        )
+        more = "" if anchor == "middle" else f' text-anchor="{anchor}"'
+        more += "" if weight == "normal" else f' font-weight="{weight}"'
+        more += "" if fill == INK else f' fill="{fill}"'
+        self.parts.append(f'<text x="{x:g}" y="{y:g}"{more}>{text}</text>')
 
     def line(self, x1, y1, x2, y2):
         self.parts.append(
             f'<path d="M{x1:g} {y1:g}C{(x1 + x2) / 2:g} {y1:g} {(x1 + x2) / 2:g} {y2:g} {x2:g} '
-            f'{y2:g}" fill="none" stroke="{GREY}"/>'
+            f'{y2:g}" fill="none" stroke="{GREY}" stroke-width="1"/>'
         )
 
     def __str__(self):
@@ -206,7 +208,7 @@ def paged_picture():
         for token in range(tables.length(name)):
             gap = 4 * (token // BLOCK_SIZE)
             block = tables.blocks(name)[token // BLOCK_SIZE]
-            svg.box(30 + size * token + gap, y, size, 22, _colour(users, block, row), "")
+            svg.box(30 + size * token + gap, y, size, 22, _colour(users, block, row))
             tokens_in[block] = max(tokens_in.get(block, 0), token % BLOCK_SIZE + 1)
         for at, block in enumerate(tables.blocks(name)):
             svg.box(236 + 34 * at, y, 30, 22, "#eeeeee", str(block), GREY)
@@ -303,7 +305,9 @@ def speed_picture():
                 svg.text(216 + FULL * share, y + offset + 11, text, "end", fill=fill)
             else:
                 svg.text(228 + FULL * share, y + offset + 11, text)
-    svg.parts.append(f'<path d="M{222 + FULL} 32V{40 + 36 * len(rows)}" stroke="{GREY}"/>')
+    svg.parts.append(
+        f'<path d="M{222 + FULL} 32V{40 + 36 * len(rows)}" stroke="{GREY}" stroke-width="1"/>'
+    )
     return str(svg)
 
 
