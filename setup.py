@@ -7,6 +7,7 @@ If ``package_dir`` said so, an editable install would be an import hook, which t
 follow. This way it is a path.
 """
 
+import re
 from pathlib import Path
 
 from setuptools import setup
@@ -31,4 +32,17 @@ class BuildPy(build_py.build_py):
         return [*super().get_source_files(), *map(str, SOURCES)]
 
 
-setup(cmdclass={"build_py": BuildPy})
+def long_description():
+    """The README for an index of packages, where links to files of the checkout lead nowhere: links
+    become their text, and pictures what they show. The project has no address of its own that they
+    could be made absolute with."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[([^\]]*)\]\((?!https?:)[^)]*\)", r"*Picture: \1.*", text)
+    return re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
+setup(
+    cmdclass={"build_py": BuildPy},
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
+)

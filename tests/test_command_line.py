@@ -3,6 +3,7 @@
 """The commands end quietly, and with the right status, whatever becomes of their output; the
 environment's variables are said to be wrong once, and stop nothing."""
 
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import sys
 import pytest
 
 import cupy_cache as cc
-from cupy_cache.cli import command_line, demo
+from cupy_cache.cli import bench, command_line, demo
 
 DEMO = "demo --backend numpy --tokens 2 --layers 1 --beams 1"
 QUIET = "2>/dev/null"
@@ -36,7 +37,7 @@ needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no 
 
 
 @BUFFERING
-@pytest.mark.parametrize("command", [DEMO, "info", "--help"])
+@pytest.mark.parametrize("command", [DEMO, "info", "clear-cache", "--help"])
 def test_a_reader_that_goes(command, unbuffered):
     # The reader is gone before anything is written.
     status, _, errors = shell(f"cupy-cache {command} 2> >(grep -v tokens >&2) | true", unbuffered)
@@ -101,6 +102,111 @@ def test_the_output_is_as_before_afterwards(capsys):
     with pytest.raises(SystemExit):
         command_line.main(["--version"])
     assert sys.stdout.errors == before and cc.__version__ in capsys.readouterr().out
+
+
+# --- warmup, bench, clear-cache -------------------------------------------------------------------
+
+
+def run(capsys, line):
+    """(Status, output, errors) of a command."""
+    status = command_line.main(line.split())
+    told = capsys.readouterr()
+    return status, told.out, told.err
+
+
+def test_warmup_passes_on_what_it_is_told(capsys, monkeypatch):
+    given = []
+    monkeypatch.setattr(command_line, "warmup", lambda *a, **k: given.append((a, k)) or 7)
+    line = "warmup --num-kv-heads 8 --head-size 128 --block-size 32 --layout HND --layout packed"
+    line += " --dtype float16 --op copy_blocks --num-heads 32 --kv-cache-dtype fp8 --device 1"
+    status, out, _ = run(capsys, line)
+    assert status == 0 and "7 kernels are ready" in out
+    shape, named = given.pop()
+    assert shape == (8, 128, 32, "float16")
+    assert {name: value for name, value in named.items() if value is not None} == {
+        "layouts": ["HND", "packed"], "kv_cache_dtype": "fp8", "device": 1, "num_heads": 32,
+        "ops": ["copy_blocks"],
+    }  # fmt: skip
+    status, out, _ = run(capsys, "warmup --num-kv-heads 8 --head-size 128 --json")
+    assert status == 0 and json.loads(out)["kernels"] == 7
+    assert given.pop()[1]["layouts"] == ["NHD"]
+
+
+def test_warmup_that_is_refused(capsys):
+    line = "warmup --num-kv-heads 8 --head-size 128 --dtype complex64"
+    status, out, errors = run(capsys, line)
+    assert status == command_line.CANNOT_RUN and not out
+    assert errors.startswith("cupy-cache: error: ") and "Traceback" not in errors
+
+
+TINY = bench.Size(1, 32, 8, 2, 2, 16, 4)
+ROW = {"case", "bytes", "us", "copy_us", "host_us"}
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Measuring takes no time."""
+    monkeypatch.setattr(bench, "CPU", TINY)
+    monkeypatch.setattr(bench, "BATCH_SECONDS", 1e-6)
+
+
+def test_bench(capsys, quick):
+    status, out, errors = run(capsys, "bench --backend numpy --json")
+    told = json.loads(out)
+    assert status == 0 and told["backend"] == "numpy"
+    assert len(told["rows"]) >= 10 and all(set(row) == ROW for row in told["rows"])
+    names = [row["case"] for row in told["rows"]]
+    assert errors.splitlines() == names and len(set(names)) == len(names)
+    for row in told["rows"]:
+        assert row["us"] > 0 and row["host_us"] is None
+        assert (row["copy_us"] is None) == (row["bytes"] == 0)
+    # 8 tokens of 8 heads of 128, keys and values, float16, read and written
+    by_name = {row["case"]: row["bytes"] for row in told["rows"]}
+    assert by_name["write 8 tokens"] == 8 * 8 * 128 * 2 * 2 * 2
+    status, out, _ = run(capsys, "bench --backend numpy")
+    assert status == 0 and all(name in out for name in names)
+
+
+@pytest.mark.gpu
+def test_bench_on_a_gpu(capsys):
+    status, out, _ = run(capsys, "bench --json")
+    rows = json.loads(out)["rows"]
+    assert status == 0 and len(rows) >= 10
+    assert all(row["us"] > 0 and row["host_us"] > 0 for row in rows)
+
+
+def test_clear_cache(capsys, monkeypatch, tmp_path):
+    files = {
+        "a.cubin": b"\x7fELF .text._ZN10cupy_cache11copy_blocksILi1EEEvv",
+        "a.cubin.cu": b"namespace cupy_cache {}",
+        "b.cubin": b"\x7fELF .text._Z4copyv",
+        "b.cubin.cu": b"void copy();",
+        "c.tmp": b"10cupy_cache",
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    assert run(capsys, "clear-cache")[:2] == (
+        0, f"deleted 1 kernels, 0.0 MiB, of {tmp_path}; 3 files stay\n",
+    )  # fmt: skip
+    assert {path.name for path in tmp_path.iterdir()} == {"b.cubin", "b.cubin.cu", "c.tmp"}
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "none"))
+    status, out, _ = run(capsys, "clear-cache")
+    assert status == 0 and out.startswith("deleted 0 kernels")
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "c.tmp"))
+    status, _, errors = run(capsys, "clear-cache")
+    assert status == command_line.CANNOT_RUN and "cannot clear" in errors
+
+
+@pytest.mark.gpu
+def test_kernels_are_warmed_up_and_cleared(tmp_path):
+    line = "warmup --num-kv-heads 2 --head-size 64 --op copy_blocks --op slot_mapping --json"
+    status, out, _ = shell(f"cupy-cache {line}", CUPY_CACHE_DIR=str(tmp_path))
+    kernels = json.loads(out)["kernels"]
+    assert status == 0 and len(list(tmp_path.glob("*.cubin"))) == kernels > 1
+    status, out, _ = shell("cupy-cache clear-cache", CUPY_CACHE_DIR=str(tmp_path))
+    assert status == 0 and f"deleted {kernels} kernels" in out
+    assert not list(tmp_path.glob("*.cubin"))
 
 
 # --- the environment ------------------------------------------------------------------------------

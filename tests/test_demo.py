@@ -479,6 +479,9 @@ def test_version_and_help(capsys):
         (["--help"], ["demo", "info", "exit codes"]),
         (["demo", "--help"], ["--block-size", "default: 16", "FILE"]),
         (["info", "--help"], ["--json"]),
+        (["warmup", "--help"], ["--num-kv-heads", "--layout", "--json"]),
+        (["bench", "--help"], ["--backend", "--json"]),
+        (["clear-cache", "--help"], ["CUPY_CACHE_DIR"]),
     ):
         with pytest.raises(SystemExit) as caught:
             command_line.main(arguments)

@@ -21,8 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from .._version import __version__
-from ..errors import FaultError, KernelError, MissingDependencyError
-from . import demo, info
+from ..compilation import warmup
+from ..errors import CupyCacheError, FaultError, KernelError, MissingDependencyError
+from ..runtime import cuda, formats
+from . import bench, clearing, demo, info
 
 PROMPT = 400  # bytes of the input that the demo reads, at most
 
@@ -133,8 +135,8 @@ def _parser():
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_demo(commands)
-    _add_info(commands)
+    for add in (_add_info, _add_demo, _add_warmup, _add_bench, _add_clear_cache):
+        add(commands)
     return parser
 
 
@@ -148,8 +150,12 @@ def _add_info(commands):
         description="Print versions, devices, where NVRTC and the CUDA headers are, the kernel "
         "cache, the environment variables, and what is missing with the command that brings it.",
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    _add_json(parser)
     parser.set_defaults(command=_info)
+
+
+def _add_json(parser):
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
 
 
 def _info(args):
@@ -289,6 +295,135 @@ def _machine(backend):
     if backend == "cupy":
         raise CannotRun(f"{problem}; `python -m cupy_cache info` says what is missing")
     return np, f"{cpu}; {problem}"
+
+
+# --- warmup, bench, clear-cache -------------------------------------------------------------------
+
+
+def _add_warmup(commands):
+    parser = commands.add_parser(
+        "warmup",
+        help="compile the kernels of a model, so that no call compiles later",
+        description="Compile and load every kernel that a model's shape needs, in parallel. They "
+        "stay in CuPy's kernel cache, where every process of this user finds them.",
+    )
+    for option, required, meaning in (
+        ("--num-kv-heads", True, "key/value heads on this GPU"),
+        ("--head-size", True, "elements of a head's key"),
+        ("--head-size-v", False, "of a head's value, where it differs"),
+        ("--num-heads", False, "query heads on this GPU (default: as many as of keys)"),
+    ):
+        parser.add_argument(option, type=_positive, metavar="N", required=required, help=meaning)
+    parser.add_argument(
+        "--block-size", type=_positive, default=16, metavar="N",
+        help="slots of a cache block (default: 16)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", default="bfloat16", help="of keys and values (default: bfloat16)"
+    )
+    parser.add_argument(
+        "--kv-cache-dtype", default="auto", metavar="DTYPE", help="fp8, int8, … (default: auto)"
+    )
+    parser.add_argument(
+        "--layout", action="append", choices=tuple(formats.LAYOUTS), dest="layouts",
+        help="of the caches; may be given several times (default: NHD)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--op", action="append", metavar="NAME", dest="ops",
+        help="only this operation; may be given several times (default: all)",
+    )  # fmt: skip
+    parser.add_argument("--device", type=_natural, metavar="N", help="the GPU (default: 0)")
+    _add_json(parser)
+    parser.set_defaults(command=_warmup)
+
+
+def _warmup(args):
+    started = time.monotonic()
+    try:
+        kernels = warmup(
+            args.num_kv_heads, args.head_size, args.block_size, args.dtype,
+            layouts=args.layouts or ["NHD"], head_size_v=args.head_size_v,
+            kv_cache_dtype=args.kv_cache_dtype, device=args.device, num_heads=args.num_heads,
+            ops=args.ops,
+        )  # fmt: skip
+    except CupyCacheError as error:
+        raise CannotRun(str(error)) from error
+    seconds, folder = time.monotonic() - started, cuda.cache_folder()
+    if args.json:
+        print(json.dumps({"kernels": kernels, "seconds": seconds, "kernel_cache": folder}))
+    else:
+        print(f"{kernels} kernels are ready, in {seconds:.1f} s; they are kept in {folder}")
+    return 0
+
+
+def _add_bench(commands):
+    parser = commands.add_parser(
+        "bench",
+        help="measure the main operations on this machine, beside a copy of as many bytes",
+        description="Measure the main operations, in float16, with 8 key/value heads of 128 and "
+        "blocks of 16, each beside a copy that reads and writes as many bytes. Takes less than a "
+        "minute.",
+    )
+    parser.add_argument(
+        "--backend", choices=("auto", "numpy", "cupy"), default="auto",
+        help="auto is CuPy where there is a GPU (default: auto)",
+    )  # fmt: skip
+    _add_json(parser)
+    parser.set_defaults(command=_bench)
+
+
+def _bench(args):
+    xp, device = _machine(args.backend)
+    rows = []
+    if args.json:
+
+        def told(row):
+            rows.append(row)
+            _complain(row["case"])
+    else:
+        told = _print_row
+        print(f"cupy_cache {__version__}, backend {xp.__name__} on {device}; microseconds\n")
+        print(f"{'':32}{'MB moved':>10}{'ours':>10}{'copy':>10}{'of copy':>9}{'host':>8}")
+    bench.measure(xp is not np, told)
+    if xp is not np and not args.json:
+        print("\nhost: to enqueue a call with CuPy's arrays; torch's take a shorter way")
+    if args.json:
+        facts = {"cupy_cache": __version__, "backend": xp.__name__, "device": device}
+        print(json.dumps({**facts, "rows": rows}, indent=2))
+    return 0
+
+
+def _print_row(row):
+    def shown(value):
+        return "" if value is None else f"{value:.4g}" if value < 1000 else f"{value:.0f}"
+
+    moved, us, copy = row["bytes"] / 1e6, row["us"], row["copy_us"]
+    share = "" if copy is None else f"{copy / us:.0%}"
+    print(
+        f"{row['case']:<32}{shown(moved or None):>10}{shown(us):>10}{shown(copy):>10}{share:>9}"
+        f"{shown(row['host_us']):>8}",
+        flush=True,
+    )
+
+
+def _add_clear_cache(commands):
+    parser = commands.add_parser(
+        "clear-cache",
+        help="delete this library's compiled kernels from CuPy's kernel cache",
+        description="Delete the compiled kernels of this library from CuPy's kernel cache "
+        "(CUPY_CACHE_DIR). Those of other programs stay. They are compiled again when needed.",
+    )
+    parser.set_defaults(command=_clear_cache)
+
+
+def _clear_cache(args):
+    folder = cuda.cache_folder()
+    try:
+        count, size, others = clearing.clear(folder)
+    except OSError as error:
+        raise CannotRun(f"cannot clear {error.filename or folder}: {error.strerror}") from error
+    print(f"deleted {count} kernels, {size / 2**20:.1f} MiB, of {folder}; {others} files stay")
+    return 0
 
 
 class Progress:

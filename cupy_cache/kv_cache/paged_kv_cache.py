@@ -192,7 +192,8 @@ class PagedKVCache:
         >>> cache
         <PagedKVCache of 2 layers: keys and values [64, 16, 4, 32], float32, NHD, numpy on cpu, \
 2.00 MiB>
-        >>> host = PagedKVCache.allocate(2, 256, 16, 4, 32, dtype="float32", pinned=True)
+        >>> sizes = 2, 256, 16, 4, 32
+        >>> host = PagedKVCache.allocate(*sizes, dtype="float32", pinned=True)  # doctest: +SKIP
         """
         keys, values = allocation.caches(
             "PagedKVCache.allocate", (num_layers, num_blocks, block_size, num_kv_heads, head_size),
@@ -370,7 +371,8 @@ class PagedKVCache:
             As for `rotary_and_cache`; without value caches ``positions``, ``q_pe``, ``k_pe``,
             ``kv_c``, ``cos_sin_cache``, ``slot_mapping`` and ``is_neox`` of
             `concat_and_cache_mla_rope_fused`, which rotates ``k_pe`` in place, too.
-        rope_dim_offset, mrope_section, mrope_interleaved, norm_eps, q_norm_weight, k_norm_weight,
+        rope_dim_offset, mrope_section, mrope_interleaved, norm_eps, q_norm_weight, k_norm_weight
+            As for `rotary_and_cache`; without value caches they are refused.
         norm_weight_bias, out, out_dtype, q_scale, rounding
             As for `rotary_and_cache`; without value caches they are refused.
         """

@@ -70,11 +70,12 @@ def pack_blocks(
 
     Examples
     --------
-    >>> layers = list(zip(key_caches, value_caches))
-    >>> buffer = torch.empty(
-    ...     packed_size(layers, num_blocks=len(ids)), dtype=torch.uint8, device="cuda")
-    >>> pack_blocks(layers, ids, buffer)
-    >>> torch.distributed.send(buffer, dst=1)
+    >>> key_cache = np.arange(32, dtype=np.float32).reshape(4, 2, 1, 4)  # 4 blocks of 2 tokens
+    >>> layers = [(key_cache, -key_cache)]
+    >>> buffer = np.empty(packed_size(layers, num_blocks=2), np.uint8)
+    >>> pack_blocks(layers, [2, 0], buffer)
+    >>> buffer.view(np.float32)[:4]  # of block 2
+    array([16., 17., 18., 19.], dtype=float32)
     """
     PACK_BLOCKS(caches, block_ids, stream, out, layout=layout)
 

@@ -1,0 +1,29 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""The site of the documents: ``sphinx-build -W --keep-going docs build/site``."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import cupy_cache
+
+project = "cupy_cache"
+author = "the cupy_cache authors"
+copyright = f"2026 {author}"
+version = release = cupy_cache.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "numpydoc"]
+html_theme = "furo"
+html_title = f"cupy_cache {release}"
+html_show_sourcelink = html_copy_source = False
+
+myst_heading_anchors = 3
+default_role = "py:obj"  # a single backtick in a docstring: a link where there is something to link
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # they are in the signatures; the docstrings say what they mean
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
+numpydoc_show_class_members = False
+python_use_unqualified_type_names = True
