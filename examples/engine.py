@@ -1,38 +1,40 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""A small engine with continuous batching, for a stock Llama of Hugging Face's transformers.
+"""A small engine with continuous batching, for stock models of Hugging Face's transformers.
 
-Keys and values live in a `PagedKVCache`, and `BlockTables` says who has which blocks: prompts are
-read in chunks beside the decoding of others, prompts that begin alike share blocks, and sequences
-are swapped out to the host when blocks run out. On a GPU steps that only decode are captured
-graphs. The weights are random, and the tokens are those of ``generate``:
+Keys and values live in a `PagedKVCache`, and `BlockTables` says who has which blocks. Prompts are
+read in chunks beside the decoding of others, and those that begin alike share blocks; so do the
+beams of a search, until they write. When blocks run out, sequences move to host memory, while the
+others go on. On a GPU, steps that only decode are captured graphs. `engine_models.py` has the
+models: Llama, BLOOM and DeepSeek-V3. Here they are small, their weights are random, and the tokens
+are those of ``generate``:
 
     python examples/engine.py
 """
 
 import collections
+import dataclasses
+import itertools
 
 import torch
 import transformers
+from engine_models import MODELS
 
 import cupy_cache as cc
 
 
-def attention(module, query, key, value, mask, scaling, *, paged, **others):
-    """What transformers calls in each layer: keys and values [1, heads, tokens, head size] go to
-    their pages, and queries attend to what is there."""
-    del mask, others  # a sequence sees its own pages alone
-    cache, step, starts = paged
-    query, key, value = (one[0].transpose(0, 1).contiguous() for one in (query, key, value))
-    cache.write(module.layer_idx, key, value, step.slot_mapping)
-    attended = cache.attend(
-        module.layer_idx, query, step.block_table, step.seq_lens, query_start_loc=starts,
-        scale=scaling,
-    )  # fmt: skip
-    return attended[None], None
+@dataclasses.dataclass(eq=False)
+class Request:
+    """What was asked for, and what there is of it: one sequence, or those of a beam search, the
+    best one first, and the beams that have ended, as (score, tokens)."""
 
+    name: object
+    prompt: list
+    max_new_tokens: int
+    num_beams: int
 
-transformers.AttentionInterface.register("cupy_cache", attention)
+    def begin(self, sequence):
+        self.sequences, self.new_tokens, self.scores, self.finished = [sequence], 0, [0.0], []
 
 
 class Engine:
@@ -40,192 +42,318 @@ class Engine:
 
     Parameters
     ----------
-    model : transformers.LlamaForCausalLM
-        Its attention is replaced.
+    model : transformers.PreTrainedModel
+        One of `engine_models.MODELS`.
     num_blocks, host_blocks, block_size
         Of the cache, and of the one in host memory.
     max_sequences, max_tokens, max_length
-        Of a step, and of a sequence: see `BlockTables`.
+        Of a step, and of a sequence: see `BlockTables`. ``max_tokens`` is at least
+        ``max_sequences``.
     """
 
     def __init__(
         self, model, num_blocks, host_blocks, *, block_size=16, max_sequences=16, max_tokens=256,
         max_length=1024,
     ):  # fmt: skip
-        model.set_attn_implementation("cupy_cache")
-        config, self.device = model.config, model.device
-        self.model, self.on_gpu = model, model.device.type == "cuda"
-
-        def caches(blocks, **where):
-            return cc.PagedKVCache.allocate(
-                config.num_hidden_layers, blocks, block_size, config.num_key_value_heads,
-                config.head_dim, dtype=model.dtype, **where,
-            )  # fmt: skip
-
-        self.cache = caches(num_blocks, device=self.device)
-        self.host = caches(host_blocks, device="cpu", pinned=self.on_gpu)
+        self.model, self.eos = model, model.generation_config.eos_token_id
+        self.layers = MODELS[model.config.model_type](model, max_length)
+        self.on_gpu = model.device.type == "cuda"
+        self.cache = self.layers.allocate(num_blocks, block_size, device=model.device)
+        self.host = self.layers.allocate(host_blocks, block_size, device="cpu", pinned=self.on_gpu)
         self.tables = cc.BlockTables(
             num_blocks, block_size, max_sequences=max_sequences, max_tokens=max_tokens,
-            max_length=max_length, host_blocks=host_blocks, framework="torch", device=self.device,
+            max_length=max_length, host_blocks=host_blocks, framework="torch", device=model.device,
         )  # fmt: skip
-        self.requests, self.waiting = {}, collections.deque()
-        self.running, self.swapped = [], collections.deque()
-        self.graphs, self.counts = {}, collections.Counter()
+        self.waiting, self.running, self.swapped = collections.deque(), [], collections.deque()
+        self.moves = collections.deque()  # between the caches: (event, blocks held, who arrives)
+        self.bus = torch.cuda.Stream() if self.on_gpu else None
+        self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if self.on_gpu else None
+        self.numbers, self.results = itertools.count(), {}
+        self.counts = collections.Counter()
 
-    def submit(self, name, prompt, max_new_tokens):
-        """Queue a request: token numbers, and how many are to follow."""
-        self.requests[name] = list(prompt), len(prompt) + max_new_tokens
-        self.waiting.append(name)
+    def submit(self, name, prompt, max_new_tokens, num_beams=1):
+        """Queue a request: token numbers, how many are to follow at most, and whether the best of
+        several continuations is looked for."""
+        self.waiting.append(Request(name, list(prompt), max_new_tokens, num_beams))
 
     def run(self):
         """Work until all requests are done; returns {name: prompt and new tokens}."""
-        while self.waiting or self.swapped or self.running:
+        while self.waiting or self.running or self.swapped or self.moves:
+            self.settle()
             self.admit()
             self.step()
-        return {name: tokens for name, (tokens, _) in self.requests.items()}
+        return self.results
 
     # --- who takes part
 
     def admit(self):
         """Bring back who was swapped out, and then let new ones begin."""
         tables = self.tables
-        while self.swapped and len(self.running) < tables.max_sequences:
-            # Who returns needs a block besides, and so may all others.
-            needed = len(tables.blocks(self.swapped[0])) + len(self.running) + 1
-            if self.running and tables.pool.num_free < needed:
-                break
-            name = self.swapped.popleft()
-            self.host.swap_blocks(self.cache, tables.swap_in(name))
-            self.running.append(name)
-        while self.waiting and not self.swapped and len(self.running) < tables.max_sequences:
-            name = self.waiting.popleft()
-            self.counts["tokens shared"] += tables.add(name, self.requests[name][0])
-            self.running.append(name)
+        while self.swapped:
+            request = self.swapped[0]
+            if not self.has_room(request, sum(len(tables.blocks(s)) for s in request.sequences)):
+                return
+            self.swap_in(request)
+        while self.waiting:
+            request = self.waiting[0]
+            if not self.has_room(request, -(-len(request.prompt) // tables.block_size)):
+                return
+            self.waiting.popleft()
+            request.begin(next(self.numbers))
+            shared = tables.add(request.sequences[0], request.prompt)
+            if shared and self.on_gpu:  # by blocks that may be on their way
+                torch.cuda.current_stream().wait_stream(self.bus)
+            self.counts["tokens shared"] += shared
+            self.running.append(request)
+
+    def has_room(self, request, blocks):
+        """Whether a request may run: with so many blocks, and two for each sequence to go on."""
+        others = [*self.running, *(arriving for *_, arriving in self.moves if arriving)]
+        sequences = request.num_beams + sum(other.num_beams for other in others)
+        free = self.tables.pool.num_free - 2 * sequences
+        fits = sequences <= self.tables.max_sequences and blocks <= free
+        return fits or not (self.running or self.moves)
 
     def preempt(self):
-        """Swap out who came last."""
-        name = self.running.pop()
-        self.cache.swap_blocks(self.host, self.tables.swap_out(name))
-        self.swapped.appendleft(name)
-        self.counts["swaps"] += 1
+        """Have who came last wait: in host memory or, where that is full, for a new beginning."""
+        request, tables = self.running[-1], self.tables
+        blocks = {block for sequence in request.sequences for block in tables.blocks(sequence)}
+        if len(blocks) <= tables.host_pool.num_free:
+            self.swap_out(request)
+            return
+        self.end(request)
+        self.waiting.appendleft(request)
+        self.counts["begun anew"] += 1
 
-    def batch(self):
-        """(Names, new tokens of each) of the next step: who decodes first, then parts of prompts,
-        as long as they fit."""
-        left, chunks = self.tables.max_tokens, {}
-        missing = {n: len(self.requests[n][0]) - self.tables.length(n) for n in self.running}
-        for name in sorted(self.running, key=lambda name: missing[name] > 1):
-            chunks[name] = min(missing[name], left)
-            left -= chunks[name]
-        return [name for name in self.running if chunks[name]], chunks
+    def swap_out(self, request):
+        """Begin to move a request to the host."""
+        pairs, held = [], []
+        for sequence in request.sequences:
+            held += self.tables.blocks(sequence)
+            for block in self.tables.blocks(sequence):
+                self.tables.pool.share(block)  # nobody else's before they were read
+            pairs += self.tables.swap_out(sequence)
+        self.running.remove(request)
+        self.swapped.append(request)
+        self.move(self.cache, self.host, pairs, held, None)
+
+    def swap_in(self, request):
+        """Begin to bring a request back."""
+        pairs = [pair for s in request.sequences for pair in self.tables.swap_in(s)]
+        self.swapped.remove(request)
+        self.move(self.host, self.cache, pairs, [], request)
+
+    def move(self, source, destination, pairs, held, arriving):
+        """Copy blocks over the bus, on a stream of its own: all moves are in order, and behind
+        what was enqueued so far."""
+        if self.on_gpu:
+            self.bus.wait_stream(torch.cuda.current_stream())
+        source.swap_blocks(destination, pairs, stream=self.bus)
+        done = self.bus.record_event() if self.on_gpu else None
+        self.moves.append((done, held, arriving))
+        self.counts["blocks moved"] += len(pairs)
+
+    def settle(self, wait=False):
+        """Take note of the moves that are done; with ``wait``, of the first one at least."""
+        while self.moves:
+            done, held, arriving = self.moves[0]
+            if done is not None and not wait and not done.query():
+                return
+            if done is not None and wait:
+                done.synchronize()
+            wait = False
+            self.moves.popleft()
+            for block in reversed(held):
+                self.tables.pool.drop(block)
+            if arriving:
+                torch.cuda.current_stream().wait_event(done) if done else None
+                self.running.append(arriving)
 
     # --- a step
 
+    def batch(self):
+        """{sequence: its new tokens}: who decodes, and then parts of prompts, as far as they fit;
+        and who has all its tokens fed by that."""
+        pending = {s: self.tables.num_pending(s) for one in self.running for s in one.sequences}
+        left, counts, ready = self.tables.max_tokens, {}, set()
+        for sequence in sorted(pending, key=lambda sequence: pending[sequence] > 1):
+            counts[sequence] = min(pending[sequence], left)
+            left -= counts[sequence]
+            if counts[sequence] == pending[sequence]:
+                ready.add(sequence)
+            if not left:
+                break
+        return counts, ready
+
     def step(self):
         """Feed the next tokens of all that run, and append what the model makes of the last."""
+        tables = self.tables
         while True:
-            names, chunks = self.batch()
-            decodes = self.on_gpu and max(chunks.values()) == 1
-            padded = 1 << (len(names) - 1).bit_length() if decodes else len(names)
-            padded = min(padded, self.tables.max_sequences)
+            counts, ready = self.batch()
+            decodes = self.on_gpu and max(counts.values(), default=0) == 1
+            padded = self.padded(len(counts)) if decodes else None
             try:
-                step = self.tables.step(
-                    names, [chunks[name] for name in names], num_sequences=padded,
-                    num_tokens=padded if decodes else None,
-                )  # fmt: skip
+                step = tables.step(
+                    list(counts), list(counts.values()), num_sequences=padded, num_tokens=padded
+                )
                 break
             except cc.OutOfBlocksError:
-                if len(self.running) == 1:
-                    raise  # one sequence alone is too long
-                self.preempt()
+                if not self.moves:
+                    if len(self.running) == 1:
+                        raise  # one request alone is too long
+                    self.preempt()
+                self.settle(wait=True)
+        if not counts:
+            self.settle(wait=True)  # all that there is are moves
+            return
         self.cache.copy_blocks(step.copies)
-        fed = []
-        for name in names:
-            end = self.tables.length(name)
-            fed += self.requests[name][0][end - chunks[name] : end]
-        self.counts["steps"] += 1
-        new = self.replay(fed, step) if decodes else self.forward(self.upload(fed), step)
-        for name, token in zip(names, new.tolist()):
-            tokens, end = self.requests[name]
-            if self.tables.length(name) < len(tokens):
-                continue  # the prompt goes on
-            tokens.append(token)
-            self.tables.append(name, token)
-            if len(tokens) == end:
-                self.tables.free(name)
-                self.running.remove(name)
+        best, logits = self.feed(step, decodes)
+        rows = dict(zip(counts, range(len(counts))))
+        for request in self.running[:]:
+            sequence = request.sequences[0]
+            if sequence not in ready:
+                continue
+            request.new_tokens += 1
+            if request.num_beams > 1:
+                self.search(request, logits[[rows[one] for one in request.sequences]].float())
+                continue
+            token = best[rows[sequence]]
+            tables.append(sequence, token)
+            if token == self.eos or request.new_tokens == request.max_new_tokens:
+                self.results[request.name] = tables.tokens(sequence)
+                self.end(request)
+        if not self.moves and len(self.running) > 1 and tables.pool.num_free < len(counts):
+            self.preempt()  # before it is too late to do so beside the others
 
-    def upload(self, numbers):
-        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+    def search(self, request, logits):
+        """A step of a beam search: which beams go on, with which tokens. As in ``generate``, the
+        beams that have ended compete by their scores over their numbers of new tokens."""
+        tables, beams, length = self.tables, request.num_beams, request.new_tokens
+        scores = torch.tensor(request.scores, device=logits.device)[:, None]
+        scores, places = (logits.log_softmax(-1) + scores).flatten().topk(2 * beams)
+        going_on = []
+        for rank, (score, place) in enumerate(zip(scores.tolist(), places.tolist())):
+            at, token = divmod(place, logits.shape[1])
+            parent = request.sequences[at]
+            if token != self.eos and length < request.max_new_tokens:
+                going_on.append((score, parent, token))
+            elif rank < beams:
+                request.finished.append((score / length, [*tables.tokens(parent), token]))
+        going_on = going_on[:beams]
+        request.finished = sorted(request.finished, reverse=True)[:beams]
+        full = len(request.finished) == beams
+        if not going_on or (full and going_on[0][0] / length <= request.finished[-1][0]):
+            self.results[request.name] = request.finished[0][1]
+            self.end(request)
+            return
+        names = []
+        for _, parent, _ in going_on:
+            name = parent if parent not in names else next(self.numbers)
+            if name != parent:
+                tables.fork(parent, name)
+            names.append(name)
+        for sequence in set(request.sequences).difference(names):
+            tables.free(sequence)
+        for name, (_, _, token) in zip(names, going_on):
+            tables.append(name, token)
+        request.sequences, request.scores = names, [score for score, _, _ in going_on]
+
+    def end(self, request):
+        for sequence in request.sequences:
+            self.tables.free(sequence)
+        self.running.remove(request)
+
+    # --- the model
+
+    def feed(self, step, decodes):
+        """`forward`, by a graph where there is one; the tokens as integers."""
+        best, logits = self.replay(step) if decodes else self.forward(step, step.query_start_loc)
+        self.counts["replays" if decodes else "steps"] += 1
+        return best.tolist(), logits
 
     @torch.no_grad()
-    def forward(self, tokens, step, decodes=False):
-        """The token that follows each sequence's last one."""
-        starts = None if decodes else step.query_start_loc
-        last = slice(None) if decodes else step.query_start_loc[1:].long() - 1
-        hidden = self.model.model(
-            tokens[None], position_ids=step.positions[None], use_cache=False,
-            paged=(self.cache, step, starts),
-        ).last_hidden_state  # fmt: skip
-        return self.model.lm_head(hidden[0, last]).argmax(-1)
+    def forward(self, step, starts):
+        """The likeliest token behind each sequence, and the logits of all."""
+        hidden = self.layers.forward(self.cache, step, starts)
+        if starts is not None:
+            hidden = hidden[starts[1:].long() - 1]
+        logits = self.model.lm_head(hidden)
+        return logits.argmax(-1), logits
 
-    def replay(self, fed, step):
+    def padded(self, size):
+        """For how many sequences there is a graph: 1, 2, 4, 8, and multiples of 16."""
+        size = min(1 << (size - 1).bit_length(), -(-size // 16) * 16)
+        return min(size, self.tables.max_sequences)
+
+    def replay(self, step):
         """`forward` for one token of each sequence, by a graph for this number of sequences."""
         size = len(step.seq_lens)
         if size not in self.graphs:
-            tokens, graph = self.upload([0] * size), torch.cuda.CUDAGraph()
-            tokens[: len(fed)] = self.upload(fed)
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):  # kernels are loaded before the capture
-                self.forward(tokens, step, decodes=True)
-            torch.cuda.current_stream().wait_stream(side)
-            with torch.cuda.graph(graph):
-                out = self.forward(tokens, step, decodes=True)
-            self.graphs[size] = tokens, graph, out
-        tokens, graph, out = self.graphs[size]
-        tokens[: len(fed)] = self.upload(fed)
+            self.bus.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.bus):  # kernels are loaded before the capture
+                self.forward(step, None)
+            torch.cuda.current_stream().wait_stream(self.bus)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.pool):
+                self.graphs[size] = graph, self.forward(step, None)
+        graph, results = self.graphs[size]
         graph.replay()
-        self.counts["replays"] += 1
-        return out
+        return results
 
 
-def small_llama(device, dtype):
-    """A Llama with random weights, in which heads share keys and values."""
-    config = transformers.LlamaConfig(
-        vocab_size=512, hidden_size=128, intermediate_size=256, num_hidden_layers=3,
-        num_attention_heads=8, num_key_value_heads=2, head_dim=32, max_position_embeddings=1024,
-        eos_token_id=None, pad_token_id=0, initializer_range=0.2,
-    )  # fmt: skip
-    model = transformers.LlamaForCausalLM(config)
-    return model.to(device=device, dtype=dtype).eval()
+def small_models():
+    """Models with random weights, by name: configurations like those of large ones."""
+    alike = {
+        "vocab_size": 512, "hidden_size": 128, "bos_token_id": None, "eos_token_id": 2,
+        "pad_token_id": 0, "initializer_range": 0.2,
+    }  # fmt: skip
+    return {
+        "llama": transformers.LlamaConfig(
+            **alike, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
+            head_dim=32, intermediate_size=256,
+        ),
+        "bloom": transformers.BloomConfig(**alike, n_layer=3, n_head=4),
+        "deepseek_v3": transformers.DeepseekV3Config(
+            **alike, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+            kv_lora_rank=64, q_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=16,
+            v_head_dim=32, intermediate_size=256, moe_intermediate_size=64, n_routed_experts=8,
+            num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1,
+        ),
+    }  # fmt: skip
+
+
+def generated(model, prompt, max_new_tokens, num_beams=1):
+    """The tokens of ``generate``."""
+    given = torch.tensor([prompt], device=model.device)
+    # Without a mask, generate takes one of the tokens for padding.
+    options = {"attention_mask": torch.ones_like(given), "do_sample": False}
+    made = model.generate(given, **options, max_new_tokens=max_new_tokens, num_beams=num_beams)
+    return made[0].tolist()
 
 
 def main():
     on_gpu = torch.cuda.is_available()
-    model = small_llama("cuda" if on_gpu else "cpu", torch.float16 if on_gpu else torch.float32)
-    shared = torch.randint(512, (40,)).tolist()
-    prompts = [torch.randint(512, (length,)).tolist() for length in (5, 70, 33, 1, 100, 18)]
+    torch.set_num_threads(1)  # matrices this small are not worth waiting for other threads
+    shared = torch.randint(3, 512, (40,)).tolist()
+    prompts = [torch.randint(3, 512, (length,)).tolist() for length in (5, 70, 33, 1, 100, 18)]
     prompts += [shared + prompt[:9] for prompt in prompts[:3]]
-    expected = []
-    for prompt in prompts:
-        given = torch.tensor([prompt], device=model.device)
-        # Without a mask, generate takes one of the tokens for padding.
-        made = model.generate(
-            given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=24
-        )
-        expected.append(made[0].tolist())
-    engine = Engine(
-        model, num_blocks=20, host_blocks=40, max_sequences=4, max_tokens=48, max_length=256
-    )
-    for name, prompt in enumerate(prompts):
-        engine.submit(name, prompt, 24)
-    found = engine.run()
-    cc.raise_faults()
-    alike = sum(found[name] == tokens for name, tokens in enumerate(expected))
-    print(f"{len(expected)} requests, {alike} as by generate; {dict(engine.counts)}")
-    if not on_gpu and alike < len(expected):  # on a GPU float16 may decide otherwise
-        raise SystemExit("the tokens differ")
+    for name, config in small_models().items():
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        model = model.to("cuda", torch.bfloat16) if on_gpu else model
+        requests = [(prompt, 24, 1 + 2 * (n % 3 == 1)) for n, prompt in enumerate(prompts)]
+        expected = [generated(model, *request) for request in requests]
+        engine = Engine(
+            model, num_blocks=44, host_blocks=60, block_size=4, max_sequences=6, max_tokens=48,
+            max_length=256,
+        )  # fmt: skip
+        for number, request in enumerate(requests):
+            engine.submit(number, *request)
+        found = engine.run()
+        cc.raise_faults()
+        alike = sum(found[number] == tokens for number, tokens in enumerate(expected))
+        print(f"{name}: {alike} of {len(expected)} requests as by generate; {dict(engine.counts)}")
+        if not on_gpu and alike < len(expected):  # on a GPU bfloat16 may decide otherwise
+            raise SystemExit("the tokens differ")
 
 
 if __name__ == "__main__":
