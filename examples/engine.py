@@ -289,10 +289,7 @@ class Engine:
         """`forward` for one token of each sequence, by a graph for this number of sequences."""
         size = len(step.seq_lens)
         if size not in self.graphs:
-            self.bus.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.bus):  # kernels are loaded before the capture
-                self.forward(step, None)
-            torch.cuda.current_stream().wait_stream(self.bus)
+            self.forward(step, None)  # kernels are loaded before the capture
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 self.graphs[size] = graph, self.forward(step, None)

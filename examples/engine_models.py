@@ -153,9 +153,9 @@ class DeepseekV3:
                 index, step.positions, query[..., latent:], key_rope, entry, self.angles,
                 step.slot_mapping, not config.rope_interleave,
             )  # fmt: skip
-            attended = cc.paged_attention_mla(
-                query, cache.key_caches[index], step.block_table, step.seq_lens,
-                scale=attention.scaling, kv_lora_rank=latent, query_start_loc=starts,
+            attended = cache.attend_mla(
+                index, query, step.block_table, step.seq_lens, query_start_loc=starts,
+                scale=attention.scaling, kv_lora_rank=latent,
             )  # fmt: skip
             attended = torch.einsum("thl,hvl->thv", attended, value_up)
             hidden = hidden + attention.o_proj(attended.flatten(1))

@@ -3,6 +3,7 @@
 """The engine of `examples/`: its tokens are those of transformers' ``generate``, whatever room
 there is."""
 
+import copy
 import importlib
 import sys
 from pathlib import Path
@@ -95,19 +96,19 @@ def test_one_request_that_is_too_long(example, model):
 
 @pytest.mark.gpu
 def test_on_a_gpu(example, model, requests):
-    """In 16 bits tokens may differ; but each is nearly the likeliest of stock logits. Steps that
-    decode are replays, and sequences are moved beside them."""
+    """In 16 bits tokens may differ; but by the stock model in 32 each is nearly the likeliest.
+    Steps that decode are replays, and sequences are moved beside them."""
     if not torch.cuda.is_available():
         pytest.skip("torch sees no GPU")
-    model = model.to("cuda", torch.float16)
+    stock = copy.deepcopy(model).to("cuda")
     requests = [(prompt, new + 20, 1) for prompt, new, _ in requests]
-    found, counts = served(example, model, requests, 40, 60)
+    found, counts = served(example, model.to("cuda", torch.bfloat16), requests, 40, 60)
     cc.raise_faults()
     assert counts["replays"] and counts["blocks moved"]
     for (prompt, *_), tokens in zip(requests, found):
+        tokens = torch.tensor([tokens], device="cuda")
         with torch.no_grad():
-            logits = model(torch.tensor([tokens[:-1]], device="cuda")).logits[0].float()
-        logits = logits[len(prompt) - 1 :]
-        chosen = logits.gather(1, torch.tensor(tokens[len(prompt) :], device="cuda")[:, None])
+            logits = stock(tokens[:, :-1]).logits[0, len(prompt) - 1 :]
+        chosen = logits.gather(1, tokens[0, len(prompt) :, None])
         short = (logits.max(1, keepdim=True).values - chosen) / logits.std(1, keepdim=True)
-        assert short.max() < 0.1, short.max()
+        assert short.mean() < 0.05, short

@@ -245,6 +245,12 @@ def allocated(make: Make[Array]) -> None:
         1, BLOCKS, BLOCK_SIZE, 1, SIZE, kv_cache_dtype="fp8", k_scales=0.5, layout="rows",
         framework="numpy",
     )  # fmt: skip
+    entries = cc.PagedKVCache([make(zeros(BLOCKS, BLOCK_SIZE, SIZE))])
+    attended = entries.attend_mla(
+        0, make(zeros(1, HEADS, SIZE)), make(numbers(0).reshape(1, 1)), make(numbers(1)),
+        scale=0.5, kv_lora_rank=8,
+    )  # fmt: skip
+    assert attended.shape == (1, HEADS, 8)
 
 
 def bookkeeping(make: Make[Array]) -> None:
