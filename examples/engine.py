@@ -18,7 +18,7 @@ import itertools
 
 import torch
 import transformers
-from engine_models import MODELS
+from engine_models import MODELS, small_models
 
 import cupy_cache as cc
 
@@ -157,16 +157,15 @@ class Engine:
         """Take note of the moves that are done; with ``wait``, of the first one at least."""
         while self.moves:
             done, held, arriving = self.moves[0]
-            if done is not None and not wait and not done.query():
-                return
-            if done is not None and wait:
+            if done and wait:
                 done.synchronize()
+            elif done and not done.query():
+                return
             wait = False
             self.moves.popleft()
             for block in reversed(held):
                 self.tables.pool.drop(block)
             if arriving:
-                torch.cuda.current_stream().wait_event(done) if done else None
                 self.running.append(arriving)
 
     # --- a step
@@ -296,27 +295,6 @@ class Engine:
         graph, results = self.graphs[size]
         graph.replay()
         return results
-
-
-def small_models():
-    """Models with random weights, by name: configurations like those of large ones."""
-    alike = {
-        "vocab_size": 512, "hidden_size": 128, "bos_token_id": None, "eos_token_id": 2,
-        "pad_token_id": 0, "initializer_range": 0.2,
-    }  # fmt: skip
-    return {
-        "llama": transformers.LlamaConfig(
-            **alike, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
-            head_dim=32, intermediate_size=256,
-        ),
-        "bloom": transformers.BloomConfig(**alike, n_layer=3, n_head=4),
-        "deepseek_v3": transformers.DeepseekV3Config(
-            **alike, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
-            kv_lora_rank=64, q_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=16,
-            v_head_dim=32, intermediate_size=256, moe_intermediate_size=64, n_routed_experts=8,
-            num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1,
-        ),
-    }  # fmt: skip
 
 
 def generated(model, prompt, max_new_tokens, num_beams=1):

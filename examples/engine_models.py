@@ -9,6 +9,7 @@ and turns the arrays of a step into the hidden states of the step's tokens, [num
 
 import torch
 import torch.nn.functional as F
+import transformers
 
 import cupy_cache as cc
 
@@ -165,3 +166,24 @@ class DeepseekV3:
 
 
 MODELS = {"llama": Llama, "bloom": Bloom, "deepseek_v3": DeepseekV3}
+
+
+def small_models():
+    """Models with random weights, by name: configurations like those of large ones."""
+    alike = {
+        "vocab_size": 512, "hidden_size": 128, "bos_token_id": None, "eos_token_id": 2,
+        "pad_token_id": 0, "initializer_range": 0.2,
+    }  # fmt: skip
+    return {
+        "llama": transformers.LlamaConfig(
+            **alike, num_hidden_layers=3, num_attention_heads=8, num_key_value_heads=2,
+            head_dim=32, intermediate_size=256,
+        ),
+        "bloom": transformers.BloomConfig(**alike, n_layer=3, n_head=4),
+        "deepseek_v3": transformers.DeepseekV3Config(
+            **alike, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=4,
+            kv_lora_rank=64, q_lora_rank=48, qk_nope_head_dim=32, qk_rope_head_dim=16,
+            v_head_dim=32, intermediate_size=256, moe_intermediate_size=64, n_routed_experts=8,
+            num_experts_per_tok=2, n_group=2, topk_group=1, first_k_dense_replace=1,
+        ),
+    }  # fmt: skip
