@@ -12,6 +12,7 @@ others while it goes on, beside their steps before it. ``--stock`` measures tran
 """
 
 import argparse
+import functools
 import json
 import statistics
 import sys
@@ -44,20 +45,27 @@ def llama(layers, vocabulary):
     return made.eval()
 
 
+def no_fusion(function):
+    return function
+
+
 class Watched(Engine):
     """An engine that notes how long after a step's tokens were there the next step was ready."""
 
     def __init__(self, *given, **options):
         super().__init__(*given, **options)
-        self.back, self.between = time.perf_counter(), []
+        self.back, self.between, self.back_in = time.perf_counter(), [], False
 
     def admit(self):
-        if self.waiting:
+        if self.waiting or self.back_in:
             super().admit()  # who was swapped out comes back when told
 
-    def feed(self, step, decodes):
+    def replay(self, step):
         self.between.append(time.perf_counter() - self.back)
-        made = super().feed(step, decodes)
+        return super().replay(step)
+
+    def read(self, best):
+        made = super().read(best)
         self.back = time.perf_counter()
         return made
 
@@ -67,25 +75,24 @@ class Watched(Engine):
         times = []
         for _ in range(steps):
             begun = time.perf_counter()
-            self.settle()
             self.step()
             times.append(1e3 * (time.perf_counter() - begun))
         return times, [1e3 * one for one in self.between]
 
 
-def filled(model, sequences, context, more):
+def filled(model, sequences, context, more, host_blocks=0):
     """An engine whose sequences have so many tokens, and may get as many more."""
     length = context + more
     blocks = sequences * (-(-length // BLOCK_SIZE) + 3)
     engine = Watched(
-        model, blocks, blocks // 3, max_sequences=sequences, max_tokens=4096,
+        model, blocks, host_blocks, max_sequences=sequences, max_tokens=4096,
         max_length=length + BLOCK_SIZE, block_size=BLOCK_SIZE,
+        fuse=functools.partial(torch.compile, dynamic=True) if timing.on_gpu() else no_fusion,
     )  # fmt: skip
     vocabulary = model.config.vocab_size
     for name, prompt in enumerate(torch.randint(vocabulary, (sequences, context)).tolist()):
         engine.submit(name, prompt, more)
     while engine.waiting or any(engine.tables.length(one) < context for one in engine.tables):
-        engine.admit()
         engine.step()
     return engine
 
@@ -129,31 +136,37 @@ def decoding(model, sequences, context, bandwidth):
 
 def swapping(model, sequences, context):
     """Steps of three quarters of the sequences: alone, and while the others move."""
-    engine = filled(model, sequences, context, 16 * STEPS)
-    movers = engine.running[sequences - sequences // 4 :]
-    record = {"sequences": sequences, "moved": len(movers), "context": context}
-    for way, begin in (("out", engine.swap_out), ("in", engine.swap_in)):
-        if way == "out":
-            begun = time.perf_counter()
-            for request in movers:
-                begin(request)
-            record["begin_out_ms"] = 1e3 * (time.perf_counter() - begun)
-        else:
-            engine.timed(WARM)
-            record["alone_ms"] = statistics.median(engine.timed(STEPS)[0])
-            for request in movers:
-                begin(request)
-        engine.timed(1)
-        times = []
-        while len(engine.moves) > 1:
-            times += engine.timed(1)[0]
-        record[f"while_{way}_ms"] = statistics.median(times) if times else None
-        record[f"steps_while_{way}"] = len(times)
-        engine.settle(wait=True)
+    quarter, more = sequences // 4, 12 * STEPS
+    host_blocks = quarter * ((context + more) // BLOCK_SIZE + 1)
+    engine = filled(model, sequences, context, more, host_blocks)
+    record = {"sequences": sequences, "moved": quarter, "context": context}
+    pools = engine.tables.pool, engine.tables.host_pool
+    for _ in range(2):  # the first time kernels are loaded, and a graph captured
+        engine.leaving = engine.running[:quarter]
+        del engine.running[:quarter]
+        record["out_ms"] = moving(engine)
+        for pool in pools:  # as if others had had the blocks, so that all are copied
+            for block in pool.take(pool.num_free):
+                pool.drop(block)
+        engine.timed(WARM)
+        record["alone_ms"], _ = engine.timed(STEPS)
+        engine.back_in = True
+        record["in_ms"] = moving(engine)
+        engine.back_in = False
+        engine.timed(WARM)
+    alone = record["alone_ms"] = statistics.median(record["alone_ms"])
     for way in ("out", "in"):
-        while_ms = record[f"while_{way}_ms"]
-        record[f"while_{way}_over_alone"] = while_ms and while_ms / record["alone_ms"]
+        times = record[f"{way}_ms"]
+        record[f"{way}_over_alone"] = sum(times) / len(times) / alone if times else None
     return record
+
+
+def moving(engine):
+    """Milliseconds of the steps while sequences move, the first one included."""
+    times, _ = engine.timed(1)
+    while engine.moves:
+        times += engine.timed(1)[0]
+    return times
 
 
 @torch.no_grad()
@@ -181,6 +194,8 @@ def main():
     parser.add_argument("--bandwidth", type=float, default=3.1e12, help="bytes a second")
     parser.add_argument("--stock", action="store_true")
     options = parser.parse_args()
+    if not timing.on_gpu():
+        raise SystemExit("there is no GPU")
     model = llama(options.layers, options.vocabulary)
     found = {
         "machine": timing.machine(), "transformers": transformers.__version__,

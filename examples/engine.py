@@ -49,14 +49,16 @@ class Engine:
     max_sequences, max_tokens, max_length
         Of a step, and of a sequence: see `BlockTables`. ``max_tokens`` is at least
         ``max_sequences``.
+    fuse
+        ``torch.compile``, for fewer kernels; then the first steps take some seconds.
     """
 
     def __init__(
         self, model, num_blocks, host_blocks, *, block_size=16, max_sequences=16, max_tokens=256,
-        max_length=1024,
+        max_length=1024, fuse=lambda function: function,
     ):  # fmt: skip
         self.model, self.eos = model, model.generation_config.eos_token_id
-        self.layers = MODELS[model.config.model_type](model, max_length)
+        self.layers = MODELS[model.config.model_type](model, max_length, fuse)
         self.on_gpu = model.device.type == "cuda"
         self.cache = self.layers.allocate(num_blocks, block_size, device=model.device)
         self.host = self.layers.allocate(host_blocks, block_size, device="cpu", pinned=self.on_gpu)
@@ -64,7 +66,9 @@ class Engine:
             num_blocks, block_size, max_sequences=max_sequences, max_tokens=max_tokens,
             max_length=max_length, host_blocks=host_blocks, framework="torch", device=model.device,
         )  # fmt: skip
-        self.waiting, self.running, self.swapped = collections.deque(), [], collections.deque()
+        # A request waits, runs, and may leave, be swapped out, arrive, and run again.
+        self.waiting, self.running, self.leaving = collections.deque(), [], []
+        self.swapped, self.arriving = collections.deque(), []
         self.moves = collections.deque()  # between the caches: (event, blocks held, who arrives)
         self.bus = torch.cuda.Stream() if self.on_gpu else None
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if self.on_gpu else None
@@ -78,26 +82,59 @@ class Engine:
 
     def run(self):
         """Work until all requests are done; returns {name: prompt and new tokens}."""
-        while self.waiting or self.running or self.swapped or self.moves:
-            self.settle()
-            self.admit()
+        while self.waiting or self.running or self.leaving or self.swapped or self.arriving:
             self.step()
         return self.results
 
     # --- who takes part
 
+    def turn_over(self):
+        """Who left moves to the host, who was swapped out comes back, and new ones begin. This is
+        done while the GPU works on a step, of those that stay."""
+        self.settle()
+        self.move_out()
+        self.admit()
+
+    def preempt(self):
+        """Have who came last leave for the host or, where that is full, begin anew later."""
+        request, tables = self.running.pop(), self.tables
+        blocks = {block for sequence in request.sequences for block in tables.blocks(sequence)}
+        if len(blocks) <= tables.host_pool.num_free:
+            self.leaving.append(request)
+            return
+        for sequence in request.sequences:
+            tables.free(sequence)
+        self.waiting.appendleft(request)
+        self.counts["begun anew"] += 1
+
+    def move_out(self):
+        pairs, held = [], []
+        for sequence in (sequence for request in self.leaving for sequence in request.sequences):
+            blocks = self.tables.blocks(sequence)
+            for block in blocks:
+                self.tables.pool.share(block)  # nobody else's before they were read
+            held += blocks
+            pairs += self.tables.swap_out(sequence)
+        if held:
+            self.move(self.cache, self.host, pairs, held, [])
+        self.swapped += self.leaving
+        self.leaving = []
+
     def admit(self):
-        """Bring back who was swapped out, and then let new ones begin."""
-        tables = self.tables
+        tables, pairs, back = self.tables, [], []
         while self.swapped:
-            request = self.swapped[0]
-            if not self.has_room(request, sum(len(tables.blocks(s)) for s in request.sequences)):
-                return
-            self.swap_in(request)
-        while self.waiting:
+            blocks = sum(len(tables.blocks(sequence)) for sequence in self.swapped[0].sequences)
+            if not self.has_room(self.swapped[0], blocks):
+                break
+            back.append(self.swapped.popleft())
+            self.arriving.append(back[-1])
+            pairs += (pair for one in back[-1].sequences for pair in tables.swap_in(one))
+        if back:
+            self.move(self.host, self.cache, pairs, [], back)
+        while self.waiting and not self.swapped:
             request = self.waiting[0]
             if not self.has_room(request, -(-len(request.prompt) // tables.block_size)):
-                return
+                break
             self.waiting.popleft()
             request.begin(next(self.numbers))
             shared = tables.add(request.sequences[0], request.prompt)
@@ -108,55 +145,25 @@ class Engine:
 
     def has_room(self, request, blocks):
         """Whether a request may run: with so many blocks, and two for each sequence to go on."""
-        others = [*self.running, *(arriving for *_, arriving in self.moves if arriving)]
+        others = self.running + self.arriving
         sequences = request.num_beams + sum(other.num_beams for other in others)
         free = self.tables.pool.num_free - 2 * sequences
         fits = sequences <= self.tables.max_sequences and blocks <= free
-        return fits or not (self.running or self.moves)
+        return fits or not (others or self.moves)
 
-    def preempt(self):
-        """Have who came last wait: in host memory or, where that is full, for a new beginning."""
-        request, tables = self.running[-1], self.tables
-        blocks = {block for sequence in request.sequences for block in tables.blocks(sequence)}
-        if len(blocks) <= tables.host_pool.num_free:
-            self.swap_out(request)
-            return
-        self.end(request)
-        self.waiting.appendleft(request)
-        self.counts["begun anew"] += 1
-
-    def swap_out(self, request):
-        """Begin to move a request to the host."""
-        pairs, held = [], []
-        for sequence in request.sequences:
-            held += self.tables.blocks(sequence)
-            for block in self.tables.blocks(sequence):
-                self.tables.pool.share(block)  # nobody else's before they were read
-            pairs += self.tables.swap_out(sequence)
-        self.running.remove(request)
-        self.swapped.append(request)
-        self.move(self.cache, self.host, pairs, held, None)
-
-    def swap_in(self, request):
-        """Begin to bring a request back."""
-        pairs = [pair for s in request.sequences for pair in self.tables.swap_in(s)]
-        self.swapped.remove(request)
-        self.move(self.host, self.cache, pairs, [], request)
-
-    def move(self, source, destination, pairs, held, arriving):
+    def move(self, source, destination, pairs, held, back):
         """Copy blocks over the bus, on a stream of its own: all moves are in order, and behind
         what was enqueued so far."""
         if self.on_gpu:
             self.bus.wait_stream(torch.cuda.current_stream())
         source.swap_blocks(destination, pairs, stream=self.bus)
-        done = self.bus.record_event() if self.on_gpu else None
-        self.moves.append((done, held, arriving))
+        self.moves.append((self.bus.record_event() if self.on_gpu else None, held, back))
         self.counts["blocks moved"] += len(pairs)
 
     def settle(self, wait=False):
         """Take note of the moves that are done; with ``wait``, of the first one at least."""
         while self.moves:
-            done, held, arriving = self.moves[0]
+            done, held, back = self.moves[0]
             if done and wait:
                 done.synchronize()
             elif done and not done.query():
@@ -165,8 +172,9 @@ class Engine:
             self.moves.popleft()
             for block in reversed(held):
                 self.tables.pool.drop(block)
-            if arriving:
-                self.running.append(arriving)
+            for request in back:
+                self.arriving.remove(request)
+                self.running.append(request)
 
     # --- a step
 
@@ -187,26 +195,18 @@ class Engine:
     def step(self):
         """Feed the next tokens of all that run, and append what the model makes of the last."""
         tables = self.tables
-        while True:
-            counts, ready = self.batch()
-            decodes = self.on_gpu and max(counts.values(), default=0) == 1
-            padded = self.padded(len(counts)) if decodes else None
-            try:
-                step = tables.step(
-                    list(counts), list(counts.values()), num_sequences=padded, num_tokens=padded
-                )
-                break
-            except cc.OutOfBlocksError:
-                if not self.moves:
-                    if len(self.running) == 1:
-                        raise  # one request alone is too long
-                    self.preempt()
-                self.settle(wait=True)
+        counts, ready, step = self.plan()
         if not counts:
-            self.settle(wait=True)  # all that there is are moves
+            self.turn_over()
+            if not self.running:
+                self.settle(wait=True)
             return
+        decodes = self.on_gpu and step.max_query_len == 1
         self.cache.copy_blocks(step.copies)
-        best, logits = self.feed(step, decodes)
+        best, logits = self.replay(step) if decodes else self.forward(step, step.query_start_loc)
+        self.turn_over()
+        best = self.read(best)
+        self.counts["replays" if decodes else "steps"] += 1
         rows = dict(zip(counts, range(len(counts))))
         for request in self.running[:]:
             sequence = request.sequences[0]
@@ -223,6 +223,25 @@ class Engine:
                 self.end(request)
         if not self.moves and len(self.running) > 1 and tables.pool.num_free < len(counts):
             self.preempt()  # before it is too late to do so beside the others
+
+    def plan(self):
+        """Whose tokens are fed, as of `batch`, and the step."""
+        while True:
+            counts, ready = self.batch()
+            size = None
+            if self.on_gpu and max(counts.values(), default=0) == 1:
+                size = self.padded(len(counts))
+            try:
+                names, numbers = list(counts), list(counts.values())
+                step = self.tables.step(names, numbers, num_sequences=size, num_tokens=size)
+                return counts, ready, step
+            except cc.OutOfBlocksError:
+                if not (self.leaving or self.moves):
+                    if len(self.running) == 1:
+                        raise  # one request alone is too long
+                    self.preempt()
+                self.move_out()
+                self.settle(wait=True)
 
     def search(self, request, logits):
         """A step of a beam search: which beams go on, with which tokens. As in ``generate``, the
@@ -264,11 +283,9 @@ class Engine:
 
     # --- the model
 
-    def feed(self, step, decodes):
-        """`forward`, by a graph where there is one; the tokens as integers."""
-        best, logits = self.replay(step) if decodes else self.forward(step, step.query_start_loc)
-        self.counts["replays" if decodes else "steps"] += 1
-        return best.tolist(), logits
+    def read(self, best):
+        """Tokens as integers: this waits for the GPU."""
+        return best.tolist()
 
     @torch.no_grad()
     def forward(self, step, starts):

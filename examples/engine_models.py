@@ -1,10 +1,12 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""What `engine.py` runs: stock models of Hugging Face's transformers, of which everything between
-a layer's projections is done over the pages of a `PagedKVCache`.
+"""What `engine.py` runs: stock models of Hugging Face's transformers, with rotary embeddings,
+attention and all that keys and values need done over the pages of a `PagedKVCache`.
 
-Weights, and most modules, are the model's own. Each class makes the caches that its model needs,
-and turns the arrays of a step into the hidden states of the step's tokens, [num_tokens, hidden].
+Weights and most modules are the model's own; where transformers' modules are many small kernels, in
+norms and gates, there are functions of torch instead. Each class makes the caches that its model
+needs, and turns the arrays of a step into the hidden states of its tokens, [num_tokens, hidden].
+``fuse`` makes one kernel of a function of several, as ``torch.compile`` does.
 """
 
 import torch
@@ -14,9 +16,23 @@ import transformers
 import cupy_cache as cc
 
 
-def rms_norm(module, hidden):
-    """As transformers' module of six kernels, in one."""
-    return F.rms_norm(hidden, hidden.shape[-1:], module.weight, module.variance_epsilon)
+def rms_norm(hidden, weight, epsilon):
+    return F.rms_norm(hidden, hidden.shape[-1:], weight, epsilon)
+
+
+def swiglu(gate_and_up):
+    gate, up = gate_and_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+class Norm:
+    """RMS norms with the weights of transformers' modules."""
+
+    def __init__(self, fuse):
+        self.function = fuse(rms_norm)
+
+    def __call__(self, module, hidden):
+        return self.function(hidden, module.weight, module.variance_epsilon)
 
 
 def join(*linears):
@@ -26,12 +42,6 @@ def join(*linears):
     for weight, part in zip(weights, joined.split([len(weight) for weight in weights])):
         weight.data = part
     return joined
-
-
-def gated(mlp, gate_and_up, hidden):
-    """A gated MLP whose first two matrices are joined."""
-    gate, up = F.linear(hidden, gate_and_up).chunk(2, -1)
-    return mlp.down_proj(mlp.act_fn(gate) * up)
 
 
 def cos_sin_cache(rotary, device, length):
@@ -44,8 +54,8 @@ def cos_sin_cache(rotary, device, length):
 class Llama:
     """`LlamaForCausalLM`: grouped heads, rotary positions."""
 
-    def __init__(self, model, length):
-        self.model = model
+    def __init__(self, model, length, fuse):
+        self.model, self.norm, self.swiglu = model, Norm(fuse), fuse(swiglu)
         self.angles = cos_sin_cache(model.model.rotary_emb, model.device, length)
         layers = model.model.layers
         attention = [layer.self_attn for layer in layers]
@@ -61,31 +71,31 @@ class Llama:
 
     def forward(self, cache, step, starts):
         config, model = self.model.config, self.model.model
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        kv_heads = config.num_key_value_heads
+        heads = config.num_attention_heads, kv_heads, kv_heads
         hidden = model.embed_tokens(step.token_ids)
         for index, layer in enumerate(model.layers):
-            projected = F.linear(
-                rms_norm(layer.input_layernorm, hidden), self.query_key_value[index]
-            )
-            query, key, value = projected.unflatten(-1, (-1, config.head_dim)).split(
-                (heads, kv_heads, kv_heads), 1
-            )
+            normed = self.norm(layer.input_layernorm, hidden)
+            projected = F.linear(normed, self.query_key_value[index])
+            query, key, value = projected.unflatten(-1, (-1, config.head_dim)).split(heads, 1)
             cache.rotary_write(
                 index, step.positions, query, key, value, self.angles, step.slot_mapping
             )
             attended = cache.attend(
                 index, query, step.block_table, step.seq_lens, query_start_loc=starts
             )
-            hidden = hidden + layer.self_attn.o_proj(attended.flatten(1))
-            normed = rms_norm(layer.post_attention_layernorm, hidden)
-            hidden = hidden + gated(layer.mlp, self.gate_and_up[index], normed)
-        return rms_norm(model.norm, hidden)
+            hidden.addmm_(attended.flatten(1), layer.self_attn.o_proj.weight.t())  # and added
+            normed = self.norm(layer.post_attention_layernorm, hidden)
+            gated = self.swiglu(F.linear(normed, self.gate_and_up[index]))
+            hidden.addmm_(gated, layer.mlp.down_proj.weight.t())
+        return self.norm(model.norm, hidden)
 
 
 class Bloom:
     """`BloomForCausalLM`: ALiBi in place of positions."""
 
-    def __init__(self, model, length):
+    def __init__(self, model, length, fuse):
+        del length, fuse  # positions have no table, and its norms are one kernel
         self.model = model
         self.heads = model.config.n_head
         self.slopes = cc.alibi_slopes(self.heads, framework="torch", device=model.device)
@@ -117,8 +127,8 @@ class DeepseekV3:
     """`DeepseekV3ForCausalLM`: latent attention, whose up-projections are absorbed into queries and
     results, and experts."""
 
-    def __init__(self, model, length):
-        self.model, config = model, model.config
+    def __init__(self, model, length, fuse):
+        self.model, self.norm, config = model, Norm(fuse), model.config
         self.angles = cos_sin_cache(model.model.rotary_emb, model.device, length)
         sizes = config.qk_nope_head_dim, config.v_head_dim
         up = [layer.self_attn.kv_b_proj.weight.data for layer in model.model.layers]
@@ -138,18 +148,18 @@ class DeepseekV3:
         latent, rope = config.kv_lora_rank, config.qk_rope_head_dim
         hidden = model.embed_tokens(step.token_ids)
         for index, layer in enumerate(model.layers):
-            attention, normed = layer.self_attn, rms_norm(layer.input_layernorm, hidden)
+            attention, normed = layer.self_attn, self.norm(layer.input_layernorm, hidden)
             key_up, value_up = self.up[index]
             if config.q_lora_rank is None:
                 query = attention.q_proj(normed)
             else:
-                query = rms_norm(attention.q_a_layernorm, attention.q_a_proj(normed))
+                query = self.norm(attention.q_a_layernorm, attention.q_a_proj(normed))
                 query = attention.q_b_proj(query)
             query = query.unflatten(-1, (config.num_attention_heads, -1))
             plain, turned = query.split((config.qk_nope_head_dim, rope), -1)
             query = torch.cat([torch.einsum("thn,hnl->thl", plain, key_up), turned], -1)
             entry, key_rope = attention.kv_a_proj_with_mqa(normed).split((latent, rope), -1)
-            entry = rms_norm(attention.kv_a_layernorm, entry)
+            entry = self.norm(attention.kv_a_layernorm, entry)
             cache.rotary_write(
                 index, step.positions, query[..., latent:], key_rope, entry, self.angles,
                 step.slot_mapping, not config.rope_interleave,
@@ -160,9 +170,9 @@ class DeepseekV3:
             )  # fmt: skip
             attended = torch.einsum("thl,hvl->thv", attended, value_up)
             hidden = hidden + attention.o_proj(attended.flatten(1))
-            normed = rms_norm(layer.post_attention_layernorm, hidden)
+            normed = self.norm(layer.post_attention_layernorm, hidden)
             hidden = hidden + layer.mlp(normed[None])[0]
-        return rms_norm(model.norm, hidden)
+        return self.norm(model.norm, hidden)
 
 
 MODELS = {"llama": Llama, "bloom": Bloom, "deepseek_v3": DeepseekV3}

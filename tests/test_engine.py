@@ -100,13 +100,13 @@ def test_on_a_gpu(example, model, requests):
     Steps that decode are replays, and sequences are moved beside them."""
     if not torch.cuda.is_available():
         pytest.skip("torch sees no GPU")
-    stock = copy.deepcopy(model).to("cuda")
+    stock = copy.deepcopy(model)
     requests = [(prompt, new + 20, 1) for prompt, new, _ in requests]
     found, counts = served(example, model.to("cuda", torch.bfloat16), requests, 40, 60)
     cc.raise_faults()
     assert counts["replays"] and counts["blocks moved"]
     for (prompt, *_), tokens in zip(requests, found):
-        tokens = torch.tensor([tokens], device="cuda")
+        tokens = torch.tensor([tokens])
         with torch.no_grad():
             logits = stock(tokens[:, :-1]).logits[0, len(prompt) - 1 :]
         chosen = logits.gather(1, tokens[0, len(prompt) :, None])
