@@ -335,7 +335,7 @@ def main():
         requests = [(prompt, 24, 1 + 2 * (n % 3 == 1)) for n, prompt in enumerate(prompts)]
         expected = [generated(model, *request) for request in requests]
         engine = Engine(
-            model, num_blocks=44, host_blocks=60, block_size=4, max_sequences=6, max_tokens=48,
+            model, num_blocks=56, host_blocks=60, block_size=4, max_sequences=6, max_tokens=48,
             max_length=256,
         )  # fmt: skip
         for number, request in enumerate(requests):
