@@ -142,31 +142,35 @@ def swapping(model, sequences, context):
     record = {"sequences": sequences, "moved": quarter, "context": context}
     pools = engine.tables.pool, engine.tables.host_pool
     for _ in range(2):  # the first time kernels are loaded, and a graph captured
+        engine.timed(WARM)
+        all_there = statistics.median(engine.timed(STEPS)[0])
         engine.leaving = engine.running[:quarter]
         del engine.running[:quarter]
-        record["out_ms"] = moving(engine)
+        out = moving(engine)
         for pool in pools:  # as if others had had the blocks, so that all are copied
             for block in pool.take(pool.num_free):
                 pool.drop(block)
         engine.timed(WARM)
-        record["alone_ms"], _ = engine.timed(STEPS)
+        alone = statistics.median(engine.timed(STEPS)[0])
         engine.back_in = True
-        record["in_ms"] = moving(engine)
+        back = moving(engine)
         engine.back_in = False
-        engine.timed(WARM)
-    alone = record["alone_ms"] = statistics.median(record["alone_ms"])
-    for way in ("out", "in"):
-        times = record[f"{way}_ms"]
-        record[f"{way}_over_alone"] = sum(times) / len(times) / alone if times else None
-    return record
+    # Who is back decodes too: beside what a step of as many takes.
+    slope = (all_there - alone) / quarter
+    for way, steps in (("out", out), ("in", back)):
+        expected = [alone + slope * (count - sequences + quarter) for count, _ in steps]
+        record[f"steps_{way}_ms"] = [took for _, took in steps]
+        record[f"{way}_over_alone"] = sum(record[f"steps_{way}_ms"]) / sum(expected)
+    return record | {"alone_ms": alone, "all_ms": all_there}
 
 
 def moving(engine):
-    """Milliseconds of the steps while sequences move, the first one included."""
-    times, _ = engine.timed(1)
-    while engine.moves:
-        times += engine.timed(1)[0]
-    return times
+    """(Sequences, milliseconds) of the steps while others move, the first one included."""
+    steps = []
+    while not steps or engine.moves:
+        count = len(engine.running)
+        steps.append((count, engine.timed(1)[0][0]))
+    return steps
 
 
 @torch.no_grad()

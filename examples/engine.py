@@ -61,15 +61,15 @@ class Engine:
         self.layers = MODELS[model.config.model_type](model, max_length, fuse)
         self.on_gpu = model.device.type == "cuda"
         self.cache = self.layers.allocate(num_blocks, block_size, device=model.device)
-        self.host = self.layers.allocate(host_blocks, block_size, device="cpu", pinned=self.on_gpu)
+        self.host = self.rows(host_blocks, device="cpu", pin_memory=self.on_gpu)
         self.tables = cc.BlockTables(
             num_blocks, block_size, max_sequences=max_sequences, max_tokens=max_tokens,
             max_length=max_length, host_blocks=host_blocks, framework="torch", device=model.device,
         )  # fmt: skip
-        # A request waits, runs, and may leave, be swapped out, arrive, and run again.
+        # A request waits, runs, and may leave, be swapped out, and be moved back to run again.
         self.waiting, self.running, self.leaving = collections.deque(), [], []
-        self.swapped, self.arriving = collections.deque(), []
-        self.moves = collections.deque()  # between the caches: (event, blocks held, who arrives)
+        self.swapped = collections.deque()
+        self.moves = collections.deque()  # (event, packed blocks, their rows in host, who returns)
         self.bus = torch.cuda.Stream() if self.on_gpu else None
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if self.on_gpu else None
         self.numbers, self.results = itertools.count(), {}
@@ -82,17 +82,17 @@ class Engine:
 
     def run(self):
         """Work until all requests are done; returns {name: prompt and new tokens}."""
-        while self.waiting or self.running or self.leaving or self.swapped or self.arriving:
+        while self.waiting or self.running or self.leaving or self.swapped or self.moves:
             self.step()
         return self.results
 
     # --- who takes part
 
     def turn_over(self):
-        """Who left moves to the host, who was swapped out comes back, and new ones begin. This is
-        done while the GPU works on a step, of those that stay."""
-        self.settle()
+        """Who leaves moves to the host, who was swapped out comes back, and new ones begin. This is
+        done while the GPU works on a step of those that stay."""
         self.move_out()
+        self.settle()
         self.admit()
 
     def preempt(self):
@@ -108,73 +108,85 @@ class Engine:
         self.counts["begun anew"] += 1
 
     def move_out(self):
-        pairs, held = [], []
-        for sequence in (sequence for request in self.leaving for sequence in request.sequences):
-            blocks = self.tables.blocks(sequence)
-            for block in blocks:
-                self.tables.pool.share(block)  # nobody else's before they were read
-            held += blocks
-            pairs += self.tables.swap_out(sequence)
-        if held:
-            self.move(self.cache, self.host, pairs, held, [])
+        """Who leaves is packed, so that its blocks are free for the next step. What was packed
+        goes over the bus meanwhile."""
+        sequences = [sequence for request in self.leaving for sequence in request.sequences]
+        pairs = [pair for sequence in sequences for pair in self.tables.swap_out(sequence)]
+        if pairs:
+            blocks, places = zip(*sorted(pairs, key=lambda pair: pair[1]))
+            packed = self.rows(len(blocks), device=self.model.device)
+            self.cache.pack_blocks(blocks, packed, layout="page_first")
+            self.move(packed, places)
         self.swapped += self.leaving
         self.leaving = []
 
+    def move(self, packed, places, request=None):
+        """Copy packed blocks to their places in host memory, or from there for a request that
+        returns: on a stream of its own, and behind what was enqueued so far."""
+        if self.on_gpu:
+            self.bus.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.bus):
+            for at, place, count in runs(places):
+                here, there = packed[at : at + count], self.host[place : place + count]
+                to, of = (here, there) if request else (there, here)
+                to.copy_(of, non_blocking=True)
+        done = self.bus.record_event() if self.on_gpu else None
+        self.moves.append((done, packed, places, request))
+        self.counts["blocks moved"] += len(places)
+
+    def settle(self, wait=False):
+        """Take note of the moves that are done; with ``wait``, of the first one at least. Who
+        returns gets blocks, and runs."""
+        tables = self.tables
+        while self.moves:
+            done, packed, places, request = self.moves[0]
+            if done and wait:
+                done.synchronize()
+            if (done and not done.query()) or (request and len(places) > tables.pool.num_free):
+                return
+            wait = False
+            self.moves.popleft()
+            if not request:
+                continue
+            pairs = [pair for sequence in request.sequences for pair in tables.swap_in(sequence)]
+            rows, pairs = dict(zip(places, range(len(places)))), sorted(pairs)
+            if len(pairs) < len(places):  # the cache has the others
+                packed = packed[[rows[place] for place, _ in pairs]]
+            self.cache.unpack_blocks(packed, [block for _, block in pairs], layout="page_first")
+            self.running.append(request)
+
     def admit(self):
-        tables, pairs, back = self.tables, [], []
+        """As many as there is room for."""
+        tables = self.tables
         while self.swapped:
-            blocks = sum(len(tables.blocks(sequence)) for sequence in self.swapped[0].sequences)
-            if not self.has_room(self.swapped[0], blocks):
-                break
-            back.append(self.swapped.popleft())
-            self.arriving.append(back[-1])
-            pairs += (pair for one in back[-1].sequences for pair in tables.swap_in(one))
-        if back:
-            self.move(self.host, self.cache, pairs, [], back)
-        while self.waiting and not self.swapped:
+            request = self.swapped[0]
+            places = {block for one in request.sequences for block in tables.blocks(one)}
+            if not self.has_room(request, len(places)):
+                return
+            self.swapped.popleft()
+            packed = self.rows(len(places), device=self.model.device)
+            self.move(packed, sorted(places), request)
+        while self.waiting:
             request = self.waiting[0]
             if not self.has_room(request, -(-len(request.prompt) // tables.block_size)):
-                break
+                return
             self.waiting.popleft()
             request.begin(next(self.numbers))
-            shared = tables.add(request.sequences[0], request.prompt)
-            if shared and self.on_gpu:  # by blocks that may be on their way
-                torch.cuda.current_stream().wait_stream(self.bus)
-            self.counts["tokens shared"] += shared
+            self.counts["tokens shared"] += tables.add(request.sequences[0], request.prompt)
             self.running.append(request)
 
     def has_room(self, request, blocks):
         """Whether a request may run: with so many blocks, and two for each sequence to go on."""
-        others = self.running + self.arriving
+        moving = [(places, one) for _, _, places, one in self.moves if one]
+        others = self.running + [one for _, one in moving]
         sequences = request.num_beams + sum(other.num_beams for other in others)
-        free = self.tables.pool.num_free - 2 * sequences
-        fits = sequences <= self.tables.max_sequences and blocks <= free
-        return fits or not (others or self.moves)
+        needed = blocks + sum(len(places) for places, _ in moving) + 2 * sequences
+        fits = sequences <= self.tables.max_sequences and needed <= self.tables.pool.num_free
+        return fits or not (others or self.leaving)
 
-    def move(self, source, destination, pairs, held, back):
-        """Copy blocks over the bus, on a stream of its own: all moves are in order, and behind
-        what was enqueued so far."""
-        if self.on_gpu:
-            self.bus.wait_stream(torch.cuda.current_stream())
-        source.swap_blocks(destination, pairs, stream=self.bus)
-        self.moves.append((self.bus.record_event() if self.on_gpu else None, held, back))
-        self.counts["blocks moved"] += len(pairs)
-
-    def settle(self, wait=False):
-        """Take note of the moves that are done; with ``wait``, of the first one at least."""
-        while self.moves:
-            done, held, back = self.moves[0]
-            if done and wait:
-                done.synchronize()
-            elif done and not done.query():
-                return
-            wait = False
-            self.moves.popleft()
-            for block in reversed(held):
-                self.tables.pool.drop(block)
-            for request in back:
-                self.arriving.remove(request)
-                self.running.append(request)
+    def rows(self, count, **where):
+        """Memory for packed blocks of all layers."""
+        return torch.empty(count, self.cache.bytes_per_block, dtype=torch.uint8, **where)
 
     # --- a step
 
@@ -221,7 +233,7 @@ class Engine:
             if token == self.eos or request.new_tokens == request.max_new_tokens:
                 self.results[request.name] = tables.tokens(sequence)
                 self.end(request)
-        if not self.moves and len(self.running) > 1 and tables.pool.num_free < len(counts):
+        if len(self.running) > 1 and tables.pool.num_free < len(counts):
             self.preempt()  # before it is too late to do so beside the others
 
     def plan(self):
@@ -236,12 +248,11 @@ class Engine:
                 step = self.tables.step(names, numbers, num_sequences=size, num_tokens=size)
                 return counts, ready, step
             except cc.OutOfBlocksError:
-                if not (self.leaving or self.moves):
+                if not self.leaving:
                     if len(self.running) == 1:
                         raise  # one request alone is too long
                     self.preempt()
                 self.move_out()
-                self.settle(wait=True)
 
     def search(self, request, logits):
         """A step of a beam search: which beams go on, with which tokens. As in ``generate``, the
@@ -312,6 +323,17 @@ class Engine:
         graph, results = self.graphs[size]
         graph.replay()
         return results
+
+
+def runs(numbers):
+    """(Index, number, count) of each run of consecutive numbers."""
+    numbers, at = list(numbers), 0
+    while at < len(numbers):
+        end = at + 1
+        while end < len(numbers) and numbers[end] == numbers[end - 1] + 1:
+            end += 1
+        yield at, numbers[at], end - at
+        at = end
 
 
 def generated(model, prompt, max_new_tokens, num_beams=1):
