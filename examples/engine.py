@@ -57,11 +57,12 @@ class Engine:
         self, model, num_blocks, host_blocks, *, block_size=16, max_sequences=16, max_tokens=256,
         max_length=1024, fuse=lambda function: function,
     ):  # fmt: skip
-        self.model, self.eos = model, model.generation_config.eos_token_id
+        end = model.generation_config.eos_token_id
+        self.model, self.ends = model, {end} if isinstance(end, int) else set(end or ())
         self.layers = MODELS[model.config.model_type](model, max_length, fuse)
         self.on_gpu = model.device.type == "cuda"
         self.cache = self.layers.allocate(num_blocks, block_size, device=model.device)
-        self.host = self.rows(host_blocks, device="cpu", pin_memory=self.on_gpu)
+        self.host = self.new_rows(host_blocks, device="cpu", pin_memory=self.on_gpu)
         self.tables = cc.BlockTables(
             num_blocks, block_size, max_sequences=max_sequences, max_tokens=max_tokens,
             max_length=max_length, host_blocks=host_blocks, framework="torch", device=model.device,
@@ -114,7 +115,7 @@ class Engine:
         pairs = [pair for sequence in sequences for pair in self.tables.swap_out(sequence)]
         if pairs:
             blocks, places = zip(*sorted(pairs, key=lambda pair: pair[1]))
-            packed = self.rows(len(blocks), device=self.model.device)
+            packed = self.new_rows(len(blocks), device=self.model.device)
             self.cache.pack_blocks(blocks, packed, layout="page_first")
             self.move(packed, places)
         self.swapped += self.leaving
@@ -164,7 +165,7 @@ class Engine:
             if not self.has_room(request, len(places)):
                 return
             self.swapped.popleft()
-            packed = self.rows(len(places), device=self.model.device)
+            packed = self.new_rows(len(places), device=self.model.device)
             self.move(packed, sorted(places), request)
         while self.waiting:
             request = self.waiting[0]
@@ -184,7 +185,7 @@ class Engine:
         fits = sequences <= self.tables.max_sequences and needed <= self.tables.pool.num_free
         return fits or not (others or self.leaving)
 
-    def rows(self, count, **where):
+    def new_rows(self, count, **where):
         """Memory for packed blocks of all layers."""
         return torch.empty(count, self.cache.bytes_per_block, dtype=torch.uint8, **where)
 
@@ -230,7 +231,7 @@ class Engine:
                 continue
             token = best[rows[sequence]]
             tables.append(sequence, token)
-            if token == self.eos or request.new_tokens == request.max_new_tokens:
+            if token in self.ends or request.new_tokens == request.max_new_tokens:
                 self.results[request.name] = tables.tokens(sequence)
                 self.end(request)
         if len(self.running) > 1 and tables.pool.num_free < len(counts):
@@ -259,12 +260,13 @@ class Engine:
         beams that have ended compete by their scores over their numbers of new tokens."""
         tables, beams, length = self.tables, request.num_beams, request.new_tokens
         scores = torch.tensor(request.scores, device=logits.device)[:, None]
-        scores, places = (logits.log_softmax(-1) + scores).flatten().topk(2 * beams)
+        scores = (logits.log_softmax(-1) + scores).flatten()
+        scores, places = scores.topk((1 + max(len(self.ends), 1)) * beams)
         going_on = []
         for rank, (score, place) in enumerate(zip(scores.tolist(), places.tolist())):
             at, token = divmod(place, logits.shape[1])
             parent = request.sequences[at]
-            if token != self.eos and length < request.max_new_tokens:
+            if token not in self.ends and length < request.max_new_tokens:
                 going_on.append((score, parent, token))
             elif rank < beams:
                 request.finished.append((score / length, [*tables.tokens(parent), token]))

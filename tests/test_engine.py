@@ -79,7 +79,7 @@ def test_sequences_end_early(example, model, requests):
     """The token that ends is one that is generated; beams end at different lengths."""
     for prompt, new, beams in requests[:2]:
         made = example.generated(model, prompt, new, beams)[len(prompt) :]
-        for end in (made[0], made[len(made) // 2]):
+        for end in (made[0], made[len(made) // 2], made[:2]):
             model.generation_config.eos_token_id = end
             some = [(prompt, new, n) for n in (1, 2, 3)]
             expected = [example.generated(model, *request) for request in some]
