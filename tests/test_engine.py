@@ -75,6 +75,34 @@ def test_tokens_are_those_of_generate(example, model, requests, num_blocks, host
         assert counts["begun anew"]
 
 
+class Late:
+    """An event of a copy that takes its time."""
+
+    def __init__(self, rng):
+        self.asked_for = rng.integers(12)
+
+    def query(self):
+        self.asked_for -= 1
+        return self.asked_for < 0
+
+    def synchronize(self):
+        self.asked_for = 0
+
+
+def test_moves_that_take_their_time(example, model, requests, rng, monkeypatch):
+    move = example.Engine.move
+
+    def late(engine, *given):
+        move(engine, *given)
+        engine.moves[-1] = (Late(rng), *engine.moves[-1][1:])
+
+    monkeypatch.setattr(example.Engine, "move", late)
+    requests = [(prompt, new + 20, beams) for prompt, new, beams in requests]
+    expected = [example.generated(model, *request) for request in requests]
+    found, counts = served(example, model, requests, 40, 60)
+    assert found == expected and counts["blocks moved"]
+
+
 def test_sequences_end_early(example, model, requests):
     """The token that ends is one that is generated; beams end at different lengths."""
     for prompt, new, beams in requests[:2]:
