@@ -128,11 +128,13 @@ class History:
         """What an engine does with a step, and what its arrays must be."""
         self.caches.copy_blocks(step.copies)
         batch, values, positions, slots = [self.sequences[name] for name in names], [], [], []
+        fed = []
         for name, sequence, count in zip(names, batch, counts):
             for position in range(sequence.written, sequence.written + count):
                 block = self.tables.blocks(name)[position // self.size]
                 slots.append(block * self.size + position % self.size)
                 positions.append(position)
+                fed.append(sequence.tokens[position] if position < sequence.told else 0)
                 values.append(self.row(sequence, position))
             sequence.written += count
         total, n = len(positions), len(batch)
@@ -146,6 +148,7 @@ class History:
             "query_start_loc": ("int32", [0, *itertools.accumulate(counts)] + [total] * no_rows),
             "seq_lens": ("int32", lengths + [0] * no_rows),
             "slot_mapping": ("int64", slots + [-1] * no_tokens),
+            "token_ids": ("int64", fed + [0] * no_tokens),
             "block_table": ("int32", [row + [-1] * (width - len(row)) for row in tables]),
         }
         for name, (dtype, numbers) in expected.items():
@@ -214,6 +217,8 @@ class History:
             assert pool.num_free == pool.num_blocks - len(used)
         for name, sequence in self.sequences.items():
             assert self.tables.length(name) == sequence.written
+            assert self.tables.tokens(name) == sequence.tokens[: sequence.told]
+            assert self.tables.num_pending(name) == max(sequence.told - sequence.written, 0)
             cache = self.host if self.tables.is_swapped_out(name) else self.caches
             table = np.array([self.tables.blocks(name)], np.int32).reshape(1, -1)
             bounds = np.array([0, sequence.written], np.int32)
@@ -422,6 +427,26 @@ def test_what_the_cache_still_has_is_not_swapped_in():
     assert tables.blocks("a") == [0, 2] and tables.host_pool.num_free == 4
 
 
+def test_what_host_memory_has_is_not_swapped_out_again():
+    """Neither what a fork shares, nor what was there before, until another takes it."""
+    tables = tables_of(host_blocks=4)
+    tables.add("a", range(10))
+    tables.step(["a"], [9])
+    tables.fork("a", "b")
+    tables.step(["a", "b"], [1, 1])  # of the last block each has its own
+    assert len(tables.swap_out("a")) == 3
+    assert len(tables.swap_out("b")) == 1 and tables.host_pool.num_free == 0
+    assert tables.blocks("a")[:2] == tables.blocks("b")[:2]
+    tables.swap_in("b")
+    assert len(tables.swap_out("b")) == 1
+    tables.free("a")
+    tables.swap_in("b")
+    tables.add("c")
+    tables.step(["c"], [12])
+    tables.swap_out("c")  # takes what has no content first
+    assert len(tables.swap_in("c")) == 3 and len(tables.swap_out("b")) == 2
+
+
 def test_what_was_swapped_in_is_found_again():
     tables = tables_of(num_blocks=2, host_blocks=2)
     tables.add("a", range(6))
@@ -559,6 +584,8 @@ REFUSALS = [
     (lambda t: t.step(["a"], [1], stream="s"), "step", "type", "stream"),
     (lambda t: t.blocks("x"), "blocks", "value", "sequence"),
     (lambda t: t.length("x"), "length", "value", "sequence"),
+    (lambda t: t.tokens("x"), "tokens", "value", "sequence"),
+    (lambda t: t.num_pending("x"), "num_pending", "value", "sequence"),
 ]
 
 
@@ -606,7 +633,9 @@ def test_uploads(framework):
     options = {"num_blocks": 4000, "block_size": 16, "max_length": 4096, "max_tokens": 4096}
     there = tables_of(**options, framework=framework, device="cuda")
     here = tables_of(**options)
-    names = ("block_table", "seq_lens", "query_start_loc", "positions", "slot_mapping")
+    names = (
+        "block_table", "seq_lens", "query_start_loc", "positions", "slot_mapping", "token_ids",
+    )  # fmt: skip
     for tables in (there, here):
         for name in range(4):
             tables.add(name, range(1000 * name, 1000 * name + 900))

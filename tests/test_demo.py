@@ -520,7 +520,9 @@ def test_progress_is_one_line_on_a_terminal_and_lines_elsewhere():
 
 # --- the examples run -----------------------------------------------------------------------------
 
-EXAMPLES = sorted((Path(__file__).resolve().parent.parent / "examples").glob("*.py"))
+FOLDER = Path(__file__).resolve().parent.parent / "examples"
+# `engine_models.py` is a part of `engine.py`.
+EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "engine_models")
 
 
 def test_there_are_examples():
@@ -538,3 +540,15 @@ def test_example(path, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_the_code_of_the_page_about_engines(tmp_path):
+    pytest.importorskip("torch")
+    page = FOLDER.parent / "docs" / "engine.md"
+    parts = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(parts) > 5
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", "\n".join(parts)],
+        capture_output=True, text=True, cwd=tmp_path, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr

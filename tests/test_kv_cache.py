@@ -401,3 +401,38 @@ def test_attention_needs_values(world, rng):
     problem = attending.Problem(rng, [9])
     with pytest.raises(cc.ArgumentError, match="expected key and value caches"):
         attending_to(world, cache, 0, problem)()
+
+
+class OfCache(attending.Latent):
+    """The same problem for a `PagedKVCache`."""
+
+    op = "PagedKVCache.attend_mla"
+
+    def run(self, world, layer=0, **changes):
+        named = {"query_start_loc": self.starts, "out": self.out, "lse": self.lse, **self.options}
+        put = {n: world.put(v) if isinstance(v, worlds.Spec) else v for n, v in named.items()}
+        scale, *step = (
+            None if spec is None else spec if isinstance(spec, float) else world.put(spec)
+            for spec in (self.scales.get("kv_scale"), self.query, self.table, self.lens)
+        )
+        stored = put.pop("kv_cache_dtype", "auto")
+        cache = cc.PagedKVCache([world.put(self.caches[0])], None, stored, scale)
+        return cache.attend_mla(layer, *step, **{"kv_lora_rank": self.rank, **put, **changes})
+
+
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8", "int8"])
+def test_attention_to_entries(world, rng, kv_cache_dtype):
+    storage = None if kv_cache_dtype == "auto" else "uint8"
+    OfCache(
+        rng, [20, 0, 9], [2, 0, 1], dtype="float16", kv_cache_dtype=kv_cache_dtype, storage=storage
+    ).solve(world)
+
+
+def test_refused_attention_to_entries(rng):
+    world, problem = worlds.NumPyWorld(), OfCache(rng, [9], dtype="float32")
+    problem.refused(world, cc.ArgumentError, "value of layer", layer=1)
+    problem.refused(world, cc.ArgumentError, "value of scale", scale="1")
+    problem.refused(world, cc.ArgumentError, "kv_lora_rank: expected", kv_lora_rank=0)
+    keys = [np.zeros((2, 4, 2, 8), np.float32)]
+    with pytest.raises(cc.ArgumentError, match="attend_mla: Invalid kind of caches: expected ent"):
+        cc.PagedKVCache(keys, [keys[0].copy()]).attend_mla(0, keys[0], keys[0], keys[0], scale=1.0)

@@ -245,6 +245,12 @@ def allocated(make: Make[Array]) -> None:
         1, BLOCKS, BLOCK_SIZE, 1, SIZE, kv_cache_dtype="fp8", k_scales=0.5, layout="rows",
         framework="numpy",
     )  # fmt: skip
+    entries = cc.PagedKVCache([make(zeros(BLOCKS, BLOCK_SIZE, SIZE))])
+    attended = entries.attend_mla(
+        0, make(zeros(1, HEADS, SIZE)), make(numbers(0).reshape(1, 1)), make(numbers(1)),
+        scale=0.5, kv_lora_rank=8,
+    )  # fmt: skip
+    assert attended.shape == (1, HEADS, 8)
 
 
 def bookkeeping(make: Make[Array]) -> None:
@@ -258,7 +264,10 @@ def bookkeeping(make: Make[Array]) -> None:
     tables.fork("a", ("b", 1))
     needed: int = tables.blocks_needed(["a"], [5 - known])
     step: cc.Step = tables.step(["a", ("b", 1)], (5, 1), num_sequences=2, num_tokens=8, stream=None)
-    assert step.slot_mapping.shape == step.positions.shape == (8,)
+    assert step.slot_mapping.shape == step.positions.shape == step.token_ids.shape == (8,)
+    told: list[int] = tables.tokens("a")
+    pending: int = tables.num_pending("a")
+    print(told, pending)
     copies: list[tuple[int, int]] = step.copies + tables.extend(["a"], [1])
     pairs: list[tuple[int, int]] = tables.swap_out("a") + tables.swap_in("a")
     print(copies, pairs, needed + step.num_tokens + step.num_sequences + step.max_seq_len)

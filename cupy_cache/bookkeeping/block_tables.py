@@ -157,6 +157,15 @@ class BlockTables:
         """How many tokens of a sequence have a slot."""
         return self._found("length", sequence).length
 
+    def tokens(self, sequence: Hashable) -> list[int]:
+        """The tokens of a sequence, from the first one on, as far as they were told."""
+        return self._found("tokens", sequence).tokens.tolist()
+
+    def num_pending(self, sequence: Hashable) -> int:
+        """How many tokens of a sequence were told, but have no slot: what the next steps feed."""
+        found = self._found("num_pending", sequence)
+        return max(len(found.tokens) - found.length, 0)
+
     def blocks(self, sequence: Hashable) -> list[int]:
         """The blocks of a sequence, in order: those of host memory, if it is swapped out."""
         return list(self._found("blocks", sequence).blocks)
@@ -311,7 +320,7 @@ class BlockTables:
             Where too few blocks are free; then nothing was changed.
         """
         found, numbers, needed = self._planned("extend", sequences, counts)
-        self._require_free("extend", needed)
+        self._require_free("extend", needed, self.pool)
         return self._extend(found, numbers)
 
     def step(
@@ -356,11 +365,12 @@ class BlockTables:
         total = sum(numbers)
         rows = self._padded("num_sequences", num_sequences, len(found), self.max_sequences)
         tokens = self._padded("num_tokens", num_tokens, total, self.max_tokens)
-        self._require_free("step", needed)
+        self._require_free("step", needed, self.pool)
         views, filled, upload = self._buffers.begin(rows, tokens, stream)
         copies = self._extend(found, numbers)
         places, lengths = [one.row for one in found], [one.length for one in found]
-        fill(filled, self._table, self.block_size, places, lengths, numbers, total)
+        fed = _fed(found, numbers)
+        fill(filled, self._table, self.block_size, places, lengths, numbers, fed)
         self._buffers.end(upload)
         sizes = len(found), total, max(lengths, default=0), max(numbers, default=0)
         return Step(views, copies, sizes)
@@ -425,9 +435,8 @@ class BlockTables:
             )
         return all_found, numbers, needed
 
-    def _require_free(self, method, needed):
-        if needed > self.pool.num_free:
-            pool = self.pool
+    def _require_free(self, method, needed, pool):
+        if needed > pool.num_free:
             raise OutOfBlocksError(f"{NAME}.{method}", needed, pool.num_free, pool.num_blocks)
 
     def _extend(self, all_found, counts):
@@ -460,7 +469,8 @@ class BlockTables:
     # --- to the host and back
 
     def swap_out(self, sequence: Hashable) -> list[tuple[int, int]]:
-        """Move a sequence to host memory, so that others can have its blocks.
+        """Move a sequence to host memory, so that others can have its blocks. Full blocks that host
+        memory has already, of a sequence that began alike, are shared, and not copied.
 
         Returns
         -------
@@ -473,15 +483,11 @@ class BlockTables:
             Where too few blocks are free in host memory; then nothing was changed.
         """
         found = self._resident("swap_out", sequence)
-        blocks, pool = found.blocks, self.host_pool
-        if len(blocks) > pool.num_free:
-            op = f"{NAME}.swap_out, in host memory"
-            raise OutOfBlocksError(op, len(blocks), pool.num_free, pool.num_blocks)
-        found.blocks = pool.take(len(blocks))
-        self._drop(self.pool, blocks)
+        blocks, pairs = self._moved("swap_out, in host memory", found, self.host_pool)
+        self._drop(self.pool, found.blocks)
         self._give_row_back(found)
-        found.row = NO_ROW
-        return list(zip(blocks, found.blocks))
+        found.row, found.blocks = NO_ROW, blocks
+        return pairs
 
     def swap_in(self, sequence: Hashable) -> list[tuple[int, int]]:
         """Bring a sequence back, into whatever blocks are free. Full blocks that the cache still
@@ -500,28 +506,28 @@ class BlockTables:
         found = self._found("swap_in", sequence)
         if found.row != NO_ROW:
             self._refuse("swap_in", sequence, "a sequence that is swapped out", "is not")
-        pool = self.pool
+        blocks, pairs = self._moved("swap_in", found, self.pool)
+        self._drop(self.host_pool, found.blocks)
+        found.row, found.blocks = self._new_row(), blocks
+        self._table[found.row, : len(blocks)] = blocks
+        return pairs
+
+    def _moved(self, method, found, pool):
+        """(Blocks of ``pool`` for a sequence of the other one, the pairs to be copied)."""
         there = [pool.find(content) for content in found.contents] if self._reuse else []
         there += [None] * (len(found.blocks) - len(there))
         missing = there.count(None)
         idle = sum(block is not None and not pool.users(block) for block in there)
-        self._require_free("swap_in", missing + idle)
+        self._require_free(method, missing + idle, pool)
         for block in there:
             if block is not None:
                 pool.share(block)
         taken = iter(pool.take(missing))
         blocks = [next(taken) if block is None else block for block in there]
-        pairs = [
-            (host, block)
-            for host, block, shared in zip(found.blocks, blocks, there)
-            if shared is None
-        ]
-        self._drop(self.host_pool, found.blocks)
-        found.row, found.blocks = self._new_row(), blocks
-        self._table[found.row, : len(blocks)] = blocks
         for block, content in zip(blocks, found.contents):
             pool.hold(block, content)
-        return pairs
+        moved = zip(found.blocks, blocks, there)
+        return blocks, [(old, new) for old, new, shared in moved if shared is None]
 
     # --- what blocks hold
 
@@ -593,6 +599,23 @@ class BlockTables:
         name = f"{NAME}.{method}: {argument}"
         got = f"{contract.shown(sequence)}, which {verb}"
         raise ArgumentError(errors.wrong("value", name, expected, got))
+
+
+def _fed(all_found, counts):
+    """The last so many tokens that have a slot, of all sequences; 0 for those that were not
+    told."""
+    fed = array.array("q")
+    for found, count in zip(all_found, counts):
+        tokens, end = found.tokens, found.length
+        if len(tokens) < end:
+            told = tokens[end - count :]
+            fed += told
+            fed.frombytes(bytes(fed.itemsize * (count - len(told))))
+        elif count == 1:
+            fed.append(tokens[end - 1])
+        else:
+            fed += tokens[end - count : end]
+    return fed
 
 
 def _digest(data, kind):

@@ -36,6 +36,9 @@ class Step:
         Of each token in its sequence; 0 for padding.
     slot_mapping : int64 array [T]
         Where each token is written; -1 for padding.
+    token_ids : int64 array [T]
+        The tokens themselves, as `add` and `append` told them: what the model is fed. 0 for
+        padding, and for tokens that were not told.
     copies : list of (source, destination)
         Blocks to be copied before anything is written, by `copy_blocks`: sequences that shared
         their last block get one of their own.
@@ -47,7 +50,7 @@ class Step:
 
     __slots__ = (
         "block_table", "copies", "max_query_len", "max_seq_len", "num_sequences", "num_tokens",
-        "positions", "query_start_loc", "seq_lens", "slot_mapping",
+        "positions", "query_start_loc", "seq_lens", "slot_mapping", "token_ids",
     )  # fmt: skip
 
     block_table: Any
@@ -55,6 +58,7 @@ class Step:
     query_start_loc: Any
     positions: Any
     slot_mapping: Any
+    token_ids: Any
     copies: list[tuple[int, int]]
     num_sequences: int
     num_tokens: int
@@ -64,8 +68,8 @@ class Step:
     def __init__(
         self, views: tuple[Any, ...], copies: list[tuple[int, int]], sizes: tuple[int, ...]
     ) -> None:
-        self.slot_mapping, self.positions, self.query_start_loc, self.seq_lens = views[:4]
-        self.block_table, self.copies = views[4], copies
+        self.slot_mapping, self.positions, self.token_ids, self.query_start_loc = views[:4]
+        self.seq_lens, self.block_table, self.copies = *views[4:], copies
         self.num_sequences, self.num_tokens, self.max_seq_len, self.max_query_len = sizes
 
 
@@ -94,7 +98,7 @@ class Buffers:
         """(Place, shape, dtype) of each array, and where they end."""
         at, places = 0, []
         for shape, dtype in (
-            ((tokens,), INT64), ((tokens,), INT64), ((sequences + 1,), INT32),
+            ((tokens,), INT64), ((tokens,), INT64), ((tokens,), INT64), ((sequences + 1,), INT32),
             ((sequences,), INT32), ((sequences, self._width), INT32),
         ):  # fmt: skip
             places.append((at, shape, dtype))
@@ -154,22 +158,23 @@ def _typed(memory, framework, at, shape, dtype):
     return part.view(dtype.numpy).reshape(shape)
 
 
-def fill(filled, table, block_size, rows, lengths, counts, total):
+def fill(filled, table, block_size, rows, lengths, counts, token_ids):
     """Write the numbers of a step.
 
     Parameters
     ----------
     filled : list
-        Of the arrays slot_mapping, positions, query_start_loc, seq_lens and block_table.
+        Of the arrays slot_mapping, positions, token_ids, query_start_loc, seq_lens and
+        block_table.
     table : int32 array [at least max(rows) + 1, width]
         The block tables of all sequences.
     rows, lengths, counts : list of int
         Of each sequence of the step: its row of ``table``, its tokens and the new ones among them.
-    total : int
-        The sum of ``counts``.
+    token_ids : sequence of int
+        Of all new tokens, in order.
     """
-    slots, positions, starts, lens, tables = filled
-    n = len(rows)
+    slots, positions, tokens, starts, lens, tables = filled
+    n, total = len(rows), len(token_ids)
     np.take(table, np.array(rows, np.intp), axis=0, out=tables[:n], mode="clip")
     tables[n:] = -1
     lens[:n], lens[n:] = lengths, 0
@@ -182,6 +187,7 @@ def fill(filled, table, block_size, rows, lengths, counts, total):
         owners = np.repeat(np.arange(n), counts)
         first = (lens[:n] - starts[1 : n + 1]).astype(np.int64)
         np.add(np.arange(total), first[owners], out=positions[:total])
+    tokens[:total], tokens[total:] = token_ids, 0
     positions[total:], slots[total:] = 0, -1
     pages, offsets = np.divmod(positions[:total], block_size)
     slots[:total] = tables[owners, pages]

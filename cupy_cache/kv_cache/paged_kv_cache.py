@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, SupportsIndex
 
 from .. import errors
-from ..attention import paged_attention
+from ..attention import paged_attention, paged_attention_mla
 from ..errors import ArgumentError, CopyError, CupyCacheError, DTypeError, ShapeError
 from ..ops import (
     concat_and_cache_mla,
@@ -43,7 +43,7 @@ from . import allocation, layouts
 
 MAX_ATTENDERS = 16  # of one layer
 _ATTEND, _GATHER = "PagedKVCache.attend", "PagedKVCache.gather"
-_ROTARY = "PagedKVCache.rotary_write"
+_ROTARY, _ATTEND_MLA = "PagedKVCache.rotary_write", "PagedKVCache.attend_mla"
 
 
 class PagedKVCache:
@@ -492,10 +492,49 @@ class PagedKVCache:
         """The key and the value cache that `attend` reads."""
         if self.value_caches is None:
             expected = "key and value caches to attend to"
-            got = "entries of latent attention"
-            raise ArgumentError(errors.wrong("kind", f"{_ATTEND}: caches", expected, got))
+            got, way_out = "entries of latent attention", "use attend_mla"
+            raise ArgumentError(errors.wrong("kind", f"{_ATTEND}: caches", expected, got, way_out))
         layer = self._layer("attend", layer)
         return self.key_caches[layer], self.value_caches[layer]
+
+    def attend_mla(
+        self,
+        layer: int,
+        query: ArrayLike,
+        block_table: ArrayLike,
+        seq_lens: ArrayLike,
+        *,
+        scale: float,
+        kv_lora_rank: int = 512,
+        query_start_loc: ArrayLike | None = None,
+        causal: bool = True,
+        out: ArrayLike | None = None,
+        lse: ArrayLike | None = None,
+        stream: StreamLike | None = None,
+    ) -> Any:
+        """Attend from one step's queries to a layer's latent entries, where there are no value
+        caches. The cache is read again at each call.
+
+        Parameters
+        ----------
+        layer : int
+        query, block_table, seq_lens, scale, kv_lora_rank, query_start_loc, causal, out, lse, stream
+            As for `paged_attention_mla`, and so is what is returned.
+        """
+        layer = self._layer("attend_mla", layer)
+        if self.value_caches is not None:
+            expected, got = "entries of latent attention", "key and value caches"
+            raise ArgumentError(errors.wrong("kind", f"{_ATTEND_MLA}: caches", expected, got))
+        try:
+            return paged_attention_mla.paged_attention_mla(
+                query, self.key_caches[layer], block_table, seq_lens, scale=scale,
+                kv_lora_rank=kv_lora_rank, query_start_loc=query_start_loc, causal=causal,
+                kv_cache_dtype=self._kv_cache_dtype, kv_scale=self._scales[layer][0], out=out,
+                lse=lse, stream=stream,
+            )  # fmt: skip
+        except CupyCacheError as error:
+            errors.rename(error, _ATTEND_MLA, {"kv_cache": "key_caches", "kv_scale": "k_scales"})
+            raise
 
     def gather(
         self,
