@@ -109,6 +109,17 @@ def test_generate(name):
     cc.raise_faults()
 
 
+@pytest.mark.parametrize("name", ["llama", "window"])
+@pytest.mark.parametrize("columns", [WINDOW, WINDOW + 1])
+def test_prompts_without_padding(name, columns):
+    """Which torch may attend to."""
+    model = make(name)
+    given = tokens(2, columns)
+    expected = generate(model, given, new=8)
+    model.set_attn_implementation("cupy_cache")
+    assert generate(model, given, new=8, cache=hf.PagedCache(model.config, 4)).equal(expected)
+
+
 @pytest.mark.parametrize("attention", ["cupy_cache", "sdpa"])
 @pytest.mark.parametrize("beams", [2, 3])
 def test_beams(attention, beams):
@@ -438,7 +449,7 @@ def test_bad_sizes_are_refused(given):
 @pytest.mark.parametrize(
     "before, told",
     [
-        ("sys.modules['transformers'] = None", "needs torch and transformers 5.17"),
+        ("sys.modules['transformers'] = None", "needs torch 2.5 and transformers 5.17"),
         (
             "old = types.ModuleType('transformers'); old.__version__ = '5.9.1'; "
             "sys.modules['transformers'] = old",

@@ -13,15 +13,15 @@ chosen by ``attn_implementation=`` or ``model.set_attn_implementation``:
     transformers gives block tables and CUDA graphs only to implementations in whose names "flash"
     is followed by a 2 or a 3: hence the name. There is nothing of FlashAttention behind it.
 
-docs/transformers.md has examples, and what is refused. Needs transformers 5.17 or newer; tried with
-5.17 and 5.24.
+docs/transformers.md has examples, and what is refused. Needs torch 2.5 and transformers 5.17, or
+newer; tried with transformers 5.17 and 5.24.
 """
 
 from ...errors import MissingDependencyError
 
 _NEEDED = (
-    "cupy_cache.integrations.transformers needs torch and transformers 5.17 or newer "
-    "(pip install 'transformers>=5.17')"
+    "cupy_cache.integrations.transformers needs torch 2.5 and transformers 5.17, or newer "
+    "(pip install 'torch>=2.5' 'transformers>=5.17')"
 )
 try:
     import torch  # noqa: F401

@@ -125,6 +125,21 @@ def rows(states: torch.Tensor) -> torch.Tensor:
 # --- keys and values that are not in pages
 
 
+def is_plain(new, options):
+    """Whether torch's attention does the same for sequences that are new."""
+    window = options["sliding_window"]
+    if options["soft_cap"] is not None or options["sinks"] is not None:
+        return False
+    return options["causal"] and (window is None or window >= new)
+
+
+def dense_causal(query, key, value, scale):
+    """Attention of sequences to themselves by torch: [batch, tokens, heads, size]."""
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    ).transpose(1, 2)
+
+
 def _dense(query, key, value, mask, options):
     """Attention to keys and values [batch, heads, tokens, size]."""
     batch, heads, new, _ = query.shape

@@ -12,9 +12,9 @@ from transformers.cache_utils import CacheLayerMixin
 
 from ... import BlockTables, PagedKVCache, errors
 from ...errors import ArgumentError, ShapeError
-from ...runtime import contract
+from ...runtime import contract, formats
 from ...types import Scale
-from .attention import NAMES, OF_LAYER, rows
+from .attention import NAMES, OF_LAYER, dense_causal, is_plain, rows
 
 NAME = "PagedCache"
 LAYER_TYPES = {"full_attention", "sliding_attention"}
@@ -30,7 +30,8 @@ class PagedCache(Cache):
     writes into it.
 
     Padding must be on the left of what is new in each call. With the attention implementations of
-    this module it takes no place.
+    this module it takes no place. Prompts of an empty cache without padding, whose keys are all at
+    hand, are left to torch's attention, which is the faster one there.
 
     Parameters
     ----------
@@ -90,6 +91,7 @@ class PagedCache(Cache):
         self._sized = 0
         if max_length is not None:
             self._sized = contract.integer(NAME, "max_length", max_length, 1)
+        self._is_raw = kv_cache_dtype in formats.RAW
         self._format = {
             "kv_cache_dtype": kv_cache_dtype, "k_scales": k_scales, "v_scales": v_scales
         }  # fmt: skip
@@ -359,6 +361,7 @@ class _Layer(CacheLayerMixin):
     def attend(self, query, key, value, mask, options):
         """Write new keys and values, if they are new, and attend to the layer's pages."""
         cache = self.cache
+        first = cache._waiting is self and self.length == key.shape[2]
         if cache._waiting is self:
             step = cache._begin(self, key, value, mask)
             cache._waiting = None
@@ -369,6 +372,8 @@ class _Layer(CacheLayerMixin):
             cache.pages.write(self.index, *new, step.found.slot_mapping)
         step, found = cache._step, cache._step.found
         batch, heads, new, _ = query.shape
+        if first and new > 1 and step.here is None and cache._is_raw and is_plain(new, options):
+            return dense_causal(query, key, value, options["scale"])
         queries = rows(query)
         if step.here is not None:
             queries = queries[step.here]
