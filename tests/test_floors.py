@@ -34,7 +34,12 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # Rooms whose face, the package itself, is all that others import. Of `runtime`, `ops` and
 # `attention` it is the modules.
 FACES = ("cpu", "kv_cache", "bookkeeping", "compilation", "cli")
-MAY_IMPORT_TORCH = {"integrations.torch_ops"}
+MAY_IMPORT_TORCH = {
+    "integrations.torch_ops",
+    "integrations.transformers.__init__",
+    "integrations.transformers.attention",
+    "integrations.transformers.cache",
+}
 LICENCE = (
     "SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors",
     "SPDX-License-Identifier: Apache-2.0",
@@ -173,7 +178,7 @@ def test_only_env_reads_the_environment():
 
 
 def test_frameworks_are_not_imported_for_the_user():
-    """torch by nobody but torch_ops; CuPy only inside functions, when a GPU is about to be used."""
+    """torch by integrations alone; CuPy only inside functions, when a GPU is about to be used."""
     frameworks = {"torch", "jax", "cupy", "cupyx", "cupy_backends", "cuda"}
     for name in SOURCES:
         allowed = {"torch"} if name in MAY_IMPORT_TORCH else set()
@@ -187,7 +192,7 @@ def test_frameworks_are_not_imported_for_the_user():
 def test_importing_the_package_imports_no_framework():
     code = (
         "import sys, cupy_cache\n"
-        "frameworks = {'torch', 'cupy', 'cupyx', 'cupy_backends', 'jax'}\n"
+        "frameworks = {'torch', 'cupy', 'cupyx', 'cupy_backends', 'jax', 'transformers'}\n"
         "print(*sorted(frameworks & {name.partition('.')[0] for name in sys.modules}))"
     )
     done = subprocess.run(
