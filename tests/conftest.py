@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures and the rules of the three tiers: CPU backend, emulated kernels, real GPU."""
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -69,7 +70,7 @@ GXX = shutil.which("g++")
 # one for each value of the parameters that are named there. What is marked extra takes long, and
 # is never among them.
 SAMPLE = 1
-WITHOUT_ARRAYS = 4  # of the tests that are not about kinds of arrays
+WITHOUT_ARRAYS = 2  # of the tests that are not about kinds of arrays
 
 
 def pytest_addoption(parser):
@@ -82,6 +83,25 @@ def pytest_addoption(parser):
     parser.addoption(
         "--surface-calls", type=int, default=12_000, help="how many random calls are made"
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Processes take tests from each other: a few take a hundred times as long as most."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is collected stays: to look for garbage there at each time would take long."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items):

@@ -19,7 +19,9 @@ torch = pytest.importorskip("torch")
 # Where there is a GPU, torch 2.11's compiler imports parts of torch that warn of other parts.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
 
-BACKENDS = ("eager", "aot_eager", "inductor")
+# Before it compiles anything, inductor has g++ read torch's headers: twenty seconds.
+INDUCTOR = pytest.param("inductor", marks=pytest.mark.extra)
+BACKENDS = ("eager", "aot_eager", INDUCTOR)
 
 only_torch = pytest.mark.parametrize(
     "world",
@@ -107,7 +109,12 @@ def run_step(function, world, values, slopes):
 @only_torch
 @pytest.mark.parametrize(
     ("backend", "dynamic"),
-    [("eager", False), ("eager", True), ("aot_eager", True), ("inductor", None)],
+    [
+        ("eager", False),
+        ("eager", True),
+        ("aot_eager", True),
+        pytest.param("inductor", None, marks=pytest.mark.extra),
+    ],
 )
 def test_step(world, rng, backend, dynamic):
     """Of different lengths; the second one compiles for any, or finds that done."""

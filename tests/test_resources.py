@@ -14,7 +14,10 @@ from machine_code import NOT_READ, cuobjdump
 from cupy_cache.runtime import modules
 
 STEMS = sorted(path.stem for path in modules.kernel_dir().glob("*.cu"))
-PARTS = {"paged_attention": 4}  # of which the kernels take a second each
+# Sources whose kernels take long.
+PARTS = {
+    "paged_attention": 8, "paged_attention_mla": 3, "rotary": 4, "gather_cache": 3, "pack_blocks": 2
+}  # fmt: skip
 TABLES = [
     (stem, architecture, part)
     for stem in STEMS
