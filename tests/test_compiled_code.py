@@ -30,7 +30,7 @@ only_torch = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.each("name")
+@pytest.mark.each("backend")
 @only_torch
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -216,12 +216,16 @@ def run_python(*lines):
                           text=True, check=True).stdout.splitlines()  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.extra
 def test_dynamo_comes_later():
     """Nobody here imports it, and nothing waits for it any longer once it is there."""
     lines = run_python("import sys, cupy_cache as cc, torch", WAITING, FIRST)
     assert lines == ["[4, 1] False 1", "[4, 1] 0"]
 
 
+@pytest.mark.slow
+@pytest.mark.extra
 def test_dynamo_is_there_first():
     lines = run_python("import sys, torch, torch._dynamo, cupy_cache as cc", WAITING, FIRST)
     assert lines == ["[4, 1] True 0", "[4, 1] 0"]
