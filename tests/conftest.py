@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fixtures and the rules of the three tiers: CPU backend, emulated kernels, real GPU."""
 
+import gc
 import importlib.metadata
 import os
 import shutil
@@ -65,11 +66,13 @@ GXX = shutil.which("g++")
 
 # Of each test's parameter combinations on each kind of array, this many run by default, chosen by
 # their names, so always the same; --everything runs all, --rest the others. A single combination is
-# quick, but there are more than ten thousand. Of tests marked whole all run, of those marked each()
+# quick, but there are more than ten thousand. Kinds of arrays that are read in one way by the
+# operations count as one. Of tests marked whole all run, of those marked each()
 # one for each value of the parameters that are named there. What is marked extra takes long, and
 # is never among them.
 SAMPLE = 1
-WITHOUT_ARRAYS = 4  # of the tests that are not about kinds of arrays
+ALIKE = {"torch-cpu": "CPU", "dlpack": "CPU"}
+WITHOUT_ARRAYS = 2  # of the tests that are not about kinds of arrays
 
 
 def pytest_addoption(parser):
@@ -82,6 +85,25 @@ def pytest_addoption(parser):
     parser.addoption(
         "--surface-calls", type=int, default=12_000, help="how many random calls are made"
     )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """Processes take tests from each other: a few take a hundred times as long as most."""
+    if getattr(config.option, "numprocesses", None) and config.option.dist == "no":
+        config.option.dist = "worksteal"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """What is collected stays: to look for garbage there at each time would take long."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.enable()
+        gc.collect()
+        gc.freeze()
 
 
 def pytest_collection_modifyitems(config, items):
@@ -116,6 +138,7 @@ def _sample(items):
         call = getattr(item, "callspec", None)
         world = call and call.params.get("world")
         each = item.get_closest_marker("each")
+        world = ALIKE.get(world, world)
         values = tuple(repr(call.params[name]) for name in each.args) if each else ()
         size = SAMPLE if world or each else WITHOUT_ARRAYS
         groups.setdefault((item.nodeid.partition("[")[0], world, values, size), []).append(item)

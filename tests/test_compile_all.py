@@ -195,7 +195,8 @@ def check(kernels, architecture, path, few=False):
 
 
 def work():
-    """Parameters of the test: by default a few kernels, the others with --everything."""
+    """Parameters of the test: by default a few kernels of one source for each architecture; the
+    others with --rest."""
     for architecture, stem in itertools.product(ARCHITECTURES, STEMS):
         yield pytest.param(architecture, stem, "few")
         yield pytest.param(architecture, stem, "ordinary", marks=pytest.mark.extra)
@@ -203,7 +204,7 @@ def work():
         yield pytest.param(COMPLETE, stem, "every_shape", marks=pytest.mark.extra)
 
 
-@pytest.mark.whole
+@pytest.mark.each("architecture")
 @pytest.mark.parametrize("architecture, stem, extent", [*work()])
 def test_every_instantiation(architecture, stem, extent, tmp_path):
     """Compiles, uses neither stack nor local memory, and moves 16 bytes where it says so."""

@@ -19,7 +19,9 @@ torch = pytest.importorskip("torch")
 # Where there is a GPU, torch 2.11's compiler imports parts of torch that warn of other parts.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
 
-BACKENDS = ("eager", "aot_eager", "inductor")
+# Before it compiles anything, inductor has g++ read torch's headers: twenty seconds.
+INDUCTOR = pytest.param("inductor", marks=pytest.mark.extra)
+BACKENDS = ("eager", "aot_eager", INDUCTOR)
 
 only_torch = pytest.mark.parametrize(
     "world",
@@ -28,7 +30,7 @@ only_torch = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.each("name")
+@pytest.mark.each("backend")
 @only_torch
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -107,7 +109,12 @@ def run_step(function, world, values, slopes):
 @only_torch
 @pytest.mark.parametrize(
     ("backend", "dynamic"),
-    [("eager", False), ("eager", True), ("aot_eager", True), ("inductor", None)],
+    [
+        ("eager", False),
+        ("eager", True),
+        ("aot_eager", True),
+        pytest.param("inductor", None, marks=pytest.mark.extra),
+    ],
 )
 def test_step(world, rng, backend, dynamic):
     """Of different lengths; the second one compiles for any, or finds that done."""
@@ -209,12 +216,16 @@ def run_python(*lines):
                           text=True, check=True).stdout.splitlines()  # fmt: skip
 
 
+@pytest.mark.slow
+@pytest.mark.extra
 def test_dynamo_comes_later():
     """Nobody here imports it, and nothing waits for it any longer once it is there."""
     lines = run_python("import sys, cupy_cache as cc, torch", WAITING, FIRST)
     assert lines == ["[4, 1] False 1", "[4, 1] 0"]
 
 
+@pytest.mark.slow
+@pytest.mark.extra
 def test_dynamo_is_there_first():
     lines = run_python("import sys, torch, torch._dynamo, cupy_cache as cc", WAITING, FIRST)
     assert lines == ["[4, 1] True 0", "[4, 1] 0"]

@@ -108,6 +108,12 @@ class TestMistakes:
         to = bench.storage(np.zeros(64, np.uint8))
         caught(bench, "kernels_cu/", body="  p.to[p.number] = 1;", to=to, number=number)
 
+    def test_null(self, bench):
+        body = "  if (thread == 5) reinterpret_cast<int*>(p.number)[0] = 1;"
+        to = bench.storage(np.zeros(64, np.uint8))
+        words = "out of bounds: thread 5 ", "writes 4 bytes at address 0x0", "planted0.cu:"
+        caught(bench, *words, body=body, to=to, number=0)
+
     def test_freed(self, bench):
         to, gone = (bench.storage(np.zeros(64, np.uint8)) for _ in range(2))
         address = gone.ptr

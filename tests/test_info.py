@@ -124,6 +124,8 @@ def test_a_home_that_nobody_knows():
     assert facts["kernel_cache"]["path"].startswith("~") and "kernel cache" in shown
 
 
+@pytest.mark.slow
+@pytest.mark.extra
 def test_a_file_where_the_kernel_cache_should_be(tmp_path):
     file = tmp_path / "file"
     file.touch()
@@ -149,6 +151,8 @@ def test_a_folder_that_may_not_be_listed():
     assert "PermissionError" in shown and "cannot be used" in shown
 
 
+@pytest.mark.slow
+@pytest.mark.extra
 def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     """A call would compile, and then fail to keep what it made. A user that may do anything can
     write in every folder, but not in those of /proc."""

@@ -44,7 +44,6 @@ def test_ratios(world, rng, heads):
     Problem(rng, [33, 0, 7], heads=heads).solve(world)
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("sizes", [(16, 16), (64, 128), (192, 128), (24, 40), (256, 256), (7, 3)])
 def test_head_sizes(world, rng, sizes):
     Problem(rng, [33, 16, 7], sizes=sizes, heads=(2, 1)).solve(world)

@@ -329,7 +329,7 @@ def problems(draw, **fixed):
     named["queries"] = draw(
         st.none() | st.lists(st.integers(0, 5), min_size=len(lengths), max_size=len(lengths))
     )
-    types = [draw(st.sampled_from(["int32", "int64"])) for _ in range(3)]
+    types = fixed.get("types") or [draw(st.sampled_from(["int32", "int64"])) for _ in range(3)]
     width = max([1, *(-(-n // size) for n in lengths)]) + draw(st.integers(0, 2))
     bad = {}
     if lengths and draw(st.booleans()):
@@ -369,9 +369,17 @@ POOL = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", POOL)
-def test_any_problem_on_the_kernels(emulated_world, shape):
-    @hypothesis.given(drawn=problems(**shape))
+# Of the indices, by default: every further combination is two kernels more.
+TYPES = (("int64", "int32", "int64"), ("int32", "int64", "int32"))
+
+
+@pytest.mark.each("types")
+@pytest.mark.parametrize("types", ["one", pytest.param("all", marks=pytest.mark.extra)])
+@pytest.mark.parametrize("number", range(len(POOL)))
+def test_any_problem_on_the_kernels(emulated_world, number, types):
+    fixed = {"types": TYPES[number]} if types == "one" else {}
+
+    @hypothesis.given(drawn=problems(**POOL[number], **fixed))
     def solve(drawn):
         rng, lengths, named = drawn
         world = emulated_world()

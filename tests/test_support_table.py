@@ -150,10 +150,8 @@ def run_all(table, marked, monkeypatch, memory, dtypes_of):
 
 
 @pytest.mark.slow
-@pytest.mark.whole
-@pytest.mark.parametrize(
-    "part", [0, *(pytest.param(part, marks=pytest.mark.extra) for part in range(1, PARTS))]
-)
+@pytest.mark.extra
+@pytest.mark.parametrize("part", range(PARTS))
 def test_every_marked_call_runs_on_the_cpu(table, marked, monkeypatch, rng, part):
     memory = Memory(np, rng, arrays.CPU)
     called = run_all(table, marked[part::PARTS], monkeypatch, memory, lambda dtypes: dtypes)

@@ -20,7 +20,6 @@ def calls_of(config, part):
     return range(part, config.getoption("--surface-calls"), PARTS)
 
 
-@pytest.mark.whole
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_calls(part, request, seed):

@@ -164,7 +164,8 @@ ROWS = [*NAMES, *(case for case in CASES if "-" in case)]
 every_row = pytest.mark.parametrize("row", ROWS)
 
 
-@pytest.mark.whole
+@pytest.mark.slow
+@pytest.mark.extra
 @only_torch
 @every_row
 def test_opcheck(world, row, rng, monkeypatch):

@@ -226,13 +226,17 @@ inline void sub_f16x2(unsigned& to, unsigned a, unsigned b) {
 inline unsigned element(unsigned long long row, int number) {
   return reinterpret_cast<const unsigned short*>(row)[number];
 }
+EMULATOR_OWN inline void take_rows(unsigned long long (&rows)[32], unsigned from) {
+  const unsigned long long* given = emulator_exchange(~0u, from);
+  for (int i = 0; i < 32; ++i) {
+    rows[i] = reinterpret_cast<unsigned long long>(shared(static_cast<unsigned>(given[i])));
+  }
+}
 template <bool kTransposed>
 inline void ldmatrix(unsigned (&to)[4], unsigned from) {
   const int lane = emulator::lane();
   unsigned long long rows[32];
-  for (int i = 0; i < 32; ++i) {
-    rows[i] = reinterpret_cast<unsigned long long>(shared(emulator::shuffle(~0u, from, i)));
-  }
+  take_rows(rows, from);
   for (int matrix = 0; matrix < 4; ++matrix) {
     unsigned found[2];
     for (int i = 0; i < 2; ++i) {
@@ -255,28 +259,37 @@ inline void ldmatrix_x4_trans(unsigned& a, unsigned& b, unsigned& c, unsigned& d
 }
 
 // d = A * B + C, of which every lane has parts. Of A [16, kDepth] and B [kDepth, 8] they are pairs
-// of neighbours along the depth, in registers for 8 rows and 8 of the depth each.
+// of neighbours along the depth, in registers for 8 rows and 8 of the depth each: first those for
+// the upper 8 rows, then for the lower.
+template <typename T>
+EMULATOR_OWN double number(unsigned code) {
+  const double value = T::decode(code & 0x7fff);
+  return code & 0x8000 ? -value : value;
+}
+// What the four lanes from `first` on hold, which give two registers each: 8 numbers of either.
+template <typename T>
+EMULATOR_OWN void take(double* to, double* to_second, unsigned one, unsigned second, int first) {
+  const unsigned long long both = static_cast<unsigned long long>(second) << 32 | one;
+  const unsigned long long* given = emulator_exchange(~0u, both) + first;
+  for (int i = 0; i < 8; ++i) {
+    to[i] = number<T>(given[i / 2] >> 16 * (i % 2) & 0xffff);
+    to_second[i] = number<T>(given[i / 2] >> (32 + 16 * (i % 2)) & 0xffff);
+  }
+}
 template <typename T, int kDepth>
-inline void mma(float* d, const unsigned* a, const unsigned* b, const float* c) {
-  const int lane = emulator::lane();
-  const auto number = [](unsigned pair, int half) {
-    const unsigned code = pair >> 16 * half & 0xffff;
-    const double value = T::decode(code & 0x7fff);
-    return code & 0x8000 ? -value : value;
-  };
+EMULATOR_OWN void mma(float* d, const unsigned* a, const unsigned* b, const float* c) {
+  double left[2][kDepth], right[2][kDepth], none[8];  // two rows of A, two columns of B
+  const int row = emulator::lane() / 4, column = emulator::lane() % 4 * 2;
+  for (int depth = 0; depth < kDepth; depth += 8) {
+    take<T>(left[0] + depth, left[1] + depth, a[depth / 4], a[depth / 4 + 1], row * 4);
+    for (int i = 0; i < 2; ++i) {
+      take<T>(right[i] + depth, none, b[depth / 8], 0, (column + i) * 4);
+    }
+  }
   for (int part = 0; part < 4; ++part) {
-    const int row = lane / 4, high = part / 2, column = lane % 4 * 2 + part % 2;
     double sum = as_double(c[part]);
     for (int depth = 0; depth < kDepth; ++depth) {
-      unsigned left = 0, right = 0;
-      // Both rows of a lane are asked for, since all lanes must ask alike.
-      for (int half = 0; half < 2; ++half) {
-        const unsigned given =
-            emulator::shuffle(~0u, a[depth / 8 * 2 + half], row * 4 + depth % 8 / 2);
-        if (half == high) left = given;
-      }
-      right = emulator::shuffle(~0u, b[depth / 8], column * 4 + depth % 8 / 2);
-      sum += number(left, depth % 2) * number(right, depth % 2);
+      sum += left[part / 2][depth] * right[part % 2][depth];
     }
     d[part] = static_cast<float>(sum);
   }

@@ -25,7 +25,6 @@
 
 #include <algorithm>
 #include <map>
-#include <random>
 #include <string>
 #include <vector>
 
@@ -76,7 +75,6 @@ struct Fiber {
   unsigned mask = 0;        // of the warp operation waited for
   bool orders = false;      // it orders accesses to memory too
   u64 given = 0;            // to it
-  u64 received[kWarp];      // from it
 
   u32 segment;       // what the thread does now, or 0: see Segment
   u32 clock;         // how often the thread's accesses were ordered with others of its warp, plus 1
@@ -87,7 +85,6 @@ using Kernel = void (*)(const void* record);
 
 Kernel kernel;
 const void* record;
-std::mt19937_64 random_bits;
 
 Jump scheduler;
 std::vector<Fiber*> idle;
@@ -95,6 +92,7 @@ Fiber* current;
 Fiber* waiting[kMaxThreads];  // by thread
 unsigned order[kMaxThreads];
 unsigned threads, started, finished;
+u64 received[kMaxThreads / kWarp][kWarp];  // from warp operations, by lane, until the next one
 
 void* library_base;
 
@@ -125,10 +123,20 @@ Index threadIdx, blockIdx, blockDim, gridDim;
 
 namespace {
 
+u64 random_state;
+
+// One of the numbers below `limit` (SplitMix64).
+unsigned random_below(unsigned limit) {
+  u64 bits = random_state += 0x9e3779b97f4a7c15;
+  bits = (bits ^ bits >> 30) * 0xbf58476d1ce4e5b9;
+  bits = (bits ^ bits >> 27) * 0x94d049bb133111eb;
+  return (bits >> 32) * limit >> 32;
+}
+
 template <typename T>
 void shuffle(T* items, unsigned count) {
   for (unsigned i = count; i > 1; --i) {
-    const unsigned j = random_bits() % i;
+    const unsigned j = random_below(i);
     const T held = items[i - 1];
     items[i - 1] = items[j];
     items[j] = held;
@@ -270,33 +278,40 @@ const Area* area_of(u64 at, u64 bytes) {
 void touch(const void* address, u64 bytes, Access access) {
   const u64 at = reinterpret_cast<u64>(address);
   if (at - reinterpret_cast<u64>(current->stack) < kStack) return;  // local variables
-  if (at - reinterpret_cast<u64>(current) < sizeof(Fiber)) return;  // what the warp exchanged
   const Area* area = area_of(at, bytes);
   if (!area || (!area->shadow && access != Access::kRead)) refuse_access(access, at, bytes, 0, "");
-  if (!area->shadow) return;
+  if (!area->shadow || !bytes) return;
   const u32 now = present_segment(), oldest = *area->oldest;
   Shadow* shadow = area->shadow + (at - area->begin);
   const auto is_race = [&](u32 earlier) { return earlier >= oldest && !is_ordered(earlier); };
-  for (u64 i = 0; i < bytes; ++i, ++shadow) {
+  const auto touched = [&](Shadow byte, u64 i) -> Shadow {
     const auto check = [&](u32 earlier, const char* did) {
       if (is_race(earlier)) refuse_access(access, at + i, bytes - i, earlier, did);
     };
     if (access == Access::kRead) {
-      if (shadow->read == now) continue;  // nothing was written since
-      check(shadow->write, "wrote");
-      check(shadow->atomic, "changed");
-      (is_race(shadow->read) && !is_race(shadow->other_read) ? shadow->other_read : shadow->read) = now;
-      continue;
+      if (byte.read == now) return byte;  // nothing was written since
+      check(byte.write, "wrote");
+      check(byte.atomic, "changed");
+      (is_race(byte.read) && !is_race(byte.other_read) ? byte.other_read : byte.read) = now;
+      return byte;
     }
-    if (!writes_one_value) check(shadow->write, "wrote");
-    check(shadow->read, "read");
-    check(shadow->other_read, "read");
-    if (access == Access::kAtomic) {
-      shadow->atomic = now;
-    } else {
-      check(shadow->atomic, "changed");
-      *shadow = {now, 0, 0, 0};
+    if (!writes_one_value) check(byte.write, "wrote");
+    check(byte.read, "read");
+    check(byte.other_read, "read");
+    if (access != Access::kAtomic) {
+      check(byte.atomic, "changed");
+      return {now, 0, 0, 0};
     }
+    byte.atomic = now;
+    return byte;
+  };
+  Shadow before = shadow[0], after = shadow[0] = touched(before, 0);
+  for (u64 i = 1; i < bytes; ++i) {
+    if (memcmp(&shadow[i], &before, sizeof(before))) {  // most bytes are as the one in front was
+      before = shadow[i];
+      after = touched(before, i);
+    }
+    shadow[i] = after;
   }
 }
 
@@ -409,19 +424,23 @@ bool warp_is_complete(const Fiber* fiber) {
 
 void release_warp(const Fiber* fiber, std::vector<Fiber*>& released) {
   const unsigned first = fiber->thread / kWarp * kWarp, mask = fiber->mask;
-  u64 given[kWarp] = {};
-  u32 seen[kWarp] = {};
+  bool orders = false;
   for (unsigned lane = 0; lane < kWarp; ++lane) {
-    if (!(mask >> lane & 1)) continue;
-    const Fiber* other = waiting[first + lane];
-    given[lane] = other->given;
-    seen[lane] = std::max(seen[lane], other->clock);
-    for (unsigned i = 0; i < kWarp; ++i) seen[i] = std::max(seen[i], other->seen[i]);
+    if (mask >> lane & 1) orders |= waiting[first + lane]->orders;
+  }
+  u32 seen[kWarp] = {};
+  if (orders) {
+    for (unsigned lane = 0; lane < kWarp; ++lane) {
+      if (!(mask >> lane & 1)) continue;
+      const Fiber* other = waiting[first + lane];
+      seen[lane] = std::max(seen[lane], other->clock);
+      for (unsigned i = 0; i < kWarp; ++i) seen[i] = std::max(seen[i], other->seen[i]);
+    }
   }
   for (unsigned lane = 0; lane < kWarp; ++lane) {
     if (!(mask >> lane & 1)) continue;
     Fiber* other = waiting[first + lane];
-    memcpy(other->received, given, sizeof(given));
+    received[first / kWarp][lane] = other->given;
     if (other->orders) {
       memcpy(other->seen, seen, sizeof(seen));
       ++other->clock;
@@ -495,7 +514,7 @@ const u64* emulator_exchange(unsigned mask, u64 given, bool orders) {
   current->given = given;
   current->orders = orders;
   wait(false);
-  return current->received;
+  return received[threadIdx.x / kWarp];
 }
 }
 
@@ -570,7 +589,7 @@ void run(const Request& request, const std::string& path, const std::vector<Rang
                 {reinterpret_cast<u64>(record), request.record_bytes});
 
   writes_one_value = request.writes_one_value;
-  random_bits.seed(request.seed);
+  random_state = request.seed;
   threads = request.threads;
   blockDim = {threads, 1, 1};
   gridDim = request.grid;

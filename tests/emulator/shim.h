@@ -98,6 +98,10 @@ inline void __threadfence() { emulator_fence(); }
 inline void __threadfence_block() {}
 inline void __threadfence_system() { emulator_fence(); }
 
+// The runner is not told of what these access: it is no memory of the kernel's.
+#define EMULATOR_UNSEEN __attribute__((no_sanitize("thread")))
+#define EMULATOR_OWN __attribute__((noinline, no_sanitize("thread", "undefined")))
+
 namespace emulator {
 
 template <typename To, typename From>
@@ -113,14 +117,14 @@ inline int lane() {
 }
 
 template <typename T>
-inline T shuffle(unsigned mask, T value, int source) {
+EMULATOR_OWN inline T shuffle(unsigned mask, T value, int source) {
   const unsigned long long* given = emulator_exchange(mask, bits<unsigned long long>(value));
   if (!(mask >> source & 1)) emulator_refuse("a shuffle reads a lane that is not in its mask");
   return bits<T>(given[source]);
 }
 
 template <typename T, typename Join>
-inline T reduce(unsigned mask, T value, Join join) {
+EMULATOR_UNSEEN inline T reduce(unsigned mask, T value, Join join) {
   const unsigned long long* given = emulator_exchange(mask, bits<unsigned long long>(value));
   T joined = value;
   for (int i = 0; i < warpSize; ++i) {
@@ -185,7 +189,6 @@ EMULATOR_LOAD(__ldcv) EMULATOR_LOAD(__ldlu)
 EMULATOR_STORE(__stcg) EMULATOR_STORE(__stcs) EMULATOR_STORE(__stwb) EMULATOR_STORE(__stwt)
 
 // One operating-system thread runs everything, so plain reads and writes are atomic.
-#define EMULATOR_UNSEEN __attribute__((no_sanitize("thread")))
 #define EMULATOR_ATOMIC(name, result)             \
   template <typename T>                           \
   EMULATOR_UNSEEN inline T name(T* at, T value) { \
@@ -219,7 +222,6 @@ inline float max(float a, float b) { return fmaxf(a, b); }
 
 // Of an address in shared memory the kernels take the lower half: all of it has the upper one in
 // common. That is no access of a kernel's.
-#define EMULATOR_OWN __attribute__((noinline, no_sanitize("thread")))
 static unsigned long long emulator_shared = 0;
 EMULATOR_OWN inline unsigned long long __cvta_generic_to_shared(const void* at) {
   const unsigned long long address = reinterpret_cast<unsigned long long>(at);
