@@ -9,6 +9,7 @@ from test_allocate import HOMES, Home
 import cupy_cache as cc
 
 LAYERS, BLOCKS, BLOCK_SIZE, HEADS, SIZE, SIZE_V = 2, 6, 4, 3, 16, 7
+PAGED = "NHD", "HND"
 FORMATS = {"int8_per_token_head": (127, 0.51 / 127), "fp8_per_token_head": (448, 0.07)}
 
 
@@ -48,7 +49,7 @@ def check(home, cache, rows, blocks, error):
 
 
 @pytest.mark.whole
-@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("layout", PAGED)
 @pytest.mark.parametrize("kv_cache_dtype", FORMATS)
 def test_written_read_and_moved(home, rng, kv_cache_dtype, layout):
     largest, error = FORMATS[kv_cache_dtype]
@@ -101,6 +102,34 @@ def test_attention(home, rng, kv_cache_dtype):
             weights = np.exp(scores - scores.max())
             wanted = weights / weights.sum() @ values[:, head // 2]
             np.testing.assert_allclose(found[0, head], wanted, atol=0.01 * 10**layer)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("kv_cache_dtype", FORMATS)
+def test_rotary_write(home, rng, kv_cache_dtype):
+    """With angles of 0 it writes what `write` writes."""
+    caches = [made(home, kv_cache_dtype, size_v=SIZE) for _ in range(2)]
+    key, value = (
+        home.array(rng.standard_normal((5, HEADS, SIZE)).astype(np.float16)) for _ in "kv"
+    )
+    query = home.array(rng.standard_normal((5, 2 * HEADS, SIZE)).astype(np.float16))
+    slots = home.array(rng.permutation(BLOCKS * BLOCK_SIZE)[:5])
+    table = home.array(np.repeat([[1.0, 0.0]], SIZE // 2, 1).astype(np.float32))
+    caches[0].write(1, key, value, slots)
+    caches[1].rotary_write(1, home.array(np.zeros(5, int)), query, key, value, table, slots)
+    for name in ("key_caches", "value_caches", "k_scale_caches", "v_scale_caches"):
+        one, other = (home.numpy(getattr(cache, name)[1]) for cache in caches)
+        np.testing.assert_array_equal(one, other)
+        assert one.any()
+
+
+def test_other_layouts_are_not_swapped_with():
+    cache, other = (made(Home("numpy", "cpu"), "int8_per_token_head", one) for one in PAGED)
+    with pytest.raises(cc.ShapeError, match="layout of other: expected NHD, got HND"):
+        cache.swap_blocks(other, [(0, 1)])
+    plain = cc.PagedKVCache.allocate(LAYERS, 4, 4, 1, 8, dtype="int8", device="cpu")
+    with pytest.raises(cc.ShapeError):
+        cache.swap_blocks(plain, [(0, 1)])
 
 
 def test_what_it_tells():

@@ -167,7 +167,8 @@ class PagedKVCache:
             As of the constructor. Caches of fp8 are arrays of uint8, those of "int8" of int8. With
             "int8_per_token_head" or "fp8_per_token_head" each token and head has a scale, found by
             the write (`reshape_and_cache_flash_per_token_head`) and kept in the same block, behind
-            the elements: the layout is "NHD" or "HND", and blocks are moved with their scales.
+            the elements: the layout is "NHD" or "HND", and blocks are moved with their scales, as
+            they lie in memory, so only between caches of one layout.
         layout : {"NHD", "HND", "packed", "x-packed", "rows"}
             What lies where in memory, with BS slots of a block, H heads, D = head_size, and x
             elements in 16 bytes:
@@ -666,6 +667,9 @@ class PagedKVCache:
         )
         if mine != theirs:
             raise ShapeError(errors.wrong("kind", f"{name}: other", mine, theirs))
+        by_token = self.k_scale_caches is not None and other.k_scale_caches is not None
+        if by_token and self.layout != other.layout:  # whole pages, as they lie in memory
+            raise ShapeError(errors.wrong("layout", f"{name}: other", self.layout, other.layout))
         (keys, values), (other_keys, other_values) = self._moved, other._moved
         caches = keys, other_keys, values, other_values
         try:
