@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Attention under the names, and with the order of arguments, of vLLM's first kernels (0.11)."""
+"""Attention under the names, and with the order of arguments, of vLLM's first kernels (0.11). What
+0.33 has is in `cupy_cache.integrations.vllm`."""
 
 from __future__ import annotations
 

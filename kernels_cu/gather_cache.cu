@@ -22,7 +22,7 @@ struct Params {
   const char* block_table;  // [sequences, table_width] of Block
   const char* cu_seq_lens;  // [sequences + 1] of Length; [sequences] if the last end is open
   const char* seq_starts;   // [sequences] of Start, if that is not void; else all start at 0
-  const float* scale;       // one, or null: scale_value is used
+  const char* scale;        // one float, or null: scale_value is used; or of heads, see kScaleHeads
   i64 rows;
   i64 sequences;
   i64 table_width;
@@ -40,6 +40,9 @@ struct Params {
   i64 dst_row_stride;
   i64 dst_outer_stride;
   i64 dst_head_stride;
+  i64 scale_block_stride;  // and the next: of scales of heads
+  i64 scale_offset_stride;
+  i64 scale_head_stride;
 };
 
 __device__ __forceinline__ Sequences sequences_of(const Params& p) {
@@ -67,15 +70,18 @@ __device__ __forceinline__ const char* address_of(const Params& p, const Token& 
   }
 }
 
-// Converter makes vectors of kVec bytes of a row; kBytes are of a row.
-template <typename Converter, int kVec, int kOuter, int kHeads, int kBytes, int kBlockSize,
-          int kGroup, typename Block, typename Length, typename Start, int kVectors,
+// Converter makes vectors of kVec bytes of a row; kBytes are of a row. kScaleHeads heads, of which a
+// row has equal parts, have scales of their own; 0: one is for all.
+template <typename Converter, int kVec, int kOuter, int kHeads, int kBytes, int kScaleHeads,
+          int kBlockSize, int kGroup, typename Block, typename Length, typename Start, int kVectors,
           int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) gather_cache(const __grid_constant__ Params p) {
   static_assert(kBytes % kVec == 0, "whole vectors");
   constexpr int kSegmentVectors = kBytes / kVec;
   constexpr int kRowVectors = kOuter * kHeads * kSegmentVectors;
   constexpr int kRowThreads = (kRowVectors + kVectors - 1) / kVectors;
+  constexpr int kHeadVectors = kScaleHeads ? kRowVectors / kScaleHeads : 1;
+  static_assert(!kScaleHeads || kHeadVectors * kScaleHeads == kRowVectors, "whole vectors of heads");
 
   const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   const i64 row = static_cast<i64>(index / kRowThreads);
@@ -83,7 +89,10 @@ __global__ void __launch_bounds__(kMaxThreads) gather_cache(const __grid_constan
   if (row >= p.rows || p.sequences <= 0) return;
   const Sequences sequences = sequences_of(p);
   const TokenSearch<kBlockSize, false, Block, Length, Start> search(sequences, row);
-  const float scale = p.scale ? *p.scale : p.scale_value;  // a copy does not use it
+  float scale = p.scale_value;  // a copy does not use it
+  if constexpr (kScaleHeads == 0) {
+    if (p.scale) scale = *reinterpret_cast<const float*>(p.scale);
+  }
   const OrderCheck<Length> order(p.cu_seq_lens, p.sequences, index,
                                  static_cast<u32>(p.rows) * kRowThreads);
 
@@ -99,14 +108,23 @@ __global__ void __launch_bounds__(kMaxThreads) gather_cache(const __grid_constan
     }
   };
   typename Converter::Source held[kVectors];
+  float scales[kVectors];
   const auto load = [&](const Token& token) {
     const char* const from = address_of<kBlockSize, kGroup>(p, token);
+    const char* const token_scales =
+        kScaleHeads ? p.scale + token.block * p.scale_block_stride +
+                          token.offset * p.scale_offset_stride
+                    : nullptr;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int item = first + i * kRowThreads;
       if (kRowVectors % kVectors == 0 || item < kRowVectors) {
         held[i] = Converter::load(from + offset_of(item, p.src_outer_stride, p.src_head_stride,
                                                    Converter::kSourceBytes));
+        if constexpr (kScaleHeads != 0) {
+          scales[i] = *reinterpret_cast<const float*>(token_scales +
+                                                      item / kHeadVectors * p.scale_head_stride);
+        }
       }
     }
   };
@@ -123,7 +141,7 @@ __global__ void __launch_bounds__(kMaxThreads) gather_cache(const __grid_constan
     const int item = first + i * kRowThreads;
     if (kRowVectors % kVectors == 0 || item < kRowVectors) {
       store_vector<kVec>(to + offset_of(item, p.dst_outer_stride, p.dst_head_stride, kVec),
-                         Converter::convert(held[i], scale));
+                         Converter::convert(held[i], kScaleHeads ? scales[i] : scale));
     }
   }
   order.report(p.first_guarded + 2, p.rows);

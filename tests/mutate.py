@@ -293,7 +293,7 @@ MORE_TESTS = {
     "bookkeeping": ("test_block_pool.py", "test_block_tables.py", "test_csr.py"),
     "compilation": ("test_warmup.py", "test_compile_all.py"),
     "cpu": (),
-    "integrations": ("test_torch_ops.py",),
+    "integrations": ("test_torch_ops.py", "test_vllm.py"),
     "kv_cache": ("test_kv_cache.py", "test_histories.py"),
 }  # fmt: skip
 

@@ -190,6 +190,107 @@ def test_values_out_of_range_are_skipped_and_recorded(world, rng, kind):
     gather(world, specs, "fp8", 2.0, int(bounds[-1]))
 
 
+# --- scales of heads, and of tokens and heads -----------------------------------------------------
+
+# layout, heads, head size, block size, stored as, kv_cache_dtype, dtype of dst, pad
+OF_HEADS = (
+    ("NHD", 8, 64, 16, "uint8", "fp8", "bfloat16", 0),
+    ("HND", 3, 20, 5, "int8", "int8", "float32", 4),
+    ("packed", 5, 7, 4, "float8_e4m3fn", "fp8_e4m3", "float16", 1),
+    ("NHD", 1, 16, 2, "uint8", "int8", "float16", 0),
+    ("x-packed-key", 4, 32, 8, "uint8", "fp8", "bfloat16", 0),
+    ("x-packed-value", 3, 10, 4, "int8", "int8", "float32", 0),
+    ("interleaved-value", 2, 12, 32, "uint8", "fp8", "float16", 0),
+)
+
+
+def cache_of(rng, layout, num_blocks, block_size, heads, size, dtype, pad):
+    shapes = {
+        "x-packed-key": (num_blocks, heads, size // 4, block_size, 4),
+        "x-packed-value": (num_blocks, heads, size, block_size),
+        "interleaved-value": (num_blocks, heads, block_size // 16, size, 16),
+    }
+    if layout in shapes:
+        return worlds.array(rng, shapes[layout], dtype, pad)
+    return cache(rng, layout, num_blocks, block_size, (heads, size), dtype, pad)
+
+
+@pytest.mark.parametrize(
+    "layout, heads, size, block_size, storage, kv_cache_dtype, dtype, pad", OF_HEADS
+)
+@pytest.mark.parametrize("by_token", [False, True])
+@pytest.mark.parametrize("strided", [False, True])
+def test_scales_of_heads(
+    world, rng, layout, heads, size, block_size, storage, kv_cache_dtype, dtype, pad, by_token,
+    strided,
+):  # fmt: skip
+    """One for each head, or for each token and head."""
+    numbers = sequences(rng, 3, 2, block_size, 4, bool(rng.integers(2)))
+    rows = int(numbers[1][-1])
+    shape = (4, block_size, heads) if by_token else (heads,)
+    values = np.float32(10.0 ** rng.uniform(-3, 3, (*shape, 2)))
+    scale = worlds.of_values(values)[..., 1] if strided else worlds.of_values(values[..., 1])
+    specs = (
+        cache_of(rng, layout, 4, block_size, heads, size, storage, pad),
+        worlds.array(rng, (rows + 2, heads, size), dtype, 4 * bool(pad)),
+        *typed(numbers, rng.choice(["int32", "int64"], 3)),
+    )
+    count, plain = max(rows - 1, 0), "NHD" if layout in ("HND", "packed") else layout
+    kind = kv_cache_dtype
+    if by_token and rng.integers(2):
+        kind = "int8_per_token_head" if kind == "int8" else "fp8_per_token_head"
+
+    def call(src, dst, table, bounds, starts):
+        scales = {"scale": None, "scale_cache" if by_token else "scale": world.put(scale)}
+        cc.gather_and_maybe_dequant_cache(
+            src, dst, table, bounds, None, count, kind, seq_starts=starts, layout=plain, **scales
+        )
+
+    def expect(src, dst, table, bounds, starts):
+        bits, given = src.view(np.uint8), scale.on(scale.buffer.bytes)
+
+        def token(block, offset):
+            entry = bits[block, offset] if plain == "NHD" else None
+            if entry is None:
+                entry = np.array(oracle.packed_token(bits, block, offset, plain))
+            by = given[block, offset] if by_token else given
+            return np.array(
+                [
+                    [oracle.dequantise(byte, one, oracle.STORED[kv_cache_dtype], dst.dtype)
+                     for byte in row]
+                    for row, one in zip(entry, by)
+                ],
+                dst.dtype,
+            )  # fmt: skip
+
+        return oracle.gather_cache(
+            src, dst, table, bounds, starts, rows=count, block_size=block_size, token=token
+        )
+
+    check(world, specs, call, expect, module.NAME, converted=specs[1])
+
+
+def test_what_was_written_comes_back(world, rng):
+    """Scales that the writer found for each token and head."""
+    rows = rng.standard_normal((9, 4, 32)).astype(np.float32)
+    written = [worlds.of_values(rows) for _ in "kv"]
+    caches = [worlds.array(rng, (3, 8, 4, 32), "int8") for _ in "kv"]
+    scales = [worlds.array(rng, (3, 8, 4), "float32") for _ in "kv"]
+    slots = worlds.of_values(np.arange(9) + 8)
+    cc.reshape_and_cache_flash_per_token_head(
+        *map(world.put, (*written, *caches, *scales, slots)), "int8"
+    )
+    out = worlds.array(rng, (9, 4, 32), "float32")
+    table, bounds = worlds.of_values(np.array([[1, 2]])), worlds.of_values(np.array([0, 9]))
+    cc.gather_and_maybe_dequant_cache(
+        *map(world.put, (caches[1], out, table, bounds)), None, 9, "int8", None,
+        scale_cache=world.put(scales[1]),
+    )  # fmt: skip
+    read = out.on(world.bytes_of(out))
+    largest = np.abs(rows).max(-1, keepdims=True)
+    assert (np.abs(read - rows) <= 0.51 * largest / 127).all()
+
+
 # inner dimensions, kv_cache_dtype, dtype of dst, pad, block size, index types
 POOL = (
     ((24,), "fp8", "bfloat16", 0, 4, "int64", "int64", "int64"),
@@ -267,11 +368,39 @@ class TestRefusals:
 
     @pytest.mark.parametrize(
         "values, error",
-        [(np.ones(2, np.float32), cc.ShapeError), (np.ones(1, np.float16), cc.DTypeError)],
+        [(np.ones(3, np.float32), cc.ShapeError), (np.ones(1, np.float16), cc.DTypeError)],
     )
     def test_scale_arrays(self, world, arguments, values, error):
         scale = worlds.of_values(values)
         self.refused(world, arguments, error, "scale", scale=scale)
+
+    @pytest.mark.parametrize(
+        "shape, dtype, kind, scale, error, words",
+        [
+            ((4, 4), "float32", "fp8", None, cc.ShapeError, ("scale_cache",)),
+            ((4, 4, 3), "float32", "fp8", None, cc.ShapeError, ("scale_cache", "[4, 4, 3]")),
+            ((4, 4, 2), "float16", "fp8", None, cc.DTypeError, ("scale_cache", "float32")),
+            ((4, 4, 2), "float32", "fp8", 1.0, cc.ArgumentError, ("scale", "scale_cache")),
+            ((4, 4, 2), "float32", "auto", None, cc.ArgumentError, ("kv_cache_dtype", "auto")),
+            ((4, 4, 2), "float32", "fp8_e5m2", None, cc.ArgumentError, ("kv_cache_dtype",)),
+        ],
+    )
+    def test_scale_caches(self, world, rng, arguments, shape, dtype, kind, scale, error, words):
+        scales = worlds.array(rng, shape, dtype)
+
+        def call(src, dst, table, bounds, starts):
+            cc.gather_and_maybe_dequant_cache(
+                src, dst, table, bounds, None, 5, kind, scale, starts,
+                scale_cache=world.put(scales),
+            )  # fmt: skip
+
+        refused(world, call, arguments, error, "gather_and_maybe_dequant_cache", *words)
+
+    def test_entries_have_no_heads(self, world, rng, arguments):
+        arguments[0] = worlds.array(rng, (4, 4, 8), "uint8")
+        arguments[1] = worlds.array(rng, (5, 8), "float16")
+        scale = worlds.of_values(np.ones(8, np.float32))
+        self.refused(world, arguments, cc.ShapeError, "scale", "[1]", scale=scale)
 
     def test_a_raw_copy_changes_no_dtype(self, world, arguments):
         self.refused(world, arguments, cc.DTypeError, "dst", "uint8", "float16", kind="auto")

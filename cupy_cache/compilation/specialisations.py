@@ -404,21 +404,26 @@ def _gathers(model):
         yield cache, described((ROWS, *cache.shape[2:]), model.stored)
 
 
-def _gather(model):
-    for (cache, rows), sequences in itertools.product(_gathers(model), _read_sequences(model)):
-        yield gather_cache, cache, rows, *sequences
+def _packed_gathers(model):
+    """The same of x-packed caches, and what gathering calls their layouts."""
     for keys, values, interleaved in model.x_packed():
         value_layout = "interleaved-value" if interleaved else "x-packed-value"
         for cache, size, layout in (
             (keys, model.key_size, "x-packed-key"), (values, model.value_size, value_layout),
         ):  # fmt: skip
+            yield cache, described((ROWS, model.heads, size), model.stored), layout
 
-            def gather(*step, layout=layout):
-                gather_cache(*step, layout=layout)
 
-            rows = described((ROWS, model.heads, size), model.stored)
-            for sequences in _read_sequences(model):
-                yield gather, cache, rows, *sequences
+def _gather(model):
+    for (cache, rows), sequences in itertools.product(_gathers(model), _read_sequences(model)):
+        yield gather_cache, cache, rows, *sequences
+    for cache, rows, layout in _packed_gathers(model):
+
+        def gather(*step, layout=layout):
+            gather_cache(*step, layout=layout)
+
+        for sequences in _read_sequences(model):
+            yield gather, cache, rows, *sequences
 
 
 def _cp_gather(model):
@@ -428,12 +433,30 @@ def _cp_gather(model):
 
 
 def _dequant_gather(model):
-    if model.by_token or model.kv_cache_dtype == formats.FP8_DS_MLA:
+    if model.kv_cache_dtype == formats.FP8_DS_MLA:
         return
-    for (cache, rows), sequences in itertools.product(_gathers(model), _read_sequences(model)):
-        numbers, (table, bounds, starts) = described(rows.shape, model.dtype), sequences
-        step = cache, numbers, table, bounds, None, ROWS, model.kv_cache_dtype, 1.0, starts
-        yield gather_and_maybe_dequant_cache, *step
+    if model.by_token:
+        name, every_scale = "scale_cache", model.token_scales()[:1]
+        caches = [(cache, rows, "NHD") for cache, rows in _gathers(model) if len(rows.shape) == 3]
+    else:
+        name, every_scale = "scale", [keys for keys, _ in model.scales()]
+        caches = [(cache, rows, "NHD") for cache, rows in _gathers(model)]
+        caches += _packed_gathers(model)
+
+    def gather(scale, layout, *step):
+        scales = {"scale": None, name: scale}
+        table, bounds, starts = step[2:]
+        gather_and_maybe_dequant_cache(
+            *step[:2], table, bounds, None, ROWS, model.kv_cache_dtype, seq_starts=starts,
+            layout=layout, **scales,
+        )  # fmt: skip
+
+    for (cache, rows, layout), scale in itertools.product(caches, every_scale):
+        if len(rows.shape) == 2 and not isinstance(scale, float) and scale is not None:
+            continue  # entries of latent attention have no heads
+        numbers = described(rows.shape, model.dtype)
+        for sequences in _read_sequences(model):
+            yield gather, scale, layout, cache, numbers, *sequences
 
 
 def _upconvert(model):

@@ -353,7 +353,8 @@ def gather_cache(
     """Copy tokens of a cache to the ``rows`` of ``dst``; ``axes`` say where they are.
 
     ``stored`` is None where bytes are copied; else elements are multiplied by ``scale``, or by
-    ``number`` where that is None.
+    ``number`` where that is None. A scale for each head is [heads], one for each token and head
+    [blocks, slots, heads].
     """
     del sequences, width, step
     cache = src_cache.transpose(0, *axes.slots, *axes.token)
@@ -369,7 +370,12 @@ def gather_cache(
         return
     tokens = cache[(block, *np.unravel_index(offset, slots))].reshape(len(row), *dst.shape[1:])
     if stored is not None:
-        tokens = dequantise(tokens, stored, number if scale is None else scale, target)
+        by = np.float32(number) if scale is None else scale
+        if by.ndim == 3:
+            by = by[block, offset]
+        if by.size > 1 or by.ndim == 2:
+            by = by.reshape(*by.shape, *(1,) * (tokens.ndim - 2))
+        tokens = dequantise(tokens, stored, by, target)
     dst[row] = tokens
 
 

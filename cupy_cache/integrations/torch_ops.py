@@ -131,7 +131,7 @@ SCHEMAS = (
 
     'gather_and_maybe_dequant_cache(Tensor src_cache, Tensor(a!) dst, Tensor block_table, '
     'Tensor cu_seq_lens, Tensor? token_to_seq, SymInt num_tokens, str kv_cache_dtype, '
-    'Tensor? scale, Tensor? seq_starts=None) -> ()',
+    'Tensor? scale, Tensor? seq_starts=None, *, Tensor? scale_cache=None, str layout="NHD") -> ()',
 
     'slot_mapping(Tensor block_table, Tensor positions, Tensor query_start_loc, '
     'SymInt block_size, *, int cp_world_size=1, int cp_rank=0, int cp_interleave=1) -> Tensor',

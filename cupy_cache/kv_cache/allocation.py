@@ -5,6 +5,8 @@
 from __future__ import annotations
 
 import functools
+import sys
+from typing import NamedTuple
 
 from .. import errors
 from ..errors import ArgumentError, DeviceError
@@ -12,6 +14,8 @@ from ..runtime import contract, driver, formats, streams
 
 # The dimensions of caches that can be allocated: the names that `PagedKVCache.allocate` takes.
 LAYOUTS = ("NHD", "HND", "packed", "x-packed", "rows")
+PAGED = ("NHD", "HND")  # of these, with scales for each token and head
+FLOAT32 = formats.DTYPES["float32"]
 PACK_BYTES = 16  # of the elements that an x-packed cache keeps together
 SIZES = ("num_layers", "num_blocks", "block_size", "num_kv_heads", "head_size")
 
@@ -19,7 +23,9 @@ SIZES = ("num_layers", "num_blocks", "block_size", "num_kv_heads", "head_size")
 def caches(
     op, sizes, head_size_v, dtype, kv_cache_dtype, layout, framework, device, pinned
 ):  # fmt: skip
-    """(Key caches, value caches or None) of zeros; ``sizes`` are those called `SIZES`."""
+    """(Key caches, value caches or None, pages or None) of zeros; ``sizes`` are those called
+    `SIZES`. Pages are there where tokens and heads have scales of their own: `Pages` of keys and of
+    values."""
     layers, *sizes = (
         contract.integer(op, name, size, 0 if name in ("num_layers", "num_blocks") else 1)
         for name, size in zip(SIZES, sizes)
@@ -34,18 +40,60 @@ def caches(
             errors.wrong("value", f"{op}: layout", expected, contract.shown(layout))
         )
     framework, device = _home(op, dtype, framework, device, contract.flag(op, "pinned", pinned))
+    if kv_cache_dtype in formats.BY_TOKEN:
+        if layout not in PAGED:
+            way_out = "scales of tokens and heads have a place in these"
+            expected = " or ".join(PAGED)
+            raise ArgumentError(errors.wrong("value", f"{op}: layout", expected, layout, way_out))
+        stored = formats.PER_TOKEN_HEAD_FORMATS[kv_cache_dtype].stored
+        made = [
+            [
+                _page(framework, device, pinned, layout, stored, *sizes[:-1], size)
+                for _ in range(layers)
+            ]
+            for size in (head_size, head_size_v)
+        ]
+        pages = [Pages(*([page[i] for page in side] for i in (1, 2))) for side in made]
+        return *([page[0] for page in side] for side in made), pages
     dtype = storage(op, formats.dtype_named(dtype, f"{op}: dtype"), kv_cache_dtype, layout)
     shapes = _shapes(op, layout, *sizes, head_size_v, dtype)
     zeros = functools.partial(streams.zeros, framework, device, dtype=dtype, pinned=pinned)
     made = [[zeros(shape) for _ in range(layers)] for shape in shapes]
     if layout == "rows":
-        return made[0], None
+        return made[0], None, None
     if layout == "packed":
         (pages,) = made
-        return [page[..., :head_size] for page in pages], [page[..., head_size:] for page in pages]
+        keys, values = ([page[..., part] for page in pages]
+                        for part in (slice(head_size), slice(head_size, None)))  # fmt: skip
+        return keys, values, None
     if layout == "HND":
-        return tuple([array.swapaxes(1, 2) for array in arrays] for arrays in made)
-    return made
+        made = [[array.swapaxes(1, 2) for array in arrays] for arrays in made]
+    return *made, None
+
+
+class Pages(NamedTuple):
+    """Of each layer: the scales, and the array of whole pages, which is what is moved."""
+
+    scales: list
+    whole: list
+
+
+def _page(framework, device, pinned, layout, stored, num_blocks, block_size, heads, head_size):
+    """A layer's cache, its scales, and the pages that hold both: of each block all elements, then
+    all scales, with a gap between them where a scale would not be aligned."""
+    elements, scales = block_size * heads * head_size, block_size * heads
+    first = -(-elements // FLOAT32.bytes) * FLOAT32.bytes
+    size = -(-(first + scales * FLOAT32.bytes) // PACK_BYTES) * PACK_BYTES
+    byte = formats.DTYPES["uint8" if stored.name != "int8" else "int8"]
+    whole = streams.zeros(framework, device, (num_blocks, size), byte, pinned)
+    floats = sys.modules["torch"].float32 if framework == "torch" else FLOAT32.numpy
+    order = (block_size, heads) if layout == "NHD" else (heads, block_size)
+    cache = whole[:, :elements].reshape(num_blocks, *order, head_size)
+    of_cache = whole[:, first : first + scales * FLOAT32.bytes].view(floats)
+    of_cache = of_cache.reshape(num_blocks, *order)
+    if layout == "HND":
+        cache, of_cache = cache.swapaxes(1, 2), of_cache.swapaxes(1, 2)
+    return cache, of_cache, whole
 
 
 def _home(op, dtype, framework, device, pinned):

@@ -20,6 +20,7 @@ from ..ops import (
     pack_blocks,
     reshape_and_cache,
     reshape_and_cache_flash,
+    reshape_and_cache_flash_per_token_head,
     rotary_and_cache,
     swap_blocks,
     zero_blocks,
@@ -44,6 +45,7 @@ from . import allocation, layouts
 MAX_ATTENDERS = 16  # of one layer
 _ATTEND, _GATHER = "PagedKVCache.attend", "PagedKVCache.gather"
 _ROTARY, _ATTEND_MLA = "PagedKVCache.rotary_write", "PagedKVCache.attend_mla"
+_BY_TOKEN = "k_scale_cache", "v_scale_cache"  # what operations call them
 
 
 class PagedKVCache:
@@ -81,6 +83,8 @@ class PagedKVCache:
         As given, one for each layer.
     value_caches : list of arrays, or None
         Likewise; None where there are none.
+    k_scale_caches, v_scale_caches : list of float32 arrays [num_blocks, block_size, num_kv_heads]
+        The scales of each layer's tokens and heads, where `allocate` made such caches; else None.
     num_blocks : int
         Blocks of each layer; 0 without layers.
     bytes_per_block : int
@@ -105,6 +109,8 @@ class PagedKVCache:
 
     key_caches: list[Any]
     value_caches: list[Any] | None
+    k_scale_caches: list[Any] | None
+    v_scale_caches: list[Any] | None
     num_blocks: int
     bytes_per_block: int
     layout: str
@@ -117,8 +123,11 @@ class PagedKVCache:
         k_scales: Scale | Sequence[Scale] = None,
         v_scales: Scale | Sequence[Scale] = None,
     ) -> None:
+        self._set_up(key_caches, value_caches, kv_cache_dtype, k_scales, v_scales, None)
+
+    def _set_up(self, *given):
         try:
-            self._bind(key_caches, value_caches, kv_cache_dtype, k_scales, v_scales)
+            self._bind(*given)
         except CupyCacheError as error:
             errors.rename(error, "PagedKVCache", {"k_scale": "k_scales", "v_scale": "v_scales"})
             raise
@@ -156,7 +165,11 @@ class PagedKVCache:
         dtype : str, NumPy or torch dtype
             Of the model's keys and values, and of caches that are raw.
         kv_cache_dtype, k_scales, v_scales
-            As of the constructor. Caches of fp8 are arrays of uint8, those of "int8" of int8.
+            As of the constructor. Caches of fp8 are arrays of uint8, those of "int8" of int8. With
+            "int8_per_token_head" or "fp8_per_token_head" each token and head has a scale, found by
+            the write (`reshape_and_cache_flash_per_token_head`) and kept in the same block, behind
+            the elements: the layout is "NHD" or "HND", and blocks are moved with their scales, as
+            they lie in memory, so only between caches of one layout.
         layout : {"NHD", "HND", "packed", "x-packed", "rows"}
             What lies where in memory, with BS slots of a block, H heads, D = head_size, and x
             elements in 16 bytes:
@@ -195,16 +208,17 @@ class PagedKVCache:
         >>> sizes = 2, 256, 16, 4, 32
         >>> host = PagedKVCache.allocate(*sizes, dtype="float32", pinned=True)  # doctest: +SKIP
         """
-        keys, values = allocation.caches(
+        keys, values, pages = allocation.caches(
             "PagedKVCache.allocate", (num_layers, num_blocks, block_size, num_kv_heads, head_size),
             head_size_v, dtype, kv_cache_dtype, layout, framework, device, pinned,
         )  # fmt: skip
-        made = cls(keys, values, kv_cache_dtype, k_scales, v_scales)
+        made = cls.__new__(cls)
+        made._set_up(keys, values, kv_cache_dtype, k_scales, v_scales, pages)
         made.layout = layout
         made._dtype = formats.dtype_named(dtype)
         return made
 
-    def _bind(self, key_caches, value_caches, kv_cache_dtype, k_scales, v_scales):
+    def _bind(self, key_caches, value_caches, kv_cache_dtype, k_scales, v_scales, pages):
         if value_caches is None:
             if v_scales is not None:
                 raise ArgumentError(
@@ -215,6 +229,19 @@ class PagedKVCache:
         else:
             op = copy_blocks.OP
             given = {"key_caches": key_caches, "value_caches": value_caches}
+        self.k_scale_caches = self.v_scale_caches = None
+        self._moved = key_caches, value_caches
+        if pages is not None:  # then whole blocks are moved, scales too
+            self.k_scale_caches, self.v_scale_caches = (side.scales for side in pages)
+            self._moved = tuple(side.whole for side in pages)
+            given = dict(zip(given, self._moved))
+            for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
+                if scales is not None:
+                    expected = f"None with {kv_cache_dtype}, which finds them"
+                    got = contract.shown(scales)
+                    raise ArgumentError(
+                        errors.wrong("value", f"PagedKVCache: {name}", expected, got)
+                    )
         for name, caches in given.items():
             lists.require_list("PagedKVCache", name, caches)
         self._copy = dispatch.Bound(op, given, name="PagedKVCache.copy_blocks")
@@ -227,11 +254,16 @@ class PagedKVCache:
         self.bytes_per_block = len(self) * sum(
             math.prod(one.shape[1:]) * one.dtype.bytes for one in self._described
         )
-        found = self._copy.found[: len(self._described)]
-        self.layout = layouts.of_arrays(self._described, [layers.addresses for layers in found])
+        if pages is None:
+            found = self._copy.found[: len(self._described)]
+            addresses = [layers.addresses for layers in found]
+            self.layout = layouts.of_arrays(self._described, addresses)
+        elif key_caches:
+            sides = zip(given, (key_caches[0], value_caches[0]))
+            self._described = [arrays.view(one, f"PagedKVCache: {name}") for name, one in sides]
         # Of what `gather` makes. Caches of 8 bits do not tell what was written.
         self._dtype = None
-        if key_caches and not formats.is_scaled(kv_cache_dtype):
+        if key_caches and pages is None and not formats.is_scaled(kv_cache_dtype):
             self._dtype = self._described[0].dtype
         k_scales = _for_each_layer("k_scales", k_scales, len(self))
         v_scales = _for_each_layer("v_scales", v_scales, len(self))
@@ -272,8 +304,13 @@ class PagedKVCache:
         )
 
     def _writer(self, layer, kv_cache_dtype, k_scale, v_scale):
-        fixed, options = {}, (kv_cache_dtype,)
-        if self.value_caches is None:
+        fixed, options, scales = {}, (kv_cache_dtype,), ()
+        if self.k_scale_caches is not None:
+            op, names, scalars = reshape_and_cache_flash_per_token_head.OP, (), ()
+            fixed = dict(zip(_BY_TOKEN, self._scales_of_tokens(layer)))
+            fixed["key_cache"] = self.key_caches[layer]
+            fixed["value_cache"] = self.value_caches[layer]
+        elif self.value_caches is None:
             op = concat_and_cache_mla.OP
             fixed["kv_cache"] = self.key_caches[layer]
             names = ("scale",)
@@ -289,6 +326,12 @@ class PagedKVCache:
             scales, scalars = contract.split_scales(op.name, kv_cache_dtype, k_scale, v_scale)
         fixed |= {name: scale for name, scale in zip(names, scales) if scale is not None}
         return dispatch.Bound(op, fixed, options, scalars, name="PagedKVCache.write")
+
+    def _scales_of_tokens(self, layer):
+        """A layer's scale caches of keys and of values, or None twice."""
+        if self.k_scale_caches is None:
+            return None, None
+        return self.k_scale_caches[layer], self.v_scale_caches[layer]
 
     def writer(self, layer: int) -> Writer:
         """`write` for one layer, as a function of the other arguments: the cheapest call."""
@@ -401,6 +444,7 @@ class PagedKVCache:
                     self.key_caches[layer], self._kv_cache_dtype, k_scale, stream=stream,
                 )  # fmt: skip
                 return
+            scales_of_keys, scales_of_values = self._scales_of_tokens(layer)
             rotary_and_cache.rotary_and_cache(
                 positions, query, key, value, cos_sin_cache, self.key_caches[layer],
                 self.value_caches[layer], slot_mapping, is_neox, self._kv_cache_dtype, k_scale,
@@ -409,6 +453,7 @@ class PagedKVCache:
                 q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight,
                 norm_weight_bias=norm_weight_bias, out=out, out_dtype=out_dtype, q_scale=q_scale,
                 rounding=rounding, stream=stream,
+                k_scale_cache=scales_of_keys, v_scale_cache=scales_of_values,
             )  # fmt: skip
         except CupyCacheError as error:
             errors.rename(error, _ROTARY, _ROTATED)
@@ -481,7 +526,7 @@ class PagedKVCache:
     ):  # fmt: skip
         objects, options, scalars = paged_attention.arguments(
             _ATTEND, *self._caches_of(layer), scale, alibi_slopes, sliding_window, soft_cap, sinks,
-            causal, self._kv_cache_dtype, *self._scales[layer],
+            causal, self._kv_cache_dtype, *self._scales[layer], *self._scales_of_tokens(layer),
         )  # fmt: skip
         named = zip(paged_attention.LAYERS, objects)
         fixed = {name: array for name, array in named if array is not None}
@@ -550,7 +595,7 @@ class PagedKVCache:
     ) -> Any:
         """Read the tokens of several sequences out of a layer's pages, into contiguous rows.
 
-        Elements of 8 bits are multiplied with the layer's scale, of which there may be only one.
+        Elements of 8 bits are multiplied with the layer's scale, or with that of their head.
 
         Parameters
         ----------
@@ -623,12 +668,13 @@ class PagedKVCache:
             expected, got = "a pair of arrays, for keys and values", type(out).__name__
             raise DTypeError(errors.wrong("type", f"{_GATHER}: out", expected, got))
         calls = []
-        for cache, rows, layout, scale in zip(
-            caches, out, layouts.of_rows(self._described), self._scales[layer]
+        by_token = self._scales_of_tokens(layer)
+        for cache, rows, layout, scale, scale_cache in zip(
+            caches, out, layouts.of_rows(self._described), self._scales[layer], by_token
         ):
-            array, number = None, 0.0
-            if formats.is_scaled(self._kv_cache_dtype):
-                array, number = contract.split_scale(_GATHER, "scale", scale)
+            array, number = gather_and_maybe_dequant_cache.scales(
+                _GATHER, self._kv_cache_dtype, scale, scale_cache
+            )
             has = (*arrays.view(rows, f"{_GATHER}: out").shape, 0)[0]
             count = has if num_tokens is None else num_tokens
             count = contract.integer(_GATHER, "num_tokens", count, 0)
@@ -636,7 +682,8 @@ class PagedKVCache:
                 expected = f"at most {has}, the rows of out"
                 name = f"{_GATHER}: num_tokens"
                 raise ArgumentError(errors.wrong("value", name, expected, str(count)))
-            calls.append(((cache, rows, array), (layout, self._kv_cache_dtype), number, count))
+            options = layout, self._kv_cache_dtype, scale_cache is not None
+            calls.append(((cache, rows, array), options, number, count))
         return calls
 
     def copy_blocks(self, block_mapping: Pairs, *, stream: StreamLike | None = None) -> None:
@@ -668,9 +715,11 @@ class PagedKVCache:
         )
         if mine != theirs:
             raise ShapeError(errors.wrong("kind", f"{name}: other", mine, theirs))
-        caches = (
-            self.key_caches, other.key_caches, self.value_caches, other.value_caches
-        )  # fmt: skip
+        by_token = self.k_scale_caches is not None and other.k_scale_caches is not None
+        if by_token and self.layout != other.layout:  # whole pages, as they lie in memory
+            raise ShapeError(errors.wrong("layout", f"{name}: other", self.layout, other.layout))
+        (keys, values), (other_keys, other_values) = self._moved, other._moved
+        caches = keys, other_keys, values, other_values
         try:
             swap_blocks.OP((*caches, block_mapping), (None,), stream)
         except CupyCacheError as error:
@@ -711,7 +760,7 @@ class PagedKVCache:
         mover = self._movers.get((method, layout)) if known else None
         if mover is None:
             name = f"PagedKVCache.{method}"
-            caches = [side for side in (self.key_caches, self.value_caches) if side is not None]
+            caches = [side for side in self._moved if side is not None]
             try:
                 mover = operation.bound(name, caches, layout)
             except CupyCacheError as error:

@@ -125,7 +125,7 @@ def _plan(op, described, options):
         guarded=(*gathering.GUARDED, "workspace_starts"),
         converts=True,
     )
-    strides = (src.strides[0], 0, src.strides[1], 0, 0, dst.strides[0], 0, 0)
+    strides = (src.strides[0], 0, src.strides[1], 0, 0, dst.strides[0], 0, 0, 0, 0, 0)
     return gathering.gpu_plan(kernel, row_vectors // per_thread, described, strides)
 
 

@@ -23,6 +23,8 @@ def gather_and_maybe_dequant_cache(
     scale: Scale,
     seq_starts: ArrayLike | None = None,
     *,
+    scale_cache: ArrayLike | None = None,
+    layout: str = "NHD",
     stream: StreamLike | None = None,
 ) -> None:
     """Read the tokens of several sequences out of a paged cache, as numbers, into contiguous rows.
@@ -30,7 +32,7 @@ def gather_and_maybe_dequant_cache(
     Sequence ``b`` owns the rows ``cu_seq_lens[b] <= r < cu_seq_lens[b + 1]`` of ``dst``, as far as
     they are below ``num_tokens``; other rows are left as they are. With ``p = seq_starts[b] + r -
     cu_seq_lens[b]``, row ``r`` becomes ``src_cache[block_table[b, p // block_size], p %
-    block_size]``, times ``scale`` where ``kv_cache_dtype`` is scaled.
+    block_size]``, times its scale where ``kv_cache_dtype`` is scaled.
 
     Parameters
     ----------
@@ -52,12 +54,19 @@ def gather_and_maybe_dequant_cache(
         Rows from here on are not written.
     kv_cache_dtype : str
         "auto", "float16", "bfloat16" or "float32": a raw copy. "fp8" or "fp8_e4m3", "fp8_e5m2",
-        "int8": stored * scale, in float32, rounded to nearest even.
-    scale : float, float32 array of one element, or None
-        An array is read on its device. None is 1.0. Used by the 8-bit dtypes only.
+        "int8": stored * scale, in float32, rounded to nearest even. With ``scale_cache`` "int8",
+        "fp8" or "fp8_e4m3", "int8_per_token_head" or "fp8_per_token_head".
+    scale : float, float32 array [1] or [num_kv_heads], or None
+        An array is read on its device; one scale for each head is for caches that have heads, which
+        are then the first dimension of a token. None is 1.0. Used by the 8-bit dtypes only.
     seq_starts : int32 or int64 array [at least B], optional
         The position in its sequence, in tokens, from which each sequence is read; any value, not
         only multiples of the block size. By default 0.
+    scale_cache : float32 array [num_blocks, block_size, num_kv_heads], optional
+        A scale for each token and head, as `reshape_and_cache_flash_per_token_head` writes them;
+        any strides. Then ``scale`` is None.
+    layout : str
+        The dimensions of ``src_cache``, where they are others: see `gather_cache`.
     stream : optional
         Where to enqueue; by default the current stream of the framework that owns ``dst``.
 
@@ -75,11 +84,23 @@ def gather_and_maybe_dequant_cache(
     """
     del token_to_seq
     num_tokens = contract.integer(NAME, "num_tokens", num_tokens, 0)
-    array, number = None, 0.0
-    if formats.is_scaled(kv_cache_dtype):
-        array, number = contract.split_scale(NAME, "scale", scale)
+    array, number = scales(NAME, kv_cache_dtype, scale, scale_cache)
     arrays = src_cache, dst, block_table, cu_seq_lens, seq_starts, array
-    OP(arrays, ("NHD", kv_cache_dtype), stream, (number, num_tokens))
+    options = layout, kv_cache_dtype, scale_cache is not None
+    OP(arrays, options, stream, (number, num_tokens))
+
+
+def scales(op, kv_cache_dtype, scale, scale_cache):
+    """What elements are multiplied with: an array or None, and the number that counts then."""
+    if scale_cache is not None:
+        if scale is not None:
+            raise ArgumentError(
+                f"{op}: Invalid value of scale: expected None beside scale_cache, got another"
+            )
+        return scale_cache, 0.0
+    if formats.is_scaled(kv_cache_dtype):
+        return contract.split_scale(op, "scale", scale)
+    return None, 0.0
 
 
 def _count(extents, num_tokens):

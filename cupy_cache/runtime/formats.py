@@ -160,6 +160,8 @@ PER_TOKEN_HEAD_FORMATS = {
     "int8_per_token_head": _stored("int8"),
     "fp8_per_token_head": _stored("float8_e4m3fn"),
 }
+# Which of these names say by themselves that it is so.
+BY_TOKEN = ("int8_per_token_head", "fp8_per_token_head")
 # What the largest magnitude becomes that a scale is found from.
 LARGEST = {"int8": 127, "float8_e4m3fn": 448}
 

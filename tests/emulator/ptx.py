@@ -74,7 +74,9 @@ INSTRUCTIONS = {
         "cvt_rn_f16x2_e4m3x2", "=r h", r"F2FP\.F16\.E4M3\.UNPACK_B R"
     ),
     "{.reg .b16 low, high; mov.b32 {low, high}, %1; cvt.rn.f16x2.e4m3x2 %0, high;}": Instruction(
-        "cvt_rn_f16x2_e4m3x2_high", "=r r", r"LDG\.E\.U16 R2, \S+\+0x2\] .* F2FP\.F16\.E4M3\.UNPACK_B R"
+        "cvt_rn_f16x2_e4m3x2_high",
+        "=r r",
+        r"LDG\.E\.U16 R2, \S+\+0x2\] .* F2FP\.F16\.E4M3\.UNPACK_B R",
     ),
     "cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;": Instruction(
         "cvt_rn_satfinite_e5m2x2_f32", "=h f f", r"F2FP\.SATFINITE\.E5M2\.F32\.PACK_AB_MERGE_C R"

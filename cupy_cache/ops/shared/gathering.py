@@ -32,7 +32,8 @@ PARAMS = params.Struct(
     constant="num_blocks:i64 start_stride:i64 "
     "src_block_stride:i64 src_group_stride:i64 src_offset_stride:i64 "
     "src_outer_stride:i64 src_head_stride:i64 "
-    "dst_row_stride:i64 dst_outer_stride:i64 dst_head_stride:i64",
+    "dst_row_stride:i64 dst_outer_stride:i64 dst_head_stride:i64 "
+    "scale_block_stride:i64 scale_offset_stride:i64 scale_head_stride:i64",
 )
 GUARDED = ("seq_starts", "block_table")  # and the bounds, whatever they are called
 # A raw copy is one kernel for all of these, so faults tell which it was.
@@ -143,12 +144,13 @@ def _check_layout(check, src, dst, layout):
 # --- rows of tokens -------------------------------------------------------------------------------
 
 
-def plan(op, described, layout="NHD", kv_cache_dtype="auto"):
+def plan(op, described, layout="NHD", kv_cache_dtype="auto", by_token=False):
     """The plan of an operation whose rows are the cache's tokens: as they are, or their elements
-    times a scale."""
+    times a scale, which is ``by_token`` one for each token and head."""
     src, dst, *_, scale = described
     check = contract.Contract(op.name)
-    fmt = formats.cache_format(op.name, kv_cache_dtype)
+    table = formats.PER_TOKEN_HEAD_FORMATS if by_token else formats.CACHE_FORMATS
+    fmt = formats.cache_format(op.name, kv_cache_dtype, table=table)
     axes = _check_layout(check, src, dst, layout)
     block_size = math.prod(src.shape[axis] for axis in axes.slots)
     check_block_size(check, src, block_size)
@@ -162,8 +164,7 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto"):
         check.contiguous("src_cache", src)
     if fmt.stored is not None:
         check.aligned("dst", dst)
-    if scale is not None:
-        check.scale("scale", scale)
+    scale_heads, scale_strides = _scales(check, src, axes, block_size, scale, by_token)
     shape = _row_shape(check, src, dst, axes)
 
     if dst.device.kind == "cpu":
@@ -175,11 +176,15 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto"):
     group_stride, offset_stride = (src.strides[axes.slots[0]], src.strides[axes.slots[-1]])
     if len(axes.slots) == 1:
         group_stride = 0
+    # A vector is of one head where these have scales of their own.
+    piece, scale_heads = shape.length, scale_heads if shape.length else 0
+    if scale_heads:
+        piece = math.gcd(piece, shape.outer * shape.heads * shape.length // scale_heads)
     vector = contract.converting_vector_bytes(
         src.dtype.bytes / dst.dtype.bytes,
-        (shape.length * src.dtype.bytes, src.ptr, src.strides[0], group_stride, offset_stride,
+        (piece * src.dtype.bytes, src.ptr, src.strides[0], group_stride, offset_stride,
          *shape.src_strides),
-        (shape.length * dst.dtype.bytes, dst.ptr, dst.strides[0], *shape.dst_strides),
+        (piece * dst.dtype.bytes, dst.ptr, dst.strides[0], *shape.dst_strides),
     )  # fmt: skip
     length = shape.length * dst.dtype.bytes
     row_vectors = shape.outer * shape.heads * length // vector
@@ -189,15 +194,41 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto"):
         STEM,
         f"gather_cache<{spelling.dequantiser(fmt.stored, dst.dtype, vector)}, {vector}, "
         f"{shape.outer}, {shape.heads}, "
-        f"{length}, {block_size}, {group}, {index_names(described)}, {per_thread}, {MAX_THREADS}>",
+        f"{length}, {scale_heads}, {block_size}, {group}, {index_names(described)}, {per_thread}, "
+        f"{MAX_THREADS}>",
         PARAMS,
         guarded=[(name, argument) for name in SHARING for argument in (*GUARDED, "cu_seq_lens")],
         converts=fmt.stored is not None,
     )
     strides = (src.strides[0], group_stride, offset_stride, *shape.src_strides,
-               dst.strides[0], *shape.dst_strides)  # fmt: skip
+               dst.strides[0], *shape.dst_strides, *scale_strides)  # fmt: skip
     items = launch.ceil_div(row_vectors, per_thread)
     return gpu_plan(kernel, items, described, strides)
+
+
+def _scales(check, src, axes, block_size, scale, by_token):
+    """How many heads have a scale of their own (0 where one is for all), and the byte strides of
+    these scales: of blocks, slots and heads."""
+    has_heads = len(axes.token) > 1
+    heads = src.shape[axes.token[0]] if has_heads else 1
+    if by_token:
+        if not has_heads:
+            raise ShapeError(
+                f"{check.op}: Invalid shape of src_cache: expected [num_blocks, block_size, "
+                f"num_kv_heads, head_size] beside scale_cache, got {list(src.shape)}"
+            )
+        check.shape("scale_cache", scale, f"{src.shape[0]} {block_size} {heads}")
+        check.dtype("scale_cache", scale, formats.DTYPES["float32"])
+        check.device("scale_cache", scale)
+        check.aligned("scale_cache", scale)
+        return heads, scale.strides
+    if scale is None:
+        return 0, (0, 0, 0)
+    if not has_heads:
+        check.scale("scale", scale)
+        return 0, (0, 0, 0)
+    step = check.head_scale("scale", scale, heads)
+    return (heads, (0, 0, step)) if step else (0, (0, 0, 0))
 
 
 def vectors_of_thread(row_vectors):
