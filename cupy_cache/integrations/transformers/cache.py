@@ -260,12 +260,13 @@ class PagedCache(Cache):
         longest = max(length + count for length, count in zip(lengths, counts))
         if tables is not None and (
             longest <= tables.max_length
-            and sum(counts) <= tables.max_tokens
             and len(counts) <= tables.max_sequences
             and tables.blocks_needed(self.rows, counts) <= tables.pool.num_free
         ):
             return
-        known = 0 if tables is None else 2 * tables.max_length
+        known = 0
+        if tables is not None:
+            known = tables.max_length * (2 if longest > tables.max_length else 1)
         longest = max(self._sized, longest + AHEAD if not any(lengths) else longest, known)
         # A copy of a shared block is there before its last user has left.
         num_blocks = len(counts) * (-(-longest // self._block_size) + 1)
@@ -275,8 +276,9 @@ class PagedCache(Cache):
             **self._format,
         )  # fmt: skip
         self.tables = BlockTables(
-            num_blocks, self._block_size, max_sequences=len(counts), max_tokens=sum(counts),
-            max_length=longest, reuse_prefixes=False, framework="torch", device=key.device,
+            num_blocks, self._block_size, max_sequences=len(counts),
+            max_tokens=len(counts) * longest, max_length=longest, reuse_prefixes=False,
+            framework="torch", device=key.device,
         )  # fmt: skip
         for name in self.rows:
             self.tables.add(name)
