@@ -10,6 +10,7 @@
 // below.
 #include "cupy_cache/convert.cuh"
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/sequences.cuh"
 #include "cupy_cache/vec.cuh"
 
@@ -72,6 +73,7 @@ template <typename Converter, int kVec, int kOuter, int kHeads, int kBytes, int 
           int kGroup, typename Block, typename Length, typename Start, int kVectors,
           int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) gather_cache(const __grid_constant__ Params p) {
+  await_earlier_launches();
   static_assert(kBytes % kVec == 0, "whole vectors");
   constexpr int kSegmentVectors = kBytes / kVec;
   constexpr int kRowVectors = kOuter * kHeads * kSegmentVectors;
@@ -152,6 +154,7 @@ template <typename Latent, typename Rope, int kVec, int kSourceVec, int kBlockSi
           typename Start, typename SeqStart, int kVectors, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads)
     gather_fp8_ds_mla(const __grid_constant__ Params p) {
+  await_earlier_launches();
   constexpr int kTile = 128;
   constexpr int kScalesAt = 512;
   constexpr int kRopeAt = 528;

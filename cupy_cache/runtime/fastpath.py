@@ -12,7 +12,7 @@ import functools
 import operator
 import struct
 
-from . import arrays, faults, guards, indices, lists, plans, streams
+from . import arrays, faults, guards, indices, lists, overlap, plans, streams
 
 MAX_PATHS = 8  # signatures of calls of one form
 MAX_FORMS = 256
@@ -103,6 +103,12 @@ class _Launches:
         self._fields_at = 8 * len(op.args)
         self._grids = {}  # {rows: (enqueue, errors, what to call at these instead, scratch)}
         self.known, self.records = {}, []
+        overlap.prepared.add(self)
+
+    def forget(self):
+        """Prepare all launches anew."""
+        self._grids.clear()
+        self.known.clear()
 
     def prepare(self, key, tensors, scalars):
         """A further one; None where the tensors are not those of the plan, or no kernel is loaded
