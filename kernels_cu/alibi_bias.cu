@@ -33,6 +33,7 @@ struct Params {
 template <typename T, int kStoreVec, typename Query, typename Key, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) alibi_bias(const __grid_constant__ Params p) {
   await_earlier_launches();
+  release_next_launch();
   using Bits = typename T::Bits;
   constexpr int kCount = kStoreVec / static_cast<int>(sizeof(Bits));
   const i64 first = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * kCount;

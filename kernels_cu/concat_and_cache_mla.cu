@@ -112,6 +112,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const Target<kBlockSize> target(slot, p.num_blocks);
   store_entry<kCaches, kVec>(entry_at<kBlockSize>(p, cache, target.place()) + item * kVec,
                              Converter::convert(source, scale), target.valid);
+  release_next_launch();
   target.report(kSlotMapping, layer * p.tokens + token);
 }
 
@@ -195,6 +196,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   memcpy(&bytes, &scale, sizeof(scale));
   bytes.store(entry + kScalesAt + lane / kTileLanes * 4, target.valid && lane % kTileLanes == 0);
   target.report(kSlotMapping, token);
+  release_next_launch();
 }
 
 #endif  // CUPY_CACHE_CONVERTS

@@ -32,6 +32,7 @@ struct Params {
 template <typename Converter, int kVec, int kDims, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) convert_fp8(const __grid_constant__ Params p) {
   await_earlier_launches();
+  release_next_launch();
   static_assert(kDims <= kMaxDims, "dimensions that Params holds");
   u32 rest = blockIdx.x * blockDim.x + threadIdx.x;
   if (rest >= p.vectors) return;

@@ -59,6 +59,7 @@ template <int kTensors, bool kInPlace, int kVec, int kFirstRun, int kSecondRun, 
           int kItems, int kBlockSize, typename Index, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) copy_blocks(const __grid_constant__ Params p) {
   await_earlier_launches();
+  release_next_launch();
   constexpr u32 kPointers = kTensors * (kInPlace ? 1 : 2);
   const u64* pointers = p.table + blockIdx.y * kPointers;
   const u32 works = static_cast<u32>(p.pairs) * p.chunks;  // the host keeps this below 2^31

@@ -67,6 +67,7 @@ template <int kKeyVec, int kScaleVec, int kKeyBytes, int kScaleBytes, int kRowTh
 __global__ void __launch_bounds__(kMaxThreads)
     cp_gather_indexer_k_quant_cache(const __grid_constant__ Params p) {
   await_earlier_launches();
+  release_next_launch();
   const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   const i64 row = static_cast<i64>(index / kRowThreads);
   const int thread = static_cast<int>(index % kRowThreads);

@@ -74,6 +74,7 @@ template <typename Converter, int kVec, int kOuter, int kHeads, int kBytes, int 
           int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) gather_cache(const __grid_constant__ Params p) {
   await_earlier_launches();
+  release_next_launch();
   static_assert(kBytes % kVec == 0, "whole vectors");
   constexpr int kSegmentVectors = kBytes / kVec;
   constexpr int kRowVectors = kOuter * kHeads * kSegmentVectors;
@@ -155,6 +156,7 @@ template <typename Latent, typename Rope, int kVec, int kSourceVec, int kBlockSi
 __global__ void __launch_bounds__(kMaxThreads)
     gather_fp8_ds_mla(const __grid_constant__ Params p) {
   await_earlier_launches();
+  release_next_launch();
   constexpr int kTile = 128;
   constexpr int kScalesAt = 512;
   constexpr int kRopeAt = 528;

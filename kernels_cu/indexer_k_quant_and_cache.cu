@@ -46,6 +46,7 @@ template <typename Element, Scales kScales, int kVec, int kScaleVec, int kQuantB
 __global__ void __launch_bounds__(kMaxThreads)
     indexer_k_quant_and_cache(const __grid_constant__ Params p) {
   await_earlier_launches();
+  release_next_launch();
   static_assert(kQuantBlock % kVec == 0, "whole vectors");
   using Converter = Quantise<Element, E4M3, kVec>;
   constexpr int kVectors = kQuantBlock / kVec;

@@ -49,6 +49,7 @@ template <typename T, int kVec, int kVectors, int kLanes, int kHeads, int kMaxTh
 __global__ void __launch_bounds__(kMaxThreads)
     merge_attn_states(const __grid_constant__ Params p) {
   await_earlier_launches();
+  release_next_launch();
   using Bits = typename T::Bits;
   constexpr int kCount = kVec / static_cast<int>(sizeof(Bits));
   constexpr int kRounds = (kVectors + kLanes - 1) / kLanes;

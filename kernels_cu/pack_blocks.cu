@@ -61,6 +61,7 @@ template <Direction kMove, int kTensors, int kVec, int kFirstRun, int kSecondRun
           int kBlockSize, int kItems, typename Index, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) pack_blocks(const __grid_constant__ Params p) {
   await_earlier_launches();
+  release_next_launch();
   const u64* caches = p.table + blockIdx.y * kTensors;
   const i64 layer = blockIdx.y * p.layer_stride;
   const u32 vectors = static_cast<u32>(p.vectors);

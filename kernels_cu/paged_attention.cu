@@ -1320,6 +1320,7 @@ template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKe
 __global__ void __launch_bounds__(kWarps * 32, kKeySize + kValueSize > 256 ? 1 : 2)
     paged_attention(const __grid_constant__ Params p) {
   await_earlier_launches();
+  release_next_launch();
   run<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kWhole, kByToken, kCapped, kSloped,
       kStages, kShared, kCluster, Block, Length, Start>(p);
 }
@@ -1332,6 +1333,7 @@ __global__ void CUPY_CACHE_CLUSTER(kCluster)
     __launch_bounds__(kWarps * 32, kKeySize + kValueSize > 256 ? 1 : 2)
     paged_attention_clustered(const __grid_constant__ Params p) {
   await_earlier_launches();
+  release_next_launch();
   run<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kWhole, kByToken, kCapped, kSloped,
       kStages, kShared, kCluster, Block, Length, Start>(p);
 }

@@ -134,6 +134,7 @@ template <typename Keys, typename Values, int kElement, int kPackBytes, int kKey
 __global__ void __launch_bounds__(kThreads)
     reshape_and_cache(const __grid_constant__ Params p) {
   await_earlier_launches();
+  release_next_launch();
   static_assert(kKeyBytes % kPackBytes == 0 && kPackBytes % kKeyVec == 0, "whole packs");
   static_assert(kBlockSize % kSlots == 0, "whole groups of slots");
   static_assert(kPartBytes % 16 == 0, "whole packs and vectors");

@@ -93,6 +93,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   target.report(kSlotMapping, token);
   store_vector<kVec>(key_to, Converter::convert(key, k_scale), target.valid && has_key);
   store_vector<kVec>(value_to, Converter::convert(value, v_scale), target.valid && has_value);
+  release_next_launch();
 }
 
 }  // namespace cupy_cache

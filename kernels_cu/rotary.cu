@@ -306,6 +306,7 @@ template <typename Element, typename Table, typename Weight, typename Out, typen
           bool kEntries, typename Position, typename Slot, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) rotary(const __grid_constant__ Params p) {
   await_earlier_launches();
+  release_next_launch();
   constexpr int kElement = sizeof(typename Element::Bits);
   constexpr int kElements = kVec / kElement;
   constexpr int kStored = sizeof(typename Stored::Bits);

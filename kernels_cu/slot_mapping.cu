@@ -36,6 +36,7 @@ struct Params {
 template <bool kParallel, typename Block, typename Position, typename Start, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) slot_mapping(const __grid_constant__ Params p) {
   await_earlier_launches();
+  release_next_launch();
   const i64 token = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (token >= p.slots) return;
   i64 slot = kNoSlot;

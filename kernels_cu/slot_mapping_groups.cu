@@ -39,6 +39,7 @@ template <bool kParallel, typename Block, typename Row, typename Position, typen
 __global__ void __launch_bounds__(kMaxThreads)
     slot_mapping_groups(const __grid_constant__ Params p) {
   await_earlier_launches();
+  release_next_launch();
   const i64 token = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (token >= p.slots) return;
   const Table& table = p.groups[blockIdx.y];

@@ -93,7 +93,11 @@ class CudaDriver:
                 raise _not_launched(loaded, error) from error
             return
         try:
-            self._enqueue(loaded, grid, threads, stream, record)
+            if overlap.on:
+                self._enqueue(loaded, grid, threads, stream, record)
+            else:  # `_enqueue`, without a call more
+                shared = loaded.kernel.shared_bytes
+                self._launch(loaded.handle, *grid, threads, 1, 1, shared, stream, record.address, 0)
         except self._driver_error as error:
             if error.status != _INVALID_CONTEXT:
                 raise _not_launched(loaded, error) from error
@@ -117,6 +121,7 @@ class CudaDriver:
         self._launch(loaded.handle, *grid, threads, 1, 1, shared, stream, record.address, 0)
         if refused:
             self._overlaps[loaded.device] = False
+            overlap.forget_prepared()
 
     def _may_overlap(self, device):
         """Whether launches may overlap on a GPU."""

@@ -70,9 +70,14 @@ def _set(wanted):
     global on
     before, on = on, wanted
     if before != wanted:
-        for one in list(prepared):
-            one.forget()
+        forget_prepared()
     return before
+
+
+def forget_prepared():
+    """Have all launches prepared anew."""
+    for one in list(prepared):
+        one.forget()
 
 
 class Refused(Exception):
