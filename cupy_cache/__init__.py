@@ -28,8 +28,8 @@ The caches of all layers as one object, for the cheapest calls
 Who has which blocks: sequences, prefixes that are shared, swaps, and the arrays of each step
     `BlockTables`, `BlockPool`; tables in FlashInfer's form: `block_table_to_csr`,
     `csr_to_block_table`
-Compiling ahead, and asking for what was out of bounds
-    `warmup`, `raise_faults`
+Compiling ahead, asking for what was out of bounds, and launches that overlap
+    `warmup`, `raise_faults`, `overlap`
 
 Every error is a `CupyCacheError`, and also of the built-in kind that fits, such as `ValueError`. A
 wrong argument raises one before anything is written.
@@ -97,6 +97,7 @@ from .ops.swap_blocks_batch import swap_blocks_batch
 from .ops.zero_blocks import zero_blocks
 from .runtime import log, tracing
 from .runtime.faults import raise_faults
+from .runtime.overlap import overlap
 from .vllm_names import paged_attention_v1, paged_attention_v2
 
 __all__ = [
@@ -139,6 +140,7 @@ __all__ = [
     "gather_cache",
     "indexer_k_quant_and_cache",
     "merge_attn_states",
+    "overlap",
     "pack_blocks",
     "pack_tokens",
     "packed_size",

@@ -7,7 +7,7 @@ is an array has the type ``Any``: it is one of the caller's framework, and needs
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias
+from typing import Any, Literal, Protocol, SupportsIndex, TypeAlias, TypedDict
 
 import numpy as np
 
@@ -138,3 +138,30 @@ class Writer(Protocol):
         *,
         stream: StreamLike | None = None,
     ) -> None: ...
+
+
+# --- what a model does ----------------------------------------------------------------------------
+
+
+class Rotation(TypedDict, total=False):
+    """How a model rotates queries and keys, for `cupy_cache.warmup`. What has the name of an
+    argument of `cupy_cache.rotary_and_cache` means that; all may be left out.
+
+    rotary_dim : elements of a head that are rotated; by default all.
+    cos_sin_dtype : of the table; by default that of the keys, and float32.
+    is_neox : by default both.
+    norm_dtype : of both weights where ``norm_eps`` is given; by default that of the keys.
+    out : whether rotated queries go to another array; by default they stay where they are.
+    """
+
+    rotary_dim: SupportsIndex
+    rope_dim_offset: SupportsIndex
+    cos_sin_dtype: DTypeLike
+    is_neox: bool
+    mrope_section: Sequence[SupportsIndex]
+    mrope_interleaved: bool
+    norm_eps: float
+    norm_dtype: DTypeLike
+    rounding: Literal["once", "steps"]
+    out: bool
+    out_dtype: str

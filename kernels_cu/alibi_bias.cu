@@ -6,6 +6,7 @@
 // heads: no divisions. What depends on the positions alone is computed once for all heads of a thread.
 #include "cupy_cache/elements.cuh"
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/vec.cuh"
 
 namespace cupy_cache {
@@ -31,6 +32,8 @@ struct Params {
 // T is an element type of elements.cuh; kStoreVec are the bytes of a vector of them.
 template <typename T, int kStoreVec, typename Query, typename Key, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) alibi_bias(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   using Bits = typename T::Bits;
   constexpr int kCount = kStoreVec / static_cast<int>(sizeof(Bits));
   const i64 first = (static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x) * kCount;

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // ALiBi slopes, computed where they are needed: no upload, nothing to wait for.
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 
 namespace cupy_cache {
 
@@ -16,6 +17,8 @@ struct Params {
 
 template <int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) alibi_slopes(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   const i64 index = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (index >= p.count) return;
   const i64 head = p.first + index;

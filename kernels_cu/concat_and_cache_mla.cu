@@ -8,6 +8,7 @@
 // sizes. The fp8_ds_mla entry, whose scales depend on the values, has a kernel of its own below.
 #include "cupy_cache/convert.cuh"
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/paging.cuh"
 #include "cupy_cache/vec.cuh"
 #include "cupy_cache/warp.cuh"
@@ -84,6 +85,7 @@ template <typename Converter, Caches kCaches, int kVec, int kLatentBytes, int kR
           int kBlockSize, typename Slot, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads)
     concat_and_cache_mla(const __grid_constant__ Params p) {
+  await_earlier_launches();
   static_assert(kLatentBytes % kVec == 0 && kRopeBytes % kVec == 0, "whole vectors");
   constexpr int kLatentItems = kLatentBytes / kVec;
   constexpr int kItems = kLatentItems + kRopeBytes / kVec;  // of one entry
@@ -110,6 +112,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   const Target<kBlockSize> target(slot, p.num_blocks);
   store_entry<kCaches, kVec>(entry_at<kBlockSize>(p, cache, target.place()) + item * kVec,
                              Converter::convert(source, scale), target.valid);
+  release_next_launch();
   target.report(kSlotMapping, layer * p.tokens + token);
 }
 
@@ -153,6 +156,7 @@ template <typename Element, bool kPowerOfTwo, int kVec, int kCacheVec, bool kRop
           typename Slot, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads)
     concat_and_cache_fp8_ds_mla(const __grid_constant__ Params p) {
+  await_earlier_launches();
   constexpr int kLanes = 32;
   constexpr int kTileLanes = 8;
   constexpr int kValues = 16;  // of a lane
@@ -192,6 +196,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   memcpy(&bytes, &scale, sizeof(scale));
   bytes.store(entry + kScalesAt + lane / kTileLanes * 4, target.valid && lane % kTileLanes == 0);
   target.report(kSlotMapping, token);
+  release_next_launch();
 }
 
 #endif  // CUPY_CACHE_CONVERTS

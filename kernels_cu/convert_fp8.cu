@@ -7,6 +7,7 @@
 // it, in the order of the output's memory: consecutive threads write consecutive vectors.
 #include "cupy_cache/convert.cuh"
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/vec.cuh"
 
 namespace cupy_cache {
@@ -30,6 +31,8 @@ struct Params {
 // Converter makes vectors of kVec bytes of the output. kDims dimensions surround the run.
 template <typename Converter, int kVec, int kDims, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) convert_fp8(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   static_assert(kDims <= kMaxDims, "dimensions that Params holds");
   u32 rest = blockIdx.x * blockDim.x + threadIdx.x;
   if (rest >= p.vectors) return;

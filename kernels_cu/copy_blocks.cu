@@ -10,6 +10,7 @@
 // so there is no upload, no allocation and nothing to wait for.
 #include "cupy_cache/blocks.cuh"
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/paging.cuh"
 #include "cupy_cache/vec.cuh"
 
@@ -57,6 +58,8 @@ __device__ __forceinline__ i64 start_of(i64 number, i64 block_stride, i64 slot_s
 template <int kTensors, bool kInPlace, int kVec, int kFirstRun, int kSecondRun, bool kNested,
           int kItems, int kBlockSize, typename Index, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) copy_blocks(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   constexpr u32 kPointers = kTensors * (kInPlace ? 1 : 2);
   const u64* pointers = p.table + blockIdx.y * kPointers;
   const u32 works = static_cast<u32>(p.pairs) * p.chunks;  // the host keeps this below 2^31

@@ -8,6 +8,7 @@
 // indices, and finds its row's sequence by a search of its own, in lines that its neighbours read
 // too.
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/sequences.cuh"
 #include "cupy_cache/vec.cuh"
 
@@ -65,6 +66,8 @@ template <int kKeyVec, int kScaleVec, int kKeyBytes, int kScaleBytes, int kRowTh
           int kBlockSize, typename Block, typename Length, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads)
     cp_gather_indexer_k_quant_cache(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   const i64 row = static_cast<i64>(index / kRowThreads);
   const int thread = static_cast<int>(index % kRowThreads);

@@ -10,6 +10,7 @@
 // below.
 #include "cupy_cache/convert.cuh"
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/sequences.cuh"
 #include "cupy_cache/vec.cuh"
 
@@ -76,6 +77,8 @@ template <typename Converter, int kVec, int kOuter, int kHeads, int kBytes, int 
           int kBlockSize, int kGroup, typename Block, typename Length, typename Start, int kVectors,
           int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) gather_cache(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   static_assert(kBytes % kVec == 0, "whole vectors");
   constexpr int kSegmentVectors = kBytes / kVec;
   constexpr int kRowVectors = kOuter * kHeads * kSegmentVectors;
@@ -170,6 +173,8 @@ template <typename Latent, typename Rope, int kVec, int kSourceVec, int kBlockSi
           typename Start, typename SeqStart, int kVectors, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads)
     gather_fp8_ds_mla(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   constexpr int kTile = 128;
   constexpr int kScalesAt = 512;
   constexpr int kRopeAt = 528;

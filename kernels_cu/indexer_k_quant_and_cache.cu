@@ -8,6 +8,7 @@
 // Groups never straddle a warp, and leave as a whole.
 #include "cupy_cache/convert.cuh"
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/paging.cuh"
 #include "cupy_cache/vec.cuh"
 #include "cupy_cache/warp.cuh"
@@ -44,6 +45,8 @@ template <typename Element, Scales kScales, int kVec, int kScaleVec, int kQuantB
           int kQuantBlocks, int kLanes, int kBlockSize, typename Slot, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads)
     indexer_k_quant_and_cache(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   static_assert(kQuantBlock % kVec == 0, "whole vectors");
   using Converter = Quantise<Element, E4M3, kVec>;
   constexpr int kVectors = kQuantBlock / kVec;

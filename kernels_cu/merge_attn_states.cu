@@ -8,6 +8,7 @@
 // whole.
 #include "cupy_cache/elements.cuh"
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/vec.cuh"
 #include "cupy_cache/warp.cuh"
 
@@ -47,6 +48,8 @@ constexpr int kMostHeld = 4;  // vectors of each side, that a thread holds
 template <typename T, int kVec, int kVectors, int kLanes, int kHeads, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads)
     merge_attn_states(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   using Bits = typename T::Bits;
   constexpr int kCount = kVec / static_cast<int>(sizeof(Bits));
   constexpr int kRounds = (kVectors + kLanes - 1) / kLanes;

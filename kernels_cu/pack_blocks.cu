@@ -10,6 +10,7 @@
 // parameter struct: there is no upload and nothing to wait for.
 #include "cupy_cache/blocks.cuh"
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/paging.cuh"
 #include "cupy_cache/vec.cuh"
 
@@ -59,6 +60,8 @@ __device__ __forceinline__ i64 number_of(const Params& p, u32 item) {
 template <Direction kMove, int kTensors, int kVec, int kFirstRun, int kSecondRun, bool kNested,
           int kBlockSize, int kItems, typename Index, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) pack_blocks(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   const u64* caches = p.table + blockIdx.y * kTensors;
   const i64 layer = blockIdx.y * p.layer_stride;
   const u32 vectors = static_cast<u32>(p.vectors);

@@ -21,6 +21,7 @@
 #include "cupy_cache/ints.cuh"
 #include "cupy_cache/matrix.cuh"
 #include "cupy_cache/operands.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/paging.cuh"
 #include "cupy_cache/scratch.cuh"
 #include "cupy_cache/softmax.cuh"
@@ -1340,6 +1341,8 @@ template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKe
           int kShared, int kCluster, typename Block, typename Length, typename Start>
 __global__ void __launch_bounds__(kWarps * 32, kKeySize + kValueSize > 256 ? 1 : 2)
     paged_attention(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   run<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kWhole, kByToken, kCapped, kSloped,
       kStages, kShared, kCluster, Block, Length, Start>(p);
 }
@@ -1351,6 +1354,8 @@ template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKe
 __global__ void CUPY_CACHE_CLUSTER(kCluster)
     __launch_bounds__(kWarps * 32, kKeySize + kValueSize > 256 ? 1 : 2)
     paged_attention_clustered(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   run<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kWhole, kByToken, kCapped, kSloped,
       kStages, kShared, kCluster, Block, Length, Start>(p);
 }

@@ -22,6 +22,7 @@
 #include "cupy_cache/ints.cuh"
 #include "cupy_cache/matrix.cuh"
 #include "cupy_cache/operands.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/paging.cuh"
 #include "cupy_cache/softmax.cuh"
 
@@ -405,6 +406,8 @@ struct Quad {
 // few, every eighth.
 template <typename Query, int kLatent, bool kAlternate, bool kScaled, typename Length, typename Start>
 __global__ void __launch_bounds__(kJoiningThreads) join_parts(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   constexpr int kColumns = (kLatent + 63) / 64 * 64, kQuads = kColumns * 4, kFew = 32;
   static_assert(kFew * 8 == kJoiningThreads, "of a block, eight threads for each");
   const Schedule<Length, Start, kJoiningThreads> schedule(p, blockIdx.x, true);
@@ -495,6 +498,8 @@ template <typename Query, typename Stored, int kLatent, int kRope, bool kEntries
           int kStages, int kShared, typename Block, typename Length, typename Start>
 __global__ void __launch_bounds__(kThreads, 2)
     paged_attention_mla(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   using In = Operands<Query, Stored>;
   using Type = typename In::Type;
   constexpr bool kNarrow = In::kNarrow, kScaled = kNarrow && !kEntries;

@@ -9,6 +9,7 @@
 // for each. What is converted is converted before the transposition.
 #include "cupy_cache/convert.cuh"
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/paging.cuh"
 #include "cupy_cache/vec.cuh"
 
@@ -132,6 +133,8 @@ template <typename Keys, typename Values, int kElement, int kPackBytes, int kKey
           typename Slot, int kPartBytes, int kThreads>
 __global__ void __launch_bounds__(kThreads)
     reshape_and_cache(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   static_assert(kKeyBytes % kPackBytes == 0 && kPackBytes % kKeyVec == 0, "whole packs");
   static_assert(kBlockSize % kSlots == 0, "whole groups of slots");
   static_assert(kPartBytes % 16 == 0, "whole packs and vectors");

@@ -8,6 +8,7 @@
 // take consecutive items, so both moves coalesce whatever the shape, and one slot is read for both.
 #include "cupy_cache/convert.cuh"
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/paging.cuh"
 #include "cupy_cache/vec.cuh"
 
@@ -48,6 +49,7 @@ template <typename Converter, int kVec, int kHeads, int kKeyBytes, int kValueByt
           typename Slot, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads)
     reshape_and_cache_flash(const __grid_constant__ Params p) {
+  await_earlier_launches();
   static_assert(kKeyBytes % kVec == 0 && kValueBytes % kVec == 0, "whole vectors");
   constexpr int kKeyVectors = kKeyBytes / kVec;      // of one segment
   constexpr int kValueVectors = kValueBytes / kVec;
@@ -91,6 +93,7 @@ __global__ void __launch_bounds__(kMaxThreads)
   target.report(kSlotMapping, token);
   store_vector<kVec>(key_to, Converter::convert(key, k_scale), target.valid && has_key);
   store_vector<kVec>(value_to, Converter::convert(value, v_scale), target.valid && has_value);
+  release_next_launch();
 }
 
 }  // namespace cupy_cache

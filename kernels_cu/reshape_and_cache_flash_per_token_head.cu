@@ -8,6 +8,7 @@
 // converted. Everything is read once.
 #include "cupy_cache/convert.cuh"
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/paging.cuh"
 #include "cupy_cache/row.cuh"
 
@@ -52,6 +53,8 @@ template <typename From, typename To, int kLargest, int kVec, int kLanes, int kH
           int kValueSize, int kBlockSize, typename Slot, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads)
     reshape_and_cache_flash_per_token_head(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   const int lane = static_cast<int>(index % kLanes);
   const int head = static_cast<int>(index / kLanes % kHeads);

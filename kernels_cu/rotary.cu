@@ -9,6 +9,7 @@
 // normalised, or has a scale of its own, its kLanes lanes are neighbours in one warp.
 #include "cupy_cache/convert.cuh"
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/paging.cuh"
 #include "cupy_cache/row.cuh"
 #include "cupy_cache/vec.cuh"
@@ -304,6 +305,8 @@ template <typename Element, typename Table, typename Weight, typename Out, typen
           Sections kSections, bool kNorm, bool kSteps, bool kToOut, bool kKeys, bool kCached,
           bool kEntries, typename Position, typename Slot, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) rotary(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   constexpr int kElement = sizeof(typename Element::Bits);
   constexpr int kElements = kVec / kElement;
   constexpr int kStored = sizeof(typename Stored::Bits);

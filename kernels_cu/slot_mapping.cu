@@ -5,6 +5,7 @@
 // Block size and context-parallel layout are run-time fields: one or two integer divisions for each
 // token do not show, and no engine's settings need a specialisation of their own.
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/paging.cuh"
 #include "cupy_cache/sequences.cuh"
 #include "cupy_cache/slots.cuh"
@@ -34,6 +35,8 @@ struct Params {
 // kParallel: more than one rank.
 template <bool kParallel, typename Block, typename Position, typename Start, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) slot_mapping(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   const i64 token = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (token >= p.slots) return;
   i64 slot = kNoSlot;

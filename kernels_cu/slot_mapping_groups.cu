@@ -5,6 +5,7 @@
 // blockIdx.y is the group, blockIdx.x walks over the entries of its row of the result. The groups'
 // tables travel inside the parameter struct: there is no upload and nothing to wait for.
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/paging.cuh"
 #include "cupy_cache/sequences.cuh"
 #include "cupy_cache/slots.cuh"
@@ -37,6 +38,8 @@ template <bool kParallel, typename Block, typename Row, typename Position, typen
           int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads)
     slot_mapping_groups(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   const i64 token = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (token >= p.slots) return;
   const Table& table = p.groups[blockIdx.y];

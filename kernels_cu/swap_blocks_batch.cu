@@ -5,6 +5,7 @@
 // long and short ranges share a launch without idle blocks. The ranges travel inside the parameter
 // struct.
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 #include "cupy_cache/vec.cuh"
 
 namespace cupy_cache {
@@ -42,6 +43,8 @@ __device__ __forceinline__ void move(char* to, const char* from, u32 bytes) {
 
 template <int kChunk, int kThreads>
 __global__ void __launch_bounds__(kThreads) swap_blocks_batch(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  release_next_launch();
   for (u32 chunk = blockIdx.x; chunk < p.chunks; chunk += gridDim.x) {
     u32 low = 0, high = static_cast<u32>(p.ranges) - 1;  // the first range that ends behind it
     while (low < high) {

@@ -14,7 +14,7 @@ import cupy_cache as cc
 from cupy_cache.runtime import dispatch
 
 # No operations; other names of one.
-NO_OPERATION = {"packed_size", "raise_faults", "warmup"}
+NO_OPERATION = {"overlap", "packed_size", "raise_faults", "warmup"}
 NO_OPERATION |= {"block_table_to_csr", "csr_to_block_table"}
 NO_OPERATION |= {"flash_attn", "paged_attention_v1", "paged_attention_v2"}
 

@@ -25,7 +25,7 @@ from machine_code import (
 from cupy_cache import errors
 from cupy_cache.attention import alibi_slopes as attention
 from cupy_cache.compilation.specialisations import OPERATIONS, specialisations
-from cupy_cache.runtime import formats, modules, params
+from cupy_cache.runtime import formats, modules, overlap, params
 
 pytest.importorskip("cupy")
 
@@ -168,9 +168,31 @@ def moved_too_little(kernel, text):
             yield f"no 16-byte {what}"
 
 
+# What may not come before a kernel has waited: accesses to memory, but for its parameters (LDC),
+# and what may lead past the wait.
+BEFORE_WAITING = re.compile(
+    r"LD(?!C)|ST|U?ATOM|U?RED|CCTL|UBLK|UTMA|SU|TEX|TLD|SYNCS|BRA|BRX|JM|EXIT|CALL|RET|WARPSYNC"
+)
+
+
+def waits_too_late(text):
+    """What is wrong with how a kernel begins: it waits for earlier launches before all else."""
+    names = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", text)
+    if "ACQBULK" not in names:
+        yield "it does not wait for earlier launches"
+        return
+    waits = names.index("ACQBULK")
+    yield from (f"{name} before it waits" for name in names[:waits] if BEFORE_WAITING.match(name))
+    if re.search(r"@!?U?P\w+ +ACQBULK", text):
+        yield "it may wait or not"
+    if "PREEXIT" not in names[waits:]:
+        yield "it lets no later launch begin"
+
+
 def check(kernels, architecture, path, few=False):
     """Compile kernels of one source and read them, by way of a file; returns objections. Of a few
-    the instructions are another test's, but for those that are read everywhere."""
+    the instructions are another test's, but for those that are read everywhere, and for how they
+    begin."""
     cubin, names = modules.compile_cubins(kernels, architecture)
     assert cubin[:4] == b"\x7fELF"
     if cuobjdump() is None:
@@ -181,11 +203,15 @@ def check(kernels, architecture, path, few=False):
         kernel: list(used_too_much(kernel, usage[names[kernel.expression]])) for kernel in kernels
     }
     copies = not kernels[0].converts
-    widely = architecture == COMPLETE and not few
-    if widely or (copies and kernels[0].stem in READ_EVERYWHERE):
+    complete = architecture == COMPLETE
+    all_read = (complete and not few) or (copies and kernels[0].stem in READ_EVERYWHERE)
+    if complete or all_read:
         text = instructions(path)
         for kernel, objections in found.items():
-            objections += moved_too_little(kernel, text[names[kernel.expression]])
+            if all_read:
+                objections += moved_too_little(kernel, text[names[kernel.expression]])
+            if architecture >= overlap.OLDEST_CAPABILITY:
+                objections += waits_too_late(text[names[kernel.expression]])
     path.unlink()
     return [
         f"{kernel!r} for sm_{architecture}: {objection}"
@@ -227,16 +253,22 @@ def sources(tmp_path, monkeypatch):
     return folder
 
 
-# A kernel that indexes an array of its own, and one that moves single bytes.
+# A kernel that indexes an array of its own, and one that moves single bytes; which waits for
+# earlier launches as it must, or not at all, or after a load, or not where there is nothing to do.
 BAD = """
 #include "cupy_cache/ints.cuh"
+#include "cupy_cache/overlap.cuh"
 namespace cupy_cache {
 struct Params {
   char* out;
   i64 count;
 };
-template <int kVec, bool kBytes>
+template <int kVec, bool kBytes, int kWait>
 __global__ void bad(const __grid_constant__ Params p) {
+  if (kWait == 2 && threadIdx.x >= p.count) return;
+  const char first = kWait == 1 ? p.out[blockIdx.x] : 0;
+  if constexpr (kWait != 3) await_earlier_launches();
+  p.out[-1] = first;
   if constexpr (kBytes) {
     p.out[threadIdx.x] = p.out[threadIdx.x + p.count];
   } else {
@@ -253,9 +285,12 @@ __global__ void bad(const __grid_constant__ Params p) {
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        ("16, true", ["no 16-byte loads", "no 16-byte stores"]),
-        ("1, true", []),
-        ("16, false", ["128 bytes of STACK", "local memory is accessed"]),
+        ("16, true, 0", ["no 16-byte loads", "no 16-byte stores"]),
+        ("1, true, 0", []),
+        ("16, false, 0", ["128 bytes of STACK", "local memory is accessed"]),
+        ("1, true, 1", ["LDG before it waits"]),
+        ("1, true, 2", ["EXIT before it waits"]),
+        ("1, true, 3", ["it does not wait for earlier launches"]),
     ],
 )
 def test_reading_sees_what_is_wrong(sources, tmp_path, arguments, expected):

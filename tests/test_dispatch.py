@@ -3,6 +3,7 @@
 """What is sent to the driver where a signature of torch tensors comes again: the fast path must
 send what the long way sends, and refuse what it refuses."""
 
+import functools
 import gc
 import weakref
 
@@ -19,6 +20,7 @@ from cupy_cache.ops import (
     gather_and_maybe_dequant_cache,
     gather_cache,
     reshape_and_cache_flash,
+    rotary_and_cache,
     slot_mapping_groups,
     swap_blocks,
 )
@@ -42,6 +44,7 @@ OPS = (
     flash.OP, concat_and_cache_mla.OP, concat_and_cache_mla_grouped.OP, copy_blocks.OP,
     copy_blocks.MLA_OP, swap_blocks.OP,
     gather_and_maybe_dequant_cache.OP, gather_cache.OP, alibi_bias.OP, slot_mapping_groups.OP,
+    *rotary_and_cache.CALL.ops.values(),
 )  # fmt: skip
 
 
@@ -403,6 +406,43 @@ def test_bound_to_its_caches(recorder):
         cache.write(0, *given[:2], given[-1])
         (sent,) = recorder.take()
         assert fields(sent[-1]) == expected_fields(given)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_bound_beside_what_a_call_writes(recorder, monkeypatch, in_place):
+    """Rotated queries: other tensors at each call, one quick way for both layers. Queries that lie
+    in a cache are refused by it, too."""
+    layers = [tensors()[2:4] for _ in range(2)]
+    cache = cc.PagedKVCache(*(list(side) for side in zip(*layers)))
+    table = torch.zeros(9, 8)
+
+    def step(tokens):
+        rows = [tensors(tokens)[0] for _ in "qkvo"]
+        return torch.zeros(tokens, dtype=torch.int64), rows, torch.arange(tokens)
+
+    def write(layer, positions, rows, slots):
+        query, key, value, out = rows
+        out = {} if in_place else {"out": out}
+        cache.rotary_write(layer, positions, query, key, value, table, slots, **out)
+
+    def plain(layer, positions, rows, slots):
+        query, key, value, out = rows
+        named = {} if in_place else {"out": out}
+        pair = layers[layer]
+        cc.rotary_and_cache(positions, query, key, value, table, *pair, slots, **named)
+
+    for call in range(8):
+        given = call % 2, *step(5 + call)
+        expected = long_way(recorder, functools.partial(plain, *given), monkeypatch)
+        before = recorder.long
+        write(*given)
+        assert recorder.take() == expected
+        assert (recorder.long > before) == (call < 2)
+    inside = layers[0][0].view(-1, 3, 8)[:5]
+    positions, rows, slots = step(5)
+    rows[0 if in_place else 3] = inside
+    with pytest.raises(cc.ArgumentError, match="rotary_write: Invalid memory of"):
+        write(0, positions, rows, slots)
 
 
 def test_bound_with_too_few_or_too_many(recorder):

@@ -42,7 +42,7 @@ def test_any_other_statement_is_refused(name):
             ("s32", "u32"), ("s64", "u64"), ("setp.ne", "setp.eq"), ("@when", "@!when"),
             ("%0", "%1"), ('"h"', '"r"'), ('"r"', '"h"'), (".ftz", ""), (".approx", ""),
             ("_group", "_all"), (".aligned", ""), (".x4", ".x2"), ("f16", "tf32"),
-            ("cluster", "cta"), ("async", "bulk"),
+            ("cluster", "cta"), ("async", "bulk"), ("griddep", "dep"),
         )  # fmt: skip
         others = {whole.replace(*change, 1) for change in changes} - {whole}
         assert len(others) > 2

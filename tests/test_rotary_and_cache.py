@@ -252,6 +252,42 @@ def test_tokens_beyond_the_slots(world, rng, kind):
     check(world, model, step, named)
 
 
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("slots", ["random", "consecutive", "random, few"])
+def test_many_tokens_in_x_packed_caches(world, rng, slots, interleaved):
+    """From 8,192 on the order of the work depends on what the slots look like. Angles are 0, so
+    that keys stay as they are."""
+    tokens, heads, size, blocks = int(rng.integers(8192, 8300)), 3, 16, 600
+    tokens = 37 if "few" in slots else tokens
+    rows = [rotating.rows(rng, tokens, heads, size, "float16") for _ in "qkv"]
+    table = np.zeros((1, size), np.float32)
+    table[:, : size // 2] = 1
+    values = (2, size, 8) if interleaved else (size, 16)
+    caches = [
+        worlds.array(rng, (blocks, heads, *shape), "float16")
+        for shape in ((size // 8, 16, 8), values)
+    ]
+    mapping = rng.permutation(blocks * 16)[: tokens - 3]
+    if slots == "consecutive":
+        mapping = np.arange(7, tokens + 4)
+    mapping[rng.integers(2, tokens - 3, 20)] = -1
+    positions = worlds.of_values(np.zeros(tokens, np.int64))
+    step = positions, *rows, worlds.of_values(table), *caches, worlds.of_values(mapping)
+    cc.rotary_and_cache(*map(world.put, step))
+
+    query, key, value = (spec.on(spec.buffer.bytes) for spec in rows)
+    expected = [spec.on(spec.buffer.bytes.copy()) for spec in caches]
+    block, offset = mapping[mapping >= 0] // 16, mapping[mapping >= 0] % 16
+    key, value = (array[: tokens - 3][mapping >= 0] for array in (key, value))
+    expected[0][block, :, :, offset] = key.reshape(-1, heads, size // 8, 8)
+    if interleaved:
+        expected[1][block, :, offset // 8, :, offset % 8] = value
+    else:
+        expected[1][block, :, :, offset] = value
+    for spec, wanted in zip((rows[0], *caches), (query, *expected)):
+        np.testing.assert_array_equal(spec.on(world.bytes_of(spec)), wanted)
+
+
 @pytest.mark.parametrize("sections", [None, (8, 12, 12)])
 @pytest.mark.parametrize("bad", [-1, rotating.POSITIONS, 2**31, 2**62, -(2**63)])
 def test_positions_outside_the_table(world, rng, bad, sections):

@@ -1,5 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
+import functools
 import io
 import os
 import re
@@ -324,6 +325,81 @@ def test_dtypes_of_one_width_share_their_kernels():
         for dtype in ("float16", "bfloat16", "float32")
     )
     assert half == other_half != single
+
+
+ROTATIONS = [
+    {},
+    {"is_neox": False, "rotary_dim": 32, "rope_dim_offset": 16, "cos_sin_dtype": "bfloat16"},
+    {"is_neox": True, "norm_eps": 1e-6, "out": True, "rounding": "steps"},
+    {"is_neox": True, "norm_eps": 1e-6, "norm_dtype": "float32", "out_dtype": "fp8"},
+    {"is_neox": True, "mrope_section": (8, 12, 12), "cos_sin_dtype": "float32"},
+    {"is_neox": True, "mrope_section": (12, 10, 10), "mrope_interleaved": True, "out": True},
+]
+
+
+@pytest.mark.each("rotation")
+@pytest.mark.parametrize("stored", ["auto", "int8_per_token_head"])
+@pytest.mark.parametrize("rotation", ROTATIONS, ids=str)
+def test_rotations(rng, emulated_world, rotation, stored):
+    """What a model that rotates so calls is loaded."""
+    names = "rotary_and_cache", "rotary_embedding"
+    ready = {
+        kernel.key
+        for kernel in specialisations(
+            HEADS, SIZE, BLOCK, index_dtypes=None, num_heads=8, kv_cache_dtype=stored,
+            rotary=rotation, ops=names,
+        )
+    }  # fmt: skip
+    needed = needed_by(emulated_world, functools.partial(rotate, rng, rotation, stored))
+    found = {kernel.key for kernel in needed}
+    assert len(found) == 2 and found <= ready
+    if {"is_neox", "cos_sin_dtype"} <= set(rotation) and stored != "auto":
+        assert found == ready  # and nothing else
+
+
+def rotate(rng, rotation, stored, world):
+    """A step of a model that rotates so."""
+
+    def put(*shape, dtype="bfloat16"):
+        return world.put(worlds.array(rng, shape, dtype))
+
+    given = dict(rotation)
+    table = put(9, given.pop("rotary_dim", SIZE), dtype=given.pop("cos_sin_dtype", "float32"))
+    axes = (3,) if "mrope_section" in given else ()
+    positions = world.put(worlds.of_values(np.zeros((*axes, 5), np.int64)))
+    is_neox = given.pop("is_neox", True)
+    query, key, value = put(5, 8, SIZE), put(5, HEADS, SIZE), put(5, HEADS, SIZE)
+    turns = {name: given[name] for name in given if name.startswith(("rope", "mrope"))}
+    cc.rotary_embedding(positions, query, key, SIZE, table, is_neox, **turns)
+    weights = given.pop("norm_dtype", "bfloat16")
+    if "norm_eps" in given:
+        given |= {f"{side}_norm_weight": put(SIZE, dtype=weights) for side in "qk"}
+    if given.pop("out", "out_dtype" in given):
+        given["out"] = put(5, 8, SIZE, dtype="uint8" if "out_dtype" in given else "bfloat16")
+    element = "bfloat16" if stored == "auto" else "uint8"
+    caches = [put(4, BLOCK, HEADS, SIZE, dtype=element) for _ in "kv"]
+    if stored != "auto":
+        given |= {f"{side}_scale_cache": put(4, BLOCK, HEADS, dtype="float32") for side in "kv"}
+    slots = world.put(worlds.of_values(np.arange(5)))
+    step = positions, query, key, value, table, *caches, slots, is_neox, stored
+    cc.rotary_and_cache(*step, **given)
+
+
+@pytest.mark.parametrize(
+    "rotation, words",
+    [
+        ({"heads": 8}, ("rotary", "rotary_dim", "'heads'")),
+        ({"rotary_dim": 0}, ("rotary[rotary_dim]", "positive")),
+        ({"cos_sin_dtype": "float31"}, ("rotary[cos_sin_dtype]", "float31")),
+        ({"mrope_section": (1, 2)}, ("mrope_section", "three integers")),
+        ({"rotary_dim": 128}, ("rotary_and_cache", "cos_sin_cache")),
+    ],
+)
+def test_rotations_that_are_refused(rotation, words):
+    with pytest.raises(cc.CupyCacheError) as caught:
+        list(specialisations(HEADS, SIZE, BLOCK, rotary=rotation, ops=["rotary_and_cache"]))
+    for word in words:
+        assert word in str(caught.value)
 
 
 def test_query_heads():

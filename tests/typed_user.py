@@ -305,6 +305,12 @@ def scaled(array: ArrayLike, scale: Scale) -> None:
     cc.convert_fp8(array, array, scale)
 
 
+def overlapping(array: ArrayLike) -> None:
+    cc.overlap(False)
+    with cc.overlap():
+        cc.convert_fp8(array, array)
+
+
 # --- errors ---------------------------------------------------------------------------------------
 
 

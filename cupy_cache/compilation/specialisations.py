@@ -8,8 +8,10 @@ where a launch tells its kernel instead. To add an operation, write its calls be
 name them in `OPERATIONS`.
 """
 
+import functools
 import itertools
 import math
+import types
 from typing import NamedTuple
 
 from ..attention import alibi_slopes as attention
@@ -41,7 +43,7 @@ from ..ops.slot_mapping_groups import slot_mapping_groups
 from ..ops.swap_blocks import swap_blocks
 from ..ops.swap_blocks_batch import KERNEL as SWAP_BLOCKS_BATCH
 from ..ops.zero_blocks import zero_blocks
-from ..runtime import arrays, devices, formats, launch, spelling
+from ..runtime import arrays, contract, devices, formats, launch, spelling
 
 # The element types that engines use, by what the indices are: slots and positions are computed in
 # torch, whose integers have 64 bits; tables, and what counts sequences, are made on the host.
@@ -63,7 +65,8 @@ FLOAT32, INT64, UINT8 = (formats.DTYPES[name] for name in ("float32", "int64", "
 
 def specialisations(
     num_kv_heads, head_size, block_size, dtype="bfloat16", *, layouts=("NHD",), head_size_v=None,
-    kv_cache_dtype="auto", index_dtypes=("int64",), num_heads=None, ops=None, refused=None,
+    kv_cache_dtype="auto", index_dtypes=("int64",), num_heads=None, rotary=None, ops=None,
+    refused=None,
 ):  # fmt: skip
     """The kernels that `warmup` loads for the same arguments, each once, as `modules.Kernel`\\ s.
 
@@ -94,7 +97,7 @@ def specialisations(
             role: tuple(formats.DTYPES[name] for name in (index_dtypes or names))
             for role, names in ENGINES.items()
         },
-        num_kv_heads if num_heads is None else num_heads,
+        num_kv_heads if num_heads is None else num_heads, _rotation(rotary or {}, dtype),
     )  # fmt: skip
     seen = set()
     for name in OPERATIONS if ops is None else ops:
@@ -109,6 +112,34 @@ def specialisations(
             refused.append(error)
 
 
+# What `warmup` takes of a rotation, and what it is by default; None: every kind, or none.
+ROTATION = {
+    "rotary_dim": None, "rope_dim_offset": 0, "cos_sin_dtype": None, "is_neox": None,
+    "mrope_section": None, "mrope_interleaved": False, "norm_eps": None, "norm_dtype": None,
+    "rounding": "once", "out": False, "out_dtype": "auto",
+}  # fmt: skip
+
+
+def _rotation(given, dtype):
+    """A rotation with all that it lacks, for keys of ``dtype``, as a namespace."""
+    unknown = [name for name in given if name not in ROTATION]
+    if unknown:
+        raise ArgumentError(
+            f"warmup: Invalid value of rotary: expected some of {', '.join(ROTATION)}, got "
+            f"{unknown[0]!r}"
+        )
+    all_of_it = types.SimpleNamespace(**{**ROTATION, **given})
+    for name in ("cos_sin_dtype", "norm_dtype"):
+        named = getattr(all_of_it, name)
+        if named is not None:
+            setattr(all_of_it, name, formats.dtype_named(named, f"warmup: rotary[{name}]"))
+    all_of_it.norm_dtype = all_of_it.norm_dtype or dtype
+    if all_of_it.rotary_dim is not None:
+        where = "warmup", "rotary[rotary_dim]"
+        all_of_it.rotary_dim = contract.integer(*where, all_of_it.rotary_dim, least=1)
+    return all_of_it
+
+
 def _kernels_of(call):
     """The kernels that a call, (function, its arguments …), launches."""
     function, *arguments = call
@@ -116,7 +147,7 @@ def _kernels_of(call):
         function(*arguments)
     except launch.KernelNeeded as noted:
         return noted.kernels
-    raise AssertionError(f"{function.__name__} launched nothing")
+    raise AssertionError(f"{function} launched nothing")
 
 
 # --- arrays that are only described ---------------------------------------------------------------
@@ -188,6 +219,7 @@ class Model(NamedTuple):
     layouts: tuple
     indices: dict
     query_heads: int
+    rotation: types.SimpleNamespace
 
     @property
     def by_token(self):
@@ -310,37 +342,58 @@ def _x_packed(model):
 
 
 def _tables(model, size):
-    """Cosines and sines of the type of the keys, and of float32, for rows of so many elements that
-    rotate whole."""
+    """Cosines and sines, of the type of the keys and of float32 where none is named, for rows of so
+    many elements of a head that rotate; and whether in NeoX's style."""
     if model.dtype in formats.FLOATS and size > 0 and size % 2 == 0:
-        for dtype in dict.fromkeys((model.dtype, FLOAT32)):
-            yield described((ROWS, size), dtype)
+        dtype, style = model.rotation.cos_sin_dtype, model.rotation.is_neox
+        dtypes = dict.fromkeys((model.dtype, FLOAT32)) if dtype is None else (dtype,)
+        for one, is_neox in itertools.product(dtypes, (True, False) if style is None else (style,)):
+            yield described((ROWS, size), one), is_neox
+
+
+def _positions(model):
+    """Of a step; of each of three axes where there are sections."""
+    axes = () if model.rotation.mrope_section is None else (3,)
+    return model.numbers("positions", *axes, ROWS)
+
+
+def _turns(model, *names):
+    """What the rotating operations take by name."""
+    names = "rope_dim_offset", "mrope_section", "mrope_interleaved", *names
+    return {name: getattr(model.rotation, name) for name in names}
 
 
 def _rotary_write(model):
-    """Of queries in place; a model that normalises, or rotates less of a head, needs others."""
-    packed = ((keys, values) for keys, values, _ in model.x_packed())
-    caches = [*model.pairs(), *packed]
-    tables = _tables(model, model.key_size)
-    for table, is_neox, pair in itertools.product(tables, (True, False), caches):
+    rotation, named = model.rotation, _turns(model, "norm_eps", "rounding", "out_dtype")
+    query = described((ROWS, model.query_heads, model.key_size), model.dtype)
+    if rotation.norm_eps is not None:
+        weights = [described((model.key_size,), rotation.norm_dtype) for _ in "qk"]
+        named |= zip(("q_norm_weight", "k_norm_weight"), weights)
+    if rotation.out or rotation.out_dtype != "auto":
+        raw = rotation.out_dtype in formats.RAW
+        named["out"] = described(query.shape, model.dtype if raw else UINT8)
+    packed = [] if model.by_token else [(keys, values) for keys, values, _ in model.x_packed()]
+    if model.by_token:
+        named |= zip(("k_scale_cache", "v_scale_cache"), model.token_scales())
+    rotate = functools.partial(rotary_and_cache, **named)
+    tables = _tables(model, rotation.rotary_dim or model.key_size)
+    for (table, is_neox), pair in itertools.product(tables, [*model.pairs(), *packed]):
         for positions, slots, scales in itertools.product(
-            model.numbers("positions", ROWS), model.numbers("slots", ROWS), model.scales()
+            _positions(model), model.numbers("slots", ROWS), model.scales()
         ):
-            query = described((ROWS, model.query_heads, model.key_size), model.dtype)
             step = positions, query, *model.tokens(), table, *pair, slots, is_neox
-            yield rotary_and_cache, *step, model.kv_cache_dtype, *scales
+            yield rotate, *step, model.kv_cache_dtype, *scales
 
 
 def _rotary(model):
-    for table in _tables(model, model.key_size):
-        for is_neox, positions in itertools.product(
-            (True, False), model.numbers("positions", ROWS)
-        ):
-            query, key = (
-                described((ROWS, heads, model.key_size), model.dtype)
-                for heads in (model.query_heads, model.heads)
-            )
-            yield rotary_embedding, positions, query, key, model.key_size, table, is_neox
+    rotate = functools.partial(rotary_embedding, **_turns(model))
+    size = model.rotation.rotary_dim or model.key_size
+    for (table, is_neox), positions in itertools.product(_tables(model, size), _positions(model)):
+        query, key = (
+            described((ROWS, heads, model.key_size), model.dtype)
+            for heads in (model.query_heads, model.heads)
+        )
+        yield rotate, positions, query, key, model.key_size, table, is_neox
 
 
 def _mla_rotary(model):
@@ -349,7 +402,7 @@ def _mla_rotary(model):
     kv_c, k_pe = model.entries()
     q_pe = described((ROWS, model.query_heads, k_pe.shape[1]), model.dtype)
     tables = _tables(model, k_pe.shape[1])
-    for table, is_neox, cache in itertools.product(tables, (True, False), list(model.rows())):
+    for (table, is_neox), cache in itertools.product(tables, list(model.rows())):
         for positions, slots in itertools.product(
             model.numbers("positions", ROWS), model.numbers("slots", ROWS)
         ):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from ..errors import CupyCacheError, DeviceError
 from ..runtime import contract, driver, modules
 from ..runtime.log import logger
-from ..types import DeviceLike, DTypeLike
+from ..types import DeviceLike, DTypeLike, Rotation
 from .specialisations import specialisations
 
 MAX_WORKERS = 16
@@ -32,6 +32,7 @@ def warmup(
     device: DeviceLike | None = None,
     index_dtypes: Sequence[str] | None = None,
     num_heads: int | None = None,
+    rotary: Rotation | None = None,
     ops: Sequence[str] | None = None,
     progress: bool = True,
 ) -> int:
@@ -68,6 +69,10 @@ def warmup(
         requests.
     num_heads : int, optional
         Query heads on this GPU, for attention; by default as many as ``num_kv_heads``.
+    rotary : dict, optional
+        How queries and keys are rotated, see `cupy_cache.types.Rotation`, such as ``{"is_neox":
+        True, "rotary_dim": 64, "norm_eps": 1e-6, "out": True}``. By default whole heads, not
+        normalised, in both styles, with tables of both dtypes, and queries in place.
     ops : sequence of str, optional
         Only these operations; by default all that the layouts apply to. One that refuses the shape
         does not stop the others: it is logged as a warning or, if it was named here, raised when
@@ -114,8 +119,8 @@ def warmup(
     kernels = list(
         specialisations(
             num_kv_heads, head_size, block_size, dtype, layouts=layouts, head_size_v=head_size_v,
-            kv_cache_dtype=kv_cache_dtype, index_dtypes=index_dtypes, num_heads=num_heads, ops=ops,
-            refused=refused,
+            kv_cache_dtype=kv_cache_dtype, index_dtypes=index_dtypes, num_heads=num_heads,
+            rotary=rotary, ops=ops, refused=refused,
         )
     )  # fmt: skip
     failed: list[CupyCacheError] = []

@@ -42,7 +42,7 @@ from ..types import (
 )
 from . import allocation, layouts
 
-MAX_ATTENDERS = 16  # of one layer
+MAX_BOUND = 16  # combinations of options of one layer
 _ATTEND, _GATHER = "PagedKVCache.attend", "PagedKVCache.gather"
 _ROTARY, _ATTEND_MLA = "PagedKVCache.rotary_write", "PagedKVCache.attend_mla"
 _BY_TOKEN = "k_scale_cache", "v_scale_cache"  # what operations call them
@@ -54,10 +54,10 @@ class PagedKVCache:
     `allocate` makes the arrays; this makes an object of arrays that exist.
 
     The functions of this library read their arguments at every call: of `copy_blocks` for 32 layers
-    these are 64 arrays. This object reads the caches once for `write`, `attend`, and the methods
-    that copy, pack, unpack or zero blocks; the other methods read them at every call. Its methods
-    mean what the functions of the same arguments mean, with the same checks and errors, which name
-    the method.
+    these are 64 arrays. This object reads the caches once for `write`, `rotary_write`, `attend` and
+    the methods that copy, pack, unpack or zero blocks; the others read them at every call. Its
+    methods mean what the functions of the same arguments mean, with the same checks and errors,
+    which name the method.
 
     Parameters
     ----------
@@ -270,6 +270,7 @@ class PagedKVCache:
         self._kv_cache_dtype, self._scales = kv_cache_dtype, list(zip(k_scales, v_scales))
         self._attenders: dict[tuple, Any] = {}
         self._movers: dict[tuple, dispatch.Bound] = {}  # by method and layout
+        self._rotators: dict[tuple, Any] = {}
         # Not a list: that has layers of negative numbers, too.
         self._writers = {
             layer: self._writer(layer, kv_cache_dtype, k_scales[layer], v_scales[layer])
@@ -404,7 +405,7 @@ class PagedKVCache:
         stream: StreamLike | None = None,
     ) -> None:
         """Rotate one step's queries and keys, and write the keys and the values into a layer's
-        caches, in one launch. The caches are read again at each call.
+        caches, in one launch.
 
         Parameters
         ----------
@@ -417,47 +418,90 @@ class PagedKVCache:
         rope_dim_offset, mrope_section, mrope_interleaved, norm_eps, q_norm_weight, k_norm_weight
             As for `rotary_and_cache`; without value caches they are refused.
         norm_weight_bias, out, out_dtype, q_scale, rounding
-            As for `rotary_and_cache`; without value caches they are refused.
+            As for `rotary_and_cache`; without value caches they are refused. The combination of
+            ``is_neox`` and all of these but ``out`` is remembered for the layer, and the arrays
+            among them are kept, as the caches are: give the same ones at each step.
         """
+        options = (
+            is_neox, rope_dim_offset, mrope_section, mrope_interleaved, norm_eps, norm_weight_bias,
+            out_dtype, rounding,
+        )  # fmt: skip
+        has_out = out is not None and (out is not query or self.value_caches is None)
+        kinds = (*map(type, options), type(q_scale))  # True equals 1
+        number = q_scale if type(q_scale) is float else id(q_scale)
+        place = layer, options, kinds, number, id(q_norm_weight), id(k_norm_weight), has_out
         try:
-            layer = self._layer("rotary_write", layer)
-            k_scale, v_scale = self._scales[layer]
-            if self.value_caches is None:
-                options = {
-                    "rope_dim_offset": rope_dim_offset, "mrope_section": mrope_section,
-                    "mrope_interleaved": mrope_interleaved, "norm_eps": norm_eps,
-                    "q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight,
-                    "norm_weight_bias": norm_weight_bias, "out": out, "out_dtype": out_dtype,
-                    "q_scale": q_scale, "rounding": rounding,
-                }  # fmt: skip
-                usually = inspect.signature(rotary_and_cache.rotary_and_cache).parameters
-                for name, option in options.items():
-                    usual = usually[name].default
-                    if option is not usual and (usual is None or option != usual):
-                        expected = f"{usual!r} where there are no value caches"
-                        name = f"{_ROTARY}: {name}"
-                        raise ArgumentError(
-                            errors.wrong("value", name, expected, contract.shown(option))
-                        )
-                concat_and_cache_mla_rope_fused.concat_and_cache_mla_rope_fused(
-                    positions, query, key, value, cos_sin_cache, is_neox, slot_mapping,
-                    self.key_caches[layer], self._kv_cache_dtype, k_scale, stream=stream,
-                )  # fmt: skip
-                return
-            scales_of_keys, scales_of_values = self._scales_of_tokens(layer)
-            rotary_and_cache.rotary_and_cache(
-                positions, query, key, value, cos_sin_cache, self.key_caches[layer],
-                self.value_caches[layer], slot_mapping, is_neox, self._kv_cache_dtype, k_scale,
-                v_scale, rope_dim_offset=rope_dim_offset, mrope_section=mrope_section,
-                mrope_interleaved=mrope_interleaved, norm_eps=norm_eps,
-                q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight,
-                norm_weight_bias=norm_weight_bias, out=out, out_dtype=out_dtype, q_scale=q_scale,
-                rounding=rounding, stream=stream,
-                k_scale_cache=scales_of_keys, v_scale_cache=scales_of_values,
-            )  # fmt: skip
+            bound = self._rotators.get(place)
+        except TypeError:  # what cannot be hashed is not remembered, and may be refused
+            place = bound = None
+        step = positions, query, key, value, cos_sin_cache, slot_mapping
+        try:
+            if bound is None:
+                layer = self._layer("rotary_write", layer)
+                arrays = q_norm_weight, k_norm_weight, q_scale, out if has_out else None
+                bound = self._rotator(layer, *options, *arrays)
+                if len(self._rotators) >= MAX_BOUND * len(self):
+                    self._rotators.clear()
+                if place is not None:
+                    self._rotators[place] = bound
+            bound(*step, *((out,) if has_out else ()), stream=stream)
         except CupyCacheError as error:
             errors.rename(error, _ROTARY, _ROTATED)
             raise
+
+    def _rotator(
+        self, layer, is_neox, offset, sections, interleaved, norm_eps, norm_weight_bias, out_dtype,
+        rounding, q_norm_weight, k_norm_weight, q_scale, out,
+    ):  # fmt: skip
+        """`rotary_write` for one layer and these options, as a function of the other arguments."""
+        stored, (k_scale, v_scale) = self._kv_cache_dtype, self._scales[layer]
+        fixed, numbers = {}, {}
+        if self.value_caches is None:
+            self._refuse_unusual(
+                rope_dim_offset=offset, mrope_section=sections, mrope_interleaved=interleaved,
+                norm_eps=norm_eps, q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight,
+                norm_weight_bias=norm_weight_bias, out_dtype=out_dtype, q_scale=q_scale,
+                rounding=rounding, out=out,
+            )  # fmt: skip
+            call = concat_and_cache_mla_rope_fused.CALL
+            fixed["kv_cache"] = self.key_caches[layer]
+            if formats.is_scaled(stored):
+                scale, number = contract.split_scale(call.name, "kv_cache_scale", k_scale)
+                fixed["kv_cache_scale"] = scale
+                numbers = {"k_scale": number, "v_scale": number}
+            op, options, scalars = call.settle(is_neox=is_neox, kv_cache_dtype=stored, **numbers)
+        else:
+            call = rotary_and_cache.CALL
+            fixed |= {
+                "key_cache": self.key_caches[layer], "value_cache": self.value_caches[layer],
+                "q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight,
+                **dict(zip(_BY_TOKEN, self._scales_of_tokens(layer))),
+            }  # fmt: skip
+            scales = {}
+            if self.k_scale_caches is None and formats.is_scaled(stored):
+                scales |= {"k_scale": k_scale, "v_scale": v_scale}
+            if formats.is_scaled(out_dtype):
+                scales["q_scale"] = q_scale
+            for name, scale in scales.items():
+                fixed[name], numbers[name] = contract.split_scale(call.name, name, scale)
+            op, options, scalars = call.settle(
+                is_neox=is_neox, kv_cache_dtype=stored, out_dtype=out_dtype, rounding=rounding,
+                offset=offset, sections=sections, interleaved=interleaved, norm_eps=norm_eps,
+                norm_weight_bias=norm_weight_bias, **numbers,
+            )  # fmt: skip
+        fixed = {name: array for name, array in fixed.items() if array is not None}
+        return dispatch.Bound(op, fixed, options, scalars, _ROTARY, ["out"] * (out is not None))
+
+    @staticmethod
+    def _refuse_unusual(**options):
+        """Refuse options of `rotary_write` that latent caches have no use for."""
+        usually = inspect.signature(rotary_and_cache.rotary_and_cache).parameters
+        for name, option in options.items():
+            usual = usually[name].default
+            if option is not usual and (usual is None or option != usual):
+                expected = f"{usual!r} where there are no value caches"
+                got = contract.shown(option)
+                raise ArgumentError(errors.wrong("value", f"{_ROTARY}: {name}", expected, got))
 
     def _layer(self, method, layer):
         """``layer``, which must be one: lists have layers of negative numbers, too."""
@@ -508,7 +552,7 @@ class PagedKVCache:
             key = bound = None
         if bound is None:
             bound = self._attender(layer, *options, alibi_slopes, sinks, *given)
-            if len(self._attenders) >= MAX_ATTENDERS * len(self):
+            if len(self._attenders) >= MAX_BOUND * len(self):
                 self._attenders.clear()
             if key is not None:
                 self._attenders[key] = bound

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The environment variables, in one table; nothing else reads the environment.
 
-The prefix is ``CUPYCACHE_``: ``CUPY_CACHE_`` belongs to CuPy itself. CUPYCACHE_DEBUG and
-CUPYCACHE_LOGLEVEL are read at import, the others at use.
+The prefix is ``CUPYCACHE_``: ``CUPY_CACHE_`` belongs to CuPy itself. CUPYCACHE_DEBUG,
+CUPYCACHE_LOGLEVEL and CUPYCACHE_OVERLAP are read at import, the others at use.
 """
 
 import os
@@ -34,11 +34,14 @@ NO_COMPILE = Variable(
 LOGLEVEL = Variable(
     "CUPYCACHE_LOGLEVEL", "", "a logging level, such as DEBUG: print the log to standard error"
 )
+OVERLAP = Variable(
+    "CUPYCACHE_OVERLAP", "0", "1: kernels may begin before the one in front of them is done"
+)
 REQUIRE_GPU = Variable(
     "CUPYCACHE_REQUIRE_GPU", "0", "1: tests marked gpu fail rather than skip where there is no GPU"
 )
 
-TABLE = (DEBUG, KERNEL_DIR, LINEINFO, NO_COMPILE, LOGLEVEL, REQUIRE_GPU)
+TABLE = (DEBUG, KERNEL_DIR, LINEINFO, NO_COMPILE, OVERLAP, LOGLEVEL, REQUIRE_GPU)
 
 
 def text(variable):

@@ -12,7 +12,7 @@ import functools
 import operator
 import struct
 
-from . import arrays, faults, guards, indices, lists, plans, streams
+from . import arrays, faults, guards, indices, lists, overlap, plans, streams
 
 MAX_PATHS = 8  # signatures of calls of one form
 MAX_FORMS = 256
@@ -103,6 +103,12 @@ class _Launches:
         self._fields_at = 8 * len(op.args)
         self._grids = {}  # {rows: (enqueue, errors, what to call at these instead, scratch)}
         self.known, self.records = {}, []
+        overlap.prepared.add(self)
+
+    def forget(self):
+        """Prepare all launches anew."""
+        self._grids.clear()
+        self.known.clear()
 
     def prepare(self, key, tensors, scalars):
         """A further one; None where the tensors are not those of the plan, or no kernel is loaded
@@ -167,8 +173,6 @@ def _kernel_path(op, entry, objects, options, given):
         return None
     pick = _Pick(given, objects, unique)
     pointers = _Pointers(op, entry, kind, objects, unique, pick.twins, bound)
-    if bound and entry.apart is not None and any(op.args[index].written for index in given):
-        return None  # only what is bound was found to lie apart before
     extents = _Extents(op, kind, objects, unique)
     launches = _Launches(op, entry, options, extents)
     sized = [at for at, index in enumerate(unique) if op.args[index].varies == arrays.ROWS]
@@ -373,8 +377,12 @@ class _Pointers:
         self._low = self._low_bits([kind.address(objects[index]) for index in everything])
         self.odd = int(any(self._low))
         self._entry, self._everything, self._unique = entry, everything, unique
+        self._bound_shapes = {index: objects[index].shape for index in bound}
         self.apart, self.written, self.written_rows_vary = set(), None, False
-        if entry.apart is not None and not bound:
+        # What is bound was found to lie apart before.
+        if entry.apart is not None and not all(
+            i in bound for i in everything if op.args[i].written
+        ):
             self.written = _getter([at for at, i in enumerate(everything) if op.args[i].written])
             self.written_rows_vary = entry.apart.varies
 
@@ -384,7 +392,7 @@ class _Pointers:
         for index, address in zip(self._everything, addresses):
             values[index] = address
         if self.written_rows_vary:
-            shapes = [()] * len(values)
+            shapes = [self._bound_shapes.get(index, ()) for index in range(len(values))]
             for index, tensor in zip(self._unique, tensors):
                 shapes[index] = tensor.shape
         self._entry.apart.check(values, shapes)

@@ -200,6 +200,8 @@ inline void cp_wait_1() {}
 inline void cp_wait_2() {}
 inline void cp_wait_3() {}
 
+inline void nothing() {}
+
 // A cluster has one block here.
 inline void cluster_sync() { emulator_sync_block(); }
 inline void mapa(unsigned& to, unsigned from, unsigned) { to = from; }

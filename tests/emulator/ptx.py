@@ -142,6 +142,13 @@ INSTRUCTIONS = {
     "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;": Instruction(
         "cluster_sync", "", r"UCGABAR_ARV .*UCGABAR_WAIT", stays=True, clobbers='"memory"'
     ),
+    # Launches are run one after the other here.
+    "griddepcontrol.wait;": Instruction(
+        "nothing", "", r"ACQBULK ;", stays=True, clobbers='"memory"'
+    ),
+    "griddepcontrol.launch_dependents;": Instruction(
+        "nothing", "", r"PREEXIT ;", stays=True, clobbers='"memory"'
+    ),
     "mapa.shared::cluster.u32 %0, %1, %2;": Instruction(
         "mapa", "=r r r", r"PRMT R\d+, R\d+, 0x654, R", stays=True
     ),

@@ -62,6 +62,11 @@ class Call:
         There is one cache, the role key_cache, whose entries are [value | key].
     called : dict, optional
         What roles are called that are not called so.
+
+    Attributes
+    ----------
+    ops : dict
+        {1, or 3 where positions have axes: `dispatch.Op`}.
     """
 
     def __init__(self, name, needed, key_in_place=False, entries=False, called=None):
@@ -69,7 +74,7 @@ class Call:
         written = (*_WRITTEN, "key") if key_in_place else _WRITTEN
         # Positions of several axes vary along another dimension: that is another operation to the
         # machinery of calls.
-        self._ops = {
+        self.ops = {
             axes: dispatch.Op(
                 name,
                 args=[
@@ -93,12 +98,17 @@ class Call:
         }
         self.name = name
 
-    def __call__(
-        self, objects, stream, *, is_neox, kv_cache_dtype="auto", out_dtype="auto",
-        rounding="once", offset=0, sections=None, interleaved=False, norm_eps=None,
-        norm_weight_bias=0.0, inverse=False, head_size=None, q_scale=1.0, k_scale=1.0, v_scale=1.0,
+    def __call__(self, objects, stream, **how):
+        """``objects``: of `ROLES`, those at the end may be left out. ``how``: see `settle`."""
+        op, options, scalars = self.settle(**how)
+        op(objects, options, stream, scalars)
+
+    def settle(
+        self, *, is_neox, kv_cache_dtype="auto", out_dtype="auto", rounding="once", offset=0,
+        sections=None, interleaved=False, norm_eps=None, norm_weight_bias=0.0, inverse=False,
+        head_size=None, q_scale=1.0, k_scale=1.0, v_scale=1.0,
     ):  # fmt: skip
-        """``objects``: of `ROLES`, those at the end may be left out. The scales are floats."""
+        """(The `dispatch.Op`, the options and the scalars of a call.) The scales are floats."""
         name = self.name
         axes, epsilon = 1, 0.0
         if sections is not None:
@@ -116,7 +126,7 @@ class Call:
         )  # fmt: skip
         bias = contract.number(name, "norm_weight_bias", norm_weight_bias, kind="")
         scalars = epsilon, bias, q_scale, k_scale, v_scale
-        self._ops[axes](objects, options, stream, scalars)
+        return self.ops[axes], options, scalars
 
 
 def _sections(op, sections):

@@ -1,0 +1,155 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Launches that begin before the work in front of them in their stream is done: programmatic
+dependent launch, of which this module is the one owner. CuPy has no binding for it.
+
+What makes it safe is in the kernels: each waits first for all earlier work (overlap.cuh).
+"""
+
+import ctypes
+import functools
+import weakref
+
+from .. import errors
+from . import cuda, env
+
+OLDEST_DRIVER = (12, 3)  # the first whose graphs keep such launches apart from others
+OLDEST_CAPABILITY = 90
+
+on = env.flag(env.OVERLAP)  # asking the environment at each launch would take 0.5 us
+# What has prepared launches, which are for `on` as it was: each has a method ``forget``.
+prepared: weakref.WeakSet = weakref.WeakSet()
+
+
+class overlap:
+    """Let launches overlap, or no longer: a setting of the whole process.
+
+    A kernel of this library is then begun while the kernel in front of it in its stream, if that is
+    this library's too, still runs: it is on its processors when that is done, and loses no time to
+    being launched. It waits for all that is in front of it before it reads or writes anything, so
+    results are the same. Work of others in the stream waits for the whole of ours, as ever.
+
+    Nothing overlaps on GPUs older than compute capability 9.0 and with drivers older than CUDA
+    12.3. A captured graph keeps what was set during its capture. Off by default;
+    ``CUPYCACHE_OVERLAP=1`` turns it on from the start. To be set once, or around a capture, rather
+    than at each call: the calls after a change take longer.
+
+    Parameters
+    ----------
+    on : bool, optional
+
+    Raises
+    ------
+    ArgumentError
+        For what is neither True nor False.
+
+    Examples
+    --------
+    >>> import cupy_cache as cc
+    >>> setting = cc.overlap()  # from now on
+    >>> with cc.overlap(False):  # until its end
+    ...     pass
+    >>> setting = cc.overlap(False)
+    """
+
+    def __init__(self, on: bool = True) -> None:
+        if not isinstance(on, bool):
+            given = type(on).__name__
+            raise errors.ArgumentError(errors.wrong("type", "overlap: on", "True or False", given))
+        self._before = _set(on)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        _set(self._before)
+
+
+def _set(wanted):
+    """Set `on`; what it was before."""
+    global on
+    before, on = on, wanted
+    if before != wanted:
+        forget_prepared()
+    return before
+
+
+def forget_prepared():
+    """Have all launches prepared anew."""
+    for one in list(prepared):
+        one.forget()
+
+
+class Refused(Exception):
+    """The driver did not take a launch."""
+
+    def __init__(self, status):
+        super().__init__(status)
+        self.status = status
+
+
+def available(capability):
+    """Whether launches may overlap on a GPU of this compute capability, such as 90."""
+    version = cuda.driver_version()
+    return (
+        capability >= OLDEST_CAPABILITY
+        and version is not None
+        and version >= OLDEST_DRIVER
+        and _entry() is not None
+    )
+
+
+@functools.cache
+def _entry():
+    """``cuLaunchKernelEx``; None where the driver has none."""
+    entry = getattr(cuda.load_library(), "cuLaunchKernelEx", None)
+    if entry is None:
+        return None
+    # Half a microsecond a call, with integers; the library's own function takes twice as long.
+    kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
+    return kind(ctypes.cast(entry, ctypes.c_void_p).value)
+
+
+class _Attribute(ctypes.Structure):
+    """``CUlaunchAttribute``: the number 6 lets a launch overlap."""
+
+    _fields_ = [("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 16)]
+    OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Config(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    ]
+
+
+_ALLOWED = _Attribute(_Attribute.OVERLAP, 0, (1,))
+MAX_STREAMS = 64
+
+
+@functools.lru_cache(maxsize=512)
+def prepare(handle, grid, threads, shared_bytes):
+    """A launch of a kernel that may overlap, as a function of the stream, the address of the
+    parameters' and 0; it raises `Refused`."""
+    # {stream: (address, configuration)}. None is changed: another thread may be using it.
+    launch, known = _entry(), {}
+
+    def enqueue(stream, address, zero):
+        config = known.get(stream)
+        if config is None:
+            if len(known) >= MAX_STREAMS:
+                known.clear()
+            made = _Config(grid, (threads, 1, 1), shared_bytes, stream, ctypes.pointer(_ALLOWED), 1)
+            config = known[stream] = ctypes.addressof(made), made
+        status = launch(config[0], handle, address, zero)
+        if status:
+            raise Refused(status)
+
+    return enqueue
