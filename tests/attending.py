@@ -282,8 +282,8 @@ class Problem:
             return
         got = self.out.on(world.bytes_of(self.out))[rows].astype(np.float64)
         wanted = np.stack([exact[row][0] for row in rows])
-        # NumPy's products of float32 told once of an invalid value, and not at the next run on the same
-        # numbers. A NaN in the result is seen by the comparison.
+        # NumPy's products of float32 once told of an invalid value, and not when the same numbers
+        # were multiplied again. A NaN in the result is seen by the comparison.
         with np.errstate(invalid="ignore"):
             plain = np.stack([self._plain(row) for row in rows])
         check_numbers(got, wanted, plain, self.dtype)
