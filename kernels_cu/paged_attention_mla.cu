@@ -4,26 +4,28 @@
 // each token, whose first elements are its value too.
 //
 // A unit of work is 16 rows: query heads of neighbouring tokens of one sequence. The tokens of a
-// sequence are cut into parts, and these are put together in groups, by the sequence's length alone.
-// The results of a group's parts are joined one after the other, and so are those of a sequence's
-// groups. So it does not matter to any bit whether a thread block takes one part, a group or a whole
-// unit, and what it takes may be chosen by how much there is to do: each block finds that out from all
-// sequences' lengths (`Schedule`). Groups are taken, as long as there is a round of them for all
-// multiprocessors; the rest is taken in parts. What does not make up a unit is written to memory, and
-// a second launch joins it (`join_parts`).
+// sequence are cut into parts, and these are put together in at most eight groups, by the sequence's
+// length alone. The results of a group's parts are joined one after the other, and so are those of a
+// sequence's groups. So it does not matter to any bit who computes a part: each thread block takes as
+// much of all units, one after the other, as any other, and what a unit lacks is exchanged through
+// scratch memory. The last of the blocks that share a unit joins their results; where many share one, a
+// second launch does. Where sequences have many units, these are dealt out to lanes of thread blocks, so
+// that those of one sequence are worked on at the same time, and its tokens are read from memory once.
 //
-// The four warps of a thread block share each tile of tokens, which is copied to shared memory ahead of
-// use. Each has a quarter of the queries' elements in registers, for which it multiplies with the
-// tokens'; the sums of all four are the scores, which each adds up for itself. Each then has a quarter
-// of the columns of the result.
+// The warps of a thread block share each tile of tokens, which is copied to shared memory ahead of use.
+// Four of them make up a team, which multiplies some of a tile's tokens with the queries: each warp with
+// a quarter of the queries' elements, which it has in registers. The sums of all four are the scores,
+// which each warp adds up for itself. Each then has some of the columns of the result.
 #include "cupy_cache/async.cuh"
 #include "cupy_cache/cluster.cuh"
+#include "cupy_cache/divide.cuh"
 #include "cupy_cache/elements.cuh"
 #include "cupy_cache/ints.cuh"
 #include "cupy_cache/matrix.cuh"
 #include "cupy_cache/operands.cuh"
 #include "cupy_cache/overlap.cuh"
 #include "cupy_cache/paging.cuh"
+#include "cupy_cache/scratch.cuh"
 #include "cupy_cache/softmax.cuh"
 
 namespace cupy_cache {
@@ -36,14 +38,12 @@ struct Params {
   const char* seq_lens;         // [sequences]
   const char* query_start_loc;  // [sequences + 1]; where Start is void each has one token
   const char* kv_scale;         // float32, or null: kv_scale_value
-  float* partial;               // [places, a result], or null
   char* out;                    // [tokens, heads, kLatent]
   char* lse;                    // float32 [tokens, heads], or null
   i64 tokens;
   i64 sequences;
   i64 table_width;
   i64 table_stride;
-  i64 places;  // of results that are to be joined; 0: none is, so every block takes whole units
   float scale;
   float kv_scale_value;
   i64 num_blocks;
@@ -55,54 +55,42 @@ struct Params {
   i64 lse_head_stride;
   i64 block_stride;
   i64 slot_stride;
+  u64 scratch_tag;  // see scratch.cuh
   u32 block_size;
   u32 heads;
-  u32 processors;  // multiprocessors
   u32 causal;
-  u32 chunks_in;  // the query's rows can be read 16 bytes at a time
-  u32 pairs_out;  // the output's can be written in pairs
+  u32 aligned;  // 1: the query's rows can be read 16 bytes at a time; 2: the output's written in pairs
+  Divisor by_block_size;
+  char* scratch;  // a word for each unit, and slots of results
+  u64 slots_at;   // bytes
+  u32 slots;      // of a thread block
+  u32 lanes;      // that a sequence's units are dealt out to
+  u32 blocks;     // of a lane
+  u32 joins;      // the last block that has a part of a unit joins all; else a second launch does
 };
 
-constexpr u32 kBlockTable = 1, kSeqLens = 2;  // numbers of guarded arguments
-constexpr int kRows = 16;                     // of a unit
-constexpr int kWarps = 4;
-constexpr int kThreads = 32 * kWarps;
+constexpr u32 kBlockTable = 1, kSeqLens = 2, kQueryStartLoc = 3;  // numbers of guarded arguments
+constexpr int kRows = 16;                                         // of a unit
+constexpr int kTeam = 4;                                          // warps
+constexpr i32 kTurn = 64;                                         // tokens, in which work is measured
+constexpr i32 kGroups = 8;                                        // of a sequence, at most
 constexpr int kJoiningThreads = 256;
-constexpr int kMostGroups = 32;  // of a sequence
+constexpr int kTogether = 8;  // results that a thread of the second launch loads at the same time
 
 // How a sequence is cut: into at most 128 parts of at least 64 tokens, and groups of at least 1,024.
 struct Cut {
-  i32 part;  // tokens
+  i32 turns;  // at least 1
+  i32 log;    // of the turns of a part
   i32 parts;
-  i32 of_group;  // parts
-  i32 groups;
+  i32 group;  // parts
 
   __device__ __forceinline__ explicit Cut(i32 length) {
-    part = length > 4096 ? 256 : length > 1024 ? 128 : 64;
-    while (static_cast<i64>(part) * 128 < length) part *= 2;
-    of_group = part < 256 ? 1024 / part : 4;
-    parts = length > 0 ? (length - 1) / part + 1 : 1;
-    groups = (parts - 1) / of_group + 1;
-  }
-  // Parts of group `index`.
-  __device__ __forceinline__ i32 parts_of(i32 index) const {
-    return min(of_group, parts - index * of_group);
+    turns = max((length + (kTurn - 1)) / kTurn, 1);
+    log = turns <= 16 ? 0 : turns <= 64 ? 1 : turns <= 512 ? 2 : 32 - __clz((turns - 1) / 128);
+    parts = (turns + (1 << log) - 1) >> log;
+    group = max(16 >> log, (parts + (kGroups - 1)) / kGroups);
   }
 };
-
-struct Sequence {
-  i64 first;  // token, a row of query and out
-  u32 count;  // tokens
-  u32 units;
-  i32 length;
-  i64 given_length;
-};
-
-template <typename Start>
-__device__ __forceinline__ i64 start_of(const Params& p, i64 sequence) {
-  const i64 start = load_number<Start>(p.query_start_loc + sequence * static_cast<i64>(sizeof(Start)));
-  return start < 0 ? 0 : start > p.tokens ? p.tokens : start;
-}
 
 __device__ __forceinline__ i64 longest(const Params& p) {
   constexpr i64 kLongest = 0x7fffff00;  // tokens have 32-bit numbers
@@ -110,184 +98,190 @@ __device__ __forceinline__ i64 longest(const Params& p) {
   return in_table < kLongest ? in_table : kLongest;
 }
 
-template <typename Length, typename Start>
-__device__ __forceinline__ Sequence sequence_at(const Params& p, i64 index) {
-  Sequence found;
-  found.first = index;
-  found.count = 1;
-  if constexpr (!IsVoid<Start>::value) {
-    const i64 end = start_of<Start>(p, index + 1);
-    found.first = start_of<Start>(p, index);
-    found.count = static_cast<u32>(end > found.first ? end - found.first : 0);
+// A sequence: where its rows of the query begin, and how much there is to do for it.
+struct Sequence {
+  i64 first;  // token, a row of query and out
+  u32 count;  // tokens
+  u32 units;
+  i32 length;
+  i64 stated;  // the same, as it was given
+
+  template <typename Length>
+  __device__ __forceinline__ void load(const Params& p, i64 index, i64 start, i64 end) {
+    first = start;
+    count = static_cast<u32>(end - start);
+    units = static_cast<u32>((static_cast<u64>(count) * p.heads + (kRows - 1)) / kRows);
+    stated = load_number<Length>(p.seq_lens + index * static_cast<i64>(sizeof(Length)));
+    length = static_cast<i32>(max(min(stated, longest(p)), i64{0}));
   }
-  found.units = (found.count * p.heads + (kRows - 1)) / kRows;
-  const i64 most = longest(p);
-  found.given_length = load_number<Length>(p.seq_lens + index * static_cast<i64>(sizeof(Length)));
-  const i64 length = found.given_length;
-  found.length = static_cast<i32>(length < 0 ? 0 : length > most ? most : length);
-  return found;
+  // How many of its units are those of a lane.
+  __device__ __forceinline__ u32 of_lane(const Params& p, u32 lane) const {
+    return units > lane ? (units - lane - 1) / p.lanes + 1 : 0;
+  }
+};
+
+// A start counts as the nearest number that is neither below an earlier one nor outside the query.
+__device__ __forceinline__ i64 in_order(const Params& p, i64 start, i64 before) {
+  return start < before ? before : start > p.tokens ? p.tokens : start;
+}
+template <typename Start>
+__device__ __forceinline__ i64 load_start(const Params& p, i64 index) {
+  if constexpr (IsVoid<Start>::value) return index;
+  else return load_number<Start>(p.query_start_loc + index * static_cast<i64>(sizeof(Start)));
 }
 
-enum class Kind { kUnit, kGroup, kPart };
-
-// What there is to do for a number of sequences. (Of bounds in query_start_loc that make no sense there
-// may be more than 32 bits hold; then which rows are attended to is not defined.)
-struct Amounts {
-  u32 units, groups, parts;  // those of all units
-
-  __device__ __forceinline__ u32 of(Kind kind) const {
-    return kind == Kind::kUnit ? units : kind == Kind::kGroup ? groups : parts;
-  }
-
-  __device__ __forceinline__ void add(const Amounts& more) {
-    units += more.units;
-    groups += more.groups;
-    parts += more.parts;
-  }
-  __device__ __forceinline__ void add(const Sequence& sequence) {
-    const Cut cut(sequence.length);
-    units += sequence.units;
-    groups += sequence.units * cut.groups;
-    parts += sequence.units * cut.parts;
-  }
-};
-
-// What a thread block takes: parts first <= part < last of a unit.
-struct Item {
-  i64 sequence;  // negative: none
-  u32 unit;      // of the sequence
-  i32 first, last;
-  Amounts before;  // of the sequences before this one
-};
-
-// How the work is shared among thread blocks: the same for all of them. What there is to do has the
-// order of sequences, groups, units of a sequence, parts of a group.
-template <typename Length, typename Start, int kBlockThreads>
-class Schedule {
+// What a thread block takes of the units of its lane: their turns, those of all sequences one after the
+// other, are numbered, and a block takes the parts whose first turn is one of its own.
+template <typename Length, typename Start, int kThreads>
+class Share {
  public:
-  u32 coarse;   // so many groups are items, one each; the parts of those behind them are
-  u32 skipped;  // parts of those groups
-  u32 items;
-  bool whole;  // units are items
+  u64 each;        // turns of a block
+  u64 begin, end;  // of this block
+  u64 before;      // turns of the units before
+  i64 index;       // of the sequence
+  Sequence sequence;
+  u32 unit;  // of the sequence
 
-  // All threads of the block come here. `item` is in shared memory: the one of this number, or all of
-  // the unit of this number.
-  __device__ __forceinline__ Schedule(const Params& p, u32 number, bool of_units) : p_(p) {
-    const u32 sequences = static_cast<u32>(p.sequences);
-    const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);
-    Item& found = shared_item();
-    __shared__ Amounts warps[kBlockThreads / 32];
-    Kind kind = Kind::kGroup;
-    u32 target = 0;
-    // All there is; where the groups end that are items; and the one that is looked for. One loop, so
-    // that there is little to fetch before the work begins.
-#pragma unroll 1
-    for (int pass = 0; pass < 3; ++pass) {
-      Amounts all = {};
-#pragma unroll 1
-      for (u32 first = 0; first < sequences; first += kBlockThreads) {
-        const u32 index = first + threadIdx.x;
-        Sequence its;
-        Amounts mine = {};
-        if (index < sequences) {
-          its = sequence_at<Length, Start>(p, index);
-          mine.add(its);
+  // `block` is one of those of the lane. kUnits: it is the number of one of its units, which is found.
+  template <bool kUnits = false>
+  __device__ __forceinline__ void find(const Params& p, u32 lane, u32 block) {
+    lane_ = lane;
+    sequences_ = p.sequences;
+    constexpr int kWarps = kThreads / 32;
+    __shared__ u64 numbers[kWarps];
+    __shared__ u32 odd_ones[kWarps];
+    __shared__ i64 found[4];
+    __shared__ u32 units_of_warps[kWarps];
+    const u32 count = static_cast<u32>(p.sequences), of_thread = (count + kThreads - 1) / kThreads;
+    const u32 first = min(threadIdx.x * of_thread, count), last = min(first + of_thread, count);
+    const u32 warp = threadIdx.x / 32, in_warp = threadIdx.x % 32;
+    i64 start = first < last ? load_start<Start>(p, first) : 0;
+    u64 mine = 0;
+    u32 units = 0;  // kUnits
+    bool odd = false;
+    i64 at = start;
+    for (u32 i = first; i < last; ++i) {
+      const i64 next = load_start<Start>(p, i + 1);
+      odd |= at < 0 || next < at || next > p.tokens;
+      mine += turns_of(p, i, at, next, units);
+      at = next;
+    }
+    if constexpr (!IsVoid<Start>::value) {
+      const u32 odds = __ballot_sync(kWarp, odd);
+      if (in_warp == 0) odd_ones[warp] = odds;
+      __syncthreads();
+      bool any = false;
+#pragma unroll
+      for (int i = 0; i < kWarps; ++i) any |= odd_ones[i] != 0;
+      if (any) {  // all starts are read by each thread
+        i64 behind = 0;
+        for (u32 i = 0; i <= last; ++i) {
+          const i64 stated = load_start<Start>(p, i), next = in_order(p, stated, behind);
+          if (next != stated) record_fault(kQueryStartLoc, i, stated, p.tokens + 1);
+          if (i == first) start = next, mine = 0, units = 0;
+          else if (i > first) mine += turns_of(p, i - 1, behind, next, units);
+          behind = next;
         }
-        Amounts sum = mine;
-#pragma unroll 1
-        for (int other = 1; other < 32; other *= 2) {
-          Amounts lower;
-          lower.units = __shfl_up_sync(kWarp, sum.units, other);
-          lower.groups = __shfl_up_sync(kWarp, sum.groups, other);
-          lower.parts = __shfl_up_sync(kWarp, sum.parts, other);
-          if (lane >= other) sum.add(lower);
-        }
-        if (lane == 31) warps[warp] = sum;
-        if (first == 0 && threadIdx.x == 0) found.sequence = -1;
-        __syncthreads();
-        Amounts before = all;
-#pragma unroll 1
-        for (int i = 0; i < kBlockThreads / 32; ++i) {
-          if (i < warp) before.add(warps[i]);
-          all.add(warps[i]);
-        }
-        before.add(sum);
-        before.units -= mine.units;
-        before.groups -= mine.groups;
-        before.parts -= mine.parts;
-        const u32 inside = target - before.of(kind);
-        if (pass > 0 && target >= before.of(kind) && inside < mine.of(kind)) {
-          describe(found, kind, index, its, before, inside);
-        }
-        __syncthreads();
-      }
-      if (pass == 0) {
-        const u32 rest = all.groups % p.processors;
-        coarse = rest * 10 >= p.processors * 7 ? all.groups : all.groups - rest;
-        target = coarse;
-      } else if (pass == 1) {
-        skipped = all.parts;
-        if (coarse < all.groups && found.sequence >= 0) {
-          const Sequence its = sequence_at<Length, Start>(p, found.sequence);
-          const Cut cut(its.length);
-          skipped = part_number(found, its, cut, found.first / cut.of_group);
-        }
-        items = coarse + all.parts - skipped;
-        whole = items > p.places;
-        if (whole) items = all.units;
-        kind = whole || of_units ? Kind::kUnit : number < coarse ? Kind::kGroup : Kind::kPart;
-        target = kind == Kind::kPart ? number - coarse + skipped : number;
-        __syncthreads();  // `found` has been read
       }
     }
+    u64 until = mine;  // of this warp's threads, up to this one
+    u32 units_until = units;
+#pragma unroll
+    for (u32 other = 1; other < 32; other *= 2) {
+      const u64 lower = __shfl_up_sync(kWarp, until, other);
+      if (in_warp >= other) until += lower;
+      if constexpr (kUnits) {
+        const u32 units_lower = __shfl_up_sync(kWarp, units_until, other);
+        if (in_warp >= other) units_until += units_lower;
+      }
+    }
+    if (in_warp == 31) numbers[warp] = until, units_of_warps[warp] = units_until;
+    if (threadIdx.x == 0) found[0] = count;
+    __syncthreads();
+    u64 total = 0;
+    before = until - mine;
+    u32 units_before = units_until - units;
+#pragma unroll
+    for (u32 i = 0; i < kWarps; ++i) {
+      if (i < warp) before += numbers[i], units_before += units_of_warps[i];
+      total += numbers[i];
+    }
+    each = max((total + p.blocks - 1) / p.blocks, u64{1});
+    begin = min(block * each, total);
+    end = min(begin + each, total);
+    if (kUnits ? units_before <= block && block < units_before + units
+               : before <= begin && begin < before + mine) {
+      i64 its = start;
+      for (u32 i = first; i < last; ++i) {
+        const i64 next = in_order(p, load_start<Start>(p, i + 1), its);
+        u32 its_units = 0;
+        const u64 turns = turns_of(p, i, its, next, its_units);
+        if (kUnits ? block < units_before + its_units : begin < before + turns) {
+          found[0] = i;
+          found[1] = its;
+          found[2] = static_cast<i64>(before);
+          found[3] = units_before;
+          break;
+        }
+        before += turns;
+        units_before += its_units;
+        its = next;
+      }
+    }
+    __syncthreads();
+    index = found[0];
+    if (index >= p.sequences) return;
+    before = static_cast<u64>(found[2]);
+    load(p, found[1]);
+    const u64 turns = Cut(sequence.length).turns;
+    const u64 skipped = kUnits ? block - static_cast<u32>(found[3]) : (begin - before) / turns;
+    unit = lane_ + static_cast<u32>(skipped) * p.lanes;
+    before += skipped * turns;
   }
 
-  __device__ __forceinline__ const Item& item() const { return shared_item(); }
-
-  // Where the result of the first part of a group is, or the group's, which is then `alone`.
-  __device__ __forceinline__ u32 place(const Sequence& its, const Cut& cut, i32 group,
-                                       bool& alone) const {
-    const u32 number = item().before.groups + group * its.units + item().unit;
-    alone = number < coarse;
-    return alone ? number : coarse + part_number(item(), its, cut, group) - skipped;
+  __device__ __forceinline__ bool more() const {
+    return index < sequences_ && before < end && begin < end;
+  }
+  // Goes on to the next unit.
+  __device__ __forceinline__ void go_on(const Params& p) {
+    before += static_cast<u32>(Cut(sequence.length).turns);
+    unit += p.lanes;
+    while (unit >= sequence.units) {
+      const i64 start = sequence.first + sequence.count;
+      unit = lane_;
+      if (++index >= sequences_) return;
+      load(p, start);
+    }
+  }
+  // The first part of the unit that is not for the blocks before turn `turn`.
+  __device__ __forceinline__ i32 part_at(const Cut& cut, u64 turn) const {
+    const u64 turns = turn > before ? turn - before : 0;
+    const u64 part = (turns + ((u64{1} << cut.log) - 1)) >> cut.log;
+    return part < static_cast<u64>(cut.parts) ? static_cast<i32>(part) : cut.parts;
+  }
+  // The block that a part of the unit is for.
+  __device__ __forceinline__ u32 block_of(const Cut& cut, i32 part) const {
+    const u64 turn = before + (static_cast<u64>(part) << cut.log);
+    if (((turn | each) >> 32) == 0) return static_cast<u32>(turn) / static_cast<u32>(each);
+    return static_cast<u32>(turn / each);
   }
 
  private:
-  const Params& p_;
+  u32 lane_;
+  i64 sequences_;
 
-  static __device__ __forceinline__ Item& shared_item() {
-    __shared__ Item found;
-    return found;
+  __device__ __forceinline__ u64 turns_of(const Params& p, i64 number, i64 start, i64 behind,
+                                          u32& units) const {
+    if (behind <= start || start < 0 || behind > p.tokens) return 0;
+    Sequence its;
+    its.load<Length>(p, number, start, behind);
+    units += its.of_lane(p, lane_);
+    return static_cast<u64>(its.of_lane(p, lane_)) * static_cast<u32>(Cut(its.length).turns);
   }
-  // That of the first part of a group, among all.
-  static __device__ __forceinline__ u32 part_number(const Item& item, const Sequence& its,
-                                                    const Cut& cut, i32 group) {
-    return item.before.parts + group * its.units * cut.of_group + item.unit * cut.parts_of(group);
-  }
-  // The unit, group or part of this number inside a sequence.
-  static __device__ __forceinline__ void describe(Item& item, Kind kind, u32 sequence,
-                                                  const Sequence& its, const Amounts& before,
-                                                  u32 index) {
-    const Cut cut(its.length);
-    u32 group = 0, unit = index, part = 0;
-    i32 parts = cut.parts;
-    if (kind == Kind::kGroup) {
-      group = index / its.units;
-      unit = index % its.units;
-      parts = cut.parts_of(group);
-    } else if (kind == Kind::kPart) {
-      const u32 of_groups = its.units * cut.of_group;
-      group = index / of_groups;
-      const u32 of_group = cut.parts_of(group), rest = index % of_groups;
-      unit = rest / of_group;
-      part = rest % of_group;
-      parts = 1;
-    }
-    item.sequence = sequence;
-    item.unit = unit;
-    item.first = static_cast<i32>(group * cut.of_group + part);
-    item.last = item.first + parts;
-    item.before = before;
+  __device__ __forceinline__ void load(const Params& p, i64 start) {
+    i64 behind = start + 1;
+    if constexpr (!IsVoid<Start>::value) behind = in_order(p, load_start<Start>(p, index + 1), start);
+    sequence.load<Length>(p, index, start, behind);
   }
 };
 
@@ -299,8 +293,8 @@ struct Unit {
   i32 length;
   i32 seen;  // tokens that any row sees: those before
 
-  __device__ __forceinline__ Unit(const Params& p, const Item& item, const Sequence& its)
-      : first(its.first), count(its.count), row(item.unit * kRows), length(its.length) {
+  __device__ __forceinline__ Unit(const Params& p, const Sequence& its, u32 unit)
+      : first(its.first), count(its.count), row(unit * kRows), length(its.length) {
     seen = seen_by(p, (min(row + kRows, count * p.heads) - 1) / p.heads);
   }
   // Tokens that the sequence's query `token` sees.
@@ -347,7 +341,7 @@ __device__ __forceinline__ void write_two(const Params& p, const Row& row, int t
   const u32 bits = any ? pack_pair<Query>(first * weight, second * weight) : 0u;
   char* const at = p.out + row.token * p.out_stride + row.head * p.out_head_stride;
   const int column = column_of<kAlternate>(tile, lane, 0), other = column_of<kAlternate>(tile, lane, 1);
-  if (!kAlternate && p.pairs_out && other < kLatent) {
+  if (!kAlternate && (p.aligned & 2) && other < kLatent) {
     *reinterpret_cast<u32*>(at + column * 2) = bits;
   } else {
     if (column < kLatent) *reinterpret_cast<u16*>(at + column * 2) = static_cast<u16>(bits);
@@ -358,10 +352,6 @@ __device__ __forceinline__ void write_two(const Params& p, const Row& row, int t
         any ? (largest + log2f(sum)) * kLn2 : __uint_as_float(0xff800000u);
   }
 }
-
-// A result that is to be joined: four numbers of each lane, tile and warp, then the largest score and
-// the sum of each row.
-__device__ constexpr int result_floats(int columns) { return kRows * (columns + 2); }
 
 // What scores and values are multiplied with.
 template <bool kScaled>
@@ -381,279 +371,365 @@ __device__ __forceinline__ void join_totals(Joined (&rows)[2], float4* all, cons
           rows[1].sum(before.w, more.w)};
 }
 
-// A lane's numbers of a tile, joined.
-struct Quad {
-  Joined joined[2];
-  float sums[2] = {0.0f, 0.0f};
-  float numbers[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+// Results of a unit that lie in scratch memory, in the order of its parts: those that one of the blocks
+// that share it has joined. Of a unit that it begins, a block has whole groups, and then what it has of
+// another; of others single parts until a group begins, and then groups, or what it has of them.
+template <typename Share>
+struct Results {
+  const Share& share;
+  const Cut& cut;
+  i32 parts;        // of the unit that have results
+  i32 slots;        // of a block
+  i32 part;         // the first of this result
+  i32 count;        // parts of it
+  i32 slot;         // of the block
+  u32 block;
+  bool whole;  // it may be several groups
 
-  __device__ __forceinline__ void join(const float (&largest)[2], const float (&more)[2],
-                                       const float4& four) {
-    const float its[4] = {four.x, four.y, four.z, four.w};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      joined[half].join(largest[half]);
-      sums[half] = joined[half].sum(sums[half], more[half]);
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) {
-        numbers[i] = joined[half].sum(numbers[i], its[i]);
-      }
+  // Begins with the result that begins with part `at`, or with the unit's first one for 0.
+  __device__ __forceinline__ Results(const Share& its_share, const Cut& its_cut, i32 its_parts,
+                                     i32 its_slots, i32 at = 0)
+      : share(its_share), cut(its_cut), parts(its_parts), slots(its_slots), part(at) {
+    find();
+  }
+  __device__ __forceinline__ bool more() const { return part < parts; }
+  __device__ __forceinline__ void go_on() {
+    part += count;
+    if (part < parts) find();
+  }
+  __device__ __forceinline__ void find() {
+    block = share.block_of(cut, part);
+    const i32 from = share.part_at(cut, block * share.each);
+    const i32 to = min(share.part_at(cut, (block + u64{1}) * share.each), parts);
+    const i32 groups_end = to - to % cut.group;
+    if (from == 0) {
+      whole = part < groups_end;
+      slot = whole ? slots - 2 : slots - 1;
+      count = whole ? groups_end - part : to - part;
+      return;
     }
+    whole = false;
+    const i32 first = min((from + cut.group - 1) / cut.group * cut.group, to);  // in a whole group
+    slot = part - from;
+    count = 1;
+    if (part >= first) {
+      slot = first - from + (part - first) / cut.group;
+      count = min(part + cut.group, to) - part;
+    }
+  }
+  // Whether a result of a block ends before `part`, if its parts are those from `from` to before `to`.
+  static __device__ __forceinline__ bool ends_at(const Cut& cut, i32 from, i32 to, i32 part) {
+    const i32 in_group = (part - 1) % cut.group;
+    return part == to || in_group + 1 == cut.group || (from > 0 && part - 1 - in_group < from);
   }
 };
 
-// Joins the results of units that were cut. A thread has a quad, and all groups or, where units are
-// few, every eighth.
-template <typename Query, int kLatent, bool kAlternate, bool kScaled, typename Length, typename Start>
+// Joins what thread blocks have left of units that they share, where these are few. A thread has a quad
+// of numbers, and all of a group's results.
+template <typename Query, int kLatent, bool kAlternate, bool kScaled, int kTeams, typename Length,
+          typename Start>
 __global__ void __launch_bounds__(kJoiningThreads) join_parts(const __grid_constant__ Params p) {
   await_earlier_launches();
   release_next_launch();
-  constexpr int kColumns = (kLatent + 63) / 64 * 64, kQuads = kColumns * 4, kFew = 32;
-  static_assert(kFew * 8 == kJoiningThreads, "of a block, eight threads for each");
-  const Schedule<Length, Start, kJoiningThreads> schedule(p, blockIdx.x, true);
-  const Item& item = schedule.item();
-  if (schedule.whole || item.sequence < 0) return;
-  const Sequence its = sequence_at<Length, Start>(p, item.sequence);
-  const Cut cut(its.length);
-  bool alone;
-  schedule.place(its, cut, 0, alone);
-  if (cut.parts == 1 || (cut.groups == 1 && alone)) return;  // it was written
+  constexpr int kWarps = kTeams * kTeam;
+  constexpr int kColumns = (kLatent + 16 * kWarps - 1) / (16 * kWarps) * (16 * kWarps);
+  constexpr int kFours = kRows * kColumns / 4, kSlotBytes = kFours * 16 + kRows * 8;
+  using Shares = Share<Length, Start, kJoiningThreads>;
+  Shares share;
+  share.template find<true>(p, blockIdx.x % p.lanes, blockIdx.x / p.lanes);
+  if (share.index >= p.sequences) return;
+  const Cut cut(share.sequence.length);
+  const Unit unit(p, share.sequence, share.unit);
+  const i32 part_tokens = kTurn << cut.log;
+  const i32 parts = max((unit.seen + part_tokens - 1) / part_tokens, 1);
+  const u32 first_block = share.block_of(cut, 0);
+  if (share.part_at(cut, (first_block + u64{1}) * share.each) >= parts) return;  // it was written
 
-  const Unit unit(p, item, its);
-  const i32 parts = unit.seen > 0 ? (unit.seen - 1) / cut.part + 1 : 0;  // that have results
-  const i32 groups = (parts + cut.of_group - 1) / cut.of_group;
-  const bool few = gridDim.y * kJoiningThreads > kQuads;
-  const int thread = static_cast<int>(threadIdx.x);
-  const int quads = few ? kFew : kJoiningThreads, of_quad = thread % quads;
-  const int quad = static_cast<int>(blockIdx.y) * quads + of_quad, lane = quad % 32;
-  Quad all, joined;
-  __shared__ float4 numbers[kMostGroups][kFew], totals[kMostGroups][kFew];
-  i32 group = thread / quads, part = 0, count = 0;
-  i64 place = 0;
-  while (group < groups) {
-    constexpr int kTogether = 4;  // results that are on their way at the same time
+  const int lane = static_cast<int>(threadIdx.x % 32), group = static_cast<int>(threadIdx.x / 32);
+  const int quad = static_cast<int>(blockIdx.y) * 32 + lane;
+  __shared__ float4 numbers[kGroups][32], totals[kGroups][32];
+  static_assert(kGroups * 32 == kJoiningThreads, "a warp for each group");
+  const i32 end = min((group + 1) * cut.group, parts);
+  Results<Shares> next(share, cut, parts, static_cast<i32>(p.slots), min(group * cut.group, parts - 1));
+  // What its unit's first block has of several groups is for the first.
+  if (next.whole && group > 0) next.part = parts;
+  Joined joined[2];
+  float4 total = {kNone, kNone, 0.0f, 0.0f}, sum = {0.0f, 0.0f, 0.0f, 0.0f};
+  bool any = false;
+  while (group * cut.group < parts && next.part < end) {
     float4 fours[kTogether];
-    float2 lows[kTogether], highs[kTogether];
-    i32 ended[kTogether];  // the group that this is the last result of, or -1
-    i32 loaded = 0;
+    float2 lows[kTogether], uppers[kTogether];
+    int loaded = 0;
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      if (group >= groups) continue;
-      if (part == 0) {
-        place = schedule.place(its, cut, group, alone);
-        count = alone ? 1 : min(cut.of_group, parts - group * cut.of_group);
-        if (place + count > p.places) return;  // as of bounds that make no sense
-      }
-      const float* const result = p.partial + (place + part) * result_floats(kColumns);
-      const float2* const rows = reinterpret_cast<const float2*>(result + kRows * kColumns);
-      fours[i] = reinterpret_cast<const float4*>(result)[quad];
+      if (next.part >= end) continue;
+      const u64 number = static_cast<u64>(next.block * p.lanes + blockIdx.x % p.lanes) * p.slots +
+                         static_cast<u32>(next.slot);
+      const char* const slot = p.scratch + p.slots_at + number * kSlotBytes;
+      const float4* const its = reinterpret_cast<const float4*>(slot);
+      const float2* const rows = reinterpret_cast<const float2*>(its + kFours);
+      fours[i] = its[quad];
       lows[i] = rows[lane / 4];
-      highs[i] = rows[lane / 4 + 8];
-      ended[i] = -1;
-      if (++part == count) {
-        ended[i] = group;
-        group += few ? 8 : 1;
-        part = 0;
-      }
+      uppers[i] = rows[lane / 4 + 8];
       ++loaded;
+      next.go_on();
     }
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
       if (i >= loaded) continue;
-      joined.join({lows[i].x, highs[i].x}, {lows[i].y, highs[i].y}, fours[i]);
-      if (ended[i] < 0) continue;
-      const float4 four = {joined.numbers[0], joined.numbers[1], joined.numbers[2],
-                           joined.numbers[3]};
-      if (few) {
-        numbers[ended[i]][of_quad] = four;
-        totals[ended[i]][of_quad] = {joined.joined[0].largest, joined.sums[0],
-                                     joined.joined[1].largest, joined.sums[1]};
-      } else {
-        all.join({joined.joined[0].largest, joined.joined[1].largest}, joined.sums, four);
-      }
-      joined = Quad();
+      join_totals(joined, &total, {lows[i].x, uppers[i].x, lows[i].y, uppers[i].y});
+      sum = {joined[0].sum(sum.x, fours[i].x), joined[0].sum(sum.y, fours[i].y),
+             joined[1].sum(sum.z, fours[i].z), joined[1].sum(sum.w, fours[i].w)};
+      any = true;
     }
   }
-  if (few) {
-    __syncthreads();
-    if (thread >= quads) return;
-    for (i32 group = 0; group < groups; ++group) {
-      const float4 total = totals[group][of_quad];
-      all.join({total.x, total.z}, {total.y, total.w}, numbers[group][of_quad]);
-    }
+  numbers[group][lane] = sum;
+  // A group that is told of by another has no weight at all.
+  totals[group][lane] = any ? total : float4{__uint_as_float(0x7fc00000u), 0.0f, 0.0f, 0.0f};
+  __syncthreads();
+  if (group > 0) return;
+  total = {kNone, kNone, 0.0f, 0.0f};
+  sum = {0.0f, 0.0f, 0.0f, 0.0f};
+#pragma unroll
+  for (int i = 0; i < kGroups; ++i) {
+    const float4 more = totals[i][lane], its = numbers[i][lane];
+    if (more.x != more.x) continue;
+    join_totals(joined, &total, more);
+    sum = {joined[0].sum(sum.x, its.x), joined[0].sum(sum.y, its.y), joined[1].sum(sum.z, its.z),
+           joined[1].sum(sum.w, its.w)};
   }
   const float v_scale = scale_of_cache<kScaled>(p);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    write_two<Query, kLatent, kAlternate>(
-        p, Row(p, unit, lane / 4 + half * 8), quad / 32, lane, all.joined[half].largest,
-        all.sums[half], all.numbers[2 * half], all.numbers[2 * half + 1], v_scale);
-  }
+  const Row low(p, unit, lane / 4), upper(p, unit, lane / 4 + 8);
+  write_two<Query, kLatent, kAlternate>(p, low, quad / 32, lane, total.x, total.z, sum.x, sum.y,
+                                        v_scale);
+  write_two<Query, kLatent, kAlternate>(p, upper, quad / 32, lane, total.y, total.w, sum.z, sum.w,
+                                        v_scale);
 }
 
 // Query is F16 or BF16, of queries and output; Stored is Query or one of the 8-bit types. kEntries: of
 // fp8_ds_mla, whose Stored is E4M3. Entries are read kVec bytes at a time. kShared are the bytes of
 // shared memory, kStages the tiles in it.
 template <typename Query, typename Stored, int kLatent, int kRope, bool kEntries, int kVec,
-          int kStages, int kShared, typename Block, typename Length, typename Start>
-__global__ void __launch_bounds__(kThreads, 2)
+          int kTeams, int kStages, int kShared, typename Block, typename Length, typename Start>
+__global__ void __launch_bounds__(kTeams * kTeam * 32, kTeams == 1 ? 2 : 1)
     paged_attention_mla(const __grid_constant__ Params p) {
   await_earlier_launches();
   release_next_launch();
   using In = Operands<Query, Stored>;
   using Type = typename In::Type;
+  constexpr int kWarps = kTeams * kTeam, kThreads = kWarps * 32;
   constexpr bool kNarrow = In::kNarrow, kScaled = kNarrow && !kEntries;
   constexpr int kSize = kLatent + kRope;
-  constexpr int kKeys = kNarrow ? 32 : 16;         // tokens of a tile
+  constexpr int kOfTeam = kNarrow ? 32 : 16;       // tokens of a tile that a team multiplies
+  constexpr int kKeys = kTeams * kOfTeam;          // tokens of a tile
+  constexpr int kMyRows = kKeys / kWarps;          // of a tile that a warp copies
   constexpr int kScoreTiles = kKeys / 8;           // tiles of 8 columns of scores
+  constexpr int kMyScores = kOfTeam / 8;           // of a team
   constexpr int kSteps = (kSize + 15) / 16;        // of the product of queries and entries
-  constexpr int kColumns = (kLatent + 63) / 64 * 64;
+  constexpr int kColumns = (kLatent + 16 * kWarps - 1) / (16 * kWarps) * (16 * kWarps);
   constexpr int kTiles = kColumns / 8 / kWarps;    // of 8 columns of a warp's output
   constexpr int kScalesAt = 512, kRopeAt = 528;    // bytes of a kEntries entry
   constexpr int kEntryBytes = kEntries ? 656 : kSize * In::kBytes;
-  constexpr int kMine = kEntries ? 8 : (kSteps + kWarps - 1) / kWarps;  // steps of a warp
-  constexpr int kOfSteps = kMine * kWarps > kColumns / 16 ? kMine * kWarps : kColumns / 16;
+  constexpr int kMine = kEntries ? 8 : (kSteps + kTeam - 1) / kTeam;  // steps of a warp
+  constexpr int kOfSteps = kMine * kTeam > kColumns / 16 ? kMine * kTeam : kColumns / 16;
   constexpr int kChunks = kEntries ? 41 : kOfSteps * In::kBytes;  // of 16 bytes
   // An odd number of chunks apart, so that eight rows of a matrix lie in different banks.
   constexpr int kRowBytes = (kChunks | 1) * 16;
   constexpr int kTileBytes = kKeys * kRowBytes;
   constexpr int kScoresAt = kStages * kTileBytes;
-  constexpr int kScoresOfTile = kWarps * kScoreTiles * 32;  // in fours
+  constexpr int kScoresOfTile = kTeam * kScoreTiles * 32;  // in fours
   constexpr int kTotalsAt = kScoresAt + 2 * kScoresOfTile * 16;
   constexpr int kMissingAt = kTotalsAt + 2 * kThreads * 16;
+  constexpr int kArrivalsAt = kMissingAt + kStages * 8;
+  constexpr int kFours = kTiles * kThreads;  // of a result; then it has its rows' totals
+  constexpr int kSlotBytes = kFours * 16 + kRows * 8;
+  constexpr bool kWholeRows = kHasRowCopies && kVec == 16 && kEntryBytes == kChunks * 16;
   static_assert(kStages * kTileBytes >= kRows * kColumns * 4, "there is room for a result");
-  static_assert(kShared == kMissingAt + kStages * 4, "what the host gives");
+  static_assert(kShared == kArrivalsAt + kStages * 8, "what the host gives");
   CUPY_CACHE_DYNAMIC_SHARED(shared, kShared);
 
   const i32 warp = static_cast<i32>(threadIdx.x / 32), lane = static_cast<i32>(threadIdx.x % 32);
   const int in_half = lane / 4, pair = lane % 4;
+  const int quarter = warp % kTeam, team = warp / kTeam;
   float4* const scores_of_all = reinterpret_cast<float4*>(shared + kScoresAt);
   const int of_lane = warp * kTiles * 32 + lane;  // its first four numbers of a result
-  // The thread's own: the largest scores and the sums of its two rows, joined so far. There are no
-  // registers to keep them.
+  // The thread's own: the largest scores and the sums of its two rows, joined so far.
   float4* const kept_totals = reinterpret_cast<float4*>(shared + kTotalsAt) + threadIdx.x;
   float4* const joined_totals = kept_totals + kThreads;
-  u32* const missing = reinterpret_cast<u32*>(shared + kMissingAt);
+  u8* const missing = reinterpret_cast<u8*>(shared + kMissingAt);  // of each warp's rows
+  u64* const arrivals = reinterpret_cast<u64*>(shared + kArrivalsAt);
   const float kv_scale = scale_of_cache<kScaled>(p);
   const float scale = p.scale * kv_scale * kLog2E;
 
-  u32 number = blockIdx.x, items;
-  do {
-    // Found again for each item, of which a block has several where there are many: there are no
-    // registers to keep it.
-    const Schedule<Length, Start, kThreads> schedule(p, number, false);
-    items = schedule.items;
-    const Item& item = schedule.item();
-    if (number >= items || item.sequence < 0) return;
-    const Sequence its = sequence_at<Length, Start>(p, item.sequence);
-    if (its.given_length != its.length && threadIdx.x == 0) {
-      record_fault(kSeqLens, item.sequence, its.given_length, longest(p) + 1);
+  using Shares = Share<Length, Start, kThreads>;
+  const u32 my_lane = blockIdx.x % p.lanes, my_block = blockIdx.x / p.lanes;
+  // There are no registers to keep it.
+  __shared__ Shares kept_share;
+  {
+    Shares share;
+    share.find(p, my_lane, my_block);
+    if (!share.more()) return;
+    if (threadIdx.x == 0) {
+      kept_share = share;
+      for (int i = 0; kWholeRows && i < kStages; ++i) begin_arrivals(arrivals + i, kWarps);
     }
-    const Cut cut(its.length);
-    const Unit unit(p, item, its);
-    const bool alone = item.last - item.first == cut.parts;  // it is all of the unit
-    const i32 begin = item.first * cut.part;
-    const i64 behind = static_cast<i64>(item.last) * cut.part;
+    __syncthreads();
+  }
+  u32 copied = 0;  // tiles of the units before
+  bool more = true;
+  const auto go_on = [&] {
+    Shares share = kept_share;
+    __syncthreads();  // what is shared is free
+    share.go_on(p);
+    if (threadIdx.x == 0) kept_share = share;
+    __syncthreads();
+    more = share.more();
+  };
+  do {
+    const Shares& share = kept_share;
+    const Cut cut(share.sequence.length);
+    const Unit unit(p, share.sequence, share.unit);
+    // Parts that have a result.
+    const i32 part_tokens = kTurn << cut.log;
+    const i32 parts = max((unit.seen + part_tokens - 1) / part_tokens, 1);
+    const i32 from = min(share.part_at(cut, share.begin), parts);
+    const i32 to = min(share.part_at(cut, share.end), parts);
+    if (from >= to) {
+      go_on();
+      continue;
+    }
+    if (share.sequence.stated != share.sequence.length && threadIdx.x == 0) {
+      record_fault(kSeqLens, share.index, share.sequence.stated, longest(p) + 1);
+    }
+    const bool alone = from == 0 && to == parts;  // it is all of the unit
+    const i32 begin = from * part_tokens;
+    const i64 behind = static_cast<i64>(to) * part_tokens;
     const i32 end = static_cast<i32>(behind < unit.seen ? behind : unit.seen);
     const i32 tiles = end > begin ? (end - begin - 1) / kKeys + 1 : 0;
 
     // --- copies, ahead of use
-    // The block of the lane's token of a tile, as the table has it.
+    // The block of the lane's token of a tile, as the table has it; a warp's first lanes have its rows.
     const auto block_at = [&](i32 index) -> Block {
-      const i32 token = begin + index * kKeys + lane;
-      if (lane >= kKeys || token >= end) return -1;
+      const i32 token = begin + index * kKeys + warp * kMyRows + lane;
+      if (lane >= kMyRows || token >= end) return -1;
       return static_cast<Block>(
-          load_number<Block>(p.block_table + item.sequence * p.table_stride +
-                             static_cast<i64>(static_cast<u32>(token) / p.block_size) *
+          load_number<Block>(p.block_table + share.index * p.table_stride +
+                             static_cast<i64>(p.by_block_size.quotient(static_cast<u32>(token))) *
                                  static_cast<i64>(sizeof(Block))));
     };
     Block upcoming = block_at(0);
+    const auto stage_of = [&](i32 index) { return (copied + static_cast<u32>(index)) % kStages; };
     const auto request = [&](i32 index) {
       if (index < tiles) {
-        const i32 token = begin + index * kKeys + lane;
-        const bool present = lane < kKeys && token < end &&
-                             in_bounds(upcoming, p.num_blocks, kBlockTable, item.sequence);
-        const i64 away = present ? static_cast<i64>(upcoming) * p.block_stride +
-                                       static_cast<u32>(token) % p.block_size * p.slot_stride
-                                 : 0;
+        const i32 token = begin + index * kKeys + warp * kMyRows + lane;
+        const bool present = lane < kMyRows && token < end &&
+                             in_bounds(upcoming, p.num_blocks, kBlockTable, share.index);
+        const u32 offset = p.by_block_size.remainder(static_cast<u32>(token), p.block_size);
+        const i64 away =
+            present ? static_cast<i64>(upcoming) * p.block_stride + offset * p.slot_stride : 0;
         upcoming = block_at(index + 1);
-        const u32 absent = __ballot_sync(kWarp, !present);
-        const i32 stage = index % kStages;
-        if (threadIdx.x == 0) missing[stage] = absent;
-        char* const to = shared + stage * kTileBytes + lane * 16;
-        constexpr int kMyRows = kKeys / kWarps;
+        constexpr u32 kAll = (1u << kMyRows) - 1;
+        const u32 there = __ballot_sync(kWarp, present);
+        const u32 stage = stage_of(index);
+        if (lane == 0) missing[stage * 8 + warp] = static_cast<u8>(~there & kAll);
+        char* const to_rows = shared + stage * kTileBytes + warp * kMyRows * kRowBytes;
+        if constexpr (kWholeRows) {
+          if (there != kAll) {
+            for (int row = 0; row < kMyRows; ++row) {
+              if (there >> row & 1) continue;
+              for (int chunk = lane; chunk < kChunks; chunk += 32) {
+                *reinterpret_cast<uint4*>(to_rows + row * kRowBytes + chunk * 16) = {0, 0, 0, 0};
+              }
+            }
+            fence_row_copies();
+            __syncwarp();
+          }
+          if (lane == 0) expect_bytes(arrivals + stage, __popc(there) * kEntryBytes);
+          __syncwarp();
+          if (present) {
+            copy_row(to_rows + lane * kRowBytes, p.kv_cache + away, kEntryBytes, arrivals + stage);
+          }
+        } else {
 #pragma unroll
-        for (int i = 0; i < kMyRows; ++i) {
-          const int row = warp * kMyRows + i;
-          const bool there = (absent >> row & 1) == 0;
-          const char* const from = p.kv_cache + __shfl_sync(kWarp, away, row) + lane * 16;
+          for (int row = 0; row < kMyRows; ++row) {
+            const bool its = (there >> row & 1) != 0;
+            const char* const its_from = p.kv_cache + __shfl_sync(kWarp, away, row) + lane * 16;
+            char* const its_to = to_rows + row * kRowBytes + lane * 16;
 #pragma unroll
-          for (int first = 0; first < kChunks; first += 32) {
-            if (first + 32 > kChunks && first + lane >= kChunks) continue;
+            for (int first = 0; first < kChunks; first += 32) {
+              if (first + 32 > kChunks && first + lane >= kChunks) continue;
 #pragma unroll
-            for (int piece = first * 16; piece < first * 16 + 16; piece += kVec) {
-              const bool inside = kEntryBytes == kChunks * 16 || lane * 16 + piece < kEntryBytes;
-              copy_async<kVec>(to + row * kRowBytes + piece, inside ? from + piece : p.kv_cache,
-                               there && inside);
+              for (int piece = first * 16; piece < first * 16 + 16; piece += kVec) {
+                const bool inside = kEntryBytes == kChunks * 16 || lane * 16 + piece < kEntryBytes;
+                copy_async<kVec>(its_to + piece, inside ? its_from + piece : p.kv_cache, its && inside);
+              }
             }
           }
         }
       }
-      commit_copies();
+      if constexpr (!kWholeRows) commit_copies();
     };
     // --- queries, by way of what the last tile is copied to
-    const Row rows[2] = {Row(p, unit, in_half), Row(p, unit, in_half + 8)};
-    const i32 high[2] = {rows[0].high, rows[1].high};
-    constexpr int kQuerySteps = kEntries ? kSteps : kWarps * kMine;
+    const i32 high[2] = {Row(p, unit, in_half).high, Row(p, unit, in_half + 8).high};
+    constexpr int kQuerySteps = kEntries ? kSteps : kTeam * kMine;
     constexpr int kQueryChunks = kQuerySteps * 2, kQueryRow = (kQueryChunks | 1) * 16;
     static_assert(kRows * kQueryRow <= kTileBytes, "there is room for the queries");
-    char* const queries_at = shared + (kStages - 1) * kTileBytes;
+    char* const queries_at = shared + stage_of(kStages - 1) * kTileBytes;
 #pragma unroll 1
     for (int row = warp; row < kRows; row += kWarps) {
       const Row its_row(p, unit, row);
-      const char* const from = p.query + its_row.token * p.query_stride +
-                               static_cast<i64>(its_row.head) * p.query_head_stride;
-      char* const to = queries_at + row * kQueryRow;
-      if (kSize % 8 == 0 && p.chunks_in) {
+      const char* const its_from = p.query + its_row.token * p.query_stride +
+                                   static_cast<i64>(its_row.head) * p.query_head_stride;
+      char* const its_to = queries_at + row * kQueryRow;
+      if (kSize % 8 == 0 && (p.aligned & 1)) {
 #pragma unroll 1
         for (int chunk = lane; chunk < kQueryChunks; chunk += 32) {
           const bool present = its_row.valid && chunk * 8 < kSize;
-          copy_async<16>(to + chunk * 16, present ? from + chunk * 16 : p.query, present);
+          copy_async<16>(its_to + chunk * 16, present ? its_from + chunk * 16 : p.query, present);
         }
       } else {
 #pragma unroll 1
         for (int element = lane; element < kQueryChunks * 8; element += 32) {
           const bool present = its_row.valid && element < kSize;
-          copy_async<2>(to + element * 2, present ? from + element * 2 : p.query, present);
+          copy_async<2>(its_to + element * 2, present ? its_from + element * 2 : p.query, present);
         }
       }
     }
     commit_copies();
+    for (i32 index = 0; index < kStages - 1; ++index) request(index);
     u32 queries[kMine][4], rope[4];
     const auto read_queries = [&] {
 #pragma unroll
-    for (int step = 0; step < kMine; ++step) {
-      const int first = (warp * kMine + step) * 2;  // chunk
-      if constexpr (kNarrow) {
+      for (int step = 0; step < kMine; ++step) {
+        const int first = (quarter * kMine + step) * 2;  // chunk
+        if constexpr (kNarrow) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const char* const at = queries_at + (in_half + half * 8) * kQueryRow + first * 16 + pair * 8;
-          queries[step][half] = query_pair<Query, Type>(at, true, 2);
-          queries[step][2 + half] = query_pair<Query, Type>(at + 4, true, 2);
+          for (int half = 0; half < 2; ++half) {
+            const char* const at =
+                queries_at + (in_half + half * 8) * kQueryRow + first * 16 + pair * 8;
+            queries[step][half] = query_pair<Query, Type>(at, true, 2);
+            queries[step][2 + half] = query_pair<Query, Type>(at + 4, true, 2);
+          }
+        } else {
+          load_matrices<false>(queries[step],
+                               queries_at + lane % 16 * kQueryRow + (first + lane / 16) * 16);
         }
-      } else {
-        load_matrices<false>(queries[step],
-                             queries_at + lane % 16 * kQueryRow + (first + lane / 16) * 16);
       }
-    }
-    if constexpr (kEntries) {
-      load_matrices<false>(rope, queries_at + lane % 16 * kQueryRow +
-                                     (kLatent / 8 + warp * 2 + lane / 16) * 16);
-    }
+      if constexpr (kEntries) {
+        load_matrices<false>(rope, queries_at + lane % 16 * kQueryRow +
+                                       (kLatent / 8 + quarter * 2 + lane / 16) * 16);
+      }
+      if constexpr (kWholeRows) fence_row_copies();
     };
     const i32 all_high = __shfl_sync(kWarp, high[0], 0);  // the first row sees the least
 
-    // --- tiles
+    // --- results
+    // A block has a slot for each result of a unit that it does not begin, and two for one that it
+    // begins: of its groups that are complete, which are joined there, and of another.
+    const auto slot_at = [&](u32 block, i32 slot) {
+      const u64 number = static_cast<u64>(block * p.lanes + my_lane) * p.slots + static_cast<u32>(slot);
+      return reinterpret_cast<float4*>(p.scratch + p.slots_at + number * kSlotBytes);
+    };
     float largest[2], sums[2], out[kTiles][4];
     float kept_out[kTiles][4];
     constexpr float kSmallest = 0x1p-126f;
@@ -694,36 +770,62 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
     };
     // Joins the group to those of its unit before: all are then in kept_out if it is the last, else
-    // in memory that is the lane's own.
+    // where there are registers, or else in a slot, each thread's numbers of it.
+    constexpr bool kKeepsAll = kTeams > 1;
+    float all_out[kKeepsAll ? kTiles : 1][4];
     const auto end_group = [&](bool is_first, bool is_last) {
-      float4* const state = reinterpret_cast<float4*>(
-          p.partial + static_cast<i64>(blockIdx.x) * result_floats(kColumns)) + of_lane;
+      float4* const state = slot_at(my_block, static_cast<i32>(p.slots) - 2) + of_lane;
       Joined joined[2];
       join_totals(joined, joined_totals, *kept_totals);
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        float4 before = {0.0f, 0.0f, 0.0f, 0.0f};
-        if (!is_first) before = state[i * 32];
-        kept_out[i][0] = joined[0].sum(before.x, kept_out[i][0]);
-        kept_out[i][1] = joined[0].sum(before.y, kept_out[i][1]);
-        kept_out[i][2] = joined[1].sum(before.z, kept_out[i][2]);
-        kept_out[i][3] = joined[1].sum(before.w, kept_out[i][3]);
-        if (!is_last) {
+        float before[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+        if (!is_first) {
+          if constexpr (kKeepsAll) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) before[j] = all_out[i][j];
+          } else {
+            const float4 four = state[i * 32];
+            before[0] = four.x, before[1] = four.y, before[2] = four.z, before[3] = four.w;
+          }
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          kept_out[i][j] = joined[j / 2].sum(before[j], kept_out[i][j]);
+          if constexpr (kKeepsAll) all_out[i][j] = kept_out[i][j];
+        }
+        if (!kKeepsAll && !is_last) {
           state[i * 32] = {kept_out[i][0], kept_out[i][1], kept_out[i][2], kept_out[i][3]};
         }
       }
     };
+    const auto store_totals = [&](float4* slot, const float4& totals) {
+      float2* const rows = reinterpret_cast<float2*>(slot + kFours);
+      if (warp == 0 && pair == 0) {
+        rows[in_half] = {totals.x, totals.z};
+        rows[in_half + 8] = {totals.y, totals.w};
+      }
+    };
+    const auto store = [&](i32 slot) {
+      float4* const at = slot_at(my_block, slot);
+#pragma unroll
+      for (int i = 0; i < kTiles; ++i) {
+        at[of_lane + i * 32] = {kept_out[i][0], kept_out[i][1], kept_out[i][2], kept_out[i][3]};
+      }
+      store_totals(at, *kept_totals);
+    };
     *joined_totals = {kNone, kNone, 0.0f, 0.0f};
     begin_part();
     begin_group();
-    const i32 of_part = cut.part / kKeys, of_group = of_part * cut.of_group;  // powers of two
+    const i32 of_part = part_tokens / kKeys;  // tiles, a power of two
+    i32 slot = 0;
     // This warp's part of a tile's scores, for all to add up.
     const auto multiply_queries = [&](i32 index) {
-      const char* const tile = shared + index % kStages * kTileBytes;
-      float scores[kScoreTiles][4] = {}, others[kScoreTiles][4] = {};  // of every second step
+      const char* const tile = shared + stage_of(index) * kTileBytes + team * kOfTeam * kRowBytes;
+      float scores[kMyScores][4] = {}, others[kMyScores][4] = {};  // of every second step
 #pragma unroll
       for (int i = 0; i < kMine; ++i) {
-        const int step = warp * kMine + i;
+        const int step = quarter * kMine + i;
         u32 loaded[4];
         if constexpr (kNarrow) {
           load_matrices<false>(loaded, tile + lane * kRowBytes + step * 16);
@@ -742,9 +844,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
       if constexpr (kEntries) {
         const float token_scale =
-            *reinterpret_cast<const float*>(tile + lane * kRowBytes + kScalesAt + warp * 4);
+            *reinterpret_cast<const float*>(tile + lane * kRowBytes + kScalesAt + quarter * 4);
 #pragma unroll
-        for (int j = 0; j < kScoreTiles; ++j) {
+        for (int j = 0; j < kMyScores; ++j) {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             const float its = __shfl_sync(kWarp, token_scale, j * 8 + pair * 2 + i);
@@ -753,48 +855,51 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
         }
 #pragma unroll
-        for (int j = 0; j < kScoreTiles; j += 2) {
+        for (int j = 0; j < kMyScores; j += 2) {
           u32 loaded[4];
           load_matrices<false>(loaded, tile + (j * 8 + lane % 8 + lane / 16 * 8) * kRowBytes +
-                                           kRopeAt + (warp * 2 + lane / 8 % 2) * 16);
+                                           kRopeAt + (quarter * 2 + lane / 8 % 2) * 16);
           multiply_add<Query>(scores[j], rope, loaded[0], loaded[1]);
           multiply_add<Query>(scores[j + 1], rope, loaded[2], loaded[3]);
         }
       }
 #pragma unroll
-      for (int j = 0; j < kScoreTiles; ++j) {
+      for (int j = 0; j < kMyScores; ++j) {
         float4 four = {scores[j][0], scores[j][1], scores[j][2], scores[j][3]};
         if constexpr (!kNarrow) {
           four = {four.x + others[j][0], four.y + others[j][1], four.z + others[j][2],
                   four.w + others[j][3]};
         }
-        scores_of_all[index % 2 * kScoresOfTile + (warp * kScoreTiles + j) * 32 + lane] = four;
+        scores_of_all[index % 2 * kScoresOfTile + (quarter * kScoreTiles + team * kMyScores + j) * 32 +
+                      lane] = four;
       }
     };
     // Each turn multiplies the weights of a tile with its values, and the queries with the next one:
-    // one waits for little of the other. The first turns only copy.
-    for (i32 index = 1 - kStages; index < tiles; ++index) {
-      if (index >= -1) {
+    // one waits for little of the other.
+    for (i32 index = -1; index < tiles; ++index) {
+      if constexpr (kWholeRows) {
+        if (index == -1) wait_for_copies<0>();  // the queries
+        if (index + 1 < tiles) {
+          wait_for_rows(arrivals + stage_of(index + 1), (copied + index + 1) / kStages % 2);
+        }
+      } else {
         wait_for_copies<kStages - 3>();
-        // All have the next tile and this one's scores, and are done with the tile before.
-        __syncthreads();
-        if (index == -1) read_queries();
-        if (index + 1 < tiles) multiply_queries(index + 1);
       }
-      if (index < 0) {
-        request(index + kStages - 1);
-        continue;
-      }
-      const i32 stage = index % kStages;
-      const char* const tile = shared + stage * kTileBytes;
+      // All have the next tile and this one's scores, and are done with the tile before.
+      __syncthreads();
+      if (index == -1) read_queries();
+      else request(index + kStages - 1);
+      if (index + 1 < tiles) multiply_queries(index + 1);
+      if (index < 0) continue;
+      const char* const tile = shared + stage_of(index) * kTileBytes;
       float scores[kScoreTiles][4];
 #pragma unroll
       for (int j = 0; j < kScoreTiles; ++j) {
         const float4* const its = scores_of_all + index % 2 * kScoresOfTile + j * 32 + lane;
         float4 sum = its[0];
 #pragma unroll
-        for (int from = 1; from < kWarps; ++from) {
-          const float4 more = its[from * kScoreTiles * 32];
+        for (int other = 1; other < kTeam; ++other) {
+          const float4 more = its[other * kScoreTiles * 32];
           sum = {sum.x + more.x, sum.y + more.y, sum.z + more.z, sum.w + more.w};
         }
         scores[j][0] = sum.x * scale;
@@ -804,7 +909,10 @@ __global__ void __launch_bounds__(kThreads, 2)
       }
 
       const i32 token = begin + index * kKeys;
-      const u32 absent = missing[stage] & (0xffffffffu >> (32 - kKeys));
+      const u8* const absences = missing + stage_of(index) * 8;
+      u64 absent;
+      if constexpr (kWarps == 8) absent = *reinterpret_cast<const u64*>(absences);
+      else absent = *reinterpret_cast<const u32*>(absences);
       const bool all = token + kKeys <= all_high && absent == 0;
       float most[2];
 #pragma unroll
@@ -816,7 +924,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               const int in_tile = j * 8 + pair * 2 + i;
-              if (token + in_tile >= high[half] || (absent >> in_tile & 1)) {
+              const int bit = in_tile / kMyRows * 8 + in_tile % kMyRows;
+              if (token + in_tile >= high[half] || (absent >> bit & 1)) {
                 scores[j][2 * half + i] = __uint_as_float(0xff800000u);  // minus infinity
               }
             }
@@ -843,11 +952,15 @@ __global__ void __launch_bounds__(kThreads, 2)
           }
         }
       }
-      float token_scale = 0.0f;  // kEntries: of the lane's token
+      float token_scales[kTeams] = {};  // kEntries: of the lane's tokens
       if constexpr (kEntries) {
-        token_scale =
-            *reinterpret_cast<const float*>(tile + lane * kRowBytes + kScalesAt + warp * 4);
-        float highest = fabsf(token_scale);
+        float highest = 0.0f;
+#pragma unroll
+        for (int of = 0; of < kTeams; ++of) {
+          token_scales[of] = *reinterpret_cast<const float*>(
+              tile + (of * kOfTeam + lane) * kRowBytes + kScalesAt + warp * kTiles / 16 * 4);
+          highest = fmaxf(highest, fabsf(token_scales[of]));
+        }
 #pragma unroll
         for (int other = 16; other > 0; other /= 2) {
           highest = fmaxf(highest, __shfl_xor_sync(kWarp, highest, other));
@@ -865,75 +978,188 @@ __global__ void __launch_bounds__(kThreads, 2)
             out[i][3] *= shrink;
           }
         }
-        token_scale *= __uint_as_float(0x7f000000u - __float_as_uint(unit_scale));
+#pragma unroll
+        for (int of = 0; of < kTeams; ++of) {
+          token_scales[of] *= __uint_as_float(0x7f000000u - __float_as_uint(unit_scale));
+        }
       }
       u32 weights[kKeys / 16][4];
 #pragma unroll
       for (int j = 0; j < kScoreTiles; ++j) {
         float scales[2] = {1.0f, 1.0f};
         if constexpr (kEntries) {
-          scales[0] = __shfl_sync(kWarp, token_scale, j * 8 + pair * 2);
-          scales[1] = __shfl_sync(kWarp, token_scale, j * 8 + pair * 2 + 1);
+          const float its = token_scales[j * 8 / kOfTeam];
+          scales[0] = __shfl_sync(kWarp, its, j * 8 % kOfTeam + pair * 2);
+          scales[1] = __shfl_sync(kWarp, its, j * 8 % kOfTeam + pair * 2 + 1);
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const float low = power_of_two(scores[j][2 * half] - largest[half]);
-          const float high = power_of_two(scores[j][2 * half + 1] - largest[half]);
-          sums[half] += low + high;
-          weights[j / 2][j % 2 * 2 + half] = pack_pair<Type>(low * scales[0], high * scales[1]);
+          const float upper = power_of_two(scores[j][2 * half + 1] - largest[half]);
+          sums[half] += low + upper;
+          weights[j / 2][j % 2 * 2 + half] = pack_pair<Type>(low * scales[0], upper * scales[1]);
         }
       }
 
 #pragma unroll
       for (int i = 0; i < kTiles; i += 2) {
-        u32 loaded[4];
-        if constexpr (kNarrow) {
-          load_matrices<true>(loaded, tile + lane * kRowBytes + (warp * kTiles + i) * 8);
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {
-            const u32 b0 = loaded[2 * j], b1 = loaded[2 * j + 1];
-            // Every second column, then the others.
-            multiply_add<Type>(out[i], weights[j],
-                               widen<Stored, 0, 2>(b0),
-                               widen<Stored, 0, 2>(b1));
-            multiply_add<Type>(out[i + 1], weights[j],
-                               widen<Stored, 1, 3>(b0),
-                               widen<Stored, 1, 3>(b1));
+        for (int of = 0; of < kTeams; ++of) {
+          u32 loaded[4];
+          if constexpr (kNarrow) {
+            load_matrices<true>(loaded,
+                                tile + (of * kOfTeam + lane) * kRowBytes + (warp * kTiles + i) * 8);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+              const u32 b0 = loaded[2 * j], b1 = loaded[2 * j + 1];
+              const u32(&its)[4] = weights[of * 2 + j];
+              // Every second column, then the others.
+              multiply_add<Type>(out[i], its, widen<Stored, 0, 2>(b0), widen<Stored, 0, 2>(b1));
+              multiply_add<Type>(out[i + 1], its, widen<Stored, 1, 3>(b0), widen<Stored, 1, 3>(b1));
+            }
+          } else {
+            load_matrices<true>(loaded, tile + (of * kOfTeam + lane % 16) * kRowBytes +
+                                            (warp * kTiles + i + lane / 16) * 16);
+            multiply_add<Type>(out[i], weights[of], loaded[0], loaded[1]);
+            multiply_add<Type>(out[i + 1], weights[of], loaded[2], loaded[3]);
           }
-        } else {
-          load_matrices<true>(loaded, tile + lane % 16 * kRowBytes +
-                                          (warp * kTiles + i + lane / 16) * 16);
-          multiply_add<Type>(out[i], weights[0], loaded[0], loaded[1]);
-          multiply_add<Type>(out[i + 1], weights[0], loaded[2], loaded[3]);
         }
       }
 
-      request(index + kStages - 1);
-
       const bool is_last = index + 1 == tiles;
-      if (((index + 1) & (of_part - 1)) == 0 || is_last) {
-        end_part();
-        begin_part();
-      }
-      if ((((index + 1) & (of_group - 1)) == 0 || is_last) && alone) {
-        end_group(index < of_group, is_last);
-        if (!is_last) begin_group();
+      if (((index + 1) & (of_part - 1)) != 0 && !is_last) continue;
+      end_part();
+      begin_part();
+      const i32 part = is_last ? to : from + (index + 1) / of_part;  // the next
+      if (!Results<Shares>::ends_at(cut, from, to, part)) continue;
+      if (from > 0) {
+        store(slot++);
+        begin_group();
+      } else if (part == parts || part % cut.group == 0) {
+        end_group(part <= cut.group, part == parts);
+        if (part < to) begin_group();
       }
     }
     wait_for_copies<0>();
+    copied += static_cast<u32>(max(tiles, 0));
+    float4 totals = *joined_totals;
 
     // --- the result
+    bool is_mine = alone;
+    if (!alone) {
+      u64 number = static_cast<u64>(share.index) * share.sequence.units + share.unit;
+      if constexpr (!IsVoid<Start>::value) {
+        number = static_cast<u64>(share.sequence.first) * p.heads / kRows +
+                 static_cast<u64>(share.index) + share.unit;
+      }
+      u64* const word = reinterpret_cast<u64*>(p.scratch) + number;
+      const u32 first_block = share.block_of(cut, 0), last_block = share.block_of(cut, parts - 1);
+      // If a block has no turn of each part, each part is for another one.
+      const bool all = share.each >> cut.log > 0;
+      const u32 blocks = all ? last_block - first_block + 1 : static_cast<u32>(parts);
+      if (from == 0) {
+        const i32 state = static_cast<i32>(p.slots) - 2;
+        if (to >= cut.group) {
+          if constexpr (kKeepsAll) {
+#pragma unroll
+            for (int i = 0; i < kTiles; ++i) {
+              slot_at(my_block, state)[of_lane + i * 32] = {all_out[i][0], all_out[i][1], all_out[i][2],
+                                                            all_out[i][3]};
+            }
+          }
+          store_totals(slot_at(my_block, state), totals);
+        }
+        if (to % cut.group != 0) store(state + 1);
+      }
+      if (p.joins) is_mine = arrive_block(word, p.scratch_tag, blocks);
+    }
+    float4* const result = reinterpret_cast<float4*>(shared) + of_lane;
     if (alone) {
       __syncthreads();  // the tiles' place is free
-      float4* const result = reinterpret_cast<float4*>(shared) + of_lane;
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
         result[i * 32] = {kept_out[i][0], kept_out[i][1], kept_out[i][2], kept_out[i][3]};
       }
+    } else if (is_mine) {
+      // All results are there. Each thread copies what it joins, ahead of use, and some of its tiles
+      // of columns at a time, for which there are registers.
+      constexpr int kAtOnce = kTiles < 8 ? kTiles : 8;
+      constexpr int kPlace = kFours * 16 + 16 * kThreads;
+      constexpr int kPlaces = kMissingAt / kPlace < 4 ? kMissingAt / kPlace : 4;
+      static_assert(kPlaces >= 2 && kTiles % kAtOnce == 0, "there is room for two results");
+#pragma unroll 1
+      for (int first = 0; first < kTiles; first += kAtOnce) {
+        Results<Shares> ahead(share, cut, parts, static_cast<i32>(p.slots)), next = ahead;
+        u32 number = 0, asked = 0;
+        const int of_tile = of_lane + first * 32;
+        const auto ask = [&] {
+          if (ahead.more()) {
+            const float4* const its = slot_at(ahead.block, ahead.slot);
+            char* const at = shared + asked % kPlaces * kPlace;
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+              copy_async<16>(at + (of_tile + i * 32) * 16,
+                             reinterpret_cast<const char*>(its + of_tile + i * 32), true);
+            }
+            const char* const rows = reinterpret_cast<const char*>(its + kFours);
+            char* const its_totals = at + kFours * 16 + threadIdx.x * 16;
+            copy_async<8>(its_totals, rows + in_half * 8, true);
+            copy_async<8>(its_totals + 8, rows + (in_half + 8) * 8, true);
+            ahead.go_on();
+          }
+          ++asked;
+          commit_copies();
+        };
+#pragma unroll 1
+        for (int i = 0; i < kPlaces - 1; ++i) ask();
+        float joined_out[kAtOnce][4] = {}, group_out[kAtOnce][4] = {};
+        totals = {kNone, kNone, 0.0f, 0.0f};
+        float4 group = totals;
+        while (next.more()) {
+          ask();
+          wait_for_copies<kPlaces - 1>();
+          const char* const at = shared + number % kPlaces * kPlace;
+          const float2* const rows =
+              reinterpret_cast<const float2*>(at + kFours * 16 + threadIdx.x * 16);
+          const float4* const fours = reinterpret_cast<const float4*>(at) + of_tile;
+          Joined joined[2];
+          join_totals(joined, &group, {rows[0].x, rows[1].x, rows[0].y, rows[1].y});
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            const float4 four = fours[i * 32];
+            group_out[i][0] = joined[0].sum(group_out[i][0], four.x);
+            group_out[i][1] = joined[0].sum(group_out[i][1], four.y);
+            group_out[i][2] = joined[1].sum(group_out[i][2], four.z);
+            group_out[i][3] = joined[1].sum(group_out[i][3], four.w);
+          }
+          const i32 behind_it = next.part + next.count;
+          if (behind_it % cut.group == 0 || behind_it == parts) {
+            join_totals(joined, &totals, group);
+            group = {kNone, kNone, 0.0f, 0.0f};
+#pragma unroll
+            for (int i = 0; i < kAtOnce; ++i) {
+#pragma unroll
+              for (int j = 0; j < 4; ++j) {
+                joined_out[i][j] = joined[j / 2].sum(joined_out[i][j], group_out[i][j]);
+                group_out[i][j] = 0.0f;
+              }
+            }
+          }
+          next.go_on();
+          ++number;
+        }
+        wait_for_copies<0>();
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          result[(first + i) * 32] = {joined_out[i][0], joined_out[i][1], joined_out[i][2],
+                                      joined_out[i][3]};
+        }
+      }
+    }
+    if (is_mine) {
       // Where the rows stand is found again: there are no registers to keep it.
-      const Unit same(p, item, sequence_at<Length, Start>(p, item.sequence));
+      const Unit same(p, share.sequence, share.unit);
       const Row low(p, same, in_half), upper(p, same, in_half + 8);
-      const float4 totals = *joined_totals;
 #pragma unroll 1
       for (int i = 0; i < kTiles; ++i) {
         const float4 four = result[i * 32];
@@ -942,22 +1168,10 @@ __global__ void __launch_bounds__(kThreads, 2)
         write_two<Query, kLatent, kNarrow>(p, upper, warp * kTiles + i, lane, totals.y, totals.w,
                                            four.z, four.w, kv_scale);
       }
-    } else if (tiles > 0) {
-      float* const result = p.partial + static_cast<i64>(number) * result_floats(kColumns);
-#pragma unroll
-      for (int i = 0; i < kTiles; ++i) {
-        reinterpret_cast<float4*>(result)[of_lane + i * 32] = {
-            kept_out[i][0], kept_out[i][1], kept_out[i][2], kept_out[i][3]};
-      }
-      if (warp == 0 && pair == 0) {
-        float2* const totals = reinterpret_cast<float2*>(result + kRows * kColumns);
-        totals[in_half] = {kept_totals->x, kept_totals->z};
-        totals[in_half + 8] = {kept_totals->y, kept_totals->w};
-      }
     }
-    number += gridDim.x;
-    __syncthreads();  // what is shared is free
-  } while (number < items);
+    if constexpr (kWholeRows) fence_row_copies();
+    go_on();
+  } while (more);
 }
 
 }  // namespace cupy_cache

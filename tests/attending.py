@@ -430,6 +430,21 @@ class Latent(Problem):
         return cc.paged_attention_mla(*map(world.put, where), **put)
 
 
+def with_starts(kind, rng, starts, lengths, rows, causal=True, **named):
+    """A problem of this kind whose starts are these, whatever they are, for so many rows of the
+    query."""
+    whole = kind(rng, [48] * len(lengths), [48] * len(lengths), lse=None, **named)
+    step = kind(rng, lengths, [rows, *[0] * (len(lengths) - 1)], causal=causal, **named)
+    # Caches that hold numbers throughout.
+    step.caches, step.numbers, step.table = whole.caches, whole.numbers, whole.table
+    step.starts = worlds.of_values(np.array(starts, np.int64))
+    table, lens = (spec.on(spec.buffer.bytes) for spec in (step.table, step.lens))
+    step.seen, step.faults = oracle.tokens_seen(
+        table, lens, starts, rows, len(step.numbers[0]), 16, causal=causal
+    )
+    return step
+
+
 def check_numbers(got, wanted, plain, dtype):
     """Require errors of at most twice those of the plain computation, but for the last bit."""
     assert np.isfinite(got).all()

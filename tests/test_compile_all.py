@@ -55,10 +55,10 @@ READ_EVERYWHERE = ("copy_blocks", "reshape_and_cache_flash", "gather_cache")
 # less, or nothing.
 READ_LESS = ("Dequantise", "Direction::kZero")
 # Kernels that may spill, and so many bytes: those of attention for 64 rows, and of latent attention
-# over fp8_ds_mla, have no register left.
+# over 8-bit entries, have no register left.
 SPILLS = re.compile(
     r"::paged_attention<\S+, \S+, 128, 128, 16, 16, 64, "
-    r"|::paged_attention_mla<\S+, \S+, 512, 64, true, "
+    r"|::paged_attention_mla<\S+, cupy_cache::(?:E4M3|E5M2|I8), 512, 64, "
 )
 STACK = 56
 WRITE_LESS = ("paged_attention",)  # its vectors are of what is read

@@ -7,10 +7,9 @@ import attending
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
-import oracle
 import pytest
 import worlds
-from attending import LAYOUTS, Problem
+from attending import LAYOUTS, Problem, with_starts
 from guards import BAD, check_faults
 
 import cupy_cache as cc
@@ -285,21 +284,6 @@ def test_sequences_without_queries_are_not_looked_at(world, rng):
     Problem(rng, [20, -5, 2**31 - 1], [1, 0, 0], width=2).solve(world)
 
 
-def with_starts(rng, starts, lengths, rows, causal=True, **named):
-    """A problem whose starts are these, whatever they are, for so many rows of the query."""
-    whole = Problem(rng, [48] * len(lengths), [48] * len(lengths), lse=None, **named)
-    step = Problem(rng, lengths, [rows, *[0] * (len(lengths) - 1)], **named)
-    # Caches that hold numbers throughout.
-    step.caches, step.numbers, step.table = whole.caches, whole.numbers, whole.table
-    step.starts = worlds.of_values(np.array(starts, np.int64))
-    step.options = {"causal": causal}
-    table, lens = (spec.on(spec.buffer.bytes) for spec in (step.table, step.lens))
-    step.seen, step.faults = oracle.tokens_seen(
-        table, lens, starts, rows, len(step.numbers[0]), 16, causal=causal
-    )
-    return step
-
-
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize(
     "starts",
@@ -318,7 +302,7 @@ def with_starts(rng, starts, lengths, rows, causal=True, **named):
 )
 def test_starts_out_of_order(world, rng, starts, causal):
     """Those outside the query, or below an earlier one, count as the nearest that is neither."""
-    with_starts(rng, starts, [40, 30], 5, causal).solve(world)
+    with_starts(Problem, rng, starts, [40, 30], 5, causal).solve(world)
 
 
 def test_starts_that_are_garbage(world, rng):
@@ -330,7 +314,8 @@ def test_starts_that_are_garbage(world, rng):
             wild = rng.choice([*BAD, *range(-3, rows + 3)], count + 1)
             starts[odd] = wild[odd]
             lengths = rng.integers(0, 49, count)
-            with_starts(rng, starts, lengths, rows, heads=(5, 1), sizes=(16, 16)).solve(world)
+            named = {"heads": (5, 1), "sizes": (16, 16)}
+            with_starts(Problem, rng, starts, lengths, rows, **named).solve(world)
 
 
 def test_starts_of_many_sequences(world, rng):

@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import worlds
-from attending import Latent
+from attending import Latent, with_starts
 from guards import BAD
 
 import cupy_cache as cc
@@ -145,14 +145,32 @@ def test_however_the_work_is_shared(emulated_world, rng, processors, queries):
         world.close()
 
 
-def test_no_room_for_parts(emulated_world, rng, monkeypatch):
-    """Then whole sequences are what is shared."""
-    monkeypatch.setattr(module, "KEPT", 1)
-    world = emulated_world(processors=3)
+@pytest.mark.parametrize("processors", [3, 20])
+def test_sequences_of_one_query_and_of_many(emulated_world, rng, processors):
+    """Then some lanes of thread blocks have more to do than others."""
+    world = emulated_world(processors=processors)
     try:
-        Latent(rng, [1100, 300, 1030, 0], **CUT).solve(world)
+        Latent(rng, [70, 3, 90, 200, 5, 65], [1, 1, 1, 30, 0, 1], heads=8, sizes=(32, 16)).solve(
+            world
+        )
     finally:
         world.close()
+
+
+@hypothesis.given(
+    st.integers(1, 1000), st.integers(1, 1000), st.integers(0, 128), st.integers(1, 99)
+)
+def test_room_for_results(turns, longer, begin, parts):
+    """A thread block has some neighbouring parts of a sequence, and a result of each until a group
+    begins, and then of each group. There is room for all, whatever the table has room for."""
+    log = 0 if turns <= 16 else 1 if turns <= 64 else 2 if turns <= 512 else 3
+    of_sequence = -(-turns // (1 << log))
+    group = max(16 >> log, -(-of_sequence // 8))
+    begin = min(begin, of_sequence)
+    end = min(begin + parts, of_sequence)
+    whole = min(-(-begin // group) * group, end)
+    results = whole - begin + -(-(end - whole) // group)
+    assert results <= module._most_results(turns + longer - 1)
 
 
 def test_more_sequences_than_threads(world, rng):
@@ -245,6 +263,40 @@ def test_sequences_without_queries_are_not_looked_at(world, rng):
     Latent(rng, [20, -5, 2**31 - 1], [1, 0, 0], width=2).solve(world)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(
+    "starts",
+    [
+        [-3, 2, 5],
+        [0, 2, 99],
+        [2, 3, 4],
+        [-9, -4, 0],
+        [7, 9, 20],
+        [0, 2, 2**63 - 1],
+        [-(2**63), 1, 5],
+        [4, 1, 5],
+        [0, 5, 1],
+        [5, 3, 1],
+    ],
+)
+def test_starts_out_of_order(world, rng, starts, causal):
+    """Those outside the query, or below an earlier one, count as the nearest that is neither."""
+    with_starts(Latent, rng, starts, [40, 30], 5, causal).solve(world)
+
+
+def test_starts_that_are_garbage(world, rng):
+    """Of sequences of which some have more rows than are taken together, and of many."""
+    for count, rows in ((1, 7), (4, 90), (9, 50), (150, 40)):
+        for kind in range(3):
+            starts = np.sort(rng.integers(0, rows + 1, count + 1))
+            odd = rng.random(count + 1) < (0.3, 0.05, 1)[kind]
+            wild = rng.choice([*BAD, *range(-3, rows + 3)], count + 1)
+            starts[odd] = wild[odd]
+            lengths = rng.integers(0, 49, count)
+            named = {"heads": 5, "sizes": (16, 16)}
+            with_starts(Latent, rng, starts, lengths, rows, **named).solve(world)
+
+
 def test_nothing_to_do(world, rng):
     for problem in (Latent(rng, []), Latent(rng, [], [], spare=3), Latent(rng, [5], [0])):
         problem.solve(world)
@@ -296,11 +348,10 @@ def test_same_bits_in_any_batch(world, rng, queries):
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
-def test_same_bits_however_the_work_is_shared(emulated_world, rng, monkeypatch, kv_cache_dtype):
+def test_same_bits_however_the_work_is_shared(emulated_world, rng, kv_cache_dtype):
     problem = Latent(rng, [1100, 70, 1030], kv_cache_dtype=kv_cache_dtype, **CUT)
     found = []
-    for processors, kept in ((1, 16), (3, 16), (132, 16), (3, 1)):
-        monkeypatch.setattr(module, "KEPT", kept)
+    for processors in (1, 3, 20, 132):
         world = emulated_world(processors=processors)
         try:
             found.append(rows_of(world, problem))

@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+import struct
+from typing import Any, NamedTuple
 
 from .. import cpu
 from ..errors import ShapeError
@@ -21,7 +22,7 @@ from ..runtime import (
     spelling,
     streams,
 )
-from ..runtime.devices import NOWHERE, Device
+from ..runtime.devices import NOWHERE
 from ..runtime.formats import DS_ENTRY_BYTES, DS_LATENT, DS_ROPE, FP8_DS_MLA
 from ..types import ArrayLike, Scale, StreamLike
 from .shared import steps
@@ -29,13 +30,14 @@ from .shared import steps
 NAME = "paged_attention_mla"
 PARAMS = params.Struct(
     per_call="query:ptr kv_cache:ptr block_table:ptr seq_lens:ptr query_start_loc:ptr "
-    "kv_scale:ptr partial:ptr out:ptr lse:ptr tokens:i64 sequences:i64 table_width:i64 "
-    "table_stride:i64 places:i64 scale:f32 kv_scale_value:f32",
+    "kv_scale:ptr out:ptr lse:ptr tokens:i64 sequences:i64 table_width:i64 table_stride:i64 "
+    "scale:f32 kv_scale_value:f32",
     constant="num_blocks:i64 query_stride:i64 query_head_stride:i64 out_stride:i64 "
     "out_head_stride:i64 lse_stride:i64 lse_head_stride:i64 block_stride:i64 slot_stride:i64 "
-    "block_size:u32 heads:u32 processors:u32 causal:u32 chunks_in:u32 pairs_out:u32",
+    "scratch_tag:u64 block_size:u32 heads:u32 causal:u32 aligned:u32 "
+    "by_block_size:u32[2]",
+    tail="scratch:ptr slots_at:u64 slots:u32 lanes:u32 blocks:u32 joins:u32",
 )
-FLOAT32 = formats.DTYPES["float32"]
 
 
 def paged_attention_mla(
@@ -90,10 +92,8 @@ def paged_attention_mla(
         Elements of the latent part, the values. On a GPU at most 512, and entries have at most 640.
     query_start_loc : int32 or int64 array [num_seqs + 1], optional
         Where each sequence's rows of ``query`` start, and where the last one's end; never
-        descending, and inside ``query``; contiguous. Others are not followed, but which
-        rows their sequences have is then not the same on CPU and GPU. Rows of no sequence are left
-        as they are in ``out`` and ``lse``. By default each sequence has one row, so ``num_seqs`` is
-        ``num_tokens``.
+        descending; contiguous. Rows of no sequence are left as they are in ``out`` and ``lse``. By
+        default each sequence has one row, so ``num_seqs`` is ``num_tokens``.
     causal : bool
         False: every query of a sequence sees all its tokens.
     kv_cache_dtype : str
@@ -135,17 +135,20 @@ def paged_attention_mla(
 
     A length below 0 or above ``width * block_size`` counts as the nearer of the two, and tokens in
     blocks that the cache does not have count as not there. Both are recorded under the number of
-    the sequence (see `raise_faults`), arguments ``seq_lens`` and ``block_table``.
+    the sequence (see `raise_faults`), arguments ``seq_lens`` and ``block_table``. A start below an
+    earlier one, below 0 or above ``num_tokens`` counts as the nearest number that is neither, and
+    is recorded under its own number, argument ``query_start_loc``.
 
     A sequence's result has the same bits whatever else is in the batch. Logits, softmax and sums
     are float32; on a GPU the weights are rounded to the dtype of ``query`` before they multiply
     values, and to float16 where entries have 8 bits.
 
-    On a GPU a sequence is cut into parts by its own length alone. How many of them a thread block
-    takes is decided on the device, by what there is to do in the whole batch. If several may share
-    a sequence, their results go through memory that the framework of ``query`` allocates for the
-    call, in the order of its stream (at most some 70 MiB for 512 values), and a second launch joins
-    them. Caches whose addresses and strides are multiples of 16 bytes are read fastest.
+    On a GPU there are as many thread blocks as run at once. A sequence is cut into parts by its own
+    length alone, and all blocks share all parts equally. What several have of a sequence is joined
+    through scratch memory: some MiB, at most about 120 for 512 values, of the allocator of the
+    result's framework, free again behind the kernel in the stream's order, or, during a capture,
+    the graph's. Where many share one, a second launch joins. Caches whose addresses and strides are
+    multiples of 16 bytes are read fastest.
     """
     if stream is not None:
         stream = streams.pointer(NAME, stream)
@@ -155,56 +158,27 @@ def paged_attention_mla(
     if formats.is_scaled(kv_cache_dtype):
         kv_array, kv_number = contract.split_scale(NAME, "kv_scale", kv_scale)
     number = contract.number(NAME, "scale", scale, kind="")
-    like = None
     if out is None:
-        like = arrays.view(query, f"{NAME}: query")
-        out = _new_out(like, rank, stream)
-    framework, device, query_shape = _place(query, like)
-    cut, partial = False, None
-    if device.kind == "cuda":
-        shapes = (
-            query_shape, _shape("kv_cache", kv_cache),
-            _shape("block_table", block_table), _shape("seq_lens", seq_lens),
-        )  # fmt: skip
-        cut, most = _results(device.index, *shapes, rank, query_start_loc is not None)
-        if most:
-            shape = most, ROWS * (_columns(rank) + 2)
-            partial = streams.empty(framework, device, shape, FLOAT32, stream)
-    objects = (
-        query, kv_cache, block_table, seq_lens, query_start_loc, kv_array, partial, out, lse,
-    )  # fmt: skip
-    OP(objects, options, stream, (cut, number, kv_number))
+        out = _new_out(query, rank, stream)
+    objects = query, kv_cache, block_table, seq_lens, query_start_loc, kv_array, out, lse
+    OP(objects, options, stream, (number, kv_number))
     return out
-
-
-def _place(query, like):
-    """(Framework, device, shape) of the query; ``like`` is its view, if there is one."""
-    if like is None:
-        if arrays.is_torch(query) and query.device.type in ("cpu", "cuda"):  # what an engine gives
-            return "torch", Device(query.device.type, query.device.index or 0), query.shape
-        like = arrays.view(query, f"{NAME}: query")
-    return like.framework, like.device, like.shape
-
-
-def _shape(name, array):
-    """The shape of an argument."""
-    shape = getattr(array, "shape", None)
-    return shape if isinstance(shape, tuple) else arrays.view(array, f"{NAME}: {name}").shape
 
 
 def _new_out(query, rank, stream):
     """A new array for the result."""
+    like = arrays.view(query, f"{NAME}: query")
     check = contract.Contract(NAME)
-    check.shape("query", query, "_ num_heads entry_size")
-    check.dtype("query", query, *formats.FLOATS)
-    shape = *query.shape[:2], rank
-    return streams.empty(query.framework, query.device, shape, query.dtype, stream)
+    check.shape("query", like, "_ num_heads entry_size")
+    check.dtype("query", like, *formats.FLOATS)
+    shape = *like.shape[:2], rank
+    return streams.empty(like.framework, like.device, shape, like.dtype, stream)
 
 
 def _plan(op, described, options):
     kv_cache_dtype, rank, causal = options
     named = {arg.name: array for arg, array in zip(op.args, described)}
-    query, kv_cache, _, _, _, kv_scale, _, out, _ = described
+    query, kv_cache, _, _, _, kv_scale, out, _ = described
     entries = kv_cache_dtype == FP8_DS_MLA
     fmt = formats.RAW_FORMAT
     if not entries:
@@ -266,70 +240,99 @@ def _check_sizes(op, entry_size, kv_cache, out, rank, entries):
 # --- the kernels: constants of paged_attention_mla.cu
 
 ROWS = 16  # of a unit: query heads of neighbouring tokens of a sequence
-THREADS = 128
-JOINING_THREADS = 256
-WARPS = THREADS // launch.WARP
+TEAM = 4  # warps
 LARGEST_RANK, LARGEST_ENTRY = 512, 640
 LEAST_STAGES, MOST_STAGES = 3, 5
 # Bytes of shared memory of a thread block, where a multiprocessor of sm_90 has two.
 HALF_OF_SHARED = 112 << 10
-GROUP = 1024  # tokens, of which one thread block takes care, unless there are few
-MOST_GROUPS, MOST_PARTS = 32, 128  # of a sequence
-SMALLEST_PART = 64  # tokens
-# For each multiprocessor: units from which on none is cut; results that are kept at the same time;
-# thread blocks that share the work, where it is cut; and those of a round of groups.
-UNCUT, KEPT, BLOCKS, ROUND = 8, 16, 8, 1
-
-
-def _units(tokens, sequences, heads, several):
-    """At most so many units."""
-    if several:
-        return tokens * heads // ROWS + sequences
-    return sequences * launch.ceil_div(heads, ROWS)
-
-
-def _columns(rank):
-    """Columns of a result: so many that each warp has whole tiles of them."""
-    return launch.ceil_div(rank, 16 * WARPS) * 16 * WARPS
-
-
-def _results(device, query, kv_cache, table, lens, rank, several):
-    """(Whether sequences may be cut, the results that must be kept at the same time) for arguments
-    of these shapes; none where they are wrong."""
-    if (len(query), len(kv_cache), len(table), len(lens)) != (3, 3, 2, 1) or rank > LARGEST_RANK:
-        return False, 0
-    longest, processors = table[1] * kv_cache[1], launch.processors(device)
-    units = _units(query[0], lens[0], query[1], several)
-    # On the GPU that is not there all kernels are asked for.
-    if longest > SMALLEST_PART and (units < UNCUT * processors or device == NOWHERE):
-        groups = min(launch.ceil_div(longest, GROUP), MOST_GROUPS)
-        parts = min(launch.ceil_div(longest, SMALLEST_PART), MOST_PARTS)
-        most = min(units * parts, units * groups + 16 * processors, KEPT * processors)
-        return most > 0, most
-    return False, min(units, BLOCKS * processors) if longest > GROUP else 0
+TURN = 64  # tokens, in which work is measured
+JOINING_THREADS = 256
+MOST_JOINED = 16  # thread blocks whose results one of them joins; those of more a second launch
 
 
 class _Plan(plans.KernelPlan):
-    """One launch, or two where sequences may be cut."""
+    """One launch: as many thread blocks as the GPU runs at once share all units equally.
 
-    __slots__ = ("_columns", "_device", "_heads", "_joining", "_several")
+    Parameters
+    ----------
+    launcher : launch.Launcher
+    framework : str
+        That of the results.
+    heads, block_size : int
+    several : bool
+        Whether a sequence has several tokens.
+    shape : _Shape
+    """
 
-    def __init__(self, launcher, joining, device, heads, columns, several):
+    __slots__ = ("_block_size", "_framework", "_heads", "_joining", "_several", "_shape")
+
+    def __init__(self, launcher, joining, framework, heads, block_size, several, shape):
         super().__init__(launcher, None)
-        self._joining, self._device = joining, device
-        self._heads, self._columns, self._several = heads, columns, several
+        self._joining, self._framework = joining, framework
+        self._heads, self._block_size = heads, block_size
+        self._several, self._shape = several, shape
 
     def launch_for(self, rows):
-        tokens, sequences, kept, cut = rows
-        units = _units(tokens, sequences, self._heads, self._several)
-        processors = launch.processors(self._device)
-        blocks = min(kept, BLOCKS * processors) if kept else units
-        if not cut:
-            return self.launcher, (blocks, 1, 1), THREADS
-        # Few units are joined by several threads each, of many each by one.
-        lanes = 8 if units * self._columns // 8 <= 16 * processors else 1
-        grid = units, self._columns * 4 * lanes // JOINING_THREADS, 1
-        return _Two(self.launcher, self._joining, grid, JOINING_THREADS), (blocks, 1, 1), THREADS
+        blocks, lanes, joins = self._blocks(rows)
+        first = (blocks, 1, 1), self._shape.threads
+        if joins and self.launcher.device != NOWHERE:
+            return self.launcher, *first
+        tokens, sequences, _ = rows
+        columns = (self._shape.slot_bytes // 4 // ROWS - 2) // 8  # tiles of 8
+        grid = lanes * self._of_lane(tokens, sequences, lanes), columns, 1
+        return _Two(self.launcher, self._joining, grid, JOINING_THREADS), *first
+
+    def scratch_for(self, rows):
+        tokens, sequences, width = rows
+        blocks, lanes, joins = self._blocks(rows)
+        # A word for each unit; then of each block as many slots as it can have results of a unit
+        # that it does not begin, and two.
+        units = self._units(tokens, sequences)
+        words = launch.ceil_div(8 * units, 16) * 16
+        longest = max(launch.ceil_div(width * self._block_size, TURN), 1)  # turns
+        of_lane = self._of_lane(tokens, sequences, lanes)
+        each = launch.ceil_div(of_lane * longest, blocks // lanes)
+        slots = min(_most_results(longest), each) + 2
+        size = words + blocks * slots * self._shape.slot_bytes
+        return plans.Scratch(
+            self._framework,
+            size,
+            struct.pack("<QIIII", words, slots, lanes, blocks // lanes, joins),
+        )
+
+    def _blocks(self, rows):
+        """(Thread blocks, lanes of them that a sequence's units are dealt out to, whether they join
+        what they share of a unit themselves)."""
+        tokens, sequences, width = rows
+        most = self._shape.resident * launch.processors(self.launcher.device)
+        units = launch.ceil_div(tokens * self._heads, ROWS * sequences)  # of a sequence, about
+        if not self._several:
+            units = launch.ceil_div(self._heads, ROWS)
+        lanes = min(max(units, 1), most)
+        blocks = most // lanes * lanes
+        # At most so many thread blocks share a unit, about.
+        parts = launch.ceil_div(width * self._block_size, TURN)
+        shared_by = min(parts, launch.ceil_div(blocks, self._units(tokens, sequences)))
+        return blocks, lanes, shared_by <= MOST_JOINED
+
+    def _units(self, tokens, sequences):
+        """At most so many units."""
+        if self._several:
+            return tokens * self._heads // ROWS + sequences
+        return sequences * launch.ceil_div(self._heads, ROWS)
+
+    def _of_lane(self, tokens, sequences, lanes):
+        """At most so many units of a lane."""
+        if self._several:
+            return tokens * self._heads // (ROWS * lanes) + sequences
+        return sequences * launch.ceil_div(launch.ceil_div(self._heads, ROWS), lanes)
+
+
+def _most_results(turns):
+    """How many results of a sequence of at most so many turns a thread block may have: single parts
+    of one group, and groups. `Cut` of paged_attention_mla.cu."""
+    parts = min(launch.ceil_div(turns, 4), 128)
+    return max(16, launch.ceil_div(parts, 8) + 8)
 
 
 class _Two:
@@ -342,9 +345,22 @@ class _Two:
         self._first, self._second, self._grid, self._threads = first, second, grid, threads
 
     @property
+    def device(self):
+        """The GPU's number."""
+        return self._first.device
+
+    @property
     def loaded(self):
         """Whether both kernels are."""
         return self._first.loaded and self._second.loaded
+
+    def load(self, stream):
+        """Load both kernels."""
+        try:
+            self._first.load(stream)
+        except launch.KernelNeeded as noted:
+            raise launch.KernelNeeded(*noted.kernels, self._second.kernel) from None
+        self._second.load(stream)
 
     def has_work(self, grid, threads):
         """Whether there is anything to launch."""
@@ -352,13 +368,10 @@ class _Two:
             self._grid, self._threads
         )
 
-    def enqueue(self, grid, threads, stream, *values):
+    def enqueue(self, grid, threads, stream, *values, tail):
         """Launch both."""
-        try:
-            self._first.enqueue(grid, threads, stream, *values)
-        except launch.KernelNeeded as noted:
-            raise launch.KernelNeeded(*noted.kernels, self._second.kernel) from None
-        self._second.enqueue(self._grid, self._threads, stream, *values)
+        self._first.enqueue(grid, threads, stream, *values, tail=tail)
+        self._second.enqueue(self._grid, self._threads, stream, *values, tail=tail)
 
     def prepare(self, grid, threads):
         """As of a `launch.Launcher`."""
@@ -377,6 +390,21 @@ class _Two:
         self._second.launch(self._grid, self._threads, stream, record)
 
 
+class _Shape(NamedTuple):
+    """Of thread blocks: warps are ``teams`` of `TEAM`; ``stages`` tiles are in ``shared`` bytes of
+    shared memory; a multiprocessor has ``resident`` blocks; a result takes ``slot_bytes``."""
+
+    teams: int
+    stages: int
+    shared: int
+    resident: int
+    slot_bytes: int
+
+    @property
+    def threads(self):
+        return self.teams * TEAM * launch.WARP
+
+
 def _gpu_plan(check, named, stored, rank, causal, entries):
     size, query, out, cache = check.sizes, named["query"], named["out"], named["kv_cache"]
     check.dtype(
@@ -393,7 +421,7 @@ def _gpu_plan(check, named, stored, rank, causal, entries):
             )
     stored = formats.DTYPES["float8_e4m3fn"] if entries else stored or query.dtype
     device = out.device.index
-    stages, shared = _stages(check.op, device, size["entry_size"], rank, stored.bytes, entries)
+    shape = _shape(check.op, device, size["entry_size"], rank, stored.bytes, entries)
     vector = contract.vector_bytes(
         cache.ptr, *cache.strides[:2], cache.shape[2] * cache.dtype.bytes
     )
@@ -401,51 +429,53 @@ def _gpu_plan(check, named, stored, rank, causal, entries):
     index = [(array and spelling.INDEX_NAMES[array.dtype.name]) or "void" for array in indices]
     elements = [spelling.ELEMENT_NAMES[dtype.name] for dtype in (query.dtype, stored)]
     arguments = (
-        *elements, rank, size["entry_size"] - rank, spelling.boolean(entries), vector, stages,
-        shared, *index,
+        *elements, rank, size["entry_size"] - rank, spelling.boolean(entries), vector, shape.teams,
+        shape.stages, shape.shared, *index,
     )  # fmt: skip
     kernel = modules.Kernel(
         check.op, NAME, f"{NAME}<{', '.join(map(str, arguments))}>", PARAMS,
-        guarded=("block_table", "seq_lens"), shared_bytes=shared,
+        guarded=("block_table", "seq_lens", "query_start_loc"), shared_bytes=shape.shared,
     )  # fmt: skip
     lse = named["lse"]
     constants = (
         cache.shape[0], *query.strides[:2], *out.strides[:2],
-        *((0, 0) if lse is None else lse.strides), *cache.strides[:2], size["block_size"],
-        size["num_heads"], ROUND * launch.processors(device), causal,
-        contract.vector_bytes(query.ptr, *query.strides[:2]) == 16,
-        contract.vector_bytes(out.ptr, *out.strides[:2]) >= 4,
+        *((0, 0) if lse is None else lse.strides), *cache.strides[:2], plans.SCRATCH_TAG,
+        size["block_size"], size["num_heads"], causal,
+        (contract.vector_bytes(query.ptr, *query.strides[:2]) == 16)
+        + 2 * (contract.vector_bytes(out.ptr, *out.strides[:2]) >= 4),
+        *launch.divisor(size["block_size"]),
     )  # fmt: skip
-    scaled = stored.bytes == 1 and not entries
-    joining = joining_kernel(query.dtype, stored, scaled, rank, index[1:])
+    flags = stored.bytes == 1, stored.bytes == 1 and not entries
+    arguments = elements[0], rank, *map(spelling.boolean, flags), shape.teams, *index[1:]
+    joining = modules.Kernel(
+        check.op, NAME, f"join_parts<{', '.join(map(str, arguments))}>", PARAMS,
+        guarded=("block_table", "seq_lens", "query_start_loc"),
+    )  # fmt: skip
     return _Plan(
         launch.Launcher(kernel, device, constants), launch.Launcher(joining, device, constants),
-        device, size["num_heads"], _columns(rank), named["query_start_loc"] is not None,
+        out.framework, size["num_heads"], size["block_size"],
+        named["query_start_loc"] is not None, shape,
     )  # fmt: skip
 
 
-def joining_kernel(dtype, stored, scaled, rank, index):
-    """The kernel of the second launch. ``scaled``: elements have the scale ``kv_scale``. ``index``
-    are the C++ names of the types of ``seq_lens`` and ``query_start_loc``."""
-    flags = map(spelling.boolean, (stored.bytes == 1, scaled))
-    arguments = spelling.ELEMENT_NAMES[dtype.name], rank, *flags, *index
-    return modules.Kernel(NAME, NAME, f"join_parts<{', '.join(map(str, arguments))}>", PARAMS)
-
-
-def _stages(op, device, entry_size, rank, element_bytes, entries):
-    """(How many tiles are in shared memory, its bytes)."""
-    columns = _columns(rank)
-    keys = 16 if element_bytes == 2 else 32  # of a tile
+def _shape(op, device, entry_size, rank, element_bytes, entries):
+    """The `_Shape` of the thread blocks that take such entries."""
+    shared = launch.shared_memory(device)
+    # Two teams have a multiprocessor of their own.
+    teams = 2 if shared >= 2 * HALF_OF_SHARED and element_bytes == 2 and rank > 256 else 1
+    warps = teams * TEAM
+    columns = launch.ceil_div(rank, 16 * warps) * 16 * warps
+    keys = teams * (16 if element_bytes == 2 else 32)  # of a tile
     if entries:
         chunks = launch.ceil_div(DS_ENTRY_BYTES, 16)
     else:
-        steps = launch.ceil_div(entry_size, 16 * WARPS) * WARPS
+        steps = launch.ceil_div(entry_size, 16 * TEAM) * TEAM
         chunks = max(steps, columns // 16) * element_bytes
-    tile = keys * (chunks | 1) * 16 + 4  # and which of its tokens are missing
-    # Scores of each warp for two tiles, and two totals of each thread.
-    rest = 2 * WARPS * ROWS * keys * 4 + 2 * THREADS * 16
-    shared = launch.shared_memory(device)
-    room = HALF_OF_SHARED if shared >= 2 * HALF_OF_SHARED else shared
+    # Which of its tokens are missing, and where its copies arrive.
+    tile = keys * (chunks | 1) * 16 + 16
+    # Scores of each of a team's warps for two tiles, and two totals of each thread.
+    rest = 2 * TEAM * ROWS * keys * 4 + 2 * warps * launch.WARP * 16
+    room = HALF_OF_SHARED if shared >= 2 * HALF_OF_SHARED and teams == 1 else shared
     stages = min(MOST_STAGES, (room - rest) // tile)
     if stages < LEAST_STAGES:
         raise ShapeError(
@@ -453,20 +483,19 @@ def _stages(op, device, entry_size, rank, element_bytes, entries):
             f"into the {shared} bytes of shared memory that this GPU has, got entries of "
             f"{entry_size} elements, {rank} of them latent"
         )
-    return stages, stages * tile + rest
+    resident = 2 if teams == 1 and shared >= 2 * HALF_OF_SHARED else 1
+    return _Shape(teams, stages, stages * tile + rest, resident, ROWS * (columns + 2) * 4)
 
 
 def _count(extents, options, scalars):
-    """(Tokens, sequences, places for results that are kept and whether sequences may be cut, or 0;
-    the fields of `PARAMS` behind the pointers)."""
+    """(Tokens, sequences and a table's width, or 0; the fields of `PARAMS` behind the pointers)."""
     del options
-    tokens, ((table_rows, width), (step, _)), sequences, starts, kept, *written = extents
-    cut, *numbers_of_call = scalars
+    tokens, ((table_rows, width), (step, _)), sequences, starts, *written = extents
     steps.check_counts(
         NAME, tokens, sequences, table_rows, starts, dict(zip(("out", "lse"), written))
     )  # fmt: skip
-    work = (tokens, sequences, kept, cut) if tokens and sequences else 0
-    return work, (tokens, sequences, width, step, kept if cut else 0, *numbers_of_call)
+    work = (tokens, sequences, width) if tokens and sequences else 0
+    return work, (tokens, sequences, width, step, *scalars)
 
 
 OP = dispatch.Op(
@@ -478,12 +507,11 @@ OP = dispatch.Op(
         dispatch.Arg("seq_lens", varies=dispatch.ROWS, index=True),
         dispatch.Arg("query_start_loc", varies=dispatch.ROWS, optional=True, index=True),
         dispatch.Arg("kv_scale", optional=True),
-        dispatch.Arg("partial", varies=dispatch.ROWS, optional=True),
         dispatch.Arg("out", varies=dispatch.ROWS, written=True),
         dispatch.Arg("lse", varies=dispatch.ROWS, optional=True, written=True),
     ),
     plan=_plan,
-    destination=(7, 8),
+    destination=(6, 7),
     count=_count,
     options=("kv_cache_dtype",),
 )

@@ -269,12 +269,11 @@ class _Entries:
 
 
 def paged_attention_mla(
-    query, kv_cache, block_table, seq_lens, query_start_loc, kv_scale, partial, out, lse, tokens,
-    sequences, width, step, slots, scale, kv_number, *, dtype, stored, latent, block_size, causal,
+    query, kv_cache, block_table, seq_lens, query_start_loc, kv_scale, out, lse, tokens, sequences,
+    width, step, scale, kv_number, *, dtype, stored, latent, block_size, causal,
 ):  # fmt: skip
     """The same over one cache of entries, of which the first ``latent`` elements are the values.
     ``stored`` None: "fp8_ds_mla"."""
-    del partial, slots
     if stored is None:
         pair = (_Entries(kv_cache, dtype, size) for size in (query.shape[2], latent))
     else:

@@ -201,6 +201,46 @@ inline void cp_wait_2() {}
 inline void cp_wait_3() {}
 
 inline void nothing() {}
+// Of a word at which copies arrive: how many threads arrive in a round, how many have, the bytes that
+// are expected and not there yet, and the number of the round. As of an mbarrier, no more than the
+// instructions know what is in it; its accesses order nothing, and so are not seen.
+struct Arrivals {
+  unsigned expected : 8, arrived : 8, round : 16;
+  int missing;
+};
+EMULATOR_OWN inline Arrivals load_arrivals(unsigned at) {
+  return *reinterpret_cast<Arrivals*>(shared(at));
+}
+EMULATOR_OWN inline void store_arrivals(unsigned at, Arrivals word) {
+  if (word.arrived == word.expected && word.missing == 0) word.arrived = 0, ++word.round;
+  *reinterpret_cast<Arrivals*>(shared(at)) = word;
+}
+inline void mbarrier_init(unsigned at, unsigned count) {
+  Arrivals word = {};
+  word.expected = count;
+  store_arrivals(at, word);
+}
+inline void fence_mbarrier_init() {}
+inline void mbarrier_arrive(unsigned at, unsigned bytes) {
+  Arrivals word = load_arrivals(at);
+  ++word.arrived;
+  word.missing += static_cast<int>(bytes);
+  store_arrivals(at, word);
+}
+inline void cp_bulk(unsigned to, unsigned long long from, unsigned bytes, unsigned arrivals) {
+  if (to % 16 != 0 || from % 16 != 0 || bytes % 16 != 0) {
+    emulator_refuse("a row that is not aligned to 16 bytes is copied");
+  }
+  for (unsigned i = 0; i < bytes; i += 16) cp<uint4>(to + i, from + i, 16);
+  Arrivals word = load_arrivals(arrivals);
+  word.missing -= static_cast<int>(bytes);
+  store_arrivals(arrivals, word);
+}
+inline void mbarrier_try_wait(unsigned& over, unsigned at, unsigned odd) {
+  over = load_arrivals(at).round % 2 != odd;
+  if (!over) emulator_exchange(1u << emulator::lane(), 0);  // the others go on
+}
+inline void fence_proxy() {}
 
 // A cluster has one block here.
 inline void cluster_sync() { emulator_sync_block(); }

@@ -118,6 +118,29 @@ INSTRUCTIONS = {
         )
         for groups in range(4)
     },
+    "mbarrier.init.shared::cta.b64 [%0], %1;": Instruction(
+        "mbarrier_init", "r r", r"SYNCS\.EXCH\.64", stays=True, clobbers='"memory"'
+    ),
+    "fence.mbarrier_init.release.cluster;": Instruction(
+        "fence_mbarrier_init", "", r"", stays=True, clobbers='"memory"'
+    ),
+    "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;": Instruction(
+        "mbarrier_arrive", "r r", r"SYNCS\.ARRIVE\.TRANS64", stays=True, clobbers='"memory"'
+    ),
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];": (
+        Instruction("cp_bulk", "r l r r", r"UBLKCP", stays=True, clobbers='"memory"')
+    ),
+    "{ .reg .pred over; mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2; "
+    "selp.u32 %0, 1, 0, over; }": Instruction(
+        "mbarrier_try_wait",
+        "=r r r",
+        r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT",
+        stays=True,
+        clobbers='"memory"',
+    ),
+    "fence.proxy.async.shared::cta;": Instruction(
+        "fence_proxy", "", r"FENCE\.VIEW\.ASYNC", stays=True, clobbers='"memory"'
+    ),
     **{
         f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{%0, %1, %2, %3}}, [%4];": Instruction(
             f"ldmatrix_x4{trans.replace('.', '_')}",

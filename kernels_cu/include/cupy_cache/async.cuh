@@ -65,4 +65,68 @@ __device__ __forceinline__ void wait_for_copies() {
 #endif
 }
 
+// Copies of whole rows, which one thread starts (sm_90 and newer): of a multiple of 16 bytes, all
+// addresses too. They arrive at a word in shared memory, which tells when all of a round are there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kHasRowCopies = true;
+#else
+constexpr bool kHasRowCopies = false;
+#endif
+
+// Makes a word one at which `count` threads arrive in each round. One thread calls it; the others use
+// the word behind a barrier.
+__device__ __forceinline__ void begin_arrivals(u64* word, u32 count) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const u32 at = static_cast<u32>(__cvta_generic_to_shared(word));
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+// Arrives at the word, and says how many bytes are on their way to this round.
+__device__ __forceinline__ void expect_bytes(u64* word, u32 bytes) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const u32 at = static_cast<u32>(__cvta_generic_to_shared(word));
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes)
+               : "memory");
+#endif
+}
+
+// Starts to copy a row, whose bytes are expected at the word.
+__device__ __forceinline__ void copy_row(char* shared, const char* global, u32 bytes, u64* word) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const u32 to = static_cast<u32>(__cvta_generic_to_shared(shared));
+  const u64 from = __cvta_generic_to_global(global);
+  const u32 at = static_cast<u32>(__cvta_generic_to_shared(word));
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+      "l"(from), "r"(bytes), "r"(at)
+      : "memory");
+#endif
+}
+
+// Waits until a round of the word is over: an even one if `odd` is 0, counted from 0.
+__device__ __forceinline__ void wait_for_rows(u64* word, u32 odd) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  const u32 at = static_cast<u32>(__cvta_generic_to_shared(word));
+  u32 over;
+  do {
+    asm volatile(
+        "{ .reg .pred over; mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2; "
+        "selp.u32 %0, 1, 0, over; }"
+        : "=r"(over)
+        : "r"(at), "r"(odd)
+        : "memory");
+  } while (over == 0);
+#endif
+}
+
+// Orders what this thread read and wrote in shared memory before row copies to the same place, which
+// come behind a barrier.
+__device__ __forceinline__ void fence_row_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 }  // namespace cupy_cache
