@@ -39,15 +39,16 @@ class Case:
         """The world's arrays for ``specs``."""
         return [world.put_on_host(s) if s in self.on_host else world.put(s) for s in self.specs]
 
-    def expected(self):
-        """The bytes of each written spec's buffer afterwards, by `id` of the buffer."""
+    def expected(self, calls=1):
+        """The bytes of each written spec's buffer after so many calls, by `id` of the buffer."""
         copies = {id(s.buffer): s.buffer.bytes.copy() for s in self.specs}
-        self._expected(*(s.on(copies[id(s.buffer)]) for s in self.specs))
+        for _ in range(calls):  # some rotate in place
+            self._expected(*(s.on(copies[id(s.buffer)]) for s in self.specs))
         return {id(s.buffer): copies[id(s.buffer)] for s in self.written}
 
-    def check(self, world):
+    def check(self, world, calls=1):
         """Compare the world's memory with the loops' result."""
-        for buffer, expected in self.expected().items():
+        for buffer, expected in self.expected(calls).items():
             spec = next(s for s in self.written if id(s.buffer) == buffer)
             np.testing.assert_array_equal(world.bytes_of(spec), expected)
 

@@ -268,6 +268,7 @@ __global__ void bad(const __grid_constant__ Params p) {
   if (kWait == 2 && threadIdx.x >= p.count) return;
   const char first = kWait == 1 ? p.out[blockIdx.x] : 0;
   if constexpr (kWait != 3) await_earlier_launches();
+  if constexpr (kWait != 4) release_next_launch();
   p.out[-1] = first;
   if constexpr (kBytes) {
     p.out[threadIdx.x] = p.out[threadIdx.x + p.count];
@@ -291,6 +292,7 @@ __global__ void bad(const __grid_constant__ Params p) {
         ("1, true, 1", ["LDG before it waits"]),
         ("1, true, 2", ["EXIT before it waits"]),
         ("1, true, 3", ["it does not wait for earlier launches"]),
+        ("1, true, 4", ["it lets no later launch begin"]),
     ],
 )
 def test_reading_sees_what_is_wrong(sources, tmp_path, arguments, expected):

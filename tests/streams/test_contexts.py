@@ -75,7 +75,7 @@ for name, make in cases.CASES.items():
     call = case.bind(world)
     world.synchronize()
     in_a_new_thread(name, call, times=6)
-    case.check(world)
+    case.check(world, calls=6)
 
 world = make_world()
 table, positions, starts = (
@@ -152,7 +152,7 @@ def test_current_gpu_stays(two_gpus, framework, name, rng):
             if framework.name == "torch":
                 assert framework.module.cuda.current_device() == 0
     with framework.device(1):
-        case.check(world)
+        case.check(world, calls=6)
 
 
 @pytest.mark.multi_gpu
