@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,9 @@ transformers = pytest.importorskip("transformers", minversion="5.17")
 
 import cupy_cache.integrations.transformers as hf  # noqa: E402
 from cupy_cache.integrations.transformers import cache as cache_module  # noqa: E402
+
+# The package has a function of that name.
+attention_module = sys.modules["cupy_cache.integrations.transformers.attention"]
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")  # of transformers, to itself
 
@@ -485,8 +489,13 @@ def test_generate_on_a_gpu(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["llama", "window"])
-@pytest.mark.parametrize("graphs", [(False, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    "name, graphs",
+    [
+        ("llama", (False, False)), ("llama", (False, True)), ("llama", (True, True)),
+        ("window", (False, False)),
+    ],
+)  # fmt: skip
 def test_batching_on_a_gpu(name, graphs):
     """With block tables and graphs. Sums in another order may decide otherwise."""
     model = make(name, "cuda", torch.float16, head_dim=64)
@@ -496,3 +505,15 @@ def test_batching_on_a_gpu(name, graphs):
     pairs = [pair for both in zip(expected, found) for pair in zip(*both)]
     assert sum(one == other for one, other in pairs) > 0.75 * len(pairs)
     cc.raise_faults()
+
+
+def test_a_window_in_a_captured_graph(monkeypatch):
+    """What transformers gathers for it does not bear a replay."""
+    monkeypatch.setattr(attention_module, "_is_captured", lambda query: True)
+    cache = types.SimpleNamespace(
+        layer_index_to_group_indices={0: (0, 0)}, sliding_windows=[WINDOW]
+    )
+    states = torch.zeros(1, 2, 4, 8)
+    given = {"cache": cache, "cu_seq_lens_k": torch.tensor([0, 4]), "max_seqlen_k": 4}
+    with pytest.raises(ArgumentError, match="use_cuda_graph: expected False for a model whose"):
+        attention_module._batched(torch.nn.Module(), states, states, states, {}, given)

@@ -236,6 +236,9 @@ def _batched(module, query, key, value, options, given):
         kind = "sliding_attention" if windowed else "full_attention"
         bounds, longest = bounds[kind], longest[kind]
     if windowed:  # its pages are a ring
+        # What transformers gathers there ended in a failed assertion of torch on the device.
+        expected = "False for a model whose layers have a sliding window"
+        _refuse("use_cuda_graph", _is_captured(query), expected, "a capture")
         read, write = given["read_index"], given["write_index"]
         keys_and_values = cache.update(key, value, layer, read, write)
         return _ragged(
@@ -257,6 +260,11 @@ def _batched(module, query, key, value, options, given):
         new[0], *pages, table, lengths, query_start_loc=given["cu_seq_lens_q"], **options
     )
     return out[None]
+
+
+def _is_captured(query):
+    """Whether a graph is being captured of what is done with ``query``."""
+    return query.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _table(places, bounds, longest, block_size):
