@@ -64,15 +64,14 @@ GPU_MISSING = _gpu_missing()
 GXX = shutil.which("g++")
 
 
-# Of each test's parameter combinations on each kind of array, this many run by default, chosen by
-# their names, so always the same; --everything runs all, --rest the others. A single combination is
-# quick, but there are more than ten thousand. Kinds of arrays that are read in one way by the
-# operations count as one. Of tests marked whole all run, of those marked each()
-# one for each value of the parameters that are named there. What is marked extra takes long, and
-# is never among them.
+# Of each test's parameter combinations, this many run by default on NumPy, on a GPU's kinds of arrays
+# each, and on one of the other kinds: chosen by their names, so always the same. --everything runs all,
+# --rest the others. A single combination is quick, but there are more than ten thousand. Of tests marked
+# whole all run, of those marked each() one for each value of the parameters that are named there. What
+# is marked extra takes long, and is never among them.
 SAMPLE = 1
-ALIKE = {"torch-cpu": "CPU", "dlpack": "CPU"}
-WITHOUT_ARRAYS = 2  # of the tests that are not about kinds of arrays
+IN_TURNS = dict.fromkeys(("torch-cpu", "dlpack", "emulated"), "other")
+WITHOUT_ARRAYS = 1  # of the tests that are not about kinds of arrays
 
 
 def pytest_addoption(parser):
@@ -138,7 +137,7 @@ def _sample(items):
         call = getattr(item, "callspec", None)
         world = call and call.params.get("world")
         each = item.get_closest_marker("each")
-        world = ALIKE.get(world, world)
+        world = IN_TURNS.get(world, world)
         values = tuple(repr(call.params[name]) for name in each.args) if each else ()
         size = SAMPLE if world or each else WITHOUT_ARRAYS
         groups.setdefault((item.nodeid.partition("[")[0], world, values, size), []).append(item)

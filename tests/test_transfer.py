@@ -26,6 +26,7 @@ def transfer():
     return module
 
 
+@pytest.mark.extra
 def test_two_processes():
     """By Gloo on the CPU; by NCCL where there are two GPUs."""
     done = subprocess.run(
