@@ -64,11 +64,11 @@ GPU_MISSING = _gpu_missing()
 GXX = shutil.which("g++")
 
 
-# Of each test's parameter combinations, this many run by default on NumPy, on a GPU's kinds of arrays
-# each, and on one of the other kinds: chosen by their names, so always the same. --everything runs all,
-# --rest the others. A single combination is quick, but there are more than ten thousand. Of tests marked
-# whole all run, of those marked each() one for each value of the parameters that are named there. What
-# is marked extra takes long, and is never among them.
+# Of each test's parameter combinations, this many run by default on NumPy, on each of a GPU's kinds
+# of arrays, and on one of the other kinds: chosen by their names, so always the same. --everything
+# runs all, --rest the others. A single combination is quick, but there are more than ten thousand.
+# Of tests marked whole all run, of those marked each() one for each value of the parameters that
+# are named there. What is marked extra takes long, and is never among them.
 SAMPLE = 1
 IN_TURNS = dict.fromkeys(("torch-cpu", "dlpack", "emulated"), "other")
 WITHOUT_ARRAYS = 1  # of the tests that are not about kinds of arrays

@@ -11,11 +11,11 @@ import types
 from pathlib import Path
 
 import pytest
-import torch
 
 import cupy_cache as cc
 from cupy_cache.errors import ArgumentError, MissingDependencyError, ShapeError
 
+torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.17")
 
 import cupy_cache.integrations.transformers as hf  # noqa: E402
