@@ -14,7 +14,7 @@ import numpy as np
 import oracle
 import pytest
 import worlds
-from guards import check_faults
+from guards import BAD, check_faults
 
 import cupy_cache as cc
 from cupy_cache.runtime import formats
@@ -443,6 +443,24 @@ def with_starts(kind, rng, starts, lengths, rows, causal=True, **named):
         table, lens, starts, rows, len(step.numbers[0]), 16, causal=causal
     )
     return step
+
+
+ODD_STARTS = (
+    [-3, 2, 5], [0, 2, 99], [2, 3, 4], [7, 9, 20], [8, 9, 9], [-9, -4, 0], [0, 2, 2**63 - 1],
+    [-(2**63), 1, 5], [4, 1, 5], [0, 5, 1], [5, 3, 1],
+)  # fmt: skip
+
+
+def garbage_starts(rng):
+    """(Starts, lengths, rows of the query), of sequences of which some have more rows than are
+    taken together, and of many."""
+    for count, rows in ((1, 7), (4, 90), (9, 50), (150, 40)):
+        for kind in range(3):
+            starts = np.sort(rng.integers(0, rows + 1, count + 1))
+            odd = rng.random(count + 1) < (0.3, 0.05, 1)[kind]
+            wild = rng.choice([*BAD, *range(-3, rows + 3)], count + 1)
+            starts[odd] = wild[odd]
+            yield starts, rng.integers(0, 49, count), rows
 
 
 def check_numbers(got, wanted, plain, dtype):

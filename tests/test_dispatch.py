@@ -55,11 +55,10 @@ def forget(patch):
         patch.setattr(op, "fast_paths", fastpath.FastPaths(op))
 
 
-@pytest.fixture
-def recorder(monkeypatch):
-    """Its ``long`` counts the calls that go the long way."""
-    recorder = recording.recorder(monkeypatch)
-    forget(monkeypatch)
+def counting(patch):
+    """A recorder whose ``long`` counts the calls that go the long way; nothing is remembered."""
+    recorder = recording.recorder(patch)
+    forget(patch)
     run = dispatch.Op.run
     recorder.long = 0
 
@@ -67,8 +66,13 @@ def recorder(monkeypatch):
         recorder.long += 1
         return run(*arguments)
 
-    monkeypatch.setattr(dispatch.Op, "run", counted)
-    yield recorder
+    patch.setattr(dispatch.Op, "run", counted)
+    return recorder
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    yield counting(monkeypatch)
     launch.processors.cache_clear()
 
 

@@ -6,20 +6,19 @@ import types
 
 import numpy as np
 import pytest
-import recording
 from test_dispatch import (
     KNOWN,
+    counting,
     expect_copy,
     expected_fields,
     fields,
-    forget,
     gather_fields,
     long_way,
     tensors,
 )
 
 import cupy_cache as cc
-from cupy_cache.runtime import arrays, dispatch, guards
+from cupy_cache.runtime import arrays, guards, launch
 
 cupy = pytest.importorskip("cupy")
 torch = pytest.importorskip("torch")
@@ -42,20 +41,12 @@ class Array:
 
 @pytest.fixture
 def recorder(monkeypatch):
-    """Its ``long`` counts the calls that go the long way; `Array` is CuPy's."""
-    recorder = recording.recorder(monkeypatch)
-    forget(monkeypatch)
+    """`counting`'s; `Array` is CuPy's."""
+    recorder = counting(monkeypatch)
     monkeypatch.setattr(cupy, "ndarray", Array)
     monkeypatch.setattr(arrays, "_READERS", dict(arrays._REGISTERED))
-    run = dispatch.Op.run
-    recorder.long = 0
-
-    def counted(*arguments):
-        recorder.long += 1
-        return run(*arguments)
-
-    monkeypatch.setattr(dispatch.Op, "run", counted)
-    return recorder
+    yield recorder
+    launch.processors.cache_clear()
 
 
 def both(*given, **options):
