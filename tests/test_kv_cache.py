@@ -278,13 +278,30 @@ def test_rotary_writes_to_out(world, rng):
     np.testing.assert_array_equal(world.bytes_of(case[1]), case[1].buffer.bytes)
 
 
+def test_rotary_writes_with_scales_that_are_gone(rng):
+    """A number that is no float may have the identity of an earlier one."""
+    world, case = worlds.NumPyWorld(), rotary_case(rng, "flash")
+    lists, out = caches(rng, "flash", "float32"), np.empty((5, 6, SIZE), np.uint8)
+    cache = cc.PagedKVCache(*put(world, lists))
+    step, wanted = list(map(world.put, case)), np.empty_like(out)
+    for turn in range(40):
+        scale = 2.0 ** (turn % 7 - 3)
+        cache.rotary_write(1, *step, out=out, out_dtype="fp8", q_scale=np.float32(scale))
+        cc.rotary_and_cache(
+            *step[:5], *(side[1] for side in put(world, lists)), step[5], out=wanted,
+            out_dtype="fp8", q_scale=scale,
+        )  # fmt: skip
+        np.testing.assert_array_equal(out, wanted)
+
+
 def test_refusals_of_rotary_writes(rng):
     pair = cc.PagedKVCache(*put(worlds.NumPyWorld(), caches(rng, "flash", "float32")))
     rows = cc.PagedKVCache(*put(worlds.NumPyWorld(), caches(rng, "rows", "float32")))
     name = r"PagedKVCache\.rotary_write: Invalid "
     for cache, kind in ((pair, "flash"), (rows, "rows")):
         step = [spec.on(spec.buffer.bytes) for spec in rotary_case(rng, kind)]
-        for layer in (-1, 3, 1.5, None, [0]):
+        cache.rotary_write(1, *step)
+        for layer in (-1, 3, 1.5, None, [0], True, 1.0):
             with pytest.raises(cc.ArgumentError, match=f"{name}.* of layer"):
                 cache.rotary_write(layer, *step)
         with pytest.raises(cc.ShapeError, match=f"{name}shape of query"):

@@ -429,21 +429,23 @@ class PagedKVCache:
         has_out = out is not None and (out is not query or self.value_caches is None)
         kinds = (*map(type, options), type(q_scale))  # True equals 1
         number = q_scale if type(q_scale) is float else id(q_scale)
-        place = layer, options, kinds, number, id(q_norm_weight), id(k_norm_weight), has_out
-        try:
-            bound = self._rotators.get(place)
-        except TypeError:  # what cannot be hashed is not remembered, and may be refused
-            place = bound = None
         step = positions, query, key, value, cos_sin_cache, slot_mapping
         try:
+            if type(layer) is not int:
+                layer = self._layer("rotary_write", layer)
+            place = layer, options, kinds, number, id(q_norm_weight), id(k_norm_weight), has_out
+            try:
+                bound, _ = self._rotators.get(place, (None, None))
+            except TypeError:  # what cannot be hashed is not remembered, and may be refused
+                place = bound = None
             if bound is None:
                 layer = self._layer("rotary_write", layer)
                 arrays = q_norm_weight, k_norm_weight, q_scale, out if has_out else None
                 bound = self._rotator(layer, *options, *arrays)
                 if len(self._rotators) >= MAX_BOUND * len(self):
                     self._rotators.clear()
-                if place is not None:
-                    self._rotators[place] = bound
+                if place is not None:  # with the scale: no other gets its identity
+                    self._rotators[place] = bound, q_scale
             bound(*step, *((out,) if has_out else ()), stream=stream)
         except CupyCacheError as error:
             errors.rename(error, _ROTARY, _ROTATED)
