@@ -93,8 +93,8 @@ _keeping = locks.Lock()
 
 
 def keep_until_done(objects, stream, device):
-    """Keep ``objects``, which own host memory, until what ``stream`` holds is done. They are let go
-    at the next call of this, or of `let_go`, after that."""
+    """Keep ``objects``, which own host memory, until what ``stream`` holds now is done. After that
+    the next call of this, or of `let_go`, lets them go."""
     if driver.active.capturing(stream, device):
         return
     place = stream, device, threading.get_ident() if stream == _PER_THREAD else None
