@@ -9,6 +9,7 @@ tokens of a step, the width of a block table), scales that are floats, chosen bl
 memory, how many layers there are.
 """
 
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -162,7 +163,9 @@ class Op:
         `arrays.Metadata`, a `lists.Layers`, a NumPy array of what is chosen in host memory, or
         None."""
         wanted = range(len(objects)) if only is None else only
-        if stream is None and self._has_foreign(objects, wanted):
+        if stream is None and any(
+            arrays.is_foreign(array, name) for name, array in self._leaves(objects, wanted)
+        ):  # then a protocol must know the stream
             stream = self._stream_before_reading(objects)
         found, keep = [], []
         for index, (arg, value) in enumerate(zip(self.args, objects)):
@@ -184,44 +187,27 @@ class Op:
         found += [None] * (len(self.args) - len(found))
         return Read(found, keep)
 
-    def _has_foreign(self, objects, wanted):
-        """Whether any array must be read through a protocol."""
+    def _leaves(self, objects, wanted):
+        """(Name, array) of each array of the arguments at these indices; a list's have its name."""
         for index in wanted:
-            value, arg = objects[index], self.args[index]
+            value, arg = (objects[index] if index < len(objects) else None), self.args[index]
+            name = f"{self.name}: {arg.name}"
             if arg.layers and value is not None:
                 lists.require_list(self.name, arg.name, value)
-                kinds = {type(array): array for array in value}.values()
-            elif value is None or isinstance(value, (indices.Chosen, list, tuple, range)):
-                continue
-            else:
-                kinds = (value,)
-            if any(arrays.is_foreign(array, f"{self.name}: {arg.name}") for array in kinds):
-                return True
-        return False
-
-    def _leaves(self, objects):
-        """All arrays."""
-        for arg, value in zip(self.args, objects):
-            if arg.layers and value is not None:
-                yield from value
+                yield from zip(itertools.repeat(name), value)
             elif not (value is None or isinstance(value, (indices.Chosen, list, tuple, range))):
-                yield value
+                yield name, value
 
     def _stream_before_reading(self, objects):
         """The stream that the work will go to, which producers of exports must know: the current
         one of the destination's framework; None on the CPU."""
         for index in self.destination:
-            value, arg = (objects[index] if index < len(objects) else None), self.args[index]
-            if arg.layers and value:
-                value = value[0]
-            if value is None or isinstance(value, (indices.Chosen, list, tuple, range)):
-                continue
-            name = f"{self.name}: {arg.item(0) if arg.layers else arg.name}"
-            device = arrays.device_of(value, name)
-            if device.kind == "cuda":
-                foreign = arrays.is_foreign(value, name)
-                framework = None if foreign else arrays.view(value, name).framework
-                return streams.current(framework, device.index)()
+            for name, array in itertools.islice(self._leaves(objects, (index,)), 1):
+                device = arrays.device_of(array, name)
+                if device.kind == "cuda":
+                    foreign = arrays.is_foreign(array, name)
+                    framework = None if foreign else arrays.view(array, name).framework
+                    return streams.current(framework, device.index)()
         return None
 
     # --- running
@@ -258,7 +244,8 @@ class Op:
             for other in entry.others:
                 driver.active.order(other(), stream, entry.device)
             if entry.torchs is not None and stream != entry.torchs():
-                streams.lend(self._leaves(objects), stream, entry.device)
+                leaves = self._leaves(objects, range(len(objects)))
+                streams.lend([array for _, array in leaves], stream, entry.device)
         if tables is None and entry.tables is not None:
             tables = entry.tables(values)
         entry.plan.run(plans.Call(values, rows, fields, tables, stream, *views))
@@ -485,15 +472,11 @@ class Bound:
             raise op.unhashable(options) from error
         self._paths_of: dict[tuple, fastpath.Recent] = {}  # of lists, by the form of the rest
         # What fast paths ask for.
-        self.addresses = self.tensors = ()
-        if op.has_lists:
-            self.addresses = tuple(
-                found.addresses if type(found) is lists.Layers else found.ptr
-                for found in map(self.found.__getitem__, others)
-            )
-        else:
-            self.addresses = [self.found[index].ptr for index in others]
-            self.tensors = [v for v in map(self._objects.__getitem__, others) if arrays.is_torch(v)]
+        self.addresses = tuple(
+            found.addresses if type(found) is lists.Layers else found.ptr
+            for found in map(self.found.__getitem__, others)
+        )
+        self.tensors = [value for value in self._objects if arrays.is_torch(value)]
         _bound.add(self)
 
     def _signature(self):
