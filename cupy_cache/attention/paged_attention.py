@@ -265,10 +265,9 @@ def new_out(op, query, key_cache, value_cache, stream):
     """A new array for the result."""
     if all(map(arrays.is_torch, (query, key_cache, value_cache))):
         # What an engine gives at every layer. The plan checks it; describing it takes 30 us.
-        axis = _VALUE_AXES.get((key_cache.dim(), value_cache.dim()))
-        if axis is not None and query.dim() == 3 and query.is_floating_point():
-            tokens, heads, _ = query.shape
-            shape = tokens, heads, value_cache.shape[axis]
+        axis, shape = _VALUE_AXES.get((key_cache.dim(), value_cache.dim())), query.shape
+        if axis is not None and len(shape) == 3:
+            shape = *shape[:2], value_cache.shape[axis]
             return streams.empty_beside(query, shape, stream)
     like = arrays.view(query, f"{op}: query")
     keys = arrays.view(key_cache, f"{op}: key_cache")

@@ -167,10 +167,10 @@ def paged_attention_mla(
 
 def _new_out(query, rank, stream):
     """A new array for the result."""
-    if arrays.is_torch(query) and query.dim() == 3 and query.is_floating_point():
-        tokens, heads, size = query.shape  # the plan checks them; describing them takes 10 us
-        if rank <= size:
-            return streams.empty_beside(query, (tokens, heads, rank), stream)
+    if arrays.is_torch(query):
+        shape = query.shape  # which the plan checks; describing the query takes 10 us
+        if len(shape) == 3 and rank <= shape[2]:
+            return streams.empty_beside(query, (*shape[:2], rank), stream)
     like = arrays.view(query, f"{NAME}: query")
     check = contract.Contract(NAME)
     check.shape("query", like, "_ num_heads entry_size")

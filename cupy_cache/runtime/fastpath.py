@@ -255,9 +255,10 @@ def _kernel_path(op, entry, objects, options, given):
             enqueue(stream, record.address, 0)
         except failed:
             again(stream, record)
+        finally:
+            if held is not None:
+                held.__exit__(None, None, None)
         records.append(record)
-        if held is not None:
-            held.__exit__(None, None, None)
         if faults.debug:
             faults.after_call(stream, device)
         return True
