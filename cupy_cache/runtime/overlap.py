@@ -10,6 +10,7 @@ What makes overlapping safe is in the kernels: each waits first for all earlier 
 
 import ctypes
 import functools
+import struct
 import weakref
 
 from .. import errors
@@ -120,19 +121,9 @@ class _Attribute(ctypes.Structure):
     OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
-class _Config(ctypes.Structure):
-    """``CUlaunchConfig``."""
-
-    _fields_ = [
-        ("grid", ctypes.c_uint * 3),
-        ("block", ctypes.c_uint * 3),
-        ("shared_bytes", ctypes.c_uint),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("attribute_count", ctypes.c_uint),
-    ]
-
-
+# ``CUlaunchConfig``: grid, threads of a block, bytes of shared memory, stream, attributes and how
+# many.
+_CONFIG = struct.Struct("@3I3IIPPI0P")
 _ALLOWED = _Attribute(_Attribute.OVERLAP, 0, (1,))
 MAX_STREAMS = 64
 
@@ -148,14 +139,15 @@ def prepare(handle, grid, threads, shared_bytes, overlaps):
     the parameters' and 0; it raises `Refused`."""
     # {stream: (address, configuration)}. None is changed: another thread may be using it.
     launch, known = _entry(), {}
-    allowed = ctypes.pointer(_ALLOWED) if overlaps else None
+    attributes = (ctypes.addressof(_ALLOWED), 1) if overlaps else (0, 0)
 
     def enqueue(stream, address, zero):
         config = known.get(stream)
         if config is None:
             if len(known) >= MAX_STREAMS:
                 known.clear()
-            made = _Config(grid, (threads, 1, 1), shared_bytes, stream, allowed, overlaps)
+            packed = _CONFIG.pack(*grid, threads, 1, 1, shared_bytes, stream, *attributes)
+            made = ctypes.create_string_buffer(packed)
             config = known[stream] = ctypes.addressof(made), made
         status = launch(config[0], handle, address, zero)
         if status:
