@@ -10,7 +10,6 @@ What makes overlapping safe is in the kernels: each waits first for all earlier 
 
 import ctypes
 import functools
-import struct
 import weakref
 
 from .. import errors
@@ -121,9 +120,19 @@ class _Attribute(ctypes.Structure):
     OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
-# ``CUlaunchConfig``: grid, threads of a block, bytes of shared memory, stream, attributes and how
-# many.
-_CONFIG = struct.Struct("@3I3IIPPI0P")
+class _Config(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    ]
+
+
 _ALLOWED = _Attribute(_Attribute.OVERLAP, 0, (1,))
 MAX_STREAMS = 64
 
@@ -139,15 +148,14 @@ def prepare(handle, grid, threads, shared_bytes, overlaps):
     the parameters' and 0; it raises `Refused`."""
     # {stream: (address, configuration)}. None is changed: another thread may be using it.
     launch, known = _entry(), {}
-    attributes = (ctypes.addressof(_ALLOWED), 1) if overlaps else (0, 0)
+    allowed = ctypes.pointer(_ALLOWED) if overlaps else None
 
     def enqueue(stream, address, zero):
         config = known.get(stream)
         if config is None:
             if len(known) >= MAX_STREAMS:
                 known.clear()
-            packed = _CONFIG.pack(*grid, threads, 1, 1, shared_bytes, stream, *attributes)
-            made = ctypes.create_string_buffer(packed)
+            made = _Config(grid, (threads, 1, 1), shared_bytes, stream, allowed, overlaps)
             config = known[stream] = ctypes.addressof(made), made
         status = launch(config[0], handle, address, zero)
         if status:
