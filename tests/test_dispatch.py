@@ -5,6 +5,7 @@ send what the long way sends, and refuse what it refuses."""
 
 import functools
 import gc
+import struct
 import weakref
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 import recording
 
 import cupy_cache as cc
-from cupy_cache.attention import alibi_bias
+from cupy_cache.attention import alibi_bias, paged_attention
 from cupy_cache.ops import (
     concat_and_cache_mla,
     concat_and_cache_mla_grouped,
@@ -44,6 +45,7 @@ OPS = (
     flash.OP, concat_and_cache_mla.OP, concat_and_cache_mla_grouped.OP, copy_blocks.OP,
     copy_blocks.MLA_OP, swap_blocks.OP,
     gather_and_maybe_dequant_cache.OP, gather_cache.OP, alibi_bias.OP, slot_mapping_groups.OP,
+    paged_attention.OP,
     *rotary_and_cache.CALL.ops.values(),
 )  # fmt: skip
 
@@ -619,3 +621,24 @@ def test_what_is_written_is_a_destination():
         for index, arg in enumerate(op.args):
             if arg.written and arg.varies == dispatch.ROWS:
                 assert index in op.destination, f"{op.name}: {arg.name}"
+
+
+def test_a_bound_array_of_which_the_rows_count(recorder):
+    """Slopes of each sequence are kept, as the caches are; how many there are is asked."""
+    _, _, *caches, _ = tensors(heads=2, size=16)
+    cache, slopes = cc.PagedKVCache(*([one] for one in caches)), torch.zeros(3, 4)
+
+    def attend(sequences):
+        query, out = torch.zeros(2, sequences, 4, 16, dtype=torch.float16)
+        table = torch.zeros(sequences, 2, dtype=torch.int32)
+        lens = torch.ones(sequences, dtype=torch.int32)
+        cache.attend(0, query, table, lens, alibi_slopes=slopes, out=out)
+        (sent,) = recorder.take()
+        return sent[-1], slopes.data_ptr()
+
+    for sequences in (3, 2, 3, 1, 2):
+        record, address = attend(sequences)
+        assert address in struct.unpack_from("<15Q", record)
+    assert recorder.long == KNOWN
+    with pytest.raises(cc.ShapeError, match="alibi_slopes: expected rows for the 4 sequences"):
+        attend(4)

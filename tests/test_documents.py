@@ -51,6 +51,10 @@ def run(path, gpu):
             pytest.skip(f"{error.name} is not installed")
 
 
+# Of numba.cuda's import, by newer versions of NumPy.
+pytestmark = pytest.mark.filterwarnings("ignore:The 'generic' unit:DeprecationWarning")
+
+
 @pytest.mark.whole
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(CHECKOUT)))
 def test_code_runs(path):

@@ -302,6 +302,8 @@ def batch(model, prompts, new=12, **settings):
     size = {"block_size": 8}
     if "block_size" not in inspect.signature(transformers.ContinuousBatchingConfig).parameters:
         size = {"page_size": 8}
+    if model.device.type == "cpu":  # otherwise a GPU that is there is used for its graphs
+        size["use_cuda_graph"] = False
     settings = size | {"num_blocks": 60, "max_batch_tokens": 48} | settings
     found = model.generate_batch(
         [prompt.tolist() for prompt in prompts],

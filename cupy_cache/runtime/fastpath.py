@@ -434,16 +434,19 @@ class _Extents:
 
     def __init__(self, op, kind, objects, unique):
         self._kind = kind
-        self._parts = []  # of each argument that varies: (itself, its tensor, elements of a row)
+        # Of each argument that varies: (itself, its tensor, elements of a row), or, where calls do
+        # not give it, (itself, None, its extent).
+        self._parts = []
         whole, free = [], []
         for index, arg in enumerate(op.args):
             value = objects[index] if index < len(objects) else None
             if not arg.varies:
                 continue
-            if value is None:
-                self._parts.append((arg, None, 0))
+            at = next((at for at, one in enumerate(unique) if objects[one] is value), None)
+            if at is None:  # absent, or bound
+                extent = None if value is None else kind.extent(arg, value)
+                self._parts.append((arg, None, extent))
                 continue
-            at = next(at for at, one in enumerate(unique) if objects[one] is value)
             rows = arg.varies == arrays.ROWS
             self._parts.append((arg, at, kind.elements(value) // value.shape[0] if rows else 0))
             (whole if rows else free).append(at)
@@ -482,7 +485,7 @@ class _Extents:
         extents = []
         for arg, at, elements in self._parts:
             if at is None:
-                extents.append(None)
+                extents.append(elements)
             elif elements:
                 extents.append(self._kind.elements(tensors[at]) // elements)
             else:
