@@ -18,8 +18,9 @@ Reading and converting
     `gather_cache`, `cp_gather_cache`, `gather_and_maybe_dequant_cache`,
     `cp_gather_and_upconvert_fp8_kv_cache`, `cp_gather_indexer_k_quant_cache`, `convert_fp8`
 Attention over the pages
-    `paged_attention`, `paged_attention_mla`, `merge_attn_states`; under other names
-    `paged_attention_v1`, `paged_attention_v2` and, in `cupy_cache.flash_attn`,
+    `paged_attention`, `paged_attention_mla`, `merge_attn_states`
+Attention under other names
+    `paged_attention_v1`, `paged_attention_v2`; in `cupy_cache.flash_attn` also
     ``flash_attn_with_kvcache`` and ``flash_attn_varlen_func``
 What a step needs besides
     `slot_mapping`, `slot_mapping_groups`, `alibi_slopes`, `place_slopes`, `alibi_bias`

@@ -2,8 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The site of the documents: ``sphinx-build -W --keep-going docs build/site``."""
 
+import re
 import sys
 from pathlib import Path
+
+from sphinx.util.docutils import SphinxDirective
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -27,3 +30,21 @@ autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
 numpydoc_show_class_members = False
 python_use_unqualified_type_names = True
+
+
+class Operations(SphinxDirective):
+    """``.. operations:: TITLE``: functions that the package's docstring has under it."""
+
+    required_arguments, final_argument_whitespace = 1, True
+
+    def run(self):
+        _, found, rest = cupy_cache.__doc__.partition(f"\n{self.arguments[0]}\n")
+        if not found:
+            raise self.error(f"the docstring of cupy_cache has nothing under {self.arguments[0]}")
+        names = re.findall(r"`(\w+)`", re.match(r"(?: {4}.*\n)+", rest)[0])
+        lines = [f".. autofunction:: cupy_cache.{name}\n" for name in names]
+        return self.parse_text_to_nodes("".join(lines))
+
+
+def setup(app):
+    app.add_directive("operations", Operations)

@@ -3,6 +3,7 @@
 """What is sent to the driver where a signature of torch tensors comes again: the fast path must
 send what the long way sends, and refuse what it refuses."""
 
+import contextlib
 import functools
 import gc
 import struct
@@ -13,7 +14,7 @@ import pytest
 import recording
 
 import cupy_cache as cc
-from cupy_cache.attention import alibi_bias, paged_attention
+from cupy_cache.attention import alibi_bias, paged_attention, paged_attention_mla
 from cupy_cache.ops import (
     concat_and_cache_mla,
     concat_and_cache_mla_grouped,
@@ -34,6 +35,7 @@ from cupy_cache.runtime import (
     modules,
     params,
     plans,
+    streams,
 )
 
 torch = pytest.importorskip("torch")
@@ -45,8 +47,7 @@ OPS = (
     flash.OP, concat_and_cache_mla.OP, concat_and_cache_mla_grouped.OP, copy_blocks.OP,
     copy_blocks.MLA_OP, swap_blocks.OP,
     gather_and_maybe_dequant_cache.OP, gather_cache.OP, alibi_bias.OP, slot_mapping_groups.OP,
-    paged_attention.OP,
-    *rotary_and_cache.CALL.ops.values(),
+    paged_attention.OP, paged_attention_mla.OP, *rotary_and_cache.CALL.ops.values(),
 )  # fmt: skip
 
 
@@ -370,6 +371,55 @@ def test_no_tokens_and_streams(recorder):
     cc.reshape_and_cache_flash(*given)
     cc.reshape_and_cache_flash(*given, stream=5)
     assert [sent[3] for sent in recorder.take()] == [77, 5]
+
+
+class Allocator:
+    """Scratch memory: how much there is, and was."""
+
+    ADDRESS = 0x123456789A0
+
+    def __init__(self):
+        self.given, self.held = [], 0
+
+    def __call__(self, *given):
+        self.given.append(given)
+        return self
+
+    def __enter__(self):
+        self.held += 1
+        return self.ADDRESS
+
+    def __exit__(self, *error):
+        self.held -= 1
+
+
+def test_scratch_memory(recorder, monkeypatch):
+    """It is there for the launch, and goes back also where that fails."""
+    allocator = Allocator()
+    monkeypatch.setattr(streams, "scratch", allocator)
+    query, cache = torch.zeros(3, 16, 576, dtype=torch.float16), torch.zeros(4, 16, 576).half()
+    table, lengths = torch.zeros(3, 8, dtype=torch.int32), torch.ones(3, dtype=torch.int32)
+    out, held, long = torch.empty(3, 16, 512).half(), [], []
+    launched = recorder.launch
+
+    def launch(*given):
+        held.append(allocator.held)
+        launched(*given)
+
+    def fail(*given):
+        raise cc.KernelError("no")
+
+    for error in (None, None, None, cc.KernelError, None):
+        monkeypatch.setattr(recorder, "launch", fail if error else launch)
+        with pytest.raises(error) if error else contextlib.nullcontext():
+            cc.paged_attention_mla(query, cache, table, lengths, scale=0.1, out=out)
+        assert not allocator.held
+        long.append(recorder.long)
+    assert held == [1] * 4 and long == [1, 2, 2, 2, 2]
+    sent = recorder.take()
+    assert len(set(sent)) == 1 and len(set(allocator.given)) == 1
+    at = paged_attention_mla.PARAMS.tail_at
+    assert int.from_bytes(sent[0][-1][at : at + 8], "little") == allocator.ADDRESS
 
 
 def test_one_object_given_twice(recorder):

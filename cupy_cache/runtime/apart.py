@@ -58,7 +58,7 @@ class Apart:
     needed : bool
         Whether there are several.
     varies : bool
-        Whether their numbers of rows are not those that were described.
+        Whether their numbers of rows change from call to call.
     """
 
     def __init__(self, op, described):

@@ -233,8 +233,8 @@ class Contract:
 
 
 def index(value):
-    """``value`` as a Python integer: whatever has ``__index__`` is taken, NumPy's integers and
-    arrays of a single one too, but no boolean, which is a `TypeError`."""
+    """``value`` as a Python integer. Anything with ``__index__`` is one, NumPy's integers and
+    arrays of a single one too; a boolean is none, and raises `TypeError`."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
@@ -274,7 +274,7 @@ def integers(op, names, values):
 
 
 def flag(op, name, value):
-    """``value`` as True or False, whichever it counts as."""
+    """``value`` as True or False."""
     if type(value) is bool:
         return value
     try:

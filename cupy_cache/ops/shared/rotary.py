@@ -48,7 +48,7 @@ _OPTIONS = (
 
 
 class Call:
-    """One of the operations: as a function of its arrays by their roles and of its options.
+    """One of the operations, of arrays in the order of `ROLES`.
 
     Parameters
     ----------
@@ -97,11 +97,6 @@ class Call:
             for axes in (1, 3)
         }
         self.name = name
-
-    def __call__(self, objects, stream, **how):
-        """``objects``: of `ROLES`, those at the end may be left out. ``how``: see `settle`."""
-        op, options, scalars = self.settle(**how)
-        op(objects, options, stream, scalars)
 
     def settle(
         self, *, is_neox, kv_cache_dtype="auto", out_dtype="auto", rounding="once", offset=0,
