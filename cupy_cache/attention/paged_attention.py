@@ -171,8 +171,9 @@ def paged_attention(
 
     A query that sees no token, as in an empty sequence or before the first token of one, gets zeros
     in ``out`` and -infinity in ``lse``, with sinks too. What a cache holds where no query of a
-    sequence looks, as in the unwritten rows of its last block, has no effect, NaN included. A value
-    that is not finite may reach further queries of its sequence than those that see it.
+    sequence looks, as in the unwritten rows of its last block, has no effect, NaN included. A query
+    of which a logit is NaN, or infinity, gets NaN in both. A value that is not finite may reach
+    further queries of its sequence than those that see it.
 
     A length below 0 or above ``width * block_size`` counts as the nearer of the two, and tokens in
     blocks that the cache does not have count as not there. Both are recorded under the number of
@@ -267,8 +268,9 @@ def new_out(op, query, key_cache, value_cache, stream):
     if stream is None and all(map(arrays.is_torch, (query, key_cache, value_cache))):
         # What an engine gives at every layer: shapes are checked once, which takes 30 us.
         known = query.shape[1:], query.dtype, key_cache.shape, value_cache.shape
-        if known in _VALUE_SIZES:
-            return query.new_empty((*query.shape[:2], _VALUE_SIZES[known]))
+        size = _VALUE_SIZES.get(known)  # other threads may forget it at any time
+        if size is not None:
+            return query.new_empty((*query.shape[:2], size))
     like = arrays.view(query, f"{op}: query")
     keys = arrays.view(key_cache, f"{op}: key_cache")
     values = arrays.view(value_cache, f"{op}: value_cache")
