@@ -79,12 +79,22 @@ def knows(framework):
 
 def lend(tensors, stream, device):
     """Tell torch's allocator that those of ``tensors`` that are torch's on a GPU are used on
-    ``stream``, which is not torch's current one there."""
+    ``stream``, which is not torch's current one there. It is not told of a capture that it does not
+    know: it would record events there when they are dropped, and could not ask for them."""
+    if _is_captured_by_others(stream, device):
+        return
     torch = sys.modules["torch"]
     shown = torch.cuda.ExternalStream(stream, device=device)
     for tensor in tensors:
         if arrays.is_torch(tensor) and tensor.is_cuda:
             tensor.record_stream(shown)
+
+
+def _is_captured_by_others(stream, device):
+    """Whether a stream is being captured, and torch's current one is not: then torch's allocator
+    knows of no capture."""
+    capturing = driver.active.capturing
+    return capturing(stream, device) and not capturing(current("torch", device)(), device)
 
 
 _PER_THREAD = 2  # the handle that is another stream in each thread
@@ -207,12 +217,15 @@ def zeros(framework, device, shape, dtype, pinned=False):
 def scratch(framework, device, size, stream):
     """The address of ``size`` bytes on GPU ``device``, a multiple of 16, for what is enqueued on
     ``stream`` while this is entered: they are free again behind it, in the stream's order. They
-    hold anything. torch's allocator gives them where ``framework`` is "torch", otherwise
-    `driver.CudaDriver.scratch`. In a stream that is captured they belong to the graph."""
+    hold anything. torch's allocator gives them where ``framework`` is "torch", otherwise, and in a
+    capture that it does not know, `driver.CudaDriver.scratch`. In a stream that is captured they
+    belong to the graph."""
     if framework == "torch":
-        uint8 = formats.DTYPES["uint8"]
-        made = empty(framework, devices.Device("cuda", device), (size,), uint8, stream)
-        yield made.data_ptr()  # the tensor lives until what is enqueued meanwhile is
-    else:
-        with driver.active.scratch(size, stream, device) as address:
-            yield address
+        others = stream != current(framework, device)()
+        if not (others and _is_captured_by_others(stream, device)):
+            place, uint8 = devices.Device("cuda", device), formats.DTYPES["uint8"]
+            made = empty(framework, place, (size,), uint8, stream if others else None)
+            yield made.data_ptr()  # the tensor lives until what is enqueued meanwhile is
+            return
+    with driver.active.scratch(size, stream, device) as address:
+        yield address
