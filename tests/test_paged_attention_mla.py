@@ -8,7 +8,14 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import worlds
-from attending import ODD_STARTS, Latent, garbage_starts, with_starts
+from attending import (
+    NOT_FINITE,
+    ODD_STARTS,
+    Latent,
+    check_not_finite,
+    garbage_starts,
+    with_starts,
+)
 from guards import BAD
 
 import cupy_cache as cc
@@ -231,6 +238,12 @@ def test_logits(world, rng, logits):
     for (_, block, offset), logit in zip(problem.seen[0][2], logits):
         problem.numbers[0][block, offset, 0, -1] = entries[block, offset, -1] = logit
     problem.solve(world)
+
+
+@pytest.mark.parametrize("where, number", NOT_FINITE)
+@pytest.mark.parametrize("lengths", [[40, 7], [900], [40] * 40])
+def test_what_is_no_number_stays_none(world, rng, where, number, lengths):
+    check_not_finite(Latent(rng, lengths, dtype="float16"), world, where, number)
 
 
 # --- what is out of range -------------------------------------------------------------------------

@@ -25,7 +25,8 @@ from ..ops import (
     swap_blocks,
     zero_blocks,
 )
-from ..runtime import arrays, contract, dispatch, formats, lists, streams
+from ..ops.shared import rotary
+from ..runtime import apart, arrays, contract, dispatch, formats, lists, streams
 from ..types import (
     ArrayLike,
     CacheLayout,
@@ -422,18 +423,25 @@ class PagedKVCache:
             ``is_neox`` and all of these but ``out`` is remembered for the layer, and the arrays
             among them are kept, as the caches are: give the same ones at each step.
         """
-        options = (
-            is_neox, rope_dim_offset, mrope_section, mrope_interleaved, norm_eps, norm_weight_bias,
-            out_dtype, rounding,
-        )  # fmt: skip
         has_out = out is not None and (out is not query or self.value_caches is None)
-        kinds = (*map(type, options), type(q_scale))  # True equals 1
-        number = q_scale if type(q_scale) is float else id(q_scale)
         step = positions, query, key, value, cos_sin_cache, slot_mapping
         try:
             if type(layer) is not int:
                 layer = self._layer("rotary_write", layer)
-            place = layer, options, kinds, number, id(q_norm_weight), id(k_norm_weight), has_out
+            # In their one form: what is remembered must not change, and True equals 1.
+            if mrope_section is not None:
+                mrope_section = rotary.three_sections(_ROTARY, mrope_section)
+            options = (
+                contract.flag(_ROTARY, "is_neox", is_neox),
+                contract.integer(_ROTARY, "rope_dim_offset", rope_dim_offset, least=0),
+                mrope_section,
+                contract.flag(_ROTARY, "mrope_interleaved", mrope_interleaved),
+                norm_eps, norm_weight_bias, out_dtype, rounding,
+            )  # fmt: skip
+            kinds = (*map(type, options[4:]), type(q_scale))
+            number = q_scale if type(q_scale) is float else _identity(q_scale)
+            weights = _identity(q_norm_weight), _identity(k_norm_weight)
+            place = layer, options, kinds, number, weights, has_out
             try:
                 bound, _ = self._rotators.get(place, (None, None))
             except TypeError:  # what cannot be hashed is not remembered, and may be refused
@@ -544,10 +552,13 @@ class PagedKVCache:
         """
         if type(layer) is not int:
             layer = contract.integer(_ATTEND, "layer", layer)
+        # In their one form: what is remembered must not change.
+        if sliding_window is not None:
+            sliding_window = contract.integer(_ATTEND, "sliding_window", sliding_window, 1)
         options = scale, sliding_window, soft_cap, contract.flag(_ATTEND, "causal", causal)
         given = query_start_loc is not None, lse is not None
-        kinds = tuple(map(type, options))  # True equals 1
-        key = layer, options, kinds, id(alibi_slopes), id(sinks), given
+        kinds = type(scale), type(soft_cap)  # True equals 1
+        key = layer, options, kinds, _identity(alibi_slopes), _identity(sinks), given
         try:
             bound = self._attenders.get(key)
         except TypeError:  # what cannot be hashed is not remembered, and may be refused
@@ -675,6 +686,9 @@ class PagedKVCache:
             elif self.value_caches is None:
                 out = (out,)
             calls = self._gathers(layer, out, num_tokens)
+            if len(out) == 2:
+                rows = (arrays.view(one, f"{_GATHER}: out") for one in out)
+                apart.check_pair(_GATHER, ("out[0]", "out[1]"), *rows)
             for runs in (0, 1):  # without rows everything is checked, and nothing written
                 for (cache, row, scale), options, number, rows in calls:
                     objects = cache, row, block_table, cu_seq_lens, seq_starts, scale
@@ -828,6 +842,18 @@ _SWAPPED = {
     "src": "key_caches", "dst": "other.key_caches", "src_values": "value_caches",
     "dst_values": "other.value_caches",
 }  # fmt: skip
+
+
+def _identity(array):
+    """What an array that is kept is known by. ``set_`` and ``.data = `` put torch's elsewhere."""
+    if array is None:
+        return None
+    if arrays.is_torch(array):
+        try:
+            return id(array), array.data_ptr(), array.shape, array.stride(), array.dtype
+        except Exception:  # it has no memory: whoever reads it says so
+            return id(array)
+    return id(array)
 
 
 def _for_each_layer(name, scales, layers):

@@ -142,8 +142,9 @@ class _Launches:
             return None
         enqueue, failed = launcher.prepare(grid, threads)
         again = functools.partial(launcher.launch, grid, threads)
-        self._grids[rows] = enqueue, failed, again, self._plan.scratch_for(rows)
-        return self._grids[rows]
+        # Other threads may forget it at any time.
+        made = self._grids[rows] = enqueue, failed, again, self._plan.scratch_for(rows)
+        return made
 
     def fill(self, record, fields):
         """A record with these fields: ``record``, or a new one for None."""

@@ -78,12 +78,22 @@ def knows(framework):
 
 def lend(tensors, stream, device):
     """Tell torch's allocator that those of ``tensors`` that are torch's on a GPU are used on
-    ``stream``, which is not torch's current one there."""
+    ``stream``, which is not torch's current one there. It is not told of a capture that it does not
+    know: it would record events there when they are dropped, and could not ask for them."""
+    if _is_captured_by_others(stream, device):
+        return
     torch = sys.modules["torch"]
     shown = torch.cuda.ExternalStream(stream, device=device)
     for tensor in tensors:
         if arrays.is_torch(tensor) and tensor.is_cuda:
             tensor.record_stream(shown)
+
+
+def _is_captured_by_others(stream, device):
+    """Whether a stream is being captured, and torch's current one is not: then torch's allocator
+    knows of no capture."""
+    capturing = driver.active.capturing
+    return capturing(stream, device) and not capturing(current("torch", device)(), device)
 
 
 _PER_THREAD = 2  # the handle that is another stream in each thread
@@ -226,10 +236,12 @@ def scratch(framework, device, size, stream):
     """A context manager for ``size`` bytes on GPU ``device``, whose address, a multiple of 16, it
     gives: for what is enqueued on ``stream`` while it is entered. They are free again behind that,
     in the stream's order, and hold anything. torch's allocator gives them where ``framework`` is
-    "torch", otherwise `driver.CudaDriver.scratch`. In a stream that is captured they belong to the
-    graph."""
+    "torch", otherwise, and in a capture that it does not know, `driver.CudaDriver.scratch`. In a
+    stream that is captured they belong to the graph."""
     if framework == "torch":
-        return _TorchScratch(size, stream, device)
+        others = stream != current(framework, device)()
+        if not (others and _is_captured_by_others(stream, device)):
+            return _TorchScratch(size, stream, device)
     return driver.active.scratch(size, stream, device)
 
 

@@ -107,7 +107,7 @@ class Call:
         name = self.name
         axes, epsilon = 1, 0.0
         if sections is not None:
-            axes, sections = 3, _sections(name, sections)
+            axes, sections = 3, three_sections(name, sections)
         if norm_eps is not None:
             epsilon = contract.number(name, "norm_eps", norm_eps)
             if epsilon < 0:
@@ -124,8 +124,8 @@ class Call:
         return self.ops[axes], options, scalars
 
 
-def _sections(op, sections):
-    """The three sections, as a tuple."""
+def three_sections(op, sections):
+    """The three sections, as a tuple of integers."""
     try:
         found = tuple(sections)
     except TypeError:
