@@ -342,7 +342,8 @@ def _plan(op, described, options):
 
     check.dtype("query", query, *formats.FLOATS)
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        check.dtype(name, cache, *(fmt.storage or (query.dtype,)))
+        way_out = "" if fmt.storage else "a raw cache has the dtype of query"
+        check.dtype(name, cache, *(fmt.storage or (query.dtype,)), way_out=way_out)
     for name, allowed in (("alibi_slopes", {FLOAT32}), ("sinks", {FLOAT32, query.dtype})):
         if named[name] is not None:
             check.dtype(name, named[name], *allowed)

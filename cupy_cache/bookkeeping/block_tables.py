@@ -391,9 +391,12 @@ class BlockTables:
     def _planned(self, method, sequences, counts):
         """(The sequences, the counts as integers, how many blocks that takes)."""
         name = f"{NAME}.{method}"
-        if len(sequences) != len(counts):
-            expected = f"one count for each of {len(sequences)} sequences"
-            raise ShapeError(errors.wrong("length", f"{name}: counts", expected, str(len(counts))))
+        try:
+            alike = len(sequences) == len(counts)
+        except TypeError:
+            alike = False
+        if not alike:
+            self._refuse_lists(name, sequences, counts)
         try:
             distinct = len(set(sequences)) == len(sequences)
         except TypeError:
@@ -435,9 +438,23 @@ class BlockTables:
             )
         return all_found, numbers, needed
 
+    @staticmethod
+    def _refuse_lists(name, sequences, counts):
+        """Say what is wrong with what is no list of names and as many counts."""
+        for argument, given in (("sequences", sequences), ("counts", counts)):
+            if isinstance(given, (str, bytes)) or not hasattr(given, "__len__"):
+                got = contract.shown(given)
+                raise DTypeError(errors.wrong("type", f"{name}: {argument}", "a list", got))
+        expected = f"one count for each of {len(sequences)} sequences"
+        raise ShapeError(errors.wrong("length", f"{name}: counts", expected, str(len(counts))))
+
     def _require_free(self, method, needed, pool):
         if needed > pool.num_free:
-            raise OutOfBlocksError(f"{NAME}.{method}", needed, pool.num_free, pool.num_blocks)
+            sizes = needed, pool.num_free, pool.num_blocks
+            if pool is self.host_pool:
+                way_out = "bring a sequence back, or free one: host_blocks= says how many there are"
+                raise OutOfBlocksError(f"{NAME}.{method}", *sizes, way_out)
+            raise OutOfBlocksError(f"{NAME}.{method}", *sizes)
 
     def _extend(self, all_found, counts):
         """Make room, for which there are blocks enough; returns the copies."""
@@ -593,7 +610,7 @@ class BlockTables:
         except TypeError:
             there = self._found(method, sequence, argument)
         if there:
-            self._refuse(method, sequence, "a sequence that is not there", "is", argument)
+            self._refuse(method, sequence, "a new name", "is taken", argument)
 
     def _refuse(self, method, sequence, expected, verb, argument="sequence"):
         name = f"{NAME}.{method}: {argument}"
