@@ -72,6 +72,13 @@ class Step:
         self.seq_lens, self.block_table, self.copies = *views[4:], copies
         self.num_sequences, self.num_tokens, self.max_seq_len, self.max_query_len = sizes
 
+    def __repr__(self) -> str:
+        text = (
+            f"<Step of {self.num_tokens} new tokens of {self.num_sequences} sequences, the longest "
+            f"{self.max_seq_len}, in arrays for {len(self.slot_mapping)} and {len(self.seq_lens)}"
+        )
+        return f"{text}, {len(self.copies)} blocks to copy>" if self.copies else f"{text}>"
+
 
 class Buffers:
     """Memory for the arrays of steps of any size up to a largest one, one after the other from its

@@ -23,7 +23,7 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cupy_cache
 from cupy_cache import (
@@ -214,6 +214,18 @@ def merge_attn_states(
     merged[count:] = suffix[count:]
     if weights_out is not None:
         weights_out[:, count:] = weights[:, count:]
+
+
+if not TYPE_CHECKING:  # to which a module with this function has every name
+
+    def __getattr__(name: str) -> Any:
+        """Refuse a name, with where it is."""
+        text = f"module {__name__!r} has no attribute {name!r}"
+        if name in cupy_cache.__all__:
+            text += f": vLLM 0.33 has none of that name; cupy_cache.{name} is it"
+        elif not name.startswith("_"):
+            text += ": it has the operations on caches; take others from vllm._custom_ops"
+        raise AttributeError(text)
 
 
 # --- routing --------------------------------------------------------------------------------------
