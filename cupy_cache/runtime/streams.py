@@ -204,7 +204,7 @@ def zeros(framework, device, shape, dtype, pinned=False):
         size = math.prod(shape) * dtype.bytes
         memory = np.zeros(size + HOST_ALIGNMENT, np.uint8)
         start = -memory.ctypes.data % HOST_ALIGNMENT
-        return memory[start : start + size].view(dtype.numpy).reshape(shape)
+        return np.ndarray(shape, dtype.numpy, memory, start)
     with cuda.on_device(device.index):
         return cuda.import_cupy(f"an array on {device}").zeros(shape, dtype.numpy)
 
