@@ -205,7 +205,7 @@ class PagedKVCache:
         >>> cache
         <PagedKVCache of 2 layers: keys and values [64, 16, 4, 32], float32, NHD, numpy on cpu, \
 2.00 MiB>
-        >>> sizes = 2, 256, 16, 4, 32
+        >>> sizes = 2, 256, 16, 4, 32  # its other side, on a machine with a GPU:
         >>> host = PagedKVCache.allocate(*sizes, dtype="float32", pinned=True)  # doctest: +SKIP
         """
         keys, values, pages = allocation.caches(
