@@ -7,6 +7,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from docutils import nodes
+from sphinx import addnodes
+
 import cupy_cache
 
 project = "cupy_cache"
@@ -27,3 +30,23 @@ autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
 numpydoc_show_class_members = False
 python_use_unqualified_type_names = True
+
+
+def link_names(app, doctree):
+    """Make a link of each name of the library that a page shows as code, where there is something
+    to link to. On GitHub it stays code."""
+    for shown in list(doctree.findall(nodes.literal)):
+        name = shown.astext().removesuffix("()").removeprefix("cc.").removeprefix("cupy_cache.")
+        linked = isinstance(shown.parent, (nodes.reference, nodes.title, addnodes.pending_xref))
+        if name.partition(".")[0] not in cupy_cache.__all__ or linked:
+            continue
+        link = addnodes.pending_xref(
+            "", refdomain="py", reftype="obj", reftarget=f"cupy_cache.{name}", refexplicit=True,
+            refdoc=app.env.docname,
+        )  # fmt: skip
+        shown.replace_self(link)
+        link += shown
+
+
+def setup(app):
+    app.connect("doctree-read", link_names)
