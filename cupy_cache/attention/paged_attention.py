@@ -108,7 +108,7 @@ def paged_attention(
         of pages in which heads come first, or which hold K|V, work. ``num_heads`` is any multiple
         of ``num_kv_heads``, and the head sizes of keys and values may differ.
     block_table : int32 or int64 array [at least num_seqs, width]
-        Block numbers of each sequence; the last dimension contiguous. What is behind a sequence's
+        Block numbers of each sequence; the last dimension contiguous. What is after a sequence's
         last page, or before all that its window reaches, is not read.
     seq_lens : int32 or int64 array [num_seqs]
         Tokens of each sequence in the cache. Contiguous.

@@ -71,7 +71,7 @@ class BlockTables:
     host_blocks : int
         Blocks of the cache in host memory that sequences are swapped out to.
     reuse_prefixes : bool
-        Whether `add` finds blocks that hold the same tokens behind the same tokens.
+        Whether `add` finds blocks that hold the same tokens after the same tokens.
     framework, device
         Of a step's arrays: as of `PagedKVCache.allocate`.
 
@@ -158,11 +158,11 @@ class BlockTables:
         return self._found("length", sequence).length
 
     def tokens(self, sequence: Hashable) -> list[int]:
-        """The tokens of a sequence, from the first one on, as far as they were told."""
+        """The tokens of a sequence, in order, as far as `add` and `append` gave them."""
         return self._found("tokens", sequence).tokens.tolist()
 
     def num_pending(self, sequence: Hashable) -> int:
-        """How many tokens of a sequence were told, but have no slot: what the next steps feed."""
+        """How many tokens of a sequence are known, but have no slot: what the next steps feed."""
         found = self._found("num_pending", sequence)
         return max(len(found.tokens) - found.length, 0)
 
@@ -196,7 +196,7 @@ class BlockTables:
         sequence : hashable
             Its name, which no other has.
         tokens : sequence of int
-            Of its prompt, as far as it is known. Full blocks that hold the same tokens behind the
+            Of its prompt, as far as it is known. Full blocks that hold the same tokens after the
             same tokens are shared.
         salt : bytes
             Blocks are shared only among sequences of the same salt: what else decides keys and
@@ -229,12 +229,12 @@ class BlockTables:
         return found.length
 
     def append(self, sequence: Hashable, tokens: SupportsIndex | Sequence[SupportsIndex]) -> None:
-        """Tell the next tokens of a sequence, such as the one that was sampled, before the step
+        """Add the next tokens of a sequence, such as the one that was sampled, before the step
         that writes their keys and values. No room is made for them: that is `step`'s.
 
         Full blocks of known tokens are found by `add` when their sequence goes on, by this or by
-        another step: only then is it sure that a step's work was done. So tell the last token of a
-        sequence, too, before it is freed.
+        another step: only then is it sure that a step's work was done. So append the last token of
+        a sequence, too, before it is freed.
         """
         found = self._found("append", sequence)
         known = (tokens,) if type(tokens) is int else _numbers("append", tokens)

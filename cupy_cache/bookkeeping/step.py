@@ -27,18 +27,18 @@ class Step:
     Attributes
     ----------
     block_table : int32 array [S, width]
-        Block numbers of each sequence; -1 behind its last block, and in rows of no sequence.
+        Block numbers of each sequence; -1 after its last block, and in rows of no sequence.
     seq_lens : int32 array [S]
         Tokens of each sequence, those of this step included; 0 where there is none.
     query_start_loc : int32 array [S + 1]
-        Where each sequence's tokens start; behind the last sequence the end of all.
+        Where each sequence's tokens start; after the last sequence the end of all.
     positions : int64 array [T]
         Of each token in its sequence; 0 for padding.
     slot_mapping : int64 array [T]
         Where each token is written; -1 for padding.
     token_ids : int64 array [T]
-        The tokens themselves, as `add` and `append` told them: what the model is fed. 0 for
-        padding, and for tokens that were not told.
+        The tokens themselves, as `add` and `append` gave them: what the model is fed. 0 for
+        padding, and for tokens that were not given.
     copies : list of (source, destination)
         Blocks to be copied before anything is written, by `copy_blocks`: sequences that shared
         their last block get one of their own.
