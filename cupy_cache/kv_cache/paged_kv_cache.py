@@ -69,7 +69,8 @@ class PagedKVCache:
         number of dimensions tells which.
     value_caches : list of arrays, optional
         Likewise, as many. Beside x-packed keys, five dimensions mean interleaved values,
-        [num_blocks, num_kv_heads, block_size / x, head_size_v, x].
+        [num_blocks, num_kv_heads, block_size / x, head_size_v, x]. Of one array for both, such as
+        [num_blocks, 2, ...] or [2, num_blocks, ...], give two lists of views.
     kv_cache_dtype : str
         See the function that writes.
     k_scales, v_scales : float, array, or list of these with one for each layer, optional
