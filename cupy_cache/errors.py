@@ -109,15 +109,24 @@ class OutOfBlocksError(CupyCacheError, MemoryError):
     free: int
     num_blocks: int
 
-    def __init__(self, op: str, needed: int, free: int, num_blocks: int) -> None:
+    def __init__(
+        self,
+        op: str,
+        needed: int,
+        free: int,
+        num_blocks: int,
+        way_out: str = "free a sequence, or swap one out",
+    ) -> None:
         self.op, self.needed, self.free, self.num_blocks = op, needed, free, num_blocks
+        self._way_out = way_out
         super().__init__(
-            f"{op}: out of blocks: {needed} are needed, and {free} of {num_blocks} are free; free "
-            "a sequence, or swap one out"
+            f"{op}: out of blocks: {needed} are needed, and {free} of {num_blocks} are free; "
+            f"{way_out}"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.op, self.needed, self.free, self.num_blocks), self.__dict__
+        given = self.op, self.needed, self.free, self.num_blocks, self._way_out
+        return type(self), given, self.__dict__
 
 
 class FaultError(CupyCacheError, IndexError):

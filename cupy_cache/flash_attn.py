@@ -76,7 +76,7 @@ def flash_attn_with_kvcache(
         With ``block_table``, pages; without it [batch, seqlen_cache, num_kv_heads, ...], the whole
         of each sequence. Of the dtype of ``q``. Written where ``k`` and ``v`` are given.
     k, v : array [batch, seqlen_new, num_kv_heads, head_size or head_size_v], optional
-        Both or neither: what is added to each sequence behind its ``cache_seqlens`` tokens.
+        Both or neither: what is added to each sequence after its ``cache_seqlens`` tokens.
     rotary_cos, rotary_sin : None
         Rotary embedding is not applied here.
     cache_seqlens : int, or int32 or int64 array [batch], optional
@@ -91,10 +91,10 @@ def flash_attn_with_kvcache(
     softmax_scale : float, optional
         By default ``1 / sqrt(head_size)``.
     causal : bool
-        Whether the ``seqlen_q`` queries are those of the last tokens, and see none behind their
+        Whether the ``seqlen_q`` queries are those of the last tokens, and see none after their
         own.
     window_size : (left, right)
-        How many tokens a query sees before its own and behind it; -1 is all. ``right`` must be 0 or
+        How many tokens a query sees before its own and after it; -1 is all. ``right`` must be 0 or
         -1.
     softcap : float
         0 is none.
@@ -216,7 +216,7 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: ArrayLike | None = None,
 ) -> Any:
-    """Attend from the queries of sequences of different lengths, one behind the other, to their
+    """Attend from the queries of sequences of different lengths, one after another, to their
     keys and values in pages.
 
     Parameters
@@ -225,7 +225,7 @@ def flash_attn_varlen_func(
         float16, bfloat16 or float32; the last dimension contiguous.
     k, v : array [num_blocks, block_size, num_kv_heads, head_size or head_size_v]
         With ``block_table``, pages; without it [total_k, num_kv_heads, ...], the tokens of the
-        sequences one behind the other, which then count as pages of one token: right, but slower
+        sequences one after another, which then count as pages of one token: right, but slower
         than pages of several.
     cu_seqlens_q, cu_seqlens_k : int32 or int64 array [batch + 1]
         Where each sequence's queries, and its tokens, start, and where the last one's end.
@@ -300,7 +300,7 @@ def _options(op, softmax_scale, causal, window_size, softcap, alibi_slopes, one_
     _refuse(op, "window_size", not causal and right > 0, "0 or -1 as the right one", window_size)
     if alibi_slopes is not None and not causal and not one_query:
         raise ArgumentError(
-            f"{op}: Invalid value of alibi_slopes: expected None where queries see tokens behind "
+            f"{op}: Invalid value of alibi_slopes: expected None where queries see tokens after "
             f"their own, got {type(alibi_slopes).__name__}"
         )
     if softmax_scale is not None:

@@ -142,6 +142,8 @@ def test_how_they_lie(home, layout, dtype):
     assert re.search(rf"2 layers: .*{dtype}, {layout}, {where}", repr(cache)), repr(cache)
     again = cc.PagedKVCache(cache.key_caches, cache.value_caches)
     assert again.layout == layout and repr(again) == repr(cache)
+    if home.framework == "numpy":  # JAX has views of such memory
+        assert not any(array.ctypes.data % 64 for array in cache.key_caches)
 
 
 @pytest.mark.parametrize("kv_cache_dtype, stored", [

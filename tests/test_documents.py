@@ -55,10 +55,14 @@ def run(path, gpu):
 pytestmark = pytest.mark.filterwarnings("ignore:The 'generic' unit:DeprecationWarning")
 
 
+# transformers 5.24 takes an argument by the name that 5.17 has for it, and warns.
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 @pytest.mark.whole
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(CHECKOUT)))
 def test_code_runs(path):
     assert list(blocks(path))
+    if path.name == "transformers.md":
+        pytest.importorskip("psutil")  # by which transformers knows of the CPU's memory
     run(path, gpu=False)
 
 

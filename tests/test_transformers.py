@@ -380,8 +380,13 @@ def test_the_page():
     names = {}
     for part in parts:
         exec(compile(part, str(page), "exec"), names)
-    assert len(parts) == 3 and names["cache"].get_seq_length() == 59
+    assert len(parts) == 4 and names["cache"].get_seq_length() == 59
     assert [len(one.generated_tokens) for one in names["results"].values()] == [20, 20, 20]
+    model, tables = names["model"], names["tables"]
+    model.set_attn_implementation("eager")
+    for name in "ab":
+        *given, last = tables.tokens(name)
+        assert generate(model, torch.tensor([given]), new=1)[0, -1] == last
 
 
 # --- what is refused

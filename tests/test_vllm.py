@@ -333,6 +333,15 @@ def test_names_that_are_none(vllm):
     assert contents(vllm) == before
 
 
+@pytest.mark.parametrize("name, words", [
+    ("copy_blocks", "cupy_cache.copy_blocks is it"), ("rms_norm", "from vllm._custom_ops"),
+])  # fmt: skip
+def test_names_that_are_elsewhere(name, words):
+    with pytest.raises(AttributeError, match=words):
+        getattr(ops, name)
+    assert not hasattr(ops, "__wrapped__")
+
+
 def test_without_vllm(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(cc.MissingDependencyError, match="pip install vllm==0.33.0"):

@@ -23,7 +23,7 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cupy_cache
 from cupy_cache import (
@@ -241,6 +241,18 @@ def _extent(op: str, name: str, array: ArrayLike, dim: int) -> int:
         expected = f"at least {dim + 1} dimensions"
         raise ShapeError(errors.wrong("shape", f"{op}: {name}", expected, str(list(shape))))
     return shape[dim]
+
+
+if not TYPE_CHECKING:  # to which a module with this function has every name
+
+    def __getattr__(name: str) -> Any:
+        """Refuse a name, with where it is."""
+        text = f"module {__name__!r} has no attribute {name!r}"
+        if name in cupy_cache.__all__:
+            text += f": vLLM 0.33 has none of that name; cupy_cache.{name} is it"
+        elif not name.startswith("_"):
+            text += ": it has the operations on caches; take others from vllm._custom_ops"
+        raise AttributeError(text)
 
 
 # --- routing --------------------------------------------------------------------------------------

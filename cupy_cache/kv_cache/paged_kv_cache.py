@@ -70,7 +70,8 @@ class PagedKVCache:
         number of dimensions tells which.
     value_caches : list of arrays, optional
         Likewise, as many. Beside x-packed keys, five dimensions mean interleaved values,
-        [num_blocks, num_kv_heads, block_size / x, head_size_v, x].
+        [num_blocks, num_kv_heads, block_size / x, head_size_v, x]. Of one array for both, such as
+        [num_blocks, 2, ...] or [2, num_blocks, ...], give two lists of views.
     kv_cache_dtype : str
         See the function that writes.
     k_scales, v_scales : float, array, or list of these with one for each layer, optional
@@ -206,7 +207,7 @@ class PagedKVCache:
         >>> cache
         <PagedKVCache of 2 layers: keys and values [64, 16, 4, 32], float32, NHD, numpy on cpu, \
 2.00 MiB>
-        >>> sizes = 2, 256, 16, 4, 32
+        >>> sizes = 2, 256, 16, 4, 32  # its other side, on a machine with a GPU:
         >>> host = PagedKVCache.allocate(*sizes, dtype="float32", pinned=True)  # doctest: +SKIP
         """
         keys, values, pages = allocation.caches(

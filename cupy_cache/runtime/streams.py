@@ -21,14 +21,18 @@ The rules, of which this module is the one owner:
 """
 
 import functools
+import math
 import operator
 import sys
 import threading
 
 import numpy as np
 
+from .. import errors
 from ..errors import ArgumentError, DeviceError, DTypeError, MissingDependencyError
 from . import arrays, contract, cuda, devices, driver, locks
+
+HOST_ALIGNMENT = 64  # of NumPy's zeros: JAX has a view of no other memory on the CPU
 
 
 def pointer(op, stream):
@@ -161,10 +165,9 @@ def home(op, framework, device):
     if framework is None:
         framework = "numpy" if place.kind == "cpu" else "cupy"
     if not isinstance(framework, str) or not can_make(framework):
-        raise ArgumentError(
-            f"{op}: Invalid value of framework: expected 'torch', 'cupy' or 'numpy', got "
-            f"{contract.shown(framework)}"
-        )
+        way_out = arrays.OF_JAX if framework == "jax" else ""
+        expected, got = "'torch', 'cupy' or 'numpy'", contract.shown(framework)
+        raise ArgumentError(errors.wrong("value", f"{op}: framework", expected, got, way_out))
     if framework != "torch" and (framework == "numpy") != (place.kind == "cpu"):
         expected = "the CPU" if framework == "numpy" else "a GPU"
         raise DeviceError(
@@ -227,7 +230,10 @@ def zeros(framework, device, shape, dtype, pinned=False):
     if pinned:
         return cuda.pinned_zeros(shape, dtype.numpy)
     if device.kind == "cpu":
-        return np.zeros(shape, dtype.numpy)
+        size = math.prod(shape) * dtype.bytes
+        memory = np.zeros(size + HOST_ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % HOST_ALIGNMENT
+        return np.ndarray(shape, dtype.numpy, memory, start)
     with cuda.on_device(device.index):
         return cuda.import_cupy(f"an array on {device}").zeros(shape, dtype.numpy)
 

@@ -26,10 +26,10 @@ AHEAD = 256  # tokens of a sequence that there is room for behind its prompt
 class PagedCache(Cache):
     """A cache for ``generate`` with keys and values in a `PagedKVCache`.
 
-    Give it as ``past_key_values``. With the attention implementations of this module, queries
-    attend to the pages where they are; with others, such as "sdpa" and "eager", each layer's keys
-    and values are gathered at each step. Beams share blocks, and a block is copied when one of them
-    writes into it.
+    Give it as ``past_key_values``, which transformers 5.24 calls ``cache``. With the attention
+    implementations of this module, queries attend to the pages where they are; with others, such as
+    "sdpa" and "eager", each layer's keys and values are gathered at each step. Beams share blocks,
+    and a block is copied when one of them writes into it.
 
     Padding must be on the left of what is new in each call. With the attention implementations of
     this module it takes no place. Prompts of an empty cache without padding, whose keys are all at
