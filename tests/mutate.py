@@ -7,10 +7,12 @@
 
 A mutant is one changed line of a copy of the checkout: an operator swapped, a number off by one, a
 condition that always or never holds, a statement or a barrier left out, two arguments exchanged.
-The tests that concern its file, which imports and includes tell, run on it as CI runs them: first
-the default sample, then every combination on NumPy and the emulated kernels, then the machine code.
+The tests that concern its file, which imports and includes tell, run on it until one fails: first
+the default sample, then every combination that CI runs on NumPy and the emulated kernels, then what
+reads the machine code. A mutant that survives all of them takes five minutes, most others one.
 
-tests/mutants_that_survive.txt lists mutants that no test can or need see, each with the reason.
+tests/mutants_that_survive.txt lists mutants that no test can or need see, each with the reason;
+they are not run again. It also says which seeds were judged.
 """
 
 import argparse
@@ -388,13 +390,16 @@ def compiles(folder, file):
     return _run([sys.executable, "-c", program, *stems], folder, 300) == 0
 
 
-def _run(command, folder, limit):
-    """A command's status, or None where it took longer than ``limit`` seconds."""
+def _run(command, folder, limit, own_kernels=True):
+    """A command's status, or None where it took longer than ``limit`` seconds. ``own_kernels``:
+    those that are compiled are kept apart from the user's."""
     environment = {
-        **os.environ, "PYTHONPATH": str(folder), "XDG_CACHE_HOME": str(folder.parent / "cache"),
+        **os.environ, "PYTHONPATH": str(folder),
         "CUPYCACHE_TEST_SEED": os.environ.get("CUPYCACHE_TEST_SEED", "20261123"),
         "CUPYCACHE_TEST_RESOURCES": "1", "PYTHONDONTWRITEBYTECODE": "1",
     }  # fmt: skip
+    if own_kernels:
+        environment["XDG_CACHE_HOME"] = str(folder.parent / "cache")
     with (folder.parent / "output").open("wb") as output:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=output, stderr=output,
@@ -420,7 +425,8 @@ def outcome(folder, mutant, limit, workers):
         parallel = ["-n", str(workers)] if workers > 1 else []
         for arguments in stages(mutant.file):
             pytest = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", *parallel]
-            status = _run([*pytest, *arguments], folder, limit)
+            own_kernels = mutant.file.startswith(KERNELS)
+            status = _run([*pytest, *arguments], folder, limit, own_kernels)
             if status is None:
                 return "undecided: it took too long"
             if status not in (0, 5):  # 5: nothing was selected
