@@ -292,6 +292,7 @@ def _reach(file, rooms=("",)):
 
 # Beyond these, what runs is no longer about one kernel.
 ROOMS_OF_KERNELS = (KERNELS, f"{PACKAGE}/ops/", f"{PACKAGE}/attention/")
+LONG = ("test_compile_all.py", "test_surface.py")
 # Tests of what everything is made of, beside those that are named after a module.
 MORE_TESTS = {
     "runtime": (
@@ -330,14 +331,15 @@ def tests_for(file):
     room = next((r for r in map(Path.as_posix, rooms) if r in MORE_TESTS), "runtime")
     more = [name for name in MORE_TESTS[room] if (tests / name).exists()]
     importing = [path.name for path in sorted(tests.glob("test_*.py")) if _imports(path, file)]
-    importing = [name for name in importing if name != "test_compile_all.py"]  # it takes long
+    importing = [name for name in importing if name not in LONG]
     return list(dict.fromkeys([*found[:1], "test_cases.py", *importing, *more, *found[1:]]))
 
 
 def _imports(path, file):
     """Whether a file of tests imports a module by its name."""
     package, name = str(Path(file).parent).replace("/", "."), Path(file).stem
-    return re.search(rf"^from {package} import .*\b{name}\b", path.read_text("utf-8"), re.M)
+    names = re.findall(rf"^ *from {package} import (\([^)]*|.*)", path.read_text("utf-8"), re.M)
+    return name in re.findall(r"\w+", " ".join(names))
 
 
 def stages(file):
