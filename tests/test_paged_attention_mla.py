@@ -140,7 +140,7 @@ def test_however_the_work_is_shared(emulated_world, rng, processors, queries):
     """Many groups for few processors, few for many, and both in one call."""
     world = emulated_world(processors=processors)
     try:
-        Latent(rng, [1100, 300, 1030], queries, **CUT).solve(world)
+        Latent(rng, [300, 2100, 1030], queries, **CUT).solve(world)
     finally:
         world.close()
 
