@@ -28,8 +28,10 @@ from cupy_cache.ops import (
 )
 from cupy_cache.ops.shared import blocks, packing
 from cupy_cache.runtime import (
+    devices,
     dispatch,
     fastpath,
+    formats,
     guards,
     launch,
     modules,
@@ -659,6 +661,19 @@ def test_layers_are_not_kept_alive(recorder):
     gc.collect()
     assert all(tensor() is None for tensor in watched)
     recorder.take()
+
+
+def test_new_results_for_another_stream(monkeypatch):
+    """They are made on torch's current one: the other waits for it, and torch is told."""
+    recorder, make = recording.recorder(monkeypatch), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: make(shape, dtype=dtype))
+    gpu, dtype = devices.Device("cuda", 0), formats.DTYPES["float32"]
+    for stream in (None, recording.STREAM):
+        streams.empty("torch", gpu, (3,), dtype, stream)
+        assert not recorder.ordered and not recorder.lent
+    made = streams.empty("torch", gpu, (3,), dtype, 5)
+    assert recorder.ordered == [(recording.STREAM, 5, 0)]
+    assert recorder.lent == [([made], 5, 0)]
 
 
 # --- declarations ---------------------------------------------------------------------------------
