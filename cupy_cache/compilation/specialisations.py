@@ -38,6 +38,7 @@ from ..ops.reshape_and_cache_flash import reshape_and_cache_flash
 from ..ops.reshape_and_cache_flash_per_token_head import reshape_and_cache_flash_per_token_head
 from ..ops.rotary_and_cache import rotary_and_cache
 from ..ops.rotary_embedding import rotary_embedding
+from ..ops.shared import gathering_both
 from ..ops.slot_mapping import slot_mapping
 from ..ops.slot_mapping_groups import slot_mapping_groups
 from ..ops.swap_blocks import swap_blocks
@@ -488,6 +489,7 @@ def _cp_gather(model):
 def _dequant_gather(model):
     if model.kv_cache_dtype == formats.FP8_DS_MLA:
         return
+    yield from _both_gathers(model)
     if model.by_token:
         name, every_scale = "scale_cache", model.token_scales()[:1]
         caches = [(cache, rows, "NHD") for cache, rows in _gathers(model) if len(rows.shape) == 3]
@@ -510,6 +512,30 @@ def _dequant_gather(model):
         numbers = described(rows.shape, model.dtype)
         for sequences in _read_sequences(model):
             yield gather, scale, layout, cache, numbers, *sequences
+
+
+def _both_gathers(model):
+    """Keys and values at once: `PagedKVCache.gather`."""
+    pairs = [(pair, ("NHD", "NHD")) for pair in model.pairs()]
+    every_scale = model.scales()
+    if model.by_token:
+        every_scale = [model.token_scales()]
+    else:
+        for *pair, interleaved in model.x_packed():
+            value_layout = "interleaved-value" if interleaved else "x-packed-value"
+            pairs.append((pair, ("x-packed-key", value_layout)))
+    sizes = model.key_size, model.value_size
+
+    def gather(caches, layouts, scales, table, bounds, starts):
+        rows = [described((ROWS, model.heads, size), model.dtype) for size in sizes]
+        given = [None if isinstance(one, float) else one for one in scales]
+        options = layouts, model.kv_cache_dtype, model.by_token
+        scalars = 1.0, 1.0, None
+        gathering_both.OP((*rows, table, bounds, starts, *caches, *given), options, None, scalars)
+
+    for (caches, layouts), scales in itertools.product(pairs, every_scale):
+        for sequences in _read_sequences(model):
+            yield gather, caches, layouts, scales, *sequences
 
 
 def _upconvert(model):

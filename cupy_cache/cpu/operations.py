@@ -357,11 +357,29 @@ def gather_cache(
     [blocks, slots, heads].
     """
     del sequences, width, step
-    cache = src_cache.transpose(0, *axes.slots, *axes.token)
+    slots = src_cache.shape[0], math.prod(src_cache.shape[axis] for axis in axes.slots)
+    tokens = _gathered(op, slots, block_table, cu_seq_lens, seq_starts, rows)
+    _read_tokens(src_cache, dst, scale, number, rows, *tokens, axes, stored, target)
+
+
+def gather_both(
+    key_rows, value_rows, block_table, cu_seq_lens, seq_starts, key_cache, value_cache, k_scale,
+    v_scale, rows, sequences, width, step, k_number, v_number, *_, op, sides,
+):  # fmt: skip
+    """The same of key and value cache; ``sides`` have the ``axes``, ``stored`` and ``target`` of
+    both."""
+    del sequences, width, step
+    slots = key_cache.shape[0], sides[0].block_size
+    tokens = _gathered(op, slots, block_table, cu_seq_lens, seq_starts, rows)
+    given = (key_cache, key_rows, k_scale, k_number), (value_cache, value_rows, v_scale, v_number)
+    for side, arrays in zip(sides, given):
+        _read_tokens(*arrays, rows, *tokens, side.axes, side.stored, side.target)
+
+
+def _read_tokens(cache, dst, scale, number, rows, row, block, offset, axes, stored, target):
+    """Write the tokens at these blocks and offsets to these rows of ``dst``; see `gather_cache`."""
+    cache = cache.transpose(0, *axes.slots, *axes.token)
     slots = cache.shape[1 : 1 + len(axes.slots)]
-    row, block, offset = _gathered(
-        op, (cache.shape[0], math.prod(slots)), block_table, cu_seq_lens, seq_starts, rows
-    )
     dense = len(slots) == 1 and cache.flags.c_contiguous and dst.flags.c_contiguous
     if stored is None and dense and len(row) == rows and dst.size:
         # All rows, each in one piece. Nothing is clipped, but the other modes need a buffer.

@@ -105,6 +105,8 @@ def scales(op, kv_cache_dtype, scale, scale_cache):
 
 def _count(extents, num_tokens):
     rows, table_rows, bounds, starts = extents
+    if num_tokens is None:  # as `PagedKVCache.gather` asks for all rows
+        num_tokens = rows
     if not bounds:
         raise ShapeError(
             f"{NAME}: Invalid shape of cu_seq_lens: expected at least the end of the rows, got [0]"
