@@ -195,6 +195,19 @@ def gather_cache(
     return faults
 
 
+def gather_slots(src_cache, dst, slot_mapping, *, block_size=None, token=None):
+    """As `gather_cache`, by slots."""
+    block_size = block_size or src_cache.shape[1]
+    token = token or (lambda block, offset: src_cache[block, offset])
+    limit, faults = src_cache.shape[0] * block_size, []
+    for row, slot in enumerate(map(int, slot_mapping)):
+        if slot >= limit:
+            faults.append((row, "slot_mapping", slot, limit))
+        elif slot >= 0:
+            dst[row] = token(*divmod(slot, block_size))
+    return faults
+
+
 def packed_token(cache, block, offset, layout):
     """The token [head][element] of a single cache whose slots are not its second dimension."""
     if layout == "x-packed-key":

@@ -31,6 +31,7 @@ from ..ops.cp_gather_cache import cp_gather_cache
 from ..ops.cp_gather_indexer_k_quant_cache import cp_gather_indexer_k_quant_cache
 from ..ops.gather_and_maybe_dequant_cache import gather_and_maybe_dequant_cache
 from ..ops.gather_cache import gather_cache
+from ..ops.gather_slots import gather_slots
 from ..ops.indexer_k_quant_and_cache import indexer_k_quant_and_cache
 from ..ops.pack_blocks import pack_blocks, pack_tokens, unpack_blocks, unpack_tokens
 from ..ops.reshape_and_cache import reshape_and_cache
@@ -490,6 +491,30 @@ def _dequant_gather(model):
     if model.kv_cache_dtype == formats.FP8_DS_MLA:
         return
     yield from _both_gathers(model)
+
+    def gather(cache, numbers, scales, layout, table, bounds, starts):
+        gather_and_maybe_dequant_cache(
+            cache, numbers, table, bounds, None, ROWS, model.kv_cache_dtype, seq_starts=starts,
+            layout=layout, **scales,
+        )  # fmt: skip
+
+    for read, sequences in itertools.product(_dequantised(model), _read_sequences(model)):
+        yield gather, *read, *sequences
+
+
+def _slot_gather(model):
+    if model.kv_cache_dtype == formats.FP8_DS_MLA:
+        return
+
+    def gather(cache, numbers, scales, layout, slots):
+        gather_slots(cache, numbers, slots, model.kv_cache_dtype, layout=layout, **scales)
+
+    for read, slots in itertools.product(_dequantised(model), model.numbers("slots", ROWS)):
+        yield gather, *read, slots
+
+
+def _dequantised(model):
+    """Caches, rows of the model's numbers, named scales, and what gathering calls the layouts."""
     if model.by_token:
         name, every_scale = "scale_cache", model.token_scales()[:1]
         caches = [(cache, rows, "NHD") for cache, rows in _gathers(model) if len(rows.shape) == 3]
@@ -497,21 +522,10 @@ def _dequant_gather(model):
         name, every_scale = "scale", [keys for keys, _ in model.scales()]
         caches = [(cache, rows, "NHD") for cache, rows in _gathers(model)]
         caches += _packed_gathers(model)
-
-    def gather(scale, layout, *step):
-        scales = {"scale": None, name: scale}
-        table, bounds, starts = step[2:]
-        gather_and_maybe_dequant_cache(
-            *step[:2], table, bounds, None, ROWS, model.kv_cache_dtype, seq_starts=starts,
-            layout=layout, **scales,
-        )  # fmt: skip
-
     for (cache, rows, layout), scale in itertools.product(caches, every_scale):
         if len(rows.shape) == 2 and not isinstance(scale, float) and scale is not None:
             continue  # entries of latent attention have no heads
-        numbers = described(rows.shape, model.dtype)
-        for sequences in _read_sequences(model):
-            yield gather, scale, layout, cache, numbers, *sequences
+        yield cache, described(rows.shape, model.dtype), {"scale": None, name: scale}, layout
 
 
 def _both_gathers(model):
@@ -736,6 +750,7 @@ OPERATIONS = {
     "cp_gather_indexer_k_quant_cache": _indexer_gather,
     "gather_and_maybe_dequant_cache": _dequant_gather,
     "gather_cache": _gather,
+    "gather_slots": _slot_gather,
     "indexer_k_quant_and_cache": _indexer,
     "merge_attn_states": _merges,
     "pack_blocks": _moves(pack_blocks),

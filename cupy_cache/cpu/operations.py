@@ -376,17 +376,26 @@ def gather_both(
         _read_tokens(*arrays, rows, *tokens, side.axes, side.stored, side.target)
 
 
+def gather_slots(src_cache, dst, slot_mapping, scale, rows, number, *_, op, side):
+    """Copy tokens as `gather_cache`, by their slots; ``side`` has ``axes``, ``stored`` and
+    ``target``."""
+    places = _places(op, slot_mapping[:rows], src_cache.shape[0], side.block_size)
+    tokens = side.axes, side.stored, side.target
+    _read_tokens(src_cache, dst, scale, number, rows, *places, *tokens)
+
+
 def _read_tokens(cache, dst, scale, number, rows, row, block, offset, axes, stored, target):
-    """Write the tokens at these blocks and offsets to these rows of ``dst``; see `gather_cache`."""
+    """Write the tokens at these blocks and offsets to the rows ``row`` of ``dst``, of which there
+    are ``rows``; see `gather_cache`."""
     cache = cache.transpose(0, *axes.slots, *axes.token)
     slots = cache.shape[1 : 1 + len(axes.slots)]
     dense = len(slots) == 1 and cache.flags.c_contiguous and dst.flags.c_contiguous
-    if stored is None and dense and len(row) == rows and dst.size:
+    if stored is None and dense and len(block) == rows and dst.size:
         # All rows, each in one piece. Nothing is clipped, but the other modes need a buffer.
         flat, out = cache.reshape(-1, dst[0].size), dst[:rows].reshape(rows, -1)
         np.take(flat, block * slots[0] + offset, axis=0, out=out, mode="clip")
         return
-    tokens = cache[(block, *np.unravel_index(offset, slots))].reshape(len(row), *dst.shape[1:])
+    tokens = cache[(block, *np.unravel_index(offset, slots))].reshape(len(block), *dst.shape[1:])
     if stored is not None:
         by = np.float32(number) if scale is None else scale
         if by.ndim == 3:

@@ -25,7 +25,7 @@ from ..ops import (
     swap_blocks,
     zero_blocks,
 )
-from ..ops.shared import gathering_both
+from ..ops.shared import gathering, gathering_both
 from ..runtime import arrays, contract, dispatch, formats, lists, streams
 from ..types import (
     ArrayLike,
@@ -700,7 +700,7 @@ class PagedKVCache:
         arguments."""
         stored, by_token = self._kv_cache_dtype, self.k_scale_caches is not None
         arrays_and_numbers = [
-            gather_and_maybe_dequant_cache.scales(_GATHER, stored, *one)
+            gathering.scales(_GATHER, stored, *one)
             for one in zip(self._scales[layer], self._scales_of_tokens(layer))
         ]
         also = ["seq_starts"] * (seq_starts is not None)

@@ -163,6 +163,19 @@ def _check_layout(check, src, dst, layout, names):
 # --- rows of tokens -------------------------------------------------------------------------------
 
 
+def scales(op, kv_cache_dtype, scale, scale_cache):
+    """What elements are multiplied with: an array or None, and the number that counts then."""
+    if scale_cache is not None:
+        if scale is not None:
+            raise ArgumentError(
+                f"{op}: Invalid value of scale: expected None beside scale_cache, got another"
+            )
+        return scale_cache, 0.0
+    if formats.is_scaled(kv_cache_dtype):
+        return contract.split_scale(op, "scale", scale)
+    return None, 0.0
+
+
 class Names(NamedTuple):
     """What an operation calls a cache, the rows that it is read into, and its scales."""
 
