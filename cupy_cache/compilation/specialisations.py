@@ -608,10 +608,17 @@ def _biases(model):
     def compute(dtype, keys, *step):
         alibi_bias(*step, described((keys,), step[1].dtype), dtype=dtype)
 
+    def compute_ragged(dtype, keys, starts, bounds, *step):
+        keys = described((keys,), step[1].dtype)
+        alibi_bias(*step, keys, dtype=dtype, query_start_loc=starts, cu_seq_lens=bounds)
+
     slopes = described((model.heads,), FLOAT32)
+    every_bounds = model.numbers("bounds", ROWS + 1)
     for dtype, queries in itertools.product(formats.FLOATS, model.numbers("positions", ROWS)):
         for keys in (ROWS, ROWS + 1):  # rows that are multiples of 16 bytes, and others
             yield compute, dtype.name, keys, slopes, queries
+            for starts, bounds in itertools.product(every_bounds, every_bounds):
+                yield compute_ragged, dtype.name, keys, starts, bounds, slopes, queries
 
 
 def _attention(model):

@@ -330,8 +330,12 @@ def alibi_slopes(out, count, first, power, step):
     out[...] = np.exp2(-step * steps)
 
 
-def alibi_bias(slopes, query_positions, key_positions, out, *_, dtype, sqrt, causal):
+def alibi_bias(
+    slopes, query_positions, key_positions, out, query_start_loc, cu_seq_lens, *_, dtype, sqrt,
+    causal,
+):  # fmt: skip
     """Write the bits of the bias of ``dtype`` to ``out``; see kernels_cu/alibi_bias.cu."""
+    hidden = None if query_start_loc is None else _of_others(query_start_loc, cu_seq_lens, out)
     queries, keys = (p.astype(np.int64) for p in (query_positions, key_positions))
     canonical = dtype.bits.type((1 << 8 * dtype.bytes - 1) - 1)
     with np.errstate(all="ignore"):
@@ -343,7 +347,24 @@ def alibi_bias(slopes, query_positions, key_positions, out, *_, dtype, sqrt, cau
             values = slope * offset
             if causal:
                 values = np.where(ahead > 0, np.float32(-np.inf), values)
+            if hidden is not None:
+                values = np.where(hidden, np.float32(-np.inf), values)
             out[head] = np.where(np.isnan(values), canonical, encode(values, dtype))
+
+
+def _of_others(query_start_loc, cu_seq_lens, out):
+    """Which keys are of other sequences than the query: [queries, keys]."""
+    _, queries, keys = out.shape
+    for name, starts, rows in (
+        ("query_start_loc", query_start_loc, queries), ("cu_seq_lens", cu_seq_lens, keys)
+    ):  # fmt: skip
+        later, places = starts[1:], np.arange(1, len(starts))
+        _record_first("alibi_bias", name, later < starts[:-1], later, rows + 1, places)
+    hidden, key = np.ones((queries, keys), bool), np.arange(keys)
+    row, sequence = _owners(query_start_loc, queries)
+    begin, end = (cu_seq_lens[sequence + more][:, np.newaxis] for more in (0, 1))
+    hidden[row] = (key < begin) | (key >= end)
+    return hidden
 
 
 def gather_cache(

@@ -666,13 +666,17 @@ def bias(rng):
         args["out"] = fresh(rng, (heads, queries, keys), dtype)
     else:
         args["dtype"] = dtype
+    if rng.random() < 0.4:
+        for name, rows in (("query_start_loc", queries), ("cu_seq_lens", keys)):
+            args[name] = dense_numbers(rng, [0, int(rng.integers(0, rows + 1)), rows])
 
     def expected(a):
         shape = len(a["slopes"]), len(a["query_positions"]), len(a["key_positions"])
         out = a["out"] if "out" in a else np.empty(shape, formats.DTYPES[dtype].numpy)
         oracle.alibi_bias(
-            a["slopes"], a["query_positions"], a["key_positions"], out, a["sqrt"], a["causal"]
-        )
+            a["slopes"], a["query_positions"], a["key_positions"], out, a["sqrt"], a["causal"],
+            a.get("query_start_loc"), a.get("cu_seq_lens"),
+        )  # fmt: skip
         return out
 
     return Call("alibi_bias", args, expected, ("out",))
