@@ -228,7 +228,7 @@ def test_a_bias_whose_every_extent_changes(recorder, monkeypatch):
         call()
         (sent,) = recorder.take()
         words = np.frombuffer(sent[-1], np.int64)
-        assert words[4:9].tolist() == [heads, queries, keys, *(4 * s for s in out.stride()[:2])]
+        assert words[6:11].tolist() == [heads, queries, keys, *(4 * s for s in out.stride()[:2])]
         before = recorder.long
         assert long_way(recorder, call, monkeypatch) == [sent]
         recorder.long = before
