@@ -391,14 +391,14 @@ __global__ void __launch_bounds__(kMaxThreads) rotary(const __grid_constant__ Pa
       item = kQueryItems + row / kTogether % kKeyHeads * kLanes + (index - queries) % kLanes;
     }
   }
-  if (token >= p.tokens) return;  // whole heads
-
-  const bool has_slot = kCached && token < p.slots;
-  if (!has_slot && item >= (kHeads + (kKeys ? kKeyHeads : 0)) * kLanes) return;  // nothing to write
+  // All threads count in 32 bits, and so do tokens.
+  if (static_cast<u32>(token) >= static_cast<u32>(p.tokens)) return;  // whole heads
 
   // The position comes first: the angles wait for it.
   const AnglesOf angles(p, token);
   const bool valid = angles.valid(p);
+  const bool has_slot = kCached && static_cast<u32>(token) < static_cast<u32>(p.slots);
+  if (!has_slot && item >= (kHeads + (kKeys ? kKeyHeads : 0)) * kLanes) return;  // nothing to write
   const bool is_query = item < kHeads * kLanes;
   i64 slot = -1;
   if constexpr (kCached) {

@@ -472,12 +472,15 @@ def _gpu_plan(found):
          *places(found.k_scale_cache), *places(found.v_scale_cache), *ends),
     )  # fmt: skip
     queries, keys = found.heads * lanes, found.key_heads * lanes
-    if not scattered:
-        count = queries + keys + found.cached * found.key_heads * value_lanes
-        return plans.KernelPlan(launcher, launch.FlatShape(count, device, MAX_THREADS))
+    values = found.cached * found.key_heads * value_lanes
     parts = transposed.parts(found.key_heads, value_bytes)
 
     def shape(tokens):
+        # Full blocks, however few: 1 token takes 0.03 us less on an H100, with launches that
+        # overlap 0.09 us, than spread over as many multiprocessors as it has warps.
+        if not scattered:
+            blocks = launch.ceil_div(tokens * (queries + keys + values), MAX_THREADS)
+            return (blocks, 1, 1), MAX_THREADS
         rotated = tokens * queries + launch.ceil_div(tokens, TOGETHER) * TOGETHER * keys
         blocks = launch.ceil_div(rotated, MAX_THREADS)
         return (blocks + transposed.tiles(tokens) * parts, 1, 1), MAX_THREADS
