@@ -22,8 +22,7 @@
 
 namespace cupy_cache {
 
-// Strides are in bytes. Those of positions, tables and queries come first: parameters are read line
-// by line, of 64 bytes, and a launch for one token waits for each.
+// Strides are in bytes.
 struct Params {
   const char* positions;     // [tokens], or [3, tokens] where there are sections
   char* query;               // [tokens, kHeads, kSize]
