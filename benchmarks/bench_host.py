@@ -26,7 +26,8 @@ pytestmark = suite.marks
 LAYERS = 32
 BLOCKS, BLOCK_SIZE = 1024, 16
 ROW = (8, 128)  # heads, head size
-LATENT, ROPE = 512, 64
+LATENT, ROPE, LATENT_HEADS = 512, 64, 16
+QUERY_HEADS = 32
 INDEXER, SCALE = 128, 4  # bytes of a stored key, and of its one scale
 TOKENS = 64
 SEVEN = (1, 8, 17, 32, 64, 100, 256)  # tokens of steps
@@ -289,6 +290,32 @@ def gather(contiguous):
     return {suite.OURS: ours}
 
 
+def gather_both():
+    """Keys and values of a layer, beside the operation that reads one of the two."""
+    op = suite.require("gather_and_maybe_dequant_cache")
+    import torch
+
+    device, count = timing.device(), SEQUENCES * EACH
+    caches = _caches(torch.bfloat16)
+    bound = cc.PagedKVCache(*caches)
+    rows = torch.empty((2, count, *ROW), dtype=torch.bfloat16, device=device)
+    starts = torch.arange(SEQUENCES + 1, dtype=torch.int32, device=device) * EACH
+    table = torch.randint(0, BLOCKS, (SEQUENCES, WIDTH), dtype=torch.int32, device=device)
+
+    def ours(_):
+        out = rows[0][:], rows[1][:]
+        return [
+            functools.partial(bound.gather, layer, table[:], starts[:], out=out)
+            for layer in range(LAYERS)
+        ]
+
+    def one(_):
+        step = rows[0], table[:], starts[:], None, count, "auto", None
+        return [functools.partial(op, cache, *step) for cache in caches[0]]
+
+    return {"bound": ours, suite.OURS: one}
+
+
 def convert_fp8():
     """As much as 16 blocks hold."""
     op = suite.require("convert_fp8")
@@ -299,6 +326,74 @@ def convert_fp8():
     stored = torch.empty(shape, dtype=torch.uint8, device=device)
     scale = torch.full((1,), 0.03, device=device)
     return {suite.OURS: lambda _: [functools.partial(op, stored[:], numbers[:], scale)]}
+
+
+# --- attention, one layer -------------------------------------------------------------------------
+
+
+def _sequences():
+    """A block table, and the lengths of its sequences."""
+    torch, device = timing.torch_module(), timing.device()
+    whole = {"dtype": torch.int32, "device": device}
+    table = torch.randint(0, BLOCKS, (REQUESTS, WIDTH), **whole)
+    return table, torch.full((REQUESTS,), WIDTH * BLOCK_SIZE // 4, **whole)
+
+
+def paged_attention(new_result=False):
+    op = suite.require("paged_attention")
+    torch, (keys, values) = timing.torch_module(), _caches(timing.torch_module().bfloat16)
+    query = torch.randn((QUERY_HEADS, ROW[1]), dtype=torch.bfloat16, device=timing.device())
+    query, (table, lengths) = query.expand(REQUESTS, -1, -1).contiguous(), _sequences()
+    out, cache = torch.empty_like(query), cc.PagedKVCache(keys, values)
+
+    def ours(number):
+        batch = 1 + number % 8
+        given = query[:batch], keys[0], values[0], table[:batch], lengths[:batch]
+        return [functools.partial(op, *given, out=None if new_result else out[:batch])]
+
+    def bound(number):
+        batch = 1 + number % 8
+        given = 0, query[:batch], table[:batch], lengths[:batch]
+        return [functools.partial(cache.attend, *given, out=None if new_result else out[:batch])]
+
+    return {suite.OURS: ours, "bound": bound}
+
+
+def paged_attention_mla():
+    op = suite.require("paged_attention_mla")
+    torch, device = timing.torch_module(), timing.device()
+    sizes = {"dtype": torch.bfloat16, "device": device}
+    cache = torch.zeros((BLOCKS, BLOCK_SIZE, LATENT + ROPE), **sizes)
+    query = torch.randn((REQUESTS, LATENT_HEADS, LATENT + ROPE), **sizes)
+    out, (table, lengths) = torch.empty((REQUESTS, LATENT_HEADS, LATENT), **sizes), _sequences()
+
+    def ours(number):
+        batch = 1 + number % 8
+        given = query[:batch], cache, table[:batch], lengths[:batch]
+        return [functools.partial(op, *given, scale=0.1, out=out[:batch])]
+
+    return {suite.OURS: ours}
+
+
+def rotary_and_cache():
+    op = suite.require("rotary_and_cache")
+    import torch
+
+    device, writes, caches = timing.device(), _Writes((TOKENS,)), _caches(torch.bfloat16)
+    layers, cache = list(zip(*caches)), cc.PagedKVCache(*caches)
+    query = torch.randn((LAYERS, MOST_TOKENS, QUERY_HEADS, ROW[1]), dtype=torch.bfloat16).to(device)
+    angles = torch.randn((WIDTH * BLOCK_SIZE, ROW[1]), device=device)
+    positions = torch.arange(MOST_TOKENS, device=device)
+
+    def ours(layer, key, value, slots):
+        of_step = positions[: len(slots)], query[layer, : len(slots)], key, value, angles
+        return functools.partial(op, *of_step, *layers[layer], slots)
+
+    def bound(layer, key, value, slots):
+        of_step = positions[: len(slots)], query[layer, : len(slots)], key, value, angles
+        return functools.partial(cache.rotary_write, layer, *of_step, slots)
+
+    return {suite.OURS: writes.calls(ours), "bound": writes.calls(bound)}
 
 
 # --- blocks ---------------------------------------------------------------------------------------
@@ -323,30 +418,47 @@ def copy_blocks(count):
     }
 
 
+def copy_tokens():
+    op = suite.require("copy_tokens")
+    import torch
+
+    layers = list(zip(*_caches(torch.bfloat16)))
+    return {suite.OURS: lambda _: [functools.partial(op, layers, _pairs(8))]}
+
+
 def pack_blocks():
     op = suite.require("pack_blocks")
     import torch
 
-    layers = list(zip(*_caches(torch.bfloat16)))
+    caches = _caches(torch.bfloat16)
+    layers, bound = list(zip(*caches)), cc.PagedKVCache(*caches)
     size = cc.packed_size(layers, num_blocks=COPIED)
     buffer = torch.empty(size, dtype=torch.uint8, device=timing.device())
 
     def ours(_):
         return [functools.partial(op, layers, random.sample(range(BLOCKS), COPIED), buffer[:])]
 
-    return {suite.OURS: ours}
+    def ours_bound(_):
+        chosen = random.sample(range(BLOCKS), COPIED)
+        return [functools.partial(bound.pack_blocks, chosen, buffer[:])]
+
+    return {suite.OURS: ours, "bound": ours_bound}
 
 
 def zero_blocks():
     op = suite.require("zero_blocks")
     import torch
 
-    layers = list(zip(*_caches(torch.bfloat16)))
+    caches = _caches(torch.bfloat16)
+    layers, bound = list(zip(*caches)), cc.PagedKVCache(*caches)
 
     def ours(_):
         return [functools.partial(op, layers, random.sample(range(BLOCKS), COPIED))]
 
-    return {suite.OURS: ours}
+    def ours_bound(_):
+        return [functools.partial(bound.zero_blocks, random.sample(range(BLOCKS), COPIED))]
+
+    return {suite.OURS: ours, "bound": ours_bound}
 
 
 def _to_pinned():
@@ -414,7 +526,14 @@ CASES = [
         Case(f"gather_cache, a wider {name} table at every call", functools.partial(gather, whole))
         for name, whole in (("sliced", False), ("contiguous", True))
     ),
+    Case(f"PagedKVCache.gather, {LAYERS} layers, {SEQUENCES} sequences", gather_both, OF_LAYERS),
     Case("convert_fp8, bfloat16 to fp8, scale tensor", convert_fp8),
+    Case(f"rotary_and_cache, {LAYERS} layers, {TOKENS} tokens", rotary_and_cache, OF_LAYERS),
+    Case("paged_attention, 1 to 8 sequences", paged_attention),
+    Case("paged_attention, 1 to 8 sequences, a new result",
+         functools.partial(paged_attention, new_result=True)),
+    Case("paged_attention_mla, 1 to 8 sequences", paged_attention_mla),
+    Case(f"copy_tokens, {LAYERS} layers, 8 pairs", copy_tokens),
     Case(f"pack_blocks, {LAYERS} layers, {COPIED} blocks", pack_blocks),
     Case(f"zero_blocks, {LAYERS} layers, {COPIED} blocks", zero_blocks),
     *(

@@ -11,8 +11,9 @@ semicolon.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -29,11 +30,23 @@ def wrong(what: str, name: str, expected: str, got: str, way_out: str = "") -> s
 
 def rename(error: CupyCacheError, name: str, arguments: Mapping[str, str]) -> None:
     """Have an error about an argument of an operation tell of ``name``, which called it, and of its
-    ``arguments`` instead of the operation's."""
+    ``arguments`` instead of the operation's. Faults stay those of the operation."""
+    if isinstance(error, FaultError):
+        return
     found = re.match(r"[\w.]+: (Invalid [\w ]+ of )(\w+)", str(error))
     if found is not None:
         argument = arguments.get(found[2], found[2])
         error.args = (f"{name}: {found[1]}{argument}{str(error)[found.end() :]}",)
+
+
+@contextlib.contextmanager
+def renamed(name: str, arguments: Mapping[str, str]) -> Iterator[None]:
+    """`rename` errors that are raised meanwhile."""
+    try:
+        yield
+    except CupyCacheError as error:
+        rename(error, name, arguments)
+        raise
 
 
 class ArgumentError(CupyCacheError, ValueError):

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The site of the documents: ``sphinx-build -W --keep-going docs build/site``."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -9,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from docutils import nodes
 from sphinx import addnodes
+from sphinx.util.docutils import SphinxDirective
 
 import cupy_cache
 
@@ -32,6 +34,20 @@ numpydoc_show_class_members = False
 python_use_unqualified_type_names = True
 
 
+class Operations(SphinxDirective):
+    """``.. operations:: TITLE``: functions that the package's docstring has under it."""
+
+    required_arguments, final_argument_whitespace = 1, True
+
+    def run(self):
+        _, found, rest = cupy_cache.__doc__.partition(f"\n{self.arguments[0]}\n")
+        if not found:
+            raise self.error(f"the docstring of cupy_cache has nothing under {self.arguments[0]}")
+        names = re.findall(r"`(\w+)`", re.match(r"(?: {4}.*\n)+", rest)[0])
+        lines = [f".. autofunction:: cupy_cache.{name}\n" for name in names]
+        return self.parse_text_to_nodes("".join(lines))
+
+
 def link_names(app, doctree):
     """Make a link of each name of the library that a page shows as code, where there is something
     to link to. On GitHub it stays code."""
@@ -49,4 +65,5 @@ def link_names(app, doctree):
 
 
 def setup(app):
+    app.add_directive("operations", Operations)
     app.connect("doctree-read", link_names)

@@ -3,8 +3,10 @@
 """What is sent to the driver where a signature of torch tensors comes again: the fast path must
 send what the long way sends, and refuse what it refuses."""
 
+import contextlib
 import functools
 import gc
+import struct
 import weakref
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 import recording
 
 import cupy_cache as cc
-from cupy_cache.attention import alibi_bias
+from cupy_cache.attention import alibi_bias, paged_attention, paged_attention_mla
 from cupy_cache.ops import (
     concat_and_cache_mla,
     concat_and_cache_mla_grouped,
@@ -26,13 +28,16 @@ from cupy_cache.ops import (
 )
 from cupy_cache.ops.shared import blocks, packing
 from cupy_cache.runtime import (
+    devices,
     dispatch,
     fastpath,
+    formats,
     guards,
     launch,
     modules,
     params,
     plans,
+    streams,
 )
 
 torch = pytest.importorskip("torch")
@@ -44,7 +49,7 @@ OPS = (
     flash.OP, concat_and_cache_mla.OP, concat_and_cache_mla_grouped.OP, copy_blocks.OP,
     copy_blocks.MLA_OP, swap_blocks.OP,
     gather_and_maybe_dequant_cache.OP, gather_cache.OP, alibi_bias.OP, slot_mapping_groups.OP,
-    *rotary_and_cache.CALL.ops.values(),
+    paged_attention.OP, paged_attention_mla.OP, *rotary_and_cache.CALL.ops.values(),
 )  # fmt: skip
 
 
@@ -223,7 +228,7 @@ def test_a_bias_whose_every_extent_changes(recorder, monkeypatch):
         call()
         (sent,) = recorder.take()
         words = np.frombuffer(sent[-1], np.int64)
-        assert words[4:9].tolist() == [heads, queries, keys, *(4 * s for s in out.stride()[:2])]
+        assert words[6:11].tolist() == [heads, queries, keys, *(4 * s for s in out.stride()[:2])]
         before = recorder.long
         assert long_way(recorder, call, monkeypatch) == [sent]
         recorder.long = before
@@ -368,6 +373,55 @@ def test_no_tokens_and_streams(recorder):
     cc.reshape_and_cache_flash(*given)
     cc.reshape_and_cache_flash(*given, stream=5)
     assert [sent[3] for sent in recorder.take()] == [77, 5]
+
+
+class Allocator:
+    """Scratch memory: how much there is, and was."""
+
+    ADDRESS = 0x123456789A0
+
+    def __init__(self):
+        self.given, self.held = [], 0
+
+    def __call__(self, *given):
+        self.given.append(given)
+        return self
+
+    def __enter__(self):
+        self.held += 1
+        return self.ADDRESS
+
+    def __exit__(self, *error):
+        self.held -= 1
+
+
+def test_scratch_memory(recorder, monkeypatch):
+    """It is there for the launch, and goes back also where that fails."""
+    allocator = Allocator()
+    monkeypatch.setattr(streams, "scratch", allocator)
+    query, cache = torch.zeros(3, 16, 576, dtype=torch.float16), torch.zeros(4, 16, 576).half()
+    table, lengths = torch.zeros(3, 8, dtype=torch.int32), torch.ones(3, dtype=torch.int32)
+    out, held, long = torch.empty(3, 16, 512).half(), [], []
+    launched = recorder.launch
+
+    def launch(*given):
+        held.append(allocator.held)
+        launched(*given)
+
+    def fail(*given):
+        raise cc.KernelError("no")
+
+    for error in (None, None, None, cc.KernelError, None):
+        monkeypatch.setattr(recorder, "launch", fail if error else launch)
+        with pytest.raises(error) if error else contextlib.nullcontext():
+            cc.paged_attention_mla(query, cache, table, lengths, scale=0.1, out=out)
+        assert not allocator.held
+        long.append(recorder.long)
+    assert held == [1] * 4 and long == [1, 2, 2, 2, 2]
+    sent = recorder.take()
+    assert len(set(sent)) == 1 and len(set(allocator.given)) == 1
+    at = paged_attention_mla.PARAMS.tail_at
+    assert int.from_bytes(sent[0][-1][at : at + 8], "little") == allocator.ADDRESS
 
 
 def test_one_object_given_twice(recorder):
@@ -609,6 +663,19 @@ def test_layers_are_not_kept_alive(recorder):
     recorder.take()
 
 
+def test_new_results_for_another_stream(monkeypatch):
+    """They are made on torch's current one: the other waits for it, and torch is told."""
+    recorder, make = recording.recorder(monkeypatch), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: make(shape, dtype=dtype))
+    gpu, dtype = devices.Device("cuda", 0), formats.DTYPES["float32"]
+    for stream in (None, recording.STREAM):
+        streams.empty("torch", gpu, (3,), dtype, stream)
+        assert not recorder.ordered and not recorder.lent
+    made = streams.empty("torch", gpu, (3,), dtype, 5)
+    assert recorder.ordered == [(recording.STREAM, 5, 0)]
+    assert recorder.lent == [([made], 5, 0)]
+
+
 # --- declarations ---------------------------------------------------------------------------------
 
 
@@ -619,3 +686,24 @@ def test_what_is_written_is_a_destination():
         for index, arg in enumerate(op.args):
             if arg.written and arg.varies == dispatch.ROWS:
                 assert index in op.destination, f"{op.name}: {arg.name}"
+
+
+def test_a_bound_array_of_which_the_rows_count(recorder):
+    """Slopes of each sequence are kept, as the caches are; how many there are is asked."""
+    _, _, *caches, _ = tensors(heads=2, size=16)
+    cache, slopes = cc.PagedKVCache(*([one] for one in caches)), torch.zeros(3, 4)
+
+    def attend(sequences):
+        query, out = torch.zeros(2, sequences, 4, 16, dtype=torch.float16)
+        table = torch.zeros(sequences, 2, dtype=torch.int32)
+        lens = torch.ones(sequences, dtype=torch.int32)
+        cache.attend(0, query, table, lens, alibi_slopes=slopes, out=out)
+        (sent,) = recorder.take()
+        return sent[-1], slopes.data_ptr()
+
+    for sequences in (3, 2, 3, 1, 2):
+        record, address = attend(sequences)
+        assert address in struct.unpack_from("<15Q", record)
+    assert recorder.long == KNOWN
+    with pytest.raises(cc.ShapeError, match="alibi_slopes: expected rows for the 4 sequences"):
+        attend(4)

@@ -329,7 +329,7 @@ def _is_defined(name):
 
 
 def test_the_page_of_operations_names_functions_that_exist():
-    """In its table. docs/support.md lists all, and is made from them."""
+    """In its table. The pages of each kind list them, as the package's docstring does."""
     rows = [line for line in dict(documents())["docs/api/index.md"].splitlines() if "| " in line]
     named = set(re.findall(r"`([a-z]\w+)`", "\n".join(rows)))
-    assert len(named) > 30 and not named - set(cupy_cache.__all__)
+    assert named and not named - set(cupy_cache.__all__)

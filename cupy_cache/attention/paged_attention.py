@@ -171,8 +171,9 @@ def paged_attention(
 
     A query that sees no token, as in an empty sequence or before the first token of one, gets zeros
     in ``out`` and -infinity in ``lse``, with sinks too. What a cache holds where no query of a
-    sequence looks, as in the unwritten rows of its last block, has no effect, NaN included. A value
-    that is not finite may reach further queries of its sequence than those that see it.
+    sequence looks, as in the unwritten rows of its last block, has no effect, NaN included. A query
+    of which a logit is NaN, or infinity, gets NaN in both. A value that is not finite may reach
+    further queries of its sequence than those that see it.
 
     A length below 0 or above ``width * block_size`` counts as the nearer of the two, and tokens in
     blocks that the cache does not have count as not there. Both are recorded under the number of
@@ -263,12 +264,12 @@ def _check_scales(op, k_scale, v_scale, k_scale_cache, v_scale_cache):
 
 def new_out(op, query, key_cache, value_cache, stream):
     """A new array for the result."""
-    known = None
-    if stream is None and all(map(arrays.is_torch, (query, key_cache, value_cache))):
-        # What an engine gives at every layer: shapes are checked once, which takes 30 us.
-        known = query.shape[1:], query.dtype, key_cache.shape, value_cache.shape
-        if known in _VALUE_SIZES:
-            return query.new_empty((*query.shape[:2], _VALUE_SIZES[known]))
+    if all(map(arrays.is_torch, (query, key_cache, value_cache))):
+        # What an engine gives at every layer. The plan checks it; describing it takes 30 us.
+        axis, shape = _VALUE_AXES.get((key_cache.dim(), value_cache.dim())), query.shape
+        if axis is not None and len(shape) == 3:
+            shape = *shape[:2], value_cache.shape[axis]
+            return streams.empty_beside(query, shape, stream)
     like = arrays.view(query, f"{op}: query")
     keys = arrays.view(key_cache, f"{op}: key_cache")
     values = arrays.view(value_cache, f"{op}: value_cache")
@@ -276,18 +277,12 @@ def new_out(op, query, key_cache, value_cache, stream):
     check.shape("query", like, "_ num_heads head_size")
     check.dtype("query", like, *formats.FLOATS)
     _check_caches(check, keys, values)
-    size = check.sizes["head_size_v"]
-    if known is not None:
-        if len(_VALUE_SIZES) >= MAX_KNOWN:
-            _VALUE_SIZES.clear()
-        _VALUE_SIZES[known] = size
-    return streams.empty(
-        like.framework, like.device, (*like.shape[:2], size), like.dtype, stream
-    )  # fmt: skip
+    shape = *like.shape[:2], check.sizes["head_size_v"]
+    return streams.empty(like.framework, like.device, shape, like.dtype, stream)
 
 
-_VALUE_SIZES: dict[tuple, int] = {}  # head_size_v, for shapes that belong together
-MAX_KNOWN = 256
+# Where head_size_v is in a value cache, by the numbers of dimensions of both caches.
+_VALUE_AXES = {(4, 4): 3, (5, 4): 2, (5, 5): 3}
 
 
 def _check_caches(check, key_cache, value_cache):

@@ -130,8 +130,8 @@ def paged_attention_mla(
 
     A query that sees no token gets zeros in ``out`` and -infinity in ``lse``. What a cache holds
     where no query of a sequence looks, as in the unwritten rows of its last block, has no effect,
-    NaN included. A value that is not finite may reach further queries of its sequence than those
-    that see it.
+    NaN included. A query of which a logit is NaN, or infinity, gets NaN in both. A value that is
+    not finite may reach further queries of its sequence than those that see it.
 
     A length below 0 or above ``width * block_size`` counts as the nearer of the two, and tokens in
     blocks that the cache does not have count as not there. Both are recorded under the number of
@@ -167,6 +167,10 @@ def paged_attention_mla(
 
 def _new_out(query, rank, stream):
     """A new array for the result."""
+    if arrays.is_torch(query):
+        shape = query.shape  # which the plan checks; describing the query takes 10 us
+        if len(shape) == 3 and rank <= shape[2]:
+            return streams.empty_beside(query, (*shape[:2], rank), stream)
     like = arrays.view(query, f"{NAME}: query")
     check = contract.Contract(NAME)
     check.shape("query", like, "_ num_heads entry_size")

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import array
 import hashlib
-import operator
 from collections.abc import Hashable, Iterator, Sequence
 from typing import SupportsIndex
 
@@ -641,12 +640,22 @@ def _digest(data, kind):
 
 def _numbers(method, tokens):
     """Tokens, or one, as an array of 64-bit integers."""
+    given = tokens
     try:
-        tokens = [operator.index(tokens)]
+        given = [contract.index(tokens)]
     except (TypeError, ValueError):  # it is no single one
         pass
     try:
-        return array.array("q", iter(tokens))
+        if "bool" in str(getattr(given, "dtype", "")):
+            raise TypeError("booleans")
+        if not isinstance(given, (list, tuple)):
+            given = list(given)
+        numbers = array.array("q", given)
+        # Booleans are 0 or 1: what is neither need not be looked at.
+        small = np.frombuffer(numbers.tobytes(), np.uint64) < 2
+        for at in small.nonzero()[0].tolist():
+            contract.index(given[at])
+        return numbers
     except (TypeError, ValueError, OverflowError) as error:
         name, got = f"{NAME}.{method}: tokens", contract.shown(tokens)
         raise ArgumentError(errors.wrong("value", name, "integers", f"{got} ({error})")) from error

@@ -146,10 +146,12 @@ SCHEMAS = (
     'bool[]? sharded=None, int cp_world_size=1, int cp_rank=0, int cp_interleave=1) -> ()',
 
     'alibi_bias(Tensor slopes, Tensor query_positions, Tensor key_positions, *, '
-    'str? dtype=None, bool sqrt=False, bool causal=False) -> Tensor',
+    'str? dtype=None, bool sqrt=False, bool causal=False, Tensor? query_start_loc=None, '
+    'Tensor? cu_seq_lens=None) -> Tensor',
 
     'alibi_bias.out(Tensor slopes, Tensor query_positions, Tensor key_positions, Tensor(a!) out, '
-    '*, str? dtype=None, bool sqrt=False, bool causal=False) -> ()',
+    '*, str? dtype=None, bool sqrt=False, bool causal=False, Tensor? query_start_loc=None, '
+    'Tensor? cu_seq_lens=None) -> ()',
 
     'paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, '
     'Tensor seq_lens, *, Tensor? query_start_loc=None, float? scale=None, '

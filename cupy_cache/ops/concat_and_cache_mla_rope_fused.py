@@ -89,10 +89,11 @@ def concat_and_cache_mla_rope_fused(
     array, number = None, 1.0
     if formats.is_scaled(kv_cache_dtype):
         array, number = contract.split_scale(NAME, "kv_cache_scale", kv_cache_scale)
-    CALL(
-        (
-            positions, q_pe, k_pe, kv_c, cos_sin_cache, kv_cache, None, slot_mapping, None, None,
-            None, None, array, array,
-        ),
-        stream, is_neox=is_neox, kv_cache_dtype=kv_cache_dtype, k_scale=number, v_scale=number,
+    op, options, scalars = CALL.settle(
+        is_neox=is_neox, kv_cache_dtype=kv_cache_dtype, k_scale=number, v_scale=number
+    )
+    objects = (
+        positions, q_pe, k_pe, kv_c, cos_sin_cache, kv_cache, None, slot_mapping, None, None, None,
+        None, array, array,
     )  # fmt: skip
+    op(objects, options, stream, scalars)

@@ -124,8 +124,8 @@ def rotary_and_cache(
 
     A NaN is stored with all bits but the sign set.
 
-    Into x-packed caches values go element by element: many tokens in consecutive slots can take
-    several times as long as in `reshape_and_cache`, which joins those of one block.
+    Into x-packed caches values go as `reshape_and_cache` writes them: those of consecutive slots
+    together, others element by element, each of which costs a whole memory sector.
     """
     arrays, (k_number, v_number) = (None, None), (1.0, 1.0)
     if k_scale_cache is None and formats.is_scaled(kv_cache_dtype):
@@ -133,14 +133,15 @@ def rotary_and_cache(
     q_array, q_number = None, 1.0
     if formats.is_scaled(out_dtype):
         q_array, q_number = contract.split_scale(NAME, "q_scale", q_scale)
-    CALL(
-        (
-            positions, query, key, value, cos_sin_cache, key_cache, value_cache, slot_mapping,
-            None if out is query else out, q_norm_weight, k_norm_weight, q_array, *arrays,
-            k_scale_cache, v_scale_cache,
-        ),
-        stream, is_neox=is_neox, kv_cache_dtype=kv_cache_dtype, out_dtype=out_dtype,
-        rounding=rounding, offset=rope_dim_offset, sections=mrope_section,
-        interleaved=mrope_interleaved, norm_eps=norm_eps, norm_weight_bias=norm_weight_bias,
-        q_scale=q_number, k_scale=k_number, v_scale=v_number,
+    op, options, scalars = CALL.settle(
+        is_neox=is_neox, kv_cache_dtype=kv_cache_dtype, out_dtype=out_dtype, rounding=rounding,
+        offset=rope_dim_offset, sections=mrope_section, interleaved=mrope_interleaved,
+        norm_eps=norm_eps, norm_weight_bias=norm_weight_bias, q_scale=q_number, k_scale=k_number,
+        v_scale=v_number,
     )  # fmt: skip
+    objects = (
+        positions, query, key, value, cos_sin_cache, key_cache, value_cache, slot_mapping,
+        None if out is query else out, q_norm_weight, k_norm_weight, q_array, *arrays,
+        k_scale_cache, v_scale_cache,
+    )  # fmt: skip
+    op(objects, options, stream, scalars)

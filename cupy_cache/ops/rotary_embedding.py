@@ -70,8 +70,8 @@ def rotary_embedding(
     Names, order and meaning are those of vLLM's operation of the same name.
     """
     size = contract.integer(NAME, "head_size", head_size, least=1)
-    CALL(
-        (positions, query, key, None, cos_sin_cache), stream, is_neox=is_neox,
-        offset=rope_dim_offset, sections=mrope_section, interleaved=mrope_interleaved,
-        inverse=inverse, head_size=size,
+    op, options, scalars = CALL.settle(
+        is_neox=is_neox, offset=rope_dim_offset, sections=mrope_section,
+        interleaved=mrope_interleaved, inverse=inverse, head_size=size,
     )  # fmt: skip
+    op((positions, query, key, None, cos_sin_cache), options, stream, scalars)

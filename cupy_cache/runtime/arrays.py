@@ -2,11 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any framework's array -> pointer, shape, strides, dtype, device, whether it can be written.
 
-Two steps, because one of them runs at every call that is not known yet:
+In two steps, because the first one runs at every call that has no fast path:
 
 * a *reader* (`reader_for`) tells an array's `Metadata` in the framework's own terms, as cheaply as
-  that framework allows; metadata without the pointer are hashable and make a plan's signature;
-* `describe` turns metadata into an `Array`, once per signature.
+  that framework allows; without the pointer these are hashable, and part of a signature;
+* `describe` turns them into an `Array`, once for each signature.
 
 torch, CuPy and NumPy arrays are read through their attributes (a few tenths of a microsecond each,
 against 19 for ``cupy.from_dlpack``). Everything else comes through DLPack (dlpack.py) or
@@ -82,8 +82,8 @@ class Framework(NamedTuple):
 
 FRAMEWORKS: dict[str, Framework] = {}
 MAX_READERS = 256  # types of arrays that are remembered
-# Below it there is no array: what says that it is there has no memory, and counts its offset from
-# nothing. GPUs' addresses begin above; an array in host memory may be below, and is looked at.
+# No GPU's memory is below. An array without memory tells its offset as its address, which is; so
+# one that is below is looked at, and may be in host memory.
 LOWEST = 1 << 33
 
 

@@ -236,8 +236,8 @@ class Contract:
 
 
 def index(value):
-    """``value`` as a Python integer: whatever has ``__index__`` is taken, NumPy's integers and
-    arrays of a single one too, but no boolean, which is a `TypeError`."""
+    """``value`` as a Python integer. Anything with ``__index__`` is one, NumPy's integers and
+    arrays of a single one too; a boolean is none, and raises `TypeError`."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
@@ -277,7 +277,7 @@ def integers(op, names, values):
 
 
 def flag(op, name, value):
-    """``value`` as True or False, whichever it counts as."""
+    """``value`` as True or False."""
     if type(value) is bool:
         return value
     try:
@@ -350,7 +350,8 @@ def slot_count(op, first="key", second="value", scales=2):
 def number(op, name, value, positive=False, kind="None or "):
     """``value`` as a float that float32 can hold. ``kind``: what else is taken, for the error."""
     real = type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))
-    if not real or not -LARGEST_SCALE <= value <= LARGEST_SCALE or (positive and value <= 0):
+    least = SMALLEST_SCALE if positive else -LARGEST_SCALE
+    if not real or not least <= value <= LARGEST_SCALE:
         kind += "a positive, finite float32" if positive else "a finite float32"
         raise ArgumentError(f"{op}: Invalid value of {name}: expected {kind}, got {shown(value)}")
     return float(value)

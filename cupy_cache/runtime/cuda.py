@@ -24,7 +24,7 @@ _ROCM = "{}: CUDA is needed, and {} is built for ROCm, whose GPUs are not served
 
 
 def import_cupy(why):
-    """The cupy module, or `MissingDependencyError` saying what needs it."""
+    """The cupy module; `MissingDependencyError`, which begins with ``why``, where there is none."""
     global _cupy
     cupy = sys.modules.get("cupy")
     if cupy is not None and cupy is _cupy:
@@ -143,7 +143,7 @@ def _primary_context(index):
 
 def on_device(index):
     """A context manager, to be entered at once: inside, GPU ``index`` is current in this thread;
-    afterwards what was before.
+    afterwards the one that was before.
 
     CuPy's ``Device`` sets the GPU that was current again, and setting a GPU makes a context there,
     of half a gigabyte, also where nobody has used it. Pushing a context and popping it makes none.

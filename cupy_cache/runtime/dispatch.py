@@ -9,6 +9,7 @@ tokens of a step, the width of a block table), scales that are floats, chosen bl
 memory, how many layers there are.
 """
 
+import itertools
 import weakref
 from collections.abc import Callable
 from typing import NamedTuple
@@ -26,10 +27,10 @@ class Arg(NamedTuple):
     varies : the dimensions whose extents change from call to call; the strides of the dimensions
         before the last of them then change too.
     optional : may be None.
-    index : holds indices, read one by one: that it is aligned to more than their size means nothing
-        to the plan.
+    index : holds indices, which kernels read one at a time: whether it is aligned to more than one
+        of them makes no other plan.
     layers : a list of arrays that are alike, but for what varies; all such lists of an operation
-        are equally long. ``suffix``: what errors call the items is ``name[i]suffix``.
+        are equally long. Errors call an item ``name[i]`` and the ``suffix``.
     chosen : blocks or slots, in host memory or in an array on the GPU, with any number of `ROWS`.
         ``pairs``: of pairs [n, 2].
     written : the operation writes it. No two arrays that are written may share memory.
@@ -60,7 +61,7 @@ _bound: weakref.WeakSet = weakref.WeakSet()
 
 
 def forget_everything():
-    """Have no operation remember any plan: the kernels of those made so far are gone."""
+    """Have all operations forget their plans: the kernels that these have loaded are gone."""
     for op in _ops:
         op.memory.clear()
         op.fast_paths.clear()
@@ -88,15 +89,15 @@ class Op:
         Its arguments that are arrays, in the order of the kernel's pointers.
     plan : callable
         ``plan(op, described, options)`` -> an object with ``run(plans.Call)``, and, if it wants,
-        ``tables(values)``, see there. ``described`` are
-        `arrays.Array`\\ s: the first of a list, at the address of the alignment common to all; None
-        for what is absent or in host memory. Checks everything that the signature decides, and
-        raises before anything is written.
+        ``tables(values)``, see there. ``described`` has an `arrays.Array` for each argument: of a
+        list the first one, whose address is replaced by the alignment common to all; None for what
+        is absent or in host memory. Checks everything that the signature decides, and raises before
+        anything is written.
     options : tuple of str
-        What the function's arguments are called that are the first of a call's options.
+        The names of the function's arguments that a call's first options are, for errors.
     destination : int or tuple of int
-        Indices of arguments; the first of them that is on a GPU decides device and stream. Those
-        of what is written with rows that vary must all be among them.
+        Indices of arguments; the first of them that is on a GPU decides device and stream. All
+        arguments that are written and have rows that vary must be among them.
     count : callable, optional
         ``count(extents, options, scalars)`` -> (rows, fields): how much there is to do, nothing if
         0, and the kernel's fields that change at every call. ``extents`` has an entry for each
@@ -158,10 +159,13 @@ class Op:
     # --- reading
 
     def read(self, objects, stream, only=None):
-        """What each argument is: `arrays.Metadata`, `lists.Layers`, a NumPy array of what is chosen
-        in host memory, or None. ``only``: indices of those that are wanted; the others are None."""
+        """Read the arguments, or only those at the indices ``only``. Of each there is an
+        `arrays.Metadata`, a `lists.Layers`, a NumPy array of what is chosen in host memory, or
+        None."""
         wanted = range(len(objects)) if only is None else only
-        if stream is None and self._has_foreign(objects, wanted):
+        if stream is None and any(
+            arrays.is_foreign(array, name) for name, array in self._leaves(objects, wanted)
+        ):  # then a protocol must know the stream
             stream = self._stream_before_reading(objects)
         found, keep = [], []
         for index, (arg, value) in enumerate(zip(self.args, objects)):
@@ -183,51 +187,34 @@ class Op:
         found += [None] * (len(self.args) - len(found))
         return Read(found, keep)
 
-    def _has_foreign(self, objects, wanted):
-        """Whether any array must be read through a protocol."""
+    def _leaves(self, objects, wanted):
+        """(Name, array) of each array of the arguments at these indices; a list's have its name."""
         for index in wanted:
-            value, arg = objects[index], self.args[index]
+            value, arg = (objects[index] if index < len(objects) else None), self.args[index]
+            name = f"{self.name}: {arg.name}"
             if arg.layers and value is not None:
                 lists.require_list(self.name, arg.name, value)
-                kinds = {type(array): array for array in value}.values()
-            elif value is None or isinstance(value, (indices.Chosen, list, tuple, range)):
-                continue
-            else:
-                kinds = (value,)
-            if any(arrays.is_foreign(array, f"{self.name}: {arg.name}") for array in kinds):
-                return True
-        return False
-
-    def _leaves(self, objects):
-        """All arrays."""
-        for arg, value in zip(self.args, objects):
-            if arg.layers and value is not None:
-                yield from value
+                yield from zip(itertools.repeat(name), value)
             elif not (value is None or isinstance(value, (indices.Chosen, list, tuple, range))):
-                yield value
+                yield name, value
 
     def _stream_before_reading(self, objects):
         """The stream that the work will go to, which producers of exports must know: the current
         one of the destination's framework; None on the CPU."""
         for index in self.destination:
-            value, arg = (objects[index] if index < len(objects) else None), self.args[index]
-            if arg.layers and value:
-                value = value[0]
-            if value is None or isinstance(value, (indices.Chosen, list, tuple, range)):
-                continue
-            name = f"{self.name}: {arg.item(0) if arg.layers else arg.name}"
-            device = arrays.device_of(value, name)
-            if device.kind == "cuda":
-                foreign = arrays.is_foreign(value, name)
-                framework = None if foreign else arrays.view(value, name).framework
-                return streams.current(framework, device.index)()
+            for name, array in itertools.islice(self._leaves(objects, (index,)), 1):
+                device = arrays.device_of(array, name)
+                if device.kind == "cuda":
+                    foreign = arrays.is_foreign(array, name)
+                    framework = None if foreign else arrays.view(array, name).framework
+                    return streams.current(framework, device.index)()
         return None
 
     # --- running
 
     def run(self, read, objects, options, scalars, stream):
         """Find or make the plan for what was read, and run it; ``objects`` are what was read.
-        Returns what is remembered of the signature if it came again."""
+        Returns the `plans.Entry` of a signature that was known already; else None."""
         signature, values, extents = self.signature(read.found, options)
         if signature is None:  # a list is empty: there is nothing to do
             return None
@@ -246,8 +233,8 @@ class Op:
         return (1, ()) if self.count is None else self.count(extents, options, scalars)
 
     def finish(self, entry, values, tables, stream, work, objects, views=_NO_VIEWS):
-        """Run a plan on the stream that it belongs to, behind all that it must wait for. ``tables``
-        and ``stream`` may still be to be found; ``views`` are shapes and strides, for NumPy."""
+        """Run a plan on its stream, behind all that it must wait for. ``tables`` and ``stream`` are
+        found here where they are None; ``views`` are shapes and strides, for NumPy."""
         rows, fields = work
         if not rows:
             return
@@ -257,7 +244,8 @@ class Op:
             for other in entry.others:
                 driver.active.order(other(), stream, entry.device)
             if entry.torchs is not None and stream != entry.torchs():
-                streams.lend(self._leaves(objects), stream, entry.device)
+                leaves = self._leaves(objects, range(len(objects)))
+                streams.lend([array for _, array in leaves], stream, entry.device)
         if tables is None and entry.tables is not None:
             tables = entry.tables(values)
         entry.plan.run(plans.Call(values, rows, fields, tables, stream, *views))
@@ -271,8 +259,8 @@ class Op:
             faults.after_call(stream, entry.device)
 
     def signature(self, found, options):
-        """(What the plan depends on, None where a list is empty; the values of `plans.Call`; the
-        extents for ``count``)."""
+        """(The signature, None where a list is empty; the values of `plans.Call`; the extents for
+        ``count``)."""
         signature, values, extents = [options], [], []
         lengths, empty = {}, False
         for arg, meta in zip(self.args, found):
@@ -377,8 +365,8 @@ class Op:
             if arg.chosen and array is not None:
                 indices.check(self.name, arg, array)
         entry = self._entry(self.make_plan(self, described, options), described)
-        # The strides of an empty array were not checked: they must not vouch for a full one, which
-        # has the same signature if only what varies is missing.
+        # The strides of an empty array were not checked, and one with rows has the same signature:
+        # what is empty is not remembered.
         given = [pair for pair in zip(self.args, described) if pair[1] is not None]
         if not any(array.shape[dim] == 0 for arg, array in given for dim in arg.varies):
             self.memory.add(signature, entry)
@@ -389,7 +377,7 @@ class Op:
         separate = apart.Apart(self, described)
         separate = separate if separate.needed else None
         strides = [None if array is None else array.strides for array in described]
-        # Of what is written, more rows may run into one another.
+        # More rows than were checked may run into one another.
         most_rows = tuple(
             (index, described[index].shape[0])
             for index in self.destination
@@ -472,7 +460,9 @@ class Bound:
             if names[index] not in fixed and (not arg.optional or arg.name in also)
         )
         self._count, self._args = len(self.given), [op.args[index] for index in self.given]
-        self._in_host_memory = None  # (entry, values, tables), see `check`; () for empty lists
+        # Of calls with what is chosen in host memory: (entry, values, tables), () where the lists
+        # are empty; None before `check`.
+        self._in_host_memory = None
         others = [index for index, value in enumerate(self._objects) if value is not None]
         self.found = op.read(self._objects, None, others).found
         self._form = "bound", options, self.given, self._signature()
@@ -482,19 +472,15 @@ class Bound:
             raise op.unhashable(options) from error
         self._paths_of: dict[tuple, fastpath.Recent] = {}  # of lists, by the form of the rest
         # What fast paths ask for.
-        self.addresses = self.tensors = ()
-        if op.has_lists:
-            self.addresses = tuple(
-                found.addresses if type(found) is lists.Layers else found.ptr
-                for found in map(self.found.__getitem__, others)
-            )
-        else:
-            self.addresses = [self.found[index].ptr for index in others]
-            self.tensors = [v for v in map(self._objects.__getitem__, others) if arrays.is_torch(v)]
+        self.addresses = tuple(
+            found.addresses if type(found) is lists.Layers else found.ptr
+            for found in map(self.found.__getitem__, others)
+        )
+        self.tensors = [value for value in self._objects if arrays.is_torch(value)]
         _bound.add(self)
 
     def _signature(self):
-        """What of the fixed arguments a plan depends on, and which there are."""
+        """What a plan depends on in the fixed arguments, and which of them there are."""
         signature = []
         for arg, meta in zip(self.op.args, self.found):
             meta = meta.metadata if type(meta) is lists.Layers else meta
@@ -511,7 +497,7 @@ class Bound:
         self._in_host_memory = None
 
     def check(self):
-        """Raise what can be told from the fixed arguments alone; what is chosen is taken to be in
+        """Raise what is wrong with the fixed arguments alone, as for a call with what is chosen in
         host memory."""
         if self._in_host_memory is not None:
             return
@@ -528,8 +514,9 @@ class Bound:
         tables = None if entry.tables is None else entry.tables(values)
         self._in_host_memory = entry, values, tables
 
-    def __call__(self, *given, stream=None):
-        """Run on the other arguments, in the order of the operation's."""
+    def __call__(self, *given, stream=None, scalars=None):
+        """Run on the other arguments, in the order of the operation's; ``scalars`` are this call's,
+        instead of those given once."""
         if len(given) != self._count:
             names = ", ".join(self.op.args[index].name for index in self.given)
             raise TypeError(  # as of a function
@@ -537,16 +524,18 @@ class Bound:
             )
         if stream is not None and type(stream) is not int:
             stream = streams.pointer(self.name, stream)
+        if scalars is None:
+            scalars = self.scalars
         for path in self.fast_paths:
-            if path(given, self.scalars, stream, self):
+            if path(given, scalars, stream, self):
                 return
         try:
-            self._run(given, stream)
+            self._run(given, stream, scalars)
         except CupyCacheError as error:
             errors.rename(error, self.name, {})
             raise
 
-    def _run(self, given, stream):
+    def _run(self, given, stream, scalars):
         op, objects, paths = self.op, self._objects.copy(), self.fast_paths
         if op.has_lists:
             given, tensors, form = fastpath.flattened(op, self._args, given, self.options)
@@ -554,21 +543,21 @@ class Bound:
             objects[index] = value
         if op.has_lists:
             if not tensors and all(type(value) is indices.Chosen for value in given):
-                self._run_chosen(objects, stream)
+                self._run_chosen(objects, stream, scalars)
                 return
             paths = self._paths_of.get(form)
             if paths is None:
                 paths = self._paths_of[form] = op.fast_paths.of((self._form, form))
             for path in paths:
-                if path(tensors, self.scalars, stream, objects, self.addresses):
+                if path(tensors, scalars, stream, objects, self.addresses):
                     return
         read = op.read(objects, stream, self.given)
         found = [read.found[i] if i in self.given else meta for i, meta in enumerate(self.found)]
-        entry = op.run(Read(found, read.keep), objects, self.options, self.scalars, stream)
+        entry = op.run(Read(found, read.keep), objects, self.options, scalars, stream)
         if entry is not None:
             op.fast_paths.learn(paths, entry, objects, self.options, self.given)
 
-    def _run_chosen(self, objects, stream):
+    def _run_chosen(self, objects, stream, scalars):
         """Run where all that is given is in host memory: nothing else is left to find out."""
         self.check()
         if not self._in_host_memory:
@@ -578,7 +567,7 @@ class Bound:
         for index in self.given:
             values[index] = objects[index].numbers
             extents.append(values[index].shape[-1])
-        work = self.op.work(extents, self.options, self.scalars)
+        work = self.op.work(extents, self.options, scalars)
         self.op.finish(entry, values, tables, stream, work, objects)
 
 

@@ -112,7 +112,9 @@ class CudaDriver:
         refused, shared = False, loaded.kernel.shared_bytes
         if overlap.on and self._may_overlap(loaded.device):
             try:
-                overlap.prepare(loaded.handle, grid, threads, shared)(stream, record.address, 0)
+                overlap.prepare(loaded.handle, grid, threads, shared, True)(
+                    stream, record.address, 0
+                )
                 return
             except overlap.Refused as error:  # an ordinary launch works, or tells why it does not
                 refused = error.status != _INVALID_CONTEXT
@@ -137,11 +139,13 @@ class CudaDriver:
         if self._launch is None:
             self._find_entries()
         shared = loaded.kernel.shared_bytes
-        entry = functools.partial(self._launch, loaded.handle, *grid, threads, 1, 1, shared)
-        errors = (self._driver_error,)
-        if overlap.on and self._may_overlap(loaded.device):
-            entry = overlap.prepare(loaded.handle, grid, threads, shared)
+        if overlap.has_entry():
+            overlaps = overlap.on and self._may_overlap(loaded.device)
+            entry = overlap.prepare(loaded.handle, grid, threads, shared, overlaps)
             errors = (overlap.Refused,)
+        else:
+            entry = functools.partial(self._launch, loaded.handle, *grid, threads, 1, 1, shared)
+            errors = (self._driver_error,)
         if not self._several:
             return entry, errors
         current_device, device = self._current_device, loaded.device
@@ -253,48 +257,40 @@ class CudaDriver:
                 f"a copy on cuda:{device}: {size} bytes could not be copied: {error}"
             ) from error
 
-    @contextlib.contextmanager
     def staging(self, size, stream, device):
-        """The address of ``size`` bytes on GPU ``device`` for the work enqueued on ``stream`` while
-        this is entered: they are freed behind it, in the stream's order."""
-        runtime = cuda.import_cupy("a copy").cuda.runtime
+        """`_memory`; `CaptureError` where ``stream`` is being captured."""
         if self._capture_is_in_the_way(stream, device):
             raise CaptureError(f"a copy on cuda:{device}: {_UNPINNED}")
-        with cuda.on_device(device):
-            try:
-                address = runtime.mallocAsync(size, stream)
-            except runtime.CUDARuntimeError as error:
-                raise KernelError(
-                    f"a copy on cuda:{device}: no {size} bytes for staging: {error}"
-                ) from error
-        try:
-            yield address
-        finally:
-            with cuda.on_device(device):
-                runtime.freeAsync(address, stream)
+        return self._memory("staging memory", size, stream, device)
 
     @contextlib.contextmanager
     def scratch(self, size, stream, device):
-        """The address of ``size`` bytes on GPU ``device`` for the work enqueued on ``stream`` while
-        this is entered; of CuPy's memory pool if that is CuPy's current stream, else of the
-        driver's, and in a stream that is captured of the graph."""
+        """`_memory`; but of CuPy's memory pool if ``stream`` is CuPy's current stream and not being
+        captured. In a stream that is captured it belongs to the graph."""
         cupy = cuda.import_cupy("scratch memory")
-        runtime = cupy.cuda.runtime
         with cuda.on_device(device):
             # What the pool gave for its current stream, it gives again for that stream alone.
             if stream == self.current_stream(device) and not self.capturing(stream, device):
                 memory = cupy.cuda.alloc(size)
                 yield memory.ptr
                 return
+        with self._memory("scratch memory", size, stream, device) as address:
+            yield address
+
+    @contextlib.contextmanager
+    def _memory(self, what, size, stream, device):
+        """The address of ``size`` bytes on GPU ``device`` for the work enqueued on ``stream`` while
+        this is entered: they are freed behind it, in the stream's order."""
+        runtime = cuda.import_cupy(what).cuda.runtime
+        with cuda.on_device(device):
             try:
                 address = runtime.mallocAsync(size, stream)
             except runtime.CUDARuntimeError as error:
-                raise KernelError(
-                    f"scratch memory on cuda:{device}: no {size} bytes: {error}"
-                ) from error
-            try:
-                yield address
-            finally:
+                raise KernelError(f"{what} on cuda:{device}: no {size} bytes: {error}") from error
+        try:
+            yield address
+        finally:
+            with cuda.on_device(device):
                 runtime.freeAsync(address, stream)
 
     # --- faults

@@ -50,8 +50,8 @@ def text(variable):
 
 
 def flag(variable):
-    """Whether the variable is on: 1 or another number but 0, true, yes or on. What is neither that
-    nor its opposite is said once, and is off."""
+    """Whether the variable is on: true, yes, on, or a number that is not 0. Off are the opposites
+    of these and, with a warning, anything else."""
     value = text(variable).strip().lower()
     if value in ("1", "true", "yes", "on"):
         return True
@@ -67,7 +67,7 @@ _said = set()
 
 
 def say_once(what):
-    """Warn of a variable's value: whoever set it is not here to catch an error."""
+    """Warn of a variable's value, the first time: nobody could catch an error."""
     if what not in _said:
         _said.add(what)
         warnings.warn(what, RuntimeWarning, stacklevel=3)

@@ -1,14 +1,16 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""The fast path of signatures that come again with arrays of torch or of CuPy on a GPU: what an
-engine does at every layer and step. Both kinds of arrays are called tensors here.
+"""The fast path of a signature that comes again with arrays of torch or of CuPy on a GPU, as at
+every layer and step of an engine. Both kinds of arrays are called tensors here.
 
-A call is compared with an earlier one (guards.py); then only addresses and numbers of elements are
-asked of the tensors, and the rest is known. There is one function for each signature
-(`_kernel_path`, `_plan_path`), for any counts, and the layers of a `PagedKVCache` share it.
+One comparison tells whether a call has the signature (guards.py); then the tensors are asked for
+nothing but their addresses and how many elements they have. There is one function for each
+signature (`_kernel_path`, `_plan_path`), whatever the counts; the layers of a `PagedKVCache` share
+it.
 """
 
 import functools
+import itertools
 import operator
 import struct
 
@@ -22,8 +24,8 @@ PATIENCE = 64  # calls before a new signature takes the place of one of so many:
 
 
 class FastPaths:
-    """The fast paths of an operation, by the *form* of a call: its options, and which arguments
-    there are, which is what can be told at once."""
+    """The fast paths of an operation, by the *form* of a call, which is seen without looking at any
+    array: its options and how many arguments there are, and of lists which are given."""
 
     def __init__(self, op):
         self._op = op
@@ -44,8 +46,8 @@ class FastPaths:
             paths.clear()
 
     def learn(self, paths, entry, objects, options, given=None):
-        """Know a signature from now on, if it has a fast path. ``given``: the indices of arguments
-        that are not bound."""
+        """Make the fast path of the signature of these objects, if it has one. ``given``: the
+        indices of the arguments that a call gives, where a `dispatch.Bound` has the others."""
         on_cpu = entry.device is None and any(entry.strides)
         if on_cpu or entry.most_rows or not paths.may_learn():
             return
@@ -60,14 +62,14 @@ class FastPaths:
 
 
 class Recent(list):
-    """The fast paths of the latest signatures of one form: each a function ``path(tensors, scalars,
-    stream, more)`` that runs a call, or returns False with nothing done. ``more``: the
-    `dispatch.Bound` that was called, or else the call's objects."""
+    """The fast paths of the latest signatures of one form. Each is a function ``path(tensors,
+    scalars, stream, more)``: it runs the call and returns True, or returns False with nothing done.
+    ``more``: the `dispatch.Bound` that was called, or else the call's objects."""
 
     _patience = 0
 
     def may_learn(self):
-        """Whether it is time for a further one."""
+        """Whether a further one may be made now."""
         if len(self) < MAX_PATHS:
             return True
         self._patience -= 1
@@ -77,7 +79,7 @@ class Recent(list):
         return True
 
     def learn(self, path):
-        """Have a fast path for a further signature."""
+        """Add one; the oldest goes where there are too many."""
         self[:] = [path, *self[: MAX_PATHS - 1]]
 
 
@@ -87,8 +89,8 @@ class Recent(list):
 class _Launches:
     """The launches of a signature.
 
-    known : by what decides them, {numbers of elements, shapes and scalars of a call: (enqueue,
-        errors, what to call at these instead, scratch, fields)}; empty where there is nothing to
+    known : {numbers of elements, shapes and scalars of a call: (enqueue, errors, what to call at
+        these errors instead, scratch, fields)}, of which the value is () where there is nothing to
         do.
     records : parameters, each with the fields that it was filled with last. One in use by a thread
         must not be repacked by another: each takes one and puts it back.
@@ -111,8 +113,8 @@ class _Launches:
         self.known.clear()
 
     def prepare(self, key, tensors, scalars):
-        """A further one; None where the tensors are not those of the plan, or no kernel is loaded
-        yet."""
+        """The launch for a key that is not known; None where the plan is not for these tensors, or
+        its kernel is not loaded yet."""
         if not self._alike(tensors):
             return None
         extents = self._find(tensors)
@@ -140,8 +142,9 @@ class _Launches:
             return None
         enqueue, failed = launcher.prepare(grid, threads)
         again = functools.partial(launcher.launch, grid, threads)
-        self._grids[rows] = enqueue, failed, again, self._plan.scratch_for(rows)
-        return self._grids[rows]
+        # Other threads may forget it at any time.
+        made = self._grids[rows] = enqueue, failed, again, self._plan.scratch_for(rows)
+        return made
 
     def fill(self, record, fields):
         """A record with these fields: ``record``, or a new one for None."""
@@ -173,7 +176,13 @@ def _kernel_path(op, entry, objects, options, given):
         return None
     pick = _Pick(given, objects, unique)
     pointers = _Pointers(op, entry, kind, objects, unique, pick.twins, bound)
-    extents = _Extents(op, kind, objects, unique)
+    places = {id(objects[index]): at for at, index in enumerate(unique)}
+    parts = []
+    for arg, value in itertools.zip_longest(op.args, objects):
+        at = places.get(id(value))
+        is_bound = at is None and value is not None and arg.varies
+        parts.append((arg, at, kind.extent(arg, value) if is_bound else None))
+    extents = _Extents(kind, parts, tensors)
     launches = _Launches(op, entry, options, extents)
     sized = [at for at, index in enumerate(unique) if op.args[index].varies == arrays.ROWS]
     plain = not (pick.needed or extents.free or pointers.arrange or pointers.odd)
@@ -250,9 +259,10 @@ def _kernel_path(op, entry, objects, options, given):
             enqueue(stream, record.address, 0)
         except failed:
             again(stream, record)
+        finally:
+            if held is not None:
+                held.__exit__(None, None, None)
         records.append(record)
-        if held is not None:
-            held.__exit__(None, None, None)
         if faults.debug:
             faults.after_call(stream, device)
         return True
@@ -322,10 +332,10 @@ def _write_path(entry, kind, same, launches, pointers, caches_bound):
 
 
 class _Pick:
-    """The tensors that are compared, from the objects of a call, where these are not they: some are
-    absent, or one is given twice.
+    """Which of a call's objects are compared with the earlier call: all tensors, each once. The
+    others are None, or one of these tensors again.
 
-    twins : of each argument that is a tensor given before, its index and the place of that tensor.
+    twins : of each argument that is such a tensor again, its index and the place of that tensor.
     """
 
     def __init__(self, given, objects, unique):
@@ -338,7 +348,7 @@ class _Pick:
         self.needed = unique != given
 
     def pick(self, objects):
-        """The tensors; None where others are absent, or given twice."""
+        """The tensors; None where it is not the same objects that are None, or given twice."""
         tensors = self._take(objects)
         for at in self._absent:
             if objects[at] is not None:
@@ -352,12 +362,15 @@ class _Pick:
 class _Pointers:
     """Where the addresses of a call go in the kernel's parameters.
 
-    insert_at : where the addresses that are bound come between those of the tensors; 0 where none
-    are. arrange : what then brings all in the order of the arguments; None where they are. pack :
-    writes them into a record. odd : 1 where the plan was made for addresses that are not all
-    multiples of 16, else 0. written : takes the addresses of several tensors that are written; None
-    where there is at most one. apart : what it took where they were found to share no memory; with
-    the key of the call, if their rows vary.
+    insert_at : before which of the tensors' addresses those that are bound are inserted; 0 where
+        none are bound.
+    arrange : addresses, these included -> the same in the order of the arguments; None where that
+        is their order.
+    pack : writes them into a record.
+    odd : 1 where the plan was made for addresses that are not all multiples of 16, else 0.
+    written : addresses -> those of the arrays that are written; None where there is at most one.
+    apart : results of ``written`` that were found to share no memory. Where
+        ``written_rows_vary`` they end in the key of the call.
     """
 
     def __init__(self, op, entry, kind, objects, unique, twins, bound):
@@ -428,32 +441,35 @@ class _Extents:
     """How the extents of a call are found: from the number of elements where only the first one
     varies, else from shapes and strides.
 
-    sized : the tensors of which the number of elements is asked; None where that is all of them.
-    free : tensors -> shapes and strides of the others; None where there are none.
+    Parameters
+    ----------
+    kind : guards.Kind
+    parts : list of (dispatch.Arg, at, count)
+        Of each argument the place of its first tensor, and how many tensors there are, None where
+        it is no list; or, where calls give none, None and its extent, if it has one.
+    tensors : list
+
+    Attributes
+    ----------
+    sized : callable
+        tensors -> those of which the number of elements is asked; None where that is all of them.
+    free : callable
+        tensors -> shapes and strides of the others; None where there are none.
     """
 
-    def __init__(self, op, kind, objects, unique):
-        self._kind = kind
-        self._parts = []  # of each argument that varies: (itself, its tensor, elements of a row)
-        whole, free = [], []
-        for index, arg in enumerate(op.args):
-            value = objects[index] if index < len(objects) else None
-            if not arg.varies:
+    def __init__(self, kind, parts, tensors):
+        self._kind, self._parts = kind, [part for part in parts if part[0].varies]
+        whole, free, self._low = [], [], []
+        for arg, at, count in self._parts:
+            places = () if at is None else range(at, at + (1 if count is None else count))
+            if arg.varies == arrays.ROWS:
+                whole += places
                 continue
-            if value is None:
-                self._parts.append((arg, None, 0))
-                continue
-            at = next(at for at, one in enumerate(unique) if objects[one] is value)
-            rows = arg.varies == arrays.ROWS
-            self._parts.append((arg, at, kind.elements(value) // value.shape[0] if rows else 0))
-            (whole if rows else free).append(at)
-        self.sized = None if whole == list(range(len(unique))) else _getter(whole)
+            free += places
+            if not arg.index:
+                self._low += [(arg, place, kind.low_bits(arg, tensors[place])) for place in places]
+        self.sized = None if whole == list(range(len(tensors))) else _getter(whole)
         self.free = None
-        self._low = [
-            (arg, at, kind.low_bits(arg, objects[unique[at]]))
-            for arg, at, _ in self._parts
-            if at in free and not arg.index
-        ]
         strides = kind.strides
         if len(free) == 1:  # most often: a block table
             (one,) = free
@@ -479,14 +495,14 @@ class _Extents:
 
     def find(self, tensors):
         """What the operation's count gets."""
-        extents = []
-        for arg, at, elements in self._parts:
+        extents, kind = [], self._kind
+        for arg, at, count in self._parts:
             if at is None:
-                extents.append(None)
-            elif elements:
-                extents.append(self._kind.elements(tensors[at]) // elements)
+                extents.append(count)
+            elif count is None:
+                extents.append(kind.extent(arg, tensors[at]))
             else:
-                extents.append(self._kind.extent(arg, tensors[at]))
+                extents.append([kind.extent(arg, tensor) for tensor in tensors[at : at + count]])
         return extents
 
 
@@ -525,28 +541,32 @@ def _plan_path(op, entry, objects, options, given):
         return None
     given_args = [op.args[index] for index in given]
     _, tensors, form = flattened(op, given_args, [objects[index] for index in given], options)
-    kind = guards.kind_of(tensors) if tensors else None
-    if tensors and kind is None:
+    kind = guards.kind_of(tensors)
+    if kind is None:
         return None
-    args = []  # of each tensor
-    for arg, length in zip(given_args, form[1:]):
-        if type(length) is not type:
+    # Of each argument: its index, the place of its first tensor or None, how many it lists or None.
+    parts, args = [], []
+    for index, arg, length in zip(given, given_args, form[1:]):
+        if type(length) is type:  # absent, or in host memory
+            parts.append((index, None, None))
+        else:
+            parts.append((index, len(args), None if length is True else length))
             args += [arg] * int(length)
-    aligned = [
-        at
-        for at, arg in enumerate(args)
-        if arg.varies and arg.varies != arrays.ROWS and not arg.index
-    ]
-    low_bits = [kind.low_bits(args[at], tensors[at]) for at in aligned]
-    address = kind and kind.address
-    same = kind.same_as(tensors, [arg.varies for arg in args]) if tensors else _no_tensors
+    address, elements = kind.address, kind.elements
+    same = kind.same_as(tensors, [arg.varies for arg in args])
     if same is None or arrays.any_bits(map(address, tensors)) & 15:
         return None
-    # Of each argument: its index, itself, its first tensor, how many or no tensor's type.
-    parts, at = [], 0
-    for index, arg, length in zip(given, given_args, form[1:]):
-        parts.append((index, arg, at, length))
-        at += 0 if type(length) is type else int(length)
+    extents = _Extents(kind, [(op.args[index], at, count) for index, at, count in parts], tensors)
+    alike, find, sized, free = extents.alike, extents.find, extents.sized, extents.free
+    if any(0 in tensor.shape[1:] for tensor in (tensors if sized is None else sized(tensors))):
+        return None  # then the number of elements does not tell the rows
+    varying = [index for index, _, _ in parts if op.args[index].varies]
+    # Of what is chosen in host memory: the index of the argument, and the place of its extent.
+    chosen = [
+        (index, varying.index(index))
+        for index, length in zip(given, form[1:])
+        if length is indices.Chosen
+    ]
     layered = [index for index, arg in enumerate(op.args) if arg.layers]
     # Addresses, and what was made of them: values, tables.
     latest = [None, None, None, None]
@@ -556,11 +576,11 @@ def _plan_path(op, entry, objects, options, given):
         if arrays.any_bits(addresses) & 15 or min(addresses, default=arrays.LOWEST) < arrays.LOWEST:
             return None, None
         values = [0] * len(op.args)
-        for index, _, at, length in parts:
-            if length is True:
+        for index, at, count in parts:
+            if count is not None:
+                values[index] = tuple(addresses[at : at + count])
+            elif at is not None:
                 values[index] = addresses[at]
-            elif type(length) is not type:
-                values[index] = tuple(addresses[at : at + length])
         for index, kept in zip(bound, fixed):
             values[index] = kept
         if entry.apart is not None:
@@ -572,52 +592,30 @@ def _plan_path(op, entry, objects, options, given):
             tables = entry.tables(values)
         return values, tables
 
-    varying = [part for part in parts if part[1].varies]
-    # Of what is chosen in host memory, the index of the argument and the place of its extent.
-    chosen = [(one[0], at) for at, one in enumerate(varying) if one[3] is indices.Chosen]
-    # The tensors whose extents are asked for. Where rows alone vary, the elements tell them.
-    sized = [at for at, arg in enumerate(args) if arg.varies]
-    counted = [at for at in sized if args[at].varies == arrays.ROWS]
-    if any(0 in tensors[at].shape[1:] for at in counted):
-        return None
-    shaped = [at for at in sized if at not in counted]
-    elements = kind and kind.elements
-    # What these say, and what was made of it: extents, and what the operation's count made of
-    # them, where nothing else decides that.
+    # What tells the extents; these; and what the operation's count made of them, where nothing else
+    # decides that.
     latest_extents = [None, None, None]
-
-    def extents_of(tensors):
-        """The extents for the operation's count; None of what is absent or chosen."""
-        extents = []
-        for _, arg, at, length in varying:
-            if type(length) is type:
-                extents.append(None)
-            elif length is True:
-                extents.append(kind.extent(arg, tensors[at]))
-            else:
-                extents.append([kind.extent(arg, tensor) for tensor in tensors[at : at + length]])
-        return extents
 
     def run(tensors, scalars, stream, objects, fixed=()):
         if not same(*tensors):
             return False
-        addresses = list(map(address, tensors)) if tensors else []
+        addresses = list(map(address, tensors))
         known, known_fixed, values, tables = latest
         if addresses != known or fixed != known_fixed:
             values, tables = values_of(addresses, fixed)
             if values is None:
                 return False
             latest[:] = addresses, fixed, values, tables
-        if aligned and [kind.low_bits(args[at], tensors[at]) for at in aligned] != low_bits:
-            return False
-        layouts = [elements(tensors[at]) for at in counted]
-        for at in shaped:
-            layouts += tensors[at].shape, kind.strides(tensors[at])
+        key = tuple(map(elements, tensors if sized is None else sized(tensors)))
+        if free is not None:
+            key += free(tensors)
         known, extents, work = latest_extents
-        if layouts != known:
-            extents = extents_of(tensors)
+        if key != known:
+            if not alike(tensors):
+                return False
+            extents = find(tensors)
             work = None if chosen or scalars else op.work(extents, options, ())
-            latest_extents[:] = layouts, extents, work
+            latest_extents[:] = key, extents, work
         if chosen:
             values, extents = values.copy(), extents.copy()
             for index, at in chosen:
@@ -629,8 +627,3 @@ def _plan_path(op, entry, objects, options, given):
         return True
 
     return run
-
-
-def _no_tensors():
-    """What is chosen in host memory needs no comparison."""
-    return True

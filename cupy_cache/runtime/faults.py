@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""What kernels, and NumPy, met outside its bounds and skipped."""
+"""Slots, block numbers and table entries that kernels, or NumPy, found out of bounds."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ PER_TOKEN_HEAD_FORMATS = {
 }
 # Which of these names say by themselves that it is so.
 BY_TOKEN = ("int8_per_token_head", "fp8_per_token_head")
-# What the largest magnitude becomes that a scale is found from.
+# Where a scale is found from the elements: what the largest magnitude of them becomes.
 LARGEST = {"int8": 127, "float8_e4m3fn": 448}
 
 
@@ -216,8 +216,8 @@ def conversion(fmt, source):
 
 
 def way_to_convert(fmt, dtype):
-    """What to do with a cache of ``dtype`` that does not hold what is written, where ``fmt`` is a
-    raw copy; "" where nothing is usual."""
+    """For an error: what to do where ``fmt`` is a raw copy and the cache is of another ``dtype``
+    than what is written; "" where there is no usual way."""
     names = [name for name, other in CACHE_FORMATS.items() if other.stored == dtype]
     if fmt.stored is not None:
         return ""

@@ -12,7 +12,7 @@ from . import arrays
 
 
 class Kind(NamedTuple):
-    """How arrays of a framework are asked for what changes from call to call.
+    """How a framework's arrays tell what changes from call to call.
 
     address, elements, strides : ``f(array)``: where it is, how many elements it has, its strides.
     unit : ``unit(array)`` -> the bytes that these strides are counted in.
@@ -36,11 +36,15 @@ class Kind(NamedTuple):
 
     def extent(self, arg, array):
         """`arrays.extent` of an array."""
+        if arg.varies == arrays.ROWS:
+            return array.shape[0]
         return arrays.extent(arg.varies, array.shape, self.strides(array), self.unit(array))
 
 
 def kind_of(objects):
-    """The `Kind` of GPU arrays that are all of one framework; None of others."""
+    """The `Kind` of GPU arrays that are all of one framework, or of none at all; None of others."""
+    if not objects:
+        return _NO_ARRAYS
     if all(map(arrays.is_torch, objects)):
         return _torch()
     cupy = sys.modules.get("cupy")
@@ -93,6 +97,7 @@ _CUPY = Kind(
     operator.attrgetter("data.ptr"), operator.attrgetter("size"), operator.attrgetter("strides"),
     lambda array: 1, operator.attrgetter("itemsize"), _same_cupy,
 )  # fmt: skip
+_NO_ARRAYS = _CUPY._replace(same_as=lambda given, varies: lambda: True)
 
 
 def same_as(tensors, varies):
@@ -102,8 +107,8 @@ def same_as(tensors, varies):
     comparison.
 
     It is what guards the results of torch.compile: one call into C++, 0.1 us a tensor, where asking
-    each tensor for its attributes takes four times as long. It keeps no tensor alive. It always
-    refuses one object given twice, so then there is None.
+    each tensor for its attributes takes four times as long. It keeps no tensor alive. It refuses
+    every call that gives one object twice: None for such ``tensors``.
     """
     guards = _tensor_guards()
     if guards is None or len(set(map(id, tensors))) < len(tensors):
@@ -111,8 +116,8 @@ def same_as(tensors, varies):
     shapes, strides = [], []
     for tensor, dims in zip(tensors, varies):
         shape = list(tensor.shape)
-        # Of an extent of 1 that varies, the stride that more would need: the plan is made for that
-        # one. If it does not vary, its stride means nothing.
+        # The stride of an extent of 1 means nothing. Where the extent varies, the plan was made for
+        # the stride that more would need without gaps.
         steps = list(arrays.regular(shape, tensor.stride(), 1))
         for dim, extent in enumerate(shape):
             if extent == 1 and dim not in dims:

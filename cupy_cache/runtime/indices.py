@@ -26,7 +26,8 @@ class Chosen:
 
 
 def read_host(op, arg, value):
-    """``value`` as `Chosen` if it is in host memory; what must be exported to tell, as it is."""
+    """``value`` as `Chosen` if it is in host memory; itself if it is not, or if it takes an export
+    to tell."""
     if isinstance(value, (list, tuple, range)):
         return Chosen((_pairs if arg.pairs else _numbers)(op, arg.name, value))
     if arrays.is_torch(value):

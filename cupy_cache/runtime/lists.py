@@ -11,8 +11,8 @@ from . import arrays
 class Layers(NamedTuple):
     """Arrays that are alike, but for the dimensions that may vary.
 
-    metadata : of the first that is not empty; its address is replaced by the alignment common to
-        all, at most 16. None where there are no arrays.
+    metadata : of the first array that is not empty, whose address is replaced by the alignment
+        common to all, at most 16; None for an empty list.
     addresses : of each.
     shapes, strides : of each, where dimensions vary, strides in bytes; else None.
     """

@@ -178,7 +178,7 @@ _warming = threading.local()
 
 
 def loaded():
-    """Everything loaded so far."""
+    """All kernels loaded so far, as `Loaded`."""
     return tuple(_loaded.values())
 
 

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from . import arrays, launch, locks, streams
 
 MAX_PLANS = 1024  # of one operation
-# What kernels tell their counts in scratch memory by: `arrive` of scratch.cuh.
+# Tells counts in scratch memory, which holds anything before, from what was there: `arrive` of
+# scratch.cuh.
 SCRATCH_TAG = (secrets.randbits(47) << 1 | 1) << 16
 
 
@@ -70,8 +71,8 @@ class KernelPlan:
         self.launcher, self.shape = launcher, shape
 
     def launch_for(self, rows):
-        """(Launcher, grid, threads) for so much to do. Launchers of one plan differ in nothing that
-        is in the parameters."""
+        """(Launcher, grid, threads) for so much to do. All launchers of one plan take the same
+        parameters."""
         return self.launcher, *self.shape(rows)
 
     def scratch_for(self, rows):

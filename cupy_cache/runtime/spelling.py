@@ -22,8 +22,8 @@ def boolean(value):
 
 
 def quantiser(source, stored, vector_bytes):
-    """How the converter is spelled (convert.cuh) that makes vectors of ``vector_bytes`` of a cache:
-    from ``source`` elements to ``stored`` ones, or by copying where ``stored`` is None."""
+    """The converter (convert.cuh) of ``source`` elements to vectors, of ``vector_bytes``, of
+    ``stored`` ones; where that is None the one that copies."""
     if stored is None:
         return f"cupy_cache::Copy<{vector_bytes}>"
     types = f"{ELEMENT_NAMES[source.name]}, {ELEMENT_NAMES[stored.name]}"
@@ -31,8 +31,8 @@ def quantiser(source, stored, vector_bytes):
 
 
 def dequantiser(stored, target, vector_bytes):
-    """How the converter is spelled that makes vectors of ``vector_bytes`` of ``target`` elements,
-    from ``stored`` ones, or by copying where ``stored`` is None."""
+    """The converter of ``stored`` elements to vectors, of ``vector_bytes``, of ``target`` ones;
+    where ``stored`` is None the one that copies."""
     if stored is None:
         return f"cupy_cache::Copy<{vector_bytes}>"
     types = f"{ELEMENT_NAMES[stored.name]}, {ELEMENT_NAMES[target.name]}"

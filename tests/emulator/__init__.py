@@ -52,8 +52,9 @@ SANITIZER_OPTIONS = {"UBSAN_OPTIONS": "print_stacktrace=1:handle_segv=1:handle_a
 KEEP_UNUSED_DAYS = 14
 # Each kernel is compiled for one of them: with the instructions of newer GPUs, and without.
 ARCHITECTURES = (75, 90)
-# Kernels with this in their names write zeros alone: the same block may be given to them twice.
-ONE_VALUE = "Direction::kZero"
+# Kernels with one of these in their names write one value: the same block may be given to them
+# twice.
+ONE_VALUE = ("Direction::kZero",)
 
 
 class EmulationError(AssertionError):
@@ -414,7 +415,7 @@ class EmulatedDriver:
         kernel, built = loaded
         self.seed += 1
         try:
-            one_value = ONE_VALUE in kernel.expression
+            one_value = any(name in kernel.expression for name in ONE_VALUE)
             fault = _runner.run(built, grid, threads, record.buffer.raw, self.seed, one_value)
         except EmulationError as error:
             lines = (

@@ -90,12 +90,38 @@ def _placed_slopes(framework, put, rng):
     return call, values
 
 
+def _of_the_first_tokens(put, rng, heads, size):
+    """Queries of sequences of one token: (the queries, the block that each one's token is in, the
+    block table and the lengths)."""
+    query = rng.standard_normal((128, heads, size)).astype(np.float16)
+    table = rng.integers(0, 16, (128, 1)).astype(np.int32)
+    return put(query), table[:, 0], [put(table), put(np.ones(128, np.int32))]
+
+
+def _new_attention(framework, put, rng):
+    keys, values = (rng.standard_normal((16, 16, 8, 128)).astype(np.float16) for _ in range(2))
+    query, seen, step = _of_the_first_tokens(put, rng, 64, 128)
+    arrays = query, put(keys), put(values), *step
+    expected = np.repeat(values[seen, 0], 8, axis=1)
+    return lambda stream: cc.paged_attention(*arrays, stream=stream), expected
+
+
+def _new_latent_attention(framework, put, rng):
+    entries = rng.standard_normal((16, 16, 576)).astype(np.float16)
+    query, seen, step = _of_the_first_tokens(put, rng, 16, 576)
+    arrays = query, put(entries), *step
+    expected = np.repeat(entries[seen, :1, :512], 16, axis=1)
+    return lambda stream: cc.paged_attention_mla(*arrays, scale=0.1, stream=stream), expected
+
+
 NEW_RESULTS = {
     "slot_mapping": _new_slot_mapping,
     "slot_mapping_groups": _new_slot_mapping_groups,
     "alibi_bias": _new_bias,
     "alibi_slopes": _new_slopes,
     "place_slopes": _placed_slopes,
+    "paged_attention": _new_attention,
+    "paged_attention_mla": _new_latent_attention,
 }
 
 

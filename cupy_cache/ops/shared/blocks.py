@@ -15,10 +15,10 @@ MAX_THREADS = 256
 # memory's speed, by a full grid.
 TO_HOST_BLOCKS = 16
 FROM_HOST_BLOCKS = 48
-# What is contiguous on both sides and has at least this many bytes goes over the bus by the copy
-# engines, which alone reach its ceiling, but pause 2 us between copies. On an H200's host they had
-# 91 and 88 % of it (to the host, from there) in runs of 1 MiB, and 98 and 97 % in runs of 4 MiB;
-# the kernel has 95 and 92 % whatever the length.
+# Runs that are contiguous on both sides and have at least so many bytes go over the bus by the
+# copy engines, which alone reach its ceiling, but pause 2 us between copies. To the host and from
+# there they had, beside an H200, 91 and 88 % of it in runs of 1 MiB, and 98 and 97 % in runs of
+# 4 MiB; the kernel has 95 and 92 % whatever the length.
 RUN_BYTES = 2 << 20
 # Vectors of each tensor that a thread has in flight. One; but more where that would take no more
 # than a few waves of thread blocks, of which each waits for memory anew. With one and four, 64
@@ -46,8 +46,8 @@ PARAMS = params.Struct(
 
 
 def extent(array):
-    """The bytes from the address of ``array``, which is not empty, to its first byte in memory and
-    to behind its last one."""
+    """(First byte, byte behind the last) of ``array``, which is not empty, counted from its
+    address."""
     steps = [stride * (count - 1) for stride, count in zip(array.strides, array.shape)]
     low, high = sum(min(step, 0) for step in steps), sum(max(step, 0) for step in steps)
     return low, high + array.dtype.bytes

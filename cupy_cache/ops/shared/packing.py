@@ -157,7 +157,7 @@ def tensor_lists(op, caches):
 
 class Places(NamedTuple):
     """Where the items are in a buffer: the address of item 0 of layer 0 of each tensor, and the
-    bytes from layer to layer. From item to item it is ``strides`` of `_Work`."""
+    bytes from layer to layer. Those from item to item are the ``strides`` of `_Caches`."""
 
     starts: tuple
     layer: int
@@ -463,10 +463,14 @@ class Plan:
 class _Caches(NamedTuple):
     """The caches of a call of a `Plan`.
 
-    places : the addresses of all layers, for each tensor of a layer. ends : of each tensor, the
-    bytes that all layers lie within; None where it is empty. layers : how many. item_bytes : of an
-    item in all layers. strides : from item to item of each tensor in the buffer. addresses : layer
-    by layer. pointers : their `blocks.PointerTable`s.
+    places : of each tensor of a layer, its addresses in all layers.
+    ends : of each tensor, the first byte and the one behind the last of all layers; None where it
+        is empty.
+    layers : how many.
+    item_bytes : of an item in all layers.
+    strides : of each tensor, the bytes from item to item in the buffer.
+    addresses : layer by layer.
+    pointers : their `blocks.PointerTable`s.
     """
 
     places: list
