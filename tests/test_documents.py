@@ -19,7 +19,7 @@ import cupy_cache as cc
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 DOCS = CHECKOUT / "docs"
-BLOCK = re.compile(r"(?:^<!-- (?P<mark>.+) -->\n)?^```python\n(?P<code>.*?)^```$", re.M | re.S)
+BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]+) -->\n)?^```python\n(?P<code>.*?)^```$", re.M | re.S)
 MARKS = {None, "needs a GPU", "a fragment"}
 PAGES = [
     path
