@@ -290,6 +290,32 @@ def gather(contiguous):
     return {suite.OURS: ours}
 
 
+def gather_both():
+    """Keys and values of a layer, beside the operation that reads one of the two."""
+    op = suite.require("gather_and_maybe_dequant_cache")
+    import torch
+
+    device, count = timing.device(), SEQUENCES * EACH
+    caches = _caches(torch.bfloat16)
+    bound = cc.PagedKVCache(*caches)
+    rows = torch.empty((2, count, *ROW), dtype=torch.bfloat16, device=device)
+    starts = torch.arange(SEQUENCES + 1, dtype=torch.int32, device=device) * EACH
+    table = torch.randint(0, BLOCKS, (SEQUENCES, WIDTH), dtype=torch.int32, device=device)
+
+    def ours(_):
+        out = rows[0][:], rows[1][:]
+        return [
+            functools.partial(bound.gather, layer, table[:], starts[:], out=out)
+            for layer in range(LAYERS)
+        ]
+
+    def one(_):
+        step = rows[0], table[:], starts[:], None, count, "auto", None
+        return [functools.partial(op, cache, *step) for cache in caches[0]]
+
+    return {"bound": ours, suite.OURS: one}
+
+
 def convert_fp8():
     """As much as 16 blocks hold."""
     op = suite.require("convert_fp8")
@@ -500,6 +526,7 @@ CASES = [
         Case(f"gather_cache, a wider {name} table at every call", functools.partial(gather, whole))
         for name, whole in (("sliced", False), ("contiguous", True))
     ),
+    Case(f"PagedKVCache.gather, {LAYERS} layers, {SEQUENCES} sequences", gather_both, OF_LAYERS),
     Case("convert_fp8, bfloat16 to fp8, scale tensor", convert_fp8),
     Case(f"rotary_and_cache, {LAYERS} layers, {TOKENS} tokens", rotary_and_cache, OF_LAYERS),
     Case("paged_attention, 1 to 8 sequences", paged_attention),

@@ -27,10 +27,12 @@ class Case(NamedTuple):
     interleaved: bool = False
     rotary: int = SIZE
     out_dtype: str = "auto"
+    dtype: str = "bfloat16"
 
     def __str__(self):
         kinds = [
             "NeoX" if self.is_neox else "GPT-J",
+            "" if self.dtype == "bfloat16" else self.dtype,
             f"{self.layout}, {self.slots} slots",
             "" if self.kv_cache_dtype == "auto" else f"caches in {self.kv_cache_dtype}",
             "" if self.table == "float32" else f"tables in {self.table}",
@@ -44,7 +46,8 @@ class Case(NamedTuple):
 
 
 KINDS = (
-    {"is_neox": False}, {"to_out": False}, {"table": "bfloat16"}, {"norm": True},
+    {"is_neox": False}, {"to_out": False}, {"is_neox": False, "to_out": False},
+    {"table": "bfloat16"}, {"norm": True}, {"dtype": "float16"}, {"dtype": "float32"},
     {"rotary": SIZE // 2}, {"layout": "HND"}, {"kv_cache_dtype": "fp8"},
     {"kv_cache_dtype": "fp8", "out_dtype": "fp8"}, {"kv_cache_dtype": "int8_per_token_head"},
     {"sections": (16, 24, 24)}, {"sections": (24, 20, 20), "interleaved": True},
@@ -64,21 +67,23 @@ def make(case):
     import torch
 
     device, raw = timing.device(), case.kv_cache_dtype == "auto"
-    element = torch.bfloat16 if raw else torch.uint8
-    inputs = 2 * case.tokens * SIZE * (HEADS + 2 * KV_HEADS)
+    dtype = getattr(torch, case.dtype)
+    element = dtype if raw else torch.uint8
+    # As all layers of a step, the sets have the same positions. Each row of the table moves once.
+    axes = () if case.sections is None else (3,)
+    positions = torch.randint(0, POSITIONS, (*axes, case.tokens), device=device)
+    table = torch.randn((POSITIONS, case.rotary), device=device).to(getattr(torch, case.table))
     turned = case.rotary / SIZE if not (case.to_out or case.norm) else 1
-    queries = case.tokens * SIZE * HEADS * (2 if case.out_dtype == "auto" else 1)
-    moved = int(inputs - 2 * case.tokens * SIZE * HEADS * (1 - turned) + queries * turned)
-    moved += case.tokens * SIZE * 2 * KV_HEADS * element.itemsize
+    queries = dtype.itemsize + (dtype.itemsize if case.out_dtype == "auto" else 1)
+    others = 2 * KV_HEADS * (dtype.itemsize + element.itemsize)
+    moved = int(case.tokens * SIZE * (HEADS * turned * queries + others))
+    moved += positions.unique().numel() * table[0].nbytes
     sets = timing.sets_for(moved)
     num_blocks, slots = suite.slots_for(sets, case.tokens, BLOCK_SIZE, case.slots)
     query, key, value = (
-        torch.randn((sets, case.tokens, heads, SIZE), device=device).to(torch.bfloat16)
+        torch.randn((sets, case.tokens, heads, SIZE), device=device).to(dtype)
         for heads in (HEADS, KV_HEADS, KV_HEADS)
     )
-    table = torch.randn((POSITIONS, case.rotary), device=device).to(getattr(torch, case.table))
-    axes = () if case.sections is None else (3,)
-    positions = torch.randint(0, POSITIONS, (sets, *axes, case.tokens), device=device)
     named = {}
     if case.layout == "x-packed":
         x = 16 // element.itemsize
@@ -94,18 +99,18 @@ def make(case):
         beside = [torch.empty(shape, device=device) for _ in "kv"]
         named |= dict(zip(("k_scale_cache", "v_scale_cache"), beside))
     if case.norm:
-        weights = [torch.randn(SIZE, device=device).to(torch.bfloat16) for _ in "qk"]
+        weights = [torch.randn(SIZE, device=device).to(dtype) for _ in "qk"]
         named |= {"norm_eps": 1e-6, "q_norm_weight": weights[0], "k_norm_weight": weights[1]}
     if case.sections is not None:
         named |= {"mrope_section": case.sections, "mrope_interleaved": case.interleaved}
     outs = None
     if case.to_out:
-        dtype = torch.bfloat16 if case.out_dtype == "auto" else torch.uint8
-        outs = torch.empty(query.shape, dtype=dtype, device=device)
+        out_dtype = dtype if case.out_dtype == "auto" else torch.uint8
+        outs = torch.empty(query.shape, dtype=out_dtype, device=device)
         named |= {"out_dtype": case.out_dtype, "q_scale": 0.05}
 
     def fused(i):
-        step = positions[i], query[i], key[i], value[i], table, *caches, slots[i], case.is_neox
+        step = positions, query[i], key[i], value[i], table, *caches, slots[i], case.is_neox
         out = {} if outs is None else {"out": outs[i]}
         return functools.partial(op, *step, case.kv_cache_dtype, *scales, **named, **out)
 
@@ -119,7 +124,7 @@ def make(case):
     contenders = {suite.OURS: fused, "write alone": write_alone}
     return suite.Workload(
         "rotary_and_cache", str(case), contenders, [], moved, sets, tokens=case.tokens,
-        dtype="bfloat16", layout=case.layout,
+        dtype=case.dtype, layout=case.layout,
     )  # fmt: skip
 
 

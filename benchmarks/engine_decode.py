@@ -64,8 +64,8 @@ class Watched(Engine):
         self.between.append(time.perf_counter() - self.back)
         return super().replay(step)
 
-    def read(self, best):
-        made = super().read(best)
+    def read(self, *given):
+        made = super().read(*given)
         self.back = time.perf_counter()
         return made
 
@@ -167,7 +167,7 @@ def swapping(model, sequences, context):
 def moving(engine):
     """(Sequences, milliseconds) of the steps while others move, the first one included."""
     steps = []
-    while not steps or engine.moves:
+    while not steps or engine.moves or engine.leaving or (engine.back_in and engine.swapped):
         count = len(engine.running)
         steps.append((count, engine.timed(1)[0][0]))
     return steps

@@ -15,8 +15,8 @@
 #
 # Settings, by environment: PYTHON; OUT; BENCHMARK_COMMIT (what the results say was measured, where
 # there is no git); BENCH (files or -k arguments instead of the whole suite); SANITIZE (the -k
-# expression of the tests under compute-sanitizer); LIMIT_TESTS, LIMIT_SANITIZE (each tool),
-# LIMIT_BENCH (seconds).
+# expression of the tests under compute-sanitizer); PROCESSES (that share the tests); LIMIT_TESTS,
+# LIMIT_SANITIZE (each tool), LIMIT_BENCH (seconds).
 set -u -o pipefail
 
 cd "$(dirname "$0")/.."
@@ -26,7 +26,10 @@ LIMIT_TESTS=${LIMIT_TESTS:-300}
 LIMIT_SANITIZE=${LIMIT_SANITIZE:-240}
 LIMIT_BENCH=${LIMIT_BENCH:-240}
 SANITIZE=${SANITIZE:-"torch-cuda and not emulat and (test_case or out_of_range or past_the_cache
-  or strided or neighbours or untouched or again or (flash and test_every_layout))"}
+  or strided or neighbours or untouched or again or (flash and test_every_layout) or (attention and
+  (test_options or test_decode or test_quantised_caches or test_block_sizes or test_head_sizes or
+  test_ratios or test_long_sequences or test_same_bits or test_several or test_fp8_ds))
+  or test_every_kind or test_many_tokens or test_worked or test_pairs or (merge and test_sizes))"}
 # The order matters when time runs out. All other files follow these.
 FIRST="benchmarks/bench_limits.py benchmarks/bench_host.py
   benchmarks/bench_reshape_and_cache_flash.py
@@ -41,7 +44,8 @@ OTHERS=$(printf '%s\n' benchmarks/bench_*.py | grep -vxF "$(printf '%s\n' $FIRST
 BENCH=${BENCH:-"$FIRST $OTHERS"}
 
 # Compiling takes longest, so the tests share the cores where pytest-xdist is there.
-PARALLEL=$("$PYTHON" -c 'import xdist; print("-n 12")' 2>/dev/null)
+PROCESSES=${PROCESSES:-12}
+PARALLEL=$("$PYTHON" -c 'import xdist, sys; print("-n", sys.argv[1])' "$PROCESSES" 2>/dev/null)
 
 export PYTHONPATH=".${PYTHONPATH:+:$PYTHONPATH}"
 export PYTHONUNBUFFERED=1
@@ -97,7 +101,7 @@ sanitized() {
   command -v $tool >/dev/null || tool=/usr/local/cuda/bin/compute-sanitizer
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 exec "$tool" --tool "$1" --error-exitcode 9 \
     --target-processes all --report-api-errors no --print-limit 20 \
-    "$PYTHON" -m pytest tests -m gpu -q --color=no --maxfail=5 --everything \
+    "$PYTHON" -m pytest tests -m gpu -q --color=no --maxfail=5 --everything $PARALLEL \
     -k "$(echo $SANITIZE)"
 }
 
@@ -117,7 +121,7 @@ counters() {
 }
 
 export -f info sanitized bench report counters
-export PYTHON OUT SANITIZE BENCH LIMIT_BENCH
+export PYTHON OUT SANITIZE BENCH LIMIT_BENCH PARALLEL
 
 for name in "${@:-all}"; do
   case $name in

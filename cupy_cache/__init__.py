@@ -15,7 +15,7 @@ Copying, moving and clearing blocks and tokens
     `copy_blocks`, `copy_blocks_mla`, `copy_tokens`, `swap_blocks`, `swap_blocks_batch`,
     `pack_blocks`, `unpack_blocks`, `pack_tokens`, `unpack_tokens`, `packed_size`, `zero_blocks`
 Reading and converting
-    `gather_cache`, `cp_gather_cache`, `gather_and_maybe_dequant_cache`,
+    `gather_cache`, `gather_slots`, `cp_gather_cache`, `gather_and_maybe_dequant_cache`,
     `cp_gather_and_upconvert_fp8_kv_cache`, `cp_gather_indexer_k_quant_cache`, `convert_fp8`
 Attention over the pages
     `paged_attention`, `paged_attention_mla`, `merge_attn_states`
@@ -84,6 +84,7 @@ from .ops.cp_gather_cache import cp_gather_cache
 from .ops.cp_gather_indexer_k_quant_cache import cp_gather_indexer_k_quant_cache
 from .ops.gather_and_maybe_dequant_cache import gather_and_maybe_dequant_cache
 from .ops.gather_cache import gather_cache
+from .ops.gather_slots import gather_slots
 from .ops.indexer_k_quant_and_cache import indexer_k_quant_and_cache
 from .ops.pack_blocks import pack_blocks, pack_tokens, packed_size, unpack_blocks, unpack_tokens
 from .ops.reshape_and_cache import reshape_and_cache
@@ -139,6 +140,7 @@ __all__ = [
     "flash_attn",
     "gather_and_maybe_dequant_cache",
     "gather_cache",
+    "gather_slots",
     "indexer_k_quant_and_cache",
     "merge_attn_states",
     "overlap",

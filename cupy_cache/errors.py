@@ -11,8 +11,9 @@ semicolon.
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 
@@ -29,11 +30,23 @@ def wrong(what: str, name: str, expected: str, got: str, way_out: str = "") -> s
 
 def rename(error: CupyCacheError, name: str, arguments: Mapping[str, str]) -> None:
     """Have an error about an argument of an operation tell of ``name``, which called it, and of its
-    ``arguments`` instead of the operation's."""
+    ``arguments`` instead of the operation's. Faults stay those of the operation."""
+    if isinstance(error, FaultError):
+        return
     found = re.match(r"[\w.]+: (Invalid [\w ]+ of )(\w+)", str(error))
     if found is not None:
         argument = arguments.get(found[2], found[2])
         error.args = (f"{name}: {found[1]}{argument}{str(error)[found.end() :]}",)
+
+
+@contextlib.contextmanager
+def renamed(name: str, arguments: Mapping[str, str]) -> Iterator[None]:
+    """`rename` errors that are raised meanwhile."""
+    try:
+        yield
+    except CupyCacheError as error:
+        rename(error, name, arguments)
+        raise
 
 
 class ArgumentError(CupyCacheError, ValueError):
@@ -96,15 +109,24 @@ class OutOfBlocksError(CupyCacheError, MemoryError):
     free: int
     num_blocks: int
 
-    def __init__(self, op: str, needed: int, free: int, num_blocks: int) -> None:
+    def __init__(
+        self,
+        op: str,
+        needed: int,
+        free: int,
+        num_blocks: int,
+        way_out: str = "free a sequence, or swap one out",
+    ) -> None:
         self.op, self.needed, self.free, self.num_blocks = op, needed, free, num_blocks
+        self._way_out = way_out
         super().__init__(
-            f"{op}: out of blocks: {needed} are needed, and {free} of {num_blocks} are free; free "
-            "a sequence, or swap one out"
+            f"{op}: out of blocks: {needed} are needed, and {free} of {num_blocks} are free; "
+            f"{way_out}"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.op, self.needed, self.free, self.num_blocks), self.__dict__
+        given = self.op, self.needed, self.free, self.num_blocks, self._way_out
+        return type(self), given, self.__dict__
 
 
 class FaultError(CupyCacheError, IndexError):

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
+from . import errors
 from .attention.paged_attention import paged_attention
 from .errors import ArgumentError, DTypeError, ShapeError
 from .ops.reshape_and_cache_flash import reshape_and_cache_flash
@@ -30,6 +31,17 @@ PAGES = {
     "k_cache": "num_blocks block_size num_kv_heads head_size",
     "v_cache": "num_blocks block_size num_kv_heads head_size_v",
 }
+
+# What the arguments of the operations are called here.
+_CALLED = {
+    "query": "q", "key_cache": "k_cache", "value_cache": "v_cache", "key": "k", "value": "v",
+    "seq_lens": "cache_seqlens", "positions": "cache_seqlens", "scale": "softmax_scale",
+    "sliding_window": "window_size", "soft_cap": "softcap",
+}  # fmt: skip
+_CALLED_VARLEN = {
+    **_CALLED, "key_cache": "k", "value_cache": "v", "seq_lens": "cu_seqlens_k",
+    "query_start_loc": "cu_seqlens_q",
+}  # fmt: skip
 
 
 def flash_attn_with_kvcache(
@@ -64,7 +76,7 @@ def flash_attn_with_kvcache(
         With ``block_table``, pages; without it [batch, seqlen_cache, num_kv_heads, ...], the whole
         of each sequence. Of the dtype of ``q``. Written where ``k`` and ``v`` are given.
     k, v : array [batch, seqlen_new, num_kv_heads, head_size or head_size_v], optional
-        Both or neither: what is added to each sequence behind its ``cache_seqlens`` tokens.
+        Both or neither: what is added to each sequence after its ``cache_seqlens`` tokens.
     rotary_cos, rotary_sin : None
         Rotary embedding is not applied here.
     cache_seqlens : int, or int32 or int64 array [batch], optional
@@ -79,10 +91,10 @@ def flash_attn_with_kvcache(
     softmax_scale : float, optional
         By default ``1 / sqrt(head_size)``.
     causal : bool
-        Whether the ``seqlen_q`` queries are those of the last tokens, and see none behind their
+        Whether the ``seqlen_q`` queries are those of the last tokens, and see none after their
         own.
     window_size : (left, right)
-        How many tokens a query sees before its own and behind it; -1 is all. ``right`` must be 0 or
+        How many tokens a query sees before its own and after it; -1 is all. ``right`` must be 0 or
         -1.
     softcap : float
         0 is none.
@@ -121,7 +133,12 @@ def flash_attn_with_kvcache(
     _refuse(op, "v", (k is None) != (v is None), "both k and v, or neither", v)
     unknown = k is not None and cache_seqlens is None
     _refuse(op, "cache_seqlens", unknown, "lengths where there is k", cache_seqlens)
+    return_softmax_lse = contract.flag(op, "return_softmax_lse", return_softmax_lse)
     one_length = isinstance(cache_seqlens, numbers.Integral)
+    if one_length:
+        cache_seqlens = contract.integer(op, "cache_seqlens", cache_seqlens)
+        too_large = not -(2**31) <= cache_seqlens < 2**31
+        _refuse(op, "cache_seqlens", too_large, "a number of 32 bits", cache_seqlens)
     check, framework = _checked(
         op,
         {
@@ -152,22 +169,29 @@ def flash_attn_with_kvcache(
         one_length, lengths = True, size.get("width", 1) * block_size
     if one_length:
         lengths = _made(framework, q, "full", (batch,), int(lengths))
-    if k is not None:
-        added = size["seqlen_new"]
-        positions = lengths.reshape(-1, 1) + _made(framework, q, "arange", added)
-        starts = _made(framework, q, "arange", batch + 1) * added
-        slots = slot_mapping(table, positions.reshape(-1), starts, block_size)
-        new = [x.reshape(batch * added, *x.shape[2:]) for x in (cast(Any, k), cast(Any, v))]
-        reshape_and_cache_flash(*new, k_cache, v_cache, slots)
-        lengths = lengths + added
     rows = rows.reshape(batch * length, *rows.shape[2:])
     starts = None
     if length != 1:
         starts = _made(framework, q, "arange", batch + 1) * length
-    lse = _empty_lse(rows) if return_softmax_lse else None
-    out = paged_attention(
-        rows, k_cache, v_cache, table, lengths, query_start_loc=starts, lse=lse, **options,
-    )  # fmt: skip
+    with errors.renamed(op, _CALLED):
+        if k is not None:
+            # Without sequences everything is checked: nothing is to be written before.
+            no_starts = None if starts is None else starts[:1]
+            paged_attention(
+                rows[:0], k_cache, v_cache, table[:0], lengths[:0], query_start_loc=no_starts,
+                **options,
+            )  # fmt: skip
+            added = size["seqlen_new"]
+            positions = lengths.reshape(-1, 1) + _made(framework, q, "arange", added)
+            bounds = _made(framework, q, "arange", batch + 1) * added
+            slots = slot_mapping(table, positions.reshape(-1), bounds, block_size)
+            new = [x.reshape(batch * added, *x.shape[2:]) for x in (cast(Any, k), cast(Any, v))]
+            reshape_and_cache_flash(*new, k_cache, v_cache, slots)
+            lengths = lengths + added
+        lse = _empty_lse(rows) if return_softmax_lse else None
+        out = paged_attention(
+            rows, k_cache, v_cache, table, lengths, query_start_loc=starts, lse=lse, **options,
+        )  # fmt: skip
     out = out.reshape(batch, length, *out.shape[1:])
     if lse is None:
         return out
@@ -192,7 +216,7 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: ArrayLike | None = None,
 ) -> Any:
-    """Attend from the queries of sequences of different lengths, one behind the other, to their
+    """Attend from the queries of sequences of different lengths, one after another, to their
     keys and values in pages.
 
     Parameters
@@ -201,7 +225,7 @@ def flash_attn_varlen_func(
         float16, bfloat16 or float32; the last dimension contiguous.
     k, v : array [num_blocks, block_size, num_kv_heads, head_size or head_size_v]
         With ``block_table``, pages; without it [total_k, num_kv_heads, ...], the tokens of the
-        sequences one behind the other, which then count as pages of one token: right, but slower
+        sequences one after another, which then count as pages of one token: right, but slower
         than pages of several.
     cu_seqlens_q, cu_seqlens_k : int32 or int64 array [batch + 1]
         Where each sequence's queries, and its tokens, start, and where the last one's end.
@@ -233,7 +257,9 @@ def flash_attn_varlen_func(
     """
     del max_seqlen_q, deterministic
     op = "flash_attn_varlen_func"
+    dropout_p = contract.number(op, "dropout_p", dropout_p, kind="")
     _refuse(op, "dropout_p", dropout_p != 0, "0.0", dropout_p)
+    return_attn_probs = contract.flag(op, "return_attn_probs", return_attn_probs)
     rows = {"k": "_ num_kv_heads head_size", "v": "_ num_kv_heads head_size_v"}
     pages = {"k": PAGES["k_cache"], "v": PAGES["v_cache"]}
     patterns = rows if block_table is None else pages
@@ -253,13 +279,15 @@ def flash_attn_varlen_func(
     keys, values, bounds, table = (cast(Any, x) for x in (k, v, cu_seqlens_k, block_table))
     if table is None:
         keys, values = keys[:, None], values[:, None]
-        token = _made(framework, q, "arange", int(max_seqlen_k))
+        longest = contract.integer(op, "max_seqlen_k", max_seqlen_k, 0)
+        token = _made(framework, q, "arange", min(longest, keys.shape[0]))
         table = bounds[:-1].reshape(-1, 1) + token
     lse = _empty_lse(q) if return_attn_probs else None
-    out = paged_attention(
-        q, keys, values, table, bounds[1:] - bounds[:-1], query_start_loc=cu_seqlens_q,
-        lse=lse, **options,
-    )  # fmt: skip
+    with errors.renamed(op, _CALLED_VARLEN):
+        out = paged_attention(
+            q, keys, values, table, bounds[1:] - bounds[:-1], query_start_loc=cu_seqlens_q,
+            lse=lse, **options,
+        )  # fmt: skip
     return out if lse is None else (out, lse.swapaxes(0, 1), None)
 
 
@@ -268,15 +296,16 @@ def _options(op, softmax_scale, causal, window_size, softcap, alibi_slopes, one_
     pair = isinstance(window_size, (tuple, list)) and [type(n) for n in window_size] == [int, int]
     _refuse(op, "window_size", not pair, "a pair of integers", window_size)
     left, right = window_size
-    causal = bool(causal) or right == 0
+    causal = contract.flag(op, "causal", causal) or right == 0
     _refuse(op, "window_size", not causal and right > 0, "0 or -1 as the right one", window_size)
     if alibi_slopes is not None and not causal and not one_query:
         raise ArgumentError(
-            f"{op}: Invalid value of alibi_slopes: expected None where queries see tokens behind "
+            f"{op}: Invalid value of alibi_slopes: expected None where queries see tokens after "
             f"their own, got {type(alibi_slopes).__name__}"
         )
     if softmax_scale is not None:
         softmax_scale = contract.number(op, "softmax_scale", softmax_scale)
+    softcap = contract.number(op, "softcap", softcap, kind="")
     softcap = None if softcap == 0 else contract.number(op, "softcap", softcap, positive=True)
     return {
         "causal": causal,
@@ -321,6 +350,7 @@ def _checked(op, named):
             )
         check.shape(name, view, pattern)
         check.device(name, view)
+        check.aligned(name, view)
         if name == "alibi_slopes":
             check.dtype(name, view, FLOAT32)
         elif len(pattern.split()) > 2:

@@ -6,9 +6,11 @@ import re
 import sys
 from pathlib import Path
 
-from sphinx.util.docutils import SphinxDirective
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.util.docutils import SphinxDirective
 
 import cupy_cache
 
@@ -46,5 +48,22 @@ class Operations(SphinxDirective):
         return self.parse_text_to_nodes("".join(lines))
 
 
+def link_names(app, doctree):
+    """Make a link of each name of the library that a page shows as code, where there is something
+    to link to. On GitHub it stays code."""
+    for shown in list(doctree.findall(nodes.literal)):
+        name = shown.astext().removesuffix("()").removeprefix("cc.").removeprefix("cupy_cache.")
+        linked = isinstance(shown.parent, (nodes.reference, nodes.title, addnodes.pending_xref))
+        if name.partition(".")[0] not in cupy_cache.__all__ or linked:
+            continue
+        link = addnodes.pending_xref(
+            "", refdomain="py", reftype="obj", reftarget=f"cupy_cache.{name}", refexplicit=True,
+            refdoc=app.env.docname,
+        )  # fmt: skip
+        shown.replace_self(link)
+        link += shown
+
+
 def setup(app):
     app.add_directive("operations", Operations)
+    app.connect("doctree-read", link_names)

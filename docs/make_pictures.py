@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Draws the pictures of the documents, docs/images/*.svg, and writes the README's table of times.
+"""Draws the pictures of the documents, docs/images/*.svg, and writes the tables of times in the
+README and in docs/performance.md.
 
 Layouts: tokens are written by the library itself into a small cache, and the picture shows where
 they are in its memory. Times: from a results file of the benchmarks. A test compares the files with
@@ -20,6 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
 RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3.json"
 README = ROOT / "README.md"
+PERFORMANCE = ROOT / "docs" / "performance.md"
 
 # Of each token, by the first of its letters: a colour for its first head, and one for the second.
 COLOURS = (
@@ -75,9 +77,8 @@ WIDTH, ROW = 480, 26  # of a line of memory
 
 def memory_of(array):
     """The memory of a cache's first block, as it lies there."""
-    while isinstance(array.base, np.ndarray):
-        array = array.base
-    return array[0].reshape(-1)
+    step = array.itemsize
+    return np.lib.stride_tricks.as_strided(array, (array.strides[0] // step,), (step,))
 
 
 def written(layout):
@@ -258,11 +259,71 @@ CASES = (
 )  # fmt: skip
 
 
+# What the page shows: of each table the columns, as (heading, field or peer), and the rows, as
+# (words, operation, case).
+OPERATIONS = (
+    (("ours", "device_us"), ("copy of the same bytes", "copy_us"), ("bare", "bare"),
+     ("torch indexing", "torch"), ("our Triton kernel", "triton")),
+    (
+        ("NHD write, 1 token", *CASES[0][1:3]),
+        ("NHD write, 256 tokens, random slots", *CASES[1][1:3]),
+        ("NHD write, 16,384 tokens, random slots", *CASES[2][1:3]),
+        ("NHD write, 16,384 tokens, consecutive slots", "reshape_and_cache_flash",
+         "16384 tokens, 8x128 bfloat16 NHD, consecutive slots"),
+        ("NHD write to fp8, 16,384 tokens, one scale", *CASES[3][1:3]),
+        ("x-packed write, 16,384 tokens, consecutive slots", "reshape_and_cache",
+         "16384 tokens, 8x128 bfloat16, consecutive slots"),
+        ("x-packed write, 16,384 tokens, random slots", "reshape_and_cache",
+         "16384 tokens, 8x128 bfloat16, random slots"),
+        ("MLA write, 131,072 tokens of 512 + 64, random slots", *CASES[4][1:3]),
+        ("MLA write, 131,072 tokens, consecutive slots", "concat_and_cache_mla",
+         "131072 tokens of 512+64 bfloat16, consecutive slots"),
+        ("gather, 64 rows of 576 of one sequence", "gather_cache",
+         "64 rows of 576 bfloat16 rows, 1 sequences"),
+        ("gather, 131,072 rows of 576 in 512 sequences", *CASES[5][1:3]),
+        ("slot mapping, 256 requests of one token", *CASES[6][1:3]),
+        ("`copy_blocks`, 32 layers, 8 pairs of 2 × 32 KiB", "copy_blocks",
+         "32 layers, 8 pairs of 2x32 KiB, random blocks, mapping on the host"),
+        ("`copy_blocks`, 32 layers, 64 pairs of 2 × 32 KiB", *CASES[7][1:3]),
+        ("`copy_blocks`, 32 layers, 256 pairs of 2 × 32 KiB", "copy_blocks",
+         "32 layers, 256 pairs of 2x32 KiB, random blocks, mapping on the host"),
+        ("`swap_blocks`, 256 scattered blocks of 32 KiB to pinned memory (copy: the bus)",
+         *CASES[8][1:3]),
+    ),
+)  # fmt: skip
+ATTENTION = (
+    (("ours", "device_us"), ("bare read", "read_us"), ("torch, dense", "dense")),
+    tuple((words, "paged_attention", case) for words, case in (
+        ("1 sequence of 512 tokens", "1 x 512, 32/8 x 128, bfloat16"),
+        ("1 of 4,096", "1 x 4096, 32/8 x 128, bfloat16"),
+        ("64 of 1,024", "64 x 1024, 32/8 x 128, bfloat16"),
+        ("64 of 4,096", "64 x 4096, 32/8 x 128, bfloat16"),
+        ("64 of 4,096, 128 query heads", "64 x 4096, 128/8 x 128, bfloat16"),
+        ("64 of 128 to 8,192", "64 x 128 to 8192, 32/8 x 128, bfloat16"),
+        ("64 of 4,096, fp8 cache", "64 x 4096, 32/8 x 128, fp8"),
+        ("64 of 4,096, 4 queries each", "64 x 4096, 32/8 x 128, bfloat16, 4 queries"),
+    )),
+)  # fmt: skip
+# Of the page's table of optimisations: what is switched off, as the results file calls it.
+ABLATION = (
+    ("`PagedKVCache.copy_blocks`", "cupy_cache, bound"),
+    ("the baseline's code, everything on", "control"),
+    ("pointers and pairs by synchronising uploads", "1 off: synchronising uploads"),
+    ("keys and values in two scalar loops", "2 off: two scalar loops"),
+    ("`min(n, 512)` threads instead of whole warps from the work", "3 off: min(n, 512) threads"),
+    ("all three off", "all off"),
+)
+
+
+def records():
+    """{(Operation, case): what was measured}."""
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    return {(record["op"], record["case"]): record for record in found}
+
+
 def times():
     """[(Words, ours, the floor or None, torch)] in microseconds."""
-    records = json.loads(RESULTS.read_text(encoding="utf-8"))
-    found = {(record["op"], record["case"]): record for record in records}
-    rows = []
+    found, rows = records(), []
     for words, op, case, floor, peer in CASES:
         record = found[op, case]
         torch = record["peers"][peer]["device_us"]
@@ -281,6 +342,34 @@ def speed_table():
     """The README's table."""
     lines = ["| µs | ours | floor | torch |", "| --- | ---: | ---: | ---: |"]
     lines += [f"| {words} | {' | '.join(map(shown, numbers))} |" for words, *numbers in times()]
+    return "\n".join(lines)
+
+
+def page_table(columns, rows):
+    """A table of the page."""
+    found = records()
+    headings, keys = zip(*columns)
+    lines = [f"| | {' | '.join(headings)} |", f"| --- |{' ---: |' * len(columns)}"]
+    for words, op, case in rows:
+        record = found[op, case]
+        peers = {name: peer["device_us"] for name, peer in record["peers"].items()}
+        times = [record[key] if key.endswith("_us") else peers.get(key) for key in keys]
+        lines.append(f"| {words} | {' | '.join(map(shown, times))} |")
+    return "\n".join(lines)
+
+
+def ablation_table():
+    """Times on the device, and until done."""
+    found = records()
+    sides = [
+        found["ablation", f"copy_blocks, 32 layers, {pairs} pairs of 2x32 KiB"]["peers"]
+        for pairs in (8, 64)
+    ]
+    lines = ["| | 8 pairs | 64 pairs |", "| --- | ---: | ---: |"]
+    for words, peer in ABLATION:
+        times = [(side[peer]["device_us"], side[peer]["wall_us"]) for side in sides]
+        cells = [f"{shown(device)} / {wall:.0f}" for device, wall in times]
+        lines.append(f"| {words} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -321,10 +410,19 @@ def files():
     made = {IMAGES / f"layout-{layout}.svg": layout_picture(layout) for layout in TITLES}
     made[IMAGES / "paged.svg"] = paged_picture()
     made[IMAGES / "speed.svg"] = speed_picture()
-    before, _, rest = README.read_text(encoding="utf-8").partition(TABLE)
-    after = rest.partition("\n\n| ")[2].partition("\n\n")[2]
-    made[README] = f"{before}{TABLE}\n\n{speed_table()}\n\n{after}"
+    made[README] = filled(README, speed_table())
+    tables = page_table(*OPERATIONS), page_table(*ATTENTION), ablation_table()
+    made[PERFORMANCE] = filled(PERFORMANCE, *tables)
     return made
+
+
+def filled(page, *tables):
+    """The text of a page, with a table below each of its marks."""
+    text, *parts = page.read_text(encoding="utf-8").split(TABLE)
+    for table, part in zip(tables, parts, strict=True):
+        after = part.partition("\n\n| ")[2].partition("\n\n")[2]
+        text += f"{TABLE}\n\n{table}\n\n{after}"
+    return text
 
 
 if __name__ == "__main__":

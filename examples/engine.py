@@ -37,6 +37,20 @@ class Request:
         self.sequences, self.new_tokens, self.scores, self.finished = [sequence], 0, [0.0], []
 
 
+@dataclasses.dataclass(eq=False)
+class Move:
+    """Packed blocks on their way: their places in host memory, and the pieces (to, of) that are
+    still to be copied. ``ready`` is the event behind the packing, ``done`` that behind the last
+    piece, and ``request`` who returns."""
+
+    packed: torch.Tensor
+    places: list
+    pieces: collections.deque
+    ready: object
+    request: Request | None
+    done: object = None
+
+
 class Engine:
     """Feeds requests to a model, as many at a time as there is room for.
 
@@ -49,13 +63,16 @@ class Engine:
     max_sequences, max_tokens, max_length
         Of a step, and of a sequence: see `BlockTables`. ``max_tokens`` is at least
         ``max_sequences``.
+    bus_bytes
+        What moves beside a step, each way: less than the bus carries while one decodes. The step's
+        own copies, of a few numbers, would wait behind more.
     fuse
         ``torch.compile``, for fewer kernels; then the first steps take some seconds.
     """
 
     def __init__(
         self, model, num_blocks, host_blocks, *, block_size=16, max_sequences=16, max_tokens=256,
-        max_length=1024, fuse=lambda function: function,
+        max_length=1024, bus_bytes=64 << 20, fuse=lambda function: function,
     ):  # fmt: skip
         end = model.generation_config.eos_token_id
         self.model, self.ends = model, {end} if isinstance(end, int) else set(end or ())
@@ -70,7 +87,7 @@ class Engine:
         # A request waits, runs, and may leave, be swapped out, and be moved back to run again.
         self.waiting, self.running, self.leaving = collections.deque(), [], []
         self.swapped = collections.deque()
-        self.moves = collections.deque()  # (event, packed blocks, their rows in host, who returns)
+        self.moves, self.bus_bytes = collections.deque(), bus_bytes
         self.bus = torch.cuda.Stream() if self.on_gpu else None
         self.graphs, self.pool = {}, torch.cuda.graph_pool_handle() if self.on_gpu else None
         self.numbers, self.results = itertools.count(), {}
@@ -91,10 +108,12 @@ class Engine:
 
     def turn_over(self):
         """Who leaves moves to the host, who was swapped out comes back, and new ones begin. This is
-        done while the GPU works on a step of those that stay."""
+        done while the GPU works on a step of those that stay, so one request at a time: there is no
+        time for more."""
         self.move_out()
         self.settle()
         self.admit()
+        self.push()
 
     def preempt(self):
         """Have who came last leave for the host or, where that is full, begin anew later."""
@@ -109,64 +128,89 @@ class Engine:
         self.counts["begun anew"] += 1
 
     def move_out(self):
-        """Who leaves is packed, so that its blocks are free for the next step. What was packed
-        goes over the bus meanwhile."""
-        sequences = [sequence for request in self.leaving for sequence in request.sequences]
-        pairs = [pair for sequence in sequences for pair in self.tables.swap_out(sequence)]
+        """Who leaves first is packed, so that its blocks are free for the next step. What was
+        packed goes over the bus meanwhile."""
+        if not self.leaving:
+            return
+        request = self.leaving.pop(0)
+        pairs = [pair for one in request.sequences for pair in self.tables.swap_out(one)]
         if pairs:
             blocks, places = zip(*sorted(pairs, key=lambda pair: pair[1]))
             packed = self.new_rows(len(blocks), device=self.model.device)
             self.cache.pack_blocks(blocks, packed, layout="page_first")
             self.move(packed, places)
-        self.swapped += self.leaving
-        self.leaving = []
+        self.swapped.append(request)
 
     def move(self, packed, places, request=None):
-        """Copy packed blocks to their places in host memory, or from there for a request that
-        returns: on a stream of its own, and behind what was enqueued so far."""
-        if self.on_gpu:
-            self.bus.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.bus):
-            for at, place, count in runs(places):
-                here, there = packed[at : at + count], self.host[place : place + count]
-                to, of = (here, there) if request else (there, here)
-                to.copy_(of, non_blocking=True)
-        done = self.bus.record_event() if self.on_gpu else None
-        self.moves.append((done, packed, places, request))
+        """Have packed blocks copied to their places in host memory, or from there for a request
+        that returns."""
+        pieces = collections.deque()
+        most = max(1, self.bus_bytes // 4 // self.cache.bytes_per_block)
+        for at, place, count in runs(places, most):
+            here, there = packed[at : at + count], self.host[place : place + count]
+            pieces.append((here, there) if request else (there, here))
+        ready = None if request else self.event()  # memory for who returns is the other stream's
+        self.moves.append(Move(packed, places, pieces, ready, request))
         self.counts["blocks moved"] += len(places)
+
+    def push(self):
+        """Begin the copies that go over the bus beside a step, on a stream of their own."""
+        left = {True: self.bus_bytes, False: self.bus_bytes}  # to the GPU, and from it
+        with torch.cuda.stream(self.bus):
+            for move in self.moves:
+                returns = move.request is not None
+                if move.ready and not move.ready.query():
+                    break  # from the next step's beginning on, when there is time
+                while move.pieces and left[returns] > 0:
+                    to, of = move.pieces.popleft()
+                    to.copy_(of, non_blocking=True)
+                    left[returns] -= to.nbytes
+                if move.pieces:
+                    break  # in order: what returns may still be on its way out
+                if self.bus and not move.done:
+                    move.done = self.bus.record_event()
 
     def settle(self, wait=False):
         """Take note of the moves that are done; with ``wait``, of the first one at least. Who
         returns gets blocks, and runs."""
         tables = self.tables
         while self.moves:
-            done, packed, places, request = self.moves[0]
-            if done and wait:
-                done.synchronize()
-            if (done and not done.query()) or (request and len(places) > tables.pool.num_free):
+            move = self.moves[0]
+            if move.done and wait:
+                move.done.synchronize()
+            request, packed, places = move.request, move.packed, move.places
+            if not self.is_over(move) or (request and len(places) > tables.pool.num_free):
                 return
             wait = False
             self.moves.popleft()
             if not request:
                 continue
-            pairs = [pair for sequence in request.sequences for pair in tables.swap_in(sequence)]
+            pairs = [pair for one in request.sequences for pair in tables.swap_in(one)]
             rows, pairs = dict(zip(places, range(len(places)))), sorted(pairs)
             if len(pairs) < len(places):  # the cache has the others
                 packed = packed[[rows[place] for place, _ in pairs]]
             self.cache.unpack_blocks(packed, [block for _, block in pairs], layout="page_first")
+            if self.bus:
+                move.packed.record_stream(torch.cuda.current_stream())
             self.running.append(request)
+            return
+
+    def is_over(self, move):
+        """Whether all is copied."""
+        return not (move.pieces or (move.done and not move.done.query()))
 
     def admit(self):
         """As many as there is room for."""
         tables = self.tables
-        while self.swapped:
+        if self.swapped:
             request = self.swapped[0]
             places = {block for one in request.sequences for block in tables.blocks(one)}
-            if not self.has_room(request, len(places)):
-                return
-            self.swapped.popleft()
-            packed = self.new_rows(len(places), device=self.model.device)
-            self.move(packed, sorted(places), request)
+            if self.has_room(request, len(places)):
+                self.swapped.popleft()
+                with torch.cuda.stream(self.bus):
+                    packed = self.new_rows(len(places), device=self.model.device)
+                self.move(packed, sorted(places), request)
+            return
         while self.waiting:
             request = self.waiting[0]
             if not self.has_room(request, -(-len(request.prompt) // tables.block_size)):
@@ -178,10 +222,10 @@ class Engine:
 
     def has_room(self, request, blocks):
         """Whether a request may run: with so many blocks, and two for each sequence to go on."""
-        moving = [(places, one) for _, _, places, one in self.moves if one]
-        others = self.running + [one for _, one in moving]
+        moving = [move for move in self.moves if move.request]
+        others = self.running + [move.request for move in moving]
         sequences = request.num_beams + sum(other.num_beams for other in others)
-        needed = blocks + sum(len(places) for places, _ in moving) + 2 * sequences
+        needed = blocks + sum(len(move.places) for move in moving) + 2 * sequences
         fits = sequences <= self.tables.max_sequences and needed <= self.tables.pool.num_free
         return fits or not (others or self.leaving)
 
@@ -217,8 +261,9 @@ class Engine:
         decodes = self.on_gpu and step.max_query_len == 1
         self.cache.copy_blocks(step.copies)
         best, logits = self.replay(step) if decodes else self.forward(step, step.query_start_loc)
+        best, there = best.to("cpu", non_blocking=True), self.event()
         self.turn_over()
-        best = self.read(best)
+        best = self.read(best, there)
         self.counts["replays" if decodes else "steps"] += 1
         rows = dict(zip(counts, range(len(counts))))
         for request in self.running[:]:
@@ -296,8 +341,14 @@ class Engine:
 
     # --- the model
 
-    def read(self, best):
-        """Tokens as integers: this waits for the GPU."""
+    def event(self):
+        """An event behind what the GPU was told so far; None on the CPU."""
+        return torch.cuda.current_stream().record_event() if self.on_gpu else None
+
+    def read(self, best, there):
+        """Tokens as integers, once they are there."""
+        if there:
+            there.synchronize()
         return best.tolist()
 
     @torch.no_grad()
@@ -327,12 +378,12 @@ class Engine:
         return results
 
 
-def runs(numbers):
-    """(Index, number, count) of each run of consecutive numbers."""
+def runs(numbers, most):
+    """(Index, number, count) of each run of consecutive numbers, of at most so many."""
     numbers, at = list(numbers), 0
     while at < len(numbers):
         end = at + 1
-        while end < len(numbers) and numbers[end] == numbers[end - 1] + 1:
+        while end < min(len(numbers), at + most) and numbers[end] == numbers[end - 1] + 1:
             end += 1
         yield at, numbers[at], end - at
         at = end

@@ -2,13 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gathers the pages of several sequences from a paged cache into contiguous rows.
 //
-// A row is kOuter * kHeads segments of kBytes contiguous bytes; the host merges heads that are
-// adjacent on both sides into one segment. Consecutive threads take consecutive vectors of a row,
-// so both sides coalesce but for the shortest rows. A thread finds its row's sequence by a search
-// of its own, in lines that its neighbours read too; moving kVectors vectors pays for it, and keeps
-// that many loads in flight. The fp8_ds_mla entry, whose scales are in it, has a kernel of its own
-// below.
+// `gathered.cuh` says what a row is made of, and moves it. The fp8_ds_mla entry, whose scales are in
+// it, has a kernel of its own below.
 #include "cupy_cache/convert.cuh"
+#include "cupy_cache/gathered.cuh"
 #include "cupy_cache/ints.cuh"
 #include "cupy_cache/overlap.cuh"
 #include "cupy_cache/sequences.cuh"
@@ -33,17 +30,7 @@ struct Params {
   Even even;          // sequences of the rows
   i64 num_blocks;
   i64 start_stride;
-  i64 src_block_stride;
-  i64 src_group_stride;
-  i64 src_offset_stride;
-  i64 src_outer_stride;
-  i64 src_head_stride;
-  i64 dst_row_stride;
-  i64 dst_outer_stride;
-  i64 dst_head_stride;
-  i64 scale_block_stride;  // and the next: of scales of heads
-  i64 scale_offset_stride;
-  i64 scale_head_stride;
+  Sides sides;
 };
 
 __device__ __forceinline__ Sequences sequences_of(const Params& p) {
@@ -58,19 +45,6 @@ __device__ __forceinline__ Sequences sequences_of(const Params& p) {
           p.start_stride};
 }
 
-// The address of a token. kGroup slots of a block are equally far apart.
-template <int kBlockSize, int kGroup>
-__device__ __forceinline__ const char* address_of(const Params& p, const Token& token) {
-  static_assert(kBlockSize % kGroup == 0, "whole groups");
-  const char* const first = p.src_cache + token.block * p.src_block_stride;
-  if constexpr (kGroup == kBlockSize) {
-    return first + token.offset * p.src_offset_stride;
-  } else {
-    return first + token.offset / kGroup * p.src_group_stride +
-           token.offset % kGroup * p.src_offset_stride;
-  }
-}
-
 // Converter makes vectors of kVec bytes of a row; kBytes are of a row. kScaleHeads heads, of which a
 // row has equal parts, have scales of their own; 0: one is for all.
 template <typename Converter, int kVec, int kOuter, int kHeads, int kBytes, int kScaleHeads,
@@ -79,74 +53,27 @@ template <typename Converter, int kVec, int kOuter, int kHeads, int kBytes, int 
 __global__ void __launch_bounds__(kMaxThreads) gather_cache(const __grid_constant__ Params p) {
   await_earlier_launches();
   release_next_launch();
-  static_assert(kBytes % kVec == 0, "whole vectors");
-  constexpr int kSegmentVectors = kBytes / kVec;
-  constexpr int kRowVectors = kOuter * kHeads * kSegmentVectors;
-  constexpr int kRowThreads = (kRowVectors + kVectors - 1) / kVectors;
-  constexpr int kHeadVectors = kScaleHeads ? kRowVectors / kScaleHeads : 1;
-  static_assert(!kScaleHeads || kHeadVectors * kScaleHeads == kRowVectors, "whole vectors of heads");
+  using Shape = RowShape<Converter, kOuter, kHeads, kBytes, kScaleHeads, kGroup, kVectors>;
+  using Part = RowPart<Shape, kVec, kBlockSize>;
 
   const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
-  const i64 row = static_cast<i64>(index / kRowThreads);
-  const int first = static_cast<int>(index % kRowThreads);
+  const i64 row = static_cast<i64>(index / Part::kThreads);
   if (row >= p.rows || p.sequences <= 0) return;
   const Sequences sequences = sequences_of(p);
   const TokenSearch<kBlockSize, false, Block, Length, Start> search(sequences, row);
-  float scale = p.scale_value;  // a copy does not use it
-  if constexpr (kScaleHeads == 0) {
-    if (p.scale) scale = *reinterpret_cast<const float*>(p.scale);
-  }
+  const float scale = scale_of_all<Shape>(p.scale, p.scale_value);
   const OrderCheck<Length> order(p.cu_seq_lens, p.sequences, index,
-                                 static_cast<u32>(p.rows) * kRowThreads);
+                                 static_cast<u32>(p.rows) * Part::kThreads);
 
-  // Where a vector of `bytes` is in its row.
-  const auto offset_of = [](int item, i64 outer_stride, i64 head_stride, int bytes) -> i64 {
-    if constexpr (kOuter * kHeads == 1) {
-      return item * bytes;
-    } else {
-      const int segment = item / kSegmentVectors;
-      const i64 outer = kOuter == 1 ? 0 : segment / kHeads * outer_stride;
-      const int head = kOuter == 1 ? segment : segment % kHeads;
-      return outer + head * head_stride + item % kSegmentVectors * bytes;
-    }
-  };
-  typename Converter::Source held[kVectors];
-  float scales[kVectors];
-  const auto load = [&](const Token& token) {
-    const char* const from = address_of<kBlockSize, kGroup>(p, token);
-    const char* const token_scales =
-        kScaleHeads ? p.scale + token.block * p.scale_block_stride +
-                          token.offset * p.scale_offset_stride
-                    : nullptr;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      const int item = first + i * kRowThreads;
-      if (kRowVectors % kVectors == 0 || item < kRowVectors) {
-        held[i] = Converter::load(from + offset_of(item, p.src_outer_stride, p.src_head_stride,
-                                                   Converter::kSourceBytes));
-        if constexpr (kScaleHeads != 0) {
-          scales[i] = *reinterpret_cast<const float*>(token_scales +
-                                                      item / kHeadVectors * p.scale_head_stride);
-        }
-      }
-    }
-  };
+  Part part(static_cast<int>(index % Part::kThreads));
   Token token = search.guessed();
-  if (token.valid) load(token);
+  if (token.valid) part.load(p.src_cache, p.scale, p.sides, token.block, token.offset);
   if (!token.valid || !search.right()) {
     token = search.find(p.first_guarded);
     if (!token.valid) return order.report(p.first_guarded + 2, p.rows);
-    load(token);
+    part.load(p.src_cache, p.scale, p.sides, token.block, token.offset);
   }
-  char* const to = p.dst + row * p.dst_row_stride;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    const int item = first + i * kRowThreads;
-    if (kRowVectors % kVectors == 0 || item < kRowVectors) {
-      store_vector<kVec>(to + offset_of(item, p.dst_outer_stride, p.dst_head_stride, kVec),
-                         Converter::convert(held[i], kScaleHeads ? scales[i] : scale));
-    }
-  }
+  part.store(p.dst + row * p.sides.dst_row_stride, p.sides, scale);
   order.report(p.first_guarded + 2, p.rows);
 }
 
@@ -197,7 +124,8 @@ __global__ void __launch_bounds__(kMaxThreads)
   typename Rope::Source rope[kVectors];
   float scale[kVectors];
   const auto load = [&](const Token& token) {
-    const char* const from = address_of<kBlockSize, kBlockSize>(p, token);
+    const char* const from =
+        address_of<kBlockSize, kBlockSize>(p.src_cache, p.sides, token.block, token.offset);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       const int item = first + i * kRowThreads;
@@ -218,7 +146,7 @@ __global__ void __launch_bounds__(kMaxThreads)
     if (!token.valid) return order.report(p.first_guarded + 2, p.rows);
     load(token);
   }
-  char* const to = p.dst + row * p.dst_row_stride;
+  char* const to = p.dst + row * p.sides.dst_row_stride;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {
     const int item = first + i * kRowThreads;

@@ -499,7 +499,7 @@ __device__ __forceinline__ float magnitude(float scale) {
 template <typename Query, int kValueSize>
 __device__ __forceinline__ void write_row(const Params& p, const Row& row, int column, Sums sums,
                                           float v_scale) {
-  const bool any = sums.sum > 0.0f;  // keys
+  const bool any = sums.sum != 0.0f;  // keys; of logits that are no numbers the sum is none
   if (p.sinks && any) {
     const char* const at = p.sinks + row.head * p.sink_stride;
     const float sink = p.float_sinks ? *reinterpret_cast<const float*>(at)

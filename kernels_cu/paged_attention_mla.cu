@@ -336,7 +336,7 @@ __device__ __forceinline__ void write_two(const Params& p, const Row& row, int t
                                           float largest, float sum, float first, float second,
                                           float v_scale) {
   if (!row.valid) return;
-  const bool any = sum > 0.0f;  // tokens
+  const bool any = sum != 0.0f;  // tokens; of logits that are no numbers the sum is none
   const float weight = any ? v_scale / sum : 0.0f;
   const u32 bits = any ? pack_pair<Query>(first * weight, second * weight) : 0u;
   char* const at = p.out + row.token * p.out_stride + row.head * p.out_head_stride;

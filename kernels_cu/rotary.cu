@@ -7,11 +7,16 @@
 // then those of the values. A head's elements lie in units of kVec bytes; a lane holds both units of
 // a pair that turns together, so no other thread reads what it overwrites. Where a head is
 // normalised, or has a scale of its own, its kLanes lanes are neighbours in one warp.
+//
+// In x-packed caches tokens of consecutive slots are neighbours, not the elements of one token.
+// There neighbouring lanes take neighbouring tokens of a key's head, and thread blocks of their own
+// take values (transposed.cuh).
 #include "cupy_cache/convert.cuh"
 #include "cupy_cache/ints.cuh"
 #include "cupy_cache/overlap.cuh"
 #include "cupy_cache/paging.cuh"
 #include "cupy_cache/row.cuh"
+#include "cupy_cache/transposed.cuh"
 #include "cupy_cache/vec.cuh"
 #include "cupy_cache/warp.cuh"
 
@@ -45,18 +50,18 @@ struct Params {
   float v_scale_value;
   u32 unused;
   i64 max_position;
-  i64 num_blocks;
   i64 position_stride;
   i64 slot_stride;
   i64 cos_sin_stride;
   i64 query_token_stride;
   i64 query_head_stride;
+  i64 out_token_stride;
+  i64 out_head_stride;
+  i64 num_blocks;
   i64 key_token_stride;
   i64 key_head_stride;
   i64 value_token_stride;
   i64 value_head_stride;
-  i64 out_token_stride;
-  i64 out_head_stride;
   i64 key_block_stride;
   i64 key_offset_stride;
   i64 key_cache_head_stride;
@@ -289,24 +294,61 @@ __device__ __forceinline__ char* scale_at(char* cache, const Place<kBlockSize>& 
   return cache + place.block * block_stride + place.offset * offset_stride + head * head_stride;
 }
 
+// Writes values into an x-packed cache: a part of a head of a tile, for the `block`-th of the thread
+// blocks that do so.
+template <typename Angles, typename Held, int kKeyHeads, int kBytes, int kBlockSize, typename Slot>
+__device__ __forceinline__ void write_transposed(const Params& p, typename Held::Shared& shared,
+                                                 u32 block) {
+  constexpr u32 kPartsOfHead = (kBytes + kPartBytes - 1) / kPartBytes;
+  constexpr u32 kParts = kKeyHeads * kPartsOfHead;
+  const u32 tiles = (static_cast<u32>(p.slots) + kTile - 1) / kTile;
+  if (block >= tiles * kParts) return;  // the whole block
+  const Work work = Work::of_block<Slot>(block / kParts, block % kParts, tiles, kParts,
+                                         p.slot_mapping, p.slot_stride, p.slots);
+  const u32 head = work.part / kPartsOfHead;
+  const int begin = static_cast<int>(work.part % kPartsOfHead) * kPartBytes;
+  const i64 first = static_cast<i64>(work.tile) * kTile, token = first + threadIdx.x;
+  const i64 left = p.slots - first;
+
+  i64 slot = kSkip;
+  bool valid = false;
+  if (threadIdx.x < kTile && token < p.slots) {
+    slot = load_number<Slot>(p.slot_mapping + token * p.slot_stride);
+    valid = Angles(p, token).valid(p);
+  }
+  const Target<kBlockSize> target(slot, p.num_blocks);
+  if (threadIdx.x < kTile) shared.slots[threadIdx.x] = valid && target.valid ? slot : kSkip;
+  Held values;
+  values.load(p.value + first * p.value_token_stride + head * p.value_head_stride,
+              p.value_token_stride, left, begin);
+  const float scale = scale_of(p.v_scale, p.v_scale_stride, head, p.v_scale_value);
+  __syncthreads();
+  Held::find_adjacent(shared);
+  values.transpose(shared, left, begin, scale);
+  __syncthreads();
+  const ValuePlaces places = {p.value_cache + head * p.value_cache_head_stride,
+                              p.value_block_stride, p.value_slots_stride, p.value_element_stride};
+  Held::store(shared, places, begin);
+  if (work.part == 0) target.report(kSlotMapping, token);
+}
+
 // Queries and keys are of type Element, the table of type Table, weights of type Weight; queries are
 // written as Out, keys as Stored, and values as Values (a converter to kValueVec bytes) makes them.
 //
 // kPack elements of a key lie together, and kSlots slots of the value cache. kScattered: a value's
-// elements do not lie together, and kValueVec is one. kLargest: what the largest magnitude of a row
-// becomes, whose scale is stored; 0 where scales are given. kToOut: queries are written to `out`, not
-// in place. kKeys: keys are written in place. kCached: keys and values are written to caches;
-// kEntries: to one, which has the value's elements and then the key's. kSteps: each step rounds to
-// Element.
+// elements do not lie together; thread blocks then have kMaxThreads threads, and kVectorValues says
+// that the cache allows 16-byte stores. kLargest: what the largest magnitude of a row becomes, whose
+// scale is stored; 0 where scales are given. kToOut: queries are written to `out`, not in place.
+// kKeys: keys are written in place. kCached: keys and values are written to caches; kEntries: to one,
+// which has the value's elements and then the key's. kSteps: each step rounds to Element.
 template <typename Element, typename Table, typename Weight, typename Out, typename Stored,
           typename Values, int kVec, int kValueVec, int kLanes, int kValueLanes, int kHeads,
           int kKeyHeads, int kSize, int kValueSize, int kRotary, int kOffset, int kPack, int kSlots,
-          int kBlockSize, bool kScattered, int kLargest, bool kNeox, bool kInverse,
-          Sections kSections, bool kNorm, bool kSteps, bool kToOut, bool kKeys, bool kCached,
-          bool kEntries, typename Position, typename Slot, int kMaxThreads>
+          int kBlockSize, bool kScattered, bool kVectorValues, int kLargest, bool kNeox,
+          bool kInverse, Sections kSections, bool kNorm, bool kSteps, bool kToOut, bool kKeys,
+          bool kCached, bool kEntries, typename Position, typename Slot, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) rotary(const __grid_constant__ Params p) {
   await_earlier_launches();
-  release_next_launch();
   constexpr int kElement = sizeof(typename Element::Bits);
   constexpr int kElements = kVec / kElement;
   constexpr int kStored = sizeof(typename Stored::Bits);
@@ -315,29 +357,55 @@ __global__ void __launch_bounds__(kMaxThreads) rotary(const __grid_constant__ Pa
   using Dealt = Deal<kSize, kRotary, kOffset, kElements, kNeox, kQueryOthers || kKeyOthers>;
   constexpr int kHeld = (Dealt::kItems + kLanes - 1) / kLanes;
   constexpr int kRotatedItems = (kHeads + kKeyHeads) * kLanes;
-  constexpr int kItems = kRotatedItems + (kCached ? kKeyHeads * kValueLanes : 0);  // of a token
+  constexpr int kValueItems = kCached && !kScattered ? kKeyHeads * kValueLanes : 0;
+  constexpr int kItems = kRotatedItems + kValueItems;  // of a token
+  constexpr int kDivisor = kBlockSize > 0 ? kBlockSize : 1;  // 0 where there is no cache
+  using AnglesOf = Angles<Table, Position, kSections, kRotary>;
 
   const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
-  const i64 token = static_cast<i64>(index / kItems);
-  const u32 item = index % kItems;
-  if (token >= p.tokens) return;  // whole heads
+  i64 token = static_cast<i64>(index / kItems);
+  u32 item = index % kItems;
+  if constexpr (kScattered) {
+    // All queries, then all keys, in tiles of tokens; then, from a thread block on, all values.
+    constexpr u32 kTogether = 4;  // tokens whose keys a warp writes side by side
+    constexpr u32 kQueryItems = kHeads * kLanes, kKeyItems = kKeyHeads * kLanes;
+    const u32 tokens = static_cast<u32>(p.tokens);  // all threads count in 32 bits
+    const u32 queries = tokens * kQueryItems;
+    const u32 rotated = queries + (tokens + kTogether - 1) / kTogether * kTogether * kKeyItems;
+    const u32 blocks = (rotated + kMaxThreads - 1) / kMaxThreads;
+    if (blockIdx.x >= blocks) {
+      using Held = Transposed<Values, kStored, kValueVec, kValueSize * kStored, kDivisor, kSlots,
+                              kVectorValues, kMaxThreads>;
+      __shared__ typename Held::Shared shared;
+      write_transposed<AnglesOf, Held, kKeyHeads, kValueSize * kStored, kDivisor, Slot>(
+          p, shared, blockIdx.x - blocks);
+      release_next_launch();
+      return;
+    }
+    token = static_cast<i64>(index / kQueryItems);
+    item = index % kQueryItems;
+    if (index >= queries) {
+      const u32 row = (index - queries) / kLanes;
+      token = static_cast<i64>(row / (kTogether * kKeyHeads) * kTogether + row % kTogether);
+      item = kQueryItems + row / kTogether % kKeyHeads * kLanes + (index - queries) % kLanes;
+    }
+  }
+  // All threads count in 32 bits, and so do tokens.
+  if (static_cast<u32>(token) >= static_cast<u32>(p.tokens)) return;  // whole heads
 
-  const bool has_slot = kCached && token < p.slots;
+  // The position comes first: the angles wait for it.
+  const AnglesOf angles(p, token);
+  const bool valid = angles.valid(p);
+  const bool has_slot = kCached && static_cast<u32>(token) < static_cast<u32>(p.slots);
   if (!has_slot && item >= (kHeads + (kKeys ? kKeyHeads : 0)) * kLanes) return;  // nothing to write
-
-  const Angles<Table, Position, kSections, kRotary> angles(p, token);
+  const bool is_query = item < kHeads * kLanes;
   i64 slot = -1;
   if constexpr (kCached) {
-    if (has_slot) slot = load_number<Slot>(p.slot_mapping + token * p.slot_stride);
+    if (has_slot && !is_query) slot = load_number<Slot>(p.slot_mapping + token * p.slot_stride);
   }
-  const bool valid = angles.valid(p);
-  // kBlockSize is 0 where there is no cache.
-  constexpr int kDivisor = kBlockSize > 0 ? kBlockSize : 1;
-  const Target<kDivisor> target(slot, p.num_blocks);
 
   if (item < kRotatedItems) {
     const u32 lane = item % kLanes;
-    const bool is_query = item < kHeads * kLanes;
     const u32 head = item / kLanes - (is_query ? 0 : kHeads);
     // Each in its own branch: behind it the compiler would have the loads wait for the position.
     Vec<kVec> loaded[kHeld][2];  // of no meaning where a unit is not there
@@ -351,7 +419,7 @@ __global__ void __launch_bounds__(kMaxThreads) rotary(const __grid_constant__ Pa
     }
     // Before anything waits for the rows.
     constexpr int kTurns = Dealt::kAcross ? 1 : 2;  // of an item
-    using Turned = Turn<Angles<Table, Position, kSections, kRotary>, kElements / kTurns>;
+    using Turned = Turn<AnglesOf, kElements / kTurns>;
     Turned turns[kHeld][kTurns];
 #pragma unroll
     for (int n = 0; n < kHeld; ++n) {
@@ -362,6 +430,19 @@ __global__ void __launch_bounds__(kMaxThreads) rotary(const __grid_constant__ Pa
         turns[n][i].load(p, angles, dealt.there[i] && dealt.turns(i) ? first : 0);
       }
     }
+    // Nor does what is computed while the angles are on their way come behind them.
+    char* to = from;
+    bool when = valid;
+    if (is_query) {
+      if (kToOut) to = p.out + token * p.out_token_stride + head * p.out_head_stride;
+    } else if (kCached) {
+      const Target<kDivisor> target(slot, p.num_blocks);
+      const Place<kDivisor> place = target.place();
+      to = p.key_cache + (kEntries ? kValueSize * kStored : 0) + place.block * p.key_block_stride +
+           place.offset * p.key_offset_stride + head * p.key_cache_head_stride;
+      when = valid && target.valid;
+    }
+
     float values[kHeld][2][kElements];
 #pragma unroll
     for (int n = 0; n < kHeld; ++n) {
@@ -428,7 +509,6 @@ __global__ void __launch_bounds__(kMaxThreads) rotary(const __grid_constant__ Pa
     }
 
     if (is_query) {
-      char* const to = kToOut ? p.out + token * p.out_token_stride + head * p.out_head_stride : from;
       using Arithmetic = typename ToStore<Element, Out>::type;
       const Arithmetic arithmetic(scale_of(p.q_scale, p.q_scale_stride, head, p.q_scale_value));
 #pragma unroll
@@ -438,7 +518,7 @@ __global__ void __launch_bounds__(kMaxThreads) rotary(const __grid_constant__ Pa
         for (int i = 0; i < 2; ++i) {
           store_all<Out>(to + dealt.at[i] * static_cast<int>(sizeof(typename Out::Bits)),
                          values[n][i], arithmetic,
-                         valid && dealt.there[i] && (kQueryOthers || dealt.turns(i)));
+                         when && dealt.there[i] && (kQueryOthers || dealt.turns(i)));
         }
       }
     } else {
@@ -454,7 +534,6 @@ __global__ void __launch_bounds__(kMaxThreads) rotary(const __grid_constant__ Pa
         }
       }
       if constexpr (kCached) {
-        const Place<kDivisor> place = target.place();
         float scale = 0.0f;
         if constexpr (kLargest > 0) {
           float largest = 0.0f;
@@ -470,7 +549,8 @@ __global__ void __launch_bounds__(kMaxThreads) rotary(const __grid_constant__ Pa
           }
           const float found = row_scale<kLargest>(group_max<kLanes>(largest));
           scale = divide(1.0f, found);
-          if (valid && target.valid && lane == 0) {
+          if (when && lane == 0) {
+            const Place<kDivisor> place(slot);
             *reinterpret_cast<float*>(scale_at(p.k_scale_cache, place, head, p.k_scale_block_stride,
                                                p.k_scale_offset_stride, p.k_scale_head_stride)) =
                 found;
@@ -478,9 +558,6 @@ __global__ void __launch_bounds__(kMaxThreads) rotary(const __grid_constant__ Pa
         } else {
           scale = scale_of(p.k_scale, p.k_scale_stride, head, p.k_scale_value);
         }
-        char* const to = p.key_cache + (kEntries ? kValueSize * kStored : 0) +
-                         place.block * p.key_block_stride + place.offset * p.key_offset_stride +
-                         head * p.key_cache_head_stride;
         using Given = typename ToStore<Element, Stored>::type;
         using Arithmetic = typename Either<(kLargest > 0), Multiply, Given>::type;
         const Arithmetic arithmetic(scale);
@@ -491,24 +568,20 @@ __global__ void __launch_bounds__(kMaxThreads) rotary(const __grid_constant__ Pa
           for (int i = 0; i < 2; ++i) {
             store_all<Stored>(to + dealt.at[i] / kPack * p.key_pack_stride +
                                   dealt.at[i] % kPack * kStored,
-                              values[n][i], arithmetic, valid && target.valid && dealt.there[i]);
+                              values[n][i], arithmetic, when && dealt.there[i]);
           }
         }
       }
     }
     if (item == 0) angles.report(p, token);
-    return;
-  }
-
-  if constexpr (kCached) {
+  } else if constexpr (kCached && !kScattered) {
     const u32 lane = (item - kRotatedItems) % kValueLanes;
     const u32 head = (item - kRotatedItems) / kValueLanes;
     const char* const from = p.value + token * p.value_token_stride + head * p.value_head_stride;
+    const Target<kDivisor> target(slot, p.num_blocks);
     const Place<kDivisor> place = target.place();
     char* const to = (kEntries ? p.key_cache : p.value_cache) + place.block * p.value_block_stride +
-                     place.offset / kSlots * p.value_slots_stride +
-                     place.offset % kSlots * p.value_offset_stride +
-                     head * p.value_cache_head_stride;
+                     place.offset * p.value_offset_stride + head * p.value_cache_head_stride;
     const bool when = valid && target.valid;
     if constexpr (kLargest > 0) {
       Row<Element, Stored, kValueVec, kValueSize, kValueLanes> row;
@@ -532,13 +605,13 @@ __global__ void __launch_bounds__(kMaxThreads) rotary(const __grid_constant__ Pa
 #pragma unroll
       for (int n = 0; n < kCount; ++n) {
         const u32 vector = lane + n * kValueLanes;
-        const i64 step = kScattered ? p.value_element_stride : kValueVec;
-        store_vector<kValueVec>(to + vector * step, Values::convert(held[n], scale),
-                                when && vector < kVectors);
+        store_vector<kValueVec>(to + static_cast<i64>(vector) * kValueVec,
+                                Values::convert(held[n], scale), when && vector < kVectors);
       }
     }
     if (item == kRotatedItems) target.report(kSlotMapping, token);
   }
+  release_next_launch();
 }
 
 #endif  // CUPY_CACHE_CONVERTS

@@ -472,3 +472,27 @@ def check_numbers(got, wanted, plain, dtype):
     eps = float(ml_dtypes.finfo(formats.DTYPES[dtype].numpy).eps)
     allowed += places * eps * np.abs(wanted).max(initial=0)
     assert np.abs(got - wanted).max(initial=0) <= allowed
+
+
+# Where a logit is made no number, and of what.
+NOT_FINITE = (("query", np.nan), ("query", np.inf), ("key", np.nan))
+
+
+def check_not_finite(problem, world, where, number):
+    """Put ``number``, of which a logit cannot be a number, where the query or the key of the first
+    sequence has its first element, and require NaN of the heads that read it; of one query for each
+    sequence, others as ever."""
+    _, _, ((_, block, offset), *_) = problem.seen[0]
+    spec, at, heads = problem.query, (0, 0, 0), 1
+    if where == "key":
+        spec, kv_heads = problem.caches[0], problem.numbers[0].shape[2]
+        at = (block, offset, *(0,) * (len(spec.shape) - 2))
+        heads = problem.query.shape[1] // kv_heads
+    spec.on(spec.buffer.bytes)[at] = number
+    problem.run(world)
+    out, lse = (s.on(world.bytes_of(s)).astype(np.float64) for s in (problem.out, problem.lse))
+    assert np.isnan(out[0, :heads]).all() and np.isnan(lse[0, :heads]).all()
+    for row, (attended, logarithms) in problem.exact().items():
+        first = heads if row == 0 else 0
+        np.testing.assert_allclose(out[row, first:], attended[first:], rtol=0.05, atol=0.05)
+        np.testing.assert_allclose(lse[row, first:], logarithms[first:], rtol=0.05, atol=0.05)

@@ -237,6 +237,32 @@ def _gather_numbers(rng):
     return Case(specs, specs[1:2], run, expected)
 
 
+def _gather_slots(rng):
+    codes = rng.integers(0, 0x7F, (6, 16, 2, 24)).astype(np.uint8)  # none is NaN
+    slots = rng.permutation(96)[:33].astype(np.int64)
+    slots[[3, 17]] = -1
+    specs = [
+        worlds.of_values(codes),
+        worlds.array(rng, (40, 2, 24), "bfloat16"),
+        worlds.of_values(slots),
+        worlds.of_values(np.array([0.75], np.float32)),
+    ]
+
+    def run(src, dst, slots, scale):
+        cc.gather_slots(src, dst, slots, "fp8", scale)
+
+    def expected(src, dst, slots, scale):
+        def token(block, offset):
+            return [
+                [oracle.dequantise(byte, scale[0], "float8_e4m3fn", dst.dtype) for byte in head]
+                for head in src[block, offset]
+            ]
+
+        oracle.gather_slots(src, dst, slots, token=token)
+
+    return Case(specs, specs[1:2], run, expected)
+
+
 def _gather_entries(rng):
     entries = rng.integers(0, 0x7F, (6, 16, 656)).astype(np.uint8)  # none is NaN
     scales = np.array([0.5, 1.0, 0.1, 3.0], np.float32)
@@ -631,6 +657,7 @@ CASES = {
     "unpack_tokens": functools.partial(_unpack, by_slot=True, layout="page_first"),
     "zero_blocks": _zero,
     "gather_cache": _gather,
+    "gather_slots": _gather_slots,
     "cp_gather_cache": _cp_gather,
     "gather_and_maybe_dequant_cache": _gather_numbers,
     "cp_gather_and_upconvert_fp8_kv_cache": _gather_entries,

@@ -36,6 +36,10 @@ if not installed():  # then the processes that tests start must find it too
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
 
 
+# Else torch's inductor starts a process for each core, beside those that run the tests.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
 def _gpu_missing():
     """Why GPU tests cannot run here; None where they can."""
     try:

@@ -15,7 +15,7 @@ MLA_SHAPE = (1, 576, 64, "bfloat16")
 INDEXER_SHAPE = (1, 128, 64, "bfloat16")
 CONVERTING = (
     "reshape_and_cache_flash", "reshape_and_cache", "reshape_and_cache_flash_per_token_head",
-    "gather_and_maybe_dequant_cache", "convert_fp8", "rotary_and_cache",
+    "gather_and_maybe_dequant_cache", "gather_slots", "convert_fp8", "rotary_and_cache",
     "rotary_embedding",
 )  # fmt: skip
 NOT_READ = "THE MACHINE CODE WAS NOT READ: the wheel nvidia-cuda-cuobjdump is not installed"

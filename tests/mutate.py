@@ -7,10 +7,12 @@
 
 A mutant is one changed line of a copy of the checkout: an operator swapped, a number off by one, a
 condition that always or never holds, a statement or a barrier left out, two arguments exchanged.
-The tests that concern its file, which imports and includes tell, run on it as CI runs them: first
-the default sample, then every combination on NumPy and the emulated kernels, then the machine code.
+The tests that concern its file, which imports and includes tell, run on it until one fails: first
+the default sample, then every combination that CI runs on NumPy and the emulated kernels, then what
+reads the machine code. A mutant that survives all of them takes five minutes, most others one.
 
-tests/mutants_that_survive.txt lists mutants that no test can or need see, each with the reason.
+tests/mutants_that_survive.txt lists mutants that no test can or need see, each with the reason;
+they are not run again. It also says which seeds were judged.
 """
 
 import argparse
@@ -246,7 +248,7 @@ def files():
 
 @functools.cache
 def _users():
-    """{file: those that include it, import it, or name a kernel file's stem}."""
+    """{file: those that include it, import it, or launch its kernel}."""
     users = collections.defaultdict(set)
     stems = {Path(f).stem: f for f in files() if f.endswith(".cu")}
     for file in files():
@@ -261,27 +263,36 @@ def _users():
                 for name in (base, *(base / alias.name for alias in node.names)):
                     users[f"{name.as_posix()}.py"].add(file)
                     if name.name == "cpu":  # a package that stands for its modules
+                        called = set(re.findall(r"\bcpu\.(\w+)", text))
                         for module in (ROOT / name).glob("*.py"):
-                            users[module.relative_to(ROOT).as_posix()].add(file)
-        # A kernel's file is named as an operation is, or in a string that is no first argument.
+                            if called & _functions(module):
+                                users[module.relative_to(ROOT).as_posix()].add(file)
+        # A kernel's file is named as the module that launches it is, or as a template in it.
         for stem, kernel in stems.items():
-            if Path(file).stem == stem or re.search(rf'(?<!\()"{stem}"', text):
+            if "modules.Kernel(" in text and (Path(file).stem == stem or f'"{stem}<' in text):
                 users[kernel].add(file)
     return users
 
 
-def _reach(file, through=lambda file: True):
-    """``file`` and all that use it, the nearest first."""
+def _functions(path):
+    """Names of a module's functions."""
+    return set(re.findall(r"^def (\w+)", path.read_text(encoding="utf-8"), re.M))
+
+
+def _reach(file, rooms=("",)):
+    """``file`` and all that use it, the nearest first, as far as they are in these ``rooms``."""
     seen, queue = [], collections.deque([file])
     while queue:
         one = queue.popleft()
         if one not in seen:
             seen.append(one)
-            if one == file or through(one):
-                queue.extend(sorted(_users()[one]))
+            queue.extend(sorted(user for user in _users()[one] if user.startswith(rooms)))
     return seen
 
 
+# Beyond these, what runs is no longer about one kernel.
+ROOMS_OF_KERNELS = (KERNELS, f"{PACKAGE}/ops/", f"{PACKAGE}/attention/")
+LONG = ("test_compile_all.py", "test_surface.py")
 # Tests of what everything is made of, beside those that are named after a module.
 MORE_TESTS = {
     "runtime": (
@@ -291,23 +302,44 @@ MORE_TESTS = {
     "ops": ("test_exact_ends.py", "test_histories.py", "test_threads.py", "test_warmup.py"),
     "attention": ("test_histories.py", "test_warmup.py"),
     "bookkeeping": ("test_block_pool.py", "test_block_tables.py", "test_csr.py"),
+    "integrations/transformers": ("test_transformers.py", "test_engine.py"),
     "compilation": ("test_warmup.py", "test_compile_all.py"),
     "cpu": (),
-    "integrations": ("test_torch_ops.py", "test_vllm.py"),
-    "kv_cache": ("test_kv_cache.py", "test_histories.py"),
+    "integrations": ("test_torch_ops.py", "test_compiled_code.py", "test_vllm.py"),
+    "kv_cache": (
+        "test_kv_cache.py", "test_allocate.py", "test_per_token_head_cache.py", "test_options.py",
+        "test_histories.py",
+    ),
 }  # fmt: skip
 
 
 def tests_for(file):
     """The files of tests that concern a file: first those named after it, or after what uses it."""
     tests = ROOT / "tests"
-    names = [f"test_{Path(one).stem}.py" for one in _reach(file)]
+    rooms = ROOMS_OF_KERNELS if file.startswith(KERNELS) else ("",)
+    names = [f"test_{Path(one).stem}.py" for one in _reach(file, rooms)]
     found = [name for name in names if (tests / name).exists()]
     if file.startswith(KERNELS):
-        return list(dict.fromkeys([*found, "test_exact_ends.py", "test_cases.py", "test_ptx.py"]))
-    room = Path(file).parts[1] if len(Path(file).parts) > 2 else "runtime"
+        more = ("test_exact_ends.py", "test_cases.py", "test_ptx.py", "test_overlap.py")
+        including = [
+            path.name
+            for path in sorted(tests.glob("test_e*.py"))  # not those of compiling
+            if f"cupy_cache/{Path(file).name}" in path.read_text(encoding="utf-8")
+        ]
+        return list(dict.fromkeys([*found, *including, *more]))
+    rooms = Path(file).relative_to(PACKAGE).parents
+    room = next((r for r in map(Path.as_posix, rooms) if r in MORE_TESTS), "runtime")
     more = [name for name in MORE_TESTS[room] if (tests / name).exists()]
-    return list(dict.fromkeys([*found[:1], "test_cases.py", *more, *found[1:]]))
+    importing = [path.name for path in sorted(tests.glob("test_*.py")) if _imports(path, file)]
+    importing = [name for name in importing if name not in LONG]
+    return list(dict.fromkeys([*found[:1], "test_cases.py", *importing, *more, *found[1:]]))
+
+
+def _imports(path, file):
+    """Whether a file of tests imports a module by its name."""
+    package, name = str(Path(file).parent).replace("/", "."), Path(file).stem
+    names = re.findall(rf"^ *from {package} import (\([^)]*|.*)", path.read_text("utf-8"), re.M)
+    return name in re.findall(r"\w+", " ".join(names))
 
 
 def stages(file):
@@ -319,16 +351,17 @@ def stages(file):
         stems = [Path(f).stem for f in _reach(file) if f.endswith(".cu")]
         return [*tests, *only], [*tests, *only, "--everything"], _code(stems)
     slow = ["-k", "not (torch-cpu or dlpack or every_16_bit or test_torch_ops)"]
-    found = tests, [*tests, *slow, "--everything"]
+    nearest = [*tests[:12], "tests/test_messages.py", "tests/test_surface.py"]
+    found = tests, [*nearest, *slow, "--everything"]
     # A plan that chooses another kernel may give the same bytes.
     stems = [Path(f).stem for f, users in _users().items() if f.endswith(".cu") and file in users]
     return (*found, _code(stems)) if stems else found
 
 
 def _code(stems):
-    """What pytest gets to compare the machine code of these sources, on one architecture."""
-    chosen = " or ".join(f"[{stem}-90-" for stem in stems)
-    return ["tests/test_resources.py", "-k", chosen, "--everything"]
+    """What pytest gets to read the machine code of these sources, on one architecture."""
+    chosen = " or ".join(f"[{stem}-90- or [90-{stem}-few" for stem in stems)
+    return ["tests/test_compile_all.py", "tests/test_resources.py", "-k", chosen, "--everything"]
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -359,13 +392,16 @@ def compiles(folder, file):
     return _run([sys.executable, "-c", program, *stems], folder, 300) == 0
 
 
-def _run(command, folder, limit):
-    """A command's status, or None where it took longer than ``limit`` seconds."""
+def _run(command, folder, limit, own_kernels=True):
+    """A command's status, or None where it took longer than ``limit`` seconds. ``own_kernels``:
+    those that are compiled are kept apart from the user's."""
     environment = {
-        **os.environ, "PYTHONPATH": str(folder), "XDG_CACHE_HOME": str(folder.parent / "cache"),
+        **os.environ, "PYTHONPATH": str(folder),
         "CUPYCACHE_TEST_SEED": os.environ.get("CUPYCACHE_TEST_SEED", "20261123"),
-        "PYTHONDONTWRITEBYTECODE": "1",
+        "CUPYCACHE_TEST_RESOURCES": "1", "PYTHONDONTWRITEBYTECODE": "1",
     }  # fmt: skip
+    if own_kernels:
+        environment["XDG_CACHE_HOME"] = str(folder.parent / "cache")
     with (folder.parent / "output").open("wb") as output:
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdout=output, stderr=output,
@@ -391,7 +427,8 @@ def outcome(folder, mutant, limit, workers):
         parallel = ["-n", str(workers)] if workers > 1 else []
         for arguments in stages(mutant.file):
             pytest = [sys.executable, "-m", "pytest", "-xq", "-p", "no:cacheprovider", *parallel]
-            status = _run([*pytest, *arguments], folder, limit)
+            own_kernels = mutant.file.startswith(KERNELS)
+            status = _run([*pytest, *arguments], folder, limit, own_kernels)
             if status is None:
                 return "undecided: it took too long"
             if status not in (0, 5):  # 5: nothing was selected

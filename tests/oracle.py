@@ -195,6 +195,19 @@ def gather_cache(
     return faults
 
 
+def gather_slots(src_cache, dst, slot_mapping, *, block_size=None, token=None):
+    """As `gather_cache`, by slots."""
+    block_size = block_size or src_cache.shape[1]
+    token = token or (lambda block, offset: src_cache[block, offset])
+    limit, faults = src_cache.shape[0] * block_size, []
+    for row, slot in enumerate(map(int, slot_mapping)):
+        if slot >= limit:
+            faults.append((row, "slot_mapping", slot, limit))
+        elif slot >= 0:
+            dst[row] = token(*divmod(slot, block_size))
+    return faults
+
+
 def packed_token(cache, block, offset, layout):
     """The token [head][element] of a single cache whose slots are not its second dimension."""
     if layout == "x-packed-key":
@@ -330,8 +343,12 @@ def mpt_slopes(num_heads, max_bias=8.0):
     return slopes
 
 
-def alibi_bias(slopes, query_positions, key_positions, out, sqrt=False, causal=False):
-    """float64 holds the products of two float32 exactly, so each step rounds once."""
+def alibi_bias(
+    slopes, query_positions, key_positions, out, sqrt=False, causal=False, query_start_loc=None,
+    cu_seq_lens=None,
+):  # fmt: skip
+    """float64 holds the products of two float32 exactly, so each step rounds once. Returns the
+    faults to expect; where there are some, the starts that descend leave open whose a query is."""
     with np.errstate(all="ignore"):
         for head in range(len(slopes)):
             for i in range(len(query_positions)):
@@ -343,7 +360,22 @@ def alibi_bias(slopes, query_positions, key_positions, out, sqrt=False, causal=F
                     bias = np.float32(float(slopes[head]) * float(offset))
                     if causal and ahead > 0:
                         bias = np.float32(-math.inf)
+                    if query_start_loc is not None and not any(
+                        int(query_start_loc[b]) <= i < int(query_start_loc[b + 1])
+                        and int(cu_seq_lens[b]) <= j < int(cu_seq_lens[b + 1])
+                        for b in range(len(cu_seq_lens) - 1)
+                    ):
+                        bias = np.float32(-math.inf)
                     out[head, i, j] = bias.astype(out.dtype)
+    return [
+        (b, name, int(starts[b]), rows + 1)
+        for name, starts, rows in (
+            ("query_start_loc", query_start_loc, len(query_positions)),
+            ("cu_seq_lens", cu_seq_lens, len(key_positions)),
+        )
+        for b in range(1, 0 if starts is None else len(starts))
+        if int(starts[b]) < int(starts[b - 1])
+    ]
 
 
 # What the names of 8-bit cache formats store.

@@ -30,10 +30,11 @@ class Recorder:
     event_made : the only event.
     pinned : (begin, end) of each piece of pinned memory.
     copies : (destination, source, bytes) of each copy by the driver.
+    ordered : (stream, the one that waits for it, device) of each time that one does.
     """
 
     def __init__(self):
-        self.pinned, self.copies = [(0, 1 << 63)], []
+        self.pinned, self.copies, self.ordered = [(0, 1 << 63)], [], []
         self.launches, self.lent, self.host, self.event_made = [], [], (), Event()
 
     def load(self, kernel, device, stream):
@@ -70,6 +71,9 @@ class Recorder:
     def event(self, stream, device):
         del stream, device
         return self.event_made
+
+    def order(self, before, after, device):
+        self.ordered.append((before, after, device))
 
     def mapped_addresses(self, addresses, device):
         del device

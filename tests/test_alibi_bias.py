@@ -1,11 +1,15 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
+import contextlib
+
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import oracle
 import pytest
 import worlds
+from gathers import bounds_out_of_order
+from guards import check_faults
 
 import cupy_cache as cc
 from cupy_cache.runtime import launch
@@ -182,6 +186,127 @@ def test_a_grid_that_must_stride(world, rng, monkeypatch):
     compute(world, *specs, worlds.array(rng, (5, 7, 40), "float16"), causal=True)
 
 
+# --- ragged batches -------------------------------------------------------------------------------
+
+
+def ragged(rng, counts, contexts, spare=(0, 0), types=("int64",) * 4):
+    """Specs of positions of queries and keys, and of the starts of both: sequences of so many
+    queries, which are the last of so many keys. ``spare``: further queries and keys."""
+    queries = [np.arange(n - count, n) for count, n in zip(counts, contexts)]
+    numbers = (
+        np.concatenate([*queries, np.arange(spare[0])]),
+        np.concatenate([*map(np.arange, contexts), np.arange(spare[1])]),
+        np.cumsum([0, *counts]),
+        np.cumsum([0, *contexts]),
+    )
+    return [worlds.of_values(n.astype(t)) for n, t in zip(numbers, types)]
+
+
+def compute_ragged(world, slopes, specs, out, **options):
+    """Run into ``out``, and compare with the oracle bit for bit."""
+    given = [slopes, *specs]
+    put = [world.put(spec) for spec in given]
+    cc.alibi_bias(
+        *put[:3], out=world.put(out), query_start_loc=put[3], cu_seq_lens=put[4], **options
+    )
+    expected = out.buffer.bytes.copy()
+    slopes, queries, keys, starts, bounds = (spec.on(spec.buffer.bytes) for spec in given)
+    faults = oracle.alibi_bias(
+        slopes, queries, keys, out.on(expected), query_start_loc=starts, cu_seq_lens=bounds,
+        **options,
+    )  # fmt: skip
+    if not faults:
+        np.testing.assert_array_equal(world.bytes_of(out), expected)
+    check_faults("alibi_bias", faults)
+
+
+def test_a_worked_batch(world):
+    """Two queries at 2 and 3 of four keys; one at 0 of one key; a query and a key of nobody's."""
+    specs = values([2, 3, 0, 9]), values([0, 1, 2, 3, 0, 7]), values([0, 2, 3]), values([0, 4, 5])
+    put = [world.put(spec) for spec in (values([0.5], "float32"), *specs)]
+    bias = as_numpy(
+        world,
+        cc.alibi_bias(*put[:3], query_start_loc=put[3], cu_seq_lens=put[4], causal=True),
+    )
+    no = -np.inf
+    assert bias.tolist() == [[
+        [-1.0, -0.5, 0.0, no, no, no], [-1.5, -1.0, -0.5, 0.0, no, no],
+        [no, no, no, no, 0.0, no], [no] * 6,
+    ]]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("types", [("int64",) * 4, ("int32", "int64", "int32", "int64")])
+@pytest.mark.parametrize(
+    "counts, contexts",
+    [
+        ([1, 1, 1], [5, 1, 9]),
+        ([3, 0, 2], [7, 4, 2]),
+        ([0, 0], [3, 0]),
+        ([2], [40]),
+        ([1] * 9, [4] * 9),
+        ([], []),
+    ],
+)
+def test_ragged_batches(world, rng, dtype, types, counts, contexts):
+    spare = rng.integers(0, 3, 2)
+    slopes = values(rng.normal(size=3), "float32")
+    specs = ragged(rng, counts, contexts, spare, types)
+    shape = 3, *(spec.shape[0] for spec in specs[:2])
+    for options in ({}, {"sqrt": True, "causal": True}):
+        compute_ragged(world, slopes, specs, worlds.array(rng, shape, dtype), **options)
+
+
+def test_ragged_rows_of_a_wider_array(world, rng):
+    """Keys padded to a multiple, more queries and heads than fill a grid's row."""
+    slopes = values(rng.normal(size=2), "float32")
+    specs = ragged(rng, [4, 3], [20, 13])
+    wide = worlds.array(rng, (4, 9, 40), "float16")
+    compute_ragged(world, slopes, specs, wide[1:3, 1:8, :33], causal=True)
+
+
+def test_as_attention_by_sequence(rng):
+    """What it is for: one call of attention over all sequences gives what each alone does."""
+    counts, contexts, heads = [3, 1], [6, 4], 2
+    specs = ragged(rng, counts, contexts)
+    queries, keys, starts, bounds = (spec.on(spec.buffer.bytes) for spec in specs)
+    slopes = np.array([0.5, 0.25], np.float32)
+    bias = cc.alibi_bias(
+        slopes, queries, keys, causal=True, query_start_loc=starts, cu_seq_lens=bounds
+    )
+    scores, numbers = rng.normal(size=bias.shape), rng.normal(size=(heads, len(keys)))
+
+    def attend(scores, numbers):
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        return (weights / weights.sum(-1, keepdims=True) * numbers[:, None]).sum(-1)
+
+    together = attend(scores + bias, numbers)
+    for b, (count, context) in enumerate(zip(counts, contexts)):
+        rows, columns = slice(starts[b], starts[b + 1]), slice(bounds[b], bounds[b + 1])
+        own = cc.alibi_bias(slopes, np.arange(context - count, context), np.arange(context),
+                            causal=True)  # fmt: skip
+        alone = attend(scores[:, rows, columns] + own, numbers[:, columns])
+        np.testing.assert_allclose(together[:, rows], alone, rtol=1e-12)
+
+
+def test_starts_that_are_garbage(world, rng):
+    """Nothing is read for them, they are recorded, and GPUs decide as NumPy does."""
+    for _ in range(3):
+        starts, bounds = (bounds_out_of_order(rng, 4, rows) for rows in (6, 20))
+        specs = values(rng.integers(0, 9, 6)), values(rng.integers(0, 9, 20))
+        specs = *specs, worlds.of_values(starts), worlds.of_values(bounds)
+        out = worlds.array(rng, (2, 6, 20), "bfloat16")
+        slopes = values([0.5, 2.0], "float32")
+        compute_ragged(world, slopes, specs, out)
+        given = [spec.on(spec.buffer.bytes) for spec in (slopes, *specs)]
+        as_numpys = cc.alibi_bias(
+            *given[:3], dtype="bfloat16", query_start_loc=given[3], cu_seq_lens=given[4]
+        )
+        with contextlib.suppress(cc.FaultError):
+            cc.raise_faults()
+        np.testing.assert_array_equal(bits(out.on(world.bytes_of(out))), bits(as_numpys))
+
+
 @st.composite
 def biases(draw):
     index = st.sampled_from(["int32", "int64"])
@@ -277,6 +402,25 @@ class TestRefusals:
     def test_shared_elements_of_out(self, world, arguments):
         arguments["out"].strides = (0, 16, 4)
         self.refused(world, arguments, cc.StrideError, "out")
+
+    @pytest.mark.parametrize(
+        "starts, bounds, error, words",
+        [
+            ([0, 3], None, cc.DTypeError, "cu_seq_lens"),
+            (None, [0, 4], cc.DTypeError, "query_start_loc"),
+            ([0, 1, 3], [0, 4], cc.ShapeError, "[3] like query_start_loc"),
+            ([], [], cc.ShapeError, "cu_seq_lens"),
+            ([[0, 3]], [0, 4], cc.ShapeError, "query_start_loc"),
+            ([0.0, 3.0], [0, 4], cc.DTypeError, "query_start_loc"),
+        ],
+    )
+    def test_starts(self, world, arguments, starts, bounds, error, words):
+        named = {"query_start_loc": starts, "cu_seq_lens": bounds}
+        for name, given in named.items():
+            if given is not None:
+                kind = np.float32 if given and isinstance(given[0], float) else np.int64
+                arguments[name] = worlds.of_values(np.array(given, kind))
+        self.refused(world, arguments, error, words)
 
     @pytest.mark.parametrize("name", ["slopes", "query_positions", "key_positions"])
     def test_none(self, world, arguments, name):

@@ -3,8 +3,10 @@
 """Blocks that are taken, shared and dropped, and found again by what they hold."""
 
 import copy
+import functools
 import pickle
 
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -59,6 +61,28 @@ def test_a_content_has_one_block():
     pool.drop(first)
     pool.forget(first)  # it is free, and has nothing more to be kept for
     assert pool.num_free == 1 and pool.find(b"b") is None and pool.take() == [first]
+
+
+@pytest.mark.parametrize("content", [None, "a", [b"a"], bytearray(b"a"), 7])
+def test_a_content_is_bytes(content):
+    pool = cc.BlockPool(2)
+    pool.take()
+    for call in (functools.partial(pool.hold, 0), pool.find):
+        with pytest.raises(cc.DTypeError, match=r"BlockPool\.(hold|find): Invalid type of content"):
+            call(content)
+    pool.drop(0)
+    assert pool.take(2) == [1, 0]  # it holds nothing
+
+
+def test_blocks_by_integers_of_numpy():
+    pool = cc.BlockPool(1)
+    pool.take()
+    block = np.int64(0)
+    pool.hold(block, b"a")
+    pool.share(block)
+    pool.drop(block)
+    pool.drop(block)
+    assert type(pool.find(b"a")) is int and [type(found) for found in pool.take()] == [int]
 
 
 def test_nothing_is_taken_where_too_few_are_free():

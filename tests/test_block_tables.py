@@ -492,7 +492,8 @@ def test_out_of_blocks_names_the_pool():
     with pytest.raises(cc.OutOfBlocksError, match=r"^BlockTables\.step: .* 3 are needed"):
         tables.step(["a"], [9])
     tables.step(["a"], [8])
-    with pytest.raises(cc.OutOfBlocksError, match=r"^BlockTables\.swap_out, in host memory: .* 2 "):
+    host = r"^BlockTables\.swap_out, in host memory: .* 2 .*; bring a sequence back, or free one"
+    with pytest.raises(cc.OutOfBlocksError, match=host):
         tables.swap_out("a")
     with pytest.raises(cc.OutOfBlocksError, match=r"^BlockTables\.extend: "):
         tables.extend(["a"], [1])
@@ -545,6 +546,13 @@ def test_text():
         "<BlockTables of 2 sequences, 1 swapped out: 7 of 8 blocks of 4 tokens are free, 2 of 2 on "
         "the host>"
     )
+    step = tables.step(["a"], [1], num_sequences=2, num_tokens=3)
+    assert repr(step) == (
+        "<Step of 1 new tokens of 1 sequences, the longest 2, in arrays for 3 and 2>"
+    )
+    tables.fork("a", "c")
+    assert repr(tables.step(["c"], [1])).endswith("1 and 1, 1 blocks to copy>")
+    tables.free("c")
     assert "a" in tables and "c" not in tables and list(tables) == ["a", "b"]
 
 
@@ -560,6 +568,15 @@ REFUSALS = [
     (lambda t: t.append("told", 2**63), "append", "value", "tokens"),
     (lambda t: t.append("told", [1, 2**63]), "append", "value", "tokens"),
     (lambda t: t.append("a", 1), "append", "order", "tokens"),
+    (lambda t: t.append("told", True), "append", "value", "tokens"),
+    (lambda t: t.append("told", [5, False]), "append", "value", "tokens"),
+    (lambda t: t.add("x", [0, 1, True]), "add", "value", "tokens"),
+    (lambda t: t.add("x", (n > 0 for n in range(2))), "add", "value", "tokens"),
+    (lambda t: t.add("x", np.array([True])), "add", "value", "tokens"),
+    (lambda t: t.step(iter("a"), [1]), "step", "type", "sequences"),
+    (lambda t: t.step(None, [1]), "step", "type", "sequences"),
+    (lambda t: t.extend(["a"], 1), "extend", "type", "counts"),
+    (lambda t: t.blocks_needed(["a"], None), "blocks_needed", "type", "counts"),
     (lambda t: t.fork("x", "y"), "fork", "value", "parent"),
     (lambda t: t.fork("a", "out"), "fork", "value", "child"),
     (lambda t: t.fork("out", "y"), "fork", "value", "parent"),

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Block tables as FlashInfer takes them, and back."""
 
+import weakref
+
 import numpy as np
 import pytest
 
@@ -118,6 +120,34 @@ def test_refusals(call, what, argument):
     ) as caught:
         call()
     assert f" of {argument}: expected " in str(caught.value)
+
+
+class Exporting:
+    """An array that exports a copy, which is overwritten as soon as nobody owns it."""
+
+    def __init__(self, values):
+        self.values = np.array(values)
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+    def __dlpack__(self, **options):
+        del options
+        storage = self.values.copy()
+        exported = storage.view(Watched)
+        weakref.finalize(exported, storage.fill, 99)
+        return exported.__dlpack__()
+
+
+class Watched(np.ndarray):
+    """What can be told when it goes."""
+
+
+def test_copies_that_are_exported_live_until_they_are_read():
+    found = cc.block_table_to_csr(Exporting([[7, 3], [5, 0]]), Exporting([6, 4]), 4)
+    assert [one.tolist() for one in found] == [[0, 2, 3], [7, 3, 5], [2, 4]]
+    found = cc.csr_to_block_table(Exporting([0, 2, 3]), Exporting([7, 3, 5]), Exporting([2, 4]), 4)
+    assert [one.tolist() for one in found] == [[[7, 3], [5, -1]], [6, 4]]
 
 
 @pytest.mark.gpu

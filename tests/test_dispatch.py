@@ -6,6 +6,7 @@ send what the long way sends, and refuse what it refuses."""
 import contextlib
 import functools
 import gc
+import struct
 import sys
 import types
 import weakref
@@ -15,7 +16,7 @@ import pytest
 import recording
 
 import cupy_cache as cc
-from cupy_cache.attention import alibi_bias, paged_attention_mla
+from cupy_cache.attention import alibi_bias, paged_attention, paged_attention_mla
 from cupy_cache.ops import (
     concat_and_cache_mla,
     concat_and_cache_mla_grouped,
@@ -29,8 +30,10 @@ from cupy_cache.ops import (
 )
 from cupy_cache.ops.shared import blocks, packing
 from cupy_cache.runtime import (
+    devices,
     dispatch,
     fastpath,
+    formats,
     guards,
     launch,
     modules,
@@ -48,7 +51,7 @@ OPS = (
     flash.OP, concat_and_cache_mla.OP, concat_and_cache_mla_grouped.OP, copy_blocks.OP,
     copy_blocks.MLA_OP, swap_blocks.OP,
     gather_and_maybe_dequant_cache.OP, gather_cache.OP, alibi_bias.OP, slot_mapping_groups.OP,
-    paged_attention_mla.OP, *rotary_and_cache.CALL.ops.values(),
+    paged_attention.OP, paged_attention_mla.OP, *rotary_and_cache.CALL.ops.values(),
 )  # fmt: skip
 
 
@@ -227,7 +230,7 @@ def test_a_bias_whose_every_extent_changes(recorder, monkeypatch):
         call()
         (sent,) = recorder.take()
         words = np.frombuffer(sent[-1], np.int64)
-        assert words[4:9].tolist() == [heads, queries, keys, *(4 * s for s in out.stride()[:2])]
+        assert words[6:11].tolist() == [heads, queries, keys, *(4 * s for s in out.stride()[:2])]
         before = recorder.long
         assert long_way(recorder, call, monkeypatch) == [sent]
         recorder.long = before
@@ -448,6 +451,7 @@ def test_scratch_memory_is_torchs_for_the_stream(monkeypatch, private):
     fake = types.SimpleNamespace(_C=functions, cuda=functions)
     functions.device = device
     monkeypatch.setitem(sys.modules, "torch", fake)
+    monkeypatch.setattr(streams, "current", lambda framework, device: lambda: 77)
     streams._torch_allocator.cache_clear()
     try:
         with streams.scratch("torch", 1, 5000, 77) as address:
@@ -697,6 +701,19 @@ def test_layers_are_not_kept_alive(recorder):
     recorder.take()
 
 
+def test_new_results_for_another_stream(monkeypatch):
+    """They are made on torch's current one: the other waits for it, and torch is told."""
+    recorder, make = recording.recorder(monkeypatch), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: make(shape, dtype=dtype))
+    gpu, dtype = devices.Device("cuda", 0), formats.DTYPES["float32"]
+    for stream in (None, recording.STREAM):
+        streams.empty("torch", gpu, (3,), dtype, stream)
+        assert not recorder.ordered and not recorder.lent
+    made = streams.empty("torch", gpu, (3,), dtype, 5)
+    assert recorder.ordered == [(recording.STREAM, 5, 0)]
+    assert recorder.lent == [([made], 5, 0)]
+
+
 # --- declarations ---------------------------------------------------------------------------------
 
 
@@ -707,3 +724,24 @@ def test_what_is_written_is_a_destination():
         for index, arg in enumerate(op.args):
             if arg.written and arg.varies == dispatch.ROWS:
                 assert index in op.destination, f"{op.name}: {arg.name}"
+
+
+def test_a_bound_array_of_which_the_rows_count(recorder):
+    """Slopes of each sequence are kept, as the caches are; how many there are is asked."""
+    _, _, *caches, _ = tensors(heads=2, size=16)
+    cache, slopes = cc.PagedKVCache(*([one] for one in caches)), torch.zeros(3, 4)
+
+    def attend(sequences):
+        query, out = torch.zeros(2, sequences, 4, 16, dtype=torch.float16)
+        table = torch.zeros(sequences, 2, dtype=torch.int32)
+        lens = torch.ones(sequences, dtype=torch.int32)
+        cache.attend(0, query, table, lens, alibi_slopes=slopes, out=out)
+        (sent,) = recorder.take()
+        return sent[-1], slopes.data_ptr()
+
+    for sequences in (3, 2, 3, 1, 2):
+        record, address = attend(sequences)
+        assert address in struct.unpack_from("<15Q", record)
+    assert recorder.long == KNOWN
+    with pytest.raises(cc.ShapeError, match="alibi_slopes: expected rows for the 4 sequences"):
+        attend(4)

@@ -94,13 +94,14 @@ def test_moves_that_take_their_time(example, model, requests, rng, monkeypatch):
 
     def late(engine, *given):
         move(engine, *given)
-        engine.moves[-1] = (Late(rng), *engine.moves[-1][1:])
+        engine.moves[-1].done = Late(rng)
 
     monkeypatch.setattr(example.Engine, "move", late)
     requests = [(prompt, new + 20, beams) for prompt, new, beams in requests]
     expected = [example.generated(model, *request) for request in requests]
-    found, counts = served(example, model, requests, 40, 60)
-    assert found == expected and counts["blocks moved"]
+    for bus_bytes in (1 << 20, 1):  # whole requests at once; a block at each step
+        found, counts = served(example, model, requests, 40, 60, bus_bytes=bus_bytes)
+        assert found == expected and counts["blocks moved"]
 
 
 def test_sequences_end_early(example, model, requests):

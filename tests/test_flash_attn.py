@@ -280,6 +280,35 @@ def test_no_room_for_what_is_added(world, rng):
     check_faults("", ())
 
 
+@whole_arrays
+@pytest.mark.parametrize(
+    "dtype, sizes, heads",
+    [("float32", (16, 16), 4), ("float16", (16, 272), 4), ("float16", (16, 16), 0)],
+)
+def test_nothing_is_added_where_there_is_no_attention(world, rng, dtype, sizes, heads):
+    """To what a GPU's kernel does not take, and to no heads."""
+    taken = heads and not world.on_gpu
+
+    def put(*shape):
+        return worlds.of_values(np.ones(shape, dtype))
+
+    specs = [put(2, 1, heads, 16), *(put(6, 4, 2, size) for size in sizes)]
+    specs += [put(2, 1, 2, size) for size in sizes]
+    specs.append(worlds.of_values(np.array([[0, 1], [2, 3]], np.int32)))
+    for spec in specs[3:5]:
+        spec.on(spec.buffer.bytes)[...] = 2
+    q, *caches, k, v, table = map(world.put, specs)
+    lengths = world.put(worlds.of_values(np.array([1, 2], np.int32)))
+    arguments = q, *caches, k, v, None, None, lengths
+    if taken:
+        flash_attn.flash_attn_with_kvcache(*arguments, block_table=table)
+        return
+    with pytest.raises(cc.CupyCacheError, match="flash_attn_with_kvcache: Invalid"):
+        flash_attn.flash_attn_with_kvcache(*arguments, block_table=table)
+    for spec in specs[1:3]:
+        np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
+
+
 class TestRefusals:
     def call(self, rng, **changes):
         case = Case(worlds.NumPyWorld(), rng, [9, 3], 2, 1)
@@ -310,6 +339,13 @@ class TestRefusals:
             ("alibi_slopes", np.ones((2, 4), np.float32)),
             ("softcap", -1.0),
             ("softmax_scale", "1"),
+            ("cache_seqlens", True),
+            ("cache_seqlens", 2**31),
+            ("window_size", (2**63 - 1, 0)),
+            ("causal", np.array([True, False])),
+            ("softcap", np.array([1.0, 2.0])),
+            ("softcap", 1e-60),
+            ("return_softmax_lse", np.array([True, False])),
         ],
     )
     def test_values(self, rng, name, value):
@@ -333,6 +369,13 @@ class TestRefusals:
             ("block_table", np.ones((3, 8), np.int32), cc.ShapeError),
             ("alibi_slopes", np.ones((3, 4), np.float32), cc.ShapeError),
             ("alibi_slopes", np.ones((1, 2, 4), np.float32), cc.ShapeError),
+            ("alibi_slopes", np.zeros(17, np.uint8)[1:].view(np.float32), cc.StrideError),
+            (
+                "q",
+                np.zeros(1025, np.uint8)[1:].view(np.float32).reshape(2, 2, 4, 16),
+                cc.StrideError,
+            ),
+            ("block_table", np.ones((8, 2), np.int32).T, cc.StrideError),
             ("q", [1.0], cc.DTypeError),
             ("q", None, cc.DTypeError),
         ],

@@ -13,7 +13,7 @@ import worlds
 
 import cupy_cache as cc
 from cupy_cache.ops import copy_blocks, reshape_and_cache_flash
-from cupy_cache.runtime import dispatch, streams
+from cupy_cache.runtime import dispatch, driver, streams
 
 PAIRS = [(0, 1)]
 
@@ -463,3 +463,51 @@ def test_block_bytes_that_equal_known_ones(other):
         cc.swap_blocks(source, destination, PAIRS, block_size_in_bytes=1)
         with pytest.raises(cc.ArgumentError, match="block_size_in_bytes"):
             cc.swap_blocks(source, destination, PAIRS, block_size_in_bytes=other)
+
+
+# --- captures -------------------------------------------------------------------------------------
+
+
+class Capturing:
+    """A driver on which some streams are being captured."""
+
+    def __init__(self, *captured):
+        self.captured, self.given = captured, []
+
+    def capturing(self, stream, device):
+        return stream in self.captured
+
+    def order(self, *streams):
+        pass
+
+    @contextlib.contextmanager
+    def scratch(self, size, stream, device):
+        self.given.append((size, stream, device))
+        yield 4096
+
+
+CURRENT, OTHER = 5, 7
+
+
+@pytest.mark.parametrize(
+    "captured, by_torch", [((), True), ((CURRENT, OTHER), True), ((OTHER,), False)]
+)
+def test_torchs_allocator_is_told_of_no_capture_but_its_own(monkeypatch, captured, by_torch):
+    """It would give the memory of a graph to others, and record events in a stream that is being
+    captured by others."""
+    torch = pytest.importorskip("torch")
+    asked = Capturing(*captured)
+    monkeypatch.setattr(driver, "active", asked)
+    monkeypatch.setattr(streams, "current", lambda framework, device: lambda: CURRENT)
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    lent, made = [], []
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda *where, **named: lent.append(where))
+    allocator = lambda size, stream: made.append((size, stream)) or 64, lambda address: None
+    monkeypatch.setattr(streams, "_torch_allocator", lambda: allocator)
+    streams.lend([], OTHER, 0)
+    assert bool(lent) == by_torch
+    with streams.scratch("torch", 0, 64, OTHER) as address:
+        assert address == (64 if by_torch else 4096)
+    assert made == [(64, OTHER)] * by_torch and asked.given == [(64, OTHER, 0)] * (not by_torch)
+    with streams.scratch("torch", 0, 64, CURRENT) as address:
+        assert address == 64

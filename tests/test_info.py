@@ -495,7 +495,7 @@ def test_without_a_driver_nothing_is_missing():
     facts = machine(cupy=[])
     facts["driver"] = {"cuda": None, "devices": [], "problem": "no NVIDIA driver"}
     assert commands(facts) == []
-    assert "nothing without an NVIDIA driver" in info.as_text(facts)
+    assert "nothing, for a machine without an NVIDIA driver" in info.as_text(facts)
 
 
 def test_a_driver_that_does_not_start_is_told():

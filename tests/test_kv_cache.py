@@ -294,6 +294,90 @@ def test_rotary_writes_with_scales_that_are_gone(rng):
         np.testing.assert_array_equal(out, wanted)
 
 
+class Number:
+    """An integer that changes."""
+
+    value = 0
+
+    def __index__(self):
+        return self.value
+
+    def __bool__(self):
+        return bool(self.value)
+
+
+@pytest.mark.parametrize(
+    "option, values",
+    [("is_neox", (1, 0)), ("rope_dim_offset", (0, 2)), ("mrope_interleaved", (0, 1))],
+)
+def test_options_of_rotary_writes_that_change(rng, option, values):
+    """What is remembered is what an option was, not the object that says it."""
+    world, case = worlds.NumPyWorld(), rotary_case(rng, "flash")
+    lists, number = caches(rng, "flash", "float32"), Number()
+    cache = cc.PagedKVCache(*put(world, lists))
+    step = list(map(world.put, case))
+    step[0] = np.stack([step[0], (step[0] + 1) % 9, (step[0] + 2) % 9])
+    step[4] = step[4][:, :4]
+    for value in values * 2:
+        number.value = value
+        queries = [case[1].on(case[1].buffer.bytes).copy() for _ in range(2)]
+        named = {"mrope_section": (1, 1, 0)}
+        cache.rotary_write(1, step[0], queries[0], *step[2:], **named, **{option: number})
+        cc.rotary_and_cache(
+            step[0], queries[1], *step[2:5], *(side[1] for side in put(world, lists)), step[5],
+            **named, **{option: value},
+        )  # fmt: skip
+        np.testing.assert_array_equal(*queries)
+
+
+@pytest.mark.parametrize("bad", [(True, 2, 1), (1.0, 2, 1), (1, 2, 1.0)])
+def test_sections_that_equal_known_ones(rng, bad):
+    cache = cc.PagedKVCache(*put(worlds.NumPyWorld(), caches(rng, "flash", "float32")))
+    step = [spec.on(spec.buffer.bytes) for spec in rotary_case(rng, "flash")]
+    step[0] = np.stack([step[0]] * 3)
+    cache.rotary_write(1, *step, mrope_section=(1, 2, 1))
+    with pytest.raises(cc.ArgumentError, match=r"PagedKVCache.rotary_write: .* of mrope_section"):
+        cache.rotary_write(1, *step, mrope_section=bad)
+
+
+def moved(tensor, values, how):
+    """Have a tensor of torch hold these values, in other memory."""
+    if how == "data":
+        tensor.data = values
+    elif how == "set":
+        tensor.set_(values)
+    else:  # its memory is given up, and that of a larger one taken
+        tensor.resize_(0)
+        tensor.untyped_storage().resize_(0)
+        tensor.resize_(values.shape).copy_(values)
+
+
+@pytest.mark.parametrize("how", ["data", "set", "resize"])
+def test_arrays_that_are_kept_and_moved(rng, how):
+    """Weights, sinks and scales of torch are the same objects after `.to()` of their module."""
+    torch = pytest.importorskip("torch")
+    world, case = worlds.TorchWorld(), rotary_case(rng, "flash")
+    lists = caches(rng, "flash", "float32")
+    cache = cc.PagedKVCache(*put(world, lists))
+    step = list(map(world.put, case))
+    table, lens = torch.tensor([[0], [1]]), torch.tensor([3, 4])
+    weight, scale, sinks = torch.ones(SIZE), torch.ones(1), torch.zeros(6)
+    query = torch.from_numpy(rng.standard_normal((2, 6, SIZE)).astype(np.float32))
+    out, wanted = (torch.empty((5, 6, SIZE), dtype=torch.uint8) for _ in range(2))
+    layer = [side[1].zero_() for side in put(world, lists)]
+    kept = []
+    for number in range(1, 4):
+        named = {"norm_eps": 1e-5, "q_norm_weight": weight, "q_scale": scale, "out_dtype": "fp8"}
+        cache.rotary_write(1, *step, out=out, **named)
+        cc.rotary_and_cache(*step[:5], *layer, step[5], out=wanted, **named)
+        assert torch.equal(out, wanted)
+        attended = cache.attend(1, query, table, lens, sinks=sinks)
+        assert torch.equal(attended, cc.paged_attention(query, *layer, table, lens, sinks=sinks))
+        for tensor in (weight, scale, sinks):
+            moved(tensor, torch.full(tensor.shape, 2.0**number), how)
+            kept.append(torch.full(tensor.shape, -5.0))  # where it was, perhaps
+
+
 def test_refusals_of_rotary_writes(rng):
     pair = cc.PagedKVCache(*put(worlds.NumPyWorld(), caches(rng, "flash", "float32")))
     rows = cc.PagedKVCache(*put(worlds.NumPyWorld(), caches(rng, "rows", "float32")))
@@ -400,6 +484,17 @@ def test_attention_of_a_layer_that_is_not_there(rng, layer):
     for _ in range(2):
         with pytest.raises(cc.ArgumentError, match=r"PagedKVCache\.attend: .* of layer: expected"):
             attending_to(world, cache, layer, problem)()
+
+
+def test_a_window_that_changes(rng):
+    world, problem, window = worlds.NumPyWorld(), attending.Problem(rng, [9]), Number()
+    pair = [world.put(cache) for cache in problem.caches]
+    cache = cc.PagedKVCache(*([side] for side in pair))
+    query, *step = (world.put(spec) for spec in (problem.query, problem.table, problem.lens))
+    for window.value in (1, 4, 1, 2):
+        found = cache.attend(0, query, *step, sliding_window=window)
+        wanted = cc.paged_attention(query, *pair, *step, sliding_window=window.value)
+        np.testing.assert_array_equal(found, wanted)
 
 
 def test_options_of_attention_that_cannot_be_hashed(rng):

@@ -74,6 +74,14 @@ def caches(count=2, *shape, **options):
     return cc.PagedKVCache(*sides, **options)
 
 
+def allocate(**change):
+    return lambda: cc.PagedKVCache.allocate(1, 5, 4, 2, 8, device="cpu", **change)
+
+
+def tables():
+    return cc.BlockTables(5, 4, max_sequences=2, max_tokens=8, max_length=8)
+
+
 def slots(**change):
     arguments = {
         "block_table": np.zeros((1, 2), int), "positions": np.arange(3),
@@ -99,6 +107,9 @@ class OfNobody:
     pass
 
 
+OfJax = type("DynamicJaxprTracer", (), {"__module__": "jax._src.interpreters.partial_eval"})
+
+
 READ_ONLY = readonly(zeros(5, 4, 2, 8))
 WIDE = zeros(3, 2, 16)[..., ::2]
 SHARED = np.lib.stride_tricks.as_strided(zeros(80), (5, 4, 2, 8), (64, 32, 32, 4), writeable=True)
@@ -108,6 +119,11 @@ TABLE = [
     # arrays
     (write(key=None), "reshape_and_cache_flash", "type", "key", ""),
     (write(key=[1.0]), "reshape_and_cache_flash", "type", "key", ""),
+    (write(key=OfJax()), "reshape_and_cache_flash", "type", "key", "io_callback"),
+    (
+        write(key=zeros(3, 2, 8, dtype=BF16), value=zeros(3, 2, 8, dtype=BF16)),
+        "reshape_and_cache_flash", "dtype", "key_cache", "has the dtype of key",
+    ),
     (write(key_cache=OfNobody()), "reshape_and_cache_flash", "type", "key_cache", ""),
     (write(key=zeros(3, 2, 8, dtype=np.complex64)), "reshape_and_cache_flash", "dtype", "key", ""),
     (write(key=zeros(3, 2)), "reshape_and_cache_flash", "shape", "key", ""),
@@ -169,6 +185,7 @@ TABLE = [
     (copy([(0, 1), (1, 2)]), "copy_blocks", "value", "block_mapping", "two calls"),
     (copy([(0, 1, 2)]), "copy_blocks", "shape", "block_mapping", ""),
     (copy([(0.5, 1)]), "copy_blocks", "shape", "block_mapping", ""),
+    (copy({0: [1]}), "copy_blocks", "type", "block_mapping", ""),
     (copy([(0, 1)], values=2), "copy_blocks", "length", "value_caches", ""),
     (lambda: cc.copy_blocks(zeros(5, 8), [], []), "copy_blocks", "type", "key_caches", ""),
     (
@@ -218,11 +235,23 @@ TABLE = [
     ),
     (lambda: cc.alibi_slopes(0), "alibi_slopes", "value", "num_heads", ""),
     (lambda: cc.alibi_slopes(8, device="gpu"), "alibi_slopes", "value", "device", ""),
-    (lambda: cc.alibi_slopes(8, framework="jax"), "alibi_slopes", "value", "framework", ""),
+    (
+        lambda: cc.alibi_slopes(8, framework="jax"),
+        "alibi_slopes", "value", "framework", "JAX a view of it",
+    ),
+    (lambda: cc.alibi_slopes(8, framework="mlx"), "alibi_slopes", "value", "framework", ""),
     (lambda: cc.place_slopes(["a"]), "place_slopes", "value", "slopes", ""),
     (lambda: cc.raise_faults("gpu"), "raise_faults", "value", "device", ""),
     (lambda: cc.warmup(0, 8, 4), "warmup", "value", "num_kv_heads", ""),
     (lambda: cc.warmup(2, 8, 4, device="cpu"), "warmup", "value", "device", ""),
+    (allocate(dtype="fp8"), "PagedKVCache.allocate", "value", "dtype", "kv_cache_dtype='fp8'"),
+    (allocate(kv_cache_dtype="nvfp4"), "PagedKVCache.allocate", "value", "kv_cache_dtype", ""),
+    # the bookkeeping
+    (lambda: tables().step(["a"], 1), "BlockTables.step", "type", "counts", ""),
+    (lambda: tables().step("a", [1]), "BlockTables.step", "value", "sequences", ""),
+    (lambda: tables().step("request", [1]), "BlockTables.step", "type", "sequences", ""),
+    (lambda: tables().step(["a"], []), "BlockTables.step", "length", "counts", ""),
+    (lambda: tables().append("a", 1), "BlockTables.append", "value", "sequence", ""),
     # the object of all layers: its own name, its methods', and its arguments'
     (lambda: caches(v_scales=[1.0]), "PagedKVCache", "length", "v_scales", ""),
     (

@@ -9,7 +9,15 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import worlds
-from attending import LAYOUTS, ODD_STARTS, Problem, garbage_starts, with_starts
+from attending import (
+    LAYOUTS,
+    NOT_FINITE,
+    ODD_STARTS,
+    Problem,
+    check_not_finite,
+    garbage_starts,
+    with_starts,
+)
 from guards import BAD, check_faults
 
 import cupy_cache as cc
@@ -242,6 +250,15 @@ def logits_of(world, rng, logits, **options):
 def test_logits(world, rng, logits):
     """All equal, one huge, ascending, descending."""
     logits_of(world, rng, [float(np.float16(x)) for x in logits])
+
+
+@pytest.mark.parametrize("where, number", NOT_FINITE)
+@pytest.mark.parametrize("lengths", [[40, 7], [900], [40] * 40])
+def test_what_is_no_number_stays_none(world, rng, where, number, lengths):
+    """Whoever has computed it finds out: zeros would pass for the attention to no tokens."""
+    width = 2000 if len(lengths) == 1 else None  # shared by all thread blocks, too
+    problem = Problem(rng, lengths, dtype="float16", width=width)
+    check_not_finite(problem, world, where, number)
 
 
 def test_all_hidden_but_one(world, rng):
@@ -814,6 +831,7 @@ class TestRefusals:
         [
             ("scale", float("nan")), ("scale", float("inf")), ("scale", "1"), ("scale", True),
             ("soft_cap", 0.0), ("soft_cap", -1.0), ("soft_cap", float("inf")), ("soft_cap", True),
+            ("soft_cap", 1e-60),
             ("sliding_window", 0), ("sliding_window", -1), ("sliding_window", 2.0),
             ("sliding_window", True), ("kv_cache_dtype", "fp9"), ("kv_cache_dtype", None),
             ("kv_cache_dtype", "fp8_ds_mla"),

@@ -8,7 +8,14 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import worlds
-from attending import ODD_STARTS, Latent, garbage_starts, with_starts
+from attending import (
+    NOT_FINITE,
+    ODD_STARTS,
+    Latent,
+    check_not_finite,
+    garbage_starts,
+    with_starts,
+)
 from guards import BAD
 
 import cupy_cache as cc
@@ -124,7 +131,8 @@ def test_alignment(world, rng, pad):
 
 # --- sequences that are cut -----------------------------------------------------------------------
 
-CUT = {"heads": 2, "sizes": (32, 16)}  # small enough for long sequences
+# Small enough for long sequences; rows are copied as wholes.
+CUT = {"heads": 2, "sizes": (64, 16)}
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
@@ -140,7 +148,7 @@ def test_however_the_work_is_shared(emulated_world, rng, processors, queries):
     """Many groups for few processors, few for many, and both in one call."""
     world = emulated_world(processors=processors)
     try:
-        Latent(rng, [1100, 300, 1030], queries, **CUT).solve(world)
+        Latent(rng, [300, 2100, 1030], queries, **CUT).solve(world)
     finally:
         world.close()
 
@@ -231,6 +239,12 @@ def test_logits(world, rng, logits):
     for (_, block, offset), logit in zip(problem.seen[0][2], logits):
         problem.numbers[0][block, offset, 0, -1] = entries[block, offset, -1] = logit
     problem.solve(world)
+
+
+@pytest.mark.parametrize("where, number", NOT_FINITE)
+@pytest.mark.parametrize("lengths", [[40, 7], [900], [40] * 40])
+def test_what_is_no_number_stays_none(world, rng, where, number, lengths):
+    check_not_finite(Latent(rng, lengths, dtype="float16"), world, where, number)
 
 
 # --- what is out of range -------------------------------------------------------------------------
@@ -328,7 +342,7 @@ def test_same_bits_in_any_batch(world, rng, queries):
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 def test_same_bits_however_the_work_is_shared(emulated_world, rng, kv_cache_dtype):
-    problem = Latent(rng, [1100, 70, 1030], kv_cache_dtype=kv_cache_dtype, **CUT)
+    problem = Latent(rng, [70, 2100, 300], kv_cache_dtype=kv_cache_dtype, heads=16, sizes=(64, 16))
     found = []
     for processors in (1, 3, 20, 132):
         world = emulated_world(processors=processors)

@@ -1,5 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
+import itertools
+
 import numpy as np
 import oracle
 import pytest
@@ -242,7 +244,7 @@ def test_every_kind(world, rng, kind):
     check(world, model, *model.case(rng))
 
 
-@pytest.mark.parametrize("kind", ["ordinary", "normalised", "scales of heads"])
+@pytest.mark.parametrize("kind", ["ordinary", "normalised", "scales of heads", "x-packed"])
 def test_tokens_beyond_the_slots(world, rng, kind):
     """As in a captured graph: their queries are rotated, and of their keys there may be no rows."""
     model = KINDS[kind]
@@ -288,11 +290,33 @@ def test_many_tokens_in_x_packed_caches(world, rng, slots, interleaved):
         np.testing.assert_array_equal(spec.on(world.bytes_of(spec)), wanted)
 
 
-@pytest.mark.parametrize("sections", [None, (8, 12, 12)])
-@pytest.mark.parametrize("bad", [-1, rotating.POSITIONS, 2**31, 2**62, -(2**63)])
-def test_positions_outside_the_table(world, rng, bad, sections):
+@pytest.mark.parametrize("layout", ["x-packed", "interleaved"])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_several_parts_of_heads_in_x_packed_caches(world, rng, layout, kv_cache_dtype):
+    """Heads of more bytes than a thread block takes, and tokens of more than one tile."""
+    sizes = {"heads": 2, "kv_heads": 3, "size": 160, "value_size": 272, "rotary": 96}
+    model = Model(
+        **sizes, layout=layout, kv_cache_dtype=kv_cache_dtype, block_size=16, blocks=3, norm=1e-6
+    )
+    step, named = model.case(rng, tokens=21)
+    slots = step[7].on(step[7].buffer.bytes)
+    slots[:] = np.arange(9, 30)  # a group of slots that are neighbours, and others
+    slots[18:] = [3, 40, -1]
+    check(world, model, step, named)
+
+
+@pytest.mark.parametrize(
+    "bad, sections, layout",
+    [
+        *itertools.product(
+            [-1, rotating.POSITIONS, 2**31, 2**62, -(2**63)], [None, (8, 12, 12)], ["NHD"]
+        ),
+        (-1, (8, 12, 12), "x-packed"),
+    ],
+)
+def test_positions_outside_the_table(world, rng, bad, sections, layout):
     """The token is skipped, in every array, and recorded."""
-    model = Model(sections=sections)
+    model = Model(sections=sections, layout=layout)
     step, named = model.case(rng)
     step[0].on(step[0].buffer.bytes)[..., 2] = bad if sections is None else [3, bad, 5]
     check(world, model, step, named)
@@ -303,8 +327,9 @@ def test_positions_outside_the_table(world, rng, bad, sections):
     } == {(NAME, "positions", 2, bad, rotating.POSITIONS)}  # fmt: skip
 
 
-def test_slots_past_the_cache(world, rng):
-    model = KINDS["ordinary"]
+@pytest.mark.parametrize("kind", ["ordinary", "x-packed"])
+def test_slots_past_the_cache(world, rng, kind):
+    model = KINDS[kind]
     step, named = model.case(rng)
     step[7].on(step[7].buffer.bytes)[3] = 20
     check(world, model, step, named)

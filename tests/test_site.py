@@ -79,3 +79,9 @@ def test_the_reference_is_rendered(site):
     assert not [anchor for anchor in anchors if anchor not in text]
     assert 'id="cupy_cache.flash_attn.flash_attn_with_kvcache"' in text
     assert "system-message" not in text  # what docutils could not read
+
+
+def test_names_on_pages_are_links(site):
+    links = Page(site / "from_others.html").links
+    for name in ("copy_tokens", "PagedKVCache.attend", "flash_attn.flash_attn_varlen_func"):
+        assert any(link.endswith(f"#cupy_cache.{name}") for link in links), name

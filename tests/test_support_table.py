@@ -95,6 +95,7 @@ class Memory:
 
 
 PARTS = 4
+PARTS_ON_A_GPU = 12  # each kernel is compiled
 
 
 def few(dtypes):
@@ -159,8 +160,9 @@ def test_every_marked_call_runs_on_the_cpu(table, marked, monkeypatch, rng, part
 
 
 @pytest.mark.gpu
-def test_every_marked_call_runs_on_a_gpu(table, marked, monkeypatch, rng):
+@pytest.mark.parametrize("part", range(PARTS_ON_A_GPU))
+def test_every_marked_call_runs_on_a_gpu(table, marked, monkeypatch, rng, part):
     import cupy
 
     memory = Memory(cupy, rng, arrays.Device("cuda", cupy.cuda.Device().id))
-    run_all(table, marked, monkeypatch, memory, few)
+    run_all(table, marked[part::PARTS_ON_A_GPU], monkeypatch, memory, few)

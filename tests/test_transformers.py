@@ -3,11 +3,15 @@
 """Stock models of transformers, small and with random weights, give the same tokens with our
 attention and cache as with their own. Skipped where transformers is not installed."""
 
+import copy
+import gc
 import inspect
+import pickle
 import re
 import subprocess
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -302,6 +306,8 @@ def batch(model, prompts, new=12, **settings):
     size = {"block_size": 8}
     if "block_size" not in inspect.signature(transformers.ContinuousBatchingConfig).parameters:
         size = {"page_size": 8}
+    if model.device.type == "cpu":  # otherwise a GPU that is there is used for its graphs
+        size["use_cuda_graph"] = False
     settings = size | {"num_blocks": 60, "max_batch_tokens": 48} | settings
     found = model.generate_batch(
         [prompt.tolist() for prompt in prompts],
@@ -374,8 +380,13 @@ def test_the_page():
     names = {}
     for part in parts:
         exec(compile(part, str(page), "exec"), names)
-    assert len(parts) == 3 and names["cache"].get_seq_length() == 59
+    assert len(parts) == 4 and names["cache"].get_seq_length() == 59
     assert [len(one.generated_tokens) for one in names["results"].values()] == [20, 20, 20]
+    model, tables = names["model"], names["tables"]
+    model.set_attn_implementation("eager")
+    for name in "ab":
+        *given, last = tables.tokens(name)
+        assert generate(model, torch.tensor([given]), new=1)[0, -1] == last
 
 
 # --- what is refused
@@ -391,6 +402,74 @@ def test_gradients_are_refused():
     model, _ = prepared()
     with pytest.raises(ArgumentError, match=r"attention: Invalid kind of query.*no_grad"):
         model(tokens(1, 3))
+
+
+def test_a_refused_call_leaves_no_trace():
+    model, given = make(), tokens(2, 9)
+    model.set_attn_implementation("cupy_cache")
+    cache = hf.PagedCache(model.config, 4)
+    with pytest.raises(ArgumentError, match="needs no gradient"):
+        model(given, **{CACHE: cache})
+    expected = forward(model, given, hf.PagedCache(model.config, 4))
+    assert forward(model, given, cache).equal(expected)
+
+
+def test_a_call_that_failed_half_way_is_told(monkeypatch):
+    """The first layer has tokens that the others have not."""
+    model, given = make(), tokens(2, 9)
+    model.set_attn_implementation("cupy_cache")
+    cache = hf.PagedCache(model.config, 4)
+    expected = forward(model, given, cache)
+    with monkeypatch.context() as changed, pytest.raises(MemoryError):
+        changed.setattr(model.model.layers[1].mlp, "forward", raising(MemoryError))
+        forward(model, given[:, :1], cache)
+    with pytest.raises(ArgumentError, match=r"reset\(\) the cache, or crop\(\) it"):
+        forward(model, given[:, :1], cache)
+    cache.crop(9)
+    more = torch.cat([given, given[:, :1]], 1)
+    wanted = forward(model, more, hf.PagedCache(model.config, 4))[:, -1:]
+    torch.testing.assert_close(forward(model, given[:, :1], cache), wanted, rtol=1e-4, atol=1e-4)
+    cache.reset()
+    assert forward(model, given, cache).equal(expected)
+
+
+def raising(error):
+    """A function that does."""
+
+    def function(*args, **options):
+        raise error
+
+    return function
+
+
+def test_memory_is_free_as_soon_as_a_cache_is_dropped():
+    model = make()
+    model.set_attn_implementation("cupy_cache")
+    cache = hf.PagedCache(model.config, 4)
+    forward(model, tokens(1, 5), cache)
+    pages = weakref.ref(cache.pages)
+    gc.disable()
+    try:
+        del cache
+        assert pages() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.copy, copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))]
+)
+def test_caches_are_copied_while_they_are_empty(copied):
+    """A copy has layers of its own."""
+    model, given = make(), tokens(1, 5)
+    model.set_attn_implementation("cupy_cache")
+    cache = hf.PagedCache(model.config, 4, max_length=100, kv_cache_dtype="fp8", k_scales=0.5)
+    other = copied(cache)
+    other._config = model.config
+    forward(model, given, other)
+    assert cache.pages is None and other.pages is not None and other._format == cache._format
+    with pytest.raises(cc.CopyError, match="PagedCache: it cannot be copied"):
+        copied(other)
 
 
 def test_dropout_is_refused():

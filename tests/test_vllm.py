@@ -170,7 +170,46 @@ def test_tokens_without_context_take_the_suffix(rng, count, with_lse):
         np.testing.assert_allclose(lse, expected_lse, rtol=1e-5, atol=1e-7)
 
 
+def merging(rng, out, lse, count, rows=5, columns=5, like=np.asarray):
+    """A call of `merge_attn_states` with so many rows and columns of what is merged."""
+    given = [rng.standard_normal((rows, 3, 8)).astype(np.float32) for _ in range(2)]
+    lses = [rng.standard_normal((3, columns)).astype(np.float32) for _ in range(2)]
+    prefix, suffix, *put = map(like, (*given, *lses))
+    ops.merge_attn_states(out, prefix, put[0], suffix, put[1], lse, count)
+    return given[1], lses[1]
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_there_may_be_more_of_everything_but_of_the_output(rng, kind):
+    out, lse = np.full((5, 3, 8), np.nan, np.float32), np.full((3, 7), 9, np.float32)
+    like = np.asarray
+    if kind == "torch":
+        like = pytest.importorskip("torch").from_numpy
+    suffix, suffix_lse = merging(rng, like(out), like(lse), 2, rows=8, columns=6, like=like)
+    np.testing.assert_array_equal(out[2:], suffix[2:5])
+    assert np.isfinite(out[:2]).all()
+    np.testing.assert_array_equal(lse[:, 2:5], suffix_lse[:, 2:5])
+    assert (lse[:, :2] != 9).all() and (lse[:, 5:] == 9).all()
+
+
 # --- what is refused ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [0, 2, 5])
+@pytest.mark.parametrize("rows, columns, width", [(4, 5, 5), (5, 4, 5), (5, 5, 4)])
+def test_nothing_is_merged_where_the_suffix_is_too_short(rng, count, rows, columns, width):
+    out, lse = np.full((5, 3, 8), 7, np.float32), np.full((3, width), 7, np.float32)
+    with pytest.raises(cc.ShapeError, match="merge_attn_states: Invalid shape"):
+        merging(rng, out, lse, count, rows, columns)
+    assert (out == 7).all() and (lse == 7).all()
+
+
+def test_nothing_is_merged_into_what_the_suffix_cannot_be_copied_to(rng):
+    torch = pytest.importorskip("torch")
+    out, lse = torch.full((5, 3, 8), 7.0), torch.full((3, 5), 7.0)
+    with pytest.raises(cc.DTypeError, match="framework of suffix_output: expected torch"):
+        merging(rng, out, lse, 2)
+    assert (out == 7).all() and (lse == 7).all()
 
 
 def zeros(*shape, dtype=np.float16):
@@ -292,6 +331,15 @@ def test_names_that_are_none(vllm):
     with pytest.raises(cc.ArgumentError, match="expected some of .*got 'unrelated'"):
         ops.install(["convert_fp8", "unrelated"])
     assert contents(vllm) == before
+
+
+@pytest.mark.parametrize("name, words", [
+    ("copy_blocks", "cupy_cache.copy_blocks is it"), ("rms_norm", "from vllm._custom_ops"),
+])  # fmt: skip
+def test_names_that_are_elsewhere(name, words):
+    with pytest.raises(AttributeError, match=words):
+        getattr(ops, name)
+    assert not hasattr(ops, "__wrapped__")
 
 
 def test_without_vllm(monkeypatch):

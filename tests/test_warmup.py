@@ -126,6 +126,11 @@ class Calls:
         for rows in (None, self.numbers([0], "requests")):
             step = rows, positions, bounds, [BLOCK, BLOCK]
             cc.slot_mapping_groups([table, table], *step)
+        if len(caches) == 2:
+            bound = cc.PagedKVCache(*([cache] for cache in caches), self.kv_cache_dtype, 0.5, 0.5)
+            out = [self.make(self.TOKENS, HEADS, size) for size in (SIZE, self.value_size)]
+            for starts in (None, self.numbers([3], "starts")):
+                bound.gather(0, table, bounds, seq_starts=starts, out=out)
         if self.layout == "x-packed":
             for cache, size, side in zip(caches, (SIZE, self.value_size), ("key", "value")):
                 rows = self.make(self.TOKENS, HEADS, size, dtype=self.stored)

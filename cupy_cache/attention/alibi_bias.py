@@ -8,7 +8,7 @@ import functools
 from typing import Any, Literal
 
 from .. import cpu
-from ..errors import ArgumentError, ShapeError
+from ..errors import ArgumentError, DTypeError, ShapeError
 from ..runtime import (
     arrays,
     contract,
@@ -18,6 +18,7 @@ from ..runtime import (
     modules,
     params,
     plans,
+    segments,
     spelling,
     streams,
 )
@@ -25,8 +26,9 @@ from ..types import ArrayLike, StreamLike
 
 NAME = "alibi_bias"
 PARAMS = params.Struct(
-    "slopes:ptr query_positions:ptr key_positions:ptr out:ptr heads:i64 queries:i64 keys:i64 "
-    "out_head_stride:i64 out_query_stride:i64",
+    "slopes:ptr query_positions:ptr key_positions:ptr out:ptr query_start_loc:ptr cu_seq_lens:ptr "
+    "heads:i64 queries:i64 keys:i64 out_head_stride:i64 out_query_stride:i64 sequences:i64 "
+    "even.segments:f32 even.rows:f32",
     "slope_stride:i64 query_stride:i64 key_stride:i64 causal:u32 root:u32",
 )
 MAX_THREADS = 256
@@ -43,6 +45,8 @@ def alibi_bias(
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     sqrt: bool = False,
     causal: bool = False,
+    query_start_loc: ArrayLike | None = None,
+    cu_seq_lens: ArrayLike | None = None,
     stream: StreamLike | None = None,
 ) -> Any:
     """Compute what ALiBi adds to the scaled attention scores: for head ``h``, query ``i`` and key
@@ -70,6 +74,13 @@ def alibi_bias(
         ahead of the query, as in Step1.
     causal : bool
         Keys ahead of the query get -infinity.
+    query_start_loc, cu_seq_lens : int32 or int64 arrays [num_sequences + 1], optional
+        Both, or neither: queries and keys are those of a ragged batch, one sequence after the
+        other. Sequence ``b`` has the queries from ``query_start_loc[b]`` to before
+        ``query_start_loc[b + 1]``, as for `paged_attention`, and the keys from ``cu_seq_lens[b]``
+        to before ``cu_seq_lens[b + 1]``, as `gather_cache` puts them; never descending, contiguous.
+        Keys of other sequences than the query's get -infinity, and so do all keys for a query that
+        belongs to none. Positions are those in their own sequences.
     stream : optional
         Where to enqueue; by default the current stream of the framework that owns ``out``, or else
         ``query_positions``.
@@ -91,6 +102,10 @@ def alibi_bias(
     bits and rounded to float32, which holds it exactly up to 2**24; for ``sqrt`` the correctly
     rounded root follows. The float32 product with the slope is rounded to ``dtype`` to nearest,
     ties to even. CPU and GPU agree in every bit.
+
+    A number of ``query_start_loc`` or ``cu_seq_lens`` below the one before is recorded (see
+    `raise_faults`) under its place. A query that lies between the starts of several sequences is
+    then one of them's, or none's; the same on CPU and GPU.
 
     The formulas are those of Press, Smith, Lewis: "Train Short, Test Long" (2022), and, for
     ``sqrt``, of vLLM's attention kernels.
@@ -116,7 +131,16 @@ def alibi_bias(
         shape = *heads.shape, *like.shape, *keys.shape
         made_of = wanted or formats.DTYPES["float32"]
         out = streams.empty(like.framework, like.device, shape, made_of, stream)
-    OP((slopes, query_positions, key_positions, out), options, stream)
+    given = slopes, query_positions, key_positions, out
+    if query_start_loc is not None or cu_seq_lens is not None:
+        for name, array in (("query_start_loc", query_start_loc), ("cu_seq_lens", cu_seq_lens)):
+            if array is None:
+                raise DTypeError(
+                    f"{NAME}: Invalid type of {name}: expected an array beside the other starts, "
+                    "got None"
+                )
+        given = *given, query_start_loc, cu_seq_lens
+    OP(given, options, stream)
     return out
 
 
@@ -139,29 +163,41 @@ def _dtype(dtype):
 def _plan(op, described, options):
     wanted, sqrt, causal = options
     check = contract.Contract(NAME)
-    slopes, queries, keys, out = described
+    slopes, queries, keys, out, *starts = described
+    starts = [array for array in starts if array is not None]
+    for arg, array in zip(op.args[4:], starts):
+        check.shape(arg.name, array, "_")
+        check.dtype(arg.name, array, *formats.INDICES)
+        check.contiguous_rows(arg.name, array)
     for arg, array in zip(op.args[:3], described):
         check.shape(arg.name, array, "_")
         indices = (formats.DTYPES["float32"],) if array is slopes else formats.INDICES
         check.dtype(arg.name, array, *indices)
     check.shape("out", out, "_ _ _")
     check.dtype("out", out, *([formats.DTYPES[wanted]] if wanted else formats.FLOATS))
-    for arg, array in zip(op.args, described):
+    for arg, array in zip(op.args, (*described[:4], *starts)):
         check.device(arg.name, array)
         check.aligned(arg.name, array)
     check.contiguous("out", out)
     arrays.require_writable(out, NAME, "out")
     if out.device.kind == "cpu":
         run = functools.partial(cpu.alibi_bias, dtype=out.dtype, sqrt=sqrt, causal=causal)
-        return plans.NumPyPlan(run, (*(a.dtype.numpy for a in described[:3]), out.dtype.bits))
+        dtypes = [a and a.dtype.numpy for a in described]
+        dtypes[3] = out.dtype.bits
+        return plans.NumPyPlan(run, dtypes)
 
     device = out.device.index
     wide = contract.vector_bytes(out.ptr, *out.strides[:2]) == VECTOR
     vector = VECTOR if wide else out.dtype.bytes
-    types = ", ".join(spelling.INDEX_NAMES[array.dtype.name] for array in (queries, keys))
+    types = [spelling.INDEX_NAMES[array.dtype.name] for array in (queries, keys, *starts)]
+    types = ", ".join([*types, "void", "void"][:4])
     element = spelling.ELEMENT_NAMES[out.dtype.name]
     kernel = modules.Kernel(
-        NAME, NAME, f"{NAME}<{element}, {vector}, {types}, {MAX_THREADS}>", PARAMS
+        NAME,
+        NAME,
+        f"{NAME}<{element}, {vector}, {types}, {MAX_THREADS}>",
+        PARAMS,
+        guarded=("query_start_loc", "cu_seq_lens"),
     )
     strides = slopes.strides[0], queries.strides[0], keys.strides[0]
     launcher = launch.Launcher(kernel, device, (*strides, causal, sqrt))
@@ -181,14 +217,21 @@ def _plan(op, described, options):
 def _count(extents, options, scalars):
     """(Heads, queries and keys, or 0; these and the strides of heads and queries)."""
     del options, scalars
-    *counts, (shape, strides) = extents
+    *counts, (shape, strides), starts, bounds = extents
     if (*shape,) != (*counts,):
         raise ShapeError(
             f"{NAME}: Invalid shape of out: expected [num_heads={counts[0]}, "
             f"num_queries={counts[1]}, num_keys={counts[2]}], got {list(shape)}"
         )
     contract.check_apart(NAME, "out", shape, strides, strides[-1] if shape[-1] > 1 else 1)
-    fields = *shape, *strides[:2]
+    if starts != bounds or starts == 0:
+        expected = f"[{starts}] like query_start_loc" if starts else "one more than sequences"
+        raise ShapeError(
+            f"{NAME}: Invalid shape of cu_seq_lens: expected {expected}, got [{bounds}]"
+        )
+    sequences = starts - 1 if starts else 0
+    contract.check_sequence_count(NAME, "query_start_loc", sequences)
+    fields = *shape, *strides[:2], sequences, *segments.evenly(sequences, shape[1])
     return tuple(shape) if 0 not in shape else 0, fields
 
 
@@ -199,6 +242,8 @@ OP = dispatch.Op(
         dispatch.Arg("query_positions", varies=dispatch.ROWS, index=True),
         dispatch.Arg("key_positions", varies=dispatch.ROWS, index=True),
         dispatch.Arg("out", varies=(0, 1, 2), written=True),
+        dispatch.Arg("query_start_loc", varies=dispatch.ROWS, optional=True, index=True),
+        dispatch.Arg("cu_seq_lens", varies=dispatch.ROWS, optional=True, index=True),
     ),
     plan=_plan,
     destination=3,

@@ -108,7 +108,7 @@ def paged_attention(
         of pages in which heads come first, or which hold K|V, work. ``num_heads`` is any multiple
         of ``num_kv_heads``, and the head sizes of keys and values may differ.
     block_table : int32 or int64 array [at least num_seqs, width]
-        Block numbers of each sequence; the last dimension contiguous. What is behind a sequence's
+        Block numbers of each sequence; the last dimension contiguous. What is after a sequence's
         last page, or before all that its window reaches, is not read.
     seq_lens : int32 or int64 array [num_seqs]
         Tokens of each sequence in the cache. Contiguous.
@@ -171,8 +171,9 @@ def paged_attention(
 
     A query that sees no token, as in an empty sequence or before the first token of one, gets zeros
     in ``out`` and -infinity in ``lse``, with sinks too. What a cache holds where no query of a
-    sequence looks, as in the unwritten rows of its last block, has no effect, NaN included. A value
-    that is not finite may reach further queries of its sequence than those that see it.
+    sequence looks, as in the unwritten rows of its last block, has no effect, NaN included. A query
+    of which a logit is NaN, or infinity, gets NaN in both. A value that is not finite may reach
+    further queries of its sequence than those that see it.
 
     A length below 0 or above ``width * block_size`` counts as the nearer of the two, and tokens in
     blocks that the cache does not have count as not there. Both are recorded under the number of
@@ -336,7 +337,8 @@ def _plan(op, described, options):
 
     check.dtype("query", query, *formats.FLOATS)
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        check.dtype(name, cache, *(fmt.storage or (query.dtype,)))
+        way_out = "" if fmt.storage else "a raw cache has the dtype of query"
+        check.dtype(name, cache, *(fmt.storage or (query.dtype,)), way_out=way_out)
     for name, allowed in (("alibi_slopes", {FLOAT32}), ("sinks", {FLOAT32, query.dtype})):
         if named[name] is not None:
             check.dtype(name, named[name], *allowed)

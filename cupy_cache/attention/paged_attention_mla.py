@@ -130,8 +130,8 @@ def paged_attention_mla(
 
     A query that sees no token gets zeros in ``out`` and -infinity in ``lse``. What a cache holds
     where no query of a sequence looks, as in the unwritten rows of its last block, has no effect,
-    NaN included. A value that is not finite may reach further queries of its sequence than those
-    that see it.
+    NaN included. A query of which a logit is NaN, or infinity, gets NaN in both. A value that is
+    not finite may reach further queries of its sequence than those that see it.
 
     A length below 0 or above ``width * block_size`` counts as the nearer of the two, and tokens in
     blocks that the cache does not have count as not there. Both are recorded under the number of

@@ -8,7 +8,7 @@ import collections
 from typing import Any
 
 from .. import errors
-from ..errors import ArgumentError, OutOfBlocksError
+from ..errors import ArgumentError, DTypeError, OutOfBlocksError
 from ..runtime import contract
 
 
@@ -73,7 +73,8 @@ class BlockPool:
 
     def share(self, block: int) -> None:
         """Add a user to a block that has users or, if it is free, a content."""
-        users = self.users(block)
+        block = self._number(block)
+        users = self._users[block]
         if not users:
             if block not in self._kept:
                 self._refuse("share", block, "a block with users or a content")
@@ -82,7 +83,8 @@ class BlockPool:
 
     def drop(self, block: int) -> None:
         """Remove a user of a block; without any it is free."""
-        users = self.users(block)
+        block = self._number(block)
+        users = self._users[block]
         if not users:
             self._refuse("drop", block, "a block with users")
         self._users[block] = users - 1
@@ -94,12 +96,7 @@ class BlockPool:
 
     def users(self, block: int) -> int:
         """How many users a block has."""
-        if type(block) is not int:
-            block = contract.integer("BlockPool", "block", block)
-        if not 0 <= block < self.num_blocks:
-            expected = f"a block in 0..{self.num_blocks - 1}" if self.num_blocks else "no block"
-            raise ArgumentError(errors.wrong("value", "BlockPool: block", expected, str(block)))
-        return self._users[block]
+        return self._users[self._number(block)]
 
     def hold(self, block: int, content: bytes) -> bool:
         """Say what a block that has users holds. It is given up where another block holds it
@@ -110,7 +107,9 @@ class BlockPool:
         bool
             Whether this block is the one that `find` tells.
         """
-        if not self.users(block):
+        block = self._number(block)
+        self._require_content("hold", content)
+        if not self._users[block]:
             self._refuse("hold", block, "a block with users")
         holder = self._holders.get(content)
         if holder is not None:
@@ -121,11 +120,12 @@ class BlockPool:
 
     def find(self, content: bytes) -> int | None:
         """The block that holds ``content``; it is not taken: see `share`."""
+        self._require_content("find", content)
         return self._holders.get(content)
 
     def forget(self, block: int) -> None:
         """Say that a block no longer holds its content, if it has one."""
-        self.users(block)
+        block = self._number(block)
         content = self._contents[block]
         if content is None:
             return
@@ -137,6 +137,21 @@ class BlockPool:
 
     def __repr__(self) -> str:
         return f"<BlockPool: {self.num_free} of {self.num_blocks} blocks are free>"
+
+    def _number(self, block: int) -> int:
+        """``block``, which must be one."""
+        if type(block) is not int:
+            block = contract.integer("BlockPool", "block", block)
+        if not 0 <= block < self.num_blocks:
+            expected = f"a block in 0..{self.num_blocks - 1}" if self.num_blocks else "no block"
+            raise ArgumentError(errors.wrong("value", "BlockPool: block", expected, str(block)))
+        return block
+
+    @staticmethod
+    def _require_content(method: str, content: Any) -> None:
+        if type(content) is not bytes:
+            name, got = f"BlockPool.{method}: content", contract.shown(content)
+            raise DTypeError(errors.wrong("type", name, "bytes", got))
 
     def _refuse(self, method: str, block: Any, expected: str) -> None:
         name = f"BlockPool.{method}: block"

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import array
 import hashlib
-import operator
 from collections.abc import Hashable, Iterator, Sequence
 from typing import SupportsIndex
 
@@ -71,7 +70,7 @@ class BlockTables:
     host_blocks : int
         Blocks of the cache in host memory that sequences are swapped out to.
     reuse_prefixes : bool
-        Whether `add` finds blocks that hold the same tokens behind the same tokens.
+        Whether `add` finds blocks that hold the same tokens after the same tokens.
     framework, device
         Of a step's arrays: as of `PagedKVCache.allocate`.
 
@@ -158,11 +157,11 @@ class BlockTables:
         return self._found("length", sequence).length
 
     def tokens(self, sequence: Hashable) -> list[int]:
-        """The tokens of a sequence, from the first one on, as far as they were told."""
+        """The tokens of a sequence, in order, as far as `add` and `append` gave them."""
         return self._found("tokens", sequence).tokens.tolist()
 
     def num_pending(self, sequence: Hashable) -> int:
-        """How many tokens of a sequence were told, but have no slot: what the next steps feed."""
+        """How many tokens of a sequence are known, but have no slot: what the next steps feed."""
         found = self._found("num_pending", sequence)
         return max(len(found.tokens) - found.length, 0)
 
@@ -196,7 +195,7 @@ class BlockTables:
         sequence : hashable
             Its name, which no other has.
         tokens : sequence of int
-            Of its prompt, as far as it is known. Full blocks that hold the same tokens behind the
+            Of its prompt, as far as it is known. Full blocks that hold the same tokens after the
             same tokens are shared.
         salt : bytes
             Blocks are shared only among sequences of the same salt: what else decides keys and
@@ -229,12 +228,12 @@ class BlockTables:
         return found.length
 
     def append(self, sequence: Hashable, tokens: SupportsIndex | Sequence[SupportsIndex]) -> None:
-        """Tell the next tokens of a sequence, such as the one that was sampled, before the step
+        """Add the next tokens of a sequence, such as the one that was sampled, before the step
         that writes their keys and values. No room is made for them: that is `step`'s.
 
         Full blocks of known tokens are found by `add` when their sequence goes on, by this or by
-        another step: only then is it sure that a step's work was done. So tell the last token of a
-        sequence, too, before it is freed.
+        another step: only then is it sure that a step's work was done. So append the last token of
+        a sequence, too, before it is freed.
         """
         found = self._found("append", sequence)
         known = (tokens,) if type(tokens) is int else _numbers("append", tokens)
@@ -391,9 +390,12 @@ class BlockTables:
     def _planned(self, method, sequences, counts):
         """(The sequences, the counts as integers, how many blocks that takes)."""
         name = f"{NAME}.{method}"
-        if len(sequences) != len(counts):
-            expected = f"one count for each of {len(sequences)} sequences"
-            raise ShapeError(errors.wrong("length", f"{name}: counts", expected, str(len(counts))))
+        try:
+            alike = len(sequences) == len(counts)
+        except TypeError:
+            alike = False
+        if not alike:
+            self._refuse_lists(name, sequences, counts)
         try:
             distinct = len(set(sequences)) == len(sequences)
         except TypeError:
@@ -435,9 +437,23 @@ class BlockTables:
             )
         return all_found, numbers, needed
 
+    @staticmethod
+    def _refuse_lists(name, sequences, counts):
+        """Say what is wrong with what is no list of names and as many counts."""
+        for argument, given in (("sequences", sequences), ("counts", counts)):
+            if isinstance(given, (str, bytes)) or not hasattr(given, "__len__"):
+                got = contract.shown(given)
+                raise DTypeError(errors.wrong("type", f"{name}: {argument}", "a list", got))
+        expected = f"one count for each of {len(sequences)} sequences"
+        raise ShapeError(errors.wrong("length", f"{name}: counts", expected, str(len(counts))))
+
     def _require_free(self, method, needed, pool):
         if needed > pool.num_free:
-            raise OutOfBlocksError(f"{NAME}.{method}", needed, pool.num_free, pool.num_blocks)
+            sizes = needed, pool.num_free, pool.num_blocks
+            if pool is self.host_pool:
+                way_out = "bring a sequence back, or free one: host_blocks= says how many there are"
+                raise OutOfBlocksError(f"{NAME}.{method}", *sizes, way_out)
+            raise OutOfBlocksError(f"{NAME}.{method}", *sizes)
 
     def _extend(self, all_found, counts):
         """Make room, for which there are blocks enough; returns the copies."""
@@ -593,7 +609,7 @@ class BlockTables:
         except TypeError:
             there = self._found(method, sequence, argument)
         if there:
-            self._refuse(method, sequence, "a sequence that is not there", "is", argument)
+            self._refuse(method, sequence, "a new name", "is taken", argument)
 
     def _refuse(self, method, sequence, expected, verb, argument="sequence"):
         name = f"{NAME}.{method}: {argument}"
@@ -624,12 +640,22 @@ def _digest(data, kind):
 
 def _numbers(method, tokens):
     """Tokens, or one, as an array of 64-bit integers."""
+    given = tokens
     try:
-        tokens = [operator.index(tokens)]
+        given = [contract.index(tokens)]
     except (TypeError, ValueError):  # it is no single one
         pass
     try:
-        return array.array("q", iter(tokens))
+        if "bool" in str(getattr(given, "dtype", "")):
+            raise TypeError("booleans")
+        if not isinstance(given, (list, tuple)):
+            given = list(given)
+        numbers = array.array("q", given)
+        # Booleans are 0 or 1: what is neither need not be looked at.
+        small = np.frombuffer(numbers.tobytes(), np.uint64) < 2
+        for at in small.nonzero()[0].tolist():
+            contract.index(given[at])
+        return numbers
     except (TypeError, ValueError, OverflowError) as error:
         name, got = f"{NAME}.{method}: tokens", contract.shown(tokens)
         raise ArgumentError(errors.wrong("value", name, "integers", f"{got} ({error})")) from error

@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import errors
 from ..errors import ArgumentError, DeviceError, ShapeError
-from ..runtime import arrays, contract, formats, streams
+from ..runtime import arrays, contract, dlpack, formats, streams
 from ..types import ArrayLike
 
 INT32 = formats.DTYPES["int32"]
@@ -153,7 +153,9 @@ def csr_to_block_table(
 
 def _host(check, name, array, pattern):
     """Numbers in host memory as an int64 NumPy array, and what describes them."""
-    view = arrays.view(array, f"{check.op}: {name}")
+    # What owns an export lives until the numbers are copied.
+    metadata = arrays.read(array, f"{check.op}: {name}", dlpack.LOOK)
+    view = arrays.describe(metadata, f"{check.op}: {name}")
     check.shape(name, view, pattern)
     check.dtype(name, view, *formats.INDICES)
     if view.device.kind != "cpu":

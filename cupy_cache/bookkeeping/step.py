@@ -27,18 +27,18 @@ class Step:
     Attributes
     ----------
     block_table : int32 array [S, width]
-        Block numbers of each sequence; -1 behind its last block, and in rows of no sequence.
+        Block numbers of each sequence; -1 after its last block, and in rows of no sequence.
     seq_lens : int32 array [S]
         Tokens of each sequence, those of this step included; 0 where there is none.
     query_start_loc : int32 array [S + 1]
-        Where each sequence's tokens start; behind the last sequence the end of all.
+        Where each sequence's tokens start; after the last sequence the end of all.
     positions : int64 array [T]
         Of each token in its sequence; 0 for padding.
     slot_mapping : int64 array [T]
         Where each token is written; -1 for padding.
     token_ids : int64 array [T]
-        The tokens themselves, as `add` and `append` told them: what the model is fed. 0 for
-        padding, and for tokens that were not told.
+        The tokens themselves, as `add` and `append` gave them: what the model is fed. 0 for
+        padding, and for tokens that were not given.
     copies : list of (source, destination)
         Blocks to be copied before anything is written, by `copy_blocks`: sequences that shared
         their last block get one of their own.
@@ -71,6 +71,13 @@ class Step:
         self.slot_mapping, self.positions, self.token_ids, self.query_start_loc = views[:4]
         self.seq_lens, self.block_table, self.copies = *views[4:], copies
         self.num_sequences, self.num_tokens, self.max_seq_len, self.max_query_len = sizes
+
+    def __repr__(self) -> str:
+        text = (
+            f"<Step of {self.num_tokens} new tokens of {self.num_sequences} sequences, the longest "
+            f"{self.max_seq_len}, in arrays for {len(self.slot_mapping)} and {len(self.seq_lens)}"
+        )
+        return f"{text}, {len(self.copies)} blocks to copy>" if self.copies else f"{text}>"
 
 
 class Buffers:

@@ -391,7 +391,7 @@ def as_text(facts):
         if entry["command"]:
             rows.append(("", f"bring it with: {entry['command']}"))
     if not facts["missing"]:
-        lacking = "nothing" if driver["cuda"] else "nothing without an NVIDIA driver"
+        lacking = "nothing" if driver["cuda"] else "nothing, for a machine without an NVIDIA driver"
         rows.append(("missing", lacking))
     width = max(len(name) for name, _ in rows) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows)

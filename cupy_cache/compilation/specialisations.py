@@ -31,6 +31,7 @@ from ..ops.cp_gather_cache import cp_gather_cache
 from ..ops.cp_gather_indexer_k_quant_cache import cp_gather_indexer_k_quant_cache
 from ..ops.gather_and_maybe_dequant_cache import gather_and_maybe_dequant_cache
 from ..ops.gather_cache import gather_cache
+from ..ops.gather_slots import gather_slots
 from ..ops.indexer_k_quant_and_cache import indexer_k_quant_and_cache
 from ..ops.pack_blocks import pack_blocks, pack_tokens, unpack_blocks, unpack_tokens
 from ..ops.reshape_and_cache import reshape_and_cache
@@ -38,6 +39,7 @@ from ..ops.reshape_and_cache_flash import reshape_and_cache_flash
 from ..ops.reshape_and_cache_flash_per_token_head import reshape_and_cache_flash_per_token_head
 from ..ops.rotary_and_cache import rotary_and_cache
 from ..ops.rotary_embedding import rotary_embedding
+from ..ops.shared import gathering_both
 from ..ops.slot_mapping import slot_mapping
 from ..ops.slot_mapping_groups import slot_mapping_groups
 from ..ops.swap_blocks import swap_blocks
@@ -488,6 +490,31 @@ def _cp_gather(model):
 def _dequant_gather(model):
     if model.kv_cache_dtype == formats.FP8_DS_MLA:
         return
+    yield from _both_gathers(model)
+
+    def gather(cache, numbers, scales, layout, table, bounds, starts):
+        gather_and_maybe_dequant_cache(
+            cache, numbers, table, bounds, None, ROWS, model.kv_cache_dtype, seq_starts=starts,
+            layout=layout, **scales,
+        )  # fmt: skip
+
+    for read, sequences in itertools.product(_dequantised(model), _read_sequences(model)):
+        yield gather, *read, *sequences
+
+
+def _slot_gather(model):
+    if model.kv_cache_dtype == formats.FP8_DS_MLA:
+        return
+
+    def gather(cache, numbers, scales, layout, slots):
+        gather_slots(cache, numbers, slots, model.kv_cache_dtype, layout=layout, **scales)
+
+    for read, slots in itertools.product(_dequantised(model), model.numbers("slots", ROWS)):
+        yield gather, *read, slots
+
+
+def _dequantised(model):
+    """Caches, rows of the model's numbers, named scales, and what gathering calls the layouts."""
     if model.by_token:
         name, every_scale = "scale_cache", model.token_scales()[:1]
         caches = [(cache, rows, "NHD") for cache, rows in _gathers(model) if len(rows.shape) == 3]
@@ -495,21 +522,34 @@ def _dequant_gather(model):
         name, every_scale = "scale", [keys for keys, _ in model.scales()]
         caches = [(cache, rows, "NHD") for cache, rows in _gathers(model)]
         caches += _packed_gathers(model)
-
-    def gather(scale, layout, *step):
-        scales = {"scale": None, name: scale}
-        table, bounds, starts = step[2:]
-        gather_and_maybe_dequant_cache(
-            *step[:2], table, bounds, None, ROWS, model.kv_cache_dtype, seq_starts=starts,
-            layout=layout, **scales,
-        )  # fmt: skip
-
     for (cache, rows, layout), scale in itertools.product(caches, every_scale):
         if len(rows.shape) == 2 and not isinstance(scale, float) and scale is not None:
             continue  # entries of latent attention have no heads
-        numbers = described(rows.shape, model.dtype)
+        yield cache, described(rows.shape, model.dtype), {"scale": None, name: scale}, layout
+
+
+def _both_gathers(model):
+    """Keys and values at once: `PagedKVCache.gather`."""
+    pairs = [(pair, ("NHD", "NHD")) for pair in model.pairs()]
+    every_scale = model.scales()
+    if model.by_token:
+        every_scale = [model.token_scales()]
+    else:
+        for *pair, interleaved in model.x_packed():
+            value_layout = "interleaved-value" if interleaved else "x-packed-value"
+            pairs.append((pair, ("x-packed-key", value_layout)))
+    sizes = model.key_size, model.value_size
+
+    def gather(caches, layouts, scales, table, bounds, starts):
+        rows = [described((ROWS, model.heads, size), model.dtype) for size in sizes]
+        given = [None if isinstance(one, float) else one for one in scales]
+        options = layouts, model.kv_cache_dtype, model.by_token
+        scalars = 1.0, 1.0, None
+        gathering_both.OP((*rows, table, bounds, starts, *caches, *given), options, None, scalars)
+
+    for (caches, layouts), scales in itertools.product(pairs, every_scale):
         for sequences in _read_sequences(model):
-            yield gather, scale, layout, cache, numbers, *sequences
+            yield gather, caches, layouts, scales, *sequences
 
 
 def _upconvert(model):
@@ -568,10 +608,17 @@ def _biases(model):
     def compute(dtype, keys, *step):
         alibi_bias(*step, described((keys,), step[1].dtype), dtype=dtype)
 
+    def compute_ragged(dtype, keys, starts, bounds, *step):
+        keys = described((keys,), step[1].dtype)
+        alibi_bias(*step, keys, dtype=dtype, query_start_loc=starts, cu_seq_lens=bounds)
+
     slopes = described((model.heads,), FLOAT32)
+    every_bounds = model.numbers("bounds", ROWS + 1)
     for dtype, queries in itertools.product(formats.FLOATS, model.numbers("positions", ROWS)):
         for keys in (ROWS, ROWS + 1):  # rows that are multiples of 16 bytes, and others
             yield compute, dtype.name, keys, slopes, queries
+            for starts, bounds in itertools.product(every_bounds, every_bounds):
+                yield compute_ragged, dtype.name, keys, starts, bounds, slopes, queries
 
 
 def _attention(model):
@@ -710,6 +757,7 @@ OPERATIONS = {
     "cp_gather_indexer_k_quant_cache": _indexer_gather,
     "gather_and_maybe_dequant_cache": _dequant_gather,
     "gather_cache": _gather,
+    "gather_slots": _slot_gather,
     "indexer_k_quant_and_cache": _indexer,
     "merge_attn_states": _merges,
     "pack_blocks": _moves(pack_blocks),

@@ -330,8 +330,12 @@ def alibi_slopes(out, count, first, power, step):
     out[...] = np.exp2(-step * steps)
 
 
-def alibi_bias(slopes, query_positions, key_positions, out, *_, dtype, sqrt, causal):
+def alibi_bias(
+    slopes, query_positions, key_positions, out, query_start_loc, cu_seq_lens, *_, dtype, sqrt,
+    causal,
+):  # fmt: skip
     """Write the bits of the bias of ``dtype`` to ``out``; see kernels_cu/alibi_bias.cu."""
+    hidden = None if query_start_loc is None else _of_others(query_start_loc, cu_seq_lens, out)
     queries, keys = (p.astype(np.int64) for p in (query_positions, key_positions))
     canonical = dtype.bits.type((1 << 8 * dtype.bytes - 1) - 1)
     with np.errstate(all="ignore"):
@@ -343,7 +347,24 @@ def alibi_bias(slopes, query_positions, key_positions, out, *_, dtype, sqrt, cau
             values = slope * offset
             if causal:
                 values = np.where(ahead > 0, np.float32(-np.inf), values)
+            if hidden is not None:
+                values = np.where(hidden, np.float32(-np.inf), values)
             out[head] = np.where(np.isnan(values), canonical, encode(values, dtype))
+
+
+def _of_others(query_start_loc, cu_seq_lens, out):
+    """Which keys are of other sequences than the query: [queries, keys]."""
+    _, queries, keys = out.shape
+    for name, starts, rows in (
+        ("query_start_loc", query_start_loc, queries), ("cu_seq_lens", cu_seq_lens, keys)
+    ):  # fmt: skip
+        later, places = starts[1:], np.arange(1, len(starts))
+        _record_first("alibi_bias", name, later < starts[:-1], later, rows + 1, places)
+    hidden, key = np.ones((queries, keys), bool), np.arange(keys)
+    row, sequence = _owners(query_start_loc, queries)
+    begin, end = (cu_seq_lens[sequence + more][:, np.newaxis] for more in (0, 1))
+    hidden[row] = (key < begin) | (key >= end)
+    return hidden
 
 
 def gather_cache(
@@ -357,18 +378,45 @@ def gather_cache(
     [blocks, slots, heads].
     """
     del sequences, width, step
-    cache = src_cache.transpose(0, *axes.slots, *axes.token)
+    slots = src_cache.shape[0], math.prod(src_cache.shape[axis] for axis in axes.slots)
+    tokens = _gathered(op, slots, block_table, cu_seq_lens, seq_starts, rows)
+    _read_tokens(src_cache, dst, scale, number, rows, *tokens, axes, stored, target)
+
+
+def gather_both(
+    key_rows, value_rows, block_table, cu_seq_lens, seq_starts, key_cache, value_cache, k_scale,
+    v_scale, rows, sequences, width, step, k_number, v_number, *_, op, sides,
+):  # fmt: skip
+    """The same of key and value cache; ``sides`` have the ``axes``, ``stored`` and ``target`` of
+    both."""
+    del sequences, width, step
+    slots = key_cache.shape[0], sides[0].block_size
+    tokens = _gathered(op, slots, block_table, cu_seq_lens, seq_starts, rows)
+    given = (key_cache, key_rows, k_scale, k_number), (value_cache, value_rows, v_scale, v_number)
+    for side, arrays in zip(sides, given):
+        _read_tokens(*arrays, rows, *tokens, side.axes, side.stored, side.target)
+
+
+def gather_slots(src_cache, dst, slot_mapping, scale, rows, number, *_, op, side):
+    """Copy tokens as `gather_cache`, by their slots; ``side`` has ``axes``, ``stored`` and
+    ``target``."""
+    places = _places(op, slot_mapping[:rows], src_cache.shape[0], side.block_size)
+    tokens = side.axes, side.stored, side.target
+    _read_tokens(src_cache, dst, scale, number, rows, *places, *tokens)
+
+
+def _read_tokens(cache, dst, scale, number, rows, row, block, offset, axes, stored, target):
+    """Write the tokens at these blocks and offsets to the rows ``row`` of ``dst``, of which there
+    are ``rows``; see `gather_cache`."""
+    cache = cache.transpose(0, *axes.slots, *axes.token)
     slots = cache.shape[1 : 1 + len(axes.slots)]
-    row, block, offset = _gathered(
-        op, (cache.shape[0], math.prod(slots)), block_table, cu_seq_lens, seq_starts, rows
-    )
     dense = len(slots) == 1 and cache.flags.c_contiguous and dst.flags.c_contiguous
-    if stored is None and dense and len(row) == rows and dst.size:
+    if stored is None and dense and len(block) == rows and dst.size:
         # All rows, each in one piece. Nothing is clipped, but the other modes need a buffer.
         flat, out = cache.reshape(-1, dst[0].size), dst[:rows].reshape(rows, -1)
         np.take(flat, block * slots[0] + offset, axis=0, out=out, mode="clip")
         return
-    tokens = cache[(block, *np.unravel_index(offset, slots))].reshape(len(row), *dst.shape[1:])
+    tokens = cache[(block, *np.unravel_index(offset, slots))].reshape(len(block), *dst.shape[1:])
     if stored is not None:
         by = np.float32(number) if scale is None else scale
         if by.ndim == 3:

@@ -37,16 +37,13 @@ traced, with the public function's error, which torch puts into one of its own. 
 and sizes that depend on data, are checked by the call.
 
 Caches that are views of the same pages, K|V say, are given as these pages, and the function that is
-compiled takes the views. Given as two arguments they are right with ``dynamic=False`` or None, but
-with ``dynamic=True`` torch itself (2.4 to 2.13, for its own operations too) makes a wrong function
-of them, or none; ``torch._dynamo.mark_static`` on both helps from torch 2.7 on. 2.4 and 2.7 also
-fail without ``dynamic`` where another argument's size changes.
+compiled takes the views: with ``dynamic=True`` torch itself is wrong about two arguments that share
+memory. docs/compiled_code.md has the versions.
 
 Nothing has a gradient. What is written counts as changed, so autograd refuses to go back through
-what it has saved of it. Needs torch 2.4, for ``torch.library.register_fake``; the rest
-(``torch.library.Library``, its ``define`` and ``impl``, ``torch.Tag``) is older. Tried with 2.4,
-which compiles no operation that writes a list of tensors, 2.5, 2.7, 2.11 and 2.13, whose Inductor
-writes caches in place, views and lists of them too; older ones may copy them.
+what it has saved of it. Needs torch 2.4, for ``torch.library.register_fake``. Tried with 2.4, which
+compiles no operation that writes a list of tensors, 2.5, 2.7, 2.11 and 2.13, whose Inductor writes
+caches in place, views and lists of them too; older ones may copy them.
 """
 
 import inspect
@@ -149,10 +146,12 @@ SCHEMAS = (
     'bool[]? sharded=None, int cp_world_size=1, int cp_rank=0, int cp_interleave=1) -> ()',
 
     'alibi_bias(Tensor slopes, Tensor query_positions, Tensor key_positions, *, '
-    'str? dtype=None, bool sqrt=False, bool causal=False) -> Tensor',
+    'str? dtype=None, bool sqrt=False, bool causal=False, Tensor? query_start_loc=None, '
+    'Tensor? cu_seq_lens=None) -> Tensor',
 
     'alibi_bias.out(Tensor slopes, Tensor query_positions, Tensor key_positions, Tensor(a!) out, '
-    '*, str? dtype=None, bool sqrt=False, bool causal=False) -> ()',
+    '*, str? dtype=None, bool sqrt=False, bool causal=False, Tensor? query_start_loc=None, '
+    'Tensor? cu_seq_lens=None) -> ()',
 
     'paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, '
     'Tensor seq_lens, *, Tensor? query_start_loc=None, float? scale=None, '

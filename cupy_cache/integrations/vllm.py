@@ -23,7 +23,7 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import cupy_cache
 from cupy_cache import (
@@ -41,8 +41,9 @@ from cupy_cache import (
     swap_blocks_batch,
 )
 
-from ..errors import ArgumentError, MissingDependencyError
-from ..runtime import contract
+from .. import errors
+from ..errors import ArgumentError, DTypeError, MissingDependencyError, ShapeError
+from ..runtime import arrays, contract
 from ..types import ArrayLike, Pairs
 
 # What `install` routes by itself.
@@ -204,16 +205,54 @@ def merge_attn_states(
         )
         return
     count = contract.integer(op, "prefill_tokens_with_context", prefill_tokens_with_context, 0)
-    arrays: tuple[Any, ...] = output, prefix_output, prefix_lse, suffix_output, suffix_lse
-    merged, prefix, prefix_weights, suffix, weights = arrays
+    given: tuple[Any, ...] = output, prefix_output, prefix_lse, suffix_output, suffix_lse
+    merged, prefix, prefix_weights, suffix, weights = given
     weights_out: Any = output_lse
+    tokens = _extent(op, "output", merged, 0)
+    count = min(count, tokens)
+    # What is copied must be right, too, before anything is written.
+    copied = {"suffix_output": (suffix, 0), "suffix_lse": (weights, 1)}
+    if weights_out is not None:
+        copied["output_lse"] = weights_out, 1
+    kind = arrays.framework_of(output, f"{op}: output")
+    for name, (array, dim) in copied.items():
+        found = arrays.framework_of(array, f"{op}: {name}")
+        if found != kind:
+            raise DTypeError(
+                errors.wrong("framework", f"{op}: {name}", f"{kind} like output", found)
+            )
+        if _extent(op, name, array, dim) < tokens:
+            expected = f"at least {tokens} in dimension {dim}, the rows of output"
+            got = str(_extent(op, name, array, dim))
+            raise ShapeError(errors.wrong("shape", f"{op}: {name}", expected, got))
     cupy_cache.merge_attn_states(
         merged[:count], prefix[:count], prefix_weights[:, :count], suffix[:count],
         weights[:, :count], None if weights_out is None else weights_out[:, :count],
     )  # fmt: skip
-    merged[count:] = suffix[count:]
+    merged[count:] = suffix[count:tokens]
     if weights_out is not None:
-        weights_out[:, count:] = weights[:, count:]
+        weights_out[:, count:tokens] = weights[:, count:tokens]
+
+
+def _extent(op: str, name: str, array: ArrayLike, dim: int) -> int:
+    """How large a dimension of an array is."""
+    shape = arrays.view(array, f"{op}: {name}").shape
+    if len(shape) <= dim:
+        expected = f"at least {dim + 1} dimensions"
+        raise ShapeError(errors.wrong("shape", f"{op}: {name}", expected, str(list(shape))))
+    return shape[dim]
+
+
+if not TYPE_CHECKING:  # to which a module with this function has every name
+
+    def __getattr__(name: str) -> Any:
+        """Refuse a name, with where it is."""
+        text = f"module {__name__!r} has no attribute {name!r}"
+        if name in cupy_cache.__all__:
+            text += f": vLLM 0.33 has none of that name; cupy_cache.{name} is it"
+        elif not name.startswith("_"):
+            text += ": it has the operations on caches; take others from vllm._custom_ops"
+        raise AttributeError(text)
 
 
 # --- routing --------------------------------------------------------------------------------------

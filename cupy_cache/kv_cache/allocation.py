@@ -55,7 +55,7 @@ def caches(
         ]
         pages = [Pages(*([page[i] for page in side] for i in (1, 2))) for side in made]
         return *([page[0] for page in side] for side in made), pages
-    dtype = storage(op, formats.dtype_named(dtype, f"{op}: dtype"), kv_cache_dtype, layout)
+    dtype = storage(op, _raw(op, dtype), kv_cache_dtype, layout)
     shapes = _shapes(op, layout, *sizes, head_size_v, dtype)
     zeros = functools.partial(streams.zeros, framework, device, dtype=dtype, pinned=pinned)
     made = [[zeros(shape) for _ in range(layers)] for shape in shapes]
@@ -113,11 +113,21 @@ def _home(op, dtype, framework, device, pinned):
     return framework, device
 
 
+def _raw(op, dtype):
+    """The `formats.DType` of the model's keys and values."""
+    if isinstance(dtype, str) and dtype.startswith("fp8"):
+        expected, way_out = "the model's own, such as 'bfloat16'", f"kv_cache_dtype={dtype!r} is it"
+        raise ArgumentError(errors.wrong("value", f"{op}: dtype", expected, repr(dtype), way_out))
+    return formats.dtype_named(dtype, f"{op}: dtype")
+
+
 def storage(op, dtype, kv_cache_dtype, layout):
     """The `formats.DType` of the arrays. fp8 is kept as bytes, which every framework has."""
     if layout == "rows" and kv_cache_dtype == formats.FP8_DS_MLA:
         return formats.DTYPES["uint8"]
-    stored = formats.cache_format(op, kv_cache_dtype).stored
+    more = formats.BY_TOKEN if layout in PAGED else ()
+    names = (*formats.CACHE_FORMATS, *more, *([formats.FP8_DS_MLA] if layout == "rows" else []))
+    stored = formats.cache_format(op, kv_cache_dtype, names).stored
     if stored is None:
         return dtype
     return stored if stored.name == "int8" else formats.DTYPES["uint8"]

@@ -25,6 +25,7 @@ from ..ops import (
     swap_blocks,
     zero_blocks,
 )
+from ..ops.shared import gathering, gathering_both, rotary
 from ..runtime import arrays, contract, dispatch, formats, lists, streams
 from ..types import (
     ArrayLike,
@@ -43,7 +44,7 @@ from ..types import (
 from . import allocation, layouts
 
 MAX_BOUND = 16  # combinations of options of one layer
-_ATTEND, _GATHER = "PagedKVCache.attend", "PagedKVCache.gather"
+_ATTEND, _GATHER = "PagedKVCache.attend", gathering_both.NAME
 _ROTARY, _ATTEND_MLA = "PagedKVCache.rotary_write", "PagedKVCache.attend_mla"
 _BY_TOKEN = "k_scale_cache", "v_scale_cache"  # what operations call them
 
@@ -54,10 +55,10 @@ class PagedKVCache:
     `allocate` makes the arrays; this makes an object of arrays that exist.
 
     The functions of this library read their arguments at every call: of `copy_blocks` for 32 layers
-    these are 64 arrays. This object reads the caches once for `write`, `rotary_write`, `attend` and
-    the methods that copy, pack, unpack or zero blocks; the others read them at every call. Its
-    methods mean what the functions of the same arguments mean, with the same checks and errors,
-    which name the method.
+    these are 64 arrays. This object reads the caches once for `write`, `rotary_write`, `attend`,
+    `gather` and the methods that copy, pack, unpack or zero blocks; the others read them at every
+    call. Its methods mean what the functions of the same arguments mean, with the same checks and
+    errors, which name the method.
 
     Parameters
     ----------
@@ -69,7 +70,8 @@ class PagedKVCache:
         number of dimensions tells which.
     value_caches : list of arrays, optional
         Likewise, as many. Beside x-packed keys, five dimensions mean interleaved values,
-        [num_blocks, num_kv_heads, block_size / x, head_size_v, x].
+        [num_blocks, num_kv_heads, block_size / x, head_size_v, x]. Of one array for both, such as
+        [num_blocks, 2, ...] or [2, num_blocks, ...], give two lists of views.
     kv_cache_dtype : str
         See the function that writes.
     k_scales, v_scales : float, array, or list of these with one for each layer, optional
@@ -205,7 +207,7 @@ class PagedKVCache:
         >>> cache
         <PagedKVCache of 2 layers: keys and values [64, 16, 4, 32], float32, NHD, numpy on cpu, \
 2.00 MiB>
-        >>> sizes = 2, 256, 16, 4, 32
+        >>> sizes = 2, 256, 16, 4, 32  # its other side, on a machine with a GPU:
         >>> host = PagedKVCache.allocate(*sizes, dtype="float32", pinned=True)  # doctest: +SKIP
         """
         keys, values, pages = allocation.caches(
@@ -271,6 +273,7 @@ class PagedKVCache:
         self._attenders: dict[tuple, Any] = {}
         self._movers: dict[tuple, dispatch.Bound] = {}  # by method and layout
         self._rotators: dict[tuple, Any] = {}
+        self._gatherers: dict[tuple, dispatch.Bound] = {}  # by layer, and whether all start at 0
         # Not a list: that has layers of negative numbers, too.
         self._writers = {
             layer: self._writer(layer, kv_cache_dtype, k_scales[layer], v_scales[layer])
@@ -422,18 +425,25 @@ class PagedKVCache:
             ``is_neox`` and all of these but ``out`` is remembered for the layer, and the arrays
             among them are kept, as the caches are: give the same ones at each step.
         """
-        options = (
-            is_neox, rope_dim_offset, mrope_section, mrope_interleaved, norm_eps, norm_weight_bias,
-            out_dtype, rounding,
-        )  # fmt: skip
         has_out = out is not None and (out is not query or self.value_caches is None)
-        kinds = (*map(type, options), type(q_scale))  # True equals 1
-        number = q_scale if type(q_scale) is float else id(q_scale)
         step = positions, query, key, value, cos_sin_cache, slot_mapping
         try:
             if type(layer) is not int:
                 layer = self._layer("rotary_write", layer)
-            place = layer, options, kinds, number, id(q_norm_weight), id(k_norm_weight), has_out
+            # In their one form: what is remembered must not change, and True equals 1.
+            if mrope_section is not None:
+                mrope_section = rotary.three_sections(_ROTARY, mrope_section)
+            options = (
+                contract.flag(_ROTARY, "is_neox", is_neox),
+                contract.integer(_ROTARY, "rope_dim_offset", rope_dim_offset, least=0),
+                mrope_section,
+                contract.flag(_ROTARY, "mrope_interleaved", mrope_interleaved),
+                norm_eps, norm_weight_bias, out_dtype, rounding,
+            )  # fmt: skip
+            kinds = (*map(type, options[4:]), type(q_scale))
+            number = q_scale if type(q_scale) is float else _identity(q_scale)
+            weights = _identity(q_norm_weight), _identity(k_norm_weight)
+            place = layer, options, kinds, number, weights, has_out
             try:
                 bound, _ = self._rotators.get(place, (None, None))
             except TypeError:  # what cannot be hashed is not remembered, and may be refused
@@ -544,10 +554,13 @@ class PagedKVCache:
         """
         if type(layer) is not int:
             layer = contract.integer(_ATTEND, "layer", layer)
+        # In their one form: what is remembered must not change.
+        if sliding_window is not None:
+            sliding_window = contract.integer(_ATTEND, "sliding_window", sliding_window, 1)
         options = scale, sliding_window, soft_cap, contract.flag(_ATTEND, "causal", causal)
         given = query_start_loc is not None, lse is not None
-        kinds = tuple(map(type, options))  # True equals 1
-        key = layer, options, kinds, id(alibi_slopes), id(sinks), given
+        kinds = type(scale), type(soft_cap)  # True equals 1
+        key = layer, options, kinds, _identity(alibi_slopes), _identity(sinks), given
         try:
             bound = self._attenders.get(key)
         except TypeError:  # what cannot be hashed is not remembered, and may be refused
@@ -639,7 +652,8 @@ class PagedKVCache:
         out: ArrayLike | Sequence[ArrayLike] | None = None,
         stream: StreamLike | None = None,
     ) -> Any:
-        """Read the tokens of several sequences out of a layer's pages, into contiguous rows.
+        """Read the tokens of several sequences out of a layer's pages, into contiguous rows: keys
+        and values in one launch.
 
         Elements of 8 bits are multiplied with the layer's scale, or with that of their head.
 
@@ -668,23 +682,54 @@ class PagedKVCache:
         CupyCacheError
             One of its kinds, before anything is written.
         """
-        layer = self._layer("gather", layer)
+        if type(layer) is not int or layer not in self._writers:
+            layer = self._layer("gather", layer)
+        if out is None:
+            out, num_tokens = self._new_rows(num_tokens, dtype, stream), None
+        elif self.value_caches is None:
+            out = (out,)
+        elif not isinstance(out, (list, tuple)) or len(out) != 2:
+            expected, got = "a pair of arrays, for keys and values", type(out).__name__
+            raise DTypeError(errors.wrong("type", f"{_GATHER}: out", expected, got))
+        if num_tokens is not None:
+            num_tokens = contract.integer(_GATHER, "num_tokens", num_tokens, 0)
+        bound = self._gatherers.get((layer, seq_starts is None))
         try:
-            if out is None:
-                out = self._new_rows(num_tokens, dtype, stream)
-            elif self.value_caches is None:
-                out = (out,)
-            calls = self._gathers(layer, out, num_tokens)
-            for runs in (0, 1):  # without rows everything is checked, and nothing written
-                for (cache, row, scale), options, number, rows in calls:
-                    objects = cache, row, block_table, cu_seq_lens, seq_starts, scale
-                    gather_and_maybe_dequant_cache.OP(
-                        objects, options, stream, (number, runs * rows)
-                    )
+            if bound is None:
+                bound = self._gatherer(layer, seq_starts)
+            step = *out, block_table, cu_seq_lens
+            if seq_starts is not None:
+                step = *step, seq_starts
+            bound(*step, stream=stream, scalars=(*bound.scalars, num_tokens))
         except CupyCacheError as error:
-            errors.rename(error, _GATHER, {"src_cache": "caches", "dst": "out"})
+            errors.rename(error, _GATHER, _GATHERED)
             raise
         return out[0] if self.value_caches is None else tuple(out)
+
+    def _gatherer(self, layer, seq_starts):
+        """`gather` for one layer, with or without ``seq_starts``, as a function of the other
+        arguments."""
+        stored, by_token = self._kv_cache_dtype, self.k_scale_caches is not None
+        arrays_and_numbers = [
+            gathering.scales(_GATHER, stored, *one)
+            for one in zip(self._scales[layer], self._scales_of_tokens(layer))
+        ]
+        also = ["seq_starts"] * (seq_starts is not None)
+        named = layouts.of_rows(self._described)
+        if self.value_caches is None:
+            op, options = gather_and_maybe_dequant_cache.OP, (*named, stored, by_token)
+            ((array, number), _), names = arrays_and_numbers, ("src_cache", "scale")
+            fixed, scalars = dict(zip(names, (self.key_caches[layer], array))), (number,)
+        else:
+            op, options = gathering_both.OP, (tuple(named), stored, by_token)
+            scales, scalars = zip(*arrays_and_numbers)
+            caches = self.key_caches[layer], self.value_caches[layer]
+            names = *gathering_both.CACHES, *gathering_both.SCALES
+            fixed = dict(zip(names, (*caches, *scales)))
+        fixed = {name: array for name, array in fixed.items() if array is not None}
+        bound = dispatch.Bound(op, fixed, options, scalars, _GATHER, also)
+        self._gatherers[layer, seq_starts is None] = bound
+        return bound
 
     def _new_rows(self, num_tokens, dtype, stream):
         """What `gather` returns, uninitialised."""
@@ -705,32 +750,6 @@ class PagedKVCache:
             streams.empty(like.framework, like.device, (num_tokens, *token), dtype, stream)
             for token in map(layouts.token, layouts.of_rows(self._described), self._described)
         ]
-
-    def _gathers(self, layer, out, num_tokens):
-        """What `gather` has to do for the keys and for the values: (cache, rows, scale that is an
-        array), options, scale that is a number, how many rows."""
-        caches = [side[layer] for side in (self.key_caches, self.value_caches) if side is not None]
-        if not isinstance(out, (list, tuple)) or len(out) != len(caches):
-            expected, got = "a pair of arrays, for keys and values", type(out).__name__
-            raise DTypeError(errors.wrong("type", f"{_GATHER}: out", expected, got))
-        calls = []
-        by_token = self._scales_of_tokens(layer)
-        for cache, rows, layout, scale, scale_cache in zip(
-            caches, out, layouts.of_rows(self._described), self._scales[layer], by_token
-        ):
-            array, number = gather_and_maybe_dequant_cache.scales(
-                _GATHER, self._kv_cache_dtype, scale, scale_cache
-            )
-            has = (*arrays.view(rows, f"{_GATHER}: out").shape, 0)[0]
-            count = has if num_tokens is None else num_tokens
-            count = contract.integer(_GATHER, "num_tokens", count, 0)
-            if count > has:
-                expected = f"at most {has}, the rows of out"
-                name = f"{_GATHER}: num_tokens"
-                raise ArgumentError(errors.wrong("value", name, expected, str(count)))
-            options = layout, self._kv_cache_dtype, scale_cache is not None
-            calls.append(((cache, rows, array), options, number, count))
-        return calls
 
     def copy_blocks(self, block_mapping: Pairs, *, stream: StreamLike | None = None) -> None:
         """Copy blocks within every layer: see `copy_blocks`. The host's time does not depend on the
@@ -823,11 +842,25 @@ _ROTATED = {
     "key_cache": "key_caches", "value_cache": "value_caches", "kv_cache_scale": "k_scales",
     "k_scale": "k_scales", "v_scale": "v_scales",
 }  # fmt: skip
+# What the arguments of a gather without values are called here.
+_GATHERED = {"src_cache": "key_caches", "dst": "out", "scale": "k_scales"}
 # What the arguments of a swap are called here.
 _SWAPPED = {
     "src": "key_caches", "dst": "other.key_caches", "src_values": "value_caches",
     "dst_values": "other.value_caches",
 }  # fmt: skip
+
+
+def _identity(array):
+    """What an array that is kept is known by. ``set_`` and ``.data = `` put torch's elsewhere."""
+    if array is None:
+        return None
+    if arrays.is_torch(array):
+        try:
+            return id(array), array.data_ptr(), array.shape, array.stride(), array.dtype
+        except Exception:  # it has no memory: whoever reads it says so
+            return id(array)
+    return id(array)
 
 
 def _for_each_layer(name, scales, layers):

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from ..errors import ArgumentError, ShapeError
-from ..runtime import contract, formats
+from ..runtime import contract
 from ..types import ArrayLike, Scale, StreamLike
 from .shared import gathering
 
@@ -84,27 +84,16 @@ def gather_and_maybe_dequant_cache(
     """
     del token_to_seq
     num_tokens = contract.integer(NAME, "num_tokens", num_tokens, 0)
-    array, number = scales(NAME, kv_cache_dtype, scale, scale_cache)
+    array, number = gathering.scales(NAME, kv_cache_dtype, scale, scale_cache)
     arrays = src_cache, dst, block_table, cu_seq_lens, seq_starts, array
     options = layout, kv_cache_dtype, scale_cache is not None
     OP(arrays, options, stream, (number, num_tokens))
 
 
-def scales(op, kv_cache_dtype, scale, scale_cache):
-    """What elements are multiplied with: an array or None, and the number that counts then."""
-    if scale_cache is not None:
-        if scale is not None:
-            raise ArgumentError(
-                f"{op}: Invalid value of scale: expected None beside scale_cache, got another"
-            )
-        return scale_cache, 0.0
-    if formats.is_scaled(kv_cache_dtype):
-        return contract.split_scale(op, "scale", scale)
-    return None, 0.0
-
-
 def _count(extents, num_tokens):
     rows, table_rows, bounds, starts = extents
+    if num_tokens is None:  # as `PagedKVCache.gather` asks for all rows
+        num_tokens = rows
     if not bounds:
         raise ShapeError(
             f"{NAME}: Invalid shape of cu_seq_lens: expected at least the end of the rows, got [0]"

@@ -98,8 +98,9 @@ def unpack_blocks(
         As for `pack_blocks`; the caches are written, only in the elements of the chosen blocks, and
         their stream is the default.
     block_ids : sequence of int, or int32 or int64 array [n]
-        As for `pack_blocks`. Numbers in host memory must be distinct; on the GPU, which of two
-        equal ones stays is not defined.
+        As for `pack_blocks`, and as many as were packed: of fewer, only "page_first" finds the
+        first ones. Numbers in host memory must be distinct; on the GPU, which of two equal ones
+        stays is not defined.
 
     Raises
     ------

@@ -9,6 +9,7 @@ import functools
 from .. import cpu
 from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
 from ..types import ArrayLike, Scale, StreamLike
+from .shared import transposed
 
 NAME = "reshape_and_cache"
 PARAMS = params.Struct(
@@ -21,8 +22,6 @@ PARAMS = params.Struct(
     "value_element_stride:i64 "
     "k_scale_stride:i64 v_scale_stride:i64",
 )
-TILE = 16  # kTile of the kernel
-PART_BYTES = 128  # of a head, that a thread block takes
 MAX_THREADS = 256
 SCALES = formats.DTYPES["float32"].numpy
 
@@ -134,20 +133,20 @@ def _plan(op, described, options):
         (key.ptr, *key.strides[:2]),
         (pack, key_cache.ptr, *key_cache.strides[:4]),
     )
-    value_vector = contract.converting_vector_bytes(
-        ratio, (value.ptr, *value.strides[:2]), (value_bytes,)
-    )
+    value_vector = transposed.vector_bytes(ratio, value, value_bytes)
     slots = size["x"] if interleaved else size["block_size"]
     block_stride, head_stride, *middle, _ = value_cache.strides
     slots_stride, element_stride = middle if interleaved else (0, *middle)
-    vector_values = 16 == contract.vector_bytes(
+    vector_values = transposed.stores_vectors(
         value_cache.ptr, block_stride, head_stride, slots_stride, element_stride
     )
     # A thread for each vector of a tile's part of a head, up to the most.
     sides = ((key_bytes, key_vector), (value_bytes, value_vector))
-    vectors = TILE * max(min(PART_BYTES, length) // vector for length, vector in sides)
+    vectors = transposed.TILE * max(
+        min(transposed.PART_BYTES, length) // vector for length, vector in sides
+    )
     threads = launch.block_threads(vectors, 1, MAX_THREADS)
-    parts = heads * launch.ceil_div(max(key_bytes, value_bytes), PART_BYTES)
+    parts = transposed.parts(heads, max(key_bytes, value_bytes))
     index = spelling.INDEX_NAMES[slot_mapping.dtype.name]
     kernel = modules.Kernel(
         op.name,
@@ -155,7 +154,7 @@ def _plan(op, described, options):
         f"reshape_and_cache<{spelling.quantiser(key.dtype, stored, key_vector)}, "
         f"{spelling.quantiser(key.dtype, stored, value_vector)}, {element}, {pack}, {key_vector}, "
         f"{value_vector}, {key_bytes}, {value_bytes}, {size['block_size']}, {slots}, "
-        f"{spelling.boolean(vector_values)}, {index}, {PART_BYTES}, {threads}>",
+        f"{spelling.boolean(vector_values)}, {index}, {threads}>",
         PARAMS,
         guarded=("slot_mapping",),
         converts=stored is not None,
@@ -169,7 +168,7 @@ def _plan(op, described, options):
     )  # fmt: skip
 
     def shape(tokens):
-        tiles = launch.ceil_div(tokens, TILE)
+        tiles = transposed.tiles(tokens)
         layers = launch.ceil_div(tiles, launch.MAX_GRID_YZ)
         return (parts, launch.ceil_div(tiles, layers) if layers else 0, layers), threads
 

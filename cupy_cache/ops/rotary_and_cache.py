@@ -124,8 +124,8 @@ def rotary_and_cache(
 
     A NaN is stored with all bits but the sign set.
 
-    Into x-packed caches values go element by element: many tokens in consecutive slots can take
-    several times as long as in `reshape_and_cache`, which joins those of one block.
+    Into x-packed caches values go as `reshape_and_cache` writes them: those of consecutive slots
+    together, others element by element, each of which costs a whole memory sector.
     """
     arrays, (k_number, v_number) = (None, None), (1.0, 1.0)
     if k_scale_cache is None and formats.is_scaled(kv_cache_dtype):

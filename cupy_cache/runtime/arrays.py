@@ -25,6 +25,9 @@ from ..errors import ArgumentError, CupyCacheError, DeviceError, DTypeError, Not
 from . import dlpack, formats
 from .devices import CPU, Device
 
+# The way out for who would have JAX's arrays written.
+OF_JAX = "JAX arrays are immutable: keep the cache in CuPy or torch and give JAX a view of it"
+
 
 class Metadata(NamedTuple):
     """What a reader tells, in the framework's own units; see `describe`. ``keep`` owns the memory
@@ -157,9 +160,15 @@ def _find_reader(value, name):
         return dlpack.read
     if hasattr(value, "__cuda_array_interface__"):
         return dlpack.read_cuda_interface
+    way_out = ""
+    if type(value).__module__.partition(".")[0] == "jax":  # JAX's arrays were read by DLPack
+        way_out = (
+            "; JAX is tracing, and there are no numbers yet: call this between jitted functions, "
+            "or through jax.experimental.io_callback"
+        )
     raise DTypeError(
         f"{_invalid('type', name)}: expected an array (torch, CuPy, NumPy, or anything with "
-        f"__dlpack__ or __cuda_array_interface__), got {type(value).__name__}"
+        f"__dlpack__ or __cuda_array_interface__), got {type(value).__name__}{way_out}"
     )
 
 
@@ -370,7 +379,7 @@ def require_writable(array, op, name):
     """Raise unless ``array`` can be written in place."""
     if not array.writable:
         hint = (
-            "JAX arrays are immutable: keep the cache in CuPy or torch and give JAX a view of it"
+            OF_JAX
             if array.framework in ("jax", "jaxlib")
             else "give an array that can be written in place"
         )

@@ -169,7 +169,10 @@ class Contract:
         self.dtype(sources[1], described[sources[1]], source)
         for name in caches:
             array = described[name]
-            self.dtype(name, array, *storage, way_out=formats.way_to_convert(fmt, array.dtype))
+            way_out = formats.way_to_convert(fmt, array.dtype)
+            if fmt.stored is None and not way_out:
+                way_out = f"a raw cache has the dtype of {sources[0]}"
+            self.dtype(name, array, *storage, way_out=way_out)
         self.dtype(slots, described[slots], *formats.INDICES)
         for size in ("block_size", "head_size", "head_size_v"):
             self.positive(size, self.sizes[size])
@@ -347,7 +350,8 @@ def slot_count(op, first="key", second="value", scales=2):
 def number(op, name, value, positive=False, kind="None or "):
     """``value`` as a float that float32 can hold. ``kind``: what else is taken, for the error."""
     real = type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))
-    if not real or not -LARGEST_SCALE <= value <= LARGEST_SCALE or (positive and value <= 0):
+    least = SMALLEST_SCALE if positive else -LARGEST_SCALE
+    if not real or not least <= value <= LARGEST_SCALE:
         kind += "a positive, finite float32" if positive else "a finite float32"
         raise ArgumentError(f"{op}: Invalid value of {name}: expected {kind}, got {shown(value)}")
     return float(value)

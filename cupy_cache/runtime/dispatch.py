@@ -514,8 +514,9 @@ class Bound:
         tables = None if entry.tables is None else entry.tables(values)
         self._in_host_memory = entry, values, tables
 
-    def __call__(self, *given, stream=None):
-        """Run on the other arguments, in the order of the operation's."""
+    def __call__(self, *given, stream=None, scalars=None):
+        """Run on the other arguments, in the order of the operation's; ``scalars`` are this call's,
+        instead of those given once."""
         if len(given) != self._count:
             names = ", ".join(self.op.args[index].name for index in self.given)
             raise TypeError(  # as of a function
@@ -523,16 +524,18 @@ class Bound:
             )
         if stream is not None and type(stream) is not int:
             stream = streams.pointer(self.name, stream)
+        if scalars is None:
+            scalars = self.scalars
         for path in self.fast_paths:
-            if path(given, self.scalars, stream, self):
+            if path(given, scalars, stream, self):
                 return
         try:
-            self._run(given, stream)
+            self._run(given, stream, scalars)
         except CupyCacheError as error:
             errors.rename(error, self.name, {})
             raise
 
-    def _run(self, given, stream):
+    def _run(self, given, stream, scalars):
         op, objects, paths = self.op, self._objects.copy(), self.fast_paths
         if op.has_lists:
             given, tensors, form = fastpath.flattened(op, self._args, given, self.options)
@@ -540,21 +543,21 @@ class Bound:
             objects[index] = value
         if op.has_lists:
             if not tensors and all(type(value) is indices.Chosen for value in given):
-                self._run_chosen(objects, stream)
+                self._run_chosen(objects, stream, scalars)
                 return
             paths = self._paths_of.get(form)
             if paths is None:
                 paths = self._paths_of[form] = op.fast_paths.of((self._form, form))
             for path in paths:
-                if path(tensors, self.scalars, stream, objects, self.addresses):
+                if path(tensors, scalars, stream, objects, self.addresses):
                     return
         read = op.read(objects, stream, self.given)
         found = [read.found[i] if i in self.given else meta for i, meta in enumerate(self.found)]
-        entry = op.run(Read(found, read.keep), objects, self.options, self.scalars, stream)
+        entry = op.run(Read(found, read.keep), objects, self.options, scalars, stream)
         if entry is not None:
             op.fast_paths.learn(paths, entry, objects, self.options, self.given)
 
-    def _run_chosen(self, objects, stream):
+    def _run_chosen(self, objects, stream, scalars):
         """Run where all that is given is in host memory: nothing else is left to find out."""
         self.check()
         if not self._in_host_memory:
@@ -564,7 +567,7 @@ class Bound:
         for index in self.given:
             values[index] = objects[index].numbers
             extents.append(values[index].shape[-1])
-        work = self.op.work(extents, self.options, self.scalars)
+        work = self.op.work(extents, self.options, scalars)
         self.op.finish(entry, values, tables, stream, work, objects)
 
 

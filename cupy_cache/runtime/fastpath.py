@@ -143,8 +143,9 @@ class _Launches:
             return None
         enqueue, failed = launcher.prepare(grid, threads)
         again = functools.partial(launcher.launch, grid, threads)
-        self._grids[rows] = enqueue, failed, again, self._plan.scratch_for(rows)
-        return self._grids[rows]
+        # Other threads may forget it at any time.
+        made = self._grids[rows] = enqueue, failed, again, self._plan.scratch_for(rows)
+        return made
 
     def fill(self, record, fields):
         """A record with these fields: ``record``, or a new one for None."""
@@ -177,8 +178,11 @@ def _kernel_path(op, entry, objects, options, given):
     pick = _Pick(given, objects, unique)
     pointers = _Pointers(op, entry, kind, objects, unique, pick.twins, bound)
     places = {id(objects[index]): at for at, index in enumerate(unique)}
-    pairs = itertools.zip_longest(op.args, objects)
-    parts = [(arg, places.get(id(value)), None) for arg, value in pairs]
+    parts = []
+    for arg, value in itertools.zip_longest(op.args, objects):
+        at = places.get(id(value))
+        is_bound = at is None and value is not None and arg.varies
+        parts.append((arg, at, kind.extent(arg, value) if is_bound else None))
     extents = _Extents(kind, parts, tensors)
     launches = _Launches(op, entry, options, extents)
     sized = [at for at, index in enumerate(unique) if op.args[index].varies == arrays.ROWS]
@@ -442,8 +446,8 @@ class _Extents:
     ----------
     kind : guards.Kind
     parts : list of (dispatch.Arg, at, count)
-        Of each argument the place of its first tensor, None where there is no tensor; and how many
-        tensors there are, None where it is no list.
+        Of each argument the place of its first tensor, and how many tensors there are, None where
+        it is no list; or, where calls give none, None and its extent, if it has one.
     tensors : list
 
     Attributes
@@ -501,7 +505,7 @@ class _Extents:
         extents, kind = [], self._kind
         for arg, at, count, elements in self._parts:
             if at is None:
-                extents.append(None)
+                extents.append(count)
             elif elements:  # asked in half the time of a shape
                 extents.append(kind.elements(tensors[at]) // elements)
             elif count is None:

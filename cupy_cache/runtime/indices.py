@@ -9,6 +9,7 @@ import struct
 
 import numpy as np
 
+from .. import errors
 from ..errors import DTypeError, ShapeError
 from . import arrays, contract, formats
 
@@ -48,6 +49,11 @@ def read_host(op, arg, value):
             check(op, arg, arrays.describe(arrays.read(value, name), name))  # says what is wrong
         # A copy: what has been checked must not change before it is used.
         return Chosen((value.T if arg.pairs else value).astype(np.int64, order="C"))
+    if isinstance(value, (dict, set)):
+        items = "(source, destination) pairs" if arg.pairs else "integers"
+        expected = f"a list or an array of {items}"
+        got = f"a {type(value).__name__}"
+        raise DTypeError(errors.wrong("type", f"{op}: {arg.name}", expected, got))
     return value
 
 

@@ -21,14 +21,18 @@ The rules, of which this module is the one owner:
 """
 
 import functools
+import math
 import operator
 import sys
 import threading
 
 import numpy as np
 
+from .. import errors
 from ..errors import ArgumentError, DeviceError, DTypeError, MissingDependencyError
 from . import arrays, contract, cuda, devices, driver, locks
+
+HOST_ALIGNMENT = 64  # of NumPy's zeros: JAX has a view of no other memory on the CPU
 
 
 def pointer(op, stream):
@@ -78,12 +82,22 @@ def knows(framework):
 
 def lend(tensors, stream, device):
     """Tell torch's allocator that those of ``tensors`` that are torch's on a GPU are used on
-    ``stream``, which is not torch's current one there."""
+    ``stream``, which is not torch's current one there. It is not told of a capture that it does not
+    know: it would record events there when they are dropped, and could not ask for them."""
+    if _is_captured_by_others(stream, device):
+        return
     torch = sys.modules["torch"]
     shown = torch.cuda.ExternalStream(stream, device=device)
     for tensor in tensors:
         if arrays.is_torch(tensor) and tensor.is_cuda:
             tensor.record_stream(shown)
+
+
+def _is_captured_by_others(stream, device):
+    """Whether a stream is being captured, and torch's current one is not: then torch's allocator
+    knows of no capture."""
+    capturing = driver.active.capturing
+    return capturing(stream, device) and not capturing(current("torch", device)(), device)
 
 
 _PER_THREAD = 2  # the handle that is another stream in each thread
@@ -151,10 +165,9 @@ def home(op, framework, device):
     if framework is None:
         framework = "numpy" if place.kind == "cpu" else "cupy"
     if not isinstance(framework, str) or not can_make(framework):
-        raise ArgumentError(
-            f"{op}: Invalid value of framework: expected 'torch', 'cupy' or 'numpy', got "
-            f"{contract.shown(framework)}"
-        )
+        way_out = arrays.OF_JAX if framework == "jax" else ""
+        expected, got = "'torch', 'cupy' or 'numpy'", contract.shown(framework)
+        raise ArgumentError(errors.wrong("value", f"{op}: framework", expected, got, way_out))
     if framework != "torch" and (framework == "numpy") != (place.kind == "cpu"):
         expected = "the CPU" if framework == "numpy" else "a GPU"
         raise DeviceError(
@@ -217,7 +230,10 @@ def zeros(framework, device, shape, dtype, pinned=False):
     if pinned:
         return cuda.pinned_zeros(shape, dtype.numpy)
     if device.kind == "cpu":
-        return np.zeros(shape, dtype.numpy)
+        size = math.prod(shape) * dtype.bytes
+        memory = np.zeros(size + HOST_ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % HOST_ALIGNMENT
+        return np.ndarray(shape, dtype.numpy, memory, start)
     with cuda.on_device(device.index):
         return cuda.import_cupy(f"an array on {device}").zeros(shape, dtype.numpy)
 
@@ -226,10 +242,12 @@ def scratch(framework, device, size, stream):
     """A context manager for ``size`` bytes on GPU ``device``, whose address, a multiple of 16, it
     gives: for what is enqueued on ``stream`` while it is entered. They are free again behind that,
     in the stream's order, and hold anything. torch's allocator gives them where ``framework`` is
-    "torch", otherwise `driver.CudaDriver.scratch`. In a stream that is captured they belong to the
-    graph."""
+    "torch", otherwise, and in a capture that it does not know, `driver.CudaDriver.scratch`. In a
+    stream that is captured they belong to the graph."""
     if framework == "torch":
-        return _TorchScratch(size, stream, device)
+        others = stream != current(framework, device)()
+        if not (others and _is_captured_by_others(stream, device)):
+            return _TorchScratch(size, stream, device)
     return driver.active.scratch(size, stream, device)
 
 

@@ -6,6 +6,7 @@ import functools
 import gc
 import inspect
 
+import attending
 import numpy as np
 import pytest
 import worlds
@@ -219,3 +220,53 @@ def test_destinations_dropped_at_once_on_another_stream(torch, monkeypatch, name
         torch.cuda.synchronize()
         for memory in taken:
             assert torch.equal(memory, pattern[: memory.nbytes]), "memory of others was written"
+
+
+# --- graphs that torch does not know --------------------------------------------------------------
+
+
+def captured(stream, call):
+    """The graph of what ``call`` does on a stream of CuPy's."""
+    stream.begin_capture()
+    try:
+        call()
+    finally:
+        graph = stream.end_capture()
+    return graph
+
+
+@pytest.mark.parametrize("kind", [attending.Problem, attending.Latent])
+def test_scratch_of_a_graph_that_torch_does_not_know(torch, cupy, rng, kind):
+    """torch's arrays on a stream that CuPy captures: what has scratch memory next must not be
+    overwritten by replays."""
+    world, stream = worlds.TorchCudaWorld(), cupy.cuda.Stream(non_blocking=True)
+    problem = kind(rng, [900], dtype="float16", width=2000)
+    for _ in range(3):
+        problem.run(world, stream=stream)
+    torch.cuda.synchronize()
+    graph = captured(stream, lambda: problem.run(world, stream=stream))
+    taken = [torch.ones(1 << n, device="cuda") for n in range(6, 24) for _ in range(4)]
+    torch.cuda.synchronize()
+    for _ in range(3):
+        graph.launch(stream)
+    stream.synchronize()
+    assert all(bool((memory == 1).all()) for memory in taken), "memory of others was written"
+    problem.judge(world)
+
+
+@pytest.mark.parametrize("name", [name for name in WRITING if name != PAGED])
+def test_graphs_that_torch_does_not_know(torch, cupy, monkeypatch, name, rng):
+    stream = cupy.cuda.Stream(non_blocking=True)
+    every_call_on(monkeypatch, stream)
+    case = CASES[name](rng)
+    warm(case, worlds.TorchCudaWorld, 5)
+    world = worlds.TorchCudaWorld()
+    call = case.bind(world)
+    torch.cuda.synchronize()
+    graph = captured(stream, call)
+    del call
+    gc.collect()
+    torch.cuda.synchronize()
+    graph.launch(stream)
+    stream.synchronize()
+    case.check(world)

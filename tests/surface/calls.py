@@ -406,6 +406,44 @@ def gather(rng, name="gather_cache"):
     return made
 
 
+def slot_gather(rng):
+    blocks, block_size, heads, size, _ = sizes_of(rng)
+    inner, rows = pick(rng, (size,), (heads, size)), int(rng.integers(0, 6))
+    kv, stored, dtype = "auto", None, pick(rng, *DTYPES)
+    target = dtype
+    if rng.random() < 0.6:
+        kv = pick(rng, *oracle.STORED)
+        stored, target = oracle.STORED[kv], pick(rng, *FLOATS)
+        dtype = pick(rng, stored, "uint8")
+    src = fresh(rng, (blocks, block_size, *inner), dtype)
+    if stored is not None:
+        numpy_array(src).view(np.uint8)[...] = rng.integers(0, 0x70, src.shape)  # no NaN
+    slots = rng.integers(-1, blocks * block_size, rows)
+    args = {
+        "src_cache": src,
+        "dst": fresh(rng, (rows + pick(rng, 0, 2), *inner), target),
+        "slot_mapping": dense_numbers(rng, slots),
+        "kv_cache_dtype": kv,
+        "scale": scale_of(rng),
+    }
+
+    def expected(a):
+        codes, dst = bits(a["src_cache"]), bits(a["dst"])
+        token = None
+        if stored is not None:
+            scale, dst = np.asarray(scale_value(a["scale"])).reshape(-1)[0], a["dst"]
+
+            def token(block, offset):
+                entry = codes[block, offset]
+                made = [oracle.dequantise(code, scale, stored, dst.dtype) for code in entry.flat]
+                return np.array(made, dst.dtype).reshape(entry.shape)
+
+        made.faults = oracle.gather_slots(codes, dst, a["slot_mapping"], token=token)
+
+    made = Call("gather_slots", args, expected, ("dst",))
+    return made
+
+
 def gather_x_packed(rng):
     layout = pick(rng, "x-packed-key", "x-packed-value", "interleaved-value")
     blocks, heads, x, packs, groups = 3, pick(rng, 1, 2), 2, pick(rng, 1, 2), pick(rng, 1, 2)
@@ -628,13 +666,17 @@ def bias(rng):
         args["out"] = fresh(rng, (heads, queries, keys), dtype)
     else:
         args["dtype"] = dtype
+    if rng.random() < 0.4:
+        for name, rows in (("query_start_loc", queries), ("cu_seq_lens", keys)):
+            args[name] = dense_numbers(rng, [0, int(rng.integers(0, rows + 1)), rows])
 
     def expected(a):
         shape = len(a["slopes"]), len(a["query_positions"]), len(a["key_positions"])
         out = a["out"] if "out" in a else np.empty(shape, formats.DTYPES[dtype].numpy)
         oracle.alibi_bias(
-            a["slopes"], a["query_positions"], a["key_positions"], out, a["sqrt"], a["causal"]
-        )
+            a["slopes"], a["query_positions"], a["key_positions"], out, a["sqrt"], a["causal"],
+            a.get("query_start_loc"), a.get("cu_seq_lens"),
+        )  # fmt: skip
         return out
 
     return Call("alibi_bias", args, expected, ("out",))
@@ -710,8 +752,8 @@ def size_of(rng):
 
 ORDINARY = (
     flash, flash, x_packed, per_token_head, mla, mla, grouped, copy, copy_mla, swap, ranges,
-    gather, gather_x_packed, indexer_write, indexer_gather, zero, mapping, groups, bias, slopes,
-    placed, convert, size_of,
+    gather, gather_x_packed, slot_gather, indexer_write, indexer_gather, zero, mapping, groups,
+    bias, slopes, placed, convert, size_of,
     functools.partial(gather, name="cp_gather_cache"),
     functools.partial(gather, name="gather_and_maybe_dequant_cache"),
     *(functools.partial(packing, name=name)

@@ -7,14 +7,15 @@ chosen by ``attn_implementation=`` or ``model.set_attn_implementation``:
 
 "cupy_cache"
     Attention by `cupy_cache.paged_attention`, with any cache of transformers. With `PagedCache`,
-    given to ``generate`` as ``past_key_values``, keys and values stay in their pages.
+    given to ``generate`` as ``past_key_values`` (``cache`` in newer versions of transformers), keys
+    and values stay in their pages.
 "cupy_cache_flash2"
     The same, and for continuous batching (``generate_batch``, ``init_continuous_batching``).
     transformers gives block tables and CUDA graphs only to implementations in whose names "flash"
     is followed by a 2 or a 3: hence the name. There is nothing of FlashAttention behind it.
 
 docs/transformers.md has examples, and what is refused. Needs torch 2.5 and transformers 5.17, or
-newer; tried with transformers 5.17 and 5.24.
+newer; tested with transformers 5.17 and 5.24.
 """
 
 from ...errors import MissingDependencyError

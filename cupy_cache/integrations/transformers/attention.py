@@ -83,18 +83,6 @@ def attention(
     CupyCacheError
         One of its kinds. Also where a gradient would be needed.
     """
-    _refuse("dropout", dropout != 0, "0.0", dropout)
-    _refuse("position_bias", kwargs.get("position_bias") is not None, "None", "a tensor")
-    if query.requires_grad and torch.is_grad_enabled():
-        raise ArgumentError(
-            errors.wrong(
-                "kind", "attention: query", "one that needs no gradient", "one that does",
-                "call the model under torch.no_grad()",
-            )
-        )  # fmt: skip
-    if attention_mask is not None and attention_mask.ndim != 2:
-        expected, got = "[batch, tokens], of padding alone", str(list(attention_mask.shape))
-        raise ShapeError(errors.wrong("shape", "attention: attention_mask", expected, got))
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     options = {
@@ -105,11 +93,33 @@ def attention(
         "causal": bool(is_causal),
     }
     layer = getattr(key, OF_LAYER, None)
-    if layer is not None:
-        return layer.attend(query, key, value, attention_mask, options), None
+    try:
+        _check(query, attention_mask, dropout, kwargs.get("position_bias"))
+        if layer is not None:
+            return layer.attend(query, key, value, attention_mask, options), None
+    except BaseException:
+        if layer is not None:
+            layer.give_up(key)
+        raise
     if kwargs.get("cu_seq_lens_q") is not None:
         return _batched(module, query, key, value, options, kwargs), None
     return _dense(query, key, value, attention_mask, options), None
+
+
+def _check(query, mask, dropout, bias):
+    """Refuse what is not done."""
+    _refuse("dropout", dropout != 0, "0.0", dropout)
+    _refuse("position_bias", bias is not None, "None", "a tensor")
+    if query.requires_grad and torch.is_grad_enabled():
+        raise ArgumentError(
+            errors.wrong(
+                "kind", "attention: query", "one that needs no gradient", "one that does",
+                "call the model under torch.no_grad()",
+            )
+        )  # fmt: skip
+    if mask is not None and mask.ndim != 2:
+        expected, got = "[batch, tokens], of padding alone", str(list(mask.shape))
+        raise ShapeError(errors.wrong("shape", "attention: attention_mask", expected, got))
 
 
 def _refuse(argument, when, expected, got):

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +13,7 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from ... import BlockTables, PagedKVCache, errors
-from ...errors import ArgumentError, ShapeError
+from ...errors import ArgumentError, CopyError, ShapeError
 from ...runtime import contract, formats
 from ...types import Scale
 from .attention import NAMES, OF_LAYER, dense_causal, is_plain, rows
@@ -24,10 +26,10 @@ AHEAD = 256  # tokens of a sequence that there is room for behind its prompt
 class PagedCache(Cache):
     """A cache for ``generate`` with keys and values in a `PagedKVCache`.
 
-    Give it as ``past_key_values``. With the attention implementations of this module, queries
-    attend to the pages where they are; with others, such as "sdpa" and "eager", each layer's keys
-    and values are gathered at each step. Beams share blocks, and a block is copied when one of them
-    writes into it.
+    Give it as ``past_key_values``, which transformers 5.24 calls ``cache``. With the attention
+    implementations of this module, queries attend to the pages where they are; with others, such as
+    "sdpa" and "eager", each layer's keys and values are gathered at each step. Beams share blocks,
+    and a block is copied when one of them writes into it.
 
     Padding must be on the left of what is new in each call. With the attention implementations of
     this module it takes no place. Prompts of an empty cache without padding, whose keys are all at
@@ -112,6 +114,15 @@ class PagedCache(Cache):
 
     def __repr__(self) -> str:
         return f"<{NAME} of {len(self.rows)} sequences, {self._length} tokens each: {self.pages}>"
+
+    def __reduce__(self) -> Any:
+        if self.pages is not None:
+            raise CopyError(
+                f"{NAME}: it cannot be copied or pickled once it has pages: make a new one, or "
+                "repeat rows with batch_repeat_interleave"
+            )
+        make = functools.partial(type(self), max_length=self._sized or None, **self._format)
+        return make, (self._config, self._block_size)
 
     @property
     def attends(self) -> bool:
@@ -204,6 +215,7 @@ class PagedCache(Cache):
                 errors.wrong(
                     "order", f"{NAME}: layers", f"{self._length} tokens before this call",
                     f"{layer.length - new} in layer {layer.index}",
+                    "if a call before has failed, reset() the cache, or crop() it",
                 )
             )  # fmt: skip
         if self.rows and len(self.rows) != batch:
@@ -325,8 +337,13 @@ class _Layer(CacheLayerMixin):
 
     def __init__(self, cache, index):
         super().__init__()
-        self.cache, self.index, self.length = cache, index, 0
+        self._cache, self.index, self.length = weakref.ref(cache), index, 0
         self.is_initialized = True
+
+    @property
+    def cache(self):
+        """Whose layer it is. It does not keep it: its memory is free as soon as it is dropped."""
+        return self._cache()
 
     def lazy_initialization(self, key_states, value_states):
         """Pages come with the first keys and values."""
@@ -359,6 +376,12 @@ class _Layer(CacheLayerMixin):
             self.index, rows(key_states), rows(value_states), step.found.slot_mapping
         )  # fmt: skip
         return cache._gathered(self, key_states.dtype)
+
+    def give_up(self, key):
+        """A call has failed: forget its keys, unless they have a place already."""
+        if self.cache._waiting is self:
+            self.cache._waiting = None
+            self.length -= key.shape[2]
 
     def attend(self, query, key, value, mask, options):
         """Write new keys and values, if they are new, and attend to the layer's pages."""

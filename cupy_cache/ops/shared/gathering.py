@@ -24,16 +24,24 @@ from ...runtime import (
 )
 
 STEM = "gather_cache"
+
+
+def sides(name):
+    """`Sides` of gathered.cuh, called ``name`` in a struct of parameters."""
+    fields = (
+        "src_block_stride", "src_group_stride", "src_offset_stride", "src_outer_stride",
+        "src_head_stride", "dst_row_stride", "dst_outer_stride", "dst_head_stride",
+        "scale_block_stride", "scale_offset_stride", "scale_head_stride",
+    )  # fmt: skip
+    return " ".join(f"{name}.{field}:i64" for field in fields)
+
+
 # One struct of both kernels: the arguments are those of `op`, in order.
 PARAMS = params.Struct(
     per_call="src_cache:ptr dst:ptr block_table:ptr cu_seq_lens:ptr seq_starts:ptr scale:ptr "
     "rows:i64 sequences:i64 table_width:i64 table_stride:i64 scale_value:f32 first_guarded:u32 "
     "even.segments:f32 even.rows:f32",
-    constant="num_blocks:i64 start_stride:i64 "
-    "src_block_stride:i64 src_group_stride:i64 src_offset_stride:i64 "
-    "src_outer_stride:i64 src_head_stride:i64 "
-    "dst_row_stride:i64 dst_outer_stride:i64 dst_head_stride:i64 "
-    "scale_block_stride:i64 scale_offset_stride:i64 scale_head_stride:i64",
+    constant=f"num_blocks:i64 start_stride:i64 {sides('sides')}",
 )
 GUARDED = ("seq_starts", "block_table")  # and the bounds, whatever they are called
 # A raw copy is one kernel for all of these, so faults tell which it was.
@@ -77,31 +85,42 @@ def op(name, plan, count, bounds="cu_seq_lens", options=()):
 
 
 def check_arrays(check, op, described):
-    """What holds for every operation, once the dimensions of cache and rows are known to be right:
-    devices, indices, and how the memory is laid out."""
-    src, dst, table, bounds, starts, _ = described
-    indices = {op.args[2].name: table, op.args[3].name: bounds}
-    check.shape("block_table", table, "_ _")
-    check.shape(op.args[3].name, bounds, "_")
+    """What holds for every operation on one cache, once the dimensions of cache and rows are known
+    to be right: devices, indices, and how the memory is laid out."""
+    src, dst, *indices, _ = described
+    check.device("src_cache", src)
+    check_rows(check, dst)
+    check_indices(check, [arg.name for arg in op.args[2:5]], indices)
+
+
+def check_rows(check, dst, name="dst"):
+    """What holds for the rows of every operation."""
+    check.device(name, dst)
+    check.contiguous(name, dst)
+    check.writable(name, dst, rows=True)
+
+
+def check_indices(check, names, indices):
+    """What holds for block table, bounds and starts, whatever they are called."""
+    table, bounds, starts = indices
+    check.shape(names[0], table, "_ _")
+    check.shape(names[1], bounds, "_")
     if starts is not None:
-        check.shape("seq_starts", starts, "_")
-        indices["seq_starts"] = starts
-    for name, array in {"src_cache": src, "dst": dst, **indices}.items():
-        check.device(name, array)
-    for name, array in indices.items():
-        check.dtype(name, array, *formats.INDICES)
-        check.aligned(name, array)
-    check.contiguous("dst", dst)
-    check.contiguous("block_table", table)
-    check.contiguous_rows(op.args[3].name, bounds)
-    check.writable("dst", dst, rows=True)
+        check.shape(names[2], starts, "_")
+    for name, array in zip(names, indices):
+        if array is not None:
+            check.device(name, array)
+            check.dtype(name, array, *formats.INDICES)
+            check.aligned(name, array)
+    check.contiguous(names[0], table)
+    check.contiguous_rows(names[1], bounds)
 
 
-def check_block_size(check, src, block_size):
+def check_block_size(check, src, block_size, name="src_cache"):
     """Refuse blocks without slots."""
     if not block_size:
         raise ShapeError(
-            f"{check.op}: Invalid shape of src_cache: expected blocks of at least one slot, got "
+            f"{check.op}: Invalid shape of {name}: expected blocks of at least one slot, got "
             f"{list(src.shape)}"
         )
 
@@ -116,7 +135,7 @@ def check_sequences(op, sequences, table_rows, starts):
             )
 
 
-def _check_layout(check, src, dst, layout):
+def _check_layout(check, src, dst, layout, names):
     """The `formats.CacheAxes` of ``layout``, which the shapes of cache and rows agree with."""
     axes = formats.CACHE_AXES.get(layout) if isinstance(layout, str) else None
     if axes is None:
@@ -125,18 +144,18 @@ def _check_layout(check, src, dst, layout):
             f"{', '.join(formats.CACHE_AXES)}, got {layout!r}"
         )
     if axes.token is None:
-        check.shape("src_cache", src, "num_blocks block_size _ ...")
+        check.shape(names.cache, src, "num_blocks block_size _ ...")
         inner = " ".join(f"inner_{i}" for i in range(1, len(src.shape) - 1))
-        check.shape("src_cache", src, f"num_blocks block_size {inner}")
-        check.shape("dst", dst, f"_ {inner}")
+        check.shape(names.cache, src, f"num_blocks block_size {inner}")
+        check.shape(names.rows, dst, f"_ {inner}")
         return axes._replace(token=tuple(range(2, len(src.shape))))
-    check.shape("src_cache", src, axes.dims)
-    check.shape("dst", dst, "_ num_kv_heads head_size")
+    check.shape(names.cache, src, axes.dims)
+    check.shape(names.rows, dst, "_ num_kv_heads head_size")
     got = math.prod(src.shape[axis] for axis in axes.token[1:])
     if got != dst.shape[2]:
         raise ShapeError(
-            f"{check.op}: Invalid shape of src_cache: expected head_size / x = {dst.shape[2]} / "
-            f"{src.shape[-1]} in dimension 2 like dst, got {src.shape[2]}"
+            f"{check.op}: Invalid shape of {names.cache}: expected head_size / x = {dst.shape[2]} "
+            f"/ {src.shape[-1]} in dimension 2 like {names.rows}, got {src.shape[2]}"
         )
     return axes
 
@@ -144,34 +163,88 @@ def _check_layout(check, src, dst, layout):
 # --- rows of tokens -------------------------------------------------------------------------------
 
 
-def plan(op, described, layout="NHD", kv_cache_dtype="auto", by_token=False):
-    """The plan of an operation whose rows are the cache's tokens: as they are, or their elements
-    times a scale, which is ``by_token`` one for each token and head."""
-    src, dst, *_, scale = described
-    check = contract.Contract(op.name)
-    table = formats.PER_TOKEN_HEAD_FORMATS if by_token else formats.CACHE_FORMATS
-    fmt = formats.cache_format(op.name, kv_cache_dtype, table=table)
-    axes = _check_layout(check, src, dst, layout)
-    block_size = math.prod(src.shape[axis] for axis in axes.slots)
-    check_block_size(check, src, block_size)
-    if fmt.stored is None:
-        check.dtype("dst", dst, src.dtype)
-    else:
-        check.dtype("src_cache", src, *fmt.storage)
-        check.dtype("dst", dst, *formats.FLOATS)
-    check_arrays(check, op, described)
-    if axes.token[-1] == len(src.shape) - 1:
-        check.contiguous("src_cache", src)
-    if fmt.stored is not None:
-        check.aligned("dst", dst)
-    scale_heads, scale_strides = _scales(check, src, axes, block_size, scale, by_token)
-    shape = _row_shape(check, src, dst, axes)
+def scales(op, kv_cache_dtype, scale, scale_cache):
+    """What elements are multiplied with: an array or None, and the number that counts then."""
+    if scale_cache is not None:
+        if scale is not None:
+            raise ArgumentError(
+                f"{op}: Invalid value of scale: expected None beside scale_cache, got another"
+            )
+        return scale_cache, 0.0
+    if formats.is_scaled(kv_cache_dtype):
+        return contract.split_scale(op, "scale", scale)
+    return None, 0.0
 
-    if dst.device.kind == "cpu":
-        run = functools.partial(
-            cpu.gather_cache, op=op.name, axes=axes, stored=fmt.stored, target=dst.dtype
+
+class Names(NamedTuple):
+    """What an operation calls a cache, the rows that it is read into, and its scales."""
+
+    cache: str = "src_cache"
+    rows: str = "dst"
+    scale: str = "scale"
+    scale_cache: str = "scale_cache"
+
+
+NAMES = Names()
+
+
+class Movement(NamedTuple):
+    """How tokens of a cache become rows.
+
+    axes, stored, target : for `cpu`.
+    block_size : slots of a block.
+    converter, vector, outer, heads, length, scale_heads, group, per_thread : for the kernels, see
+        gathered.cuh.
+    threads : of a row.
+    strides : the values of `sides`.
+    """
+
+    axes: formats.CacheAxes
+    stored: formats.DType | None
+    target: formats.DType
+    block_size: int
+    converter: str
+    vector: int
+    outer: int
+    heads: int
+    length: int
+    scale_heads: int
+    group: int
+    per_thread: int
+    threads: int
+    strides: tuple
+
+    @property
+    def shape(self):
+        """The kernels' `RowShape`."""
+        return (
+            f"cupy_cache::RowShape<{self.converter}, {self.outer}, {self.heads}, {self.length}, "
+            f"{self.scale_heads}, {self.group}, {self.per_thread}>"
         )
-        return cpu_plan(run, described)
+
+
+def movement(check, src, dst, scale, layout, kv_cache_dtype, by_token, names=NAMES):
+    """The `Movement` of a cache's tokens to rows: as they are, or their elements times a scale,
+    which is ``by_token`` one for each token and head. Checks all that concerns the two alone."""
+    table = formats.PER_TOKEN_HEAD_FORMATS if by_token else formats.CACHE_FORMATS
+    fmt = formats.cache_format(check.op, kv_cache_dtype, table=table)
+    axes = _check_layout(check, src, dst, layout, names)
+    block_size = math.prod(src.shape[axis] for axis in axes.slots)
+    check_block_size(check, src, block_size, names.cache)
+    if fmt.stored is None:
+        check.dtype(names.rows, dst, src.dtype)
+    else:
+        check.dtype(names.cache, src, *fmt.storage)
+        check.dtype(names.rows, dst, *formats.FLOATS)
+    check.device(names.cache, src)
+    check_rows(check, dst, names.rows)
+    if axes.token[-1] == len(src.shape) - 1:
+        check.contiguous(names.cache, src)
+    if fmt.stored is not None:
+        check.aligned(names.rows, dst)
+    scale_heads, scale_strides = _scales(check, src, axes, block_size, scale, by_token, names)
+    shape = _row_shape(check, src, dst, axes, names)
+
     group = src.shape[axes.slots[-1]]
     group_stride, offset_stride = (src.strides[axes.slots[0]], src.strides[axes.slots[-1]])
     if len(axes.slots) == 1:
@@ -189,24 +262,40 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto", by_token=False):
     length = shape.length * dst.dtype.bytes
     row_vectors = shape.outer * shape.heads * length // vector
     per_thread = vectors_of_thread(row_vectors)
+    return Movement(
+        axes, fmt.stored, dst.dtype, block_size,
+        spelling.dequantiser(fmt.stored, dst.dtype, vector), vector, shape.outer, shape.heads,
+        length, scale_heads, group, per_thread, launch.ceil_div(row_vectors, per_thread),
+        (src.strides[0], group_stride, offset_stride, *shape.src_strides,
+         dst.strides[0], *shape.dst_strides, *scale_strides),
+    )  # fmt: skip
+
+
+def plan(op, described, layout="NHD", kv_cache_dtype="auto", by_token=False):
+    """The plan of an operation whose rows are one cache's tokens."""
+    src, dst, *indices, scale = described
+    check = contract.Contract(op.name)
+    moved = movement(check, src, dst, scale, layout, kv_cache_dtype, by_token)
+    check_indices(check, [arg.name for arg in op.args[2:5]], indices)
+    if dst.device.kind == "cpu":
+        run = functools.partial(
+            cpu.gather_cache, op=op.name, axes=moved.axes, stored=moved.stored, target=moved.target
+        )
+        return cpu_plan(run, described)
     kernel = modules.Kernel(
         op.name,
         STEM,
-        f"gather_cache<{spelling.dequantiser(fmt.stored, dst.dtype, vector)}, {vector}, "
-        f"{shape.outer}, {shape.heads}, "
-        f"{length}, {scale_heads}, {block_size}, {group}, {index_names(described)}, {per_thread}, "
-        f"{MAX_THREADS}>",
+        f"gather_cache<{moved.converter}, {moved.vector}, {moved.outer}, {moved.heads}, "
+        f"{moved.length}, {moved.scale_heads}, {moved.block_size}, {moved.group}, "
+        f"{index_names(described)}, {moved.per_thread}, {MAX_THREADS}>",
         PARAMS,
         guarded=[(name, argument) for name in SHARING for argument in (*GUARDED, "cu_seq_lens")],
-        converts=fmt.stored is not None,
+        converts=moved.stored is not None,
     )
-    strides = (src.strides[0], group_stride, offset_stride, *shape.src_strides,
-               dst.strides[0], *shape.dst_strides, *scale_strides)  # fmt: skip
-    items = launch.ceil_div(row_vectors, per_thread)
-    return gpu_plan(kernel, items, described, strides)
+    return gpu_plan(kernel, moved.threads, described, moved.strides)
 
 
-def _scales(check, src, axes, block_size, scale, by_token):
+def _scales(check, src, axes, block_size, scale, by_token, names):
     """How many heads have a scale of their own (0 where one is for all), and the byte strides of
     these scales: of blocks, slots and heads."""
     has_heads = len(axes.token) > 1
@@ -214,20 +303,21 @@ def _scales(check, src, axes, block_size, scale, by_token):
     if by_token:
         if not has_heads:
             raise ShapeError(
-                f"{check.op}: Invalid shape of src_cache: expected [num_blocks, block_size, "
-                f"num_kv_heads, head_size] beside scale_cache, got {list(src.shape)}"
+                f"{check.op}: Invalid shape of {names.cache}: expected [num_blocks, block_size, "
+                f"num_kv_heads, head_size] beside {names.scale_cache}, got {list(src.shape)}"
             )
-        check.shape("scale_cache", scale, f"{src.shape[0]} {block_size} {heads}")
-        check.dtype("scale_cache", scale, formats.DTYPES["float32"])
-        check.device("scale_cache", scale)
-        check.aligned("scale_cache", scale)
+        name = names.scale_cache
+        check.shape(name, scale, f"{src.shape[0]} {block_size} {heads}")
+        check.dtype(name, scale, formats.DTYPES["float32"])
+        check.device(name, scale)
+        check.aligned(name, scale)
         return heads, scale.strides
     if scale is None:
         return 0, (0, 0, 0)
     if not has_heads:
-        check.scale("scale", scale)
+        check.scale(names.scale, scale)
         return 0, (0, 0, 0)
-    step = check.head_scale("scale", scale, heads)
+    step = check.head_scale(names.scale, scale, heads)
     return (heads, (0, 0, step)) if step else (0, (0, 0, 0))
 
 
@@ -248,7 +338,7 @@ class _RowShape(NamedTuple):
     dst_strides: tuple
 
 
-def _row_shape(check, src, dst, axes):
+def _row_shape(check, src, dst, axes, names):
     """Inner dimensions are merged, from the last on, where they are adjacent on both sides."""
     extents = [src.shape[axis] for axis in axes.token]
     if 0 in extents:
@@ -268,8 +358,8 @@ def _row_shape(check, src, dst, axes):
             merged.append((extent, s, d))
     if len(merged) > 3:
         raise StrideError(
-            f"{check.op}: Invalid strides of dst: expected at most two inner dimensions around a "
-            f"contiguous run, got byte strides {list(src.strides)} of src_cache and "
+            f"{check.op}: Invalid strides of {names.rows}: expected at most two inner dimensions "
+            f"around a contiguous run, got byte strides {list(src.strides)} of {names.cache} and "
             f"{list(dst.strides)} for shape {list(dst.shape)}"
         )
     (length, _, _), heads, outer = (*merged, (1, 0, 0), (1, 0, 0))[:3]
@@ -280,8 +370,12 @@ def _row_shape(check, src, dst, axes):
 
 
 def index_names(described):
-    """The index types of block table, bounds and starts, as a kernel's template arguments."""
-    indices = described[2:5]
+    """The index types of an operation on one cache, as a kernel's template arguments."""
+    return index_types(described[2:5])
+
+
+def index_types(indices):
+    """The types of block table, bounds and starts, as a kernel's template arguments."""
     return ", ".join("void" if a is None else spelling.INDEX_NAMES[a.dtype.name] for a in indices)
 
 

@@ -26,4 +26,14 @@ struct IsVoid<void> {
   static constexpr bool value = true;
 };
 
+// Whether two types are one.
+template <typename A, typename B>
+struct IsSame {
+  static constexpr bool value = false;
+};
+template <typename A>
+struct IsSame<A, A> {
+  static constexpr bool value = true;
+};
+
 }  // namespace cupy_cache
