@@ -7,6 +7,8 @@ import contextlib
 import functools
 import gc
 import struct
+import sys
+import types
 import weakref
 
 import numpy as np
@@ -422,6 +424,42 @@ def test_scratch_memory(recorder, monkeypatch):
     assert len(set(sent)) == 1 and len(set(allocator.given)) == 1
     at = paged_attention_mla.PARAMS.tail_at
     assert int.from_bytes(sent[0][-1][at : at + 8], "little") == allocator.ADDRESS
+
+
+@pytest.mark.parametrize("private", [True, False])
+def test_scratch_memory_is_torchs_for_the_stream(monkeypatch, private):
+    """On the GPU that was asked for, by whichever functions this torch has."""
+    told = []
+
+    @contextlib.contextmanager
+    def device(index):
+        told.append(("enter", index))
+        yield
+        told.append(("exit", index))
+
+    def allocate(size, stream):
+        told.append(("allocate", size, stream))
+        return Allocator.ADDRESS
+
+    def free(address):
+        told.append(("free", address))
+
+    names = ["caching_allocator_alloc", "caching_allocator_delete"]
+    if private:
+        names = [f"_cuda_cudaCachingAllocator_raw_{name}" for name in ("alloc", "delete")]
+    functions = types.SimpleNamespace(**dict(zip(names, (allocate, free))))
+    fake = types.SimpleNamespace(_C=functions, cuda=functions)
+    functions.device = device
+    monkeypatch.setitem(sys.modules, "torch", fake)
+    monkeypatch.setattr(streams, "current", lambda framework, device: lambda: 77)
+    streams._torch_allocator.cache_clear()
+    try:
+        with streams.scratch("torch", 1, 5000, 77) as address:
+            assert address == Allocator.ADDRESS
+            assert told == [("enter", 1), ("allocate", 5000, 77), ("exit", 1)]
+        assert told[3:] == [("free", address)]
+    finally:
+        streams._torch_allocator.cache_clear()
 
 
 def test_one_object_given_twice(recorder):

@@ -499,7 +499,7 @@ def test_torchs_allocator_is_told_of_no_capture_but_its_own(monkeypatch, capture
     asked = Capturing(*captured)
     monkeypatch.setattr(driver, "active", asked)
     monkeypatch.setattr(streams, "current", lambda framework, device: lambda: CURRENT)
-    monkeypatch.setattr(streams.cuda, "on_device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     lent, made = [], []
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda *where, **named: lent.append(where))
     allocator = lambda size, stream: made.append((size, stream)) or 64, lambda address: None

@@ -97,11 +97,10 @@ def test_every_kernel_waits_first(path):
 
 
 class Library:
-    """A driver's library, and what it was called with: for ``launches`` that may overlap, and for
-    ``plain`` ones."""
+    """A driver's library, and what it was called with."""
 
     def __init__(self, version=13000, status=0, has_entry=True):
-        self.version, self.status, self.launches, self.plain = version, status, [], []
+        self.version, self.status, self.launches = version, status, []
         if has_entry:
             kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
             self.cuLaunchKernelEx = kind(self._launch)
@@ -115,10 +114,6 @@ class Library:
         its attributes."""
         numbers = struct.unpack("<7I4xQQI4x", ctypes.string_at(config, 56))
         *shape, stream, attributes, count = numbers
-        if not count:
-            assert not attributes
-            self.plain.append((tuple(shape), stream, handle, parameters, extra))
-            return self.status
         assert count == 1
         kind, value = struct.unpack("<i4xi60x", ctypes.string_at(attributes, 72))
         self.launches.append((tuple(shape), stream, (kind, value), handle, parameters, extra))
@@ -171,9 +166,7 @@ def no_memory():
     overlap.prepare.cache_clear()
 
 
-SHAPE = 3, 2, 1, 96, 1, 1, 512
-ORDINARY = (LOADED.handle, *SHAPE, STREAM, RECORD.address, 0)  # through CuPy
-PLAIN = SHAPE, STREAM, LOADED.handle, RECORD.address, None
+ORDINARY = (0x1234567890, 3, 2, 1, 96, 1, 1, 512, STREAM, 0x7F0000001230, 0)
 both_ways = pytest.mark.parametrize("way", ["launch", "launch_prepared"])
 
 
@@ -186,13 +179,11 @@ def test_what_the_driver_gets(monkeypatch, way):
         getattr(machine, way)()
         getattr(machine, way)()
     allowed = 6, 1  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-    expected = (SHAPE, STREAM, allowed, LOADED.handle, RECORD.address, None)
-    assert library.launches == [expected] * 2 and not machine.ordinary and not library.plain
+    expected = ((3, 2, 1, 96, 1, 1, 512), STREAM, allowed, LOADED.handle, RECORD.address, None)
+    assert library.launches == [expected] * 2 and not machine.ordinary
     with cc.overlap(False):
         getattr(machine, way)()
-    prepared = way == "launch_prepared"
-    assert machine.ordinary == [ORDINARY] * (not prepared) and library.plain == [PLAIN] * prepared
-    assert len(library.launches) == 2
+    assert machine.ordinary == [ORDINARY] and len(library.launches) == 2
 
 
 @both_ways
@@ -213,9 +204,7 @@ def test_where_nothing_can_overlap(monkeypatch, library, capability, way):
     machine = Machine(monkeypatch, library, capability)
     with cc.overlap():
         getattr(machine, way)()
-    prepared = way == "launch_prepared" and hasattr(library, "cuLaunchKernelEx")
-    assert machine.ordinary == [ORDINARY] * (not prepared) and library.plain == [PLAIN] * prepared
-    assert not library.launches
+    assert machine.ordinary == [ORDINARY] and not library.launches
 
 
 @pytest.mark.parametrize("version, capability", [(12030, "90"), (13000, "100"), (13010, "120")])

@@ -112,9 +112,7 @@ class CudaDriver:
         refused, shared = False, loaded.kernel.shared_bytes
         if overlap.on and self._may_overlap(loaded.device):
             try:
-                overlap.prepare(loaded.handle, grid, threads, shared, True)(
-                    stream, record.address, 0
-                )
+                overlap.prepare(loaded.handle, grid, threads, shared)(stream, record.address, 0)
                 return
             except overlap.Refused as error:  # an ordinary launch works, or tells why it does not
                 refused = error.status != _INVALID_CONTEXT
@@ -139,13 +137,11 @@ class CudaDriver:
         if self._launch is None:
             self._find_entries()
         shared = loaded.kernel.shared_bytes
-        if overlap.has_entry():
-            overlaps = overlap.on and self._may_overlap(loaded.device)
-            entry = overlap.prepare(loaded.handle, grid, threads, shared, overlaps)
+        entry = functools.partial(self._launch, loaded.handle, *grid, threads, 1, 1, shared)
+        errors = (self._driver_error,)
+        if overlap.on and self._may_overlap(loaded.device):
+            entry = overlap.prepare(loaded.handle, grid, threads, shared)
             errors = (overlap.Refused,)
-        else:
-            entry = functools.partial(self._launch, loaded.handle, *grid, threads, 1, 1, shared)
-            errors = (self._driver_error,)
         if not self._several:
             return entry, errors
         current_device, device = self._current_device, loaded.device

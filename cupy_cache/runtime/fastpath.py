@@ -11,6 +11,7 @@ it.
 
 import functools
 import itertools
+import math
 import operator
 import struct
 
@@ -458,11 +459,17 @@ class _Extents:
     """
 
     def __init__(self, kind, parts, tensors):
-        self._kind, self._parts = kind, [part for part in parts if part[0].varies]
+        self._kind = kind
+        self._parts = []  # and how many elements a row has, where they tell the extent
         whole, free, self._low = [], [], []
-        for arg, at, count in self._parts:
+        for arg, at, count in parts:
+            if not arg.varies:
+                continue
             places = () if at is None else range(at, at + (1 if count is None else count))
-            if arg.varies == arrays.ROWS:
+            rows = arg.varies == arrays.ROWS
+            one = rows and places and count is None
+            self._parts.append((arg, at, count, math.prod(tensors[at].shape[1:]) if one else 0))
+            if rows:
                 whole += places
                 continue
             free += places
@@ -496,9 +503,11 @@ class _Extents:
     def find(self, tensors):
         """What the operation's count gets."""
         extents, kind = [], self._kind
-        for arg, at, count in self._parts:
+        for arg, at, count, elements in self._parts:
             if at is None:
                 extents.append(count)
+            elif elements:  # asked in half the time of a shape
+                extents.append(kind.elements(tensors[at]) // elements)
             elif count is None:
                 extents.append(kind.extent(arg, tensors[at]))
             else:

@@ -1,16 +1,13 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
 """Launches that begin before the work in front of them in their stream is done: programmatic
-dependent launch, of which this module is the one owner. CuPy has no binding for the driver's entry
-that takes it. Prepared launches that do not overlap go through that entry too: it takes four
-numbers, where CuPy's binding converts eleven.
+dependent launch, of which this module is the one owner. CuPy has no binding for it.
 
-What makes overlapping safe is in the kernels: each waits first for all earlier work (overlap.cuh).
+What makes it safe is in the kernels: each waits first for all earlier work (overlap.cuh).
 """
 
 import ctypes
 import functools
-import struct
 import weakref
 
 from .. import errors
@@ -105,9 +102,8 @@ def available(capability):
 @functools.cache
 def _entry():
     """``cuLaunchKernelEx``; None where the driver has none."""
-    try:
-        entry = cuda.load_library().cuLaunchKernelEx
-    except (OSError, AttributeError):
+    entry = getattr(cuda.load_library(), "cuLaunchKernelEx", None)
+    if entry is None:
         return None
     # Half a microsecond a call, with integers; the library's own function takes twice as long.
     kind = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_void_p] * 4)
@@ -121,33 +117,36 @@ class _Attribute(ctypes.Structure):
     OVERLAP = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
-# ``CUlaunchConfig``: grid, threads of a block, bytes of shared memory, stream, attributes and how
-# many.
-_CONFIG = struct.Struct("@3I3IIPPI0P")
+class _Config(ctypes.Structure):
+    """``CUlaunchConfig``."""
+
+    _fields_ = [
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    ]
+
+
 _ALLOWED = _Attribute(_Attribute.OVERLAP, 0, (1,))
 MAX_STREAMS = 64
 
 
-def has_entry():
-    """Whether `prepare` works, if not for launches that overlap."""
-    return _entry() is not None
-
-
 @functools.lru_cache(maxsize=512)
-def prepare(handle, grid, threads, shared_bytes, overlaps):
-    """A launch of a kernel, which ``overlaps`` or not, as a function of the stream, the address of
-    the parameters' and 0; it raises `Refused`."""
+def prepare(handle, grid, threads, shared_bytes):
+    """A launch of a kernel that may overlap, as a function of the stream, the address of the
+    parameters' and 0; it raises `Refused`."""
     # {stream: (address, configuration)}. None is changed: another thread may be using it.
     launch, known = _entry(), {}
-    attributes = (ctypes.addressof(_ALLOWED), 1) if overlaps else (0, 0)
 
     def enqueue(stream, address, zero):
         config = known.get(stream)
         if config is None:
             if len(known) >= MAX_STREAMS:
                 known.clear()
-            packed = _CONFIG.pack(*grid, threads, 1, 1, shared_bytes, stream, *attributes)
-            made = ctypes.create_string_buffer(packed)
+            made = _Config(grid, (threads, 1, 1), shared_bytes, stream, ctypes.pointer(_ALLOWED), 1)
             config = known[stream] = ctypes.addressof(made), made
         status = launch(config[0], handle, address, zero)
         if status:

@@ -259,7 +259,8 @@ class _TorchScratch:
 
     def __init__(self, size, stream, device):
         allocate, _ = _torch_allocator()
-        with cuda.on_device(device):
+        # torch has a current GPU of its own where CUDA's would need a context that nobody uses.
+        with sys.modules["torch"].cuda.device(device):
             self._address = allocate(size, stream)
 
     def __enter__(self):
