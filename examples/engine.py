@@ -17,6 +17,7 @@ import dataclasses
 import itertools
 
 import torch
+import torch.distributed as dist
 import transformers
 from engine_models import MODELS, small_models
 
@@ -68,15 +69,19 @@ class Engine:
         own copies, of a few numbers, would wait behind more.
     fuse
         ``torch.compile``, for fewer kernels; then the first steps take some seconds.
+    ranks
+        Which of how many processes of `torch.distributed` this is: each has a part of the heads,
+        and gets the same requests in the same order. See `engine_ranks.py`.
     """
 
     def __init__(
         self, model, num_blocks, host_blocks, *, block_size=16, max_sequences=16, max_tokens=256,
-        max_length=1024, bus_bytes=64 << 20, fuse=lambda function: function,
+        max_length=1024, bus_bytes=64 << 20, fuse=lambda function: function, ranks=(0, 1),
     ):  # fmt: skip
         end = model.generation_config.eos_token_id
         self.model, self.ends = model, {end} if isinstance(end, int) else set(end or ())
-        self.layers = MODELS[model.config.model_type](model, max_length, fuse)
+        self.layers = MODELS[model.config.model_type](model, max_length, fuse, ranks)
+        self.ranks = ranks
         self.on_gpu = model.device.type == "cuda"
         self.cache = self.layers.allocate(num_blocks, block_size, device=model.device)
         self.host = self.new_rows(host_blocks, device="cpu", pin_memory=self.on_gpu)
@@ -196,8 +201,13 @@ class Engine:
             return
 
     def is_over(self, move):
-        """Whether all is copied."""
-        return not (move.pieces or (move.done and not move.done.query()))
+        """Whether all is copied, in every process: all must decide alike."""
+        over = not (move.pieces or (move.done and not move.done.query()))
+        if self.ranks[1] > 1:
+            agreed = torch.tensor(int(over))
+            dist.all_reduce(agreed, dist.ReduceOp.MIN)
+            over = bool(agreed)
+        return over
 
     def admit(self):
         """As many as there is room for."""
@@ -371,7 +381,8 @@ class Engine:
         if size not in self.graphs:
             self.forward(step, None)  # kernels are loaded before the capture
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool):
+            # Other threads, such as those of torch.distributed, may go on meanwhile.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.graphs[size] = graph, self.forward(step, None)
         graph, results = self.graphs[size]
         graph.replay()

@@ -6,10 +6,13 @@ attention and all that keys and values need done over the pages of a `PagedKVCac
 Weights and most modules are the model's own; where transformers' modules are many small kernels, in
 norms and gates, there are functions of torch instead. Each class makes the caches that its model
 needs, and turns the arrays of a step into the hidden states of its tokens, [num_tokens, hidden].
-``fuse`` makes one kernel of a function of several, as ``torch.compile`` does.
+``fuse`` makes one kernel of a function of several, as ``torch.compile`` does. ``ranks`` is (number
+of this process, of how many): each has a part of every layer's heads, and torch.distributed adds up
+what comes of them. What other processes have is then cut off the model's own weights.
 """
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 
@@ -44,6 +47,26 @@ def join(*linears):
     return joined
 
 
+def keep_heads(ranks, into, out):
+    """Leave of linear modules what this process's heads need: of those ``into`` heads a part of the
+    rows, of those ``out`` of heads a part of the columns."""
+    rank, size = ranks
+    for linears, dim in ((into, 0), (out, 1)):
+        for linear in linears if size > 1 else ():
+            linear.weight.data = linear.weight.data.chunk(size, dim)[rank].contiguous()
+            if linear.bias is not None and dim == 0:
+                linear.bias.data = linear.bias.data.chunk(size)[rank].contiguous()
+            elif linear.bias is not None and rank:  # it is added once
+                linear.bias.data = torch.zeros_like(linear.bias.data)
+
+
+def of_all_heads(ranks, part):
+    """The sum of what the processes made of their heads."""
+    if ranks[1] > 1:
+        dist.all_reduce(part)
+    return part
+
+
 def cos_sin_cache(rotary, device, length):
     """The table of a rotary embedding: [length, cosines and then sines]."""
     positions = torch.arange(length, device=device)[None]
@@ -54,25 +77,28 @@ def cos_sin_cache(rotary, device, length):
 class Llama:
     """`LlamaForCausalLM`: grouped heads, rotary positions."""
 
-    def __init__(self, model, length, fuse):
+    def __init__(self, model, length, fuse, ranks):
         self.model, self.norm, self.swiglu = model, Norm(fuse), fuse(swiglu)
         self.angles = cos_sin_cache(model.model.rotary_emb, model.device, length)
         layers = model.model.layers
         attention = [layer.self_attn for layer in layers]
+        self.ranks, self.kv_heads = ranks, model.config.num_key_value_heads // ranks[1]
+        self.query_heads = model.config.num_attention_heads // ranks[1]
+        for one in attention:
+            keep_heads(ranks, (one.q_proj, one.k_proj, one.v_proj), (one.o_proj,))
         self.query_key_value = [join(one.q_proj, one.k_proj, one.v_proj) for one in attention]
         self.gate_and_up = [join(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in layers]
 
     def allocate(self, num_blocks, block_size, **where):
         config = self.model.config
         return cc.PagedKVCache.allocate(
-            config.num_hidden_layers, num_blocks, block_size, config.num_key_value_heads,
-            config.head_dim, dtype=self.model.dtype, **where,
+            config.num_hidden_layers, num_blocks, block_size, self.kv_heads, config.head_dim,
+            dtype=self.model.dtype, **where,
         )  # fmt: skip
 
     def forward(self, cache, step, starts):
         config, model = self.model.config, self.model.model
-        kv_heads = config.num_key_value_heads
-        heads = config.num_attention_heads, kv_heads, kv_heads
+        heads = self.query_heads, self.kv_heads, self.kv_heads
         hidden = model.embed_tokens(step.token_ids)
         for index, layer in enumerate(model.layers):
             normed = self.norm(layer.input_layernorm, hidden)
@@ -84,7 +110,11 @@ class Llama:
             attended = cache.attend(
                 index, query, step.block_table, step.seq_lens, query_start_loc=starts
             )
-            hidden.addmm_(attended.flatten(1), layer.self_attn.o_proj.weight.t())  # and added
+            back = layer.self_attn.o_proj.weight.t()
+            if self.ranks[1] == 1:
+                hidden.addmm_(attended.flatten(1), back)  # and added
+            else:
+                hidden += of_all_heads(self.ranks, attended.flatten(1) @ back)
             normed = self.norm(layer.post_attention_layernorm, hidden)
             gated = self.swiglu(F.linear(normed, self.gate_and_up[index]))
             hidden.addmm_(gated, layer.mlp.down_proj.weight.t())
@@ -94,16 +124,21 @@ class Llama:
 class Bloom:
     """`BloomForCausalLM`: ALiBi in place of positions."""
 
-    def __init__(self, model, length, fuse):
+    def __init__(self, model, length, fuse, ranks):
         del length, fuse  # positions have no table, and its norms are one kernel
-        self.model = model
-        self.heads = model.config.n_head
-        self.slopes = cc.alibi_slopes(self.heads, framework="torch", device=model.device)
+        self.model, self.ranks, (rank, size) = model, ranks, ranks
+        self.heads = model.config.n_head // size
+        self.slopes = cc.alibi_slopes(
+            model.config.n_head, tp_rank=rank, tp_size=size, framework="torch", device=model.device
+        )
+        for block in model.transformer.h:
+            attention = block.self_attention
+            keep_heads(ranks, (attention.query_key_value,), (attention.dense,))
 
     def allocate(self, num_blocks, block_size, **where):
         config = self.model.config
         return cc.PagedKVCache.allocate(
-            config.n_layer, num_blocks, block_size, self.heads, config.hidden_size // self.heads,
+            config.n_layer, num_blocks, block_size, self.heads, config.hidden_size // config.n_head,
             dtype=self.model.dtype, **where,
         )  # fmt: skip
 
@@ -118,7 +153,8 @@ class Bloom:
                 index, query, step.block_table, step.seq_lens, query_start_loc=starts,
                 alibi_slopes=self.slopes,
             )  # fmt: skip
-            hidden = hidden + block.self_attention.dense(attended.flatten(1))
+            part = block.self_attention.dense(attended.flatten(1))
+            hidden = hidden + of_all_heads(self.ranks, part)
             hidden = block.mlp(block.post_attention_layernorm(hidden), hidden)
         return model.ln_f(hidden)
 
@@ -127,12 +163,17 @@ class DeepseekV3:
     """`DeepseekV3ForCausalLM`: latent attention, whose up-projections are absorbed into queries and
     results, and experts."""
 
-    def __init__(self, model, length, fuse):
-        self.model, self.norm, config = model, Norm(fuse), model.config
+    def __init__(self, model, length, fuse, ranks):
+        self.model, self.norm, self.ranks, config = model, Norm(fuse), ranks, model.config
         self.angles = cos_sin_cache(model.model.rotary_emb, model.device, length)
+        self.heads = config.num_attention_heads // ranks[1]
+        for layer in model.model.layers:
+            one = layer.self_attn
+            query = one.q_proj if config.q_lora_rank is None else one.q_b_proj
+            keep_heads(ranks, (query, one.kv_b_proj), (one.o_proj,))
         sizes = config.qk_nope_head_dim, config.v_head_dim
         up = [layer.self_attn.kv_b_proj.weight.data for layer in model.model.layers]
-        up = [weight.unflatten(0, (config.num_attention_heads, -1)) for weight in up]
+        up = [weight.unflatten(0, (self.heads, -1)) for weight in up]
         self.up = [weight.split(sizes, 1) for weight in up]  # [heads, size, latent]
 
     def allocate(self, num_blocks, block_size, **where):
@@ -155,7 +196,7 @@ class DeepseekV3:
             else:
                 query = self.norm(attention.q_a_layernorm, attention.q_a_proj(normed))
                 query = attention.q_b_proj(query)
-            query = query.unflatten(-1, (config.num_attention_heads, -1))
+            query = query.unflatten(-1, (self.heads, -1))
             plain, turned = query.split((config.qk_nope_head_dim, rope), -1)
             query = torch.cat([torch.einsum("thn,hnl->thl", plain, key_up), turned], -1)
             entry, key_rope = attention.kv_a_proj_with_mqa(normed).split((latent, rope), -1)
@@ -169,7 +210,7 @@ class DeepseekV3:
                 scale=attention.scaling, kv_lora_rank=latent,
             )  # fmt: skip
             attended = torch.einsum("thl,hvl->thv", attended, value_up)
-            hidden = hidden + attention.o_proj(attended.flatten(1))
+            hidden = hidden + of_all_heads(self.ranks, attention.o_proj(attended.flatten(1)))
             normed = self.norm(layer.post_attention_layernorm, hidden)
             hidden = hidden + layer.mlp(normed[None])[0]
         return self.norm(model.norm, hidden)

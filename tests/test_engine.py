@@ -5,6 +5,7 @@ there is."""
 
 import copy
 import importlib
+import subprocess
 import sys
 from pathlib import Path
 
@@ -121,6 +122,21 @@ def test_one_request_that_is_too_long(example, model):
     engine.submit("a", range(3, 19), 4)
     with pytest.raises(cc.OutOfBlocksError, match=r"step: out of blocks: 1 are needed, and 0 of 4"):
         engine.run()
+
+
+@pytest.mark.extra
+def test_two_processes():
+    """Each with half of the heads: by Gloo on the CPU; by NCCL where there are two GPUs."""
+    if not torch.distributed.is_available():
+        pytest.skip("without torch.distributed")
+    example = str(EXAMPLES / "engine_ranks.py")
+    done = subprocess.run(
+        [sys.executable, example], capture_output=True, text=True, check=False, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("requests as by one process") == 3
+    if torch.cuda.device_count() < 2:
+        assert done.stdout.count("6 of 6") == 3 and done.stdout.count("blocks moved") == 3
 
 
 @pytest.mark.gpu

@@ -138,6 +138,7 @@ def reads(make: Make[Array]) -> None:
     stored = make(zeros(BLOCKS, BLOCK_SIZE, SIZE, dtype=np.uint8))
     one = make(np.ones(1, np.float32))
     cc.gather_and_maybe_dequant_cache(stored, rows, table, bounds, None, 3, "fp8", one, starts)
+    cc.gather_slots(stored, rows, make(numbers(3, -1)), "fp8", one, layout="rows")
     entries = make(zeros(BLOCKS, BLOCK_SIZE, 656, dtype=np.uint8))
     wide = make(zeros(TOKENS, 576))
     cc.cp_gather_and_upconvert_fp8_kv_cache(
@@ -199,6 +200,7 @@ def helpers(make: Make[Array]) -> None:
     cc.place_slopes([0.5, 0.25], device="cpu")
     bias = cc.alibi_bias(placed, positions, positions, dtype="float16", causal=True)
     assert bias.shape == (HEADS, TOKENS, TOKENS)
+    cc.alibi_bias(placed, positions, positions, query_start_loc=bounds, cu_seq_lens=bounds)
 
 
 def objects(make: Make[Array]) -> None:

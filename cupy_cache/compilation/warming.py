@@ -76,7 +76,7 @@ def warmup(
     ops : sequence of str, optional
         Only these operations; by default all that the layouts apply to. One that refuses the shape
         does not stop the others: it is logged as a warning or, if it was named here, raised when
-        all others are ready.
+        all others are ready. `PagedKVCache.gather` comes with "gather_and_maybe_dequant_cache".
     progress : bool
         Show progress on standard error: a bar where that is a terminal, one line at the end where
         it is not.

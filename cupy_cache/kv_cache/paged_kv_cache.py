@@ -685,26 +685,33 @@ class PagedKVCache:
         if type(layer) is not int or layer not in self._writers:
             layer = self._layer("gather", layer)
         if out is None:
-            out, num_tokens = self._new_rows(num_tokens, dtype, stream), None
+            out, num_tokens = tuple(self._new_rows(num_tokens, dtype, stream)), None
         elif self.value_caches is None:
             out = (out,)
-        elif not isinstance(out, (list, tuple)) or len(out) != 2:
-            expected, got = "a pair of arrays, for keys and values", type(out).__name__
-            raise DTypeError(errors.wrong("type", f"{_GATHER}: out", expected, got))
+        elif type(out) is not tuple or len(out) != 2:
+            if not isinstance(out, (list, tuple)) or len(out) != 2:
+                expected, got = "a pair of arrays, for keys and values", type(out).__name__
+                raise DTypeError(errors.wrong("type", f"{_GATHER}: out", expected, got))
+            out = tuple(out)
+        found = out if len(out) == 2 else out[0]
         if num_tokens is not None:
             num_tokens = contract.integer(_GATHER, "num_tokens", num_tokens, 0)
         bound = self._gatherers.get((layer, seq_starts is None))
         try:
             if bound is None:
                 bound = self._gatherer(layer, seq_starts)
-            step = *out, block_table, cu_seq_lens
+            step, scalars = (*out, block_table, cu_seq_lens), (*bound.scalars, num_tokens)
             if seq_starts is not None:
                 step = *step, seq_starts
-            bound(*step, stream=stream, scalars=(*bound.scalars, num_tokens))
+            if stream is None:  # what the call of ``bound`` begins with
+                for path in bound.fast_paths:
+                    if path(step, scalars, None, bound):
+                        return found
+            bound(*step, stream=stream, scalars=scalars)
         except CupyCacheError as error:
             errors.rename(error, _GATHER, _GATHERED)
             raise
-        return out[0] if self.value_caches is None else tuple(out)
+        return found
 
     def _gatherer(self, layer, seq_starts):
         """`gather` for one layer, with or without ``seq_starts``, as a function of the other
