@@ -5,6 +5,7 @@ send what the long way sends, and refuse what it refuses."""
 
 import functools
 import gc
+import types
 import weakref
 
 import numpy as np
@@ -612,17 +613,26 @@ def test_layers_are_not_kept_alive(recorder):
     recorder.take()
 
 
-def test_new_results_for_another_stream(monkeypatch):
+def test_new_results_for_another_stream(recorder, monkeypatch):
     """They are made on torch's current one: the other waits for it, and torch is told."""
-    recorder, make = recording.recorder(monkeypatch), torch.empty
+    make, lent = torch.empty, []
     monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: make(shape, dtype=dtype))
+    monkeypatch.setattr(streams, "lend", lambda *given: lent.append(given))
     gpu, dtype = devices.Device("cuda", 0), formats.DTYPES["float32"]
     for stream in (None, recording.STREAM):
         streams.empty("torch", gpu, (3,), dtype, stream)
-        assert not recorder.ordered and not recorder.lent
+        assert not recorder.ordered and not lent
     made = streams.empty("torch", gpu, (3,), dtype, 5)
     assert recorder.ordered == [(recording.STREAM, 5, 0)]
-    assert recorder.lent == [([made], 5, 0)]
+    assert lent == [([made], 5, 0)]
+
+    keys, values = (torch.zeros(4, 16, 2, 8, dtype=torch.float16) for _ in range(2))
+    table, bounds = (torch.tensor(n, dtype=torch.int32) for n in ([[1, 2]], [0, 5]))
+    other = types.SimpleNamespace(ptr=6)
+    cc.PagedKVCache([keys], [values]).gather(0, table, bounds, num_tokens=5, stream=other)
+    assert recorder.ordered[1:] == [(recording.STREAM, 6, 0)] * 2
+    assert {launched[3] for launched in recorder.launches} == {6}
+    recorder.take()
 
 
 # --- declarations ---------------------------------------------------------------------------------
