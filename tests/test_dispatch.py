@@ -13,15 +13,17 @@ import pytest
 import recording
 
 import cupy_cache as cc
-from cupy_cache.attention import alibi_bias
+from cupy_cache.attention import alibi_bias, paged_attention, paged_attention_mla
 from cupy_cache.ops import (
     concat_and_cache_mla,
     concat_and_cache_mla_grouped,
     copy_blocks,
+    cp_gather_indexer_k_quant_cache,
     gather_and_maybe_dequant_cache,
     gather_cache,
     reshape_and_cache_flash,
     rotary_and_cache,
+    slot_mapping,
     slot_mapping_groups,
     swap_blocks,
 )
@@ -645,3 +647,21 @@ def test_what_is_written_is_a_destination():
         for index, arg in enumerate(op.args):
             if arg.written and arg.varies == dispatch.ROWS:
                 assert index in op.destination, f"{op.name}: {arg.name}"
+
+
+def test_more_sequences_than_kernels_can_number():
+    """Refused by shapes alone; of such a table there is no test that could be run."""
+    many = 2**31
+    table = (many, 1), (1, 1)  # shape, strides
+    for op, extents, scalars in (
+        (slot_mapping.OP, (table, 0, many + 1, 0), ()),
+        (slot_mapping_groups.OP, ([table], None, 0, many + 1, ((1, 0), (1, 1))), ()),
+        (gather_cache.OP, (0, table, many + 1, None), ()),
+        (gather_and_maybe_dequant_cache.OP, (0, table, many + 1, None), (1.0, 0)),
+        (cp_gather_indexer_k_quant_cache.OP, (0, 0, table, many + 1), ()),
+        (paged_attention.OP, (many, table, many, None, many, None, None), ()),
+        (paged_attention_mla.OP, (many, table, many, None, many, None), ()),
+    ):
+        told = rf"{op.name}: Invalid shape of \w+: expected less than 2\^31 sequences, got {many}"
+        with pytest.raises(cc.ShapeError, match=told):
+            op.count(extents, (), scalars)
