@@ -597,6 +597,17 @@ def test_views_of_the_same_memory(recorder):
     assert sent[:3] == sent[3:] and len({record for *_, record in sent}) == 3
 
 
+def test_the_oldest_plans_are_forgotten(monkeypatch):
+    monkeypatch.setattr(plans, "MAX_PLANS", 3)
+    memory = plans.Memory()
+    for number in (1, 2, 3, 4, 5):
+        memory.add(number, -number)
+        assert len(memory) == min(number, 3)
+    assert [memory.get(number) for number in (1, 2, 3, 4, 5)] == [None, None, -3, -4, -5]
+    memory.clear()
+    assert len(memory) == 0 and memory.get(5) is None
+
+
 def test_layers_are_not_kept_alive(recorder):
     """By the functions; a `PagedKVCache` keeps its own."""
     keys, values = layers(), layers()
