@@ -19,6 +19,7 @@ import argparse
 import ast
 import collections
 import functools
+import importlib.util
 import itertools
 import os
 import random
@@ -292,6 +293,7 @@ def _reach(file, rooms=("",)):
 
 # Beyond these, what runs is no longer about one kernel.
 ROOMS_OF_KERNELS = (KERNELS, f"{PACKAGE}/ops/", f"{PACKAGE}/attention/")
+OTHERWISE_NAMED = {"paged_kv_cache": "test_kv_cache.py"}
 LONG = ("test_compile_all.py", "test_surface.py")
 # Tests of what everything is made of, beside those that are named after a module.
 MORE_TESTS = {
@@ -317,7 +319,8 @@ def tests_for(file):
     """The files of tests that concern a file: first those named after it, or after what uses it."""
     tests = ROOT / "tests"
     rooms = ROOMS_OF_KERNELS if file.startswith(KERNELS) else ("",)
-    names = [f"test_{Path(one).stem}.py" for one in _reach(file, rooms)]
+    stems = [Path(one).stem for one in _reach(file, rooms)]
+    names = [OTHERWISE_NAMED.get(stem, f"test_{stem}.py") for stem in stems]
     found = [name for name in names if (tests / name).exists()]
     if file.startswith(KERNELS):
         more = ("test_exact_ends.py", "test_cases.py", "test_ptx.py", "test_overlap.py")
@@ -417,6 +420,9 @@ def _run(command, folder, limit, own_kernels=True):
 
 def outcome(folder, mutant, limit, workers):
     """What became of it: "killed by" a test, "survived", "undecided", or "invalid": no source."""
+    in_transformers = f"{PACKAGE}/integrations/transformers/"
+    if mutant.file.startswith(in_transformers) and not importlib.util.find_spec("transformers"):
+        return "undecided: transformers is not installed"
     path = folder / mutant.file
     text = path.read_text(encoding="utf-8")
     path.write_text(mutant.applied(text), encoding="utf-8")

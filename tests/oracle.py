@@ -269,9 +269,9 @@ def slot_mapping(
             if not int(query_start_loc[b]) <= token < int(query_start_loc[b + 1]):
                 continue
             position = int(positions[token])
-            limit = block_table.shape[1] * block_size * world
+            limit = min(block_table.shape[1] * block_size * world, 2**63 - 1)  # it has 64 bits
             if not 0 <= position < limit:
-                faults.append((token, "positions", position, min(limit, 2**63 - 1)))
+                faults.append((token, "positions", position, limit))
                 continue
             inside = position % (block_size * world)
             if inside // interleave % world != rank:

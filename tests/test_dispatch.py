@@ -21,10 +21,12 @@ from cupy_cache.ops import (
     concat_and_cache_mla,
     concat_and_cache_mla_grouped,
     copy_blocks,
+    cp_gather_indexer_k_quant_cache,
     gather_and_maybe_dequant_cache,
     gather_cache,
     reshape_and_cache_flash,
     rotary_and_cache,
+    slot_mapping,
     slot_mapping_groups,
     swap_blocks,
 )
@@ -683,6 +685,17 @@ def test_views_of_the_same_memory(recorder):
     assert sent[:3] == sent[3:] and len({record for *_, record in sent}) == 3
 
 
+def test_the_oldest_plans_are_forgotten(monkeypatch):
+    monkeypatch.setattr(plans, "MAX_PLANS", 3)
+    memory = plans.Memory()
+    for number in (1, 2, 3, 4, 5):
+        memory.add(number, -number)
+        assert len(memory) == min(number, 3)
+    assert [memory.get(number) for number in (1, 2, 3, 4, 5)] == [None, None, -3, -4, -5]
+    memory.clear()
+    assert len(memory) == 0 and memory.get(5) is None
+
+
 def test_layers_are_not_kept_alive(recorder):
     """By the functions; a `PagedKVCache` keeps its own."""
     keys, values = layers(), layers()
@@ -701,17 +714,26 @@ def test_layers_are_not_kept_alive(recorder):
     recorder.take()
 
 
-def test_new_results_for_another_stream(monkeypatch):
+def test_new_results_for_another_stream(recorder, monkeypatch):
     """They are made on torch's current one: the other waits for it, and torch is told."""
-    recorder, make = recording.recorder(monkeypatch), torch.empty
+    make, lent = torch.empty, []
     monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: make(shape, dtype=dtype))
+    monkeypatch.setattr(streams, "lend", lambda *given: lent.append(given))
     gpu, dtype = devices.Device("cuda", 0), formats.DTYPES["float32"]
     for stream in (None, recording.STREAM):
         streams.empty("torch", gpu, (3,), dtype, stream)
-        assert not recorder.ordered and not recorder.lent
+        assert not recorder.ordered and not lent
     made = streams.empty("torch", gpu, (3,), dtype, 5)
     assert recorder.ordered == [(recording.STREAM, 5, 0)]
-    assert recorder.lent == [([made], 5, 0)]
+    assert lent == [([made], 5, 0)]
+
+    keys, values = (torch.zeros(4, 16, 2, 8, dtype=torch.float16) for _ in range(2))
+    table, bounds = (torch.tensor(n, dtype=torch.int32) for n in ([[1, 2]], [0, 5]))
+    other = types.SimpleNamespace(ptr=6)
+    cc.PagedKVCache([keys], [values]).gather(0, table, bounds, num_tokens=5, stream=other)
+    assert recorder.ordered[1:] == [(recording.STREAM, 6, 0)] * 2
+    assert {launched[3] for launched in recorder.launches} == {6}
+    recorder.take()
 
 
 # --- declarations ---------------------------------------------------------------------------------
@@ -745,3 +767,21 @@ def test_a_bound_array_of_which_the_rows_count(recorder):
     assert recorder.long == KNOWN
     with pytest.raises(cc.ShapeError, match="alibi_slopes: expected rows for the 4 sequences"):
         attend(4)
+
+
+def test_more_sequences_than_kernels_can_number():
+    """Refused by shapes alone; of such a table there is no test that could be run."""
+    many = 2**31
+    table = (many, 1), (1, 1)  # shape, strides
+    for op, extents, scalars in (
+        (slot_mapping.OP, (table, 0, many + 1, 0), ()),
+        (slot_mapping_groups.OP, ([table], None, 0, many + 1, ((1, 0), (1, 1))), ()),
+        (gather_cache.OP, (0, table, many + 1, None), ()),
+        (gather_and_maybe_dequant_cache.OP, (0, table, many + 1, None), (1.0, 0)),
+        (cp_gather_indexer_k_quant_cache.OP, (0, 0, table, many + 1), ()),
+        (paged_attention.OP, (many, table, many, None, many, None, None), ()),
+        (paged_attention_mla.OP, (many, table, many, None, many, None), ()),
+    ):
+        told = rf"{op.name}: Invalid shape of \w+: expected less than 2\^31 sequences, got {many}"
+        with pytest.raises(cc.ShapeError, match=told):
+            op.count(extents, (), scalars)

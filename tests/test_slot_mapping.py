@@ -167,11 +167,11 @@ def test_values_out_of_range_give_no_slot_and_are_recorded(world, rng, kind, par
 
 @pytest.mark.parametrize("block_size", [1, 3, 2**20, 2**61 + 1, 2**63 - 1])
 def test_the_largest_slots(world, block_size):
-    """Entries whose slots just fit 64 bits, and the first that might not."""
-    limit = (2**63 - 1) // block_size
+    """Entries whose slots just fit 64 bits, and the first that might not; and the last position."""
+    limit, last = (2**63 - 1) // block_size, block_size - 1
     compute(
-        world, values([[limit - 1], [limit]]), values([block_size - 1] * 2), values([0, 1, 2]),
-        block_size,
+        world, values([[limit - 1, 0], [limit, 0], [0, 0]]), values([last, last, 2**63 - 1]),
+        values([0, 1, 2, 3]), block_size,
     )  # fmt: skip
 
 

@@ -529,6 +529,7 @@ def test_bad_arguments_are_refused(gpu, change, error, words):
     arguments = {"num_kv_heads": 8, "head_size": 128, "block_size": 16, **change}
     with pytest.raises(error) as caught:
         cc.warmup(**arguments, progress=False)
+    assert str(caught.value).startswith("warmup: ")
     for word in words:
         assert word in str(caught.value)
     assert not gpu

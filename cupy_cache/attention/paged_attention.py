@@ -286,12 +286,11 @@ _VALUE_AXES = {(4, 4): 3, (5, 4): 2, (5, 5): 3}
 
 
 def _check_caches(check, key_cache, value_cache):
-    """Whether their shapes are those of x-packed caches, which hold together either way."""
-    packed = len(key_cache.shape) == 5
-    if not packed:
+    """Check their shapes; x-packed ones have five dimensions."""
+    if len(key_cache.shape) != 5:
         check.shape("key_cache", key_cache, "num_blocks block_size num_kv_heads head_size")
         check.shape("value_cache", value_cache, "num_blocks block_size num_kv_heads head_size_v")
-        return False
+        return
     check.shape("key_cache", key_cache, "num_blocks num_kv_heads _ block_size x")
     check.packs("key_cache", key_cache, "head_size")
     if len(value_cache.shape) == 5:
@@ -299,7 +298,6 @@ def _check_caches(check, key_cache, value_cache):
         check.packs("value_cache", value_cache, "block_size")
     else:
         check.shape("value_cache", value_cache, "num_blocks num_kv_heads head_size_v block_size")
-    return True
 
 
 def _plan(op, described, options):
