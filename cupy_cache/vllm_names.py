@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+from . import errors
 from .attention import paged_attention
 from .errors import ArgumentError, ShapeError
-from .runtime import arrays
+from .runtime import arrays, contract
 from .types import ArrayLike, Scale, StreamLike
 
 
@@ -127,6 +128,9 @@ def _attend(
     op, out, query, key_cache, value_cache, num_kv_heads, scale, block_tables, seq_lens, block_size,
     alibi_slopes, kv_cache_dtype, k_scale, v_scale, sparse, stream,
 ):  # fmt: skip
+    names = "the blocksparse arguments", "num_kv_heads", "block_size"
+    sparse = tuple(contract.integer(op, names[0], number) for number in sparse)
+    wanted = [contract.integer(op, *pair) for pair in zip(names[1:], (num_kv_heads, block_size))]
     if sparse != (0, 0, 64, 0):
         raise ArgumentError(
             f"{op}: Invalid value of the blocksparse arguments: expected their defaults, since "
@@ -138,13 +142,14 @@ def _attend(
     if len(shape) in (4, 5):
         places = (1, 3) if len(shape) == 5 else (2, 1)
         sizes = [shape[place] for place in places]
-        if sizes != [num_kv_heads, block_size]:
+        if sizes != wanted:
             raise ShapeError(
-                f"{op}: Invalid shape of key_cache: expected num_kv_heads = {num_kv_heads} and "
-                f"block_size = {block_size}, got {sizes[0]} and {sizes[1]}"
+                f"{op}: Invalid shape of key_cache: expected num_kv_heads = {wanted[0]} and "
+                f"block_size = {wanted[1]}, got {sizes[0]} and {sizes[1]}"
             )
-    paged_attention.paged_attention(
-        query, key_cache, value_cache, block_tables, seq_lens, scale=scale,
-        alibi_slopes=alibi_slopes, kv_cache_dtype=kv_cache_dtype, k_scale=k_scale, v_scale=v_scale,
-        out=out, stream=stream,
-    )  # fmt: skip
+    with errors.renamed(op, {"block_table": "block_tables"}):
+        paged_attention.paged_attention(
+            query, key_cache, value_cache, block_tables, seq_lens, scale=scale,
+            alibi_slopes=alibi_slopes, kv_cache_dtype=kv_cache_dtype, k_scale=k_scale,
+            v_scale=v_scale, out=out, stream=stream,
+        )  # fmt: skip

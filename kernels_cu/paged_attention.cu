@@ -521,6 +521,15 @@ __device__ __forceinline__ void write_row(const Params& p, const Row& row, int c
   }
 }
 
+// cap * tanh(score / cap). A series where it is nearly the score: the difference of two numbers as large
+// as the cap would be off by a part of the cap.
+__device__ __forceinline__ float capped(float score, float cap, float cap_inverse) {
+  const float ratio = score * cap_inverse, square = ratio * ratio;
+  const float bent = ((-17.0f / 315.0f * square + 2.0f / 15.0f) * square - 1.0f / 3.0f) * square;
+  const float whole = 1.0f - 2.0f * __fdividef(1.0f, power_of_two(2.0f * kLog2E * ratio) + 1.0f);
+  return fabsf(ratio) < 0.3f ? score + score * bent : cap * whole;
+}
+
 // A scale of this head: an array's, or one that the host knows.
 __device__ __forceinline__ float head_scale(const char* array, i64 stride, u32 head, float value) {
   return array ? *reinterpret_cast<const float*>(array + head * stride) : value;
@@ -837,7 +846,7 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
                             ? head_scale(p.k_scale, p.k_scale_stride, head, p.k_scale_value)
                             : 1.0f;
   const float scale = p.scale * p.base_scale * k_scale * (kCapped || kSloped ? 1.0f : kLog2E);
-  const float cap_inverse = kCapped ? 2.0f * kLog2E / p.soft_cap : 0.0f;
+  const float cap_inverse = kCapped ? 1.0f / p.soft_cap : 0.0f;
   // Keys that all rows of this warp see: those between the last row's first and the first row's last.
   const int last_row = first_row + kTileRows < used ? first_row + kTileRows - 1 : used - 1;
   const i32 all_low = find_row<kOne>(p, unit, head, head_part, last_row).low;
@@ -1045,8 +1054,7 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
           score = (score + others[i / 2][2 * half + i % 2]) *
                   (In::kTokenScales ? factors[i] : scale);
           if constexpr (kCapped) {
-            score = p.soft_cap -
-                    2.0f * p.soft_cap * __fdividef(1.0f, power_of_two(score * cap_inverse) + 1.0f);
+            score = capped(score, p.soft_cap, cap_inverse);
           }
           if constexpr (kSloped) {
             score += slopes[half] * static_cast<float>(key + in_tile - rows[half].position);

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A driver that only notes what it is told: what would be launched, lent and waited for."""
 
+import contextlib
+
 import numpy as np
 
 from cupy_cache.runtime import arrays, cuda, devices, driver, launch, streams
@@ -114,12 +116,18 @@ def recorder(monkeypatch):
     def lend(tensors, stream, device):
         made.lent.append((list(tensors), stream, device))
 
+    @contextlib.contextmanager
+    def scratch(framework, device, size, stream):
+        del framework, device, size, stream
+        yield 1 << 44
+
     # Where Python's own memory has low addresses, so have its tensors, which no GPU's have.
     lowest = min(arrays.LOWEST, np.empty(1).ctypes.data >> 1)
     monkeypatch.setattr(arrays, "LOWEST", lowest)
     monkeypatch.setattr(arrays, "describe", on_gpu)
     monkeypatch.setattr(streams, "current", lambda framework, device: lambda: STREAM)
     monkeypatch.setattr(streams, "lend", lend)
+    monkeypatch.setattr(streams, "scratch", scratch)
     monkeypatch.setattr(streams, "_kept", {})
     monkeypatch.setattr(driver, "active", made)
     launch.processors.cache_clear()

@@ -6,6 +6,7 @@ caches in which the operations on NumPy wrote it."""
 import collections
 import copy
 import itertools
+import pickle
 
 import numpy as np
 import pytest
@@ -622,6 +623,33 @@ def test_refusals(call, method, what, argument):
     ):
         call(tables)
     assert before == [(name, tables.blocks(name), tables.length(name)) for name in tables]
+
+
+@pytest.mark.parametrize("framework", ["numpy", "torch"])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda t: pickle.loads(pickle.dumps(t))])
+def test_copies_go_their_own_ways(framework, copied):
+    if framework == "torch":
+        pytest.importorskip("torch")
+    tables = cc.BlockTables(
+        8, 4, max_sequences=4, max_tokens=32, max_length=16, framework=framework, device="cpu"
+    )
+    tables.add("a", range(5))
+    step = tables.step(["a"], [5])
+    other = copied(tables)
+    other.add("b", [7, 8, 9])
+    its = other.step(["a", "b"], [2, 3])
+    assert its.token_ids.tolist() == [0, 0, 7, 8, 9] and its.seq_lens.tolist() == [7, 3]
+    assert its.slot_mapping.tolist() == [5, 6, 8, 9, 10]
+    assert its.block_table.tolist() == [[0, 1, -1, -1], [2, -1, -1, -1]]
+    assert "b" not in tables and tables.pool.num_free == 6
+    assert step.token_ids.tolist() == [0, 1, 2, 3, 4] and step.seq_lens.tolist() == [5]
+
+
+def test_shallow_copies_are_refused():
+    tables = tables_of()
+    for one in (tables, tables.pool):
+        with pytest.raises(cc.CopyError, match="a shallow copy would give out the same blocks"):
+            copy.copy(one)
 
 
 @pytest.mark.parametrize("options, argument", [

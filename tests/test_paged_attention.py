@@ -261,6 +261,17 @@ def test_what_is_no_number_stays_none(world, rng, where, number, lengths):
     check_not_finite(problem, world, where, number)
 
 
+@pytest.mark.parametrize("cap", [0.01, 50.0, 1e4, 1e6, 1e9, 3.4e38])
+def test_caps_of_any_size(world, rng, cap):
+    """Logits are as near to the exact ones as without a cap: a large one bends none."""
+    problem = Problem(rng, [33, 90], dtype="float16", soft_cap=cap, scale=1.0, spare=1)
+    problem.solve(world)
+    lse = problem.lse.on(world.bytes_of(problem.lse))
+    exact = problem.exact()
+    for row, (_, logarithms) in exact.items():
+        np.testing.assert_allclose(lse[row], logarithms, rtol=3e-6, atol=3e-6 * min(cap, 100))
+
+
 def test_all_hidden_but_one(world, rng):
     logits_of(world, rng, [60000.0] * 40 + [-60000.0], sliding_window=1)
 
@@ -831,7 +842,7 @@ class TestRefusals:
         [
             ("scale", float("nan")), ("scale", float("inf")), ("scale", "1"), ("scale", True),
             ("soft_cap", 0.0), ("soft_cap", -1.0), ("soft_cap", float("inf")), ("soft_cap", True),
-            ("soft_cap", 1e-60),
+            ("soft_cap", 1e-60), ("soft_cap", 1e-40),
             ("sliding_window", 0), ("sliding_window", -1), ("sliding_window", 2.0),
             ("sliding_window", True), ("kv_cache_dtype", "fp9"), ("kv_cache_dtype", None),
             ("kv_cache_dtype", "fp8_ds_mla"),

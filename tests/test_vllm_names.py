@@ -79,19 +79,25 @@ def test_attention(world, rng, function, named):
         ({"out": None}, cc.ArgumentError, ("out",)),
         ({"kv_cache_dtype": "fp9"}, cc.ArgumentError, ("kv_cache_dtype", "fp9")),
         ({"scale": float("nan")}, cc.ArgumentError, ("scale", "nan")),
+        ({"num_kv_heads": 2.0}, cc.ArgumentError, ("num_kv_heads", "2.0")),
+        ({"num_kv_heads": np.array([2, 2])}, cc.ArgumentError, ("num_kv_heads",)),
+        ({"block_size": 16.0}, cc.ArgumentError, ("block_size", "16.0")),
+        ({"block_tables": np.zeros(3, np.int32)}, cc.CupyCacheError, ("of block_tables",)),
     ],
 )
 def test_refusals(world, rng, function, changes, error, words):
     problem = attending.Problem(rng, [40], layout="x-packed", lse=None)
     with pytest.raises(error) as caught:
         call(function, arguments(problem, world, **changes))
-    for word in words:
+    for word in (f"{function}: Invalid", *words):
         assert word in str(caught.value)
     np.testing.assert_array_equal(world.bytes_of(problem.out), problem.out.buffer.bytes)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-@pytest.mark.parametrize("name, value", list(zip(V1[-4:], (1, 8, 32, -1))))
+@pytest.mark.parametrize(
+    "name, value", [*zip(V1[-4:], (1, 8, 32, -1)), (V1[-4], False), (V1[-2], 64.0)]
+)
 def test_sparse_attention_is_refused(rng, function, name, value):
     problem, world = attending.Problem(rng, [40], layout="x-packed", lse=None), worlds.NumPyWorld()
     named = arguments(problem, world, tp_rank=3)

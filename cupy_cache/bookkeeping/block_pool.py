@@ -8,7 +8,7 @@ import collections
 from typing import Any
 
 from .. import errors
-from ..errors import ArgumentError, DTypeError, OutOfBlocksError
+from ..errors import ArgumentError, CopyError, DTypeError, OutOfBlocksError
 from ..runtime import contract
 
 
@@ -43,6 +43,11 @@ class BlockPool:
         # Free blocks without a content, and with one; first those that were free first.
         self._blank = collections.deque(range(self.num_blocks))
         self._kept: collections.OrderedDict[int, None] = collections.OrderedDict()
+
+    def __copy__(self) -> Any:
+        raise CopyError(
+            "BlockPool: a shallow copy would give out the same blocks: use copy.deepcopy"
+        )
 
     @property
     def num_free(self) -> int:

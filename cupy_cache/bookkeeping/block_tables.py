@@ -7,12 +7,12 @@ from __future__ import annotations
 import array
 import hashlib
 from collections.abc import Hashable, Iterator, Sequence
-from typing import SupportsIndex
+from typing import Any, SupportsIndex
 
 import numpy as np
 
 from .. import errors
-from ..errors import ArgumentError, DTypeError, OutOfBlocksError, ShapeError
+from ..errors import ArgumentError, CopyError, DTypeError, OutOfBlocksError, ShapeError
 from ..runtime import contract, streams
 from ..types import DeviceLike, FrameworkName, StreamLike
 from .block_pool import BlockPool
@@ -57,7 +57,8 @@ class BlockTables:
     A method that needs more blocks than are free raises `OutOfBlocksError`, and has changed
     nothing: swap a sequence out, or free one, and call again.
 
-    It is not thread-safe.
+    It is not thread-safe. Copies by `copy.deepcopy` and `pickle` have arrays of their own; a
+    shallow one would give out the same blocks, and is refused.
 
     Parameters
     ----------
@@ -138,6 +139,9 @@ class BlockTables:
 
     def _blocks_of(self, tokens):
         return -(-tokens // self.block_size)
+
+    def __copy__(self) -> Any:
+        raise CopyError(f"{NAME}: a shallow copy would give out the same blocks: use copy.deepcopy")
 
     # --- what there is
 

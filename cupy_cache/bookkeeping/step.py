@@ -90,6 +90,7 @@ class Buffers:
 
     def __init__(self, op, max_sequences, max_tokens, width, framework, device):
         self._op, self._width = op, width
+        self._sizes = max_sequences, max_tokens, width
         self.framework, self.device = streams.home(op, framework, device)
         *_, end = self._places(max_sequences, max_tokens)
         self._memory = streams.empty(self.framework, self.device, (end,), UINT8)
@@ -100,6 +101,10 @@ class Buffers:
         else:
             self._current = streams.current(self.framework, self.device.index)
         self._known: dict[tuple[int, int], tuple] = {}
+
+    def __reduce__(self):
+        """A copy has memory of its own: the views of the one would be no views of the other."""
+        return type(self), (self._op, *self._sizes, self.framework, str(self.device))
 
     def _places(self, sequences, tokens):
         """(Place, shape, dtype) of each array, and where they end."""

@@ -16,6 +16,7 @@ from . import arrays, formats
 
 # What a float32 can hold without becoming zero or infinite.
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-149, 2.0**128 - 2.0**104
+SMALLEST_NORMAL = 2.0**-126  # what is smaller counts as 0 in a kernel's sums and products
 
 # How operations spell the shapes of their caches.
 _NHD = ["num_blocks", "block_size", "num_kv_heads", "head_size"]
@@ -350,9 +351,9 @@ def slot_count(op, first="key", second="value", scales=2):
 def number(op, name, value, positive=False, kind="None or "):
     """``value`` as a float that float32 can hold. ``kind``: what else is taken, for the error."""
     real = type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))
-    least = SMALLEST_SCALE if positive else -LARGEST_SCALE
+    least = SMALLEST_NORMAL if positive else -LARGEST_SCALE
     if not real or not least <= value <= LARGEST_SCALE:
-        kind += "a positive, finite float32" if positive else "a finite float32"
+        kind += "a positive, normal float32" if positive else "a finite float32"
         raise ArgumentError(f"{op}: Invalid value of {name}: expected {kind}, got {shown(value)}")
     return float(value)
 

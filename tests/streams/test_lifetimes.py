@@ -241,6 +241,8 @@ def test_scratch_of_a_graph_that_torch_does_not_know(torch, cupy, rng, kind):
     overwritten by replays."""
     world, stream = worlds.TorchCudaWorld(), cupy.cuda.Stream(non_blocking=True)
     problem = kind(rng, [900], dtype="float16", width=2000)
+    problem.run(world)  # its arrays are there
+    torch.cuda.synchronize()
     for _ in range(3):
         problem.run(world, stream=stream)
     torch.cuda.synchronize()
@@ -252,21 +254,3 @@ def test_scratch_of_a_graph_that_torch_does_not_know(torch, cupy, rng, kind):
     stream.synchronize()
     assert all(bool((memory == 1).all()) for memory in taken), "memory of others was written"
     problem.judge(world)
-
-
-@pytest.mark.parametrize("name", [name for name in WRITING if name != PAGED])
-def test_graphs_that_torch_does_not_know(torch, cupy, monkeypatch, name, rng):
-    stream = cupy.cuda.Stream(non_blocking=True)
-    every_call_on(monkeypatch, stream)
-    case = CASES[name](rng)
-    warm(case, worlds.TorchCudaWorld, 5)
-    world = worlds.TorchCudaWorld()
-    call = case.bind(world)
-    torch.cuda.synchronize()
-    graph = captured(stream, call)
-    del call
-    gc.collect()
-    torch.cuda.synchronize()
-    graph.launch(stream)
-    stream.synchronize()
-    case.check(world)

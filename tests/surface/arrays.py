@@ -25,11 +25,14 @@ class Call:
         it returns, if anything, is what the call must return.
     written : names of arguments that are written.
     choice : names of arguments that may be lists of numbers as well as arrays.
+    near : names of arguments whose elements need only be near those of the loops.
+    free : names of numbers of which any float will do.
     """
 
     def __init__(self, name, args, expected, written, choice=()):
         self.name, self.args, self.expected = name, args, expected
         self.written, self.choice = written, choice
+        self.near = self.free = ()
         self.faulty, self.faults = False, ()  # whether a fault must be recorded; those of the loops
         self.must_refuse = False
         self.bound = False  # whether it goes through a `PagedKVCache`

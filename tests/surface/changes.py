@@ -23,6 +23,7 @@ from .arrays import (
     pick,
     tensor,
 )
+from .attention import MAKERS
 from .calls import ORDINARY, SLOW, SOURCES
 
 try:
@@ -198,12 +199,29 @@ def _bytes_of(spec):
             for index in np.ndindex(*spec.shape) for byte in range(size)}  # fmt: skip
 
 
+OPTIONAL = {
+    "seq_starts", "out", "idx_mapping", "query_start_loc", "alibi_slopes", "sinks", "lse",
+    "output_lse",
+}  # fmt: skip
+
+
 def no_array(rng, call, name, spec):
-    if "scale" in name or name in ("seq_starts", "out", "idx_mapping"):
+    if "scale" in name or name in OPTIONAL:
         return None
+    # A rotary embedding of queries alone has no key.
     call.must_refuse = True
     value = pick(
-        rng, None, "text", 1.5, object(), {"a": 1}, ["x"], [1.5], b"bytes", [None], np.int64
+        rng,
+        *([None] if (call.name, name) != ("rotary_embedding", "key") else []),
+        "text",
+        1.5,
+        object(),
+        {"a": 1},
+        ["x"],
+        [1.5],
+        b"bytes",
+        [None],
+        np.int64,
     )
     call.forms[id(spec)] = lambda spec: value
     return spec
@@ -270,6 +288,7 @@ def change_option(rng, call):
         return f"stream={type(value).__name__}"
     raw = call.args.get("kv_cache_dtype") == "auto" or call.args.get("skip_scale")
     names = [n for n in names if n != "scale" or not raw]  # else it is ignored
+    names = [n for n in names if n not in call.free]
     if not names:
         return None
     name = pick(rng, *names)
@@ -355,7 +374,7 @@ def change_array(rng, call):
 
 def call(rng):
     """A random call."""
-    makers = SLOW if rng.random() < 0.01 else ORDINARY
+    makers = SLOW if rng.random() < 0.01 else (*ORDINARY, *MAKERS)
     made = makers[int(rng.integers(len(makers)))](rng)
     others = {"skip_scale", "scale_rule"} & set(made.args)
     made.bound = made.name in SOURCES and not others and rng.random() < 0.2
