@@ -73,7 +73,7 @@ constexpr u32 kBlockTable = 1, kSeqLens = 2, kQueryStartLoc = 3;  // numbers of 
 constexpr int kRows = 16;                                         // of a unit
 constexpr int kTeam = 4;                                          // warps
 constexpr i32 kTurn = 64;                                         // tokens, in which work is measured
-constexpr i32 kGroups = 8;                                        // of a sequence, at most
+constexpr i32 kGroups = 8, kMostParts = 128;                      // of a sequence, at most
 constexpr int kJoiningThreads = 256;
 constexpr int kTogether = 8;  // results that a thread of the second launch loads at the same time
 
@@ -371,45 +371,31 @@ __device__ __forceinline__ void join_totals(Joined (&rows)[2], float4* all, cons
           rows[1].sum(before.w, more.w)};
 }
 
-// Results of a unit that lie in scratch memory, in the order of its parts: those that one of the blocks
-// that share it has joined. Of a unit that it begins, a block has whole groups, and then what it has of
-// another; of others single parts until a group begins, and then groups, or what it has of them.
+// What lies in scratch memory of a part of a unit, if one of the blocks that share it has a result that
+// begins with it. Of a unit that it begins, a block has whole groups, and then what it has of another;
+// of others single parts until a group begins, and then groups, or what it has of them.
 template <typename Share>
-struct Results {
-  const Share& share;
-  const Cut& cut;
-  i32 parts;        // of the unit that have results
-  i32 slots;        // of a block
-  i32 part;         // the first of this result
-  i32 count;        // parts of it
-  i32 slot;         // of the block
+struct Result {
+  bool begins;  // with the part; else this belongs to a result before
+  i32 count;    // parts of it
+  i32 slot;     // of the block
   u32 block;
-  bool whole;  // it may be several groups
 
-  // Begins with the result that begins with part `at`, or with the unit's first one for 0.
-  __device__ __forceinline__ Results(const Share& its_share, const Cut& its_cut, i32 its_parts,
-                                     i32 its_slots, i32 at = 0)
-      : share(its_share), cut(its_cut), parts(its_parts), slots(its_slots), part(at) {
-    find();
-  }
-  __device__ __forceinline__ bool more() const { return part < parts; }
-  __device__ __forceinline__ void go_on() {
-    part += count;
-    if (part < parts) find();
-  }
-  __device__ __forceinline__ void find() {
+  // `parts` of the unit have results; a block has `slots`.
+  __device__ __forceinline__ Result(const Share& share, const Cut& cut, i32 parts, i32 slots, i32 part) {
     block = share.block_of(cut, part);
     const i32 from = share.part_at(cut, block * share.each);
     const i32 to = min(share.part_at(cut, (block + u64{1}) * share.each), parts);
     const i32 groups_end = to - to % cut.group;
     if (from == 0) {
-      whole = part < groups_end;
+      const bool whole = part < groups_end;
+      begins = part == (whole ? 0 : groups_end);
       slot = whole ? slots - 2 : slots - 1;
       count = whole ? groups_end - part : to - part;
       return;
     }
-    whole = false;
     const i32 first = min((from + cut.group - 1) / cut.group * cut.group, to);  // in a whole group
+    begins = part < first || part % cut.group == 0;
     slot = part - from;
     count = 1;
     if (part >= first) {
@@ -449,43 +435,41 @@ __global__ void __launch_bounds__(kJoiningThreads) join_parts(const __grid_const
   const int quad = static_cast<int>(blockIdx.y) * 32 + lane;
   __shared__ float4 numbers[kGroups][32], totals[kGroups][32];
   static_assert(kGroups * 32 == kJoiningThreads, "a warp for each group");
-  const i32 end = min((group + 1) * cut.group, parts);
-  Results<Shares> next(share, cut, parts, static_cast<i32>(p.slots), min(group * cut.group, parts - 1));
-  // What its unit's first block has of several groups is for the first.
-  if (next.whole && group > 0) next.part = parts;
+  // Each lane looks at one of the group's parts, as that takes long. What the unit's first block has of
+  // several groups is for the first.
+  const i32 begin = group * cut.group, end = min(begin + cut.group, parts);
+  const Result<Shares> mine(share, cut, parts, static_cast<i32>(p.slots),
+                            min(begin + lane, parts - 1));
+  const u32 there = __ballot_sync(kWarp, begin + lane < end && mine.begins);
+  const u32 number =
+      (mine.block * p.lanes + blockIdx.x % p.lanes) * p.slots + static_cast<u32>(mine.slot);
   Joined joined[2];
   float4 total = {kNone, kNone, 0.0f, 0.0f}, sum = {0.0f, 0.0f, 0.0f, 0.0f};
-  bool any = false;
-  while (group * cut.group < parts && next.part < end) {
+  for (i32 first = 0; first < end - begin; first += kTogether) {
     float4 fours[kTogether];
     float2 lows[kTogether], uppers[kTogether];
-    int loaded = 0;
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      if (next.part >= end) continue;
-      const u64 number = static_cast<u64>(next.block * p.lanes + blockIdx.x % p.lanes) * p.slots +
-                         static_cast<u32>(next.slot);
-      const char* const slot = p.scratch + p.slots_at + number * kSlotBytes;
+      if ((there >> (first + i) & 1) == 0) continue;
+      const u64 its_number = __shfl_sync(kWarp, number, first + i);
+      const char* const slot = p.scratch + p.slots_at + its_number * kSlotBytes;
       const float4* const its = reinterpret_cast<const float4*>(slot);
       const float2* const rows = reinterpret_cast<const float2*>(its + kFours);
       fours[i] = its[quad];
       lows[i] = rows[lane / 4];
       uppers[i] = rows[lane / 4 + 8];
-      ++loaded;
-      next.go_on();
     }
 #pragma unroll
     for (int i = 0; i < kTogether; ++i) {
-      if (i >= loaded) continue;
+      if ((there >> (first + i) & 1) == 0) continue;
       join_totals(joined, &total, {lows[i].x, uppers[i].x, lows[i].y, uppers[i].y});
       sum = {joined[0].sum(sum.x, fours[i].x), joined[0].sum(sum.y, fours[i].y),
              joined[1].sum(sum.z, fours[i].z), joined[1].sum(sum.w, fours[i].w)};
-      any = true;
     }
   }
   numbers[group][lane] = sum;
   // A group that is told of by another has no weight at all.
-  totals[group][lane] = any ? total : float4{__uint_as_float(0x7fc00000u), 0.0f, 0.0f, 0.0f};
+  totals[group][lane] = there != 0 ? total : float4{__uint_as_float(0x7fc00000u), 0.0f, 0.0f, 0.0f};
   __syncthreads();
   if (group > 0) return;
   total = {kNone, kNone, 0.0f, 0.0f};
@@ -602,6 +586,14 @@ __global__ void __launch_bounds__(kTeams * kTeam * 32, kTeams == 1 ? 2 : 1)
       record_fault(kSeqLens, share.index, share.sequence.stated, longest(p) + 1);
     }
     const bool alone = from == 0 && to == parts;  // it is all of the unit
+    const auto word_of = [&] {  // where those that share it are counted
+      u64 number = static_cast<u64>(share.index) * share.sequence.units + share.unit;
+      if constexpr (!IsVoid<Start>::value) {
+        number = static_cast<u64>(share.sequence.first) * p.heads / kRows +
+                 static_cast<u64>(share.index) + share.unit;
+      }
+      return reinterpret_cast<u64*>(p.scratch) + number;
+    };
     const i32 begin = from * part_tokens;
     const i64 behind = static_cast<i64>(to) * part_tokens;
     const i32 end = static_cast<i32>(behind < unit.seen ? behind : unit.seen);
@@ -722,13 +714,18 @@ __global__ void __launch_bounds__(kTeams * kTeam * 32, kTeams == 1 ? 2 : 1)
       if constexpr (kWholeRows) fence_row_copies();
     };
     const i32 all_high = __shfl_sync(kWarp, high[0], 0);  // the first row sees the least
+    if (!alone && p.joins && threadIdx.x == 0) {  // while the first tiles are on their way
+      begin_count(word_of(), p.scratch_tag, look_at_count(word_of()));
+    }
 
     // --- results
     // A block has a slot for each result of a unit that it does not begin, and two for one that it
     // begins: of its groups that are complete, which are joined there, and of another.
+    const auto slot_of = [&](u32 number) {
+      return reinterpret_cast<float4*>(p.scratch + p.slots_at + static_cast<u64>(number) * kSlotBytes);
+    };
     const auto slot_at = [&](u32 block, i32 slot) {
-      const u64 number = static_cast<u64>(block * p.lanes + my_lane) * p.slots + static_cast<u32>(slot);
-      return reinterpret_cast<float4*>(p.scratch + p.slots_at + number * kSlotBytes);
+      return slot_of((block * p.lanes + my_lane) * p.slots + static_cast<u32>(slot));
     };
     float largest[2], sums[2], out[kTiles][4];
     float kept_out[kTiles][4];
@@ -1031,7 +1028,7 @@ __global__ void __launch_bounds__(kTeams * kTeam * 32, kTeams == 1 ? 2 : 1)
       end_part();
       begin_part();
       const i32 part = is_last ? to : from + (index + 1) / of_part;  // the next
-      if (!Results<Shares>::ends_at(cut, from, to, part)) continue;
+      if (!Result<Shares>::ends_at(cut, from, to, part)) continue;
       if (from > 0) {
         store(slot++);
         begin_group();
@@ -1047,12 +1044,6 @@ __global__ void __launch_bounds__(kTeams * kTeam * 32, kTeams == 1 ? 2 : 1)
     // --- the result
     bool is_mine = alone;
     if (!alone) {
-      u64 number = static_cast<u64>(share.index) * share.sequence.units + share.unit;
-      if constexpr (!IsVoid<Start>::value) {
-        number = static_cast<u64>(share.sequence.first) * p.heads / kRows +
-                 static_cast<u64>(share.index) + share.unit;
-      }
-      u64* const word = reinterpret_cast<u64*>(p.scratch) + number;
       const u32 first_block = share.block_of(cut, 0), last_block = share.block_of(cut, parts - 1);
       // If a block has no turn of each part, each part is for another one.
       const bool all = share.each >> cut.log > 0;
@@ -1071,7 +1062,7 @@ __global__ void __launch_bounds__(kTeams * kTeam * 32, kTeams == 1 ? 2 : 1)
         }
         if (to % cut.group != 0) store(state + 1);
       }
-      if (p.joins) is_mine = arrive_block(word, p.scratch_tag, blocks);
+      if (p.joins) is_mine = arrive_block(word_of(), p.scratch_tag, blocks, true);
     }
     float4* const result = reinterpret_cast<float4*>(shared) + of_lane;
     if (alone) {
@@ -1081,20 +1072,44 @@ __global__ void __launch_bounds__(kTeams * kTeam * 32, kTeams == 1 ? 2 : 1)
         result[i * 32] = {kept_out[i][0], kept_out[i][1], kept_out[i][2], kept_out[i][3]};
       }
     } else if (is_mine) {
-      // All results are there. Each thread copies what it joins, ahead of use, and some of its tiles
-      // of columns at a time, for which there are registers.
+      // All results are there. They are listed first, in order: each thread looks at one of the parts,
+      // as that takes long. Then each copies what it joins, ahead of use, and some of its tiles of
+      // columns at a time, for which there are registers.
+      __shared__ u32 listed[kMostParts], listed_of_warps[kMostParts / 32];
+      constexpr u32 kEndsGroup = 1u << 31;
+      u32 lower = 0, entry = 0;  // results of the warp's parts before; what is listed
+      bool begins = false;
+      if (warp < kMostParts / 32) {
+        const i32 part = static_cast<i32>(threadIdx.x);
+        const Result<Shares> its(share, cut, parts, static_cast<i32>(p.slots), min(part, parts - 1));
+        begins = part < parts && its.begins;
+        const i32 behind_it = part + its.count;
+        entry = (its.block * p.lanes + my_lane) * p.slots + static_cast<u32>(its.slot);
+        if (behind_it % cut.group == 0 || behind_it == parts) entry |= kEndsGroup;
+        const u32 there = __ballot_sync(kWarp, begins);
+        lower = __popc(there & ((1u << lane) - 1));
+        if (lane == 0) listed_of_warps[warp] = __popc(there);
+      }
+      __syncthreads();
+      u32 count = 0;
+#pragma unroll
+      for (int i = 0; i < kMostParts / 32; ++i) {
+        if (i < warp) lower += listed_of_warps[i];
+        count += listed_of_warps[i];
+      }
+      if (begins) listed[lower] = entry;
+      __syncthreads();
       constexpr int kAtOnce = kTiles < 8 ? kTiles : 8;
       constexpr int kPlace = kFours * 16 + 16 * kThreads;
       constexpr int kPlaces = kMissingAt / kPlace < 4 ? kMissingAt / kPlace : 4;
       static_assert(kPlaces >= 2 && kTiles % kAtOnce == 0, "there is room for two results");
 #pragma unroll 1
       for (int first = 0; first < kTiles; first += kAtOnce) {
-        Results<Shares> ahead(share, cut, parts, static_cast<i32>(p.slots)), next = ahead;
-        u32 number = 0, asked = 0;
+        u32 asked = 0;
         const int of_tile = of_lane + first * 32;
         const auto ask = [&] {
-          if (ahead.more()) {
-            const float4* const its = slot_at(ahead.block, ahead.slot);
+          if (asked < count) {
+            const float4* const its = slot_of(listed[asked] & ~kEndsGroup);
             char* const at = shared + asked % kPlaces * kPlace;
 #pragma unroll
             for (int i = 0; i < kAtOnce; ++i) {
@@ -1105,7 +1120,6 @@ __global__ void __launch_bounds__(kTeams * kTeam * 32, kTeams == 1 ? 2 : 1)
             char* const its_totals = at + kFours * 16 + threadIdx.x * 16;
             copy_async<8>(its_totals, rows + in_half * 8, true);
             copy_async<8>(its_totals + 8, rows + (in_half + 8) * 8, true);
-            ahead.go_on();
           }
           ++asked;
           commit_copies();
@@ -1115,7 +1129,7 @@ __global__ void __launch_bounds__(kTeams * kTeam * 32, kTeams == 1 ? 2 : 1)
         float joined_out[kAtOnce][4] = {}, group_out[kAtOnce][4] = {};
         totals = {kNone, kNone, 0.0f, 0.0f};
         float4 group = totals;
-        while (next.more()) {
+        for (u32 number = 0; number < count; ++number) {
           ask();
           wait_for_copies<kPlaces - 1>();
           const char* const at = shared + number % kPlaces * kPlace;
@@ -1132,8 +1146,7 @@ __global__ void __launch_bounds__(kTeams * kTeam * 32, kTeams == 1 ? 2 : 1)
             group_out[i][2] = joined[1].sum(group_out[i][2], four.z);
             group_out[i][3] = joined[1].sum(group_out[i][3], four.w);
           }
-          const i32 behind_it = next.part + next.count;
-          if (behind_it % cut.group == 0 || behind_it == parts) {
+          if (listed[number] & kEndsGroup) {
             join_totals(joined, &totals, group);
             group = {kNone, kNone, 0.0f, 0.0f};
 #pragma unroll
@@ -1145,8 +1158,6 @@ __global__ void __launch_bounds__(kTeams * kTeam * 32, kTeams == 1 ? 2 : 1)
               }
             }
           }
-          next.go_on();
-          ++number;
         }
         wait_for_copies<0>();
 #pragma unroll
