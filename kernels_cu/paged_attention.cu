@@ -140,6 +140,27 @@ struct Tile {
   }
 };
 
+// The same for packs of one chunk, of which those of neighbouring rows are side by side, as they are in
+// a cache: an instruction that copies from whole lines then writes whole lines.
+template <int kTileRows, int kBytes>
+struct PackedTile {
+  static constexpr int kChunks = kBytes / 16;
+  static constexpr int kSize = kTileRows * kBytes;
+
+  static __device__ __forceinline__ int at(int row, int chunk) { return (chunk * kTileRows + row) * 16; }
+  static __device__ __forceinline__ int behind(int first, int further) {
+    return first + further * kTileRows * 16;
+  }
+};
+template <bool kPacked, int kTileRows, int kBytes>
+struct KeyTileOf {
+  using Type = Tile<kTileRows, kBytes>;
+};
+template <int kTileRows, int kBytes>
+struct KeyTileOf<true, kTileRows, kBytes> {
+  using Type = PackedTile<kTileRows, kBytes>;
+};
+
 // Which queries a unit has.
 struct Unit {
   i64 sequence;
@@ -425,7 +446,25 @@ template <typename T, int kBytes, int kVec, bool kWhole, bool kPacked>
 __device__ __forceinline__ void copy_tile(char* to, const Source& from, const Params& p, const Cut& cut,
                                           i32 block, i32 key, u32 slot, bool complete) {
   const i32 lane = static_cast<i32>(threadIdx.x % 32);
-  if constexpr (kWhole && kVec == 16 && kBytes == T::kChunks * 16) {
+  if constexpr (kWhole && kVec == 16 && kPacked) {
+    if (complete && from.pack == 16) {
+      const i32 row = lane % kKeys, first = lane / kKeys;
+      const char* its = from.head + (block * from.block_stride + (slot + row) * from.slot_stride +
+                                     first * from.pack_stride);
+#pragma unroll
+      for (i32 base = 0; base < T::kChunks; base += 32 / kKeys) {
+        const i32 chunk = base + first;
+        // The last chunks may have no elements, or not be there.
+        const bool inside = kBytes == T::kChunks * 16 || chunk * 16 < kBytes;
+        if (T::kChunks % 2 == 0 || chunk < T::kChunks) {
+          copy_async<16>(to + T::at(row, chunk), inside ? its : from.head, inside);
+        }
+        its += 32 / kKeys * from.pack_stride;
+      }
+      return;
+    }
+  }
+  if constexpr (kWhole && kVec == 16 && kBytes == T::kChunks * 16 && !kPacked) {
     // The lanes take chunks one after the other, and after some rows the same ones again.
     constexpr i32 kCommon = T::kChunks % 32 == 0   ? 32
                             : T::kChunks % 16 == 0 ? 16
@@ -440,7 +479,7 @@ __device__ __forceinline__ void copy_tile(char* to, const Source& from, const Pa
         for (i32 part = 0; part < T::kChunks / kCommon; ++part) {
           const i32 at = part * 32 + lane, row = at / T::kChunks, chunk = at % T::kChunks;
           const char* its = from.head + (block * from.block_stride + (slot + row) * from.slot_stride +
-                                         from.template in_slot<kPacked>(chunk * 16));
+                                         chunk * 16);
 #pragma unroll
           for (i32 i = 0; i < kKeys; i += kTogether) {
             copy_async<16>(to + T::at(row + i, chunk), its, true);
@@ -484,7 +523,7 @@ struct Stage {
   using Stored = typename In::Stored;
   static constexpr int kSteps = (kKeySize + 15) / 16;  // of the product of queries and keys
   static constexpr int kOutSize = (kValueSize + 15) / 16 * 16;
-  using KeyTile = Tile<kKeys, kSteps * 16 * In::kBytes>;
+  using KeyTile = typename KeyTileOf<kByToken, kKeys, kSteps * 16 * In::kBytes>::Type;
   // By token it has a row for each element of a head.
   using ValueTile = Tile<kByToken ? kOutSize : kKeys, (kByToken ? kKeys : kOutSize) * In::kBytes>;
   static constexpr int kBytes = KeyTile::kSize + ValueTile::kSize;

@@ -572,11 +572,10 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
 
     key_bytes = launch.ceil_div(size["head_size"], 16) * 16 * stored.bytes
     value_size = launch.ceil_div(size["head_size_v"], 16) * 16
-    stage = _tile_bytes(KEYS, key_bytes)
     if values.by_token:
-        stage += _tile_bytes(value_size, KEYS * stored.bytes)
+        stage = KEYS * key_bytes + _tile_bytes(value_size, KEYS * stored.bytes)
     else:
-        stage += _tile_bytes(KEYS, value_size * stored.bytes)
+        stage = _tile_bytes(KEYS, key_bytes) + _tile_bytes(KEYS, value_size * stored.bytes)
     k_scales, v_scales = named["k_scale_cache"], named["v_scale_cache"]
     cached, of_tile = spelling.ELEMENT_NAMES[stored.name], 4
     if k_scales is not None:
