@@ -3,6 +3,7 @@
 """The engine of `examples/`: its tokens are those of transformers' ``generate``, whatever room
 there is."""
 
+import contextlib
 import copy
 import importlib
 import subprocess
@@ -77,32 +78,70 @@ def test_tokens_are_those_of_generate(example, model, requests, num_blocks, host
 
 
 class Late:
-    """An event of a copy that takes its time."""
+    """An event that takes its time: the copies before it are made when it is there."""
 
-    def __init__(self, rng):
-        self.asked_for = rng.integers(12)
+    def __init__(self, bus):
+        self.bus, self.until, self.asked_for = bus, len(bus.copies), bus.rng.integers(12)
 
     def query(self):
         self.asked_for -= 1
-        return self.asked_for < 0
+        if self.asked_for < 0:
+            self.synchronize()
+            return True
+        return False
 
     def synchronize(self):
         self.asked_for = 0
+        for to, of in self.bus.copies[self.bus.made : self.until]:
+            to.copy_(of)
+        self.bus.made = max(self.bus.made, self.until)
 
 
-def test_moves_that_take_their_time(example, model, requests, rng, monkeypatch):
-    move = example.Engine.move
+class Bus:
+    """A stream whose copies are made late, in order."""
+
+    def __init__(self, rng):
+        self.rng, self.copies, self.made = rng, [], 0
+
+    def record_event(self):
+        return Late(self)
+
+
+class There:
+    """Where a piece goes, on a `Bus`."""
+
+    def __init__(self, bus, to):
+        self.bus, self.to, self.nbytes = bus, to, to.nbytes
+
+    def copy_(self, of, non_blocking):
+        assert non_blocking
+        self.bus.copies.append((self.to, of))
+
+
+@pytest.mark.parametrize("bus_bytes", [1 << 20, 1])
+def test_moves_that_take_their_time(example, model, requests, rng, monkeypatch, bus_bytes):
+    """Whole requests at once, and a block at each step."""
+    move, new_rows, bus = example.Engine.move, example.Engine.new_rows, Bus(rng)
 
     def late(engine, *given):
+        engine.bus = bus
         move(engine, *given)
-        engine.moves[-1].done = Late(rng)
+        moved = engine.moves[-1]
+        moved.pieces = type(moved.pieces)((There(bus, to), of) for to, of in moved.pieces)
+        moved.ready = moved.ready or (None if moved.request else Late(bus))
+
+    def poisoned(engine, count, **where):
+        return new_rows(engine, count, **where).fill_(0xFF)
 
     monkeypatch.setattr(example.Engine, "move", late)
+    monkeypatch.setattr(example.Engine, "new_rows", poisoned)
+    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
     requests = [(prompt, new + 20, beams) for prompt, new, beams in requests]
     expected = [example.generated(model, *request) for request in requests]
-    for bus_bytes in (1 << 20, 1):  # whole requests at once; a block at each step
-        found, counts = served(example, model, requests, 40, 60, bus_bytes=bus_bytes)
-        assert found == expected and counts["blocks moved"]
+    found, counts = served(example, model, requests, 40, 60, bus_bytes=bus_bytes)
+    assert found == expected and counts["blocks moved"] and bus.made
 
 
 def test_sequences_end_early(example, model, requests):
