@@ -600,26 +600,29 @@ __global__ void __launch_bounds__(kTeams * kTeam * 32, kTeams == 1 ? 2 : 1)
     const i32 tiles = end > begin ? (end - begin - 1) / kKeys + 1 : 0;
 
     // --- copies, ahead of use
-    // The block of the lane's token of a tile, as the table has it; a warp's first lanes have its rows.
-    const auto block_at = [&](i32 index) -> Block {
-      const i32 token = begin + index * kKeys + warp * kMyRows + lane;
-      if (lane >= kMyRows || token >= end) return -1;
+    // The blocks of the warp's rows of some tiles, as the table has them: each of its lanes has one.
+    constexpr int kAtATime = 32 / kMyRows;
+    const auto blocks_from = [&](i32 index) -> Block {
+      const i32 token = begin + (index + lane / kMyRows) * kKeys + warp * kMyRows + lane % kMyRows;
+      if (token >= end) return -1;
       return static_cast<Block>(
           load_number<Block>(p.block_table + share.index * p.table_stride +
                              static_cast<i64>(p.by_block_size.quotient(static_cast<u32>(token))) *
                                  static_cast<i64>(sizeof(Block))));
     };
-    Block upcoming = block_at(0);
+    Block upcoming = blocks_from(0);
     const auto stage_of = [&](i32 index) { return (copied + static_cast<u32>(index)) % kStages; };
     const auto request = [&](i32 index) {
       if (index < tiles) {
         const i32 token = begin + index * kKeys + warp * kMyRows + lane;
+        const int in_time = index % kAtATime * kMyRows;
+        const Block block = __shfl_sync(kWarp, upcoming, in_time + lane % kMyRows);
         const bool present = lane < kMyRows && token < end &&
-                             in_bounds(upcoming, p.num_blocks, kBlockTable, share.index);
+                             in_bounds(block, p.num_blocks, kBlockTable, share.index);
         const u32 offset = p.by_block_size.remainder(static_cast<u32>(token), p.block_size);
         const i64 away =
-            present ? static_cast<i64>(upcoming) * p.block_stride + offset * p.slot_stride : 0;
-        upcoming = block_at(index + 1);
+            present ? static_cast<i64>(block) * p.block_stride + offset * p.slot_stride : 0;
+        if (in_time + kMyRows == 32) upcoming = blocks_from(index + 1);
         constexpr u32 kAll = (1u << kMyRows) - 1;
         const u32 there = __ballot_sync(kWarp, present);
         const u32 stage = stage_of(index);
