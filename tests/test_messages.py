@@ -136,6 +136,9 @@ TABLE = [
     (write(slot_mapping=np.array(3)), "reshape_and_cache_flash", "shape", "slot_mapping", ""),
     (write(stream="s"), "reshape_and_cache_flash", "type", "stream", ""),
     (write(stream=True), "reshape_and_cache_flash", "type", "stream", ""),
+    (write(stream=-1), "reshape_and_cache_flash", "value", "stream", ""),
+    (write(stream=2**64), "reshape_and_cache_flash", "value", "stream", ""),
+    (slots(stream=-(2**70)), "slot_mapping", "value", "stream", ""),
     # options
     (write(kv_cache_dtype="fp9"), "reshape_and_cache_flash", "value", "kv_cache_dtype", ""),
     (write(kv_cache_dtype="fp8", k_scale=0.0), "reshape_and_cache_flash", "value", "k_scale", ""),

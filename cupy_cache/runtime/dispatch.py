@@ -127,7 +127,7 @@ class Op:
         """Run on ``objects``, one for each `Arg`; optional ones at the end may be left out.
         ``options`` is hashable and goes to the plan, ``scalars`` change from call to call and go to
         ``count``."""
-        if stream is not None and type(stream) is not int:
+        if stream is not None and not (type(stream) is int and 0 <= stream <= streams.LARGEST):
             stream = streams.pointer(self.name, stream)
         # From here to the launch every statement runs at every call: a microsecond is ten of them.
         tensors, form = objects, (options, len(objects))
@@ -522,7 +522,7 @@ class Bound:
             raise TypeError(  # as of a function
                 f"{self.name}: Invalid number of arguments: expected {names}, got {len(given)}"
             )
-        if stream is not None and type(stream) is not int:
+        if stream is not None and not (type(stream) is int and 0 <= stream <= streams.LARGEST):
             stream = streams.pointer(self.name, stream)
         if scalars is None:
             scalars = self.scalars

@@ -34,12 +34,20 @@ from . import arrays, contract, cuda, devices, driver, locks
 
 HOST_ALIGNMENT = 64  # of NumPy's zeros: JAX has a view of no other memory on the CPU
 
+LARGEST = 2**64 - 1  # address
+
 
 def pointer(op, stream):
     """The address of a stream: an integer, or any object with ``__cuda_stream__``, ``ptr`` or
     ``cuda_stream``."""
-    if type(stream) is int:
-        return stream
+    found = stream if type(stream) is int else _address(op, stream)
+    if not 0 <= found <= LARGEST:
+        name, expected = f"{op}: stream", "the address of a stream, of at most 64 bits"
+        raise ArgumentError(errors.wrong("value", name, expected, str(found)))
+    return found
+
+
+def _address(op, stream):
     try:
         protocol = getattr(stream, "__cuda_stream__", None)
         if protocol is not None:
@@ -47,11 +55,9 @@ def pointer(op, stream):
         for attribute in ("ptr", "cuda_stream"):
             if hasattr(stream, attribute):
                 return int(getattr(stream, attribute))
-        if not isinstance(stream, bool):
-            return operator.index(stream)
+        return contract.index(stream)
     except Exception as error:
         raise _no_stream(op, stream) from error
-    raise _no_stream(op, stream)
 
 
 def _no_stream(op, stream):
