@@ -8,7 +8,8 @@
 // works by itself: it copies its tiles to shared memory ahead of use and has a running maximum, a sum and
 // an output of its own. At the end of a part these are joined. Of more rows, each warp copies tiles
 // likewise, but takes all of them for 16 of the rows. Parts are joined to one another in their order, in
-// groups first, of which a unit has at most eight.
+// groups first, of which a unit has at most eight. Two units of a sequence of many queries are taken as
+// one, without parts: each warp has 32 rows then, for which it reads a tile from shared memory once.
 //
 // So it does not matter to any bit of the result who computes a part: a thread block takes all of a unit,
 // or a group; or each thread block takes as many parts of all units as any other, and what a unit lacks is
@@ -116,27 +117,25 @@ constexpr int kSorted = 32 * kWarps;
 // By how much, as a power of two, a score may be above the one that weights are relative to before all
 // sums are made relative to it: weights stay far below what an operand holds.
 constexpr float kSlack = 8.0f;
+
 // Rows of kBytes bytes in shared memory, in chunks of 16. Eight rows of a matrix lie in different banks:
-// their chunks are exchanged where a row has a multiple of eight, or two or four, which costs no room and
-// lets copies write whole lines of 128 bytes; else rows are an odd number of chunks apart.
+// chunks of a row are exchanged, unless it has an odd number. Two that make a sector of memory stay side
+// by side in a line of 128 bytes: a copy would else read the sector twice.
 template <int kTileRows, int kBytes>
 struct Tile {
   static constexpr int kChunks = kBytes / 16;  // of a row
-  static constexpr bool kExchanged = kChunks % 8 == 0 || kChunks == 4 || kChunks == 2;
-  static constexpr int kRowBytes = (kExchanged ? kChunks : kChunks | 1) * 16;
-  static constexpr int kSize = kTileRows * kRowBytes;
+  // So many are exchanged with one another.
+  static constexpr int kAmong = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1;
+  static constexpr int kSize = kTileRows * kBytes;
 
   // Where a chunk of a row is.
   static __device__ __forceinline__ int at(int row, int chunk) {
-    if constexpr (!kExchanged) return row * kRowBytes + chunk * 16;
-    constexpr int kAmong = kChunks < 8 ? kChunks : 8;  // chunks
-    return row * kRowBytes + (chunk ^ row / (8 / kAmong) % kAmong) * 16;
+    return row * kBytes + (chunk ^ row / (8 / kAmong) % kAmong) * 16;
   }
   // Where the chunk is that comes `further` chunks, an even number, behind the first or second one of a
   // row, which is at `first`. The tile is at a multiple of 128.
   static __device__ __forceinline__ int behind(int first, int further) {
-    if constexpr (!kExchanged) return first + further * 16;
-    return (first ^ further % 8 * 16) + further / 8 * 128;
+    return (first ^ further % kAmong * 16) + further / kAmong * kAmong * 16;
   }
 };
 
@@ -1456,7 +1455,8 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, const Unit
     __syncthreads();  // what is read here may be copied over
   };
   // Tiles that a warp of a wide unit takes at a time, as registers allow.
-  constexpr int kTogether = kRows == kWide && kKeySize + kValueSize <= 256 ? 2 : 1;
+  constexpr bool kTwo = kKeySize + kValueSize <= 256 && HasProducts<Type>::value;
+  constexpr int kTogether = kRows == kWide && kTwo ? 2 : 1;
   // Whether a tile is requested only when the next but kStages - 1 is there: then no warp reads what is
   // in its place any more, by the same barrier.
   constexpr bool kLate = kRows == kWide;
@@ -1803,7 +1803,7 @@ __device__ __forceinline__ void run(const Params& p) {
   do {
     Unit unit = find_unit<Length, Start>(p, place, shared);
     if (!unit.any) return;  // as do all blocks of the cluster
-    if constexpr (kTall) {
+    if constexpr (kTall && HasProducts<typename Operands<Query, Cached>::Type>::value) {
       if (unit.count >= p.tall_tokens) {
         // Every second unit comes with the one before it.
         if (unit.before / p.row_tokens % 2 != 0) return;

@@ -393,6 +393,8 @@ def test_same_bits_in_any_batch(world, rng, monkeypatch, queries):
     """A batch in another order, padded with empty sequences, and one sequence at a time. Of the
     queries two sequences may have enough for units to be taken in pairs, by another kernel."""
     monkeypatch.setattr(module, "MANY_UNITS", 4)
+    # Both kernels are emulated as for one GPU: for others products are summed differently.
+    monkeypatch.setattr("emulator.ARCHITECTURES", (90,))
     lengths = [700, 33, 1, 130, 64, 15]
     problem = Problem(rng, lengths, queries, slopes=True, heads=(6, 3))
     counts = queries or [1] * len(lengths)
@@ -645,6 +647,15 @@ def test_who_computes_is_chosen_by_shapes(monkeypatch, sequences, heads, tokens,
     assert chosen("plain")[0] == ("plain", sequences * heads)
     assert chosen("plain", "shared")[0][0] != "clustered"
     assert chosen("plain", "clustered")[0][0] != "shared"
+
+
+def test_many_tokens_are_for_another_kernel(monkeypatch):
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    named = {name: types.SimpleNamespace(device=0) for name in ("plain", "tall", "clustered")}
+    plan = module._Plan(named, "cupy", 8, 16, 1280, 16, 2, 4160)
+    assert plan._choose(1279, 64, 256) == ("plain", (1279 // 16 + 64) * 8)
+    assert plan._choose(1280, 1, 256) == ("tall", (1280 // 16 + 1) * 8)
+    assert plan._choose(16, 1, 256)[0] == "clustered"
 
 
 def test_divisors():

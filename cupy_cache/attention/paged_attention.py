@@ -528,13 +528,6 @@ def _most_parts(tokens):
     return max(min(most, launch.ceil_div(tiles, WARPS)), 1)
 
 
-def _tile_bytes(rows, row_bytes):
-    """Shared memory of a tile: `Tile` of paged_attention.cu."""
-    chunks = launch.ceil_div(row_bytes, 16)
-    exchanged = chunks % 8 == 0 or chunks in (2, 4)
-    return rows * (chunks if exchanged else chunks | 1) * 16
-
-
 def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     _, causal, _, _, capped = options
     size, query, out = check.sizes, named["query"], named["out"]
@@ -566,10 +559,7 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
 
     key_bytes = launch.ceil_div(size["head_size"], 16) * 16 * stored.bytes
     value_size = launch.ceil_div(size["head_size_v"], 16) * 16
-    if values.by_token:
-        stage = KEYS * key_bytes + _tile_bytes(value_size, KEYS * stored.bytes)
-    else:
-        stage = _tile_bytes(KEYS, key_bytes) + _tile_bytes(KEYS, value_size * stored.bytes)
+    stage = KEYS * (key_bytes + value_size * stored.bytes)
     k_scales, v_scales = named["k_scale_cache"], named["v_scale_cache"]
     cached, of_tile = spelling.ELEMENT_NAMES[stored.name], 4
     if k_scales is not None:

@@ -36,6 +36,17 @@ struct IsBF16<BF16> {
   static constexpr bool value = true;
 };
 
+// Whether the machine has an instruction for products of elements of type T. Without it they are long,
+// and slow.
+template <typename T>
+struct HasProducts {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  static constexpr bool value = !IsBF16<T>::value;
+#else
+  static constexpr bool value = true;
+#endif
+};
+
 #ifdef __CUDA_ARCH__
 // c += A * B of half as many columns and rows, in elements of type F16.
 __device__ __forceinline__ void half_multiply_add(float (&c)[4], u32 a0, u32 a1, u32 b) {
