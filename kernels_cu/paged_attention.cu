@@ -8,7 +8,8 @@
 // works by itself: it copies its tiles to shared memory ahead of use and has a running maximum, a sum and
 // an output of its own. At the end of a part these are joined. Of more rows, each warp copies tiles
 // likewise, but takes all of them for 16 of the rows. Parts are joined to one another in their order, in
-// groups first, of which a unit has at most eight.
+// groups first, of which a unit has at most eight. Two units of a sequence of many queries are taken as
+// one, without parts: each warp has 32 rows then, for which it reads a tile from shared memory once.
 //
 // So it does not matter to any bit of the result who computes a part: a thread block takes all of a unit,
 // or a group; or each thread block takes as many parts of all units as any other, and what a unit lacks is
@@ -83,6 +84,7 @@ struct Params {
   i64 v_scale_slot_stride;
   i64 v_scale_head_stride;
   u64 scratch_tag;  // see scratch.cuh
+  i64 tall_tokens;  // from so many on, a sequence's units are taken two at a time
   float base_scale;  // what `scale` is multiplied with
   u32 block_size;
   u32 kv_heads;
@@ -112,28 +114,50 @@ constexpr int kWarps = 4;   // of a thread block
 constexpr int kGroups = 8;     // of parts; a cluster's blocks take one each
 constexpr int kMaxParts = 64;  // of a unit
 constexpr int kSorted = 32 * kWarps;
+// By how much, as a power of two, a score may be above the one that weights are relative to before all
+// sums are made relative to it: weights stay far below what an operand holds.
+constexpr float kSlack = 8.0f;
+
 // Rows of kBytes bytes in shared memory, in chunks of 16. Eight rows of a matrix lie in different banks:
-// their chunks are exchanged where a row has a multiple of eight, or two or four, which costs no room and
-// lets copies write whole lines of 128 bytes; else rows are an odd number of chunks apart.
+// chunks of a row are exchanged, unless it has an odd number. Two that make a sector of memory stay side
+// by side in a line of 128 bytes: a copy would else read the sector twice.
 template <int kTileRows, int kBytes>
 struct Tile {
   static constexpr int kChunks = kBytes / 16;  // of a row
-  static constexpr bool kExchanged = kChunks % 8 == 0 || kChunks == 4 || kChunks == 2;
-  static constexpr int kRowBytes = (kExchanged ? kChunks : kChunks | 1) * 16;
-  static constexpr int kSize = kTileRows * kRowBytes;
+  // So many are exchanged with one another.
+  static constexpr int kAmong = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1;
+  static constexpr int kSize = kTileRows * kBytes;
 
   // Where a chunk of a row is.
   static __device__ __forceinline__ int at(int row, int chunk) {
-    if constexpr (!kExchanged) return row * kRowBytes + chunk * 16;
-    constexpr int kAmong = kChunks < 8 ? kChunks : 8;  // chunks
-    return row * kRowBytes + (chunk ^ row / (8 / kAmong) % kAmong) * 16;
+    return row * kBytes + (chunk ^ row / (8 / kAmong) % kAmong) * 16;
   }
   // Where the chunk is that comes `further` chunks, an even number, behind the first or second one of a
   // row, which is at `first`. The tile is at a multiple of 128.
   static __device__ __forceinline__ int behind(int first, int further) {
-    if constexpr (!kExchanged) return first + further * 16;
-    return (first ^ further % 8 * 16) + further / 8 * 128;
+    return (first ^ further % kAmong * 16) + further / kAmong * kAmong * 16;
   }
+};
+
+// The same for packs of one chunk, of which those of neighbouring rows are side by side, as they are in
+// a cache: an instruction that copies from whole lines then writes whole lines.
+template <int kTileRows, int kBytes>
+struct PackedTile {
+  static constexpr int kChunks = kBytes / 16;
+  static constexpr int kSize = kTileRows * kBytes;
+
+  static __device__ __forceinline__ int at(int row, int chunk) { return (chunk * kTileRows + row) * 16; }
+  static __device__ __forceinline__ int behind(int first, int further) {
+    return first + further * kTileRows * 16;
+  }
+};
+template <bool kPacked, int kTileRows, int kBytes>
+struct KeyTileOf {
+  using Type = Tile<kTileRows, kBytes>;
+};
+template <int kTileRows, int kBytes>
+struct KeyTileOf<true, kTileRows, kBytes> {
+  using Type = PackedTile<kTileRows, kBytes>;
 };
 
 // Which queries a unit has.
@@ -144,6 +168,8 @@ struct Unit {
   i64 position;     // the first one's in its sequence
   i64 length;       // of the sequence
   i64 stated;       // the same, as it was given
+  i64 count;        // of the sequence's queries
+  i64 before;       // of these
   bool any = false;
 };
 
@@ -235,6 +261,7 @@ __device__ __forceinline__ Unit find_unit(const Params& p, i64 index, char* shar
   unit.stated = load_number<Length>(p.seq_lens + unit.sequence * static_cast<i64>(sizeof(Length)));
   unit.length = max(min(unit.stated, longest(p)), i64{0});
   unit.position = unit.length - count + first;
+  unit.count = count, unit.before = first;
   unit.any = true;
   return unit;
 }
@@ -316,8 +343,8 @@ struct Cut {
     // A power of two of tiles for each warp, such that sequences of all lengths have a number of parts
     // that suits them.
     log = tiles <= 32     ? 0
-          : tiles <= 128  ? 1
-          : tiles <= 256  ? 2
+          : tiles <= 64   ? 1
+          : tiles <= 128  ? 2
           : tiles <= 1024 ? 3
           : tiles <= 4096 ? 4
                           : 32 - __clz((tiles - 1) / 256);
@@ -418,7 +445,25 @@ template <typename T, int kBytes, int kVec, bool kWhole, bool kPacked>
 __device__ __forceinline__ void copy_tile(char* to, const Source& from, const Params& p, const Cut& cut,
                                           i32 block, i32 key, u32 slot, bool complete) {
   const i32 lane = static_cast<i32>(threadIdx.x % 32);
-  if constexpr (kWhole && kVec == 16 && kBytes == T::kChunks * 16) {
+  if constexpr (kWhole && kVec == 16 && kPacked) {
+    if (complete && from.pack == 16) {
+      const i32 row = lane % kKeys, first = lane / kKeys;
+      const char* its = from.head + (block * from.block_stride + (slot + row) * from.slot_stride +
+                                     first * from.pack_stride);
+#pragma unroll
+      for (i32 base = 0; base < T::kChunks; base += 32 / kKeys) {
+        const i32 chunk = base + first;
+        // The last chunks may have no elements, or not be there.
+        const bool inside = kBytes == T::kChunks * 16 || chunk * 16 < kBytes;
+        if (T::kChunks % 2 == 0 || chunk < T::kChunks) {
+          copy_async<16>(to + T::at(row, chunk), inside ? its : from.head, inside);
+        }
+        its += 32 / kKeys * from.pack_stride;
+      }
+      return;
+    }
+  }
+  if constexpr (kWhole && kVec == 16 && kBytes == T::kChunks * 16 && !kPacked) {
     // The lanes take chunks one after the other, and after some rows the same ones again.
     constexpr i32 kCommon = T::kChunks % 32 == 0   ? 32
                             : T::kChunks % 16 == 0 ? 16
@@ -433,7 +478,7 @@ __device__ __forceinline__ void copy_tile(char* to, const Source& from, const Pa
         for (i32 part = 0; part < T::kChunks / kCommon; ++part) {
           const i32 at = part * 32 + lane, row = at / T::kChunks, chunk = at % T::kChunks;
           const char* its = from.head + (block * from.block_stride + (slot + row) * from.slot_stride +
-                                         from.template in_slot<kPacked>(chunk * 16));
+                                         chunk * 16);
 #pragma unroll
           for (i32 i = 0; i < kKeys; i += kTogether) {
             copy_async<16>(to + T::at(row + i, chunk), its, true);
@@ -470,6 +515,103 @@ __device__ __forceinline__ void copy_tile(char* to, const Source& from, const Pa
   }
 }
 
+// How a tile's keys and values lie in shared memory, and become operands.
+template <typename Operand, int kKeySize, int kValueSize, bool kByToken>
+struct Stage {
+  using In = Operand;
+  using Stored = typename In::Stored;
+  static constexpr int kSteps = (kKeySize + 15) / 16;  // of the product of queries and keys
+  static constexpr int kOutSize = (kValueSize + 15) / 16 * 16;
+  using KeyTile = typename KeyTileOf<kByToken, kKeys, kSteps * 16 * In::kBytes>::Type;
+  // By token it has a row for each element of a head.
+  using ValueTile = Tile<kByToken ? kOutSize : kKeys, (kByToken ? kKeys : kOutSize) * In::kBytes>;
+  static constexpr int kBytes = KeyTile::kSize + ValueTile::kSize;
+
+  // The key of the tile that a place among the scores is for. 8-bit values by token are read four
+  // neighbours at a time, which stand where the instruction wants two and two.
+  static __device__ __forceinline__ int key_of_place(int place) {
+    if constexpr (kByToken && In::kNarrow) {
+      return place % 8 / 2 * 4 + place / 8 * 2 + place % 2;
+    } else {
+      return place;
+    }
+  }
+
+  // Reads two chunks of the keys at `at`, a multiple of 128: calls add(step, low0, low1, high0, high1)
+  // for what is in them of keys 0 to 7 and 8 to 15, of the first and the second half of a step's
+  // elements.
+  template <typename Add>
+  static __device__ __forceinline__ void read_keys(const char* shared, int at, int chunk, Add add) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    const int row = key_of_place(lane % 8 + lane / 16 * 8);
+    u32 loaded[4];
+    // The last chunk may have no neighbour: it is read twice.
+    const int first = at + KeyTile::at(row, chunk + 1 < KeyTile::kChunks ? lane / 8 % 2 : 0);
+    load_matrices<false>(loaded, shared + KeyTile::behind(first, chunk));
+    if constexpr (In::kNarrow) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (chunk + i >= kSteps) continue;
+        add(chunk + i, widen<Stored, 0, 1>(loaded[i]), widen<Stored, 2, 3>(loaded[i]),
+            widen<Stored, 0, 1>(loaded[2 + i]), widen<Stored, 2, 3>(loaded[2 + i]));
+      }
+    } else {
+      add(chunk / 2, loaded[0], loaded[1], loaded[2], loaded[3]);
+    }
+  }
+
+  // Reads the values at `at`, likewise: calls add(columns, low0, low1, high0, high1) for each 16 columns
+  // of the output, the first and the last 8 of these, of keys 0 to 7 and 8 to 15.
+  template <typename Add>
+  static __device__ __forceinline__ void read_values(const char* shared, int at, Add add) {
+    const int lane = static_cast<int>(threadIdx.x % 32);
+    if constexpr (kByToken) {
+      // Matrices of 8 elements of a head by 8 tokens, or by 16 that have 8 bits.
+      constexpr int kRowsLoaded = 32 / ValueTile::kChunks;
+#pragma unroll
+      for (int row = 0; row < kValueSize; row += kRowsLoaded) {
+        u32 loaded[4];
+        const int further = In::kNarrow ? lane : lane % 8 + lane / 16 * 8;
+        const int chunk = In::kNarrow ? 0 : lane / 8 % 2;
+        // The last rows may be fewer: others are read twice.
+        const int its_row = row + further < kValueSize ? row + further : further % 8;
+        load_matrices<false>(loaded, shared + at + ValueTile::at(its_row, chunk));
+        if constexpr (In::kNarrow) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if (row / 16 + i >= kOutSize / 16) continue;
+            const u32 low = loaded[2 * i], high = loaded[2 * i + 1];
+            add(row / 16 + i, widen<Stored, 0, 1>(low), widen<Stored, 2, 3>(low),
+                widen<Stored, 0, 1>(high), widen<Stored, 2, 3>(high));
+          }
+        } else {
+          add(row / 16, loaded[0], loaded[1], loaded[2], loaded[3]);
+        }
+      }
+    } else {
+      const int row = lane % 16;
+#pragma unroll
+      for (int chunk = 0; chunk < ValueTile::kChunks; chunk += 2) {
+        u32 loaded[4];
+        const int first = at + ValueTile::at(row, chunk + 1 < ValueTile::kChunks ? lane / 16 : 0);
+        load_matrices<true>(loaded, shared + ValueTile::behind(first, chunk));
+        if constexpr (In::kNarrow) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            if (chunk + i >= ValueTile::kChunks) continue;
+            // Every second column, then the others.
+            const u32 low = loaded[2 * i], high = loaded[2 * i + 1];
+            add(chunk + i, widen<Stored, 0, 2>(low), widen<Stored, 0, 2>(high),
+                widen<Stored, 1, 3>(low), widen<Stored, 1, 3>(high));
+          }
+        } else {
+          add(chunk / 2, loaded[0], loaded[1], loaded[2], loaded[3]);
+        }
+      }
+    }
+  }
+};
+
 // Starts a warp's copy of the scales of a tile's keys, and behind them of its values, to shared memory,
 // one for each lane. The arguments are as of copy_tile.
 template <bool kWhole>
@@ -488,6 +630,136 @@ __device__ __forceinline__ void copy_scales(float* to, const Params& p, u32 head
   copy_async<4>(reinterpret_cast<char*>(to + lane), from + away, present);
 }
 
+// The tiles of a thread block in shared memory: kStages of each warp, which copies them ahead of use.
+template <typename Copied, int kKeySize, int kValueSize, int kKeyVec, int kValueVec, bool kWhole,
+          bool kByToken, int kStages, typename Block>
+class Copies {
+  using In = typename Copied::In;
+  using KeyTile = typename Copied::KeyTile;
+  using ValueTile = typename Copied::ValueTile;
+  static constexpr int kScales = In::kTokenScales ? 2 * kKeys : 0;  // of a tile
+
+ public:
+  // Bytes behind the tiles: which of their keys are missing, and then their scales.
+  static constexpr int kMore = kWarps * kStages * 4 * (1 + kScales);
+
+  __device__ __forceinline__ Copies(const Params& p, const Unit& unit, const Cut& cut,
+                                    const Tiles& tiles, u32 head, char* shared, char* more)
+      : p_(p),
+        cut_(cut),
+        tiles_(tiles),
+        head_(head),
+        turns_(tiles.turns()),
+        shared_(shared),
+        missing_(reinterpret_cast<u32*>(more)),
+        scales_(reinterpret_cast<float*>(more + kWarps * kStages * 4)),
+        pages_(p, unit, cut, tiles) {}
+
+  // Where the tile of a warp is.
+  static __device__ __forceinline__ int keys_at(int warp, int stage) {
+    return (warp * kStages + stage) * Copied::kBytes;
+  }
+  static __device__ __forceinline__ int values_at(int warp, int stage) {
+    return keys_at(warp, stage) + KeyTile::kSize;
+  }
+  // Of those whose block is not in the cache a bit each.
+  __device__ __forceinline__ u32 absent(int warp, int stage) const {
+    return missing_[warp * kStages + stage];
+  }
+  __device__ __forceinline__ const float* key_scales(int warp, int stage) const {
+    return scales_ + (warp * kStages + stage) * kScales;
+  }
+  __device__ __forceinline__ const float* value_scales(int warp, int stage) const {
+    return key_scales(warp, stage) + kKeys;
+  }
+
+  // Starts the copy of this warp's tile at a turn.
+  __device__ __forceinline__ void request(i32 index) {
+    const i32 warp = static_cast<i32>(threadIdx.x / 32), lane = static_cast<i32>(threadIdx.x % 32);
+    const i32 tile = tiles_.of(warp, index);
+    const i32 block = index < turns_ ? pages_.next(index) : -1;
+    if (tile < tiles_.end) {
+      const i32 key = (cut_.first + tile) * kKeys;
+      const i32 stage = index % kStages;
+      const u32 slot = p_.by_block_size.remainder(key, p_.block_size);
+      const bool complete = block >= 0 && key >= cut_.low && key + kKeys <= cut_.high;
+      copy_tile<KeyTile, kKeySize * In::kBytes, kKeyVec, kWhole, kByToken>(
+          shared_ + keys_at(warp, stage),
+          {p_.key_cache + head_ * p_.key_head_stride, p_.key_block_stride, p_.key_slot_stride,
+           p_.key_pack_stride, p_.key_pack},
+          p_, cut_, block, key, slot, complete);
+      const char* const value_head = p_.value_cache + head_ * p_.value_head_stride;
+      if constexpr (kByToken) {
+        constexpr int kPieces = kKeys * In::kBytes / kValueVec;  // of a row; each lane's are alike
+        constexpr int kTogether = 32 / kPieces;                  // rows
+        const int piece = lane % kPieces * kValueVec, in_tile = piece / In::kBytes;
+        i32 its_block = block;
+        u32 byte = (slot + in_tile) * In::kBytes;  // of the block's
+        if constexpr (!kWhole) {
+          its_block = __shfl_sync(kWarp, block, in_tile);
+          byte = p_.by_block_size.remainder(key + in_tile, p_.block_size) * In::kBytes;
+        }
+        const bool present = its_block >= 0;
+        const char* its = value_head;
+        if (present) {
+          its += its_block * p_.value_block_stride + byte / p_.value_pack * p_.value_pack_stride +
+                 byte % p_.value_pack + lane / kPieces * p_.value_slot_stride;
+        }
+        const i64 step = present ? kTogether * p_.value_slot_stride : 0;
+        char* const column = shared_ + values_at(warp, stage) + piece % 16;
+#pragma unroll
+        for (int base = 0; base < kValueSize; base += kTogether) {
+          const int row = base + lane / kPieces;
+          if (kValueSize % kTogether == 0 || row < kValueSize) {
+            copy_async<kValueVec>(column + ValueTile::at(row, piece / 16), its, present);
+          }
+          its += step;
+        }
+      } else {
+        copy_tile<ValueTile, kValueSize * In::kBytes, kValueVec, kWhole, false>(
+            shared_ + values_at(warp, stage),
+            {value_head, p_.value_block_stride, p_.value_slot_stride, p_.value_pack_stride,
+             p_.value_pack},
+            p_, cut_, block, key, slot, complete);
+      }
+      if constexpr (In::kTokenScales) {
+        copy_scales<kWhole>(scales_ + (warp * kStages + stage) * kScales, p_, head_, cut_, block, key);
+      }
+      const u32 absent = kWhole ? (block < 0 ? kWarp : 0u) : __ballot_sync(kWarp, block < 0);
+      if (lane == 0) missing_[warp * kStages + stage] = absent;
+    }
+    commit_copies();
+  }
+
+  // By token, what was copied with the values of tokens that are there becomes zeros.
+  __device__ __forceinline__ void clear_others(i32 index) const {
+    const i32 warp = static_cast<i32>(threadIdx.x / 32), lane = static_cast<i32>(threadIdx.x % 32);
+    const i32 tile = tiles_.of(warp, index), key = (cut_.first + tile) * kKeys;
+    if (tile < tiles_.end && (key < cut_.low || key + kKeys > cut_.high)) {
+      char* const at = shared_ + values_at(warp, index % kStages);
+      for (int i = lane; i < kValueSize * kKeys; i += 32) {
+        const int token = i % kKeys;
+        if (key + token >= cut_.low && key + token < cut_.high) continue;
+        const int byte = token * In::kBytes;
+        char* const element = at + ValueTile::at(i / kKeys, byte / 16) + byte % 16;
+        if constexpr (In::kNarrow) *element = 0;
+        else *reinterpret_cast<u16*>(element) = 0;
+      }
+    }
+  }
+
+ private:
+  const Params& p_;
+  const Cut& cut_;
+  const Tiles& tiles_;
+  const u32 head_;
+  const i32 turns_;
+  char* const shared_;
+  u32* const missing_;
+  float* const scales_;
+  Pages<Block, kWhole> pages_;
+};
+
 // The logarithm of the power of two next below a scale's magnitude: from -64, so that sums of weights are
 // not too large, to 120, so that they do not vanish.
 __device__ __forceinline__ float magnitude(float scale) {
@@ -495,30 +767,53 @@ __device__ __forceinline__ float magnitude(float scale) {
   return static_cast<float>(min(max(biased, 63), 247) - 127);
 }
 
-// Writes two columns of a row's output, and with the first two its log-sum-exp.
-template <typename Query, int kValueSize>
-__device__ __forceinline__ void write_row(const Params& p, const Row& row, int column, Sums sums,
-                                          float v_scale) {
-  const bool any = sums.sum > 0.0f;  // keys
+// Joins the row's sink to what its sums have, and says what these are then multiplied with; writes the
+// log-sum-exp if so told.
+template <typename Query>
+__device__ __forceinline__ float end_row(const Params& p, const Row& row, Joined joined, float sum,
+                                         float v_scale, bool writes) {
+  const bool any = sum > 0.0f;  // keys
+  float weight = v_scale;
   if (p.sinks && any) {
     const char* const at = p.sinks + row.head * p.sink_stride;
     const float sink = p.float_sinks ? *reinterpret_cast<const float*>(at)
                                      : Query::decode(*reinterpret_cast<const u16*>(at));
-    sums.join(sink * kLog2E, 1.0f, {0.0f, 0.0f});
+    joined.join(sink * kLog2E);
+    sum = joined.sum(sum, 1.0f);
+    weight *= joined.before;
   }
-  const float weight = any ? v_scale / sums.sum : 0.0f;
+  if (p.lse && writes) {
+    *reinterpret_cast<float*>(p.lse + row.token * p.lse_stride + row.head * p.lse_head_stride) =
+        any ? (joined.largest + log2f(sum)) * kLn2 : __uint_as_float(0xff800000u);
+  }
+  return any ? weight / sum : 0.0f;
+}
+
+// Writes two columns of a row's output: sums and their weight, which is 0 where there are no keys.
+template <typename Query, int kValueSize>
+__device__ __forceinline__ void write_pair(const Params& p, const Row& row, int column, float2 sums,
+                                           float weight) {
   char* const at = p.out + row.token * p.out_stride + row.head * p.out_head_stride + column * 2;
-  const u32 bits = any ? pack_pair<Query>(sums.first * weight, sums.second * weight) : 0u;
+  const u32 bits = weight != 0.0f ? pack_pair<Query>(sums.x * weight, sums.y * weight) : 0u;
   if (p.pairs_out && column + 1 < kValueSize) {
     *reinterpret_cast<u32*>(at) = bits;
   } else {
     if (column < kValueSize) *reinterpret_cast<u16*>(at) = static_cast<u16>(bits);
     if (column + 1 < kValueSize) reinterpret_cast<u16*>(at)[1] = static_cast<u16>(bits >> 16);
   }
-  if (p.lse && column == 0) {
-    *reinterpret_cast<float*>(p.lse + row.token * p.lse_stride + row.head * p.lse_head_stride) =
-        any ? (sums.joined.largest + log2f(sums.sum)) * kLn2 : __uint_as_float(0xff800000u);
-  }
+}
+
+// A logit with a soft cap.
+__device__ __forceinline__ float capped(float score, float cap, float cap_inverse) {
+  return cap - 2.0f * cap * __fdividef(1.0f, power_of_two(score * cap_inverse) + 1.0f);
+}
+
+// The ALiBi slope of a row.
+__device__ __forceinline__ float slope_of(const Params& p, const Unit& unit, const Row& row) {
+  if (!row.valid) return 0.0f;
+  return *reinterpret_cast<const float*>((p.alibi_slopes ? p.alibi_slopes : p.sequence_slopes) +
+                                         unit.sequence * p.slope_sequence_stride +
+                                         row.head * p.slope_stride);
 }
 
 // A scale of this head: an array's, or one that the host knows.
@@ -681,48 +976,284 @@ struct Share {
   }
 };
 
+// Attends to up to twice kWide rows, of which each warp has two tiles. There are no parts.
+template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
+          bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages, int kShared,
+          typename Block>
+__device__ __forceinline__ void attend_tall(const Params& p, char* shared, const Unit& unit, u32 head) {
+  using In = Operands<Query, Cached>;
+  using Type = typename In::Type;
+  using Copied = Stage<In, kKeySize, kValueSize, kByToken>;
+  using Copying =
+      Copies<Copied, kKeySize, kValueSize, kKeyVec, kValueVec, kWhole, kByToken, kStages, Block>;
+  constexpr int kSteps = Copied::kSteps, kColumns = Copied::kOutSize / 8;
+  constexpr int kTogether = 2;  // tiles of keys
+  constexpr int kTiles = 2, kHalves = 2 * kTiles;  // of rows
+  constexpr int kCopyBytes = kWarps * kStages * Copied::kBytes;
+  static_assert(kCopyBytes + kWarps * kTiles * kSteps * 512 <= kShared - Copying::kMore,
+                "room for queries");
+
+  const i32 warp = static_cast<i32>(threadIdx.x / 32), lane = static_cast<i32>(threadIdx.x % 32);
+  const int in_half = lane / 4, pair = lane % 4;
+  const int used = unit.tokens * static_cast<int>(p.group), first_row = warp * kTiles * 16;
+  const auto row_of = [&](int half) {
+    return find_row<false>(p, unit, head, 0, first_row + half * 8 + in_half);
+  };
+  const Cut cut(p, unit, true);
+  const Tiles tiles(cut, 0, cut.parts);
+  const i32 turns = tiles.turns();
+  Copying copies(p, unit, cut, tiles, head, shared, shared + kShared - Copying::kMore);
+  // --- queries: in shared memory, as fragments
+  uint4* const fragments =
+      reinterpret_cast<uint4*>(shared + kCopyBytes) + warp * kTiles * kSteps * 32 + lane;
+#pragma unroll 1
+  for (int tile = 0; tile < kTiles; ++tile) {
+    u32 queries[kSteps][4] = {};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const Row row = row_of(2 * tile + half);
+      const char* const at = p.query + row.token * p.query_stride + row.head * p.query_head_stride;
+      if (row.valid) load_query<Query, Type, kKeySize, In::kNarrow>(p, at, pair, half, queries);
+    }
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const u32(&four)[4] = queries[step];
+      fragments[(tile * kSteps + step) * 32] = {four[0], four[1], four[2], four[3]};
+    }
+  }
+  if (unit.length != unit.stated && threadIdx.x == 0) {
+    record_fault(kSeqLens, unit.sequence, unit.stated, longest(p) + 1);
+  }
+  float slopes[kHalves];
+  i32 positions[kHalves];
+  if constexpr (kSloped) {
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const Row row = row_of(half);
+      slopes[half] = slope_of(p, unit, row);
+      positions[half] = row.position;
+    }
+  }
+  const float k_scale = In::kNarrow && !In::kTokenScales
+                            ? head_scale(p.k_scale, p.k_scale_stride, head, p.k_scale_value)
+                            : 1.0f;
+  const float scale = p.scale * p.base_scale * k_scale * (kCapped || kSloped ? 1.0f : kLog2E);
+  const float cap_inverse = kCapped ? 2.0f * kLog2E / p.soft_cap : 0.0f;
+  // Keys that all rows of this warp see.
+  const i32 all_low = find_row<false>(p, unit, head, 0, min(first_row + kTiles * 16, used) - 1).low;
+  const i32 all_high = find_row<false>(p, unit, head, 0, first_row).high;
+  const auto key_of = [&](int i) { return Copied::key_of_place(i / 2 * 8 + pair * 2 + i % 2); };
+
+  // Of half a tile of rows.
+  constexpr auto score_of = [](float(&scores)[kTogether][kTiles][2][4], int half, int i) -> float& {
+    return scores[i / 4][half / 2][i % 4 / 2][2 * (half % 2) + i % 2];
+  };
+  float largest[kHalves], sums[kHalves] = {}, out[kTiles][kColumns][4] = {};
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half) largest[half] = kNone;
+  for (i32 index = -1; index < turns; ++index) {
+    if (index >= 0) {
+      wait_for_copies<0>();
+      if constexpr (kByToken) {
+        __syncwarp();
+        copies.clear_others(index);
+      }
+      __syncthreads();  // what is requested next is copied to where nothing is read any more
+    }
+    copies.request(index + 1);
+    if (index < 0) continue;
+    const i32 stage = index % kStages;
+#pragma unroll 1
+    for (int copier = 0; copier < kWarps; copier += kTogether) {
+      const i32 first_tile = tiles.of(copier, index);
+      const int count = min(kTogether, tiles.end - first_tile);
+      if (count <= 0) break;
+      float scores[kTogether][kTiles][2][4] = {};
+#pragma unroll
+      for (int chunk = 0; chunk < Copied::KeyTile::kChunks; chunk += 2) {
+#pragma unroll
+        for (int t = 0; t < kTogether; ++t) {
+          Copied::read_keys(shared, copies.keys_at(copier + t, stage), chunk,
+                            [&](int step, u32 low0, u32 low1, u32 high0, u32 high1) {
+#pragma unroll
+            for (int tile = 0; tile < kTiles; ++tile) {
+              const uint4 four = fragments[(tile * kSteps + step) * 32];
+              const u32 queries[4] = {four.x, four.y, four.z, four.w};
+              multiply_add<Type>(scores[t][tile][0], queries, low0, low1);
+              multiply_add<Type>(scores[t][tile][1], queries, high0, high1);
+            }
+          });
+        }
+      }
+
+      const i32 key = (cut.first + first_tile) * kKeys;
+      bool all = key >= all_low && key + kTogether * kKeys <= all_high && count == kTogether;
+      u32 absent[kTogether];
+#pragma unroll
+      for (int t = 0; t < kTogether; ++t) {
+        absent[t] = t < count ? copies.absent(copier + t, stage) : kWarp;
+        all = all && absent[t] == 0;
+      }
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+        for (int i = 0; i < kTogether * 4; ++i) {
+          float& score = score_of(scores, half, i);
+          const int t = i / 4, in_tile = key_of(i % 4);
+          score *= In::kTokenScales ? copies.key_scales(copier + t, stage)[in_tile] * scale : scale;
+          if constexpr (kCapped) score = capped(score, p.soft_cap, cap_inverse);
+          if constexpr (kSloped) {
+            score += slopes[half] * static_cast<float>(key + t * kKeys + in_tile - positions[half]);
+          }
+          if constexpr (kCapped || kSloped) score *= kLog2E;
+        }
+      }
+      if (!all) {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          const Row row = row_of(half);
+#pragma unroll
+          for (int i = 0; i < kTogether * 4; ++i) {
+            const int in_tile = key_of(i % 4);
+            const i32 its_key = key + i / 4 * kKeys + in_tile;
+            if (its_key < row.low || its_key >= row.high || (absent[i / 4] >> in_tile & 1)) {
+              score_of(scores, half, i) = __uint_as_float(0xff800000u);  // minus infinity
+            }
+          }
+        }
+      }
+      float most[kHalves];
+      bool grows = false;
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half) {
+        most[half] = largest[half];
+#pragma unroll
+        for (int i = 0; i < kTogether * 4; ++i) {
+          float score = score_of(scores, half, i);
+          if constexpr (In::kTokenScales) {
+            score += magnitude(copies.value_scales(copier + i / 4, stage)[key_of(i % 4)]);
+          }
+          most[half] = fmaxf(most[half], score);
+        }
+        grows |= most[half] > largest[half] + kSlack;
+      }
+      if (__any_sync(kWarp, grows)) {
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+          float now = most[half];
+          now = fmaxf(now, __shfl_xor_sync(kWarp, now, 1));
+          now = fmaxf(now, __shfl_xor_sync(kWarp, now, 2));
+          if (now <= largest[half] + kSlack) now = largest[half];  // whatever the other rows do
+          const float weight = power_of_two(largest[half] - now);
+          largest[half] = now;
+          sums[half] *= weight;
+#pragma unroll
+          for (int i = 0; i < kColumns; ++i) {
+            out[half / 2][i][2 * (half % 2)] *= weight;
+            out[half / 2][i][2 * (half % 2) + 1] *= weight;
+          }
+        }
+      }
+#pragma unroll
+      for (int t = 0; t < kTogether; ++t) {
+        if (t >= count) continue;
+        u32 weights[kTiles][4];
+#pragma unroll
+        for (int half = 0; half < kHalves; ++half) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            const float* const two = scores[t][half / 2][i] + 2 * (half % 2);
+            float low = power_of_two(two[0] - largest[half]);
+            float high = power_of_two(two[1] - largest[half]);
+            sums[half] += low + high;
+            if constexpr (In::kTokenScales) {
+              low *= copies.value_scales(copier + t, stage)[key_of(2 * i)];
+              high *= copies.value_scales(copier + t, stage)[key_of(2 * i + 1)];
+            }
+            weights[half / 2][2 * i + half % 2] = pack_pair<Type>(low, high);
+          }
+        }
+        Copied::read_values(shared, copies.values_at(copier + t, stage),
+                            [&](int columns, u32 low0, u32 low1, u32 high0, u32 high1) {
+#pragma unroll
+          for (int tile = 0; tile < kTiles; ++tile) {
+            multiply_add<Type>(out[tile][2 * columns], weights[tile], low0, low1);
+            multiply_add<Type>(out[tile][2 * columns + 1], weights[tile], high0, high1);
+          }
+        });
+      }
+    }
+  }
+
+  const float v_scale = In::kNarrow && !In::kTokenScales
+                            ? head_scale(p.v_scale, p.v_scale_stride, head, p.v_scale_value)
+                            : 1.0f;
+#pragma unroll
+  for (int half = 0; half < kHalves; ++half) {
+    const Row row = row_of(half);
+    float sum = sums[half];
+    sum += __shfl_xor_sync(kWarp, sum, 1);
+    sum += __shfl_xor_sync(kWarp, sum, 2);
+    if (!row.valid) continue;
+    Joined joined;
+    joined.largest = largest[half];
+    const float weight = end_row<Query>(p, row, joined, sum, v_scale, pair == 0);
+    const int j = 2 * (half % 2);
+#pragma unroll
+    for (int i = 0; i < kColumns; i += 2) {
+      // Columns next to each other: of one product, or of two that have every second one.
+      constexpr bool kAlternate = In::kNarrow && !kByToken;
+      const float(&first)[4] = out[half / 2][i], (&second)[4] = out[half / 2][i + 1];
+      const int column = i * 8 + (kAlternate ? 4 : 2) * pair;
+      const float2 here = {first[j], kAlternate ? second[j] : first[j + 1]};
+      const float2 there = {kAlternate ? first[j + 1] : second[j], second[j + 1]};
+      write_pair<Query, kValueSize>(p, row, column, here, weight);
+      write_pair<Query, kValueSize>(p, row, column + (kAlternate ? 2 : 8), there, weight);
+    }
+  }
+}
+
 // Attends to a unit, or to what the block has of it, and moves `share` on behind it. The template's
 // arguments are those of paged_attention; `shared` has kShared bytes.
 template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
-          int kRows, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
+          int kRows, bool kTurned, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
           int kShared, int kCluster, typename Block, typename Length, typename Start>
-__device__ __forceinline__ void attend(const Params& p, char* shared, i64 place, u32 head,
+__device__ __forceinline__ void attend(const Params& p, char* shared, const Unit& unit, u32 head,
                                        u32 head_part, u32 rank, Share& share) {
   using In = Operands<Query, Cached>;
   using Type = typename In::Type;
-  using Stored = typename In::Stored;
   static_assert(!(In::kTokenScales && kByToken), "columns of scores are keys in their order");
-  constexpr int kSteps = (kKeySize + 15) / 16;  // of the product of queries and keys
-  constexpr int kOutSize = (kValueSize + 15) / 16 * 16;
+  using Copied = Stage<In, kKeySize, kValueSize, kByToken>;
+  using KeyTile = typename Copied::KeyTile;
+  constexpr int kSteps = Copied::kSteps, kStageBytes = Copied::kBytes;
+  constexpr int kOutSize = Copied::kOutSize;
   constexpr int kColumns = kOutSize / 8;  // tiles of 8 columns of the output
-  using KeyTile = Tile<kKeys, kSteps * 16 * In::kBytes>;
-  // By token it has a row for each element of a head.
-  using ValueTile = Tile<kByToken ? kOutSize : kKeys, (kByToken ? kKeys : kOutSize) * In::kBytes>;
   constexpr int kHalves = kRows == 8 ? 1 : 2;  // of a tile of rows
   constexpr int kTileRows = 8 * kHalves;
   constexpr int kPairs = kOutSize / 2;  // of columns
-  constexpr int kStageBytes = KeyTile::kSize + ValueTile::kSize;
-  // Of results: rows in different banks, unless that is what a tile has no room for.
-  constexpr int kOutRow = kRows != kWide && kTileRows * kPairs * 8 <= kStageBytes &&
-                                  kTileRows * (kPairs + 4) * 8 > kStageBytes
+  // Of results: rows in different banks, unless that is what a tile has no room for. Those of kTurned
+  // exchange pairs instead.
+  constexpr int kOutRow = kTurned || (kRows != kWide && kTileRows * kPairs * 8 <= kStageBytes &&
+                                      kTileRows * (kPairs + 4) * 8 > kStageBytes)
                               ? kPairs
                               : kPairs + 4;
+  const auto place_in = [](int row, int column) {
+    return row * kOutRow + (kTurned ? column ^ row / 2 % (kPairs % 16 == 0 ? 4 : 2) * 4 : column);
+  };
   constexpr int kCopyBytes = kWarps * kStages * kStageBytes;
   constexpr int kResultBytes = kTileRows * kOutRow * 8;  // of a warp
   // They have a place of their own if they stay, or if that of a tile that is done with is too small.
   constexpr bool kOwnPlace = kRows == kWide || kResultBytes > kStageBytes;
   constexpr int kBytes = kCopyBytes + kWarps * ((kOwnPlace ? kResultBytes : 0) + kTileRows * 8);
-  // Behind the tiles which of their keys are missing, and then their scales.
-  constexpr int kTileScales = In::kTokenScales ? 2 * kKeys : 0;
-  static_assert(kShared == kBytes + kWarps * kStages * 4 * (1 + kTileScales), "what the host gives");
+  using Copying =
+      Copies<Copied, kKeySize, kValueSize, kKeyVec, kValueVec, kWhole, kByToken, kStages, Block>;
+  static_assert(kShared == kBytes + Copying::kMore, "what the host gives");
   constexpr bool kOne = IsVoid<Start>::value;
   constexpr int kThreads = kWarps * 32;
   constexpr int kOfRow = kThreads / kTileRows;  // threads that join a row's results
   constexpr int kOwn = (kPairs + kOfRow - 1) / kOfRow;
 
   const i32 warp = static_cast<i32>(threadIdx.x / 32), lane = static_cast<i32>(threadIdx.x % 32);
-  const Unit unit = find_unit<Length, Start>(p, place, shared);
-  if (!unit.any) return;  // as do all blocks of the cluster
   const int used = p.head_parts > 1
                        ? static_cast<int>(min(p.group - head_part * p.part_rows, p.part_rows))
                        : unit.tokens * static_cast<int>(p.group);
@@ -756,82 +1287,21 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
   }
   const Tiles tiles(cut, from, to);
   const i32 turns = tiles.turns();
-  char* const copies = shared + warp * (kStages * kStageBytes);
-  u32* const missing = reinterpret_cast<u32*>(shared + kBytes) + warp * kStages;
-  float* const scales = reinterpret_cast<float*>(shared + kBytes + kWarps * kStages * 4);
-
   // --- copies, ahead of use
-  Pages<Block, kWhole> pages(p, unit, cut, tiles);
-  const char* const key_head = p.key_cache + head * p.key_head_stride;
-  const char* const value_head = p.value_cache + head * p.value_head_stride;
-  const auto request = [&](i32 index) {
-    const i32 tile = tiles.of(warp, index);
-    const i32 block = index < turns ? pages.next(index) : -1;
-    if (tile < tiles.end) {
-      const i32 key = (cut.first + tile) * kKeys;
-      const i32 stage = index % kStages;
-      const u32 slot = p.by_block_size.remainder(key, p.block_size);
-      const bool complete = block >= 0 && key >= cut.low && key + kKeys <= cut.high;
-      char* const keys = copies + stage * kStageBytes;
-      copy_tile<KeyTile, kKeySize * In::kBytes, kKeyVec, kWhole, kByToken>(
-          keys, {key_head, p.key_block_stride, p.key_slot_stride, p.key_pack_stride, p.key_pack}, p,
-          cut, block, key, slot, complete);
-      if constexpr (kByToken) {
-        constexpr int kPieces = kKeys * In::kBytes / kValueVec;  // of a row; each lane's are alike
-        constexpr int kTogether = 32 / kPieces;                  // rows
-        const int piece = lane % kPieces * kValueVec, in_tile = piece / In::kBytes;
-        i32 its_block = block;
-        u32 byte = (slot + in_tile) * In::kBytes;  // of the block's
-        if constexpr (!kWhole) {
-          its_block = __shfl_sync(kWarp, block, in_tile);
-          byte = p.by_block_size.remainder(key + in_tile, p.block_size) * In::kBytes;
-        }
-        const bool present = its_block >= 0;
-        const char* its = value_head;
-        if (present) {
-          its += its_block * p.value_block_stride + byte / p.value_pack * p.value_pack_stride +
-                 byte % p.value_pack + lane / kPieces * p.value_slot_stride;
-        }
-        const i64 step = present ? kTogether * p.value_slot_stride : 0;
-        char* const column = keys + KeyTile::kSize + piece % 16;
-#pragma unroll
-        for (int base = 0; base < kValueSize; base += kTogether) {
-          const int row = base + lane / kPieces;
-          if (kValueSize % kTogether == 0 || row < kValueSize) {
-            copy_async<kValueVec>(column + ValueTile::at(row, piece / 16), its, present);
-          }
-          its += step;
-        }
-      } else {
-        copy_tile<ValueTile, kValueSize * In::kBytes, kValueVec, kWhole, false>(
-            keys + KeyTile::kSize,
-            {value_head, p.value_block_stride, p.value_slot_stride, p.value_pack_stride,
-             p.value_pack},
-            p, cut, block, key, slot, complete);
-      }
-      if constexpr (In::kTokenScales) {
-        copy_scales<kWhole>(scales + (warp * kStages + stage) * kTileScales, p, head, cut, block, key);
-      }
-      const u32 absent = kWhole ? (block < 0 ? kWarp : 0u) : __ballot_sync(kWarp, block < 0);
-      if (lane == 0) missing[stage] = absent;
-    }
-    commit_copies();
-  };
+  Copying copies(p, unit, cut, tiles, head, shared, shared + kBytes);
   // --- rows
   if (unit.length != unit.stated && threadIdx.x == 0) {
     record_fault(kSeqLens, unit.sequence, unit.stated, longest(p) + 1);
   }
-  Row rows[kHalves];
-  float slopes[kHalves];
+  // Those that this lane has scores of.
+  constexpr int kHeld = kTurned ? 2 : kHalves;
+  const auto held_row = [&](int held) { return kTurned ? 2 * pair + held : held * 8 + in_half; };
+  Row rows[kHeld];
+  float slopes[kHeld];
 #pragma unroll
-  for (int half = 0; half < kHalves; ++half) {
-    rows[half] = find_row<kOne>(p, unit, head, head_part, first_row + half * 8 + in_half);
-    slopes[half] = 0.0f;
-    if (kSloped && rows[half].valid) {
-      slopes[half] = *reinterpret_cast<const float*>(
-          (p.alibi_slopes ? p.alibi_slopes : p.sequence_slopes) +
-          unit.sequence * p.slope_sequence_stride + rows[half].head * p.slope_stride);
-    }
+  for (int held = 0; held < kHeld; ++held) {
+    rows[held] = find_row<kOne>(p, unit, head, head_part, first_row + held_row(held));
+    slopes[held] = kSloped ? slope_of(p, unit, rows[held]) : 0.0f;
   }
   const float k_scale = In::kNarrow && !In::kTokenScales
                             ? head_scale(p.k_scale, p.k_scale_stride, head, p.k_scale_value)
@@ -844,22 +1314,24 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
   const i32 all_high = find_row<kOne>(p, unit, head, head_part, first_row).high;
 
   // --- tiles
-  // The key of the tile that a column of scores is for. 8-bit values by token are read four
-  // neighbours at a time, which stand where the instruction wants two and two.
-  const auto key_of_column = [](int column) {
-    if constexpr (kByToken && In::kNarrow) {
-      return column % 8 / 2 * 4 + column / 8 * 2 + column % 2;
-    } else {
-      return column;
-    }
+  // Scores of a tile are those of kScores products; this lane has kLaneKeys of each row that it holds.
+  constexpr int kScores = kTurned ? 1 : 2, kLaneKeys = 2 * kScores;
+  const auto key_of = [&](int i) {
+    return Copied::key_of_place(kTurned ? i * 8 + in_half : i / 2 * 8 + pair * 2 + i % 2);
   };
-  float largest[kHalves], sums[kHalves], out[kColumns][4];
+  constexpr auto score_of = [](float(&scores)[kScores][4], int held, int i) -> float& {
+    return kTurned ? scores[0][2 * i + held] : scores[i / 2][2 * held + i % 2];
+  };
+  constexpr int kOuts = kTurned ? kColumns / 2 : kColumns;  // products that make the output
+  float largest[kHeld], sums[kHeld], out[kOuts][4];
   const auto begin = [&] {
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half) largest[half] = kNone, sums[half] = 0.0f;
+    for (int held = 0; held < kHeld; ++held) largest[held] = kNone, sums[held] = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
+    for (int i = 0; i < kOuts; ++i) out[i][0] = out[i][1] = out[i][2] = out[i][3] = 0.0f;
   };
+  // The lanes that hold the same row.
+  constexpr int kNextLane = kTurned ? 4 : 1, kRowLanes = kTurned ? 8 : 4;
   begin();
   // The results of the warps; of a wide unit those of all parts so far.
   float2* const totals = reinterpret_cast<float2*>(shared + kBytes) - kWarps * kTileRows;
@@ -906,39 +1378,57 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
   const auto end_part = [&](int stage) {
     float2* const outputs = place_of(warp, stage);
 #pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      const int row = half * 8 + in_half, j = 2 * half;
-      float sum = sums[half];
-      sum += __shfl_xor_sync(kWarp, sum, 1);
-      sum += __shfl_xor_sync(kWarp, sum, 2);
+    for (int held = 0; held < kHeld; ++held) {
+      const int row = held_row(held), j = 2 * held;
+      float sum = sums[held];
+#pragma unroll
+      for (int apart = kNextLane; apart < kNextLane * kRowLanes; apart *= 2) {
+        sum += __shfl_xor_sync(kWarp, sum, apart);
+      }
       float2& total = totals[warp * kTileRows + row];
       Joined joined;
       if (wide) {
         joined.largest = total.x;
-        joined.join(largest[half]);
+        joined.join(largest[held]);
         sum = joined.sum(total.y, sum);
-        largest[half] = joined.largest;
+        largest[held] = joined.largest;
         __syncwarp();
       }
+      // Every second column, then the others?
+      constexpr bool kAlternate = In::kNarrow && !kByToken;
+      if constexpr (kTurned) {
 #pragma unroll
-      for (int i = 0; i < kColumns; i += 2) {
-        // Columns next to each other: of one tile, or of two that have every second one.
-        constexpr bool kAlternate = In::kNarrow && !kByToken;
-        float2* const at = outputs + row * kOutRow + i * 4 + (kAlternate ? 2 * pair : pair);
-        float2 here = {out[i][j], out[i][j + 1]}, there = {out[i + 1][j], out[i + 1][j + 1]};
-        if constexpr (kAlternate) {
-          here = {out[i][j], out[i + 1][j]};
-          there = {out[i][j + 1], out[i + 1][j + 1]};
+        for (int i = 0; i < kOuts; ++i) {
+          if constexpr (kAlternate) {
+            outputs[place_in(row, i * 8 + in_half)] = {out[i][held], out[i][2 + held]};
+          } else {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              float2& both = outputs[place_in(row, i * 8 + half * 4 + in_half / 2)];
+              (&both.x)[in_half % 2] = out[i][2 * half + held];
+            }
+          }
         }
-        float2& second = at[kAlternate ? 1 : 4];
-        if (wide) {
-          here = {joined.sum(at->x, here.x), joined.sum(at->y, here.y)};
-          there = {joined.sum(second.x, there.x), joined.sum(second.y, there.y)};
+      } else {
+#pragma unroll
+        for (int i = 0; i < kOuts; i += 2) {
+          // Columns next to each other: of one product, or of two that have every second one.
+          float2* const at = outputs + row * kOutRow + i * 4 + (kAlternate ? 2 * pair : pair);
+          float2 here = {out[i][j], out[i][j + 1]}, there = {out[i + 1][j], out[i + 1][j + 1]};
+          if constexpr (kAlternate) {
+            here = {out[i][j], out[i + 1][j]};
+            there = {out[i][j + 1], out[i + 1][j + 1]};
+          }
+          float2& second = at[kAlternate ? 1 : 4];
+          if (wide) {
+            here = {joined.sum(at->x, here.x), joined.sum(at->y, here.y)};
+            there = {joined.sum(second.x, there.x), joined.sum(second.y, there.y)};
+          }
+          *at = here;
+          second = there;
         }
-        *at = here;
-        second = there;
       }
-      if (pair == 0) total = {largest[half], sum};
+      if (kTurned ? in_half == 0 : pair == 0) total = {largest[held], sum};
     }
     begin();
     if (wide) return;
@@ -948,10 +1438,10 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
 #pragma unroll
       for (int source = 0; source < kWarps; ++source) {
         part.join_total(totals[source * kTileRows + its_row]);
-        const float2* const row = place_of(source, stage) + its_row * kOutRow + its_column;
+        const float2* const from = place_of(source, stage);
 #pragma unroll
         for (int own = 0; own < kOwn; ++own) {
-          if (has(own)) part.join_pair(own, row[own * kOfRow]);
+          if (has(own)) part.join_pair(own, from[place_in(its_row, its_column + own * kOfRow)]);
         }
       }
       if (keeps) folded.join(part, cut.group);
@@ -960,202 +1450,181 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
     ++parts_done;
     __syncthreads();  // what is read here may be copied over
   };
+  // Tiles that a warp of a wide unit takes at a time, as registers allow.
+  constexpr bool kTwo = kKeySize + kValueSize <= 256 && HasProducts<Type>::value;
+  constexpr int kTogether = kRows == kWide && kTwo ? 2 : 1;
+  // Whether a tile is requested only when the next but kStages - 1 is there: then no warp reads what is
+  // in its place any more, by the same barrier.
+  constexpr bool kLate = kRows == kWide;
   const i32 of_part = cut.part / kWarps;
   i32 left = of_part;  // turns of this part
   for (i32 index = 1 - kStages; index < turns; ++index) {
-    request(index + kStages - 1);
-    if (index < 0) continue;
-    if (shares && index == 0 && threadIdx.x == 0) begin_count(word, p.scratch_tag, seen);
-    wait_for_copies<kStages - 1>();
-    const i32 stage = index % kStages;
-    if constexpr (kByToken) {
-      // What was copied with the values of tokens that are there.
-      __syncwarp();
-      const i32 tile = tiles.of(warp, index), key = (cut.first + tile) * kKeys;
-      if (tile < tiles.end && (key < cut.low || key + kKeys > cut.high)) {
-        char* const at = copies + stage * kStageBytes + KeyTile::kSize;
-        for (int i = lane; i < kValueSize * kKeys; i += 32) {
-          const int token = i % kKeys;
-          if (key + token >= cut.low && key + token < cut.high) continue;
-          const int byte = token * In::kBytes;
-          char* const element = at + ValueTile::at(i / kKeys, byte / 16) + byte % 16;
-          if constexpr (In::kNarrow) *element = 0;
-          else *reinterpret_cast<u16*>(element) = 0;
-        }
+    if constexpr (!kLate) copies.request(index + kStages - 1);
+    if (index >= 0) {
+      if (shares && index == 0 && threadIdx.x == 0) begin_count(word, p.scratch_tag, seen);
+      wait_for_copies<kLate ? kStages - 2 : kStages - 1>();
+      if constexpr (kByToken) {
+        __syncwarp();
+        copies.clear_others(index);
       }
+      if (wide) __syncthreads();
+      else __syncwarp();
     }
-    if (wide) __syncthreads();
-    else __syncwarp();
-    for (i32 turn = 0; turn < (kRows == kWide && wide ? kWarps : 1); ++turn) {
-      const i32 copier = wide ? turn : warp;
-      const i32 tile = tiles.of(copier, index);
-      if (tile >= tiles.end) break;
-      const int keys_at = (copier * kStages + stage) * kStageBytes, values_at = keys_at + KeyTile::kSize;
+    if constexpr (kLate) copies.request(index + kStages - 1);
+    if (index < 0) continue;
+    const i32 stage = index % kStages;
+    for (int turn = 0; turn < (kRows == kWide && wide ? kWarps : 1); turn += kTogether) {
+      // The tiles that are taken together, one behind the other.
+      const int first_copier = wide ? turn : warp;
+      const i32 first_tile = tiles.of(first_copier, index);
+      if (first_tile >= tiles.end) break;
+      const int count = wide ? min(kTogether, tiles.end - first_tile) : 1;
+      float scores[kTogether][kScores][4];
+      float most[kHeld];
+#pragma unroll
+      for (int held = 0; held < kHeld; ++held) most[held] = largest[held];
+#pragma unroll
+      for (int t = 0; t < kTogether; ++t) {
+        if (t >= count) continue;
+        const int copier = first_copier + t;
+        // Two chains of products: of every second step.
+        float others[kScores][4] = {};
+#pragma unroll
+        for (int i = 0; i < kScores; ++i) {
+          for (float& score : scores[t][i]) score = 0.0f;
+        }
+#pragma unroll
+        for (int chunk = 0; chunk < KeyTile::kChunks; chunk += 2) {
+          Copied::read_keys(shared, copies.keys_at(copier, stage), chunk,
+                            [&](int step, u32 low0, u32 low1, u32 high0, u32 high1) {
+            auto& sum = step % 2 ? others : scores[t];
+            if constexpr (kTurned) {
+              const u32 keys[4] = {low0, high0, low1, high1};
+              multiply_add<Type>(sum[0], keys, queries[step][0], queries[step][2]);
+            } else {
+              multiply_add<Type>(sum[0], queries[step], low0, low1);
+              multiply_add<Type>(sum[kScores - 1], queries[step], high0, high1);
+            }
+          });
+        }
 
-      float scores[2][4] = {}, others[2][4] = {};  // of every second step: two chains of products
-      const int key_row = key_of_column(lane % 8 + lane / 16 * 8), key_chunk = lane / 8 % 2;
-      const int first_key = keys_at + KeyTile::at(key_row, key_chunk);
+        const i32 key = (cut.first + first_tile + t) * kKeys;
+        const u32 absent = copies.absent(copier, stage);
+        const bool all = key >= all_low && key + kKeys <= all_high && absent == 0;
+        // Of this lane's keys. A weight times its value's scale is an operand, which has few bits: so the
+        // largest score is found with the scales' magnitudes added.
+        float factors[kLaneKeys], magnitudes[kLaneKeys];
+        if constexpr (In::kTokenScales) {
 #pragma unroll
-      for (int chunk = 0; chunk < KeyTile::kChunks; chunk += 2) {
-        u32 loaded[4];
-        // The last chunk may have no neighbour: it is read twice.
-        const int first = chunk + 1 < KeyTile::kChunks ? first_key : keys_at + KeyTile::at(key_row, 0);
-        load_matrices<false>(loaded, shared + KeyTile::behind(first, chunk));
-        if constexpr (In::kNarrow) {
+          for (int i = 0; i < kLaneKeys; ++i) {
+            factors[i] = copies.key_scales(copier, stage)[key_of(i)] * scale;
+            magnitudes[i] = magnitude(copies.value_scales(copier, stage)[key_of(i)]);
+          }
+        }
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int step = chunk + i % 2;
-            if (step < kSteps) {
-              multiply_add<Type>(i % 2 ? others[i / 2] : scores[i / 2],
-                                 queries[step < kSteps ? step : 0],
-                                 widen<Stored, 0, 1>(loaded[i]), widen<Stored, 2, 3>(loaded[i]));
+        for (int held = 0; held < kHeld; ++held) {
+#pragma unroll
+          for (int i = 0; i < kLaneKeys; ++i) {
+            float& score = score_of(scores[t], held, i);
+            // Never one instruction with the subtraction below: all kernels are to give the same bits.
+          score = __fmul_rn(score + score_of(others, held, i), In::kTokenScales ? factors[i] : scale);
+            if constexpr (kCapped) score = capped(score, p.soft_cap, cap_inverse);
+            if constexpr (kSloped) {
+              score += slopes[held] * static_cast<float>(key + key_of(i) - rows[held].position);
+            }
+            if constexpr (kCapped || kSloped) score *= kLog2E;
+          }
+          if (!all) {
+#pragma unroll
+            for (int i = 0; i < kLaneKeys; ++i) {
+              const int in_tile = key_of(i);
+              if (key + in_tile < rows[held].low || key + in_tile >= rows[held].high ||
+                  (absent >> in_tile & 1)) {
+                score_of(scores[t], held, i) = __uint_as_float(0xff800000u);  // minus infinity
+              }
             }
           }
-        } else {
-          auto& sums_of = chunk / 2 % 2 ? others : scores;
-          multiply_add<Type>(sums_of[0], queries[chunk / 2], loaded[0], loaded[1]);
-          multiply_add<Type>(sums_of[1], queries[chunk / 2], loaded[2], loaded[3]);
-        }
-      }
-
-      const i32 key = (cut.first + tile) * kKeys;
-      const u32 absent = reinterpret_cast<const u32*>(shared + kBytes)[copier * kStages + stage];
-      const bool all = key >= all_low && key + kKeys <= all_high && absent == 0;
-      // Of this lane's columns of scores. A weight times its value's scale is an operand, which has few
-      // bits: so the largest score is found with the scales' magnitudes added.
-      float factors[4], value_scales[4], magnitudes[4];
-      if constexpr (In::kTokenScales) {
-        const float* const its = scales + (copier * kStages + stage) * kTileScales;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int in_tile = i / 2 * 8 + pair * 2 + i % 2;
-          factors[i] = its[in_tile] * scale;
-          value_scales[i] = its[kKeys + in_tile];
-          magnitudes[i] = magnitude(value_scales[i]);
-        }
-      }
-      float most[kHalves];
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        most[half] = kNone;
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int in_tile = key_of_column(i / 2 * 8 + pair * 2 + i % 2);
-          float& score = scores[i / 2][2 * half + i % 2];
-          score = (score + others[i / 2][2 * half + i % 2]) *
-                  (In::kTokenScales ? factors[i] : scale);
-          if constexpr (kCapped) {
-            score = p.soft_cap -
-                    2.0f * p.soft_cap * __fdividef(1.0f, power_of_two(score * cap_inverse) + 1.0f);
-          }
-          if constexpr (kSloped) {
-            score += slopes[half] * static_cast<float>(key + in_tile - rows[half].position);
-          }
-          if constexpr (kCapped || kSloped) score *= kLog2E;
-        }
-        if (!all) {
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int in_tile = key_of_column(i / 2 * 8 + pair * 2 + i % 2);
-            if (key + in_tile < rows[half].low || key + in_tile >= rows[half].high ||
-                (absent >> in_tile & 1)) {
-              scores[i / 2][2 * half + i % 2] = __uint_as_float(0xff800000u);  // minus infinity
-            }
+          for (int i = 0; i < kLaneKeys; ++i) {
+            const float score = score_of(scores[t], held, i);
+            most[held] = fmaxf(most[held], In::kTokenScales ? score + magnitudes[i] : score);
           }
         }
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const float score = scores[i / 2][2 * half + i % 2];
-          most[half] = fmaxf(most[half], In::kTokenScales ? score + magnitudes[i] : score);
-        }
-        most[half] = fmaxf(most[half], __shfl_xor_sync(kWarp, most[half], 1));
-        most[half] = fmaxf(most[half], __shfl_xor_sync(kWarp, most[half], 2));
       }
-      bool grows = most[0] > largest[0];
-      if constexpr (kHalves == 2) grows |= most[1] > largest[1];
+      bool grows = false;
+#pragma unroll
+      for (int held = 0; held < kHeld; ++held) grows |= most[held] > largest[held] + kSlack;
       if (__any_sync(kWarp, grows)) {
 #pragma unroll
-        for (int half = 0; half < kHalves; ++half) {
-          const float now = fmaxf(largest[half], most[half]);
-          const float weight = power_of_two(largest[half] - now);
-          largest[half] = now;
-          sums[half] *= weight;
+        for (int held = 0; held < kHeld; ++held) {
+          float now = most[held];
 #pragma unroll
-          for (int i = 0; i < kColumns; ++i) {
-            out[i][2 * half] *= weight;
-            out[i][2 * half + 1] *= weight;
+          for (int apart = kNextLane; apart < kNextLane * kRowLanes; apart *= 2) {
+            now = fmaxf(now, __shfl_xor_sync(kWarp, now, apart));
+          }
+          if (now <= largest[held] + kSlack) now = largest[held];  // whatever the other rows do
+          const float weight = power_of_two(largest[held] - now);
+          largest[held] = now;
+          sums[held] *= weight;
+#pragma unroll
+          for (int i = 0; i < kOuts; ++i) {
+            out[i][kTurned ? held : 2 * held] *= weight;
+            out[i][kTurned ? 2 + held : 2 * held + 1] *= weight;
           }
         }
       }
-      u32 weights[4] = {};
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
+      for (int t = 0; t < kTogether; ++t) {
+        if (t >= count) continue;
+        const int copier = first_copier + t;
+        float value_scales[kLaneKeys];
+        if constexpr (In::kTokenScales) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float low = power_of_two(scores[i][2 * half] - largest[half]);
-          const float high = power_of_two(scores[i][2 * half + 1] - largest[half]);
-          sums[half] += low + high;
-          weights[2 * i + half] = In::kTokenScales
-                                      ? pack_pair<Type>(low * value_scales[2 * i],
-                                                        high * value_scales[2 * i + 1])
-                                      : pack_pair<Type>(low, high);
-        }
-      }
-
-      if constexpr (kByToken) {
-        // Matrices of 8 elements of a head by 8 tokens, or by 16 that have 8 bits.
-        constexpr int kRowsLoaded = 32 / ValueTile::kChunks;
-#pragma unroll
-        for (int row = 0; row < kValueSize; row += kRowsLoaded) {
-          u32 loaded[4];
-          const int at = In::kNarrow ? lane : lane % 8 + lane / 16 * 8;
-          const int chunk = In::kNarrow ? 0 : lane / 8 % 2;
-          // The last rows may be fewer: others are read twice.
-          const int its_row = row + at < kValueSize ? row + at : at % 8;
-          load_matrices<false>(loaded, shared + values_at + ValueTile::at(its_row, chunk));
-#pragma unroll
-          for (int i = 0; i < kRowsLoaded / 8; ++i) {
-            const int column = row / 8 + i;
-            if (column >= kColumns) continue;
-            float(&sum)[4] = out[column < kColumns ? column : 0];
-            if constexpr (In::kNarrow) {
-              multiply_add<Type>(sum, weights, widen<Stored, 0, 1>(loaded[i]),
-                                 widen<Stored, 2, 3>(loaded[i]));
-            } else {
-              multiply_add<Type>(sum, weights, loaded[2 * i], loaded[2 * i + 1]);
-            }
+          for (int i = 0; i < kLaneKeys; ++i) {
+            value_scales[i] = copies.value_scales(copier, stage)[key_of(i)];
           }
         }
-      } else {
-        const int value_row = lane % 16, value_chunk = lane / 16;
-        const int first_value = values_at + ValueTile::at(value_row, value_chunk);
+        u32 weights[4];
 #pragma unroll
-        for (int chunk = 0; chunk < ValueTile::kChunks; chunk += 2) {
-          u32 loaded[4];
-          const int first =
-              chunk + 1 < ValueTile::kChunks ? first_value : values_at + ValueTile::at(value_row, 0);
-          load_matrices<true>(loaded, shared + ValueTile::behind(first, chunk));
+        for (int held = 0; held < kHeld; ++held) {
+#pragma unroll
+          for (int i = 0; i < kLaneKeys; ++i) {
+            float& score = score_of(scores[t], held, i);
+            score = power_of_two(score - largest[held]);
+            sums[held] += score;
+            if constexpr (In::kTokenScales) score *= value_scales[i];
+          }
+        }
+        if constexpr (kTurned) {
+          // What the lanes have of a key becomes what they have of a row.
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
-            if (chunk + i >= ValueTile::kChunks) continue;
-            const u32 b0 = loaded[2 * i], b1 = loaded[2 * i + 1];
-            if constexpr (In::kNarrow) {
-              // Every second column, then the others.
-              const int column = (chunk + i) * 2 < kColumns ? (chunk + i) * 2 : 0;
-              multiply_add<Type>(out[column], weights, widen<Stored, 0, 2>(b0),
-                                 widen<Stored, 0, 2>(b1));
-              multiply_add<Type>(out[column + 1], weights, widen<Stored, 1, 3>(b0),
-                                 widen<Stored, 1, 3>(b1));
-            } else {
-              multiply_add<Type>(out[chunk + i < kColumns ? chunk + i : 0], weights, b0, b1);
-            }
+            weights[i] = transpose(pack_pair<Type>(scores[t][0][2 * i], scores[t][0][2 * i + 1]));
+          }
+        } else {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const float* const two = scores[t][i / 2] + i % 2 * 2;
+            weights[i] = i % 2 < kHalves ? pack_pair<Type>(two[0], two[1]) : 0;
           }
         }
+        Copied::read_values(shared, copies.values_at(copier, stage),
+                            [&](int columns, u32 low0, u32 low1, u32 high0, u32 high1) {
+          if constexpr (kTurned) {
+            const u32 values[4] = {low0, high0, low1, high1};
+            multiply_add<Type>(out[columns], values, weights[0], weights[1]);
+          } else {
+            multiply_add<Type>(out[2 * columns], weights, low0, low1);
+            multiply_add<Type>(out[2 * columns + 1], weights, high0, high1);
+          }
+        });
       }
     }
     // The stage is copied to next.
-    if (wide) __syncthreads();
-    else __syncwarp();
+    if constexpr (!kLate) {
+      if (wide) __syncthreads();
+      else __syncwarp();
+    }
     if (--left == 0 || index + 1 == turns) {
       left = of_part;
       end_part(stage);
@@ -1167,8 +1636,9 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
                             ? head_scale(p.v_scale, p.v_scale_stride, head, p.v_scale_value)
                             : 1.0f;
   const auto write = [&](int row, int column, const Sums& sums) {
-    write_row<Query, kValueSize>(p, find_row<kOne>(p, unit, head, head_part, row), 2 * column, sums,
-                                 v_scale);
+    const Row its = find_row<kOne>(p, unit, head, head_part, row);
+    const float weight = end_row<Query>(p, its, sums.joined, sums.sum, v_scale, column == 0);
+    write_pair<Query, kValueSize>(p, its, 2 * column, {sums.first, sums.second}, weight);
   };
   if constexpr (kCluster == 0) {
     if (shares) {
@@ -1244,7 +1714,7 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
       __syncthreads();
       for (int at = static_cast<int>(threadIdx.x); at < used * kPairs; at += kThreads) {
         const int row = at / kPairs, column = at % kPairs;
-        const float2 total = totals[row], sums = place_of(0, 0)[row * kOutRow + column];
+        const float2 total = totals[row], sums = place_of(0, 0)[place_in(row, column)];
         Sums joined;
         joined.join(total.x, total.y, sums);
         write(row, column, joined);
@@ -1265,7 +1735,7 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
     if (!wide && its_row < used) {
 #pragma unroll
       for (int own = 0; own < kOwn; ++own) {
-        if (has(own)) outputs[its_row * kOutRow + its_column + own * kOfRow] = folded.all.pairs[own];
+        if (has(own)) outputs[place_in(its_row, its_column + own * kOfRow)] = folded.all.pairs[own];
       }
       if (its_column == 0) totals[its_row] = {folded.all.joined.largest, folded.all.sum};
     }
@@ -1280,7 +1750,7 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
       for (u32 other = 0; other < kCluster; ++other) {
         const u32 block = is_there(other) ? other : 0;
         its_totals[other] = load_from_block(totals + row, block);
-        its_pairs[other] = load_from_block(outputs + row * kOutRow + column, block);
+        its_pairs[other] = load_from_block(outputs + place_in(row, column), block);
       }
       Sums joined;
 #pragma unroll
@@ -1295,8 +1765,8 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, i64 place,
 
 // What each of the kernels does; the template's arguments are those of paged_attention.
 template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
-          int kRows, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
-          int kShared, int kCluster, typename Block, typename Length, typename Start>
+          int kRows, bool kTurned, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
+          int kShared, int kCluster, bool kTall, typename Block, typename Length, typename Start>
 __device__ __forceinline__ void run(const Params& p) {
   CUPY_CACHE_DYNAMIC_SHARED(shared, kShared);
   u32* const numbers = reinterpret_cast<u32*>(shared);
@@ -1308,6 +1778,10 @@ __device__ __forceinline__ void run(const Params& p) {
   if (p.head_parts > 1) {
     head_part = head % p.head_parts;
     head /= p.head_parts;
+  }
+  // Later tokens see more keys: they come first, so that none of them is begun late.
+  if constexpr (!IsVoid<Start>::value) {
+    place = p.by_heads.quotient(gridDim.x / (kCluster > 1 ? kCluster : 1)) - 1 - place;
   }
   Share share;
   if constexpr (kCluster == 0) {
@@ -1323,41 +1797,55 @@ __device__ __forceinline__ void run(const Params& p) {
     place = sequence_by_length<Length>(p, static_cast<u32>(place), numbers);
   }
   do {
-    attend<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kWhole, kByToken, kCapped,
-           kSloped, kStages, kShared, kCluster, Block, Length, Start>(p, shared, place, head,
+    Unit unit = find_unit<Length, Start>(p, place, shared);
+    if (!unit.any) return;  // as do all blocks of the cluster
+    if constexpr (kTall && HasProducts<typename Operands<Query, Cached>::Type>::value) {
+      if (unit.count >= p.tall_tokens) {
+        // Every second unit comes with the one before it.
+        if (unit.before / p.row_tokens % 2 != 0) return;
+        unit.tokens = static_cast<i32>(min(unit.count - unit.before, i64{2 * p.row_tokens}));
+        attend_tall<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kWhole, kByToken, kCapped,
+                    kSloped, kStages, kShared, Block>(p, shared, unit, head);
+        return;
+      }
+    }
+    attend<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kTurned, kWhole, kByToken,
+           kCapped, kSloped, kStages, kShared, kCluster, Block, Length, Start>(p, shared, unit, head,
                                                                      head_part, rank, share);
     if constexpr (kCluster == 0) place = share.sequence;
   } while (kCluster == 0 && share.more());
 }
 
 // Query is F16 or BF16, of queries and output; Cached is Query, one of the 8-bit types, or TokenScaled of
-// one of these: then the scales of keys multiply scores, and those of values multiply weights. kRows: a unit
-// has at most 8 rows, 16, or kWide. Caches are read kKeyVec and kValueVec bytes at a time. kWhole:
+// one of these: then the scales of keys multiply scores, and those of values multiply weights. kRows: a
+// unit has at most 8 rows, 16, or kWide. kTurned: of at most 8, rows are columns of the products, whose rows
+// are keys and then elements of values. Caches are read kKeyVec and kValueVec bytes at a time. kWhole:
 // block_size is a multiple of kKeys. kByToken: a head's values of neighbouring slots are side by side.
 // kShared are the bytes of shared memory. kCluster blocks take a group of parts each, or 1 block takes
-// all; or, if 0, all blocks take equal shares of all parts.
+// all; or, if 0, all blocks take equal shares of all parts. kTall: sequences may have enough tokens for
+// units to be taken two at a time.
 template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
-          int kRows, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
-          int kShared, int kCluster, typename Block, typename Length, typename Start>
+          int kRows, bool kTurned, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
+          int kShared, int kCluster, bool kTall, typename Block, typename Length, typename Start>
 __global__ void __launch_bounds__(kWarps * 32, kKeySize + kValueSize > 256 ? 1 : 2)
     paged_attention(const __grid_constant__ Params p) {
   await_earlier_launches();
   release_next_launch();
-  run<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kWhole, kByToken, kCapped, kSloped,
-      kStages, kShared, kCluster, Block, Length, Start>(p);
+  run<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kTurned, kWhole, kByToken, kCapped,
+      kSloped, kStages, kShared, kCluster, kTall, Block, Length, Start>(p);
 }
 
 // The same where kCluster is more than 1: without a cluster it would be launched later.
 template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
-          int kRows, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
-          int kShared, int kCluster, typename Block, typename Length, typename Start>
+          int kRows, bool kTurned, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
+          int kShared, int kCluster, bool kTall, typename Block, typename Length, typename Start>
 __global__ void CUPY_CACHE_CLUSTER(kCluster)
     __launch_bounds__(kWarps * 32, kKeySize + kValueSize > 256 ? 1 : 2)
     paged_attention_clustered(const __grid_constant__ Params p) {
   await_earlier_launches();
   release_next_launch();
-  run<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kWhole, kByToken, kCapped, kSloped,
-      kStages, kShared, kCluster, Block, Length, Start>(p);
+  run<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kTurned, kWhole, kByToken, kCapped,
+      kSloped, kStages, kShared, kCluster, kTall, Block, Length, Start>(p);
 }
 
 }  // namespace cupy_cache

@@ -54,17 +54,18 @@ READ_EVERYWHERE = ("copy_blocks", "reshape_and_cache_flash", "gather_cache")
 # The vectors of these are of what is written, as where their width is called kStoreVec: they read
 # less, or nothing.
 READ_LESS = ("Dequantise", "Direction::kZero")
-# Kernels that may spill, and so many bytes: those of attention for 64 rows, and of latent attention
-# over 8-bit entries, have no register left.
+# Kernels that may spill, and so many bytes: those of attention for 64 rows, more where units are
+# taken two at a time, and of latent attention over 8-bit entries, have no register left.
 SPILLS = {
-    r"::paged_attention<\S+, \S+, 128, 128, 16, 16, 64, ": 56,
+    r"::paged_attention<\S+, \S+, 128, 128, 16, 16, 64, .* 1, false, ": 56,
+    r"::paged_attention<\S+, \S+, 128, 128, 16, 16, 64, .* 1, true, ": 208,
     r"::paged_attention_mla<\S+, cupy_cache::(?:E4M3|E5M2|I8), 512, 64, ": 32,
 }
 WRITE_LESS = ("paged_attention",)  # its vectors are of what is read
 TOGETHER = 64  # kernels of one source that are compiled and read at a time
 STEMS = sorted(path.stem for path in modules.kernel_dir().glob("*.cu"))
 # Template parameters whose values make kernels that have little in common.
-KINDS = ("kRows",)
+KINDS = ("kRows", "kTall")
 
 
 def chosen(architecture, extent="ordinary"):

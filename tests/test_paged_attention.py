@@ -48,6 +48,14 @@ def test_head_sizes(world, rng, sizes):
     Problem(rng, [33, 16, 7], sizes=sizes, heads=(2, 1)).solve(world)
 
 
+@pytest.mark.parametrize("queries", [None, [3, 1, 7]])
+@pytest.mark.parametrize("sizes, kv_cache_dtype", [((512, 512), "auto"), ((512, 264), "fp8")])
+def test_large_heads(world, rng, sizes, kv_cache_dtype, queries):
+    """Of which few rows fit a unit."""
+    named = {"sizes": sizes, "kv_cache_dtype": kv_cache_dtype, "heads": (18, 2)}
+    Problem(rng, [33, 90, 7], queries, **named).solve(world)
+
+
 @pytest.mark.parametrize("types", list(itertools.product(["int32", "int64"], repeat=3)))
 def test_index_types(world, rng, types):
     Problem(rng, [33, 0, 7], [2, 0, 3], types=types).solve(world)
@@ -166,8 +174,33 @@ def test_several_queries(world, rng, causal):
     problem.solve(world)
 
 
-def test_prefill(world, rng):
-    Problem(rng, [130, 64], [130, 40], heads=(2, 1), sizes=(16, 16)).solve(world)
+@pytest.mark.parametrize("sizes", [(16, 16), (200, 256)])
+def test_prefill(world, rng, sizes):
+    Problem(rng, [130, 64], [130, 40], heads=(2, 1), sizes=sizes).solve(world)
+
+
+PAIRS_OF_UNITS = {
+    "plain": {},
+    "all options": {
+        "slopes": "sequences", "sliding_window": 90, "soft_cap": 2.0, "sinks": "float32",
+        "scale": 0.3,
+    },
+    "not causal": {"causal": False, "slopes": True},
+    "fp8": {"kv_cache_dtype": "fp8", "sizes": (64, 64)},
+    "int8, x-packed": {"kv_cache_dtype": "int8", "layout": "x-packed", "scales": "heads"},
+    "x-packed": {"layout": "x-packed", "sizes": (16, 40), "dtype": "float16"},
+    "scales of tokens": {"kv_cache_dtype": "fp8", "scales": "tokens", "block_size": 5},
+    "odd sizes": {"sizes": (7, 19), "block_size": 8},
+    "blocks that are not there": {"bad": {(1, 3): 10**6, (3, 0): -5}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("named", PAIRS_OF_UNITS.values(), ids=PAIRS_OF_UNITS)
+def test_units_in_pairs(world, rng, monkeypatch, named):
+    """Of sequences that have many tokens; the others are taken as ever."""
+    monkeypatch.setattr(module, "MANY_UNITS", 4)
+    lengths, queries = [75, 200, 0, 130, 30], [75, 67, 0, 9, 33]
+    Problem(rng, lengths, queries, heads=(6, 2), **named).solve(world)
 
 
 # --- options --------------------------------------------------------------------------------------
@@ -327,11 +360,15 @@ def rows_of(world, problem):
     return [(o.tobytes(), one.tobytes()) for o, one in zip(out, lse)]
 
 
-@pytest.mark.parametrize("queries", [None, [1, 3, 1, 2, 4, 1]])
-def test_same_bits_in_any_batch(world, rng, queries):
-    """A batch in another order, padded with empty sequences, and one sequence at a time."""
+@pytest.mark.parametrize("queries", [None, [1, 3, 1, 2, 4, 1], [75, 33, 1, 67, 9, 1]])
+def test_same_bits_in_any_batch(world, rng, monkeypatch, queries):
+    """A batch in another order, padded with empty sequences, and one sequence at a time. Of the
+    queries two sequences may have enough for units to be taken in pairs, by another kernel."""
+    monkeypatch.setattr(module, "MANY_UNITS", 4)
+    # Both kernels are emulated as for one GPU: for others products are summed differently.
+    monkeypatch.setattr("emulator.ARCHITECTURES", (90,))
     lengths = [700, 33, 1, 130, 64, 15]
-    problem = Problem(rng, lengths, queries, slopes=True)
+    problem = Problem(rng, lengths, queries, slopes=True, heads=(6, 3))
     counts = queries or [1] * len(lengths)
     starts = np.concatenate([[0], np.cumsum(counts)])
     whole = rows_of(world, problem)
@@ -346,7 +383,7 @@ def test_same_bits_in_any_batch(world, rng, queries):
         rows = [r for b in order for r in range(starts[b], starts[b + 1])]
         other = Problem(rng, [lengths[b] for b in order] + [0] * padding,
                         queries and [counts[b] for b in order] + [1] * padding,
-                        slopes=True, width=width)  # fmt: skip
+                        slopes=True, heads=(6, 3), width=width)  # fmt: skip
         other.caches, other.slopes = problem.caches, problem.slopes
         entries = np.full((len(order) + padding, width), 10**6, np.int32)
         entries[: len(order), : table.shape[1]] = table[order]
@@ -570,7 +607,7 @@ def test_who_computes_is_chosen_by_shapes(monkeypatch, sequences, heads, tokens,
 
     def chosen(*names):
         launchers = {name: named[name] for name in names}
-        plan = module._Plan(launchers, "cupy", heads, None, 16, 2, 4160)
+        plan = module._Plan(launchers, "cupy", heads, None, None, 16, 2, 4160)
         return plan._choose(sequences, sequences, tokens // 16), plan
 
     (found, count), plan = chosen(*named)
@@ -582,6 +619,15 @@ def test_who_computes_is_chosen_by_shapes(monkeypatch, sequences, heads, tokens,
     assert chosen("plain")[0] == ("plain", sequences * heads)
     assert chosen("plain", "shared")[0][0] != "clustered"
     assert chosen("plain", "clustered")[0][0] != "shared"
+
+
+def test_many_tokens_are_for_another_kernel(monkeypatch):
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    named = {name: types.SimpleNamespace(device=0) for name in ("plain", "tall", "clustered")}
+    plan = module._Plan(named, "cupy", 8, 16, 1280, 16, 2, 4160)
+    assert plan._choose(1279, 64, 256) == ("plain", (1279 // 16 + 64) * 8)
+    assert plan._choose(1280, 1, 256) == ("tall", (1280 // 16 + 1) * 8)
+    assert plan._choose(16, 1, 256)[0] == "clustered"
 
 
 def test_divisors():
@@ -606,7 +652,7 @@ def test_no_sequence_has_more_parts_than_there_is_room_for(tokens):
     """`Cut` of the kernel, written out."""
     most, all_tiles = module._most_parts(tokens), -(-tokens // 16)
     for tiles in (*range(min(all_tiles, 2048) + 1), all_tiles):
-        limits = ((32, 1), (128, 2), (256, 4), (1024, 8), (4096, 16))
+        limits = ((32, 1), (64, 2), (128, 4), (1024, 8), (4096, 16))
         turns = next((turns for limit, turns in limits if tiles <= limit), None)
         if turns is None:
             turns = 1 << ((tiles - 1) // 256).bit_length()

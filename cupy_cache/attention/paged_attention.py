@@ -41,6 +41,7 @@ PARAMS = params.Struct(
     "slope_sequence_stride:i64 sink_stride:i64 k_scale_stride:i64 v_scale_stride:i64 "
     "k_scale_block_stride:i64 k_scale_slot_stride:i64 k_scale_head_stride:i64 "
     "v_scale_block_stride:i64 v_scale_slot_stride:i64 v_scale_head_stride:i64 scratch_tag:u64 "
+    "tall_tokens:i64 "
     "base_scale:f32 block_size:u32 kv_heads:u32 group:u32 row_tokens:u32 head_parts:u32 "
     "part_rows:u32 causal:u32 float_sinks:u32 key_pack:u32 slot_bytes:u32 value_pack:u32 "
     "pairs_in:u32 pairs_out:u32 by_block_size:u32[2] by_heads:u32[2]",
@@ -96,9 +97,7 @@ def paged_attention(
     query : array [num_tokens, num_heads, head_size]
         float16, bfloat16 or, on the CPU alone, float32; the last dimension contiguous. For float32
         on a GPU, whose products take 16 bits, use `gather_cache` and the framework's attention. On
-        a GPU heads, and those of values, have at most 256 elements: for 512 a thread would keep
-        1,104 bytes outside its registers, and a thread block need 260 KiB of shared memory, which
-        none has.
+        a GPU heads, and those of values, have at most 512 elements.
     key_cache, value_cache : array [num_blocks, block_size, num_kv_heads, head_size or head_size_v]
         As `reshape_and_cache_flash` writes them; or, of five dimensions, the key cache [num_blocks,
         num_kv_heads, head_size / x, block_size, x] with the value cache [num_blocks, num_kv_heads,
@@ -185,12 +184,12 @@ def paged_attention(
     values, and to float16 where caches have 8 bits.
 
     On a GPU there is one launch, of a thread block for each sequence and 16 query heads of a KV
-    head (64 rows of these, with ``query_start_loc``). Where these are too few for the GPU, a
-    cluster of eight thread blocks shares one, on sm_90 and newer; or, without ``query_start_loc``,
-    where tables are wide or there are no clusters, all thread blocks share all of them through
-    scratch memory: some MiB of the allocator of the result's framework, free again behind the
-    kernel in the stream's order, or, during a capture, the graph's. Caches whose addresses and
-    strides are multiples of 16 bytes are read fastest.
+    head (64 rows of these, with ``query_start_loc``; 8, of heads of more than 256 elements). Where
+    these are too few for the GPU, a cluster of eight thread blocks shares one, on sm_90 and newer;
+    or, without ``query_start_loc``, where tables are wide or there are no clusters, all thread
+    blocks share all of them through scratch memory: some MiB of the allocator of the result's
+    framework, free again behind the kernel in the stream's order, or, during a capture, the
+    graph's. Caches whose addresses and strides are multiples of 16 bytes are read fastest.
     """
     if stream is not None:
         stream = streams.pointer(NAME, stream)
@@ -385,12 +384,18 @@ KEYS = 16  # of a tile
 WARPS = 4
 TILE_ROWS = 16  # of a unit: query heads of a token that share a KV head
 MOST_ROWS = 64  # and of neighbouring tokens, where a sequence has several
+FEW_ROWS = 8  # of which registers hold more elements of a head
 CLUSTER = 8  # thread blocks that share a unit, where there are few
+MANY_UNITS = 640  # of a sequence: more than run at once, and enough if they are taken in pairs
 COST_OF_SHARING = 1300  # as measured on an H100
 MOST_SHARED = 1024  # sequences whose parts thread blocks share equally: each looks at all of them
-HALF_OF_SHARED = 113 << 10  # bytes: two thread blocks on a multiprocessor of sm_90
+# Bytes of a multiprocessor of sm_90, for one thread block or for two.
+ALL_OF_SHARED, HALF_OF_SHARED = 227 << 10, 113 << 10
+MOST_STAGES = 4
 SMALL_ROW = 128  # bytes
-LARGEST_HEAD = 256
+LARGE_HEAD, LARGEST_HEAD = 256, 512
+HALF_TURNED = 192  # larger heads of 16-bit elements have the rows of a unit as columns
+LARGEST_TALL = 128  # of values, of units that are taken two at a time
 
 
 class _Caches(NamedTuple):
@@ -439,14 +444,17 @@ class _Plan(plans.KernelPlan):
 
     Parameters
     ----------
-    launchers : {"plain", "shared" or "clustered": launch.Launcher}
-        "shared" where a sequence is a unit, "clustered" where the GPU has clusters.
+    launchers : {"plain", "tall", "shared" or "clustered": launch.Launcher}
+        "shared" where a sequence is a unit, "clustered" where the GPU has clusters. "tall": the
+        same as "plain", but for sequences of ``tall_tokens`` or more of the call's.
     framework : str
         That of the results.
     heads : int
         Units of a sequence, or of a number of its tokens.
     row_tokens : int or None
         That number, where a sequence has several.
+    tall_tokens : int or None
+        None where there is no "tall".
     block_size : int
     resident : int
         Thread blocks that a multiprocessor runs at once.
@@ -456,15 +464,16 @@ class _Plan(plans.KernelPlan):
 
     __slots__ = (
         "_block_size", "_framework", "_heads", "_launchers", "_resident", "_row_tokens",
-        "_slot_bytes",
+        "_slot_bytes", "_tall_tokens",
     )  # fmt: skip
 
     def __init__(
-        self, launchers, framework, heads, row_tokens, block_size, resident, slot_bytes
+        self, launchers, framework, heads, row_tokens, tall_tokens, block_size, resident,
+        slot_bytes,
     ):  # fmt: skip
         super().__init__(launchers["plain"], None)
         self._launchers, self._framework = launchers, framework
-        self._heads, self._row_tokens = heads, row_tokens
+        self._heads, self._row_tokens, self._tall_tokens = heads, row_tokens, tall_tokens
         self._block_size, self._resident, self._slot_bytes = block_size, resident, slot_bytes
 
     def launch_for(self, rows):
@@ -494,8 +503,11 @@ class _Plan(plans.KernelPlan):
             units = tokens // self._row_tokens + sequences
         units *= self._heads
         if device == NOWHERE:  # one of each is to be compiled
-            how = {2: "clustered", 3: "shared"}.get(sequences)
+            other = "shared" if "shared" in self._launchers else "tall"
+            how = {2: "clustered", 3: other}.get(sequences)
             return how if how in self._launchers else "plain", units
+        if self._tall_tokens is not None and tokens >= self._tall_tokens:
+            return "tall", units
         at_once = self._resident * launch.processors(device)
         everyone = max(at_once // self._heads, 1) * self._heads
         turns = launch.ceil_div(width * self._block_size, WARPS * KEYS)  # of a sequence
@@ -518,15 +530,8 @@ class _Plan(plans.KernelPlan):
 def _most_parts(tokens):
     """How many parts a sequence of at most so many tokens may have: `Cut` of paged_attention.cu."""
     tiles = launch.ceil_div(tokens, KEYS)
-    most = next((most for most, least in ((8, 64), (16, 512), (32, 2048)) if tiles <= least), 64)
+    most = next((most for most, least in ((8, 256), (16, 512), (32, 2048)) if tiles <= least), 64)
     return max(min(most, launch.ceil_div(tiles, WARPS)), 1)
-
-
-def _tile_bytes(rows, row_bytes):
-    """Shared memory of a tile: `Tile` of paged_attention.cu."""
-    chunks = launch.ceil_div(row_bytes, 16)
-    exchanged = chunks % 8 == 0 or chunks in (2, 4)
-    return rows * (chunks if exchanged else chunks | 1) * 16
 
 
 def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
@@ -547,47 +552,54 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     values = _value_layout(value_cache, len(key_cache.shape) == 5, size["block_size"])
     group = size["num_heads"] // size["num_kv_heads"]
     several = named["query_start_loc"] is not None
-    row_tokens = max(1, MOST_ROWS // group) if several else 1
+    largest = max(size["head_size"], size["head_size_v"])
     # Of one token, query heads that one tile has no rows for are units of their own, so that more
     # thread blocks read the keys at the same time.
     part_rows = MOST_ROWS if several else TILE_ROWS
+    if largest > LARGE_HEAD:
+        part_rows = FEW_ROWS
+    row_tokens = max(1, part_rows // group) if several else 1
     head_parts = launch.ceil_div(group, part_rows)
     used = row_tokens * min(group, part_rows)
-    rows = next(most for most in (8, 16, MOST_ROWS) if used <= most)
+    rows = next(most for most in (FEW_ROWS, TILE_ROWS, MOST_ROWS) if used <= most)
 
     key_bytes = launch.ceil_div(size["head_size"], 16) * 16 * stored.bytes
     value_size = launch.ceil_div(size["head_size_v"], 16) * 16
-    stage = _tile_bytes(KEYS, key_bytes)
-    if values.by_token:
-        stage += _tile_bytes(value_size, KEYS * stored.bytes)
-    else:
-        stage += _tile_bytes(KEYS, value_size * stored.bytes)
+    stage = KEYS * (key_bytes + value_size * stored.bytes)
     k_scales, v_scales = named["k_scale_cache"], named["v_scale_cache"]
     cached, of_tile = spelling.ELEMENT_NAMES[stored.name], 4
     if k_scales is not None:
         cached = f"cupy_cache::TokenScaled<{cached}>"
         of_tile += 2 * KEYS * FLOAT32.bytes
     tile_rows = min(rows, TILE_ROWS)
-    results = tile_rows * (value_size // 2 + 4) * 8  # of a warp
+    turned = rows == FEW_ROWS and largest > (HALF_TURNED if stored.bytes == 2 else LARGE_HEAD)
+    results = tile_rows * (value_size // 2 + (0 if turned else 4)) * 8  # of a warp
     if rows < MOST_ROWS and tile_rows * value_size // 2 * 8 <= stage:
         results = 0  # in the place of a tile
     results += tile_rows * 8
-    stages = 3
+
+    def shared_with(stages):
+        return WARPS * (stages * (stage + of_tile) + results)
+
     # Of small rows two tiles ahead are more than memory likes.
-    if WARPS * (3 * (stage + of_tile) + results) > HALF_OF_SHARED or key_bytes <= SMALL_ROW:
-        stages = 2
-    shared = WARPS * (stages * (stage + of_tile) + results)
+    stages = 2 if key_bytes <= SMALL_ROW else MOST_STAGES
+    while stages > 2 and shared_with(stages) > HALF_OF_SHARED:
+        stages -= 1
+    if shared_with(stages) > ALL_OF_SHARED:
+        stages = 1
+    shared = shared_with(stages)
 
     device, whole = out.device.index, size["block_size"] % KEYS == 0
     indices = (named[name] for name in ("block_table", "seq_lens", "query_start_loc"))
     index = [(array and spelling.INDEX_NAMES[array.dtype.name]) or "void" for array in indices]
-    flags = (whole, values.by_token, capped, named["alibi_slopes"] is not None)
+    flags = (turned, whole, values.by_token, capped, named["alibi_slopes"] is not None)
 
-    def launcher(cluster):
+    def launcher(cluster, tall=False):
         arguments = (
             spelling.ELEMENT_NAMES[query.dtype.name], cached,
             size["head_size"], size["head_size_v"], keys.vector, values.vector, rows,
-            *map(spelling.boolean, flags), stages, shared, cluster, *index,
+            *map(spelling.boolean, flags), stages, shared,
+            cluster, spelling.boolean(tall), *index,
         )  # fmt: skip
         entry = NAME if cluster <= 1 else f"{NAME}_clustered"
         kernel = modules.Kernel(
@@ -596,6 +608,9 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         )  # fmt: skip
         return launch.Launcher(kernel, device, constants)
 
+    tall_tokens = None
+    if several and head_parts == 1 and size["head_size"] <= size["head_size_v"] <= LARGEST_TALL:
+        tall_tokens = launch.ceil_div(MANY_UNITS, size["num_kv_heads"]) * row_tokens
     lse, sinks, slopes = named["lse"], named["sinks"], named["alibi_slopes"]
     # Of a part's results: float32 pairs of columns, and a maximum and a sum, of each row.
     slot_bytes = launch.ceil_div(min(group, part_rows) * (value_size // 2 + 1) * 8, 16) * 16
@@ -607,21 +622,23 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         0 if sinks is None else sinks.strides[0],
         *scale_strides,
         *(n for a in (k_scales, v_scales) for n in ((0, 0, 0) if a is None else a.strides)),
-        plans.SCRATCH_TAG, base_scale, size["block_size"], size["num_kv_heads"],
+        plans.SCRATCH_TAG, tall_tokens or 0, base_scale, size["block_size"], size["num_kv_heads"],
         group, row_tokens, head_parts, part_rows, causal,
         sinks is not None and sinks.dtype == FLOAT32, keys.pack, slot_bytes, values.pack,
         *(contract.vector_bytes(a.ptr, *a.strides[:2]) >= 4 for a in (query, out)),
         *launch.divisor(size["block_size"]), *launch.divisor(size["num_kv_heads"] * head_parts),
     )  # fmt: skip
     launchers = {"plain": launcher(1)}
+    if tall_tokens is not None:
+        launchers["tall"] = launcher(1, tall=True)
     if launch.has_clusters(device):
         launchers["clustered"] = launcher(CLUSTER)
     if not several:
         launchers["shared"] = launcher(0)
-    resident = 1 if size["head_size"] + size["head_size_v"] > LARGEST_HEAD else 2
+    resident = 1 if size["head_size"] + size["head_size_v"] > LARGE_HEAD else 2
     return _Plan(
         launchers, out.framework, size["num_kv_heads"] * head_parts,
-        row_tokens if several else None, size["block_size"], resident, slot_bytes,
+        row_tokens if several else None, tall_tokens, size["block_size"], resident, slot_bytes,
     )  # fmt: skip
 
 

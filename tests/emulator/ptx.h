@@ -299,6 +299,16 @@ inline void ldmatrix_x4_trans(unsigned& a, unsigned& b, unsigned& c, unsigned& d
   ldmatrix<true>(to, from);
   a = to[0], b = to[1], c = to[2], d = to[3];
 }
+// Lane l has the elements 2 * (l % 4) and the next of row l / 4, and gets those of column l / 4.
+EMULATOR_OWN inline void movmatrix_trans(unsigned& to, unsigned from) {
+  const unsigned long long* given = emulator_exchange(~0u, from);
+  const int row = emulator::lane() % 4 * 2, column = emulator::lane() / 4;
+  unsigned found[2];
+  for (int i = 0; i < 2; ++i) {
+    found[i] = given[(row + i) * 4 + column / 2] >> column % 2 * 16 & 0xffff;
+  }
+  to = found[0] | found[1] << 16;
+}
 
 // d = A * B + C, of which every lane has parts. Of A [16, kDepth] and B [kDepth, 8] they are pairs
 // of neighbours along the depth, in registers for 8 rows and 8 of the depth each: first those for

@@ -151,6 +151,9 @@ INSTRUCTIONS = {
         )
         for trans, machine in (("", r"LDSM\.16\.M88\.4"), (".trans", r"LDSM\.16\.MT88\.4"))
     },
+    "movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;": Instruction(
+        "movmatrix_trans", "=r r", r"MOVM\.16\.MT88 R", stays=True
+    ),
     **{
         f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{%0, %1, %2, %3}}, "
         "{%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};": Instruction(

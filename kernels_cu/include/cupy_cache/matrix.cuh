@@ -36,6 +36,17 @@ struct IsBF16<BF16> {
   static constexpr bool value = true;
 };
 
+// Whether the machine has an instruction for products of elements of type T. Without it they are long,
+// and slow.
+template <typename T>
+struct HasProducts {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+  static constexpr bool value = !IsBF16<T>::value;
+#else
+  static constexpr bool value = true;
+#endif
+};
+
 #ifdef __CUDA_ARCH__
 // c += A * B of half as many columns and rows, in elements of type F16.
 __device__ __forceinline__ void half_multiply_add(float (&c)[4], u32 a0, u32 a1, u32 b) {
@@ -124,6 +135,21 @@ __device__ __forceinline__ void load_matrices(u32 (&out)[4], const char* row) {
     out[i] = static_cast<u32>(low) | static_cast<u32>(high) << 16;
   }
 #endif
+}
+
+// Of an 8 x 8 matrix of 16-bit elements, lane l has [l / 4, 2 * (l % 4)..] and gets those of the
+// transpose.
+__device__ __forceinline__ u32 transpose(u32 pair) {
+  u32 turned;
+#ifdef __CUDA_ARCH__
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(pair));
+#else
+  const int lane = static_cast<int>(threadIdx.x % 32), from = lane % 4 * 8 + lane / 8;
+  const u32 first = __shfl_sync(kWarp, pair, from), second = __shfl_sync(kWarp, pair, from + 4);
+  const int shift = lane / 4 % 2 * 16;
+  turned = (first >> shift & 0xffffu) | second >> shift << 16;
+#endif
+  return turned;
 }
 
 }  // namespace cupy_cache
