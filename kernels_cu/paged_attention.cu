@@ -812,12 +812,13 @@ __device__ __forceinline__ float slope_of(const Params& p, const Unit& unit, con
 }
 
 // cap * tanh(score / cap). A series where it is nearly the score: the difference of two numbers as large
-// as the cap would be off by a part of the cap.
+// as the cap would be off by a part of the cap. No product may become one instruction with what follows
+// in one kernel and not in another.
 __device__ __forceinline__ float capped(float score, float cap, float cap_inverse) {
   const float ratio = score * cap_inverse, square = ratio * ratio;
   const float bent = ((-17.0f / 315.0f * square + 2.0f / 15.0f) * square - 1.0f / 3.0f) * square;
   const float whole = 1.0f - 2.0f * __fdividef(1.0f, power_of_two(2.0f * kLog2E * ratio) + 1.0f);
-  return fabsf(ratio) < 0.3f ? score + score * bent : cap * whole;
+  return fabsf(ratio) < 0.3f ? __fmaf_rn(score, bent, score) : __fmul_rn(cap, whole);
 }
 
 // A scale of this head: an array's, or one that the host knows.
