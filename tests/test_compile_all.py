@@ -57,7 +57,7 @@ READ_LESS = ("Dequantise", "Direction::kZero")
 # Kernels that may spill, and so many bytes: those of attention for 64 rows, more where units are
 # taken two at a time, and of latent attention over 8-bit entries, have no register left.
 SPILLS = {
-    r"::paged_attention<\S+, \S+, 128, 128, 16, 16, 64, .* 1, false, ": 56,
+    r"::paged_attention(_clustered)?<\S+, \S+, 128, 128, 16, 16, 64, .* [18], false, ": 56,
     r"::paged_attention<\S+, \S+, 128, 128, 16, 16, 64, .* 1, true, ": 208,
     r"::paged_attention_mla<\S+, cupy_cache::(?:E4M3|E5M2|I8), 512, 64, ": 32,
 }
