@@ -322,9 +322,10 @@ class Problem:
     def _plain(self, row):
         """A row's result where everything is rounded to the dtype of the query."""
         kind = formats.DTYPES[self.dtype].numpy
+        largest = float(ml_dtypes.finfo(kind).max)  # which products of float16 may exceed
 
         def rounded(values):
-            return values.astype(kind).astype(np.float32)
+            return np.clip(values, -largest, largest).astype(kind).astype(np.float32)
 
         query, slopes, sinks = map(self._values, (self.query, self.slopes, self.sinks))
         sequence, position, tokens = self.seen[row]

@@ -21,10 +21,11 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 DOCS = CHECKOUT / "docs"
 BLOCK = re.compile(r"(?:^<!-- (?P<mark>[^\n]+) -->\n)?^```python\n(?P<code>.*?)^```$", re.M | re.S)
 MARKS = {None, "needs a GPU", "a fragment"}
+# Each part of the page on frameworks has a process of its own, in test_frameworks.py.
 PAGES = [
     path
     for path in [*CHECKOUT.glob("*.md"), *sorted(DOCS.rglob("*.md"))]
-    if "\n```python\n" in path.read_text(encoding="utf-8")
+    if path.name != "frameworks.md" and "\n```python\n" in path.read_text(encoding="utf-8")
 ]
 
 
@@ -49,10 +50,6 @@ def run(path, gpu):
             if error.name.partition(".")[0] == "cupy_cache":
                 raise
             pytest.skip(f"{error.name} is not installed")
-
-
-# Of numba.cuda's import, by newer versions of NumPy.
-pytestmark = pytest.mark.filterwarnings("ignore:The 'generic' unit:DeprecationWarning")
 
 
 # transformers 5.24 takes an argument by the name that 5.17 has for it, and warns.

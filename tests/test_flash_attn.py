@@ -283,7 +283,7 @@ def test_no_room_for_what_is_added(world, rng):
 @whole_arrays
 @pytest.mark.parametrize(
     "dtype, sizes, heads",
-    [("float32", (16, 16), 4), ("float16", (16, 272), 4), ("float16", (16, 16), 0)],
+    [("float32", (16, 16), 4), ("float16", (16, 528), 4), ("float16", (16, 16), 0)],
 )
 def test_nothing_is_added_where_there_is_no_attention(world, rng, dtype, sizes, heads):
     """To what a GPU's kernel does not take, and to no heads."""

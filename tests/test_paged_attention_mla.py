@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
 import itertools
+from pathlib import Path
 
 import attending
 import hypothesis
@@ -20,7 +21,7 @@ from guards import BAD
 
 import cupy_cache as cc
 from cupy_cache.attention import paged_attention_mla as module
-from cupy_cache.runtime import formats
+from cupy_cache.runtime import formats, launch
 
 DTYPES = ("float16", "bfloat16", "float32")
 MODEL = (576, 512)  # elements of an entry, and of its latent part
@@ -452,6 +453,20 @@ def test_other_numbers_need_no_other_plan(rng):
 
 
 # --- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("element_bytes", [1, 2])
+@pytest.mark.parametrize("sizes", [(640, 512), (640, 128), MODEL, (512, 128), (256, 256), (48, 32)])
+def test_shared_memory(sizes, element_bytes):
+    """Of sm_90's 228 KiB each thread block takes one for itself. What the kernels' arrays of fixed
+    sizes take is what the compiler says on sm_80, which reserves none."""
+    text = (Path(__file__).parent / "resources" / "paged_attention_mla.txt").read_text("utf-8")
+    kernels = [line for line in text.splitlines() if "| paged_attention_mla<" in line]
+    fixed = max(int(line.partition("|")[0].split()[3]) for line in kernels)
+    shape = module._shape("", launch.NOWHERE, *sizes, element_bytes, False)
+    assert shape.resident * (1024 + fixed + shape.shared) <= 228 << 10
+    assert fixed <= module.FIXED_SHARED
 
 
 class TestRefusals:

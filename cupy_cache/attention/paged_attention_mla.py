@@ -247,8 +247,9 @@ ROWS = 16  # of a unit: query heads of neighbouring tokens of a sequence
 TEAM = 4  # warps
 LARGEST_RANK, LARGEST_ENTRY = 512, 640
 LEAST_STAGES, MOST_STAGES = 3, 5
-# Bytes of shared memory of a thread block, where a multiprocessor of sm_90 has two.
-HALF_OF_SHARED = 112 << 10
+# Bytes of shared memory of a thread block, where a multiprocessor of sm_90 has two; and what its
+# arrays of fixed sizes take of it, at most.
+HALF_OF_SHARED, FIXED_SHARED = 112 << 10, 1 << 10
 TURN = 64  # tokens, in which work is measured
 JOINING_THREADS = 256
 MOST_JOINED = 16  # thread blocks whose results one of them joins; those of more a second launch
@@ -479,7 +480,8 @@ def _shape(op, device, entry_size, rank, element_bytes, entries):
     tile = keys * (chunks | 1) * 16 + 16
     # Scores of each of a team's warps for two tiles, and two totals of each thread.
     rest = 2 * TEAM * ROWS * keys * 4 + 2 * warps * launch.WARP * 16
-    room = HALF_OF_SHARED if shared >= 2 * HALF_OF_SHARED and teams == 1 else shared
+    halves = shared >= 2 * HALF_OF_SHARED and teams == 1
+    room = HALF_OF_SHARED if halves else shared - FIXED_SHARED
     stages = min(MOST_STAGES, (room - rest) // tile)
     if stages < LEAST_STAGES:
         raise ShapeError(
@@ -487,7 +489,7 @@ def _shape(op, device, entry_size, rank, element_bytes, entries):
             f"into the {shared} bytes of shared memory that this GPU has, got entries of "
             f"{entry_size} elements, {rank} of them latent"
         )
-    resident = 2 if teams == 1 and shared >= 2 * HALF_OF_SHARED else 1
+    resident = 2 if halves else 1
     return _Shape(teams, stages, stages * tile + rest, resident, ROWS * (columns + 2) * 4)
 
 

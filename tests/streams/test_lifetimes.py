@@ -235,11 +235,17 @@ def captured(stream, call):
     return graph
 
 
+@pytest.fixture
+def stream(cupy):
+    """Of CuPy's, which must be there when torch frees what was used on it."""
+    return cupy.cuda.Stream(non_blocking=True)
+
+
 @pytest.mark.parametrize("kind", [attending.Problem, attending.Latent])
-def test_scratch_of_a_graph_that_torch_does_not_know(torch, cupy, rng, kind):
+def test_scratch_of_a_graph_that_torch_does_not_know(torch, stream, rng, kind):
     """torch's arrays on a stream that CuPy captures: what has scratch memory next must not be
     overwritten by replays."""
-    world, stream = worlds.TorchCudaWorld(), cupy.cuda.Stream(non_blocking=True)
+    world = worlds.TorchCudaWorld()
     problem = kind(rng, [900], dtype="float16", width=2000)
     problem.run(world)  # its arrays are there
     torch.cuda.synchronize()
