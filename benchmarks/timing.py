@@ -306,7 +306,8 @@ def wall_us(calls, count=50):
 @functools.cache
 def copy_us(moved):
     """Microseconds of a device-to-device copy that reads and writes ``moved`` bytes in all,
-    measured as the operations are: the ceiling for an operation that must move as many."""
+    measured as the operations are: the ceiling for an operation that must move as many. The report
+    levels these times, which for some sizes are longer than for larger ones."""
     torch = torch_module()
     half = -(-moved // 512) * 256  # whole, aligned rows: others are copied more slowly
     sets = sets_for(moved)
