@@ -28,7 +28,6 @@ ON_GPU = torch.cuda.is_available()
 OURS = {"use_cuda_graph": (False, True)} if ON_GPU else {}
 WAYS = {
     "ours": (integration.BATCHING, OURS),
-    "ours, default graphs": (integration.BATCHING, {}),
     "stock": ("sdpa", {}),
     "stock without cuDNN": ("sdpa", {}),
 }
@@ -169,7 +168,6 @@ def main():
         *(("batching", "ours", case) for case in cases),
         *(("generate", way, case) for way in ("ours", "stock") for case in cases),
         *(("batching", "stock", case) for case in reversed(cases)),
-        ("batching", "ours, default graphs", cases[0]),
         *(("generate", "stock without cuDNN", case) for case in cases),
         *(("batching", "stock without cuDNN", case) for case in reversed(cases)),
     ]

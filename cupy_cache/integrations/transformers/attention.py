@@ -234,6 +234,10 @@ def _batched(module, query, key, value, options, given):
         pages = given["k_cache"][::2], given["v_cache"][::2]
         return _decode(layer, *new, pages, given["block_table"], bounds, options, 2)[None]
     longest = given.get("max_seqlen_k", given.get("max_length_k"))
+    if given.get("block_table") is None and cache is not None:
+        # Of such a graph some replays gave other tokens, on a GPU that other processes kept busy.
+        expected = "False, or (False, True), as steps with prompts are not to be captured"
+        _refuse("use_cuda_graph", _is_captured(query), expected, "a capture")
     if not hasattr(cache, "layer_index_to_group_indices"):  # keys and values are read already
         starts = given["cu_seq_lens_q"]
         if longest is None:
