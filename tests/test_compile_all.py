@@ -227,9 +227,10 @@ def check(kernels, architecture, path, few=False):
 
 def work():
     """Parameters of the test: by default a few kernels of one source for each architecture; the
-    others with --rest."""
+    others, and attention's, with --rest."""
     for architecture, stem in itertools.product(ARCHITECTURES, STEMS):
-        yield pytest.param(architecture, stem, "few")
+        long = [pytest.mark.extra] * (stem == "paged_attention")
+        yield pytest.param(architecture, stem, "few", marks=long)
         yield pytest.param(architecture, stem, "ordinary", marks=pytest.mark.extra)
     for stem in STEMS:
         yield pytest.param(COMPLETE, stem, "every_shape", marks=pytest.mark.extra)

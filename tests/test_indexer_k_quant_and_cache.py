@@ -179,6 +179,7 @@ def test_infinities_nan_and_zeros(world, dtype, kv_cache_dtype, ordinary, floor,
 
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "ue8m0", "mxfp8"])
+@pytest.mark.extra
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_every_16_bit_value(world, rng, dtype, kv_cache_dtype):
     """As the largest of its quant block, whose other elements are 1, its negative and small. The

@@ -352,6 +352,7 @@ def test_starts_out_of_order(world, rng, starts, causal):
     with_starts(Problem, rng, starts, [40, 30], 5, causal).solve(world)
 
 
+@pytest.mark.extra
 def test_starts_that_are_garbage(world, rng):
     for starts, lengths, rows in garbage_starts(rng):
         named = {"heads": (5, 1), "sizes": (16, 16)}

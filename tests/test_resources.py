@@ -19,7 +19,7 @@ PARTS = {
     "paged_attention": 8, "paged_attention_mla": 3, "rotary": 4, "gather_cache": 3, "pack_blocks": 2
 }  # fmt: skip
 TABLES = [
-    (stem, architecture, part)
+    pytest.param(stem, architecture, part, marks=[pytest.mark.extra] * (stem == "paged_attention"))
     for stem in STEMS
     for architecture in make_resources.ARCHITECTURES
     for part in range(PARTS.get(stem, 1))
@@ -46,7 +46,7 @@ def require_the_compiler_of_resources(stem=STEMS[0]):
 @pytest.mark.each("architecture")
 @pytest.mark.parametrize("stem, architecture, part", TABLES)
 def test_the_file_is_up_to_date(stem, architecture, part):
-    """Of one source for each architecture by default."""
+    """Of one source for each architecture by default, not attention's."""
     require_the_compiler_of_resources(stem)
     if cuobjdump() is None:
         skip(NOT_READ)

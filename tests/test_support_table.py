@@ -26,6 +26,7 @@ def table():
     return module
 
 
+@pytest.mark.extra
 def test_the_file_is_up_to_date(table):
     expected = table.page()
     assert table.FILE.read_text(encoding="utf-8") == expected, (
