@@ -164,20 +164,18 @@ def _plan(op, described, options):
     wanted, sqrt, causal = options
     check = contract.Contract(NAME)
     slopes, queries, keys, out, *starts = described
-    starts = [array for array in starts if array is not None]
-    for arg, array in zip(op.args[4:], starts):
-        check.shape(arg.name, array, "_")
-        check.dtype(arg.name, array, *formats.INDICES)
-        check.contiguous_rows(arg.name, array)
     for arg, array in zip(op.args[:3], described):
         check.shape(arg.name, array, "_")
         indices = (formats.DTYPES["float32"],) if array is slopes else formats.INDICES
         check.dtype(arg.name, array, *indices)
     check.shape("out", out, "_ _ _")
     check.dtype("out", out, *([formats.DTYPES[wanted]] if wanted else formats.FLOATS))
-    for arg, array in zip(op.args, (*described[:4], *starts)):
+    for arg, array in zip(op.args, described[:4]):
         check.device(arg.name, array)
         check.aligned(arg.name, array)
+    for arg, array in zip(op.args[4:], starts):
+        if array is not None:
+            check.indices(arg.name, array)
     check.contiguous("out", out)
     arrays.require_writable(out, NAME, "out")
     if out.device.kind == "cpu":
@@ -189,7 +187,7 @@ def _plan(op, described, options):
     device = out.device.index
     wide = contract.vector_bytes(out.ptr, *out.strides[:2]) == VECTOR
     vector = VECTOR if wide else out.dtype.bytes
-    types = [spelling.INDEX_NAMES[array.dtype.name] for array in (queries, keys, *starts)]
+    types = [spelling.INDEX_NAMES[array.dtype.name] for array in (queries, keys, *starts) if array]
     types = ", ".join([*types, "void", "void"][:4])
     element = spelling.ELEMENT_NAMES[out.dtype.name]
     kernel = modules.Kernel(

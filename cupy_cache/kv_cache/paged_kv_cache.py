@@ -128,11 +128,8 @@ class PagedKVCache:
         self._set_up(key_caches, value_caches, kv_cache_dtype, k_scales, v_scales, None)
 
     def _set_up(self, *given):
-        try:
+        with errors.renamed("PagedKVCache", {"k_scale": "k_scales", "v_scale": "v_scales"}):
             self._bind(*given)
-        except CupyCacheError as error:
-            errors.rename(error, "PagedKVCache", {"k_scale": "k_scales", "v_scale": "v_scales"})
-            raise
 
     @classmethod
     def allocate(
@@ -682,18 +679,14 @@ class PagedKVCache:
         CupyCacheError
             One of its kinds, before anything is written.
         """
-        if type(layer) is not int or layer not in self._writers:
-            layer = self._layer("gather", layer)
+        layer = self._layer("gather", layer)
         if out is None:
-            out, num_tokens = tuple(self._new_rows(num_tokens, dtype, stream)), None
+            out, num_tokens = self._new_rows(num_tokens, dtype, stream), None
         elif self.value_caches is None:
             out = (out,)
-        elif type(out) is not tuple or len(out) != 2:
-            if not isinstance(out, (list, tuple)) or len(out) != 2:
-                expected, got = "a pair of arrays, for keys and values", type(out).__name__
-                raise DTypeError(errors.wrong("type", f"{_GATHER}: out", expected, got))
-            out = tuple(out)
-        found = out if len(out) == 2 else out[0]
+        elif not isinstance(out, (list, tuple)) or len(out) != 2:
+            expected, got = "a pair of arrays, for keys and values", type(out).__name__
+            raise DTypeError(errors.wrong("type", f"{_GATHER}: out", expected, got))
         if num_tokens is not None:
             num_tokens = contract.integer(_GATHER, "num_tokens", num_tokens, 0)
         bound = self._gatherers.get((layer, seq_starts is None))
@@ -703,15 +696,11 @@ class PagedKVCache:
             step, scalars = (*out, block_table, cu_seq_lens), (*bound.scalars, num_tokens)
             if seq_starts is not None:
                 step = *step, seq_starts
-            if stream is None:  # what the call of ``bound`` begins with
-                for path in bound.fast_paths:
-                    if path(step, scalars, None, bound):
-                        return found
             bound(*step, stream=stream, scalars=scalars)
         except CupyCacheError as error:
             errors.rename(error, _GATHER, _GATHERED)
             raise
-        return found
+        return out[0] if self.value_caches is None else tuple(out)
 
     def _gatherer(self, layer, seq_starts):
         """`gather` for one layer, with or without ``seq_starts``, as a function of the other
@@ -833,11 +822,8 @@ class PagedKVCache:
         if mover is None:
             name = f"PagedKVCache.{method}"
             caches = [side for side in self._moved if side is not None]
-            try:
+            with errors.renamed(name, {}):
                 mover = operation.bound(name, caches, layout)
-            except CupyCacheError as error:
-                errors.rename(error, name, {})
-                raise
             if layout is None or layout in pack_blocks.LAYOUTS:
                 self._movers[method, layout] = mover
         return mover

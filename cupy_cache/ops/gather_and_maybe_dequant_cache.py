@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-from ..errors import ArgumentError, ShapeError
 from ..runtime import contract
 from ..types import ArrayLike, Scale, StreamLike
 from .shared import gathering
@@ -92,19 +91,7 @@ def gather_and_maybe_dequant_cache(
 
 def _count(extents, num_tokens):
     rows, table_rows, bounds, starts = extents
-    if num_tokens is None:  # as `PagedKVCache.gather` asks for all rows
-        num_tokens = rows
-    if not bounds:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of cu_seq_lens: expected at least the end of the rows, got [0]"
-        )
-    if num_tokens > rows:
-        raise ArgumentError(
-            f"{NAME}: Invalid value of num_tokens: expected at most {rows}, the rows of dst, got "
-            f"{num_tokens}"
-        )
-    gathering.check_sequences(NAME, bounds - 1, table_rows, starts)
-    return num_tokens, bounds - 1
+    return gathering.count_rows(NAME, rows, num_tokens, bounds, table_rows, starts, "dst")
 
 
 OP = gathering.op(

@@ -83,11 +83,7 @@ def _plan(op, described, options):
     src, dst, slots, scale = described
     check = contract.Contract(op.name)
     moved = gathering.movement(check, src, dst, scale, *options)
-    check.shape("slot_mapping", slots, "_")
-    check.device("slot_mapping", slots)
-    check.dtype("slot_mapping", slots, *formats.INDICES)
-    check.aligned("slot_mapping", slots)
-    check.contiguous_rows("slot_mapping", slots)
+    check.indices("slot_mapping", slots)
     if dst.device.kind == "cpu":
         run = functools.partial(cpu.gather_slots, op=op.name, side=moved)
         dtypes = src.dtype.bits, dst.dtype.bits, slots.dtype.numpy, formats.DTYPES["float32"].numpy

@@ -137,31 +137,10 @@ class Apart:
             arg.item(placed.layer) if arg.layers else arg.name
             for arg, placed in ((self._op.args[p.argument], p) for p in (first, second))
         ]
-        raise ArgumentError(_shared(self._op.name, names[1], names[0]))
-
-
-def check_pair(op, names, one, other):
-    """Refuse two arrays that are both written, `arrays.Array`\\ s, if they share memory. ``names``
-    are the arguments'."""
-    if 0 in one.shape or 0 in other.shape:
-        return
-    ends, parts = [], []
-    for array in (one, other):
-        layout = _Layout(array)
-        last = layout.step * (layout.rows - 1)
-        ends.append((array.ptr + layout.low + min(last, 0), array.ptr + layout.high + max(last, 0)))
-        parts.append((array.shape, array.strides, layout.size))
-    (begin, end), (other_begin, other_end) = ends
-    if begin < other_end and other_begin < end and _share(*parts, other.ptr - one.ptr):
-        raise ArgumentError(_shared(op, names[1], names[0]))
-
-
-def _shared(op, name, other):
-    """What is said of two arrays that share memory."""
-    return (
-        f"{op}: Invalid memory of {name}: expected memory of its own, since it is written, got "
-        f"some that {other} has too"
-    )
+        raise ArgumentError(
+            f"{self._op.name}: Invalid memory of {names[1]}: expected memory of its own, since it "
+            f"is written, got some that {names[0]} has too"
+        )
 
 
 def _one_behind_the_other(placed):

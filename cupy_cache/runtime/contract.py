@@ -135,6 +135,14 @@ class Contract:
                 f"strides {list(array.strides)} of {array.dtype.bytes}-byte elements"
             )
 
+    def indices(self, name, array):
+        """Require indices of one dimension that the kernels can read, without gaps."""
+        self.shape(name, array, "_")
+        self.device(name, array)
+        self.dtype(name, array, *formats.INDICES)
+        self.aligned(name, array)
+        self.contiguous_rows(name, array)
+
     def aligned(self, name, array):
         """Require an address and strides that are multiples of the element size."""
         size = array.dtype.bytes

@@ -104,16 +104,15 @@ def check_indices(check, names, indices):
     """What holds for block table, bounds and starts, whatever they are called."""
     table, bounds, starts = indices
     check.shape(names[0], table, "_ _")
-    check.shape(names[1], bounds, "_")
+    check.indices(names[1], bounds)
     if starts is not None:
         check.shape(names[2], starts, "_")
-    for name, array in zip(names, indices):
+    for name, array in ((names[0], table), (names[2], starts)):
         if array is not None:
             check.device(name, array)
             check.dtype(name, array, *formats.INDICES)
             check.aligned(name, array)
     check.contiguous(names[0], table)
-    check.contiguous_rows(names[1], bounds)
 
 
 def check_block_size(check, src, block_size, name="src_cache"):
@@ -123,6 +122,24 @@ def check_block_size(check, src, block_size, name="src_cache"):
             f"{check.op}: Invalid shape of {name}: expected blocks of at least one slot, got "
             f"{list(src.shape)}"
         )
+
+
+def count_rows(op, rows, num_tokens, bounds, table_rows, starts, name):
+    """(Rows to process, sequences): of ``num_tokens`` that are asked for, None for all ``rows`` of
+    the argument ``name``; ``bounds`` is how many cu_seq_lens has."""
+    if not bounds:
+        raise ShapeError(
+            f"{op}: Invalid shape of cu_seq_lens: expected at least the end of the rows, got [0]"
+        )
+    if num_tokens is None:
+        num_tokens = rows
+    if num_tokens > rows:
+        raise ArgumentError(
+            f"{op}: Invalid value of num_tokens: expected at most {rows}, the rows of {name}, got "
+            f"{num_tokens}"
+        )
+    check_sequences(op, bounds - 1, table_rows, starts)
+    return num_tokens, bounds - 1
 
 
 def check_sequences(op, sequences, table_rows, starts):

@@ -6,7 +6,7 @@ Its arguments are called what that calls them."""
 import functools
 
 from ... import cpu
-from ...errors import ArgumentError, ShapeError
+from ...errors import ShapeError
 from ...runtime import contract, dispatch, launch, modules, params, plans, segments
 from . import gathering
 
@@ -91,21 +91,11 @@ def _count(extents, options, scalars):
     del options
     k_scale, v_scale, num_tokens = scalars
     keys, values, ((table_rows, width), (step, _)), bounds, starts = extents
-    rows = min(keys, values)
-    if not bounds:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of cu_seq_lens: expected at least the end of the rows, got [0]"
-        )
-    if num_tokens is None:
-        num_tokens = rows
-    if num_tokens > rows:
-        raise ArgumentError(
-            f"{NAME}: Invalid value of num_tokens: expected at most {rows}, the rows of out, got "
-            f"{num_tokens}"
-        )
-    gathering.check_sequences(NAME, bounds - 1, table_rows, starts)
-    even = segments.evenly(bounds - 1, num_tokens)
-    return num_tokens, (num_tokens, bounds - 1, width, step, k_scale, v_scale, *even)
+    rows, sequences = gathering.count_rows(
+        NAME, min(keys, values), num_tokens, bounds, table_rows, starts, "out"
+    )
+    even = segments.evenly(sequences, rows)
+    return rows, (rows, sequences, width, step, k_scale, v_scale, *even)
 
 
 # What the caches of a `PagedKVCache` are comes last: the addresses of the others are then in order.
