@@ -39,15 +39,7 @@ __device__ __forceinline__ void gather(const Params& p, int side) {
   const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   const i64 row = static_cast<i64>(index / Part::kThreads);
   if (row >= p.row_count || p.sequences <= 0) return;
-  const Sequences sequences = {p.cu_seq_lens,
-                               p.block_table,
-                               p.seq_starts,
-                               p.even,
-                               static_cast<i32>(p.sequences),
-                               p.num_blocks,
-                               p.table_width,
-                               p.table_stride,
-                               p.start_stride};
+  const Sequences sequences = sequences_of(p);
   const TokenSearch<kBlockSize, false, Block, Length, Start> search(sequences, row);
   const char* const cache = p.caches[side];
   const char* const scales = p.scales[side];

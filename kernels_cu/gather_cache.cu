@@ -33,18 +33,6 @@ struct Params {
   Sides sides;
 };
 
-__device__ __forceinline__ Sequences sequences_of(const Params& p) {
-  return {p.cu_seq_lens,
-          p.block_table,
-          p.seq_starts,
-          p.even,
-          static_cast<i32>(p.sequences),
-          p.num_blocks,
-          p.table_width,
-          p.table_stride,
-          p.start_stride};
-}
-
 // Converter makes vectors of kVec bytes of a row; kBytes are of a row. kScaleHeads heads, of which a
 // row has equal parts, have scales of their own; 0: one is for all.
 template <typename Converter, int kVec, int kOuter, int kHeads, int kBytes, int kScaleHeads,

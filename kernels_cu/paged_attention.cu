@@ -26,6 +26,7 @@
 #include "cupy_cache/paging.cuh"
 #include "cupy_cache/scratch.cuh"
 #include "cupy_cache/softmax.cuh"
+#include "cupy_cache/tiles.cuh"
 
 namespace cupy_cache {
 
@@ -109,7 +110,6 @@ struct Params {
 constexpr u32 kBlockTable = 1, kSeqLens = 2, kQueryStartLoc = 3;  // numbers of guarded arguments
 
 constexpr int kWide = 64;  // the most rows of a unit, where it may have more than one tile of rows
-constexpr int kKeys = 16;   // of a tile of keys
 constexpr int kWarps = 4;   // of a thread block
 constexpr int kGroups = 8;     // of parts; a cluster's blocks take one each
 constexpr int kMaxParts = 64;  // of a unit
@@ -117,48 +117,6 @@ constexpr int kSorted = 32 * kWarps;
 // By how much, as a power of two, a score may be above the one that weights are relative to before all
 // sums are made relative to it: weights stay far below what an operand holds.
 constexpr float kSlack = 8.0f;
-
-// Rows of kBytes bytes in shared memory, in chunks of 16. Eight rows of a matrix lie in different banks:
-// chunks of a row are exchanged, unless it has an odd number. Two that make a sector of memory stay side
-// by side in a line of 128 bytes: a copy would else read the sector twice.
-template <int kTileRows, int kBytes>
-struct Tile {
-  static constexpr int kChunks = kBytes / 16;  // of a row
-  // So many are exchanged with one another.
-  static constexpr int kAmong = kChunks % 8 == 0 ? 8 : kChunks % 4 == 0 ? 4 : kChunks % 2 == 0 ? 2 : 1;
-  static constexpr int kSize = kTileRows * kBytes;
-
-  // Where a chunk of a row is.
-  static __device__ __forceinline__ int at(int row, int chunk) {
-    return row * kBytes + (chunk ^ row / (8 / kAmong) % kAmong) * 16;
-  }
-  // Where the chunk is that comes `further` chunks, an even number, behind the first or second one of a
-  // row, which is at `first`. The tile is at a multiple of 128.
-  static __device__ __forceinline__ int behind(int first, int further) {
-    return (first ^ further % kAmong * 16) + further / kAmong * kAmong * 16;
-  }
-};
-
-// The same for packs of one chunk, of which those of neighbouring rows are side by side, as they are in
-// a cache: an instruction that copies from whole lines then writes whole lines.
-template <int kTileRows, int kBytes>
-struct PackedTile {
-  static constexpr int kChunks = kBytes / 16;
-  static constexpr int kSize = kTileRows * kBytes;
-
-  static __device__ __forceinline__ int at(int row, int chunk) { return (chunk * kTileRows + row) * 16; }
-  static __device__ __forceinline__ int behind(int first, int further) {
-    return first + further * kTileRows * 16;
-  }
-};
-template <bool kPacked, int kTileRows, int kBytes>
-struct KeyTileOf {
-  using Type = Tile<kTileRows, kBytes>;
-};
-template <int kTileRows, int kBytes>
-struct KeyTileOf<true, kTileRows, kBytes> {
-  using Type = PackedTile<kTileRows, kBytes>;
-};
 
 // Which queries a unit has.
 struct Unit {
@@ -515,103 +473,6 @@ __device__ __forceinline__ void copy_tile(char* to, const Source& from, const Pa
   }
 }
 
-// How a tile's keys and values lie in shared memory, and become operands.
-template <typename Operand, int kKeySize, int kValueSize, bool kByToken>
-struct Stage {
-  using In = Operand;
-  using Stored = typename In::Stored;
-  static constexpr int kSteps = (kKeySize + 15) / 16;  // of the product of queries and keys
-  static constexpr int kOutSize = (kValueSize + 15) / 16 * 16;
-  using KeyTile = typename KeyTileOf<kByToken, kKeys, kSteps * 16 * In::kBytes>::Type;
-  // By token it has a row for each element of a head.
-  using ValueTile = Tile<kByToken ? kOutSize : kKeys, (kByToken ? kKeys : kOutSize) * In::kBytes>;
-  static constexpr int kBytes = KeyTile::kSize + ValueTile::kSize;
-
-  // The key of the tile that a place among the scores is for. 8-bit values by token are read four
-  // neighbours at a time, which stand where the instruction wants two and two.
-  static __device__ __forceinline__ int key_of_place(int place) {
-    if constexpr (kByToken && In::kNarrow) {
-      return place % 8 / 2 * 4 + place / 8 * 2 + place % 2;
-    } else {
-      return place;
-    }
-  }
-
-  // Reads two chunks of the keys at `at`, a multiple of 128: calls add(step, low0, low1, high0, high1)
-  // for what is in them of keys 0 to 7 and 8 to 15, of the first and the second half of a step's
-  // elements.
-  template <typename Add>
-  static __device__ __forceinline__ void read_keys(const char* shared, int at, int chunk, Add add) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    const int row = key_of_place(lane % 8 + lane / 16 * 8);
-    u32 loaded[4];
-    // The last chunk may have no neighbour: it is read twice.
-    const int first = at + KeyTile::at(row, chunk + 1 < KeyTile::kChunks ? lane / 8 % 2 : 0);
-    load_matrices<false>(loaded, shared + KeyTile::behind(first, chunk));
-    if constexpr (In::kNarrow) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (chunk + i >= kSteps) continue;
-        add(chunk + i, widen<Stored, 0, 1>(loaded[i]), widen<Stored, 2, 3>(loaded[i]),
-            widen<Stored, 0, 1>(loaded[2 + i]), widen<Stored, 2, 3>(loaded[2 + i]));
-      }
-    } else {
-      add(chunk / 2, loaded[0], loaded[1], loaded[2], loaded[3]);
-    }
-  }
-
-  // Reads the values at `at`, likewise: calls add(columns, low0, low1, high0, high1) for each 16 columns
-  // of the output, the first and the last 8 of these, of keys 0 to 7 and 8 to 15.
-  template <typename Add>
-  static __device__ __forceinline__ void read_values(const char* shared, int at, Add add) {
-    const int lane = static_cast<int>(threadIdx.x % 32);
-    if constexpr (kByToken) {
-      // Matrices of 8 elements of a head by 8 tokens, or by 16 that have 8 bits.
-      constexpr int kRowsLoaded = 32 / ValueTile::kChunks;
-#pragma unroll
-      for (int row = 0; row < kValueSize; row += kRowsLoaded) {
-        u32 loaded[4];
-        const int further = In::kNarrow ? lane : lane % 8 + lane / 16 * 8;
-        const int chunk = In::kNarrow ? 0 : lane / 8 % 2;
-        // The last rows may be fewer: others are read twice.
-        const int its_row = row + further < kValueSize ? row + further : further % 8;
-        load_matrices<false>(loaded, shared + at + ValueTile::at(its_row, chunk));
-        if constexpr (In::kNarrow) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            if (row / 16 + i >= kOutSize / 16) continue;
-            const u32 low = loaded[2 * i], high = loaded[2 * i + 1];
-            add(row / 16 + i, widen<Stored, 0, 1>(low), widen<Stored, 2, 3>(low),
-                widen<Stored, 0, 1>(high), widen<Stored, 2, 3>(high));
-          }
-        } else {
-          add(row / 16, loaded[0], loaded[1], loaded[2], loaded[3]);
-        }
-      }
-    } else {
-      const int row = lane % 16;
-#pragma unroll
-      for (int chunk = 0; chunk < ValueTile::kChunks; chunk += 2) {
-        u32 loaded[4];
-        const int first = at + ValueTile::at(row, chunk + 1 < ValueTile::kChunks ? lane / 16 : 0);
-        load_matrices<true>(loaded, shared + ValueTile::behind(first, chunk));
-        if constexpr (In::kNarrow) {
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            if (chunk + i >= ValueTile::kChunks) continue;
-            // Every second column, then the others.
-            const u32 low = loaded[2 * i], high = loaded[2 * i + 1];
-            add(chunk + i, widen<Stored, 0, 2>(low), widen<Stored, 0, 2>(high),
-                widen<Stored, 1, 3>(low), widen<Stored, 1, 3>(high));
-          }
-        } else {
-          add(chunk / 2, loaded[0], loaded[1], loaded[2], loaded[3]);
-        }
-      }
-    }
-  }
-};
-
 // Starts a warp's copy of the scales of a tile's keys, and behind them of its values, to shared memory,
 // one for each lane. The arguments are as of copy_tile.
 template <bool kWhole>
@@ -821,8 +682,10 @@ __device__ __forceinline__ float capped(float score, float cap, float cap_invers
   return fabsf(ratio) < 0.3f ? __fmaf_rn(score, bent, score) : __fmul_rn(cap, whole);
 }
 
-// A scale of this head: an array's, or one that the host knows.
+// The scale of a head's elements, where they have one: an array's, or one that the host knows.
+template <typename In>
 __device__ __forceinline__ float head_scale(const char* array, i64 stride, u32 head, float value) {
+  if constexpr (!In::kNarrow || In::kTokenScales) return 1.0f;
   return array ? *reinterpret_cast<const float*>(array + head * stride) : value;
 }
 
@@ -1039,9 +902,7 @@ __device__ __forceinline__ void attend_tall(const Params& p, char* shared, const
       positions[half] = row.position;
     }
   }
-  const float k_scale = In::kNarrow && !In::kTokenScales
-                            ? head_scale(p.k_scale, p.k_scale_stride, head, p.k_scale_value)
-                            : 1.0f;
+  const float k_scale = head_scale<In>(p.k_scale, p.k_scale_stride, head, p.k_scale_value);
   const float scale = p.scale * p.base_scale * k_scale * (kCapped || kSloped ? 1.0f : kLog2E);
   const float cap_inverse = kCapped ? 1.0f / p.soft_cap : 0.0f;
   // Keys that all rows of this warp see.
@@ -1190,9 +1051,7 @@ __device__ __forceinline__ void attend_tall(const Params& p, char* shared, const
     }
   }
 
-  const float v_scale = In::kNarrow && !In::kTokenScales
-                            ? head_scale(p.v_scale, p.v_scale_stride, head, p.v_scale_value)
-                            : 1.0f;
+  const float v_scale = head_scale<In>(p.v_scale, p.v_scale_stride, head, p.v_scale_value);
 #pragma unroll
   for (int half = 0; half < kHalves; ++half) {
     const Row row = row_of(half);
@@ -1308,9 +1167,7 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, const Unit
     rows[held] = find_row<kOne>(p, unit, head, head_part, first_row + held_row(held));
     slopes[held] = kSloped ? slope_of(p, unit, rows[held]) : 0.0f;
   }
-  const float k_scale = In::kNarrow && !In::kTokenScales
-                            ? head_scale(p.k_scale, p.k_scale_stride, head, p.k_scale_value)
-                            : 1.0f;
+  const float k_scale = head_scale<In>(p.k_scale, p.k_scale_stride, head, p.k_scale_value);
   const float scale = p.scale * p.base_scale * k_scale * (kCapped || kSloped ? 1.0f : kLog2E);
   const float cap_inverse = kCapped ? 1.0f / p.soft_cap : 0.0f;
   // Keys that all rows of this warp see: those between the last row's first and the first row's last.
@@ -1531,8 +1388,9 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, const Unit
 #pragma unroll
           for (int i = 0; i < kLaneKeys; ++i) {
             float& score = score_of(scores[t], held, i);
+            const float factor = In::kTokenScales ? factors[i] : scale;
             // Never one instruction with the subtraction below: all kernels are to give the same bits.
-          score = __fmul_rn(score + score_of(others, held, i), In::kTokenScales ? factors[i] : scale);
+            score = __fmul_rn(score + score_of(others, held, i), factor);
             if constexpr (kCapped) score = capped(score, p.soft_cap, cap_inverse);
             if constexpr (kSloped) {
               score += slopes[held] * static_cast<float>(key + key_of(i) - rows[held].position);
@@ -1637,9 +1495,7 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, const Unit
   }
 
   // --- joined
-  const float v_scale = In::kNarrow && !In::kTokenScales
-                            ? head_scale(p.v_scale, p.v_scale_stride, head, p.v_scale_value)
-                            : 1.0f;
+  const float v_scale = head_scale<In>(p.v_scale, p.v_scale_stride, head, p.v_scale_value);
   const auto write = [&](int row, int column, const Sums& sums) {
     const Row its = find_row<kOne>(p, unit, head, head_part, row);
     const float weight = end_row<Query>(p, its, sums.joined, sums.sum, v_scale, column == 0);

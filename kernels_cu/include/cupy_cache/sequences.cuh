@@ -141,6 +141,20 @@ struct Sequences {
   i64 start_stride;
 };
 
+// Those of a kernel's parameters.
+template <typename Params>
+__device__ __forceinline__ Sequences sequences_of(const Params& p) {
+  return {p.cu_seq_lens,
+          p.block_table,
+          p.seq_starts,
+          p.even,
+          static_cast<i32>(p.sequences),
+          p.num_blocks,
+          p.table_width,
+          p.table_stride,
+          p.start_stride};
+}
+
 // Where a token is, if it is `valid`.
 struct Token {
   bool valid;
