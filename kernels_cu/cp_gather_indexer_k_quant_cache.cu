@@ -87,14 +87,8 @@ __global__ void __launch_bounds__(kMaxThreads)
     key.load(from + offset * kKeyBytes, thread);
     scales.load(from + static_cast<i64>(kBlockSize) * kKeyBytes + offset * kScaleBytes, thread);
   };
-  Token token = search.guessed();
-  if (token.valid) load(token);
-  if (!token.valid || !search.right()) {
-    constexpr u32 kFirstGuarded = 0;  // there are no seq_starts
-    token = search.find(kFirstGuarded);
-    if (!token.valid) return order.report(kCuSeqLens, p.rows);
-    load(token);
-  }
+  constexpr u32 kFirstGuarded = 0;  // there are no seq_starts
+  if (!search.load_token(kFirstGuarded, load)) return order.report(kCuSeqLens, p.rows);
   key.store(p.dst_k + row * p.k_stride, thread);
   scales.store(p.dst_scale + row * p.scale_stride, thread);
   order.report(kCuSeqLens, p.rows);

@@ -48,13 +48,10 @@ __device__ __forceinline__ void gather(const Params& p, int side) {
                                  static_cast<u32>(p.row_count) * Part::kThreads);
 
   Part part(static_cast<int>(index % Part::kThreads));
-  Token token = search.guessed();
-  if (token.valid) part.load(cache, scales, p.sides[side], token.block, token.offset);
-  if (!token.valid || !search.right()) {
-    token = search.find(kSeqStarts);
-    if (!token.valid) return order.report(kSeqStarts + 2, p.row_count);
+  const auto load = [&](const Token& token) {
     part.load(cache, scales, p.sides[side], token.block, token.offset);
-  }
+  };
+  if (!search.load_token(kSeqStarts, load)) return order.report(kSeqStarts + 2, p.row_count);
   part.store(p.rows[side] + row * p.sides[side].dst_row_stride, p.sides[side], scale);
   order.report(kSeqStarts + 2, p.row_count);
 }

@@ -54,13 +54,10 @@ __global__ void __launch_bounds__(kMaxThreads) gather_cache(const __grid_constan
                                  static_cast<u32>(p.rows) * Part::kThreads);
 
   Part part(static_cast<int>(index % Part::kThreads));
-  Token token = search.guessed();
-  if (token.valid) part.load(p.src_cache, p.scale, p.sides, token.block, token.offset);
-  if (!token.valid || !search.right()) {
-    token = search.find(p.first_guarded);
-    if (!token.valid) return order.report(p.first_guarded + 2, p.rows);
+  const auto load = [&](const Token& token) {
     part.load(p.src_cache, p.scale, p.sides, token.block, token.offset);
-  }
+  };
+  if (!search.load_token(p.first_guarded, load)) return order.report(p.first_guarded + 2, p.rows);
   part.store(p.dst + row * p.sides.dst_row_stride, p.sides, scale);
   order.report(p.first_guarded + 2, p.rows);
 }
@@ -127,13 +124,7 @@ __global__ void __launch_bounds__(kMaxThreads)
       }
     }
   };
-  Token token = search.guessed();
-  if (token.valid) load(token);
-  if (!token.valid || !search.right()) {
-    token = search.find(p.first_guarded);
-    if (!token.valid) return order.report(p.first_guarded + 2, p.rows);
-    load(token);
-  }
+  if (!search.load_token(p.first_guarded, load)) return order.report(p.first_guarded + 2, p.rows);
   char* const to = p.dst + row * p.sides.dst_row_stride;
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) {

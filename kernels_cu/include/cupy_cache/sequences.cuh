@@ -226,6 +226,20 @@ class TokenSearch {
     return {true, block, place.offset};
   }
 
+  // Calls load(token) for the token of the row, ahead of that perhaps for the guessed one. Whether
+  // there is one; `first_guarded` is as of find.
+  template <typename Load>
+  __device__ __forceinline__ bool load_token(u32 first_guarded, const Load& load) const {
+    Token token = guessed();
+    if (token.valid) load(token);
+    if (!token.valid || !right()) {
+      token = find(first_guarded);
+      if (!token.valid) return false;
+      load(token);
+    }
+    return true;
+  }
+
  private:
   const Sequences& s_;
   i64 row_;
