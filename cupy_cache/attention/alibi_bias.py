@@ -129,7 +129,7 @@ def alibi_bias(
         check.shape("query_positions", like, "num_queries")
         check.shape("key_positions", keys, "num_keys")
         shape = *heads.shape, *like.shape, *keys.shape
-        made_of = wanted or formats.DTYPES["float32"]
+        made_of = wanted or formats.FLOAT32
         out = streams.empty(like.framework, like.device, shape, made_of, stream)
     given = slopes, query_positions, key_positions, out
     if query_start_loc is not None or cu_seq_lens is not None:
@@ -166,7 +166,7 @@ def _plan(op, described, options):
     slopes, queries, keys, out, *starts = described
     for arg, array in zip(op.args[:3], described):
         check.shape(arg.name, array, "_")
-        indices = (formats.DTYPES["float32"],) if array is slopes else formats.INDICES
+        indices = (formats.FLOAT32,) if array is slopes else formats.INDICES
         check.dtype(arg.name, array, *indices)
     check.shape("out", out, "_ _ _")
     check.dtype("out", out, *([formats.DTYPES[wanted]] if wanted else formats.FLOATS))

@@ -29,7 +29,6 @@ from ..runtime import (
 )
 from ..types import ArrayLike, DeviceLike, FrameworkName, StreamLike
 
-FLOAT32 = formats.DTYPES["float32"]
 MAX_HEADS = 1 << 20
 MAX_BIAS = 126.0  # 2^-126 is the smallest normal float32
 MAX_THREADS = 256
@@ -237,7 +236,7 @@ class _PlacePlan:
         (out,), (count, values) = call.values, call.fields
         for first in range(0, count, PLACED_VALUES):
             part = min(PLACED_VALUES, count - first)
-            tail = values[first * FLOAT32.bytes : (first + part) * FLOAT32.bytes]
+            tail = values[first * formats.FLOAT32.bytes : (first + part) * formats.FLOAT32.bytes]
             at = out + first * self._stride
             self._launcher.enqueue(
                 *self._shape(part), call.stream, at, self._stride, part, tail=tail
@@ -252,7 +251,7 @@ def _place_on_cpu(out, count, values):
 def _check(op, out):
     check = contract.Contract(op.name)
     check.shape("out", out, "_")
-    check.dtype("out", out, FLOAT32)
+    check.dtype("out", out, formats.FLOAT32)
     check.aligned("out", out)
     check.writable("out", out)
 
@@ -262,7 +261,7 @@ def _plan(op, described, options):
     (out,) = described
     _check(op, out)
     if out.device.kind == "cpu":
-        return plans.NumPyPlan(cpu.alibi_slopes, [FLOAT32.numpy])
+        return plans.NumPyPlan(cpu.alibi_slopes, [formats.FLOAT32.numpy])
     device = out.device.index
     launcher = launch.Launcher(ALIBI, device, (out.strides[0],))
     return plans.KernelPlan(launcher, launch.FlatShape(1, device, MAX_THREADS))
@@ -273,7 +272,7 @@ def _place_plan(op, described, options):
     (out,) = described
     _check(op, out)
     if out.device.kind == "cpu":
-        return plans.NumPyPlan(_place_on_cpu, [FLOAT32.numpy])
+        return plans.NumPyPlan(_place_on_cpu, [formats.FLOAT32.numpy])
     return _PlacePlan(out)
 
 
@@ -330,7 +329,7 @@ def _fill(op, scalars, framework, device, out, stream):
         return found.array
     if device.kind == "cuda":
         return _on_gpu(op, scalars, framework, device, key, found, stream)
-    made = streams.empty(framework, device, scalars[:1], FLOAT32)
+    made = streams.empty(framework, device, scalars[:1], formats.FLOAT32)
     op((made,), (), None, scalars)
     if framework == "numpy":
         made.flags.writeable = False
@@ -349,7 +348,7 @@ def _on_gpu(op, scalars, framework, device, key, found, stream):
         else:
             event.hold(stream)
         return found.array
-    made = streams.empty(framework, device, scalars[:1], FLOAT32, stream)
+    made = streams.empty(framework, device, scalars[:1], formats.FLOAT32, stream)
     op((made,), (), stream, scalars)
     if capturing:
         return made

@@ -22,7 +22,6 @@ PARAMS = params.Struct(
     "prefix_lse_token_stride:i64 suffix_lse_token_stride:i64 output_lse_token_stride:i64",
 )
 MAX_THREADS = 256
-FLOAT32 = formats.DTYPES["float32"]
 
 
 def merge_attn_states(
@@ -82,7 +81,7 @@ def _plan(op, described, options):
         is_lse = name.endswith("lse")
         check.shape(name, array, "num_heads _" if is_lse else "_ num_heads head_size")
         expected = formats.FLOATS if array is output else (output.dtype,)
-        check.dtype(name, array, *((FLOAT32,) if is_lse else expected))
+        check.dtype(name, array, *((formats.FLOAT32,) if is_lse else expected))
     for size in ("num_heads", "head_size"):
         check.positive(size, check.sizes[size])
     for name, array in named.items():
@@ -96,7 +95,7 @@ def _plan(op, described, options):
 
     if output.device.kind == "cpu":
         run = functools.partial(cpu.merge_attn_states, dtype=output.dtype)
-        lse, bits = FLOAT32.numpy, output.dtype.bits
+        lse, bits = formats.FLOAT32.numpy, output.dtype.bits
         return plans.NumPyPlan(run, (bits, bits, lse, bits, lse, lse))
 
     heads, length = check.sizes["num_heads"], check.sizes["head_size"] * output.dtype.bytes
@@ -141,7 +140,7 @@ def _count(extents, options, scalars):
             )
         steps.append(strides[0])
     if output_lse is not None:
-        contract.check_apart(NAME, "output_lse", *output_lse, FLOAT32.bytes)
+        contract.check_apart(NAME, "output_lse", *output_lse, formats.FLOAT32.bytes)
     return tokens, (tokens, *steps)
 
 

@@ -424,7 +424,7 @@ def _gpu_plan(check, named, stored, rank, causal, entries):
                 f"{check.op}: Invalid shape of query: expected {name} of at most {most} on a GPU, "
                 f"got {extent}"
             )
-    stored = formats.DTYPES["float8_e4m3fn"] if entries else stored or query.dtype
+    stored = formats.E4M3 if entries else stored or query.dtype
     device = out.device.index
     shape = _shape(check.op, device, size["entry_size"], rank, stored.bytes, entries)
     vector = contract.vector_bytes(

@@ -62,7 +62,6 @@ ENGINES = {
 BLOCKS, ROWS = 1024, 64
 QUANT_BLOCK = 128  # elements of an indexer's key that share a scale, where it divides them
 FORMATS = {**formats.PER_TOKEN_HEAD_FORMATS, **formats.CACHE_FORMATS}
-FLOAT32, INT64, UINT8 = (formats.DTYPES[name] for name in ("float32", "int64", "uint8"))
 
 
 def specialisations(
@@ -89,7 +88,7 @@ def specialisations(
                 f"{unknown[0]!r}{' instead of a sequence' if whole else ''}"
             )
     dtype = formats.dtype_named(dtype, "warmup: dtype")
-    stored = UINT8
+    stored = formats.UINT8
     if kv_cache_dtype != formats.FP8_DS_MLA:
         stored = FORMATS[kv_cache_dtype].stored or dtype
     model = Model(
@@ -245,12 +244,12 @@ class Model(NamedTuple):
     def scales(self):
         """Scales of keys and of values: for all heads, and for each."""
         if formats.is_scaled(self.kv_cache_dtype):
-            return (1.0, 1.0), [described((self.heads,), FLOAT32) for _ in "kv"]
+            return (1.0, 1.0), [described((self.heads,), formats.FLOAT32) for _ in "kv"]
         return ((None, None),)
 
     def token_scales(self):
         """The scales of keys and of values, of each token and head."""
-        return [described((BLOCKS, self.block_size, self.heads), FLOAT32) for _ in "kv"]
+        return [described((BLOCKS, self.block_size, self.heads), formats.FLOAT32) for _ in "kv"]
 
     def cache(self, *block):
         """A contiguous cache of blocks like this."""
@@ -294,7 +293,7 @@ class Model(NamedTuple):
         if "indexer" in self.layouts:
             quant = QUANT_BLOCK if self.key_size % QUANT_BLOCK == 0 else self.key_size
             size = self.key_size + 4 * self.key_size // quant
-            yield described((BLOCKS, self.block_size, size), UINT8), quant
+            yield described((BLOCKS, self.block_size, size), formats.UINT8), quant
 
     def pages(self):
         """A cache whose blocks hold K|V, taken as one."""
@@ -348,7 +347,7 @@ def _tables(model, size):
     many elements of a head that rotate; and whether in NeoX's style."""
     if model.dtype in formats.FLOATS and size > 0 and size % 2 == 0:
         dtype, style = model.rotation.cos_sin_dtype, model.rotation.is_neox
-        dtypes = dict.fromkeys((model.dtype, FLOAT32)) if dtype is None else (dtype,)
+        dtypes = dict.fromkeys((model.dtype, formats.FLOAT32)) if dtype is None else (dtype,)
         for one, is_neox in itertools.product(dtypes, (True, False) if style is None else (style,)):
             yield described((ROWS, size), one), is_neox
 
@@ -373,7 +372,7 @@ def _rotary_write(model):
         named |= zip(("q_norm_weight", "k_norm_weight"), weights)
     if rotation.out or rotation.out_dtype != "auto":
         raw = rotation.out_dtype in formats.RAW
-        named["out"] = described(query.shape, model.dtype if raw else UINT8)
+        named["out"] = described(query.shape, model.dtype if raw else formats.UINT8)
     packed = [] if model.by_token else [(keys, values) for keys, values, _ in model.x_packed()]
     if model.by_token:
         named |= zip(("k_scale_cache", "v_scale_cache"), model.token_scales())
@@ -427,7 +426,7 @@ def _mla(model):
 def _mla_grouped(model):
     if model.by_token or model.kv_cache_dtype == formats.FP8_DS_MLA:
         return
-    scales = described((1,), FLOAT32) if formats.is_scaled(model.kv_cache_dtype) else None
+    scales = described((1,), formats.FLOAT32) if formats.is_scaled(model.kv_cache_dtype) else None
 
     def write(caches, slots, entry=None):
         block = None if entry is None else entry * model.block_size
@@ -438,7 +437,7 @@ def _mla_grouped(model):
 
     for cache, slots in itertools.product(model.rows(), model.numbers("slots", 1, ROWS)):
         yield write, [cache], slots
-        yield write, described((1,), INT64), slots, cache.shape[2]
+        yield write, described((1,), formats.INT64), slots, cache.shape[2]
 
 
 def _sequences(model):
@@ -579,8 +578,8 @@ def _indexer(model):
 
 def _indexer_gather(model):
     for (cache, _), sequences in itertools.product(model.indexer(), _sequences(model)):
-        keys = described((ROWS, model.key_size), UINT8)
-        scales = described((ROWS, cache.shape[2] - model.key_size), UINT8)
+        keys = described((ROWS, model.key_size), formats.UINT8)
+        scales = described((ROWS, cache.shape[2] - model.key_size), formats.UINT8)
         yield cp_gather_indexer_k_quant_cache, cache, keys, scales, *sequences
 
 
@@ -612,7 +611,7 @@ def _biases(model):
         keys = described((keys,), step[1].dtype)
         alibi_bias(*step, keys, dtype=dtype, query_start_loc=starts, cu_seq_lens=bounds)
 
-    slopes = described((model.heads,), FLOAT32)
+    slopes = described((model.heads,), formats.FLOAT32)
     every_bounds = model.numbers("bounds", ROWS + 1)
     for dtype, queries in itertools.product(formats.FLOATS, model.numbers("positions", ROWS)):
         for keys in (ROWS, ROWS + 1):  # rows that are multiples of 16 bytes, and others
@@ -633,7 +632,7 @@ def _attention(model):
             **dict(zip(names, (k_scale, v_scale))),
         )  # fmt: skip
 
-    if model.dtype == FLOAT32:
+    if model.dtype == formats.FLOAT32:
         return
     packed = () if model.by_token else model.x_packed()
     every_scale = [model.token_scales()] if model.by_token else model.scales()
@@ -657,7 +656,7 @@ def _latent_attention(model):
             kv_cache_dtype=model.kv_cache_dtype,
         )  # fmt: skip
 
-    if model.dtype == FLOAT32:
+    if model.dtype == formats.FLOAT32:
         return
     for cache in model.rows():
         query = described((ROWS, model.query_heads, model.key_size), model.dtype)
@@ -672,7 +671,7 @@ def _latent_attention(model):
 def _merges(model):
     if model.dtype in formats.FLOATS:
         rows = [described((ROWS, model.query_heads, model.value_size), model.dtype) for _ in "ops"]
-        lses = [described((model.query_heads, ROWS), FLOAT32) for _ in "ps"]
+        lses = [described((model.query_heads, ROWS), formats.FLOAT32) for _ in "ps"]
         yield merge_attn_states, rows[0], rows[1], lses[0], rows[2], lses[1]
 
 
@@ -721,7 +720,7 @@ def _moves(function, by_slot=False):
     def calls(model):
         for caches in model.layers(by_slot):
             size = sum(ROWS * math.prod(cache.shape[1:]) * cache.dtype.bytes for cache in caches)
-            buffer = described((size,), UINT8)
+            buffer = described((size,), formats.UINT8)
             for chosen in ([0], *model.numbers("slots" if by_slot else "blocks", ROWS)):
                 if function is zero_blocks:
                     yield function, [caches], chosen

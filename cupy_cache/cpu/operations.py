@@ -214,7 +214,7 @@ def concat_and_cache_fp8_ds_mla(
         scales = _power_of_two_from(np.maximum(scales, np.float32(1e-4)))
     else:
         scales = np.maximum(scales, np.finfo(np.float32).tiny)
-    codes = quantise(tiles, source, scales[..., np.newaxis], formats.DTYPES["float8_e4m3fn"])
+    codes = quantise(tiles, source, scales[..., np.newaxis], formats.E4M3)
     kv_cache[block, offset, :512] = codes.reshape(-1, 512)
     kv_cache[block, offset, 512:528] = scales.astype("<f4").view(np.uint8)
     kv_cache[block, offset, 528:] = _dense(k_pe[tokens]).view(np.uint8) if k_pe.shape[-1] else 0
@@ -238,7 +238,7 @@ def indexer_k_quant_and_cache(
     if exponents:
         words = (words >> np.uint32(23)) * np.uint32(0x01010101)
     values, scale_bytes = _indexer_parts(kv_cache, k.shape[1])
-    codes = quantise(keys, source, scales[..., np.newaxis], formats.DTYPES["float8_e4m3fn"])
+    codes = quantise(keys, source, scales[..., np.newaxis], formats.E4M3)
     values[block, offset] = codes.reshape(-1, k.shape[1])
     scale_bytes[block, offset] = words.astype("<u4").view(np.uint8)
 
@@ -439,9 +439,7 @@ def gather_fp8_ds_mla(
     latent, scales, rope_bytes = np.split(src_cache[block, offset], (512, 528), axis=1)
     scales = np.ascontiguousarray(scales).view("<f4")[..., np.newaxis]
     tiles = latent.reshape(-1, 4, 128)
-    dst[row, :512] = dequantise(tiles, formats.DTYPES["float8_e4m3fn"], scales, target).reshape(
-        -1, 512
-    )
+    dst[row, :512] = dequantise(tiles, formats.E4M3, scales, target).reshape(-1, 512)
     bits = np.ascontiguousarray(rope_bytes).view(rope.bits)
     dst[row, 512:] = bits if rope is target else dequantise(bits, rope, 1.0, target)
 

@@ -8,8 +8,6 @@ from ..runtime import formats
 from .conversions import decode, encode, quantise
 from .operations import guarded_rows, put_packed, put_scaled, quantised_rows
 
-FLOAT32 = formats.DTYPES["float32"]
-
 
 def rotary(
     positions, query, key, value, cos_sin, key_cache, value_cache, slot_mapping, out, q_weight,
@@ -126,7 +124,7 @@ def _stored(values, source, stored, scale, number):
     """float32 ``values`` as the bits that are stored."""
     if stored is not None:
         scale = number if scale is None else scale.reshape(-1, 1)
-        return quantise(values.view(np.uint32), FLOAT32, scale, stored)
+        return quantise(values.view(np.uint32), formats.FLOAT32, scale, stored)
     with np.errstate(all="ignore"):
         return encode(values, source)
 

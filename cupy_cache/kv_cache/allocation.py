@@ -15,7 +15,6 @@ from ..runtime import contract, driver, formats, streams
 # The dimensions of caches that can be allocated: the names that `PagedKVCache.allocate` takes.
 LAYOUTS = ("NHD", "HND", "packed", "x-packed", "rows")
 PAGED = ("NHD", "HND")  # of these, with scales for each token and head
-FLOAT32 = formats.DTYPES["float32"]
 PACK_BYTES = 16  # of the elements that an x-packed cache keeps together
 SIZES = ("num_layers", "num_blocks", "block_size", "num_kv_heads", "head_size")
 
@@ -82,14 +81,14 @@ def _page(framework, device, pinned, layout, stored, num_blocks, block_size, hea
     """A layer's cache, its scales, and the pages that hold both: of each block all elements, then
     all scales, with a gap between them where a scale would not be aligned."""
     elements, scales = block_size * heads * head_size, block_size * heads
-    first = -(-elements // FLOAT32.bytes) * FLOAT32.bytes
-    size = -(-(first + scales * FLOAT32.bytes) // PACK_BYTES) * PACK_BYTES
+    first = -(-elements // formats.FLOAT32.bytes) * formats.FLOAT32.bytes
+    size = -(-(first + scales * formats.FLOAT32.bytes) // PACK_BYTES) * PACK_BYTES
     byte = formats.DTYPES["uint8" if stored.name != "int8" else "int8"]
     whole = streams.zeros(framework, device, (num_blocks, size), byte, pinned)
-    floats = sys.modules["torch"].float32 if framework == "torch" else FLOAT32.numpy
+    floats = sys.modules["torch"].float32 if framework == "torch" else formats.FLOAT32.numpy
     order = (block_size, heads) if layout == "NHD" else (heads, block_size)
     cache = whole[:, :elements].reshape(num_blocks, *order, head_size)
-    of_cache = whole[:, first : first + scales * FLOAT32.bytes].view(floats)
+    of_cache = whole[:, first : first + scales * formats.FLOAT32.bytes].view(floats)
     of_cache = of_cache.reshape(num_blocks, *order)
     if layout == "HND":
         cache, of_cache = cache.swapaxes(1, 2), of_cache.swapaxes(1, 2)
@@ -124,13 +123,13 @@ def _raw(op, dtype):
 def storage(op, dtype, kv_cache_dtype, layout):
     """The `formats.DType` of the arrays. fp8 is kept as bytes, which every framework has."""
     if layout == "rows" and kv_cache_dtype == formats.FP8_DS_MLA:
-        return formats.DTYPES["uint8"]
+        return formats.UINT8
     more = formats.BY_TOKEN if layout in PAGED else ()
     names = (*formats.CACHE_FORMATS, *more, *([formats.FP8_DS_MLA] if layout == "rows" else []))
     stored = formats.cache_format(op, kv_cache_dtype, names).stored
     if stored is None:
         return dtype
-    return stored if stored.name == "int8" else formats.DTYPES["uint8"]
+    return stored if stored.name == "int8" else formats.UINT8
 
 
 def _shapes(op, layout, num_blocks, block_size, heads, head_size, head_size_v, dtype):

@@ -13,7 +13,6 @@ from ..runtime import contract, dispatch, formats, launch, modules, plans, spell
 from ..types import ArrayLike, Scale, StreamLike
 from .shared import mla
 
-FLOAT32 = formats.DTYPES["float32"]
 DS_SOURCES = tuple(formats.DTYPES[name] for name in ("float16", "bfloat16"))
 DS_THREADS_PER_TOKEN = 32  # a warp
 SCALE_RULES = ("power_of_two", "amax")
@@ -175,7 +174,7 @@ def _named(described):
 def _cpu_plan(run, described):
     kv_c, k_pe, kv_cache, slot_mapping, _ = described
     bits = (a.dtype.bits for a in (kv_c, k_pe, kv_cache))
-    return plans.NumPyPlan(run, (*bits, slot_mapping.dtype.numpy, FLOAT32.numpy))
+    return plans.NumPyPlan(run, (*bits, slot_mapping.dtype.numpy, formats.FLOAT32.numpy))
 
 
 def _gpu_plan(kernel, items, described):

@@ -14,8 +14,6 @@ from .shared import mla
 
 NAME = "concat_and_cache_mla_grouped"
 GEOMETRY = ("block_size", "block_stride", "entry_stride", "num_blocks")
-INT64 = formats.DTYPES["int64"]
-UINT8 = formats.DTYPES["uint8"]
 
 
 def concat_and_cache_mla_grouped(
@@ -108,7 +106,7 @@ class _Plan:
         if caches is None:
             dispatch.require_array(NAME, "kv_cache_ptrs", addresses)
             check.shape("kv_cache_ptrs", addresses, "num_layers")
-            check.dtype("kv_cache_ptrs", addresses, INT64)
+            check.dtype("kv_cache_ptrs", addresses, formats.INT64)
             check.contiguous("kv_cache_ptrs", addresses)
             check.aligned("kv_cache_ptrs", addresses)
             kv_cache = _behind_addresses(check, addresses, kv_c, k_pe, fmt, geometry)
@@ -209,7 +207,7 @@ def _behind_addresses(check, addresses, kv_c, k_pe, fmt, geometry):
             )
         check.positive(name, value)
     block_size, block_stride, entry_stride, num_blocks = geometry
-    dtype = UINT8 if fmt.stored is not None else kv_c.dtype
+    dtype = formats.UINT8 if fmt.stored is not None else kv_c.dtype
     if num_blocks * block_stride * dtype.bytes >= 2**63:
         raise ArgumentError(
             f"{NAME}: Invalid value of num_blocks: expected caches of less than 2**63 bytes, got "

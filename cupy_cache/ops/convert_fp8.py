@@ -96,7 +96,7 @@ def _plan(op, described, options):
             target=fmt.stored if quantises else output.dtype,
         )
         bits = (array.dtype.bits for array in (output, source))
-        return plans.NumPyPlan(run, (*bits, formats.DTYPES["float32"].numpy))
+        return plans.NumPyPlan(run, (*bits, formats.FLOAT32.numpy))
 
     run_bytes = run_elements * output.dtype.bytes
     vector = contract.converting_vector_bytes(

@@ -111,8 +111,7 @@ def _plan(op, described, options):
     source_vector = contract.vector_bytes(src.ptr, *src.strides[:2])
     rope = None if rope_dtype == dst.dtype.name else formats.DTYPES[rope_dtype]
     converters = [
-        spelling.dequantiser(stored, dst.dtype, vector)
-        for stored in (formats.DTYPES["float8_e4m3fn"], rope)
+        spelling.dequantiser(stored, dst.dtype, vector) for stored in (formats.E4M3, rope)
     ]
     row_vectors = dst.shape[1] * dst.dtype.bytes // vector
     per_thread = gathering.vectors_of_thread(row_vectors)

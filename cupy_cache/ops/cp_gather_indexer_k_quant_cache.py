@@ -88,7 +88,7 @@ def _plan(op, described, options):
     check.shape("block_table", table, "_ _")
     check.shape("cu_seq_lens", lengths, "_")
     check.dtype("dst_k", dst_k, *formats.BYTES)
-    check.dtype("dst_scale", dst_scale, *formats.BYTES, formats.DTYPES["float32"])
+    check.dtype("dst_scale", dst_scale, *formats.BYTES, formats.FLOAT32)
     head_size, scale_bytes = dst_k.shape[1], dst_scale.shape[1] * dst_scale.dtype.bytes
     check.positive("head_size", head_size)
     scales, rest = divmod(scale_bytes, indexer.SCALE_BYTES)

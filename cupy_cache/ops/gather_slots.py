@@ -86,7 +86,7 @@ def _plan(op, described, options):
     check.indices("slot_mapping", slots)
     if dst.device.kind == "cpu":
         run = functools.partial(cpu.gather_slots, op=op.name, side=moved)
-        dtypes = src.dtype.bits, dst.dtype.bits, slots.dtype.numpy, formats.DTYPES["float32"].numpy
+        dtypes = src.dtype.bits, dst.dtype.bits, slots.dtype.numpy, formats.FLOAT32.numpy
         return plans.NumPyPlan(run, dtypes)
     kernel = modules.Kernel(
         op.name,

@@ -23,7 +23,6 @@ PARAMS = params.Struct(
     "k_scale_stride:i64 v_scale_stride:i64",
 )
 MAX_THREADS = 256
-SCALES = formats.DTYPES["float32"].numpy
 
 
 def reshape_and_cache(
@@ -121,8 +120,8 @@ def _plan(op, described, options):
 
     if key_cache.device.kind == "cpu":
         run = functools.partial(cpu.reshape_and_cache, source=key.dtype, stored=stored)
-        bits = (array.dtype.bits for array in described[:4])
-        return plans.NumPyPlan(run, (*bits, slot_mapping.dtype.numpy, SCALES, SCALES))
+        bits, scale = (array.dtype.bits for array in described[:4]), formats.FLOAT32.numpy
+        return plans.NumPyPlan(run, (*bits, slot_mapping.dtype.numpy, scale, scale))
 
     element = key_cache.dtype.bytes
     ratio = key.dtype.bytes // element

@@ -98,7 +98,7 @@ def _plan(op, described, options):
     scale_caches = {"k_scale_cache": k_scale_cache, "v_scale_cache": v_scale_cache}
     for name, array in scale_caches.items():
         check.shape(name, array, "num_blocks block_size num_kv_heads")
-        check.dtype(name, array, formats.DTYPES["float32"])
+        check.dtype(name, array, formats.FLOAT32)
     check.shape("slot_mapping", slot_mapping, "_")
     check.dtype("key", key, *formats.FLOATS)
     named = {arg.name: array for arg, array in zip(op.args, described)}

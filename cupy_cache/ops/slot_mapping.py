@@ -34,7 +34,6 @@ PARAMS = params.Struct(
 )
 OPTIONS = ("block_size", "cp_world_size", "cp_rank", "cp_interleave")
 MAX_THREADS = 256
-INT64 = formats.DTYPES["int64"]
 
 
 def slot_mapping(
@@ -109,7 +108,7 @@ def slot_mapping(
         stream = streams.pointer("slot_mapping", stream)
     if out is None:
         like = arrays.view(positions, "slot_mapping: positions")
-        out = streams.empty(like.framework, like.device, like.shape[:1], INT64, stream)
+        out = streams.empty(like.framework, like.device, like.shape[:1], formats.INT64, stream)
     OP((block_table, positions, query_start_loc, out), options, stream)
     return out
 
@@ -124,7 +123,7 @@ def _plan(op, described, options):
     named = {arg.name: array for arg, array in zip(op.args, described)}
     for name in ("positions", "query_start_loc", "out"):
         check.shape(name, named[name], "_")
-    check.dtype("out", out, INT64)
+    check.dtype("out", out, formats.INT64)
     for name, array in named.items():
         check.dtype(name, array, *formats.INDICES)
         check.device(name, array)

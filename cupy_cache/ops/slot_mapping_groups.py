@@ -37,7 +37,6 @@ PARAMS = params.Struct(
 )
 MAX_THREADS = 256
 RANKS = ("cp_world_size", "cp_rank", "cp_interleave")
-INT64 = formats.DTYPES["int64"]
 # A disabled group's `FIELDS`.
 DISABLED = (0,) * len(slots.FIELDS)
 
@@ -129,7 +128,7 @@ def slot_mapping_groups(
     if out is None:
         like = arrays.view(positions, f"{NAME}: positions")
         shape = groups, *like.shape[:1]
-        out = streams.empty(like.framework, like.device, shape, INT64, stream)
+        out = streams.empty(like.framework, like.device, shape, formats.INT64, stream)
     OP((block_tables, idx_mapping, positions, query_start_loc, out), options, stream)
     return out
 
@@ -161,13 +160,13 @@ class _Plan:
             if array is None:
                 continue
             check.shape(name, array, patterns.get(name, "_"))
-            check.dtype(name, array, *((INT64,) if name == "out" else formats.INDICES))
+            check.dtype(name, array, *((formats.INT64,) if name == "out" else formats.INDICES))
             check.device(name, array)
             check.aligned(name, array)
         check.contiguous("block_tables", table)
         check.contiguous_rows("query_start_loc", named["query_start_loc"])
         arrays.require_writable(out, NAME, "out")
-        if 0 not in out.shape and out.strides[1] != INT64.bytes:
+        if 0 not in out.shape and out.strides[1] != formats.INT64.bytes:
             raise StrideError(
                 f"{NAME}: Invalid strides of out: expected contiguous rows, got byte strides "
                 f"{list(out.strides)}"
@@ -289,10 +288,10 @@ def _count(extents, options, scalars):
             f"{NAME}: Invalid shape of out: expected at least {tokens} columns, as many as "
             f"positions, got [{groups}, {count}]"
         )
-    if groups > 1 and count and abs(stride) < count * INT64.bytes:
+    if groups > 1 and count and abs(stride) < count * formats.INT64.bytes:
         raise StrideError(
             f"{NAME}: Invalid strides of out: expected rows that do not share memory, got rows of "
-            f"{count * INT64.bytes} bytes every {stride} bytes"
+            f"{count * formats.INT64.bytes} bytes every {stride} bytes"
         )
     return count, (tables, requests, tokens, stride)
 

@@ -135,9 +135,7 @@ class _Tensor:
 
 def _as_blocks_of_bytes(array, size):
     total = math.prod(array.shape) * array.dtype.bytes
-    return array._replace(
-        shape=(total // size, size), strides=(size, 1), dtype=formats.DTYPES["uint8"]
-    )
+    return array._replace(shape=(total // size, size), strides=(size, 1), dtype=formats.UINT8)
 
 
 class _Layers:

@@ -201,7 +201,7 @@ class Contract:
             raise ShapeError(
                 f"{self.op}: Invalid shape of {name}: expected [{count}], got {list(array.shape)}"
             )
-        self.dtype(name, array, formats.DTYPES["float32"])
+        self.dtype(name, array, formats.FLOAT32)
         self.device(name, array)
         self.aligned(name, array)
         if array.shape:
@@ -222,7 +222,7 @@ class Contract:
                 f"{self.op}: Invalid shape of {name}: expected [1], or [{heads}] for one scale a "
                 f"head, got {list(array.shape)}"
             )
-        self.dtype(name, array, formats.DTYPES["float32"])
+        self.dtype(name, array, formats.FLOAT32)
         self.device(name, array)
         self.aligned(name, array)
         return array.strides[0] if array.shape == (heads,) and heads > 1 else 0

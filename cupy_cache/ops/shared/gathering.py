@@ -325,7 +325,7 @@ def _scales(check, src, axes, block_size, scale, by_token, names):
             )
         name = names.scale_cache
         check.shape(name, scale, f"{src.shape[0]} {block_size} {heads}")
-        check.dtype(name, scale, formats.DTYPES["float32"])
+        check.dtype(name, scale, formats.FLOAT32)
         check.device(name, scale)
         check.aligned(name, scale)
         return heads, scale.strides
@@ -400,7 +400,7 @@ def cpu_plan(run, described):
     """The plan of a function of `cpu`."""
     src, dst, *indices, _ = described
     dtypes = (src.dtype.bits, dst.dtype.bits, *(a and a.dtype.numpy for a in indices))
-    return plans.NumPyPlan(run, (*dtypes, formats.DTYPES["float32"].numpy))
+    return plans.NumPyPlan(run, (*dtypes, formats.FLOAT32.numpy))
 
 
 def gpu_plan(kernel, items, described, strides):

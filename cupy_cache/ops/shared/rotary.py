@@ -31,7 +31,6 @@ MAX_HEAD_SIZE = 2048  # that one warp holds in its registers
 LANE_BYTES = 32  # of values, that a lane moves at least
 TOGETHER = 4  # the kernel's kTogether: tokens whose keys are written side by side
 ROUNDINGS = ("once", "steps")
-FLOAT32 = formats.DTYPES["float32"]
 
 # The arguments, of which an operation may lack some or call them otherwise.
 ROLES = (
@@ -249,7 +248,7 @@ class _Checked:
             self.steps[role] = check.head_scale(role, given.get(role), sizes["num_kv_heads"])
         for role in ("k_scale_cache", "v_scale_cache") if self.scaled else ():
             check.shape(role, given[role], "num_blocks block_size num_kv_heads")
-            check.dtype(role, given[role], FLOAT32)
+            check.dtype(role, given[role], formats.FLOAT32)
             check.device(role, given[role])
             check.aligned(role, given[role])
             check.writable(role, given[role])
@@ -317,7 +316,7 @@ class _Checked:
         check.aligned(name, positions)
         name = self.names["cos_sin_cache"]
         check.shape(name, table, "max_position rotary_dim")
-        check.dtype(name, table, *dict.fromkeys((self.query.dtype, FLOAT32)))
+        check.dtype(name, table, *dict.fromkeys((self.query.dtype, formats.FLOAT32)))
         check.device(name, table)
         check.aligned(name, table)
         check.contiguous(name, table)
@@ -341,7 +340,7 @@ class _Checked:
                 self.refuse("value", role, "None without norm_eps", "an array", ArgumentError)
             if weight.shape != (self.size,):
                 self.refuse("shape", role, [self.size], list(weight.shape))
-            self.check.dtype(role, weight, *dict.fromkeys((self.query.dtype, FLOAT32)))
+            self.check.dtype(role, weight, *dict.fromkeys((self.query.dtype, formats.FLOAT32)))
             self.check.device(role, weight)
             self.check.aligned(role, weight)
             self.check.contiguous(role, weight)
