@@ -18,7 +18,6 @@ from ..runtime import (
     modules,
     params,
     plans,
-    segments,
     spelling,
     streams,
 )
@@ -187,8 +186,7 @@ def _plan(op, described, options):
     device = out.device.index
     wide = contract.vector_bytes(out.ptr, *out.strides[:2]) == VECTOR
     vector = VECTOR if wide else out.dtype.bytes
-    types = [spelling.INDEX_NAMES[array.dtype.name] for array in (queries, keys, *starts) if array]
-    types = ", ".join([*types, "void", "void"][:4])
+    types = spelling.indices(queries, keys, *starts)
     element = spelling.ELEMENT_NAMES[out.dtype.name]
     kernel = modules.Kernel(
         NAME,
@@ -229,7 +227,7 @@ def _count(extents, options, scalars):
         )
     sequences = starts - 1 if starts else 0
     contract.check_sequence_count(NAME, "query_start_loc", sequences)
-    fields = *shape, *strides[:2], sequences, *segments.evenly(sequences, shape[1])
+    fields = *shape, *strides[:2], sequences, *launch.evenly(sequences, shape[1])
     return tuple(shape) if 0 not in shape else 0, fields
 
 

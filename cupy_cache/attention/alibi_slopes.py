@@ -262,9 +262,7 @@ def _plan(op, described, options):
     _check(op, out)
     if out.device.kind == "cpu":
         return plans.NumPyPlan(cpu.alibi_slopes, [formats.FLOAT32.numpy])
-    device = out.device.index
-    launcher = launch.Launcher(ALIBI, device, (out.strides[0],))
-    return plans.KernelPlan(launcher, launch.FlatShape(1, device, MAX_THREADS))
+    return plans.flat(ALIBI, out.device.index, (out.strides[0],), 1, MAX_THREADS)
 
 
 def _place_plan(op, described, options):

@@ -104,8 +104,7 @@ def _plan(op, described, options):
         length, output.ptr, prefix_output.ptr, suffix_output.ptr, *strides
     )
     vectors = length // vector
-    # A power of two that has a lane for each vector, if a warp has as many.
-    lanes = min(launch.WARP, 1 << (vectors - 1).bit_length())
+    lanes = launch.lanes(vectors)
     kernel = modules.Kernel(
         op.name,
         op.name,
@@ -113,10 +112,9 @@ def _plan(op, described, options):
         f"{heads}, {MAX_THREADS}>",
         PARAMS,
     )
-    device = output.device.index
     steps = (0 if a is None else a.strides[1] for a in (prefix_lse, suffix_lse, output_lse))
-    launcher = launch.Launcher(kernel, device, (*strides, *steps))
-    return plans.KernelPlan(launcher, launch.FlatShape(heads * lanes, device, MAX_THREADS))
+    device, constants = output.device.index, (*strides, *steps)
+    return plans.flat(kernel, device, constants, heads * lanes, MAX_THREADS)
 
 
 def _count(extents, options, scalars):

@@ -584,8 +584,7 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     shared = shared_with(stages)
 
     device, whole = out.device.index, size["block_size"] % KEYS == 0
-    indices = (named[name] for name in ("block_table", "seq_lens", "query_start_loc"))
-    index = [(array and spelling.INDEX_NAMES[array.dtype.name]) or "void" for array in indices]
+    indices = [named[name] for name in ("block_table", "seq_lens", "query_start_loc")]
     flags = (turned, whole, values.by_token, capped, named["alibi_slopes"] is not None)
 
     def launcher(cluster, tall=False):
@@ -593,7 +592,7 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
             spelling.ELEMENT_NAMES[query.dtype.name], cached,
             size["head_size"], size["head_size_v"], keys.vector, values.vector, rows,
             *map(spelling.boolean, flags), stages, shared,
-            cluster, spelling.boolean(tall), *index,
+            cluster, spelling.boolean(tall), spelling.indices(*indices),
         )  # fmt: skip
         entry = NAME if cluster <= 1 else f"{NAME}_clustered"
         kernel = modules.Kernel(

@@ -430,12 +430,11 @@ def _gpu_plan(check, named, stored, rank, causal, entries):
     vector = contract.vector_bytes(
         cache.ptr, *cache.strides[:2], cache.shape[2] * cache.dtype.bytes
     )
-    indices = (named[name] for name in ("block_table", "seq_lens", "query_start_loc"))
-    index = [(array and spelling.INDEX_NAMES[array.dtype.name]) or "void" for array in indices]
+    indices = [named[name] for name in ("block_table", "seq_lens", "query_start_loc")]
     elements = [spelling.ELEMENT_NAMES[dtype.name] for dtype in (query.dtype, stored)]
     arguments = (
         *elements, rank, size["entry_size"] - rank, spelling.boolean(entries), vector, shape.teams,
-        shape.stages, shape.shared, *index,
+        shape.stages, shape.shared, spelling.indices(*indices),
     )  # fmt: skip
     kernel = modules.Kernel(
         check.op, NAME, f"{NAME}<{', '.join(map(str, arguments))}>", PARAMS,
@@ -451,7 +450,8 @@ def _gpu_plan(check, named, stored, rank, causal, entries):
         *launch.divisor(size["block_size"]),
     )  # fmt: skip
     flags = stored.bytes == 1, stored.bytes == 1 and not entries
-    arguments = elements[0], rank, *map(spelling.boolean, flags), shape.teams, *index[1:]
+    index = spelling.indices(*indices[1:])
+    arguments = elements[0], rank, *map(spelling.boolean, flags), shape.teams, index
     joining = modules.Kernel(
         check.op, NAME, f"join_parts<{', '.join(map(str, arguments))}>", PARAMS,
         guarded=("block_table", "seq_lens", "query_start_loc"),

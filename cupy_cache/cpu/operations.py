@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from ..runtime import faults, formats, segments
+from ..runtime import faults, formats, launch
 from .conversions import decode, dequantise, encode, quantise
 
 MAX_WORD = 2**31  # bytes that an element of NumPy's cannot have
@@ -515,7 +515,7 @@ def _owners_out_of_order(starts, rows):
     """The same where ``starts`` descend: of several segments the one that a kernel finds, see
     kernels_cu/include/cupy_cache/sequences.cuh."""
     count, row = len(starts) - 1, np.arange(rows)
-    even = np.float32(segments.evenly(count, rows)[0])
+    even = np.float32(launch.evenly(count, rows)[0])
     guess = np.minimum((row.astype(np.float32) * even).astype(np.int64), count - 1)
     owner = np.where((starts[guess] <= row) & (row < starts[guess + 1]), guess, -1)
     first, last, reach = starts[0], starts[count], 2 + (count >> 4)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from .. import cpu
 from ..errors import ArgumentError
-from ..runtime import contract, dispatch, formats, launch, modules, plans, spelling
+from ..runtime import contract, dispatch, formats, modules, plans, spelling
 from ..types import ArrayLike, Scale, StreamLike
 from .shared import mla
 
@@ -127,7 +127,7 @@ def _plan(op, described, options):
         return _cpu_plan(run, described)
 
     kernel, items = mla.entry_kernel(
-        op.name, "kOne", kv_c, k_pe, kv_cache, fmt.stored, slot_mapping.dtype, mla.ONE_LAYER
+        op.name, "kOne", kv_c, k_pe, kv_cache, fmt.stored, slot_mapping, mla.ONE_LAYER
     )
     return _gpu_plan(kernel, items, described)
 
@@ -158,7 +158,7 @@ def _plan_fp8_ds_mla(check, described, scale_rule):
         f"concat_and_cache_fp8_ds_mla<{spelling.ELEMENT_NAMES[kv_c.dtype.name]}, "
         f"{spelling.boolean(power_of_two)}, {source_vector}, {cache_vector}, "
         f"{spelling.boolean(rope)}, {kv_cache.shape[1]}, "
-        f"{spelling.INDEX_NAMES[slot_mapping.dtype.name]}, {mla.MAX_THREADS}>",
+        f"{spelling.indices(slot_mapping)}, {mla.MAX_THREADS}>",
         mla.ONE_LAYER,
         guarded=("slot_mapping",),
         converts=True,
@@ -179,14 +179,11 @@ def _cpu_plan(run, described):
 
 def _gpu_plan(kernel, items, described):
     kv_c, k_pe, kv_cache, slot_mapping, _ = described
-    device = kv_cache.device.index
-    launcher = launch.Launcher(
-        kernel,
-        device,
-        (0, 0, 0, 0, kv_cache.shape[0], kv_c.strides[0], k_pe.strides[0], slot_mapping.strides[0],
-         *kv_cache.strides[:2]),
+    constants = (
+        0, 0, 0, 0, kv_cache.shape[0], kv_c.strides[0], k_pe.strides[0], slot_mapping.strides[0],
+        *kv_cache.strides[:2],
     )  # fmt: skip
-    return plans.KernelPlan(launcher, launch.FlatShape(items, device, mla.MAX_THREADS))
+    return plans.flat(kernel, kv_cache.device.index, constants, items, mla.MAX_THREADS)
 
 
 _slots = contract.slot_count("concat_and_cache_mla", "kv_c", "k_pe", scales=1)

@@ -137,7 +137,7 @@ class _Plan:
         self._device = kv_cache.device.index
         kernel, self._items = mla.entry_kernel(
             NAME, "kTable" if self._listed else "kPointers", kv_c, k_pe, kv_cache, self._stored,
-            slots.dtype, mla.MANY_LAYERS,
+            slots, mla.MANY_LAYERS,
         )  # fmt: skip
         constants = kv_cache.shape[0], *(a.strides[1] for a in (kv_c, k_pe, slots))
         self._launcher = launch.Launcher(kernel, self._device, (*constants, *kv_cache.strides[:2]))

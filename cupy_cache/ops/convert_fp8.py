@@ -9,7 +9,7 @@ import math
 
 from .. import cpu
 from ..errors import ShapeError, StrideError
-from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
+from ..runtime import contract, dispatch, formats, modules, params, plans, spelling
 from ..types import ArrayLike, Scale, StreamLike
 
 NAME = "convert_fp8"
@@ -116,14 +116,9 @@ def _plan(op, described, options):
         PARAMS,
         converts=True,
     )
-    device = output.device.index
     padded = [*dims, *[(1, 0, 0)] * (MAX_DIMS - len(dims))]
-    launcher = launch.Launcher(
-        kernel,
-        device,
-        (vectors, run_bytes // vector, *(n for column in zip(*padded) for n in column)),
-    )  # fmt: skip
-    return plans.KernelPlan(launcher, launch.FlatShape(vectors, device, MAX_THREADS))
+    constants = vectors, run_bytes // vector, *(n for column in zip(*padded) for n in column)
+    return plans.flat(kernel, output.device.index, constants, vectors, MAX_THREADS)
 
 
 def _count(extents, options, scalars):

@@ -78,7 +78,7 @@ def _plan(op, described, options):
     num_blocks, copy = check.sizes["num_blocks"], None
     if tensors[0].device.kind == "cuda":
         copy = blocks.CopyPlan(
-            op.name, geometries, True, num_blocks, num_blocks, mapping and mapping.dtype,
+            op.name, geometries, True, num_blocks, num_blocks, mapping,
             tensors[0].device.index,
         )  # fmt: skip
 

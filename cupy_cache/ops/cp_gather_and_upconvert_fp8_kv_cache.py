@@ -82,7 +82,7 @@ def cp_gather_and_upconvert_fp8_kv_cache(
 
 
 def _plan(op, described, options):
-    src, dst, *_ = described
+    src, dst, *indices, _ = described
     (rope_dtype,) = options
     check = contract.Contract(op.name)
     check.shape("src_cache", src, f"num_blocks block_size {formats.DS_ENTRY_BYTES}")
@@ -91,7 +91,9 @@ def _plan(op, described, options):
     gathering.check_block_size(check, src, block_size)
     check.dtype("src_cache", src, *formats.BYTES)
     check.dtype("dst", dst, *formats.FLOATS)
-    gathering.check_arrays(check, op, described)
+    check.device("src_cache", src)
+    gathering.check_rows(check, dst)
+    gathering.check_indices(check, [arg.name for arg in op.args[2:5]], indices)
     check.contiguous("src_cache", src)
     check.aligned("dst", dst)
     if rope_dtype is None:
@@ -119,7 +121,7 @@ def _plan(op, described, options):
         op.name,
         gathering.STEM,
         f"gather_fp8_ds_mla<{', '.join(converters)}, {vector}, {source_vector}, {block_size}, "
-        f"{gathering.index_names(described)}, {per_thread}, {gathering.MAX_THREADS}>",
+        f"{spelling.indices(*indices)}, {per_thread}, {gathering.MAX_THREADS}>",
         gathering.PARAMS,
         guarded=(*gathering.GUARDED, "workspace_starts"),
         converts=True,

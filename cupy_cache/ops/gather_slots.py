@@ -8,7 +8,7 @@ import functools
 
 from .. import cpu
 from ..errors import ShapeError
-from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
+from ..runtime import contract, dispatch, formats, modules, params, plans, spelling
 from ..types import ArrayLike, Scale, StreamLike
 from .shared import gathering
 
@@ -93,15 +93,13 @@ def _plan(op, described, options):
         op.name,
         f"gather_slots<{moved.converter}, {moved.vector}, {moved.outer}, {moved.heads}, "
         f"{moved.length}, {moved.scale_heads}, {moved.block_size}, {moved.group}, "
-        f"{spelling.INDEX_NAMES[slots.dtype.name]}, {moved.per_thread}, {gathering.MAX_THREADS}>",
+        f"{spelling.indices(slots)}, {moved.per_thread}, {gathering.MAX_THREADS}>",
         PARAMS,
         guarded=("slot_mapping",),
         converts=moved.stored is not None,
     )
-    device = dst.device.index
-    launcher = launch.Launcher(kernel, device, (src.shape[0], *moved.strides))
-    shape = launch.FlatShape(moved.threads, device, gathering.MAX_THREADS)
-    return plans.KernelPlan(launcher, shape)
+    device, constants = dst.device.index, (src.shape[0], *moved.strides)
+    return plans.flat(kernel, device, constants, moved.threads, gathering.MAX_THREADS)
 
 
 def _count(extents, options, scalars):

@@ -136,28 +136,22 @@ def _plan(op, described, options):
     scale_vector = contract.vector_bytes(
         indexer.SCALE_BYTES, kv_cache.ptr, kv_cache.strides[0], block_size * head_size
     )
-    # The lanes of a group: a vector each, in a power of two of lanes, which divides a warp.
-    lanes = min(launch.WARP, 1 << (quant_block_size // vector - 1).bit_length())
+    # Of a group: a vector each.
+    lanes = launch.lanes(quant_block_size // vector)
     kernel = modules.Kernel(
         op.name,
         op.name,
         f"indexer_k_quant_and_cache<{spelling.ELEMENT_NAMES[k.dtype.name]}, "
         f"cupy_cache::Scales::{scales}, {vector}, {scale_vector}, {quant_block_size}, "
-        f"{quant_blocks}, {lanes}, {block_size}, {spelling.INDEX_NAMES[slot_mapping.dtype.name]}, "
+        f"{quant_blocks}, {lanes}, {block_size}, {spelling.indices(slot_mapping)}, "
         f"{indexer.MAX_THREADS}>",
         PARAMS,
         guarded=("slot_mapping",),
         converts=True,
     )
-    device = kv_cache.device.index
-    launcher = launch.Launcher(
-        kernel,
-        device,
-        (num_blocks, slot_mapping.strides[0], k.strides[0], kv_cache.strides[0]),
-    )
-    return plans.KernelPlan(
-        launcher, launch.FlatShape(quant_blocks * lanes, device, indexer.MAX_THREADS)
-    )
+    constants = num_blocks, slot_mapping.strides[0], k.strides[0], kv_cache.strides[0]
+    device, items = kv_cache.device.index, quant_blocks * lanes
+    return plans.flat(kernel, device, constants, items, indexer.MAX_THREADS)
 
 
 def _count(extents, options, scalars):

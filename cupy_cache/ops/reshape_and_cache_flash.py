@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 
 from .. import cpu
-from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
+from ..runtime import contract, dispatch, formats, modules, params, plans, spelling
 from ..types import ArrayLike, Scale, StreamLike
 
 NAME = "reshape_and_cache_flash"
@@ -132,25 +132,22 @@ def _plan(op, described, options):
         [key_bytes, value_bytes,
          *(n for a in (key_cache, value_cache) for n in (a.ptr, *a.strides[:-1]))],
     )  # fmt: skip
-    index = spelling.INDEX_NAMES[slot_mapping.dtype.name]
     kernel = modules.Kernel(
         op.name,
         op.name,
         f"reshape_and_cache_flash<{spelling.quantiser(key.dtype, stored, vector)}, {vector}, "
-        f"{segments}, {key_bytes}, {value_bytes}, {size['block_size']}, {index}, {MAX_THREADS}>",
+        f"{segments}, {key_bytes}, {value_bytes}, {size['block_size']}, "
+        f"{spelling.indices(slot_mapping)}, {MAX_THREADS}>",
         PARAMS,
         guarded=("slot_mapping",),
         converts=stored is not None,
     )
-    device = key_cache.device.index
-    launcher = launch.Launcher(
-        kernel,
-        device,
-        (size["num_blocks"], slot_mapping.strides[0], *key.strides[:2], *value.strides[:2],
-         *key_cache.strides[:3], *value_cache.strides[:3], *scale_steps),
+    constants = (
+        size["num_blocks"], slot_mapping.strides[0], *key.strides[:2], *value.strides[:2],
+        *key_cache.strides[:3], *value_cache.strides[:3], *scale_steps,
     )  # fmt: skip
     items = segments * max(key_bytes, value_bytes) // vector
-    return plans.KernelPlan(launcher, launch.FlatShape(items, device, MAX_THREADS))
+    return plans.flat(kernel, key_cache.device.index, constants, items, MAX_THREADS)
 
 
 def _segments(heads, width, source, cache):

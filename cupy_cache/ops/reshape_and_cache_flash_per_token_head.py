@@ -129,8 +129,7 @@ def _plan(op, described, options):
         [n for a in (key, value) for n in (a.ptr, *a.strides[:-1])],
         [*sizes, *(n for a in (key_cache, value_cache) for n in (a.ptr, *a.strides[:-1]))],
     )
-    # A power of two that has a lane for each vector, if a warp has as many.
-    lanes = min(launch.WARP, 1 << (max(sizes) // vector - 1).bit_length())
+    lanes = launch.lanes(max(sizes) // vector)
     heads = size["num_kv_heads"]
     source, stored = (spelling.ELEMENT_NAMES[d.name] for d in (key.dtype, fmt.stored))
     kernel = modules.Kernel(
@@ -138,20 +137,17 @@ def _plan(op, described, options):
         op.name,
         f"{NAME}<{source}, {stored}, {formats.LARGEST[fmt.stored.name]}, {vector}, {lanes}, "
         f"{heads}, {sizes[0]}, {sizes[1]}, {size['block_size']}, "
-        f"{spelling.INDEX_NAMES[slot_mapping.dtype.name]}, {MAX_THREADS}>",
+        f"{spelling.indices(slot_mapping)}, {MAX_THREADS}>",
         PARAMS,
         guarded=("slot_mapping",),
         converts=True,
     )
-    device = key_cache.device.index
-    launcher = launch.Launcher(
-        kernel,
-        device,
-        (size["num_blocks"], slot_mapping.strides[0], *key.strides[:2], *value.strides[:2],
-         *key_cache.strides[:3], *value_cache.strides[:3], *k_scale_cache.strides,
-         *v_scale_cache.strides),
+    constants = (
+        size["num_blocks"], slot_mapping.strides[0], *key.strides[:2], *value.strides[:2],
+        *key_cache.strides[:3], *value_cache.strides[:3], *k_scale_cache.strides,
+        *v_scale_cache.strides,
     )  # fmt: skip
-    return plans.KernelPlan(launcher, launch.FlatShape(heads * lanes, device, MAX_THREADS))
+    return plans.flat(kernel, key_cache.device.index, constants, heads * lanes, MAX_THREADS)
 
 
 OP = dispatch.Op(

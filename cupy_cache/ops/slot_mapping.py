@@ -18,7 +18,6 @@ from ..runtime import (
     modules,
     params,
     plans,
-    segments,
     spelling,
     streams,
 )
@@ -139,7 +138,7 @@ def _plan(op, described, options):
         )
         return plans.NumPyPlan(run, tuple(array.dtype.numpy for array in described))
 
-    index = ", ".join(spelling.INDEX_NAMES[a.dtype.name] for a in (table, positions, starts))
+    index = spelling.indices(table, positions, starts)
     kernel = modules.Kernel(
         op.name,
         op.name,
@@ -147,13 +146,9 @@ def _plan(op, described, options):
         PARAMS,
         guarded=("positions", "block_table"),
     )
-    device = out.device.index
-    launcher = launch.Launcher(
-        kernel,
-        device,
-        (positions.strides[0], slots.LARGEST // block_size, block_size, world, rank, interleave),
-    )
-    return plans.KernelPlan(launcher, launch.FlatShape(1, device, MAX_THREADS))
+    limit = slots.LARGEST // block_size
+    constants = positions.strides[0], limit, block_size, world, rank, interleave
+    return plans.flat(kernel, out.device.index, constants, 1, MAX_THREADS)
 
 
 def _count(extents, options, scalars):
@@ -172,7 +167,7 @@ def _count(extents, options, scalars):
         )
     block_size, world, *_ = options
     limit = slots.position_limit(width, block_size, world)
-    return count, (count, requests, tokens, step, limit, *segments.evenly(requests, tokens))
+    return count, (count, requests, tokens, step, limit, *launch.evenly(requests, tokens))
 
 
 OP = dispatch.Op(

@@ -19,7 +19,6 @@ from ..runtime import (
     lists,
     modules,
     params,
-    segments,
     spelling,
     streams,
 )
@@ -185,14 +184,12 @@ class _Plan:
     def _specialise(self, device):
         self._device = device
         table, idx, positions, bounds, _ = self._named.values()
-        types = (
-            spelling.INDEX_NAMES[a.dtype.name] for a in (table, idx or table, positions, bounds)
-        )
+        types = spelling.indices(table, idx or table, positions, bounds)
         parallel = any(group is not None and group[1] > 1 for group in self._groups)
         kernel = modules.Kernel(
             NAME,
             NAME,
-            f"{NAME}<{spelling.boolean(parallel)}, {', '.join(types)}, {MAX_THREADS}>",
+            f"{NAME}<{spelling.boolean(parallel)}, {types}, {MAX_THREADS}>",
             PARAMS,
             guarded=("positions", "block_tables", "idx_mapping"),
         )
@@ -214,7 +211,7 @@ class _Plan:
             self._launcher.enqueue(
                 (launch.ceil_div(count, threads), groups, 1), threads, call.stream, idx, positions,
                 bounds, out + first * stride, count, requests, tokens, first, stride,
-                *segments.evenly(requests, tokens), tail=words,
+                *launch.evenly(requests, tokens), tail=words,
             )  # fmt: skip
 
     def _words(self, tables, geometries):

@@ -25,6 +25,17 @@ def ceil_div(a, b):
     return -(-a // b)
 
 
+def lanes(items):
+    """A power of two that has a lane for each item, if a warp has as many."""
+    return min(WARP, 1 << (items - 1).bit_length())
+
+
+def evenly(segments, rows):
+    """A kernel's ``even`` (sequences.cuh): (segments of a row, rows of a segment) if all were
+    equally long. There a search for a row's segment begins."""
+    return (segments / rows, rows / segments) if segments and rows else (0.0, 0.0)
+
+
 def divisor(number):
     """(factor, shift) of a kernel's `Divisor` (divide.cuh) by ``number``, below 2^31."""
     shift = 31 + (number - 1).bit_length()

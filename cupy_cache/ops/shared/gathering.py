@@ -19,7 +19,6 @@ from ...runtime import (
     modules,
     params,
     plans,
-    segments,
     spelling,
 )
 
@@ -61,7 +60,7 @@ def op(name, plan, count, bounds="cu_seq_lens", options=()):
         rows, ((sequences, width), (step, _)), first_rows, starts = extents
         scale, *others = scalars or (0.0,)
         rows, sequences = count((rows, sequences, first_rows, starts), *others)
-        even = segments.evenly(sequences, rows)
+        even = launch.evenly(sequences, rows)
         return rows, (rows, sequences, width, step, scale, first_guarded, *even)
 
     return dispatch.Op(
@@ -82,15 +81,6 @@ def op(name, plan, count, bounds="cu_seq_lens", options=()):
 
 
 # --- checks ---------------------------------------------------------------------------------------
-
-
-def check_arrays(check, op, described):
-    """What holds for every operation on one cache, once the dimensions of cache and rows are known
-    to be right: devices, indices, and how the memory is laid out."""
-    src, dst, *indices, _ = described
-    check.device("src_cache", src)
-    check_rows(check, dst)
-    check_indices(check, [arg.name for arg in op.args[2:5]], indices)
 
 
 def check_rows(check, dst, name="dst"):
@@ -304,7 +294,7 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto", by_token=False):
         STEM,
         f"gather_cache<{moved.converter}, {moved.vector}, {moved.outer}, {moved.heads}, "
         f"{moved.length}, {moved.scale_heads}, {moved.block_size}, {moved.group}, "
-        f"{index_names(described)}, {moved.per_thread}, {MAX_THREADS}>",
+        f"{spelling.indices(*indices)}, {moved.per_thread}, {MAX_THREADS}>",
         PARAMS,
         guarded=[(name, argument) for name in SHARING for argument in (*GUARDED, "cu_seq_lens")],
         converts=moved.stored is not None,
@@ -386,16 +376,6 @@ def _row_shape(check, src, dst, axes, names):
 # --- plans ----------------------------------------------------------------------------------------
 
 
-def index_names(described):
-    """The index types of an operation on one cache, as a kernel's template arguments."""
-    return index_types(described[2:5])
-
-
-def index_types(indices):
-    """The types of block table, bounds and starts, as a kernel's template arguments."""
-    return ", ".join("void" if a is None else spelling.INDEX_NAMES[a.dtype.name] for a in indices)
-
-
 def cpu_plan(run, described):
     """The plan of a function of `cpu`."""
     src, dst, *indices, _ = described
@@ -407,10 +387,5 @@ def gpu_plan(kernel, items, described, strides):
     """The plan of a kernel with ``items`` threads for each row; ``strides`` are the struct's, from
     src_block_stride on."""
     src, dst, _, _, starts, _ = described
-    device = dst.device.index
-    launcher = launch.Launcher(
-        kernel,
-        device,
-        (src.shape[0], starts.strides[0] if starts else 0, *strides),
-    )
-    return plans.KernelPlan(launcher, launch.FlatShape(items, device, MAX_THREADS))
+    constants = src.shape[0], starts.strides[0] if starts else 0, *strides
+    return plans.flat(kernel, dst.device.index, constants, items, MAX_THREADS)

@@ -63,7 +63,7 @@ def check_arrays(check, described):
     check.writable(cache_name, kv_cache)
 
 
-def entry_kernel(op, caches, kv_c, k_pe, kv_cache, stored, slot_dtype, params_struct):
+def entry_kernel(op, caches, kv_c, k_pe, kv_cache, stored, slots, params_struct):
     """The kernel that writes entries, and its work items for each of them.
 
     ``caches`` names an enumerator of the kernel's ``Caches``; ``stored`` is the cache's element
@@ -82,7 +82,7 @@ def entry_kernel(op, caches, kv_c, k_pe, kv_cache, stored, slot_dtype, params_st
         op,
         STEM,
         f"concat_and_cache_mla<{converter}, cupy_cache::Caches::{caches}, {vector}, {latent}, "
-        f"{rope}, {kv_cache.shape[-2]}, {spelling.INDEX_NAMES[slot_dtype.name]}, {MAX_THREADS}>",
+        f"{rope}, {kv_cache.shape[-2]}, {spelling.indices(slots)}, {MAX_THREADS}>",
         params_struct,
         guarded=("slot_mapping",),
         converts=stored is not None,

@@ -272,12 +272,12 @@ class Plan:
                 f"{self.op}: Invalid size of items of caches: expected at most "
                 f"{_MAX_WORKS * vector} bytes at this alignment, got {max(self.sizes)}"
             )
-        index = "void" if self.chosen is None else spelling.INDEX_NAMES[self.chosen.dtype.name]
         kernel = modules.Kernel(
             self.op,
             "pack_blocks",
             f"pack_blocks<cupy_cache::Direction::{self.direction.name}, {len(vectors)}, {vector}, "
-            f"{runs[0]}, {runs[-1]}, {spelling.boolean(nested)}, {block_size}, {ITEMS}, {index}, "
+            f"{runs[0]}, {runs[-1]}, {spelling.boolean(nested)}, {block_size}, {ITEMS}, "
+            f"{spelling.indices(self.chosen)}, "
             f"{MAX_THREADS}>",
             PARAMS,
             guarded=() if self.chosen is None else (self.argument,),

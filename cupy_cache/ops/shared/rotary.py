@@ -419,7 +419,7 @@ def _gpu_plan(found):
         value_lanes = launch.ceil_div(vectors, width)
     lanes = items
     if found.norm or found.scaled:
-        lanes = _lanes(max(items, vectors if found.scaled else 0))
+        lanes = launch.lanes(max(items, vectors if found.scaled else 0))
         if found.scaled or (not scattered and found.key_heads * value_lanes % lanes):
             value_lanes = lanes
 
@@ -480,11 +480,6 @@ def _gpu_plan(found):
         return (blocks + transposed.tiles(tokens) * parts, 1, 1), MAX_THREADS
 
     return plans.KernelPlan(launcher, shape)
-
-
-def _lanes(items):
-    """A power of two that has a lane for each item, if a warp has as many."""
-    return min(launch.WARP, 1 << (items - 1).bit_length())
 
 
 def _value_cache(found):
