@@ -275,7 +275,7 @@ class _Plan:
             if address in self._pinned:
                 continue
             tensor = self._tensors[at % len(self._tensors)]
-            low, high = blocks.extent(tensor.destination if to_host else tensor.source)
+            low, high = (tensor.destination if to_host else tensor.source).span
             if blocks.mapped_range(address + low, high - low) != mapped[at] + low:
                 return False
             if len(self._pinned) >= MAX_PINNED:

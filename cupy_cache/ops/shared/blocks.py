@@ -45,14 +45,6 @@ PARAMS = params.Struct(
 )
 
 
-def extent(array):
-    """(First byte, byte behind the last) of ``array``, which is not empty, counted from its
-    address."""
-    steps = [stride * (count - 1) for stride, count in zip(array.strides, array.shape)]
-    low, high = sum(min(step, 0) for step in steps), sum(max(step, 0) for step in steps)
-    return low, high + array.dtype.bytes
-
-
 def interleaved(lists):
     """The addresses of lists of arrays, layer by layer, a layer's tensors together."""
     return [address for layer in zip(*lists) for address in layer]

@@ -225,7 +225,7 @@ class Plan:
         ]
         self.sizes = [g.bytes for g in self.geometries]
         self.layer_bytes = sum(self.sizes)  # of an item
-        self._extents = [None if 0 in t.shape else blocks.extent(t) for t in self.tensors]
+        self._spans = [None if 0 in t.shape else t.span for t in self.tensors]
         self.page_first = layout == "page_first"
         self.buffer = buffer[0] if buffer else None
         self.max_blocks = None
@@ -300,8 +300,8 @@ class Plan:
         addresses, layers = blocks.interleaved(places), len(places[0])
         strides = [layers * self.layer_bytes] * tensors if self.page_first else self.sizes
         ends = [
-            None if extent is None else (min(each) + extent[0], max(each) + extent[1])
-            for extent, each in zip(self._extents, places)
+            None if span is None else (min(each) + span[0], max(each) + span[1])
+            for span, each in zip(self._spans, places)
         ]
         return _Caches(
             places, ends, layers, layers * self.layer_bytes, tuple(strides * 2)[:2], addresses,
@@ -352,10 +352,10 @@ class Plan:
             )
         if not size or self.buffer.device.kind != self.device.kind:
             return
-        for ends, extent, places in zip(caches.ends, self._extents, caches.places):
+        for ends, span, places in zip(caches.ends, self._spans, caches.places):
             if ends is None or address + size <= ends[0] or ends[1] <= address:
                 continue
-            low, high = extent
+            low, high = span
             for layer, place in enumerate(places):
                 if place + low < address + size and address < place + high:
                     raise ArgumentError(
