@@ -289,13 +289,7 @@ def _check_caches(check, key_cache, value_cache):
         check.shape("key_cache", key_cache, "num_blocks block_size num_kv_heads head_size")
         check.shape("value_cache", value_cache, "num_blocks block_size num_kv_heads head_size_v")
         return
-    check.shape("key_cache", key_cache, "num_blocks num_kv_heads _ block_size x")
-    check.packs("key_cache", key_cache, "head_size")
-    if len(value_cache.shape) == 5:
-        check.shape("value_cache", value_cache, "num_blocks num_kv_heads _ head_size_v x")
-        check.packs("value_cache", value_cache, "block_size")
-    else:
-        check.shape("value_cache", value_cache, "num_blocks num_kv_heads head_size_v block_size")
+    check.packed_caches(key_cache, value_cache, interleaved=len(value_cache.shape) == 5)
 
 
 def _plan(op, described, options):

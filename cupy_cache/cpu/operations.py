@@ -182,7 +182,7 @@ def put_packed(key_cache, value_cache, block, offset, keys, values):
 
 
 def concat_and_cache_mla(
-    kv_c, k_pe, kv_cache, slot_mapping, scale, rows, number, *_,
+    kv_c, k_pe, kv_cache, slot_mapping, scale, rows, number, *,
     source, stored, op="concat_and_cache_mla", first_row=0,
 ):  # fmt: skip
     """Write ``rows`` entries [kv_c | k_pe] into a cache indexed [block, offset, element].
@@ -200,10 +200,10 @@ def concat_and_cache_mla(
 
 
 def concat_and_cache_fp8_ds_mla(
-    kv_c, k_pe, kv_cache, slot_mapping, scale, rows, *_, source, power_of_two
+    kv_c, k_pe, kv_cache, slot_mapping, scale, rows, number, *, source, power_of_two
 ):
     """Write ``rows`` entries of 656 bytes; see kernels_cu/concat_and_cache_mla.cu."""
-    del scale
+    del scale, number
     tokens, block, offset = _places(
         "concat_and_cache_mla", slot_mapping[:rows], *kv_cache.shape[:2]
     )
@@ -295,32 +295,11 @@ def _kept(op, slot_mapping, num_slots, first_row=0):
     return good.nonzero()[0], slots[good]
 
 
-def convert_fp8(output, input, scale, number, *_, source, target):
+def convert_fp8(output, input, scale, number, *, source, target):
     """Convert ``source`` elements to ``target`` ones, one of which is an fp8 type."""
     scale = number if scale is None else scale.reshape(())
     convert = quantise if target.bytes == 1 else dequantise
     output[...] = convert(input, source, scale, target)
-
-
-def pack(cache, index, packed, rows):
-    """Copy the items ``index`` of a cache to ``rows`` of a packed buffer; all are in range."""
-    packed[rows] = cache[index]
-
-
-def unpack(packed, rows, cache, index):
-    """Copy ``rows`` of a packed buffer to the items ``index`` of a cache; all are in range."""
-    cache[index] = packed[rows]
-
-
-def zero(cache, index):
-    """Fill the items ``index`` of a cache with zeros; all are in range."""
-    cache[index] = 0
-
-
-def copy_blocks(source, destination, pairs):
-    """Copy whole blocks between caches indexed [block, …]; pairs are checked and independent."""
-    sources, destinations = pairs
-    destination[destinations] = source[sources]
 
 
 def alibi_slopes(out, count, first, power, step):
@@ -397,7 +376,7 @@ def gather_both(
         _read_tokens(*arrays, rows, *tokens, side.axes, side.stored, side.target)
 
 
-def gather_slots(src_cache, dst, slot_mapping, scale, rows, number, *_, op, side):
+def gather_slots(src_cache, dst, slot_mapping, scale, rows, number, *, op, side):
     """Copy tokens as `gather_cache`, by their slots; ``side`` has ``axes``, ``stored`` and
     ``target``."""
     places = _places(op, slot_mapping[:rows], src_cache.shape[0], side.block_size)

@@ -49,8 +49,8 @@ def concat_and_cache_mla(
         block_size, 656] of uint8 or any other 8-bit dtype.
     slot_mapping : int64 or int32 array [num_slots]
         Negative slots are padding and skipped. Slots past the cache are skipped and recorded (see
-        `raise_faults`). Of a slot that occurs twice nothing is
-        defined: parts of each token may stay.
+        `raise_faults`). Of a slot that occurs twice nothing is defined: parts of each token may
+        stay.
     kv_cache_dtype : str
         "auto", "float16", "bfloat16" or "float32": a raw copy. "fp8" or "fp8_e4m3", "fp8_e5m2",
         "int8": value / scale, rounded and saturated. "fp8_ds_mla": see Notes.
@@ -180,18 +180,10 @@ def _cpu_plan(run, described):
 def _gpu_plan(kernel, items, described):
     kv_c, k_pe, kv_cache, slot_mapping, _ = described
     constants = (
-        0, 0, 0, 0, kv_cache.shape[0], kv_c.strides[0], k_pe.strides[0], slot_mapping.strides[0],
+        *(0,) * 5, kv_cache.shape[0], kv_c.strides[0], k_pe.strides[0], slot_mapping.strides[0],
         *kv_cache.strides[:2],
     )  # fmt: skip
     return plans.flat(kernel, kv_cache.device.index, constants, items, mla.MAX_THREADS)
-
-
-_slots = contract.slot_count("concat_and_cache_mla", "kv_c", "k_pe", scales=1)
-
-
-def _count(extents, options, scalars):
-    tokens, fields = _slots(extents, options, scalars)
-    return tokens, (*fields, 0)
 
 
 OP = dispatch.Op(
@@ -205,6 +197,6 @@ OP = dispatch.Op(
     ),
     plan=_plan,
     destination=2,
-    count=_count,
+    count=contract.slot_count("concat_and_cache_mla", "kv_c", "k_pe", scales=1),
     options=("kv_cache_dtype", "scale_rule"),
 )

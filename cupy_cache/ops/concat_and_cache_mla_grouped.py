@@ -95,7 +95,9 @@ def concat_and_cache_mla_grouped(
 class _Plan:
     """How the entries of all layers are written."""
 
-    def __init__(self, described, kv_cache_dtype, geometry):
+    def __init__(self, op, described, options):
+        del op
+        kv_cache_dtype, geometry = options
         kv_c, k_pe, caches, addresses, slot_mapping, scales = described
         fmt = formats.cache_format(NAME, kv_cache_dtype)
         check = contract.Contract(NAME)
@@ -240,11 +242,6 @@ def _compare(kv_cache, geometry):
             )
 
 
-def _plan(op, described, options):
-    del op
-    return _Plan(described, *options)
-
-
 def _count(extents, options, scalars):
     """(Tokens, bytes from layer to layer of kv_c, k_pe and slot_mapping)."""
     del options, scalars
@@ -272,7 +269,7 @@ OP = dispatch.Op(
         dispatch.Arg("slot_mapping", varies=(1,), index=True),
         dispatch.Arg("kv_scales", optional=True),
     ),
-    plan=_plan,
+    plan=_Plan,
     destination=(2, 3),
     count=_count,
     options=("kv_cache_dtype",),

@@ -16,8 +16,8 @@ NAME = "convert_fp8"
 KV_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
 MAX_DIMS = 5  # kMaxDims of the kernel
 PARAMS = params.Struct(
-    per_call="output:ptr input:ptr scale:ptr scale_value:f32 unused:u32",
-    constant=f"vectors:i64 run_vectors:i64 extents:i64[{MAX_DIMS}] "
+    per_call="output:ptr input:ptr scale:ptr scale_value:f32",
+    constant=f"unused:u32 vectors:i64 run_vectors:i64 extents:i64[{MAX_DIMS}] "
     f"output_strides:i64[{MAX_DIMS}] input_strides:i64[{MAX_DIMS}]",
 )
 MAX_THREADS = 256
@@ -117,13 +117,13 @@ def _plan(op, described, options):
         converts=True,
     )
     padded = [*dims, *[(1, 0, 0)] * (MAX_DIMS - len(dims))]
-    constants = vectors, run_bytes // vector, *(n for column in zip(*padded) for n in column)
+    constants = 0, vectors, run_bytes // vector, *(n for column in zip(*padded) for n in column)
     return plans.flat(kernel, output.device.index, constants, vectors, MAX_THREADS)
 
 
 def _count(extents, options, scalars):
     del extents, options
-    return 1, (*scalars, 0)
+    return 1, scalars
 
 
 def _merged(op, output, source):

@@ -7,15 +7,14 @@ from __future__ import annotations
 import functools
 
 from .. import cpu
-from ..errors import ShapeError
 from ..runtime import contract, dispatch, formats, modules, params, plans, spelling
 from ..types import ArrayLike, Scale, StreamLike
 from .shared import gathering
 
 NAME = "gather_slots"
 PARAMS = params.Struct(
-    per_call="src_cache:ptr dst:ptr slot_mapping:ptr scale:ptr rows:i64 scale_value:f32 unused:u32",
-    constant=f"num_blocks:i64 {gathering.sides('sides')}",
+    per_call="src_cache:ptr dst:ptr slot_mapping:ptr scale:ptr rows:i64 scale_value:f32",
+    constant=f"unused:u32 num_blocks:i64 {gathering.sides('sides')}",
 )
 
 
@@ -98,19 +97,8 @@ def _plan(op, described, options):
         guarded=("slot_mapping",),
         converts=moved.stored is not None,
     )
-    device, constants = dst.device.index, (src.shape[0], *moved.strides)
+    device, constants = dst.device.index, (0, src.shape[0], *moved.strides)
     return plans.flat(kernel, device, constants, moved.threads, gathering.MAX_THREADS)
-
-
-def _count(extents, options, scalars):
-    del options
-    rows, slots = extents
-    if slots > rows:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of slot_mapping: expected at most {rows} slots, the rows of "
-            f"dst, got {slots}"
-        )
-    return slots, (slots, *scalars, 0)
 
 
 OP = dispatch.Op(
@@ -123,6 +111,6 @@ OP = dispatch.Op(
     ),
     plan=_plan,
     destination=1,
-    count=_count,
+    count=contract.slot_count(NAME, "dst", scales=1),
     options=("layout", "kv_cache_dtype"),
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 
 from .. import cpu
-from ..errors import ArgumentError, ShapeError
+from ..errors import ArgumentError
 from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
 from ..types import ArrayLike, StreamLike
 from .shared import indexer
@@ -56,8 +56,7 @@ def indexer_k_quant_and_cache(
         the blocks is free.
     slot_mapping : int64 or int32 array [num_slots]
         Negative slots are padding and skipped. Slots past the cache are skipped and recorded (see
-        `raise_faults`). Of a slot that occurs twice nothing is
-        defined: parts of each key may stay.
+        `raise_faults`). Of a slot that occurs twice nothing is defined: parts of each key may stay.
     quant_block_size : int
         Any divisor of ``head_size``.
     kv_cache_dtype : str
@@ -154,17 +153,6 @@ def _plan(op, described, options):
     return plans.flat(kernel, device, constants, items, indexer.MAX_THREADS)
 
 
-def _count(extents, options, scalars):
-    del options, scalars
-    rows, slots = extents
-    if slots > rows:
-        raise ShapeError(
-            f"indexer_k_quant_and_cache: Invalid shape of slot_mapping: expected at most {rows} "
-            f"slots, the rows of k, got {slots}"
-        )
-    return slots, (slots,)
-
-
 OP = dispatch.Op(
     "indexer_k_quant_and_cache",
     args=(
@@ -174,6 +162,6 @@ OP = dispatch.Op(
     ),
     plan=_plan,
     destination=1,
-    count=_count,
+    count=contract.slot_count("indexer_k_quant_and_cache", "k", scales=0),
     options=("quant_block_size", "kv_cache_dtype"),
 )

@@ -61,8 +61,8 @@ def reshape_and_cache(
         Likewise. With ``interleaved_v`` [num_blocks, num_kv_heads, block_size / x, head_size_v, x].
     slot_mapping : int64 or int32 array [num_slots]
         Negative slots are padding and skipped. Slots past the cache are skipped and recorded (see
-        `raise_faults`). Of a slot that occurs twice nothing is
-        defined: parts of each token may stay.
+        `raise_faults`). Of a slot that occurs twice nothing is defined: parts of each token may
+        stay.
     kv_cache_dtype : str
         "auto", "float16", "bfloat16" or "float32": a raw copy, whichever of these the name is.
         "fp8" or "fp8_e4m3", "fp8_e5m2", "int8": quantised as by `reshape_and_cache_flash`.
@@ -102,13 +102,7 @@ def _plan(op, described, options):
     check = contract.Contract(op.name)
     check.shape("key", key, "_ num_kv_heads head_size")
     check.shape("value", value, "_ num_kv_heads head_size_v")
-    check.shape("key_cache", key_cache, "num_blocks num_kv_heads _ block_size x")
-    check.packs("key_cache", key_cache, "head_size")
-    if interleaved:
-        check.shape("value_cache", value_cache, "num_blocks num_kv_heads _ head_size_v x")
-        check.packs("value_cache", value_cache, "block_size")
-    else:
-        check.shape("value_cache", value_cache, "num_blocks num_kv_heads head_size_v block_size")
+    check.packed_caches(key_cache, value_cache, interleaved)
     check.shape("slot_mapping", slot_mapping, "_")
     stored = check.writes({a.name: x for a, x in zip(op.args[:5], described)}, fmt)
     size = check.sizes
@@ -186,6 +180,6 @@ OP = dispatch.Op(
     ),
     plan=_plan,
     destination=2,
-    count=contract.slot_count(NAME),
+    count=contract.slot_count(NAME, "key", "value", scales=2),
     options=("kv_cache_dtype",),
 )

@@ -57,8 +57,8 @@ def reshape_and_cache_flash(
         Likewise, with strides of its own.
     slot_mapping : int64 or int32 array [num_slots]
         Negative slots are padding and skipped. Slots past the cache are skipped and recorded (see
-        `raise_faults`). Of a slot that occurs twice nothing is
-        defined: parts of each token may stay.
+        `raise_faults`). Of a slot that occurs twice nothing is defined: parts of each token may
+        stay.
     kv_cache_dtype : str
         "auto", "float16", "bfloat16" or "float32": a raw copy, whichever of these the name is.
         "fp8" or "fp8_e4m3", "fp8_e5m2", "int8": see Notes.
@@ -151,9 +151,11 @@ def _plan(op, described, options):
 
 
 def _segments(heads, width, source, cache):
-    """A token's row as (segments, elements of a segment)."""
+    """A token's row as (segments, elements of a segment): one where heads are adjacent."""
     strides = source.strides[1] // source.dtype.bytes, cache.strides[2] // cache.dtype.bytes
-    return contract.merge_segments(heads, width, *strides)
+    if heads == 1 or strides == (width, width):
+        return 1, heads * width
+    return heads, width
 
 
 OP = dispatch.Op(
@@ -169,6 +171,6 @@ OP = dispatch.Op(
     ),
     plan=_plan,
     destination=2,
-    count=contract.slot_count(NAME),
+    count=contract.slot_count(NAME, "key", "value", scales=2),
     options=("kv_cache_dtype",),
 )

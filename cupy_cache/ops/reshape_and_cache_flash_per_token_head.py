@@ -60,8 +60,8 @@ def reshape_and_cache_flash_per_token_head(
         Written in place; any strides.
     slot_mapping : int64 or int32 array [num_slots]
         Negative slots are padding and skipped. Slots past the cache are skipped and recorded (see
-        `raise_faults`). Of a slot that occurs twice nothing is
-        defined: parts of each token may stay.
+        `raise_faults`). Of a slot that occurs twice nothing is defined: parts of each token may
+        stay.
     kv_cache_dtype : str
         "int8", "fp8" or "fp8_e4m3", or "int8_per_token_head" or "fp8_per_token_head".
     stream : optional
@@ -163,6 +163,6 @@ OP = dispatch.Op(
     ),
     plan=_plan,
     destination=2,
-    count=contract.slot_count(NAME, scales=0),
+    count=contract.slot_count(NAME, "key", "value", scales=0),
     options=("kv_cache_dtype",),
 )

@@ -256,10 +256,6 @@ class _Plan:
             )  # fmt: skip
 
 
-def _plan(op, described, options):
-    return _Plan(op, described, options)
-
-
 def _count(extents, options, scalars):
     """(Slots, (shapes and strides of the tables, requests, tokens, bytes between the rows of
     out))."""
@@ -302,7 +298,7 @@ OP = dispatch.Op(
         dispatch.Arg("query_start_loc", varies=dispatch.ROWS, index=True),
         dispatch.Arg("out", varies=(1,), index=True, written=True),
     ),
-    plan=_plan,
+    plan=_Plan,
     destination=4,
     count=_count,
 )

@@ -227,7 +227,18 @@ class Contract:
         self.aligned(name, array)
         return array.strides[0] if array.shape == (heads,) and heads > 1 else 0
 
-    def packs(self, name, cache, whole):
+    def packed_caches(self, key_cache, value_cache, interleaved):
+        """Match the shapes of x-packed caches of the head_size that is known already."""
+        self.shape("key_cache", key_cache, "num_blocks num_kv_heads _ block_size x")
+        self._packs("key_cache", key_cache, "head_size")
+        if interleaved:
+            self.shape("value_cache", value_cache, "num_blocks num_kv_heads _ head_size_v x")
+            self._packs("value_cache", value_cache, "block_size")
+        else:
+            pattern = "num_blocks num_kv_heads head_size_v block_size"
+            self.shape("value_cache", value_cache, pattern)
+
+    def _packs(self, name, cache, whole):
         """Require dimension 2 of an x-packed cache to hold all packs of x of the size ``whole``."""
         size, x = self.sizes[whole], self.sizes["x"]
         if cache.shape[2] * x != size:
@@ -336,17 +347,17 @@ def check_sequence_count(op, name, count):
         )
 
 
-def slot_count(op, first="key", second="value", scales=2):
-    """The count of operations that write tokens: of slots, of which there may not be more than rows
-    of the sources, called ``first`` and ``second``. The fields are the slots and so many
+def slot_count(op, *arrays, scales):
+    """The count of operations on tokens: of slots, of which there may not be more than rows of each
+    of the ``arrays``, by their names, that stand before them. The fields are the slots and so many
     ``scales`` that are floats."""
     no_scalars = (0.0,) * scales
 
     def count(extents, options, scalars):
         del options
-        ones, others, slots = extents
-        if slots > ones or slots > others:
-            name, rows = (first, ones) if slots > ones else (second, others)
+        *all_rows, slots = extents
+        if slots > min(all_rows):
+            name, rows = next(pair for pair in zip(arrays, all_rows) if slots > pair[1])
             raise ShapeError(
                 f"{op}: Invalid shape of slot_mapping: expected at most {rows} slots, the rows of "
                 f"{name}, got {slots}"
@@ -429,13 +440,3 @@ def converting_vector_bytes(ratio, source_numbers, destination_numbers):
     while width > 1 and min(16, width * ratio) > source:
         width //= 2
     return width
-
-
-def merge_segments(count, length, *strides):
-    """Merge ``count`` segments of ``length`` bytes into one where every stride equals the length.
-
-    Returns (count, length).
-    """
-    if count == 1 or all(stride == length for stride in strides):
-        return 1, count * length
-    return count, length

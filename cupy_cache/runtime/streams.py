@@ -149,11 +149,6 @@ def let_go():
     dropped.clear()
 
 
-def can_make(framework):
-    """Whether `empty` knows ``framework`` by name."""
-    return framework in ("torch", "cupy", "numpy") or framework in arrays.FRAMEWORKS
-
-
 def home(op, framework, device):
     """The framework and the `devices.Device` of a new array, of which ``op`` was told either, both
     or neither."""
@@ -170,7 +165,8 @@ def home(op, framework, device):
         place = driver.device_named(device, f"{op}: device")
     if framework is None:
         framework = "numpy" if place.kind == "cpu" else "cupy"
-    if not isinstance(framework, str) or not can_make(framework):
+    known = ("torch", "cupy", "numpy", *arrays.FRAMEWORKS)
+    if not isinstance(framework, str) or framework not in known:
         way_out = arrays.OF_JAX if framework == "jax" else ""
         expected, got = "'torch', 'cupy' or 'numpy'", contract.shown(framework)
         raise ArgumentError(errors.wrong("value", f"{op}: framework", expected, got, way_out))

@@ -12,11 +12,10 @@ MAX_LAYERS = 128  # kMaxLayers of the kernel
 MAX_THREADS = 128
 STEM = "concat_and_cache_mla"
 
-_EACH_CALL = (
-    "kv_c:ptr k_pe:ptr kv_cache:ptr slot_mapping:ptr scale:ptr tokens:i64 scale_value:f32 "
-    "unused:u32"
+_EACH_CALL = "kv_c:ptr k_pe:ptr kv_cache:ptr slot_mapping:ptr scale:ptr tokens:i64 scale_value:f32"
+_LAYERS = (
+    "unused:u32 first_layer:i64 kv_c_layer_stride:i64 k_pe_layer_stride:i64 slot_layer_stride:i64"
 )
-_LAYERS = "first_layer:i64 kv_c_layer_stride:i64 k_pe_layer_stride:i64 slot_layer_stride:i64"
 _CONSTANTS = (
     "num_blocks:i64 kv_c_stride:i64 k_pe_stride:i64 slot_stride:i64 block_stride:i64 "
     "offset_stride:i64"

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ... import cpu
 from ...errors import ArgumentError, ShapeError
 from ...runtime import (
     arrays,
@@ -286,7 +285,6 @@ class Plan:
             (block, *g.source[1:], slot, count, g.middle)
             for (block, slot), g, count in zip(strides, self.geometries, vectors)
         ]
-        self._enough = None  # threads for which all blocks have the most
         first, second = (constants * 2)[:2]
         self._launcher = launch.Launcher(
             kernel, self.device.index, (self.limit, self.vectors, *first, *second)
@@ -386,15 +384,11 @@ class Plan:
                 self._launch(work.stream, table.layers, items, tail, values)
 
     def _launch(self, stream, layers, items, tail, values):
-        works = items * self.vectors
-        work_threads, threads = -(-works * layers // ITEMS), MAX_THREADS
-        if self._enough is None:  # asked late: a plan can be made for a GPU that is not there
-            self._enough = threads * launch.processors(self.device.index)
-        if work_threads < self._enough:
-            threads = launch.block_threads(
-                work_threads, launch.processors(self.device.index), MAX_THREADS
-            )
-        grid = -(-works // (threads * ITEMS))
+        works, processors = items * self.vectors, launch.processors(self.device.index)
+        threads = launch.block_threads(
+            launch.ceil_div(works * layers, ITEMS), processors, MAX_THREADS
+        )
+        grid = launch.ceil_div(works, threads * ITEMS)
         if self.max_blocks is not None:
             grid = min(grid, max(1, self.max_blocks // layers))
         self._launcher.enqueue((grid, layers, 1), threads, stream, *values, tail=tail)
@@ -446,7 +440,7 @@ class Plan:
             tensor = self.tensors[t]
             cache = arrays.as_numpy(address, tensor.shape, tensor.strides, tensor.dtype.bits)
             if places is None:
-                cpu.zero(cache, index)
+                cache[index] = 0
                 continue
             packed = arrays.as_numpy(
                 places.of_layer(layer)[t],
@@ -455,9 +449,9 @@ class Plan:
                 tensor.dtype.bits,
             )
             if self.direction is PACK:
-                cpu.pack(cache, index, packed, rows)
+                packed[rows] = cache[index]
             else:
-                cpu.unpack(packed, rows, cache, index)
+                cache[index] = packed[rows]
 
 
 class _Caches(NamedTuple):

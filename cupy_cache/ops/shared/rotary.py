@@ -225,19 +225,15 @@ class _Checked:
         if self.packed and self.scaled:
             self.refuse("shape", "key_cache", "four dimensions beside scale caches", "five")
         if self.packed:
-            check.shape("key_cache", self.key_cache, "num_blocks num_kv_heads _ block_size x")
             self.size = self.key_cache.shape[2] * self.key_cache.shape[4]
+            check.sizes["head_size"] = self.size
             interleaved = len(self.value_cache.shape) == 5
-            pattern = "_ head_size_v x" if interleaved else "head_size_v block_size"
-            check.shape("value_cache", self.value_cache, f"num_blocks num_kv_heads {pattern}")
-            if interleaved:
-                check.packs("value_cache", self.value_cache, "block_size")
+            check.packed_caches(self.key_cache, self.value_cache, interleaved)
         else:
             pattern = "num_blocks block_size num_kv_heads"
             check.shape("key_cache", self.key_cache, f"{pattern} head_size")
             check.shape("value_cache", self.value_cache, f"{pattern} head_size_v")
             self.size = self.key_cache.shape[3]
-        check.sizes["head_size"] = self.size
         sizes = check.sizes
         self.value_size, self.block_size = sizes["head_size_v"], sizes["block_size"]
         self.num_blocks = sizes["num_blocks"]
