@@ -45,7 +45,8 @@ from ..ops.slot_mapping_groups import slot_mapping_groups
 from ..ops.swap_blocks import swap_blocks
 from ..ops.swap_blocks_batch import KERNEL as SWAP_BLOCKS_BATCH
 from ..ops.zero_blocks import zero_blocks
-from ..runtime import arrays, contract, devices, formats, launch, spelling
+from ..runtime import contract, formats, launch, spelling
+from ..runtime.descriptions import described
 
 # The element types that engines use, by what the indices are: slots and positions are computed in
 # torch, whose integers have 64 bits; tables, and what counts sequences, are made on the host.
@@ -151,59 +152,7 @@ def _kernels_of(call):
     raise AssertionError(f"{function} launched nothing")
 
 
-# --- arrays that are only described ---------------------------------------------------------------
-
-
-class Described:
-    """An array of which there is only a description."""
-
-    def __init__(self, shape, strides, dtype, address=None):
-        self.shape, self.strides, self.dtype = tuple(shape), tuple(strides), dtype
-        # Far apart, and aligned as an allocator's addresses are.
-        self.address = next(_addresses) << 40 if address is None else address
-
-    def permuted(self, *axes):
-        """The same memory with its dimensions in another order."""
-        shape, strides = ([x[axis] for axis in axes] for x in (self.shape, self.strides))
-        return Described(shape, strides, self.dtype, self.address)
-
-    def split(self, size):
-        """The first ``size`` and the other elements of the last dimension."""
-        *outer, last = self.shape
-        offset = size * self.dtype.bytes
-        return (
-            Described((*outer, size), self.strides, self.dtype, self.address),
-            Described((*outer, last - size), self.strides, self.dtype, self.address + offset),
-        )
-
-    def dense(self):
-        """An array of the same shape and order of dimensions without gaps."""
-        strides, step = {}, self.dtype.bytes
-        for axis in sorted(range(len(self.shape)), key=lambda axis: self.strides[axis]):
-            strides[axis] = step
-            step *= self.shape[axis]
-        return Described(self.shape, [strides[axis] for axis in sorted(strides)], self.dtype)
-
-
-def described(shape, dtype):
-    """A contiguous array."""
-    strides = [dtype.bytes * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    return Described(shape, strides, dtype)
-
-
-_addresses = itertools.count(1)
-_PLACE = arrays.Place("described", arrays.Device("cuda", devices.NOWHERE), True)
-
-
-def _read(array):
-    return array.address, array.shape, array.strides, array.dtype.name, _PLACE, None
-
-
-arrays.register_framework(
-    "described",
-    Described,
-    arrays.Framework(_read, lambda index: 0, lambda device, shape, dtype: described(shape, dtype)),
-)
+# --- the arrays -----------------------------------------------------------------------------------
 
 
 class Model(NamedTuple):
