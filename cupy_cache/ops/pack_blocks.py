@@ -203,7 +203,6 @@ def packed_size(
     return count * operation.item_bytes(caches)
 
 
-LAYOUTS = packing.LAYOUTS
 PACK_BLOCKS = packing.Operation("pack_blocks", packing.PACK)
 UNPACK_BLOCKS = packing.Operation("unpack_blocks", packing.UNPACK)
 PACK_TOKENS = packing.Operation("pack_tokens", packing.PACK, by_slot=True)
