@@ -15,7 +15,6 @@ from . import driver
 from .devices import NOWHERE
 
 WARP = 32
-MAX_THREADS = 1024
 MAX_THREADS_X = 2**32 - 1  # the kernels number them in 32 bits
 MAX_GRID_YZ = 65535
 
@@ -49,8 +48,10 @@ def block_threads(items, processors, most=256):
     blocks of ``most`` threads. Never fewer than one warp, never a partial one: a partial warp costs
     a full warp's issue slots.
     """
+    if items >= most * processors:
+        return most
     wanted = ceil_div(items, max(processors, 1))
-    return min(most, max(WARP, ceil_div(wanted, WARP) * WARP), MAX_THREADS)
+    return min(most, max(WARP, ceil_div(wanted, WARP) * WARP))
 
 
 class FlatShape:

@@ -385,10 +385,8 @@ class Plan:
 
     def _launch(self, stream, layers, items, tail, values):
         works, processors = items * self.vectors, launch.processors(self.device.index)
-        threads = launch.block_threads(
-            launch.ceil_div(works * layers, ITEMS), processors, MAX_THREADS
-        )
-        grid = launch.ceil_div(works, threads * ITEMS)
+        threads = launch.block_threads(-(-works * layers // ITEMS), processors, MAX_THREADS)
+        grid = -(-works // (threads * ITEMS))
         if self.max_blocks is not None:
             grid = min(grid, max(1, self.max_blocks // layers))
         self._launcher.enqueue((grid, layers, 1), threads, stream, *values, tail=tail)
