@@ -33,11 +33,7 @@ def caches(
     if head_size_v is None:
         head_size_v = head_size
     head_size_v = contract.integer(op, "head_size_v", head_size_v, 1)
-    if not isinstance(layout, str) or layout not in LAYOUTS:
-        expected = f"one of {', '.join(LAYOUTS)}"
-        raise ArgumentError(
-            errors.wrong("value", f"{op}: layout", expected, contract.shown(layout))
-        )
+    contract.choice(op, "layout", layout, LAYOUTS)
     framework, device = _home(op, dtype, framework, device, contract.flag(op, "pinned", pinned))
     if kv_cache_dtype in formats.BY_TOKEN:
         if layout not in PAGED:

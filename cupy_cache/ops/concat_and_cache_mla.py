@@ -8,7 +8,6 @@ import functools
 from typing import Literal
 
 from .. import cpu
-from ..errors import ArgumentError
 from ..runtime import contract, dispatch, formats, modules, plans, spelling
 from ..types import ArrayLike, Scale, StreamLike
 from .shared import mla
@@ -104,11 +103,7 @@ def scales_of(name, kv_cache_dtype, scale):
 def _plan(op, described, options):
     kv_c, k_pe, kv_cache, slot_mapping, scale = described
     kv_cache_dtype, scale_rule = options
-    if not isinstance(scale_rule, str) or scale_rule not in SCALE_RULES:
-        raise ArgumentError(
-            f"{op.name}: Invalid value of scale_rule: expected {' or '.join(SCALE_RULES)}, got "
-            f"{scale_rule!r}"
-        )
+    contract.choice(op.name, "scale_rule", scale_rule, SCALE_RULES)
     check = contract.Contract(op.name)
     check.shape("slot_mapping", slot_mapping, "_")
     if kv_cache_dtype == formats.FP8_DS_MLA:

@@ -59,6 +59,11 @@ def copy_blocks_mla(
         One for each layer.
     block_mapping, stream
         As for `copy_blocks`.
+
+    Raises
+    ------
+    CupyCacheError
+        One of its kinds, before anything is written.
     """
     MLA_OP((kv_caches, block_mapping), (), stream)
 

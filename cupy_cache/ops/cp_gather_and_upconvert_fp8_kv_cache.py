@@ -98,11 +98,7 @@ def _plan(op, described, options):
     check.aligned("dst", dst)
     if rope_dtype is None:
         rope_dtype = dst.dtype.name if dst.dtype.bytes == 2 else "bfloat16"
-    if not isinstance(rope_dtype, str) or rope_dtype not in ROPE_DTYPES:
-        raise ArgumentError(
-            f"{op.name}: Invalid value of rope_dtype: expected {' or '.join(ROPE_DTYPES)}, got "
-            f"{rope_dtype!r}"
-        )
+    contract.choice(op.name, "rope_dtype", rope_dtype, ROPE_DTYPES)
     if dst.device.kind == "cpu":
         run = functools.partial(
             cpu.gather_fp8_ds_mla, op=op.name, rope=formats.DTYPES[rope_dtype], target=dst.dtype

@@ -89,11 +89,7 @@ def indexer_k_quant_and_cache(
 def _plan(op, described, options):
     k, kv_cache, slot_mapping = described
     quant_block_size, kv_cache_dtype = options
-    if not isinstance(kv_cache_dtype, str) or kv_cache_dtype not in SCALES:
-        raise ArgumentError(
-            f"{op.name}: Invalid value of kv_cache_dtype: expected one of {', '.join(SCALES)}, got "
-            f"{kv_cache_dtype!r}"
-        )
+    scales = SCALES[contract.choice(op.name, "kv_cache_dtype", kv_cache_dtype, SCALES)]
     check = contract.Contract(op.name)
     check.shape("k", k, "_ head_size")
     check.shape("slot_mapping", slot_mapping, "_")
@@ -114,7 +110,6 @@ def _plan(op, described, options):
         check.aligned(name, array)
     check.contiguous("k", k)
 
-    scales = SCALES[kv_cache_dtype]
     if kv_cache.device.kind == "cpu":
         run = functools.partial(
             cpu.indexer_k_quant_and_cache,

@@ -190,6 +190,11 @@ def packed_size(
     Returns
     -------
     int
+
+    Raises
+    ------
+    CupyCacheError
+        One of its kinds.
     """
     op = "packed_size"
     if (num_blocks is None) == (num_tokens is None):

@@ -296,6 +296,14 @@ def integers(op, names, values):
     return tuple(integer(op, name, value) for name, value in zip(names, values))
 
 
+def choice(op, name, value, names):
+    """``value``, which must be one of ``names``."""
+    if not isinstance(value, str) or value not in names:
+        expected = " or ".join(names) if len(names) < 3 else f"one of {', '.join(names)}"
+        raise ArgumentError(errors.wrong("value", f"{op}: {name}", expected, shown(value)))
+    return value
+
+
 def flag(op, name, value):
     """``value`` as True or False."""
     if type(value) is bool:

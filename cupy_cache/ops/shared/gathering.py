@@ -144,12 +144,7 @@ def check_sequences(op, sequences, table_rows, starts):
 
 def _check_layout(check, src, dst, layout, names):
     """The `formats.CacheAxes` of ``layout``, which the shapes of cache and rows agree with."""
-    axes = formats.CACHE_AXES.get(layout) if isinstance(layout, str) else None
-    if axes is None:
-        raise ArgumentError(
-            f"{check.op}: Invalid value of layout: expected one of "
-            f"{', '.join(formats.CACHE_AXES)}, got {layout!r}"
-        )
+    axes = formats.CACHE_AXES[contract.choice(check.op, "layout", layout, formats.CACHE_AXES)]
     if axes.token is None:
         check.shape(names.cache, src, "num_blocks block_size _ ...")
         inner = " ".join(f"inner_{i}" for i in range(1, len(src.shape) - 1))

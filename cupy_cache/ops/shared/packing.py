@@ -189,11 +189,7 @@ class Plan:
     """
 
     def __init__(self, op, direction, by_slot, described, layout="layer_first"):
-        if not isinstance(layout, str) or layout not in LAYOUTS:
-            raise ArgumentError(
-                f"{op.name}: Invalid value of layout: expected {' or '.join(LAYOUTS)}, got "
-                f"{layout!r}"
-            )
+        contract.choice(op.name, "layout", layout, LAYOUTS)
         self.op, self.direction, self.by_slot = op.name, direction, by_slot
         count = sum(arg.layers for arg in op.args)
         self.tensors, (chosen, *buffer) = described[:count], described[count:]

@@ -200,9 +200,7 @@ class _Checked:
         raise error(errors.wrong(kind, f"{self.op}: {name}", expected, got))
 
     def _check_options(self):
-        if not isinstance(self.rounding, str) or self.rounding not in ROUNDINGS:
-            expected = " or ".join(ROUNDINGS)
-            self.refuse("value", "rounding", expected, repr(self.rounding), ArgumentError)
+        contract.choice(self.op, "rounding", self.rounding, ROUNDINGS)
         if self.scaled != (self.v_scale_cache is not None):
             absent = "v_scale_cache" if self.scaled else "k_scale_cache"
             self.refuse("value", absent, "an array like the other one", "None", ArgumentError)
