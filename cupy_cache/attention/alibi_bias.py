@@ -219,7 +219,7 @@ def _count(extents, options, scalars):
             f"{NAME}: Invalid shape of out: expected [num_heads={counts[0]}, "
             f"num_queries={counts[1]}, num_keys={counts[2]}], got {list(shape)}"
         )
-    contract.check_apart(NAME, "out", shape, strides, strides[-1] if shape[-1] > 1 else 1)
+    contract.check_elements_apart(NAME, "out", shape, strides, strides[-1] if shape[-1] > 1 else 1)
     if starts != bounds or starts == 0:
         expected = f"[{starts}] like query_start_loc" if starts else "one more than sequences"
         raise ShapeError(

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""ALiBi slopes, born on the device.
+"""ALiBi slopes, computed on the device.
 
 Slopes are a handful of constants, so each list is made once and remembered: a further call returns
 the same array and launches nothing.

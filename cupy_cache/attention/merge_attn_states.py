@@ -138,7 +138,7 @@ def _count(extents, options, scalars):
             )
         steps.append(strides[0])
     if output_lse is not None:
-        contract.check_apart(NAME, "output_lse", *output_lse, formats.FLOAT32.bytes)
+        contract.check_elements_apart(NAME, "output_lse", *output_lse, formats.FLOAT32.bytes)
     return tokens, (tokens, *steps)
 
 

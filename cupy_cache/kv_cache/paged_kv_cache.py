@@ -37,15 +37,15 @@ _ATTEND_MLA = "PagedKVCache.attend_mla"
 
 
 class PagedKVCache:
-    """Paged caches of all layers of a model, for callers to whom a microsecond a call matters.
+    """The paged caches of all layers of a model: the keys and values of many sequences.
 
-    `allocate` makes the arrays; this makes an object of arrays that exist.
+    `allocate` makes the arrays; the constructor takes arrays that exist. Methods mean what the
+    functions of the same arguments mean, with the same checks and errors, which name the method.
 
-    The functions of this library read their arguments at every call: of `copy_blocks` for 32 layers
-    these are 64 arrays. This object reads the caches once for `write`, `rotary_write`, `attend`,
-    `gather` and the methods that copy, pack, unpack or zero blocks; the others read them at every
-    call. Its methods mean what the functions of the same arguments mean, with the same checks and
-    errors, which name the method.
+    They take less of the host's time. The functions read their arguments at every call: of
+    `copy_blocks` for 32 layers these are 64 arrays. This object reads the caches once for `write`,
+    `rotary_write`, `attend`, `gather` and the methods that copy, pack, unpack or zero blocks; the
+    others read them at every call.
 
     Parameters
     ----------

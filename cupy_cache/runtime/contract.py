@@ -112,7 +112,7 @@ class Contract:
         arrays.require_writable(array, self.op, name)
         if rows and array.shape[:1] == (1,):
             array = array._replace(shape=(2, *array.shape[1:]))
-        check_apart(self.op, name, array.shape, array.strides, array.dtype.bytes)
+        check_elements_apart(self.op, name, array.shape, array.strides, array.dtype.bytes)
 
     def contiguous(self, name, array, dims=1):
         """Require the last ``dims`` dimensions to be contiguous; strides of an empty array mean
@@ -325,10 +325,10 @@ def shown(value):
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def check_apart(op, name, shape, strides, size):
-    """Refuse an array, of elements of ``size`` bytes, in which two may share memory: exact for
-    layouts that nest (each stride covers the whole span below it), which all permuted, sliced and
-    packed views do; others count as overlapping."""
+def check_elements_apart(op, name, shape, strides, size):
+    """Refuse an array of which two elements, of ``size`` bytes, may share memory: exact for layouts
+    that nest (each stride covers the whole span below it), which all permuted, sliced and packed
+    views do; others count as overlapping."""
     span = size
     for stride, extent in sorted((abs(s), e) for s, e in zip(strides, shape) if e > 1):
         if stride < span and 0 not in shape:

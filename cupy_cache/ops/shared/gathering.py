@@ -49,9 +49,22 @@ MAX_THREADS = 128
 
 
 def op(name, plan, count, bounds="cu_seq_lens", options=()):
-    """The `dispatch.Op` of an operation; ``bounds`` is what it calls the sequences' first rows.
-    ``count(rows of dst, block_table, ``bounds`` and seq_starts, scalars)`` gives the rows to
-    process and the sequences; of ``scalars``, the scale is the first."""
+    """The `dispatch.Op` of an operation.
+
+    Parameters
+    ----------
+    name : str
+    plan : callable
+        As of `dispatch.Op`.
+    count : callable
+        ``count(counts, *scalars)`` -> (rows to process, sequences). ``counts`` are the rows of dst,
+        block_table, the bounds and seq_starts; ``scalars`` those of the call but for the scale,
+        which is the first.
+    bounds : str
+        What the sequences' first rows are called.
+    options : tuple of str
+        As of `dispatch.Op`.
+    """
     # The fault number of seq_starts.
     first_guarded = 1 + (1 + len(GUARDED)) * SHARING.index(name) if name in SHARING else 1
 
