@@ -21,7 +21,7 @@ from ..attention.paged_attention import paged_attention
 from ..attention.paged_attention_mla import paged_attention_mla
 from ..errors import ArgumentError, CupyCacheError
 from ..ops.concat_and_cache_mla import SCALE_RULES, concat_and_cache_mla
-from ..ops.concat_and_cache_mla_grouped import concat_and_cache_mla_grouped
+from ..ops.concat_and_cache_mla_grouped import GEOMETRY, concat_and_cache_mla_grouped
 from ..ops.concat_and_cache_mla_rope_fused import concat_and_cache_mla_rope_fused
 from ..ops.convert_fp8 import convert_fp8
 from ..ops.copy_blocks import copy_blocks, copy_blocks_mla
@@ -365,10 +365,7 @@ def _mla(model):
         return
     for cache, slots in itertools.product(model.rows(), model.numbers("slots", ROWS)):
         for rule in SCALE_RULES:
-
-            def write(*step, rule=rule):
-                concat_and_cache_mla(*step, scale_rule=rule)
-
+            write = functools.partial(concat_and_cache_mla, scale_rule=rule)
             yield write, *model.entries(), cache, slots, model.kv_cache_dtype, 1.0
 
 
@@ -376,17 +373,15 @@ def _mla_grouped(model):
     if model.by_token or model.kv_cache_dtype == formats.FP8_DS_MLA:
         return
     scales = described((1,), formats.FLOAT32) if formats.is_scaled(model.kv_cache_dtype) else None
-
-    def write(caches, slots, entry=None):
-        block = None if entry is None else entry * model.block_size
-        concat_and_cache_mla_grouped(
-            *model.entries(1), caches, slots, model.block_size, block, entry, scales,
-            model.kv_cache_dtype, num_blocks=BLOCKS,
-        )  # fmt: skip
-
+    write = functools.partial(
+        concat_and_cache_mla_grouped, kv_scales=scales, kv_cache_dtype=model.kv_cache_dtype
+    )
     for cache, slots in itertools.product(model.rows(), model.numbers("slots", 1, ROWS)):
-        yield write, [cache], slots
-        yield write, described((1,), formats.INT64), slots, cache.shape[2]
+        yield write, *model.entries(1), [cache], slots
+        strides = model.block_size * cache.shape[2], cache.shape[2]
+        geometry = dict(zip(GEOMETRY, (model.block_size, *strides, BLOCKS)))
+        by_addresses = functools.partial(write, **geometry)
+        yield by_addresses, *model.entries(1), described((1,), formats.INT64), slots
 
 
 def _sequences(model):
@@ -421,12 +416,8 @@ def _gather(model):
     for (cache, rows), sequences in itertools.product(_gathers(model), _read_sequences(model)):
         yield gather_cache, cache, rows, *sequences
     for cache, rows, layout in _packed_gathers(model):
-
-        def gather(*step, layout=layout):
-            gather_cache(*step, layout=layout)
-
         for sequences in _read_sequences(model):
-            yield gather, cache, rows, *sequences
+            yield functools.partial(gather_cache, layout=layout), cache, rows, *sequences
 
 
 def _cp_gather(model):
@@ -439,30 +430,23 @@ def _dequant_gather(model):
     if model.kv_cache_dtype == formats.FP8_DS_MLA:
         return
     yield from _both_gathers(model)
-
-    def gather(cache, numbers, scales, layout, table, bounds, starts):
-        gather_and_maybe_dequant_cache(
-            cache, numbers, table, bounds, None, ROWS, model.kv_cache_dtype, seq_starts=starts,
-            layout=layout, **scales,
-        )  # fmt: skip
-
     for read, sequences in itertools.product(_dequantised(model), _read_sequences(model)):
-        yield gather, *read, *sequences
+        (cache, numbers, named), (table, bounds, starts) = read, sequences
+        gather = functools.partial(gather_and_maybe_dequant_cache, seq_starts=starts, **named)
+        yield gather, cache, numbers, table, bounds, None, ROWS, model.kv_cache_dtype
 
 
 def _slot_gather(model):
     if model.kv_cache_dtype == formats.FP8_DS_MLA:
         return
-
-    def gather(cache, numbers, scales, layout, slots):
-        gather_slots(cache, numbers, slots, model.kv_cache_dtype, layout=layout, **scales)
-
     for read, slots in itertools.product(_dequantised(model), model.numbers("slots", ROWS)):
-        yield gather, *read, slots
+        cache, numbers, named = read
+        gather = functools.partial(gather_slots, **named)
+        yield gather, cache, numbers, slots, model.kv_cache_dtype
 
 
 def _dequantised(model):
-    """Caches, rows of the model's numbers, named scales, and what gathering calls the layouts."""
+    """Caches, rows of the model's numbers, and what gathering takes by name."""
     if model.by_token:
         name, every_scale = "scale_cache", model.token_scales()[:1]
         caches = [(cache, rows, "NHD") for cache, rows in _gathers(model) if len(rows.shape) == 3]
@@ -473,7 +457,8 @@ def _dequantised(model):
     for (cache, rows, layout), scale in itertools.product(caches, every_scale):
         if len(rows.shape) == 2 and not isinstance(scale, float) and scale is not None:
             continue  # entries of latent attention have no heads
-        yield cache, described(rows.shape, model.dtype), {"scale": None, name: scale}, layout
+        named = {"scale": None, name: scale, "layout": layout}
+        yield cache, described(rows.shape, model.dtype), named
 
 
 def _both_gathers(model):
@@ -533,56 +518,41 @@ def _indexer_gather(model):
 
 
 def _slots(model):
-    def compute(ranks, *step):
-        slot_mapping(*step, model.block_size, cp_world_size=ranks)
-
     for table, bounds in _sequences(model):
         for ranks, positions in itertools.product((1, 2), model.numbers("positions", ROWS)):
-            yield compute, ranks, table, positions, bounds
+            compute = functools.partial(slot_mapping, cp_world_size=ranks)
+            yield compute, table, positions, bounds, model.block_size
 
 
 def _slot_groups(model):
-    def compute(ranks, table, *step):
-        slot_mapping_groups([table], *step, [model.block_size], cp_world_size=ranks)
-
     for table, bounds in _sequences(model):
         for ranks, positions in itertools.product((1, 2), model.numbers("positions", ROWS)):
+            compute = functools.partial(slot_mapping_groups, cp_world_size=ranks)
             # Without requests their type is the table's.
             for idx in (None, *model.numbers("requests", ROWS)):
-                yield compute, ranks, table, idx, positions, bounds
+                yield compute, [table], idx, positions, bounds, [model.block_size]
 
 
 def _biases(model):
-    def compute(dtype, keys, *step):
-        alibi_bias(*step, described((keys,), step[1].dtype), dtype=dtype)
-
-    def compute_ragged(dtype, keys, starts, bounds, *step):
-        keys = described((keys,), step[1].dtype)
-        alibi_bias(*step, keys, dtype=dtype, query_start_loc=starts, cu_seq_lens=bounds)
-
     slopes = described((model.heads,), formats.FLOAT32)
     every_bounds = model.numbers("bounds", ROWS + 1)
     for dtype, queries in itertools.product(formats.FLOATS, model.numbers("positions", ROWS)):
-        for keys in (ROWS, ROWS + 1):  # rows that are multiples of 16 bytes, and others
-            yield compute, dtype.name, keys, slopes, queries
+        compute = functools.partial(alibi_bias, dtype=dtype.name)
+        for count in (ROWS, ROWS + 1):  # rows that are multiples of 16 bytes, and others
+            step = slopes, queries, described((count,), queries.dtype)
+            yield compute, *step
             for starts, bounds in itertools.product(every_bounds, every_bounds):
-                yield compute_ragged, dtype.name, keys, starts, bounds, slopes, queries
+                named = {"query_start_loc": starts, "cu_seq_lens": bounds}
+                yield functools.partial(compute, **named), *step
 
 
 def _attention(model):
     """Of one query for each sequence, and of several; of many sequences, and of few, of which
     several thread blocks share one, in two ways."""
-
-    names = ("k_scale_cache", "v_scale_cache") if model.by_token else ("k_scale", "v_scale")
-
-    def attend(starts, k_scale, v_scale, *step):
-        paged_attention(
-            *step, query_start_loc=starts, kv_cache_dtype=model.kv_cache_dtype,
-            **dict(zip(names, (k_scale, v_scale))),
-        )  # fmt: skip
-
     if model.dtype == formats.FLOAT32:
         return
+    names = ("k_scale_cache", "v_scale_cache") if model.by_token else ("k_scale", "v_scale")
+    attend = functools.partial(paged_attention, kv_cache_dtype=model.kv_cache_dtype)
     packed = () if model.by_token else model.x_packed()
     every_scale = [model.token_scales()] if model.by_token else model.scales()
     for caches in itertools.chain(model.pairs(), (pair for *pair, _ in packed)):
@@ -593,18 +563,16 @@ def _attention(model):
                 (None, *model.numbers("bounds", count + 1)),
             )  # fmt: skip
             for (table, lens, starts), scales in itertools.product(indices, every_scale):
-                yield attend, starts, *scales, query, *caches, table, lens
+                named = {"query_start_loc": starts, **dict(zip(names, scales))}
+                yield functools.partial(attend, **named), query, *caches, table, lens
 
 
 def _latent_attention(model):
     """Of one query for each sequence, and of several."""
-
-    def attend(starts, *step):
-        paged_attention_mla(
-            *step, scale=1.0, kv_lora_rank=model.value_size, query_start_loc=starts,
-            kv_cache_dtype=model.kv_cache_dtype,
-        )  # fmt: skip
-
+    attend = functools.partial(
+        paged_attention_mla, scale=1.0, kv_lora_rank=model.value_size,
+        kv_cache_dtype=model.kv_cache_dtype,
+    )  # fmt: skip
     if model.dtype == formats.FLOAT32:
         return
     for cache in model.rows():
@@ -614,7 +582,7 @@ def _latent_attention(model):
             (None, *model.numbers("bounds", ROWS + 1)),
         )  # fmt: skip
         for table, lens, starts in indices:
-            yield attend, starts, query, cache, table, lens
+            yield functools.partial(attend, query_start_loc=starts), query, cache, table, lens
 
 
 def _merges(model):

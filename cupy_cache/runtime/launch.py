@@ -58,18 +58,14 @@ class FlatShape:
     """Launch shapes for ``rows * items`` independent work items, consecutive threads taking
     consecutive items. Called with the rows, it gives (grid, threads)."""
 
-    __slots__ = ("device", "enough", "items", "most")
+    __slots__ = ("device", "items", "most")
 
     def __init__(self, items, device, most):
         self.items, self.device, self.most = items, device, most
-        self.enough = None  # items for which all blocks have the most threads
 
     def __call__(self, rows):
-        items, threads = rows * self.items, self.most
-        if self.enough is None:  # asked late: a plan can be made for a GPU that is not there
-            self.enough = threads * processors(self.device)
-        if items < self.enough:
-            threads = block_threads(items, processors(self.device), threads)
+        items = rows * self.items
+        threads = block_threads(items, processors(self.device), self.most)
         return (-(-items // threads), 1, 1), threads
 
 
