@@ -112,11 +112,7 @@ class PagedKVCache:
         k_scales: Scale | Sequence[Scale] = None,
         v_scales: Scale | Sequence[Scale] = None,
     ) -> None:
-        self._set_up(key_caches, value_caches, kv_cache_dtype, k_scales, v_scales, None)
-
-    def _set_up(self, *given):
-        with errors.renamed("PagedKVCache", {"k_scale": "k_scales", "v_scale": "v_scales"}):
-            self._bind(*given)
+        self._bind(key_caches, value_caches, kv_cache_dtype, k_scales, v_scales, None)
 
     @classmethod
     def allocate(
@@ -199,11 +195,12 @@ class PagedKVCache:
             head_size_v, dtype, kv_cache_dtype, layout, framework, device, pinned,
         )  # fmt: skip
         made = cls.__new__(cls)
-        made._set_up(keys, values, kv_cache_dtype, k_scales, v_scales, pages)
+        made._bind(keys, values, kv_cache_dtype, k_scales, v_scales, pages)
         made.layout = layout
         made._dtype = formats.dtype_named(dtype)
         return made
 
+    @errors.renamed("PagedKVCache", {"k_scale": "k_scales", "v_scale": "v_scales"})
     def _bind(self, key_caches, value_caches, kv_cache_dtype, k_scales, v_scales, pages):
         if value_caches is None:
             if v_scales is not None:
