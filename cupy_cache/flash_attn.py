@@ -21,7 +21,7 @@ from .attention.paged_attention import paged_attention
 from .errors import ArgumentError, DTypeError, ShapeError
 from .ops.reshape_and_cache_flash import reshape_and_cache_flash
 from .ops.slot_mapping import slot_mapping
-from .runtime import arrays, contract, formats, streams
+from .runtime import arrays, contract, formats, making
 from .types import ArrayLike
 
 __all__ = ["flash_attn_varlen_func", "flash_attn_with_kvcache"]
@@ -377,4 +377,4 @@ def _made(framework, like, name, *arguments) -> Any:
 
 def _empty_lse(rows) -> Any:
     like = arrays.view(rows, "q")
-    return streams.empty(like.framework, like.device, like.shape[:2], formats.FLOAT32)
+    return making.empty(like.framework, like.device, like.shape[:2], formats.FLOAT32)

@@ -15,6 +15,7 @@ from ..runtime import (
     dispatch,
     formats,
     launch,
+    making,
     modules,
     params,
     plans,
@@ -129,7 +130,7 @@ def alibi_bias(
         check.shape("key_positions", keys, "num_keys")
         shape = *heads.shape, *like.shape, *keys.shape
         made_of = wanted or formats.FLOAT32
-        out = streams.empty(like.framework, like.device, shape, made_of, stream)
+        out = making.empty(like.framework, like.device, shape, made_of, stream)
     given = slopes, query_positions, key_positions, out
     if query_start_loc is not None or cu_seq_lens is not None:
         for name, array in (("query_start_loc", query_start_loc), ("cu_seq_lens", cu_seq_lens)):

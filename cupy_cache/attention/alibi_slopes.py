@@ -22,6 +22,7 @@ from ..runtime import (
     driver,
     formats,
     launch,
+    making,
     modules,
     params,
     plans,
@@ -320,14 +321,14 @@ def _fill(op, scalars, framework, device, out, stream):
                 )
         op((out,), (), stream, scalars)
         return out
-    framework, device = streams.home(op.name, framework, device)
+    framework, device = making.home(op.name, framework, device)
     key = framework, device, op.name, scalars
     found = _remembered.get(key)
     if found is not None and found.event is None:
         return found.array
     if device.kind == "cuda":
         return _on_gpu(op, scalars, framework, device, key, found, stream)
-    made = streams.empty(framework, device, scalars[:1], formats.FLOAT32)
+    made = making.empty(framework, device, scalars[:1], formats.FLOAT32)
     op((made,), (), None, scalars)
     if framework == "numpy":
         made.flags.writeable = False
@@ -346,7 +347,7 @@ def _on_gpu(op, scalars, framework, device, key, found, stream):
         else:
             event.hold(stream)
         return found.array
-    made = streams.empty(framework, device, scalars[:1], formats.FLOAT32, stream)
+    made = making.empty(framework, device, scalars[:1], formats.FLOAT32, stream)
     op((made,), (), stream, scalars)
     if capturing:
         return made

@@ -17,6 +17,7 @@ from ..runtime import (
     dispatch,
     formats,
     launch,
+    making,
     modules,
     params,
     plans,
@@ -267,7 +268,7 @@ def new_out(op, query, key_cache, value_cache, stream):
         axis, shape = _VALUE_AXES.get((key_cache.dim(), value_cache.dim())), query.shape
         if axis is not None and len(shape) == 3:
             shape = *shape[:2], value_cache.shape[axis]
-            return streams.empty_beside(query, shape, stream)
+            return making.empty_beside(query, shape, stream)
     like = arrays.view(query, f"{op}: query")
     keys = arrays.view(key_cache, f"{op}: key_cache")
     values = arrays.view(value_cache, f"{op}: value_cache")
@@ -276,7 +277,7 @@ def new_out(op, query, key_cache, value_cache, stream):
     check.dtype("query", like, *formats.FLOATS)
     _check_caches(check, keys, values)
     shape = *like.shape[:2], check.sizes["head_size_v"]
-    return streams.empty(like.framework, like.device, shape, like.dtype, stream)
+    return making.empty(like.framework, like.device, shape, like.dtype, stream)
 
 
 # Where head_size_v is in a value cache, by the numbers of dimensions of both caches.

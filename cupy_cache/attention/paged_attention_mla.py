@@ -16,6 +16,7 @@ from ..runtime import (
     dispatch,
     formats,
     launch,
+    making,
     modules,
     params,
     plans,
@@ -170,13 +171,13 @@ def _new_out(query, rank, stream):
     if arrays.is_torch(query):
         shape = query.shape  # which the plan checks; describing the query takes 10 us
         if len(shape) == 3 and rank <= shape[2]:
-            return streams.empty_beside(query, (*shape[:2], rank), stream)
+            return making.empty_beside(query, (*shape[:2], rank), stream)
     like = arrays.view(query, f"{NAME}: query")
     check = contract.Contract(NAME)
     check.shape("query", like, "_ num_heads entry_size")
     check.dtype("query", like, *formats.FLOATS)
     shape = *like.shape[:2], rank
-    return streams.empty(like.framework, like.device, shape, like.dtype, stream)
+    return making.empty(like.framework, like.device, shape, like.dtype, stream)
 
 
 def _plan(op, described, options):

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import CaptureError
-from ..runtime import arrays, cuda, driver, formats, streams
+from ..runtime import arrays, cuda, driver, formats, making, streams
 
 MAX_KNOWN = 256  # pairs of (sequences, tokens) whose views are remembered
 ALIGNMENT = 16
@@ -90,9 +90,9 @@ class Buffers:
     def __init__(self, op, max_sequences, max_tokens, width, framework, device):
         self._op, self._width = op, width
         self._sizes = max_sequences, max_tokens, width
-        self.framework, self.device = streams.home(op, framework, device)
+        self.framework, self.device = making.home(op, framework, device)
         *_, end = self._places(max_sequences, max_tokens)
-        self._memory = streams.empty(self.framework, self.device, (end,), formats.UINT8)
+        self._memory = making.empty(self.framework, self.device, (end,), formats.UINT8)
         view = arrays.view(self._memory, f"{op}: memory")
         self._address, self._host = view.ptr, None
         if self.device.kind == "cpu":

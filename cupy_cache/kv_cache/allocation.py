@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from .. import errors
 from ..errors import ArgumentError, DeviceError
-from ..runtime import contract, driver, formats, streams
+from ..runtime import contract, driver, formats, making
 
 # The dimensions of caches that can be allocated: the names that `PagedKVCache.allocate` takes.
 LAYOUTS = ("NHD", "HND", "packed", "x-packed", "rows")
@@ -52,7 +52,7 @@ def caches(
         return *([page[0] for page in side] for side in made), pages
     dtype = storage(op, _raw(op, dtype), kv_cache_dtype, layout)
     shapes = _shapes(op, layout, *sizes, head_size_v, dtype)
-    zeros = functools.partial(streams.zeros, framework, device, dtype=dtype, pinned=pinned)
+    zeros = functools.partial(making.zeros, framework, device, dtype=dtype, pinned=pinned)
     made = [[zeros(shape) for _ in range(layers)] for shape in shapes]
     if layout == "rows":
         return made[0], None, None
@@ -80,7 +80,7 @@ def _page(framework, device, pinned, layout, stored, num_blocks, block_size, hea
     first = -(-elements // formats.FLOAT32.bytes) * formats.FLOAT32.bytes
     size = -(-(first + scales * formats.FLOAT32.bytes) // PACK_BYTES) * PACK_BYTES
     byte = formats.DTYPES["uint8" if stored.name != "int8" else "int8"]
-    whole = streams.zeros(framework, device, (num_blocks, size), byte, pinned)
+    whole = making.zeros(framework, device, (num_blocks, size), byte, pinned)
     floats = sys.modules["torch"].float32 if framework == "torch" else formats.FLOAT32.numpy
     order = (block_size, heads) if layout == "NHD" else (heads, block_size)
     cache = whole[:, :elements].reshape(num_blocks, *order, head_size)
@@ -97,7 +97,7 @@ def _home(op, dtype, framework, device, pinned):
         framework = "torch"
     if pinned and device is None:
         device = "cpu"
-    framework, device = streams.home(op, framework, device)
+    framework, device = making.home(op, framework, device)
     if pinned and device.kind != "cpu":
         way_out = "only host memory is pinned"
         raise DeviceError(errors.wrong("value", f"{op}: device", "'cpu'", str(device), way_out))

@@ -14,7 +14,7 @@ from ..attention import paged_attention, paged_attention_mla
 from ..errors import ArgumentError, CopyError, CupyCacheError, DTypeError, ShapeError
 from ..ops import copy_blocks, pack_blocks, swap_blocks, zero_blocks
 from ..ops.shared import rotary
-from ..runtime import arrays, contract, dispatch, formats, lists, streams
+from ..runtime import arrays, contract, dispatch, formats, lists, making, streams
 from ..types import (
     ArrayLike,
     CacheLayout,
@@ -610,7 +610,7 @@ class PagedKVCache:
             stream = streams.pointer(GATHER, stream)
         like = self._described[0]
         return [
-            streams.empty(like.framework, like.device, (num_tokens, *token), dtype, stream)
+            making.empty(like.framework, like.device, (num_tokens, *token), dtype, stream)
             for token in map(layouts.token, layouts.of_rows(self._described), self._described)
         ]
 

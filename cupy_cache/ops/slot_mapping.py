@@ -15,6 +15,7 @@ from ..runtime import (
     dispatch,
     formats,
     launch,
+    making,
     modules,
     params,
     plans,
@@ -107,7 +108,7 @@ def slot_mapping(
         stream = streams.pointer("slot_mapping", stream)
     if out is None:
         like = arrays.view(positions, "slot_mapping: positions")
-        out = streams.empty(like.framework, like.device, like.shape[:1], formats.INT64, stream)
+        out = making.empty(like.framework, like.device, like.shape[:1], formats.INT64, stream)
     OP((block_table, positions, query_start_loc, out), options, stream)
     return out
 

@@ -17,6 +17,7 @@ from ..runtime import (
     formats,
     launch,
     lists,
+    making,
     modules,
     params,
     spelling,
@@ -127,7 +128,7 @@ def slot_mapping_groups(
     if out is None:
         like = arrays.view(positions, f"{NAME}: positions")
         shape = groups, *like.shape[:1]
-        out = streams.empty(like.framework, like.device, shape, formats.INT64, stream)
+        out = making.empty(like.framework, like.device, shape, formats.INT64, stream)
     OP((block_tables, idx_mapping, positions, query_start_loc, out), options, stream)
     return out
 
