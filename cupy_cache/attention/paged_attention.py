@@ -290,7 +290,7 @@ def _check_caches(check, key_cache, value_cache):
         check.shape("key_cache", key_cache, "num_blocks block_size num_kv_heads head_size")
         check.shape("value_cache", value_cache, "num_blocks block_size num_kv_heads head_size_v")
         return
-    check.packed_caches(key_cache, value_cache, interleaved=len(value_cache.shape) == 5)
+    check.x_packed_caches(key_cache, value_cache, interleaved=len(value_cache.shape) == 5)
 
 
 def _plan(op, described, options):

@@ -167,10 +167,10 @@ def reshape_and_cache(
     )
     keys = quantised_rows(key[tokens], source, stored, k_scale, numbers[0])
     values = quantised_rows(value[tokens], source, stored, v_scale, numbers[1])
-    put_packed(key_cache, value_cache, block, offset, keys, values)
+    put_x_packed(key_cache, value_cache, block, offset, keys, values)
 
 
-def put_packed(key_cache, value_cache, block, offset, keys, values):
+def put_x_packed(key_cache, value_cache, block, offset, keys, values):
     """Write rows [token, head, element] to x-packed caches."""
     x = key_cache.shape[4]
     # Indices split by slices put the token first: [token, head, pack], [token, head, d].

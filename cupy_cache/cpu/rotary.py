@@ -6,7 +6,7 @@ import numpy as np
 
 from ..runtime import formats
 from .conversions import decode, encode, quantise
-from .operations import guarded_rows, put_packed, put_scaled, quantised_rows
+from .operations import guarded_rows, put_scaled, put_x_packed, quantised_rows
 
 
 def rotary(
@@ -132,7 +132,7 @@ def _stored(values, source, stored, scale, number):
 def _write(key_cache, value_cache, places, keys, values, value_size):
     block, offset = places
     if key_cache.ndim == 5:
-        put_packed(key_cache, value_cache, block, offset, keys, values)
+        put_x_packed(key_cache, value_cache, block, offset, keys, values)
     elif value_cache is None:  # entries of one head
         key_cache[block, offset, :value_size] = values[:, 0]
         key_cache[block, offset, value_size:] = keys[:, 0]

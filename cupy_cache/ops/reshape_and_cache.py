@@ -102,7 +102,7 @@ def _plan(op, described, options):
     check = contract.Contract(op.name)
     check.shape("key", key, "_ num_kv_heads head_size")
     check.shape("value", value, "_ num_kv_heads head_size_v")
-    check.packed_caches(key_cache, value_cache, interleaved)
+    check.x_packed_caches(key_cache, value_cache, interleaved)
     check.shape("slot_mapping", slot_mapping, "_")
     stored = check.writes({a.name: x for a, x in zip(op.args[:5], described)}, fmt)
     size = check.sizes

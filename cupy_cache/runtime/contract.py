@@ -227,7 +227,7 @@ class Contract:
         self.aligned(name, array)
         return array.strides[0] if array.shape == (heads,) and heads > 1 else 0
 
-    def packed_caches(self, key_cache, value_cache, interleaved):
+    def x_packed_caches(self, key_cache, value_cache, interleaved):
         """Match the shapes of x-packed caches of the head_size that is known already."""
         self.shape("key_cache", key_cache, "num_blocks num_kv_heads _ block_size x")
         self._packs("key_cache", key_cache, "head_size")

@@ -226,7 +226,7 @@ class _Checked:
             self.size = self.key_cache.shape[2] * self.key_cache.shape[4]
             check.sizes["head_size"] = self.size
             interleaved = len(self.value_cache.shape) == 5
-            check.packed_caches(self.key_cache, self.value_cache, interleaved)
+            check.x_packed_caches(self.key_cache, self.value_cache, interleaved)
         else:
             pattern = "num_blocks block_size num_kv_heads"
             check.shape("key_cache", self.key_cache, f"{pattern} head_size")
