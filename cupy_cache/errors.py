@@ -29,8 +29,8 @@ def wrong(what: str, name: str, expected: str, got: str, way_out: str = "") -> s
 
 
 def rename(error: CupyCacheError, name: str, arguments: Mapping[str, str]) -> None:
-    """Have an error about an argument of an operation tell of ``name``, which called it, and of its
-    ``arguments`` instead of the operation's. Faults stay those of the operation."""
+    """Make an error about an argument of an operation one of ``name``, which called it.
+    ``arguments`` has what the operation's are called there. Faults stay the operation's."""
     if isinstance(error, FaultError):
         return
     found = re.match(r"[\w.]+: (Invalid [\w ]+ of )(\w+)", str(error))

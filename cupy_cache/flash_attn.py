@@ -21,12 +21,11 @@ from .attention.paged_attention import paged_attention
 from .errors import ArgumentError, DTypeError, ShapeError
 from .ops.reshape_and_cache_flash import reshape_and_cache_flash
 from .ops.slot_mapping import slot_mapping
-from .runtime import arrays, contract, formats, streams
+from .runtime import arrays, contract, formats, making
 from .types import ArrayLike
 
 __all__ = ["flash_attn_varlen_func", "flash_attn_with_kvcache"]
 
-FLOAT32 = formats.DTYPES["float32"]
 PAGES = {
     "k_cache": "num_blocks block_size num_kv_heads head_size",
     "v_cache": "num_blocks block_size num_kv_heads head_size_v",
@@ -352,7 +351,7 @@ def _checked(op, named):
         check.device(name, view)
         check.aligned(name, view)
         if name == "alibi_slopes":
-            check.dtype(name, view, FLOAT32)
+            check.dtype(name, view, formats.FLOAT32)
         elif len(pattern.split()) > 2:
             check.dtype(name, view, dtype)
             check.contiguous(name, view)
@@ -378,4 +377,4 @@ def _made(framework, like, name, *arguments) -> Any:
 
 def _empty_lse(rows) -> Any:
     like = arrays.view(rows, "q")
-    return streams.empty(like.framework, like.device, like.shape[:2], FLOAT32)
+    return making.empty(like.framework, like.device, like.shape[:2], formats.FLOAT32)

@@ -277,14 +277,9 @@ def test_a_broken_operation_is_found(file, capsys, monkeypatch, operation, broke
 
 def test_a_block_that_is_still_shared_is_found(file, capsys, monkeypatch):
     """Beams that write into one block, because nobody counts who uses it."""
-    monkeypatch.setattr(demo.PagedCache, "fork", forget_to_count)
+    monkeypatch.setattr(cc.BlockPool, "share", nothing)
     assert run(file, *SMALL) == 1
     assert "DIFFERENCE: step" in capsys.readouterr().err
-
-
-def forget_to_count(cache, parent, child):
-    cache.tables[child] = list(cache.tables[parent])
-    cache.lengths[child] = cache.lengths[parent]
 
 
 def test_another_choice_is_found(file, capsys, monkeypatch):
@@ -386,9 +381,8 @@ def test_all_blocks_come_back(rng):
         np, prompt, 9, 3, 1, 0, 5, "NHD", "float16", lambda phase, tokens: None
     )
     done.free(greedy.sequence)
-    for pool in (done.paged.pool, done.paged.host_pool):
-        assert sorted(pool.free) == list(range(len(pool.users)))
-        assert not any(pool.users)
+    for pool in (done.paged.tables.pool, done.paged.tables.host_pool):
+        assert pool.num_free == pool.num_blocks
 
 
 # --- the command line -----------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from cupy_cache.runtime import (
     formats,
     guards,
     launch,
+    making,
     modules,
     params,
     plans,
@@ -721,9 +722,9 @@ def test_new_results_for_another_stream(recorder, monkeypatch):
     monkeypatch.setattr(streams, "lend", lambda *given: lent.append(given))
     gpu, dtype = devices.Device("cuda", 0), formats.DTYPES["float32"]
     for stream in (None, recording.STREAM):
-        streams.empty("torch", gpu, (3,), dtype, stream)
+        making.empty("torch", gpu, (3,), dtype, stream)
         assert not recorder.ordered and not lent
-    made = streams.empty("torch", gpu, (3,), dtype, 5)
+    made = making.empty("torch", gpu, (3,), dtype, 5)
     assert recorder.ordered == [(recording.STREAM, 5, 0)]
     assert lent == [([made], 5, 0)]
 

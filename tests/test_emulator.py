@@ -7,7 +7,17 @@ import shutil
 import numpy as np
 import pytest
 
-from cupy_cache.runtime import arrays, driver, env, formats, launch, modules, params, streams
+from cupy_cache.runtime import (
+    arrays,
+    driver,
+    env,
+    formats,
+    launch,
+    making,
+    modules,
+    params,
+    streams,
+)
 
 SOURCE = """\
 #include "cupy_cache/paging.cuh"
@@ -516,7 +526,7 @@ class TestRightKernels:
         """What an operation returns is made on the device, and is not blank."""
         device = arrays.Device("cuda", 0)
         for shape in ((3, 5), (0, 2), 7):
-            made = streams.empty("emulated", device, shape, formats.DTYPES["int32"])
+            made = making.empty("emulated", device, shape, formats.DTYPES["int32"])
             seen = arrays.view(made, "made")
             assert (seen.framework, seen.device, seen.writable) == ("emulated", device, True)
             assert bench.world.numpy(made).shape == np.empty(shape).shape

@@ -448,7 +448,7 @@ def test_attention_again_and_again(world, rng, named):
         for call, problem in zip(calls, problems):
             assert call() is call.keywords["out"]
             problem.judge(world)
-    assert len(cache._attenders) == 2
+    assert len(cache._bound) == 2
 
 
 def test_new_result_of_attention(world, rng):
@@ -474,7 +474,7 @@ def test_attention_is_remembered_by_its_options_and_within_bounds(rng):
             step[0], *map(world.put, problem.caches), *step[1:], sinks=sinks
         )
         np.testing.assert_array_equal(cache.attend(0, *step, sinks=sinks), wanted)
-    assert len(cache._attenders) <= 16
+    assert len(cache._bound) <= 16
 
 
 @pytest.mark.parametrize("layer", [-1, 1, 1.5, None, [0], 2**70])

@@ -10,14 +10,8 @@ import pytest
 import worlds
 
 import cupy_cache as cc
-from cupy_cache.runtime import dispatch
 
-
-@pytest.fixture(autouse=True)
-def nothing_remembered():
-    dispatch.forget_everything()
-    yield
-    dispatch.forget_everything()
+pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
 
 def write(kv_cache_dtype="auto", **others):

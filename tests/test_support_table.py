@@ -12,7 +12,7 @@ import pytest
 
 import cupy_cache as cc
 from cupy_cache.compilation import specialisations
-from cupy_cache.runtime import arrays
+from cupy_cache.runtime import arrays, descriptions
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -114,18 +114,18 @@ def run_all(table, marked, monkeypatch, memory, dtypes_of):
     """Make these calls; for the first name of a raw copy with each of ``dtypes_of(dtypes)``, for
     the others with a few."""
 
-    class Real(specialisations.Described):
+    class Real(descriptions.Described):
         """A type of its own, for a framework of its own."""
 
     framework = arrays.Framework(
         memory.read,
         lambda index: 0,
-        lambda device, shape, dtype: specialisations.described(shape, dtype),
+        lambda device, shape, dtype: descriptions.described(shape, dtype),
     )
     monkeypatch.setattr(arrays, "_READERS", dict(arrays._READERS))
     monkeypatch.setattr(arrays, "FRAMEWORKS", dict(arrays.FRAMEWORKS))
     arrays.register_framework("real", Real, framework)
-    monkeypatch.setattr(specialisations, "Described", Real)
+    monkeypatch.setattr(descriptions, "Described", Real)
     monkeypatch.setattr(specialisations, "BLOCKS", 8)
     monkeypatch.setattr(specialisations, "ROWS", 2)
     keys = itertools.count()

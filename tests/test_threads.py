@@ -9,31 +9,25 @@ import time
 
 import numpy as np
 import pytest
-import recording
 
 import cupy_cache as cc
-from cupy_cache.runtime import dispatch, launch
 
 WORKERS, CALLS, TOKENS = 4, 60, 5
 
 
 @pytest.fixture
-def recorder(monkeypatch):
-    dispatch.forget_everything()
-    made = recording.recorder(monkeypatch)
-    note = made.launch
+def recorder(nothing_remembered, recorder):
+    note = recorder.launch
 
     def slow(loaded, grid, threads, stream, record):
         time.sleep(1e-5)
         note(loaded, grid, threads, stream, record)
 
-    made.launch = slow
+    recorder.launch = slow
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
-    yield made
+    yield recorder
     sys.setswitchinterval(interval)
-    launch.processors.cache_clear()
-    dispatch.forget_everything()
 
 
 def arrays(framework, *shape, dtype="float16"):

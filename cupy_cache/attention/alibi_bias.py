@@ -15,10 +15,10 @@ from ..runtime import (
     dispatch,
     formats,
     launch,
+    making,
     modules,
     params,
     plans,
-    segments,
     spelling,
     streams,
 )
@@ -129,8 +129,8 @@ def alibi_bias(
         check.shape("query_positions", like, "num_queries")
         check.shape("key_positions", keys, "num_keys")
         shape = *heads.shape, *like.shape, *keys.shape
-        made_of = wanted or formats.DTYPES["float32"]
-        out = streams.empty(like.framework, like.device, shape, made_of, stream)
+        made_of = wanted or formats.FLOAT32
+        out = making.empty(like.framework, like.device, shape, made_of, stream)
     given = slopes, query_positions, key_positions, out
     if query_start_loc is not None or cu_seq_lens is not None:
         for name, array in (("query_start_loc", query_start_loc), ("cu_seq_lens", cu_seq_lens)):
@@ -166,7 +166,7 @@ def _plan(op, described, options):
     slopes, queries, keys, out, *starts = described
     for arg, array in zip(op.args[:3], described):
         check.shape(arg.name, array, "_")
-        indices = (formats.DTYPES["float32"],) if array is slopes else formats.INDICES
+        indices = (formats.FLOAT32,) if array is slopes else formats.INDICES
         check.dtype(arg.name, array, *indices)
     check.shape("out", out, "_ _ _")
     check.dtype("out", out, *([formats.DTYPES[wanted]] if wanted else formats.FLOATS))
@@ -187,8 +187,7 @@ def _plan(op, described, options):
     device = out.device.index
     wide = contract.vector_bytes(out.ptr, *out.strides[:2]) == VECTOR
     vector = VECTOR if wide else out.dtype.bytes
-    types = [spelling.INDEX_NAMES[array.dtype.name] for array in (queries, keys, *starts) if array]
-    types = ", ".join([*types, "void", "void"][:4])
+    types = spelling.indices(queries, keys, *starts)
     element = spelling.ELEMENT_NAMES[out.dtype.name]
     kernel = modules.Kernel(
         NAME,
@@ -221,7 +220,7 @@ def _count(extents, options, scalars):
             f"{NAME}: Invalid shape of out: expected [num_heads={counts[0]}, "
             f"num_queries={counts[1]}, num_keys={counts[2]}], got {list(shape)}"
         )
-    contract.check_apart(NAME, "out", shape, strides, strides[-1] if shape[-1] > 1 else 1)
+    contract.check_elements_apart(NAME, "out", shape, strides, strides[-1] if shape[-1] > 1 else 1)
     if starts != bounds or starts == 0:
         expected = f"[{starts}] like query_start_loc" if starts else "one more than sequences"
         raise ShapeError(
@@ -229,7 +228,7 @@ def _count(extents, options, scalars):
         )
     sequences = starts - 1 if starts else 0
     contract.check_sequence_count(NAME, "query_start_loc", sequences)
-    fields = *shape, *strides[:2], sequences, *segments.evenly(sequences, shape[1])
+    fields = *shape, *strides[:2], sequences, *launch.evenly(sequences, shape[1])
     return tuple(shape) if 0 not in shape else 0, fields
 
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""ALiBi slopes, born on the device.
+"""ALiBi slopes, computed on the device.
 
 Slopes are a handful of constants, so each list is made once and remembered: a further call returns
 the same array and launches nothing.
@@ -22,6 +22,7 @@ from ..runtime import (
     driver,
     formats,
     launch,
+    making,
     modules,
     params,
     plans,
@@ -29,7 +30,6 @@ from ..runtime import (
 )
 from ..types import ArrayLike, DeviceLike, FrameworkName, StreamLike
 
-FLOAT32 = formats.DTYPES["float32"]
 MAX_HEADS = 1 << 20
 MAX_BIAS = 126.0  # 2^-126 is the smallest normal float32
 MAX_THREADS = 256
@@ -237,7 +237,7 @@ class _PlacePlan:
         (out,), (count, values) = call.values, call.fields
         for first in range(0, count, PLACED_VALUES):
             part = min(PLACED_VALUES, count - first)
-            tail = values[first * FLOAT32.bytes : (first + part) * FLOAT32.bytes]
+            tail = values[first * formats.FLOAT32.bytes : (first + part) * formats.FLOAT32.bytes]
             at = out + first * self._stride
             self._launcher.enqueue(
                 *self._shape(part), call.stream, at, self._stride, part, tail=tail
@@ -252,7 +252,7 @@ def _place_on_cpu(out, count, values):
 def _check(op, out):
     check = contract.Contract(op.name)
     check.shape("out", out, "_")
-    check.dtype("out", out, FLOAT32)
+    check.dtype("out", out, formats.FLOAT32)
     check.aligned("out", out)
     check.writable("out", out)
 
@@ -262,10 +262,8 @@ def _plan(op, described, options):
     (out,) = described
     _check(op, out)
     if out.device.kind == "cpu":
-        return plans.NumPyPlan(cpu.alibi_slopes, [FLOAT32.numpy])
-    device = out.device.index
-    launcher = launch.Launcher(ALIBI, device, (out.strides[0],))
-    return plans.KernelPlan(launcher, launch.FlatShape(1, device, MAX_THREADS))
+        return plans.NumPyPlan(cpu.alibi_slopes, [formats.FLOAT32.numpy])
+    return plans.flat(ALIBI, out.device.index, (out.strides[0],), 1, MAX_THREADS)
 
 
 def _place_plan(op, described, options):
@@ -273,7 +271,7 @@ def _place_plan(op, described, options):
     (out,) = described
     _check(op, out)
     if out.device.kind == "cpu":
-        return plans.NumPyPlan(_place_on_cpu, [FLOAT32.numpy])
+        return plans.NumPyPlan(_place_on_cpu, [formats.FLOAT32.numpy])
     return _PlacePlan(out)
 
 
@@ -323,14 +321,14 @@ def _fill(op, scalars, framework, device, out, stream):
                 )
         op((out,), (), stream, scalars)
         return out
-    framework, device = streams.home(op.name, framework, device)
+    framework, device = making.home(op.name, framework, device)
     key = framework, device, op.name, scalars
     found = _remembered.get(key)
     if found is not None and found.event is None:
         return found.array
     if device.kind == "cuda":
         return _on_gpu(op, scalars, framework, device, key, found, stream)
-    made = streams.empty(framework, device, scalars[:1], FLOAT32)
+    made = making.empty(framework, device, scalars[:1], formats.FLOAT32)
     op((made,), (), None, scalars)
     if framework == "numpy":
         made.flags.writeable = False
@@ -349,7 +347,7 @@ def _on_gpu(op, scalars, framework, device, key, found, stream):
         else:
             event.hold(stream)
         return found.array
-    made = streams.empty(framework, device, scalars[:1], FLOAT32, stream)
+    made = making.empty(framework, device, scalars[:1], formats.FLOAT32, stream)
     op((made,), (), stream, scalars)
     if capturing:
         return made

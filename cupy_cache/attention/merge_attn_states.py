@@ -22,7 +22,6 @@ PARAMS = params.Struct(
     "prefix_lse_token_stride:i64 suffix_lse_token_stride:i64 output_lse_token_stride:i64",
 )
 MAX_THREADS = 256
-FLOAT32 = formats.DTYPES["float32"]
 
 
 def merge_attn_states(
@@ -82,7 +81,7 @@ def _plan(op, described, options):
         is_lse = name.endswith("lse")
         check.shape(name, array, "num_heads _" if is_lse else "_ num_heads head_size")
         expected = formats.FLOATS if array is output else (output.dtype,)
-        check.dtype(name, array, *((FLOAT32,) if is_lse else expected))
+        check.dtype(name, array, *((formats.FLOAT32,) if is_lse else expected))
     for size in ("num_heads", "head_size"):
         check.positive(size, check.sizes[size])
     for name, array in named.items():
@@ -96,7 +95,7 @@ def _plan(op, described, options):
 
     if output.device.kind == "cpu":
         run = functools.partial(cpu.merge_attn_states, dtype=output.dtype)
-        lse, bits = FLOAT32.numpy, output.dtype.bits
+        lse, bits = formats.FLOAT32.numpy, output.dtype.bits
         return plans.NumPyPlan(run, (bits, bits, lse, bits, lse, lse))
 
     heads, length = check.sizes["num_heads"], check.sizes["head_size"] * output.dtype.bytes
@@ -105,8 +104,7 @@ def _plan(op, described, options):
         length, output.ptr, prefix_output.ptr, suffix_output.ptr, *strides
     )
     vectors = length // vector
-    # A power of two that has a lane for each vector, if a warp has as many.
-    lanes = min(launch.WARP, 1 << (vectors - 1).bit_length())
+    lanes = launch.lanes(vectors)
     kernel = modules.Kernel(
         op.name,
         op.name,
@@ -114,10 +112,9 @@ def _plan(op, described, options):
         f"{heads}, {MAX_THREADS}>",
         PARAMS,
     )
-    device = output.device.index
     steps = (0 if a is None else a.strides[1] for a in (prefix_lse, suffix_lse, output_lse))
-    launcher = launch.Launcher(kernel, device, (*strides, *steps))
-    return plans.KernelPlan(launcher, launch.FlatShape(heads * lanes, device, MAX_THREADS))
+    device, constants = output.device.index, (*strides, *steps)
+    return plans.flat(kernel, device, constants, heads * lanes, MAX_THREADS)
 
 
 def _count(extents, options, scalars):
@@ -141,7 +138,7 @@ def _count(extents, options, scalars):
             )
         steps.append(strides[0])
     if output_lse is not None:
-        contract.check_apart(NAME, "output_lse", *output_lse, FLOAT32.bytes)
+        contract.check_elements_apart(NAME, "output_lse", *output_lse, formats.FLOAT32.bytes)
     return tokens, (tokens, *steps)
 
 

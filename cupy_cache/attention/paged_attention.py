@@ -17,6 +17,7 @@ from ..runtime import (
     dispatch,
     formats,
     launch,
+    making,
     modules,
     params,
     plans,
@@ -47,7 +48,6 @@ PARAMS = params.Struct(
     "pairs_in:u32 pairs_out:u32 by_block_size:u32[2] by_heads:u32[2]",
     tail="scratch:ptr slots_at:u64 slots:u32",
 )
-FLOAT32 = formats.DTYPES["float32"]
 NO_WINDOW = 1 << 62  # more tokens than there are
 # The arguments that belong to a layer; of its slopes, those of all sequences or of each.
 LAYERS = (
@@ -268,7 +268,7 @@ def new_out(op, query, key_cache, value_cache, stream):
         axis, shape = _VALUE_AXES.get((key_cache.dim(), value_cache.dim())), query.shape
         if axis is not None and len(shape) == 3:
             shape = *shape[:2], value_cache.shape[axis]
-            return streams.empty_beside(query, shape, stream)
+            return making.empty_beside(query, shape, stream)
     like = arrays.view(query, f"{op}: query")
     keys = arrays.view(key_cache, f"{op}: key_cache")
     values = arrays.view(value_cache, f"{op}: value_cache")
@@ -277,7 +277,7 @@ def new_out(op, query, key_cache, value_cache, stream):
     check.dtype("query", like, *formats.FLOATS)
     _check_caches(check, keys, values)
     shape = *like.shape[:2], check.sizes["head_size_v"]
-    return streams.empty(like.framework, like.device, shape, like.dtype, stream)
+    return making.empty(like.framework, like.device, shape, like.dtype, stream)
 
 
 # Where head_size_v is in a value cache, by the numbers of dimensions of both caches.
@@ -290,13 +290,7 @@ def _check_caches(check, key_cache, value_cache):
         check.shape("key_cache", key_cache, "num_blocks block_size num_kv_heads head_size")
         check.shape("value_cache", value_cache, "num_blocks block_size num_kv_heads head_size_v")
         return
-    check.shape("key_cache", key_cache, "num_blocks num_kv_heads _ block_size x")
-    check.packs("key_cache", key_cache, "head_size")
-    if len(value_cache.shape) == 5:
-        check.shape("value_cache", value_cache, "num_blocks num_kv_heads _ head_size_v x")
-        check.packs("value_cache", value_cache, "block_size")
-    else:
-        check.shape("value_cache", value_cache, "num_blocks num_kv_heads head_size_v block_size")
+    check.x_packed_caches(key_cache, value_cache, interleaved=len(value_cache.shape) == 5)
 
 
 def _plan(op, described, options):
@@ -317,7 +311,7 @@ def _plan(op, described, options):
     for name, array in scale_caches.items():
         if array is not None:
             check.shape(name, array, "num_blocks block_size num_kv_heads")
-            check.dtype(name, array, FLOAT32)
+            check.dtype(name, array, formats.FLOAT32)
     steps.check_shapes(check, named, "head_size_v")
     slopes = "num_heads" if of_sequences is None else "_ num_heads"
     for name, pattern in (("sinks", "num_heads"), ("alibi_slopes", slopes)):
@@ -336,7 +330,8 @@ def _plan(op, described, options):
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         way_out = "" if fmt.storage else "a raw cache has the dtype of query"
         check.dtype(name, cache, *(fmt.storage or (query.dtype,)), way_out=way_out)
-    for name, allowed in (("alibi_slopes", {FLOAT32}), ("sinks", {FLOAT32, query.dtype})):
+    float32 = formats.FLOAT32
+    for name, allowed in (("alibi_slopes", {float32}), ("sinks", {float32, query.dtype})):
         if named[name] is not None:
             check.dtype(name, named[name], *allowed)
     steps.check_arrays(check, named, ("key_cache", "value_cache"))
@@ -564,7 +559,7 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     cached, of_tile = spelling.ELEMENT_NAMES[stored.name], 4
     if k_scales is not None:
         cached = f"cupy_cache::TokenScaled<{cached}>"
-        of_tile += 2 * KEYS * FLOAT32.bytes
+        of_tile += 2 * KEYS * formats.FLOAT32.bytes
     tile_rows = min(rows, TILE_ROWS)
     turned = rows == FEW_ROWS and largest > (HALF_TURNED if stored.bytes == 2 else LARGE_HEAD)
     results = tile_rows * (value_size // 2 + (0 if turned else 4)) * 8  # of a warp
@@ -584,8 +579,7 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     shared = shared_with(stages)
 
     device, whole = out.device.index, size["block_size"] % KEYS == 0
-    indices = (named[name] for name in ("block_table", "seq_lens", "query_start_loc"))
-    index = [(array and spelling.INDEX_NAMES[array.dtype.name]) or "void" for array in indices]
+    indices = [named[name] for name in ("block_table", "seq_lens", "query_start_loc")]
     flags = (turned, whole, values.by_token, capped, named["alibi_slopes"] is not None)
 
     def launcher(cluster, tall=False):
@@ -593,7 +587,7 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
             spelling.ELEMENT_NAMES[query.dtype.name], cached,
             size["head_size"], size["head_size_v"], keys.vector, values.vector, rows,
             *map(spelling.boolean, flags), stages, shared,
-            cluster, spelling.boolean(tall), *index,
+            cluster, spelling.boolean(tall), spelling.indices(*indices),
         )  # fmt: skip
         entry = NAME if cluster <= 1 else f"{NAME}_clustered"
         kernel = modules.Kernel(
@@ -618,7 +612,7 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         *(n for a in (k_scales, v_scales) for n in ((0, 0, 0) if a is None else a.strides)),
         plans.SCRATCH_TAG, tall_tokens or 0, base_scale, size["block_size"], size["num_kv_heads"],
         group, row_tokens, head_parts, part_rows, causal,
-        sinks is not None and sinks.dtype == FLOAT32, keys.pack, slot_bytes, values.pack,
+        sinks is not None and sinks.dtype == formats.FLOAT32, keys.pack, slot_bytes, values.pack,
         *(contract.vector_bytes(a.ptr, *a.strides[:2]) >= 4 for a in (query, out)),
         *launch.divisor(size["block_size"]), *launch.divisor(size["num_kv_heads"] * head_parts),
     )  # fmt: skip

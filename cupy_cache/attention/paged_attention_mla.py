@@ -16,6 +16,7 @@ from ..runtime import (
     dispatch,
     formats,
     launch,
+    making,
     modules,
     params,
     plans,
@@ -170,13 +171,13 @@ def _new_out(query, rank, stream):
     if arrays.is_torch(query):
         shape = query.shape  # which the plan checks; describing the query takes 10 us
         if len(shape) == 3 and rank <= shape[2]:
-            return streams.empty_beside(query, (*shape[:2], rank), stream)
+            return making.empty_beside(query, (*shape[:2], rank), stream)
     like = arrays.view(query, f"{NAME}: query")
     check = contract.Contract(NAME)
     check.shape("query", like, "_ num_heads entry_size")
     check.dtype("query", like, *formats.FLOATS)
     shape = *like.shape[:2], rank
-    return streams.empty(like.framework, like.device, shape, like.dtype, stream)
+    return making.empty(like.framework, like.device, shape, like.dtype, stream)
 
 
 def _plan(op, described, options):
@@ -424,18 +425,17 @@ def _gpu_plan(check, named, stored, rank, causal, entries):
                 f"{check.op}: Invalid shape of query: expected {name} of at most {most} on a GPU, "
                 f"got {extent}"
             )
-    stored = formats.DTYPES["float8_e4m3fn"] if entries else stored or query.dtype
+    stored = formats.E4M3 if entries else stored or query.dtype
     device = out.device.index
     shape = _shape(check.op, device, size["entry_size"], rank, stored.bytes, entries)
     vector = contract.vector_bytes(
         cache.ptr, *cache.strides[:2], cache.shape[2] * cache.dtype.bytes
     )
-    indices = (named[name] for name in ("block_table", "seq_lens", "query_start_loc"))
-    index = [(array and spelling.INDEX_NAMES[array.dtype.name]) or "void" for array in indices]
+    indices = [named[name] for name in ("block_table", "seq_lens", "query_start_loc")]
     elements = [spelling.ELEMENT_NAMES[dtype.name] for dtype in (query.dtype, stored)]
     arguments = (
         *elements, rank, size["entry_size"] - rank, spelling.boolean(entries), vector, shape.teams,
-        shape.stages, shape.shared, *index,
+        shape.stages, shape.shared, spelling.indices(*indices),
     )  # fmt: skip
     kernel = modules.Kernel(
         check.op, NAME, f"{NAME}<{', '.join(map(str, arguments))}>", PARAMS,
@@ -451,7 +451,8 @@ def _gpu_plan(check, named, stored, rank, causal, entries):
         *launch.divisor(size["block_size"]),
     )  # fmt: skip
     flags = stored.bytes == 1, stored.bytes == 1 and not entries
-    arguments = elements[0], rank, *map(spelling.boolean, flags), shape.teams, *index[1:]
+    index = spelling.indices(*indices[1:])
+    arguments = elements[0], rank, *map(spelling.boolean, flags), shape.teams, index
     joining = modules.Kernel(
         check.op, NAME, f"join_parts<{', '.join(map(str, arguments))}>", PARAMS,
         guarded=("block_table", "seq_lens", "query_start_loc"),

@@ -10,10 +10,9 @@ import numpy as np
 
 from .. import errors
 from ..errors import ArgumentError, DeviceError, ShapeError
-from ..runtime import arrays, contract, dlpack, formats, streams
+from ..runtime import arrays, contract, dlpack, formats, making
 from ..types import ArrayLike
 
-INT32 = formats.DTYPES["int32"]
 LARGEST = 2**31 - 1
 
 
@@ -180,7 +179,7 @@ def _as_arrays(like, *results):
     """New int32 arrays of the framework of ``like``."""
     made = []
     for result in results:
-        array = streams.empty(like.framework, like.device, result.shape, INT32)
+        array = making.empty(like.framework, like.device, result.shape, formats.INT32)
         view = arrays.view(array, "result")
         arrays.as_numpy(view.ptr, view.shape, view.strides, np.dtype(np.int32))[...] = result
         made.append(array)

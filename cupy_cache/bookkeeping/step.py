@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import CaptureError
-from ..runtime import arrays, cuda, driver, formats, streams
+from ..runtime import arrays, cuda, driver, formats, making, streams
 
 MAX_KNOWN = 256  # pairs of (sequences, tokens) whose views are remembered
 ALIGNMENT = 16
-UINT8, INT32, INT64 = (formats.DTYPES[name] for name in ("uint8", "int32", "int64"))
 
 
 class Step:
@@ -91,13 +90,13 @@ class Buffers:
     def __init__(self, op, max_sequences, max_tokens, width, framework, device):
         self._op, self._width = op, width
         self._sizes = max_sequences, max_tokens, width
-        self.framework, self.device = streams.home(op, framework, device)
+        self.framework, self.device = making.home(op, framework, device)
         *_, end = self._places(max_sequences, max_tokens)
-        self._memory = streams.empty(self.framework, self.device, (end,), UINT8)
+        self._memory = making.empty(self.framework, self.device, (end,), formats.UINT8)
         view = arrays.view(self._memory, f"{op}: memory")
         self._address, self._host = view.ptr, None
         if self.device.kind == "cpu":
-            self._host = arrays.as_numpy(view.ptr, (end,), (1,), UINT8.numpy)
+            self._host = arrays.as_numpy(view.ptr, (end,), (1,), formats.UINT8.numpy)
         else:
             self._current = streams.current(self.framework, self.device.index)
         self._known: dict[tuple[int, int], tuple] = {}
@@ -109,9 +108,10 @@ class Buffers:
     def _places(self, sequences, tokens):
         """(Place, shape, dtype) of each array, and where they end."""
         at, places = 0, []
+        long, short = formats.INT64, formats.INT32
         for shape, dtype in (
-            ((tokens,), INT64), ((tokens,), INT64), ((tokens,), INT64), ((sequences + 1,), INT32),
-            ((sequences,), INT32), ((sequences, self._width), INT32),
+            ((tokens,), long), ((tokens,), long), ((tokens,), long), ((sequences + 1,), short),
+            ((sequences,), short), ((sequences, self._width), short),
         ):  # fmt: skip
             places.append((at, shape, dtype))
             at += math.prod(shape) * dtype.bytes

@@ -162,7 +162,7 @@ def _info(args):
     if args.json:
         print(json.dumps(info.collect(), indent=2))
     else:
-        info.show_config()
+        print(info.as_text(info.collect()))
     return 0
 
 

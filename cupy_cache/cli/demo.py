@@ -13,7 +13,7 @@
 """
 
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from typing import NamedTuple
 
 import ml_dtypes
@@ -100,37 +100,22 @@ def attend_each(xp, query, starts, sequences, slopes):
 # --- 2. the paged cache: here the library is used -------------------------------------------------
 
 
-class BlockPool:
-    """Which blocks are free, and how many sequences use each of the others."""
-
-    def __init__(self, count):
-        self.free, self.users = deque(range(count)), [0] * count
-
-    def take(self):
-        """The block that has been free the longest, so that sequences move about."""
-        block = self.free.popleft()
-        self.users[block] = 1
-        return block
-
-    def drop(self, block):
-        """One user less; without any the block is free."""
-        self.users[block] -= 1
-        if not self.users[block]:
-            self.free.append(block)
-
-
 class PagedCache:
     """Keys and values of many sequences, in blocks of ``block_size`` slots for one token each.
 
     A layer has two arrays [num_blocks, block_size, KV_HEADS, HEAD_SIZE]. A sequence has a *block
-    table*: its blocks in order, the same in all layers. Sequences that begin alike share blocks.
-    Sequence 0 exists, and is empty; all others are forked off from one that exists.
+    table*: its blocks in order, the same in all layers; `cupy_cache.BlockTables` keeps them.
+    Sequences that begin alike share blocks. Sequence 0 exists, and is empty; all others are forked
+    off from one that exists. What is in blocks that nobody uses is poison.
     """
 
-    def __init__(self, xp, layers, num_blocks, host_blocks, block_size, dtype, layout):
-        self.xp, self.block_size, self.dtype = xp, block_size, np.dtype(dtype)
-        self.tables, self.lengths, self.host_tables = {0: []}, {0: 0}, {}
-        self.pool, self.host_pool = BlockPool(num_blocks), BlockPool(host_blocks)
+    def __init__(self, xp, layers, block_size, dtype, layout, num_blocks, **limits):
+        self.xp, self.dtype = xp, np.dtype(dtype)
+        # To be found by their tokens, blocks would have to be known by these: here they are not.
+        self.tables = cc.BlockTables(
+            num_blocks, block_size, reuse_prefixes=False, framework=xp.__name__, **limits
+        )
+        self.tables.add(0)
 
         def caches(empty, blocks):
             if layout == "NHD":
@@ -141,7 +126,7 @@ class PagedCache:
             return [poison(empty(shape, dtype)).transpose(0, 2, 1, 3) for _ in range(layers)]
 
         self.keys, self.values = (caches(xp.empty, num_blocks) for _ in range(2))
-        on_host = np.empty
+        on_host, host_blocks = np.empty, limits["host_blocks"]
         if xp is not np:
             from cupyx import empty_pinned as on_host  # pinned memory: the GPU can reach it
         self.host_keys, self.host_values = (caches(on_host, host_blocks) for _ in range(2))
@@ -151,46 +136,26 @@ class PagedCache:
 
     def fork(self, parent, child):
         """Let ``child`` begin as ``parent``. Nothing is copied: they share all blocks so far."""
-        self.tables[child] = list(self.tables[parent])
-        self.lengths[child] = self.lengths[parent]
-        for block in self.tables[child]:
-            self.pool.users[block] += 1
+        self.tables.fork(parent, child)
 
     def free(self, sequence):
-        for block in self.tables.pop(sequence):
-            self.pool.drop(block)
+        blocks = self.tables.blocks(sequence)
+        self.tables.free(sequence)
+        self._poison(blocks)
 
     def extend(self, batch, counts):
         """Begin a step in which each sequence of ``batch`` gets ``counts`` new tokens."""
-        copies, positions = [], []
-        for sequence, count in zip(batch, counts):
-            table, length = self.tables[sequence], self.lengths[sequence]
-            if length % self.block_size and self.pool.users[table[-1]] > 1:
-                # The last block has room, but others read it too: write into a copy of one's own.
-                copies.append((table[-1], self._take()))
-                self.pool.drop(table[-1])
-                table[-1] = copies[-1][1]
-            while len(table) * self.block_size < length + count:
-                table.append(self._take())
-            positions.append(np.arange(length, length + count))
-            self.lengths[sequence] += count
-        if copies:
-            cc.copy_blocks(self.keys, self.values, copies)
-            self._count("copy_blocks", len(copies) * self.block_bytes)
-
-        # The step's indices, for all layers. Tables are padded; nobody may read the padding.
-        asarray, tables = self.xp.asarray, [self.tables[sequence] for sequence in batch]
-        width = max(map(len, tables))
-        padded = [table + [-1] * (width - len(table)) for table in tables]
-        self.block_table = asarray(np.array(padded, np.int32))
-        self.ends = np.cumsum([0, *(self.lengths[s] for s in batch)], dtype=np.int32)
-        self.cu_seq_lens = asarray(self.ends)
-        self.seq_lens = asarray(np.diff(self.ends))
-        self.starts = np.cumsum([0, *counts], dtype=np.int32)
-        starts = self.query_start_loc = asarray(self.starts)
-        positions = asarray(np.concatenate(positions))
-        self.slots = cc.slot_mapping(self.block_table, positions, starts, self.block_size)
+        step = self.step = self.tables.step(batch, counts)
+        if step.copies:  # who writes into a block that others read too gets one of its own
+            cc.copy_blocks(self.keys, self.values, step.copies)
+            self._count("copy_blocks", len(step.copies) * self.block_bytes)
+        # The step has its slots; this is how they are computed where tables are one's own.
+        self.slots = cc.slot_mapping(
+            step.block_table, step.positions, step.query_start_loc, self.tables.block_size
+        )
         self._count("slot_mapping", self.slots.nbytes)
+        self.starts = np.cumsum([0, *counts])
+        self.ends = np.cumsum([0, *map(self.tables.length, batch)], dtype=np.int32)
 
     def write(self, layer, key, value):
         """Write the step's keys and values [new tokens, KV_HEADS, HEAD_SIZE] of one layer."""
@@ -205,8 +170,9 @@ class PagedCache:
             return attend_each(self.xp, query, self.starts, self.read(layer), slopes)
         out = poison(self.xp.empty(query.shape, query.dtype))
         cc.paged_attention(
-            query, self.keys[layer], self.values[layer], self.block_table, self.seq_lens,
-            query_start_loc=self.query_start_loc, alibi_slopes=slopes, out=out,
+            query, self.keys[layer], self.values[layer], self.step.block_table,
+            self.step.seq_lens, query_start_loc=self.step.query_start_loc, alibi_slopes=slopes,
+            out=out,
         )  # fmt: skip
         self._count("paged_attention", int(self.ends[-1]) * self.row_bytes)
         return out
@@ -215,36 +181,34 @@ class PagedCache:
         """All (keys, values) [tokens, KV_HEADS, HEAD_SIZE] of each sequence of the step."""
         shape = 2, int(self.ends[-1]), KV_HEADS, HEAD_SIZE
         rows = poison(self.xp.empty(shape, self.dtype))
+        bounds = self.xp.asarray(self.ends)
         for cache, out in zip((self.keys[layer], self.values[layer]), rows):
-            cc.gather_cache(cache, out, self.block_table, self.cu_seq_lens)
+            cc.gather_cache(cache, out, self.step.block_table, bounds)
             self._count("gather_cache", out.nbytes)
         return [tuple(rows[:, start:end]) for start, end in zip(self.ends, self.ends[1:])]
 
     def swap_out(self, sequence):
         """Preempt ``sequence``: move its blocks to host memory, so that others can have them."""
-        table = self.tables[sequence]
-        host = self.host_tables[sequence] = [self.host_pool.take() for _ in table]
-        self._swap(self.keys + self.values, self.host_keys + self.host_values, table, host)
-        for block in table:
-            self.pool.drop(block)
+        blocks = self.tables.blocks(sequence)
+        pairs = self.tables.swap_out(sequence)
+        self._swap(self.keys + self.values, self.host_keys + self.host_values, pairs)
+        self._poison(blocks)
 
     def swap_in(self, sequence):
         """Bring ``sequence`` back, into whatever blocks are free now."""
-        host = self.host_tables.pop(sequence)
-        table = self.tables[sequence] = [self._take() for _ in host]
-        self._swap(self.host_keys + self.host_values, self.keys + self.values, host, table)
-        for block in host:
-            self.host_pool.drop(block)
+        pairs = self.tables.swap_in(sequence)
+        self._swap(self.host_keys + self.host_values, self.keys + self.values, pairs)
 
-    def _swap(self, sources, destinations, old, new):
-        cc.swap_blocks(sources, destinations, list(zip(old, new)))
-        self._count("swap_blocks", len(old) * self.block_bytes)
+    def _swap(self, sources, destinations, pairs):
+        cc.swap_blocks(sources, destinations, pairs)
+        self._count("swap_blocks", len(pairs) * self.block_bytes)
 
-    def _take(self):
-        block = self.pool.take()
-        for cache in self.keys + self.values:
-            poison(cache[block])  # what the last owner left must not pass for the next one's
-        return block
+    def _poison(self, blocks):
+        """What the last owner left must not pass for the next one's."""
+        for block in blocks:
+            if not self.tables.pool.users(block):
+                for cache in self.keys + self.values:
+                    poison(cache[block])
 
     def _count(self, operation, moved):
         self.calls[operation] += 1
@@ -458,20 +422,24 @@ def demo(xp, prompt, tokens, width, layers, seed, block_size, layout, dtype, pro
     """
     whole, part = -(-len(prompt) // block_size), tokens // block_size + 2
     # Too few for the greedy sequence and the beams together: one of them has to be preempted.
-    blocks, host_blocks, dtype = whole + width * part, whole + part, DTYPES[dtype]
-    paged = PagedCache(xp, layers, blocks, host_blocks, block_size, dtype, layout)
+    blocks, dtype = whole + width * part, DTYPES[dtype]
+    paged = PagedCache(
+        xp, layers, block_size, dtype, layout, blocks, host_blocks=whole + part,
+        max_sequences=width, max_tokens=max(width, CHUNK), max_length=len(prompt) + tokens,
+    )  # fmt: skip
     run = Run(xp, Decoder(xp, layers, seed, dtype), paged, progress)
     for start in range(0, len(prompt), CHUNK):
         logits = run.step("prompt", [0], [list(prompt[start : start + CHUNK])])
 
     half = tokens // 2
     (greedy,), later = search(run, "greedy", [Beam(0.0, run.fork(0), [])], logits, 1, half)
-    before = paged.tables[greedy.sequence]
+    before = paged.tables.blocks(greedy.sequence)
     paged.swap_out(greedy.sequence)
     beams, _ = search(run, "beam search", [Beam(0.0, run.fork(0), [])], logits, width, tokens)
     for sequence in (0, *(beam.sequence for beam in beams)):
         run.free(sequence)
     paged.swap_in(greedy.sequence)
-    elsewhere = sum(old != new for old, new in zip(before, paged.tables[greedy.sequence]))
+    after = paged.tables.blocks(greedy.sequence)
+    elsewhere = sum(old != new for old, new in zip(before, after))
     (greedy,), _ = search(run, "greedy", [greedy], later, 1, tokens - half)
     return run, greedy, beams, len(before), elsewhere

@@ -338,11 +338,6 @@ def _older(version):
 # --- showing it -----------------------------------------------------------------------------------
 
 
-def show_config():
-    """Print versions, devices, where things are, and what is missing, for a reader."""
-    print(as_text(collect()))
-
-
 def as_text(facts):
     """``facts`` for a reader, aligned."""
     packages, cupy, driver = facts["packages"], facts["cupy"], facts["driver"]

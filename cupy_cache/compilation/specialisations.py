@@ -21,7 +21,7 @@ from ..attention.paged_attention import paged_attention
 from ..attention.paged_attention_mla import paged_attention_mla
 from ..errors import ArgumentError, CupyCacheError
 from ..ops.concat_and_cache_mla import SCALE_RULES, concat_and_cache_mla
-from ..ops.concat_and_cache_mla_grouped import concat_and_cache_mla_grouped
+from ..ops.concat_and_cache_mla_grouped import GEOMETRY, concat_and_cache_mla_grouped
 from ..ops.concat_and_cache_mla_rope_fused import concat_and_cache_mla_rope_fused
 from ..ops.convert_fp8 import convert_fp8
 from ..ops.copy_blocks import copy_blocks, copy_blocks_mla
@@ -45,7 +45,8 @@ from ..ops.slot_mapping_groups import slot_mapping_groups
 from ..ops.swap_blocks import swap_blocks
 from ..ops.swap_blocks_batch import KERNEL as SWAP_BLOCKS_BATCH
 from ..ops.zero_blocks import zero_blocks
-from ..runtime import arrays, contract, devices, formats, launch, spelling
+from ..runtime import contract, formats, launch, spelling
+from ..runtime.descriptions import described
 
 # The element types that engines use, by what the indices are: slots and positions are computed in
 # torch, whose integers have 64 bits; tables, and what counts sequences, are made on the host.
@@ -62,7 +63,6 @@ ENGINES = {
 BLOCKS, ROWS = 1024, 64
 QUANT_BLOCK = 128  # elements of an indexer's key that share a scale, where it divides them
 FORMATS = {**formats.PER_TOKEN_HEAD_FORMATS, **formats.CACHE_FORMATS}
-FLOAT32, INT64, UINT8 = (formats.DTYPES[name] for name in ("float32", "int64", "uint8"))
 
 
 def specialisations(
@@ -89,7 +89,7 @@ def specialisations(
                 f"{unknown[0]!r}{' instead of a sequence' if whole else ''}"
             )
     dtype = formats.dtype_named(dtype, "warmup: dtype")
-    stored = UINT8
+    stored = formats.UINT8
     if kv_cache_dtype != formats.FP8_DS_MLA:
         stored = FORMATS[kv_cache_dtype].stored or dtype
     model = Model(
@@ -152,59 +152,7 @@ def _kernels_of(call):
     raise AssertionError(f"{function} launched nothing")
 
 
-# --- arrays that are only described ---------------------------------------------------------------
-
-
-class Described:
-    """An array of which there is only a description."""
-
-    def __init__(self, shape, strides, dtype, address=None):
-        self.shape, self.strides, self.dtype = tuple(shape), tuple(strides), dtype
-        # Far apart, and aligned as an allocator's addresses are.
-        self.address = next(_addresses) << 40 if address is None else address
-
-    def permuted(self, *axes):
-        """The same memory with its dimensions in another order."""
-        shape, strides = ([x[axis] for axis in axes] for x in (self.shape, self.strides))
-        return Described(shape, strides, self.dtype, self.address)
-
-    def split(self, size):
-        """The first ``size`` and the other elements of the last dimension."""
-        *outer, last = self.shape
-        offset = size * self.dtype.bytes
-        return (
-            Described((*outer, size), self.strides, self.dtype, self.address),
-            Described((*outer, last - size), self.strides, self.dtype, self.address + offset),
-        )
-
-    def dense(self):
-        """An array of the same shape and order of dimensions without gaps."""
-        strides, step = {}, self.dtype.bytes
-        for axis in sorted(range(len(self.shape)), key=lambda axis: self.strides[axis]):
-            strides[axis] = step
-            step *= self.shape[axis]
-        return Described(self.shape, [strides[axis] for axis in sorted(strides)], self.dtype)
-
-
-def described(shape, dtype):
-    """A contiguous array."""
-    strides = [dtype.bytes * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    return Described(shape, strides, dtype)
-
-
-_addresses = itertools.count(1)
-_PLACE = arrays.Place("described", arrays.Device("cuda", devices.NOWHERE), True)
-
-
-def _read(array):
-    return array.address, array.shape, array.strides, array.dtype.name, _PLACE, None
-
-
-arrays.register_framework(
-    "described",
-    Described,
-    arrays.Framework(_read, lambda index: 0, lambda device, shape, dtype: described(shape, dtype)),
-)
+# --- the arrays -----------------------------------------------------------------------------------
 
 
 class Model(NamedTuple):
@@ -245,12 +193,12 @@ class Model(NamedTuple):
     def scales(self):
         """Scales of keys and of values: for all heads, and for each."""
         if formats.is_scaled(self.kv_cache_dtype):
-            return (1.0, 1.0), [described((self.heads,), FLOAT32) for _ in "kv"]
+            return (1.0, 1.0), [described((self.heads,), formats.FLOAT32) for _ in "kv"]
         return ((None, None),)
 
     def token_scales(self):
         """The scales of keys and of values, of each token and head."""
-        return [described((BLOCKS, self.block_size, self.heads), FLOAT32) for _ in "kv"]
+        return [described((BLOCKS, self.block_size, self.heads), formats.FLOAT32) for _ in "kv"]
 
     def cache(self, *block):
         """A contiguous cache of blocks like this."""
@@ -294,7 +242,7 @@ class Model(NamedTuple):
         if "indexer" in self.layouts:
             quant = QUANT_BLOCK if self.key_size % QUANT_BLOCK == 0 else self.key_size
             size = self.key_size + 4 * self.key_size // quant
-            yield described((BLOCKS, self.block_size, size), UINT8), quant
+            yield described((BLOCKS, self.block_size, size), formats.UINT8), quant
 
     def pages(self):
         """A cache whose blocks hold K|V, taken as one."""
@@ -348,7 +296,7 @@ def _tables(model, size):
     many elements of a head that rotate; and whether in NeoX's style."""
     if model.dtype in formats.FLOATS and size > 0 and size % 2 == 0:
         dtype, style = model.rotation.cos_sin_dtype, model.rotation.is_neox
-        dtypes = dict.fromkeys((model.dtype, FLOAT32)) if dtype is None else (dtype,)
+        dtypes = dict.fromkeys((model.dtype, formats.FLOAT32)) if dtype is None else (dtype,)
         for one, is_neox in itertools.product(dtypes, (True, False) if style is None else (style,)):
             yield described((ROWS, size), one), is_neox
 
@@ -373,7 +321,7 @@ def _rotary_write(model):
         named |= zip(("q_norm_weight", "k_norm_weight"), weights)
     if rotation.out or rotation.out_dtype != "auto":
         raw = rotation.out_dtype in formats.RAW
-        named["out"] = described(query.shape, model.dtype if raw else UINT8)
+        named["out"] = described(query.shape, model.dtype if raw else formats.UINT8)
     packed = [] if model.by_token else [(keys, values) for keys, values, _ in model.x_packed()]
     if model.by_token:
         named |= zip(("k_scale_cache", "v_scale_cache"), model.token_scales())
@@ -417,28 +365,23 @@ def _mla(model):
         return
     for cache, slots in itertools.product(model.rows(), model.numbers("slots", ROWS)):
         for rule in SCALE_RULES:
-
-            def write(*step, rule=rule):
-                concat_and_cache_mla(*step, scale_rule=rule)
-
+            write = functools.partial(concat_and_cache_mla, scale_rule=rule)
             yield write, *model.entries(), cache, slots, model.kv_cache_dtype, 1.0
 
 
 def _mla_grouped(model):
     if model.by_token or model.kv_cache_dtype == formats.FP8_DS_MLA:
         return
-    scales = described((1,), FLOAT32) if formats.is_scaled(model.kv_cache_dtype) else None
-
-    def write(caches, slots, entry=None):
-        block = None if entry is None else entry * model.block_size
-        concat_and_cache_mla_grouped(
-            *model.entries(1), caches, slots, model.block_size, block, entry, scales,
-            model.kv_cache_dtype, num_blocks=BLOCKS,
-        )  # fmt: skip
-
+    scales = described((1,), formats.FLOAT32) if formats.is_scaled(model.kv_cache_dtype) else None
+    write = functools.partial(
+        concat_and_cache_mla_grouped, kv_scales=scales, kv_cache_dtype=model.kv_cache_dtype
+    )
     for cache, slots in itertools.product(model.rows(), model.numbers("slots", 1, ROWS)):
-        yield write, [cache], slots
-        yield write, described((1,), INT64), slots, cache.shape[2]
+        yield write, *model.entries(1), [cache], slots
+        strides = model.block_size * cache.shape[2], cache.shape[2]
+        geometry = dict(zip(GEOMETRY, (model.block_size, *strides, BLOCKS)))
+        by_addresses = functools.partial(write, **geometry)
+        yield by_addresses, *model.entries(1), described((1,), formats.INT64), slots
 
 
 def _sequences(model):
@@ -473,12 +416,8 @@ def _gather(model):
     for (cache, rows), sequences in itertools.product(_gathers(model), _read_sequences(model)):
         yield gather_cache, cache, rows, *sequences
     for cache, rows, layout in _packed_gathers(model):
-
-        def gather(*step, layout=layout):
-            gather_cache(*step, layout=layout)
-
         for sequences in _read_sequences(model):
-            yield gather, cache, rows, *sequences
+            yield functools.partial(gather_cache, layout=layout), cache, rows, *sequences
 
 
 def _cp_gather(model):
@@ -491,30 +430,23 @@ def _dequant_gather(model):
     if model.kv_cache_dtype == formats.FP8_DS_MLA:
         return
     yield from _both_gathers(model)
-
-    def gather(cache, numbers, scales, layout, table, bounds, starts):
-        gather_and_maybe_dequant_cache(
-            cache, numbers, table, bounds, None, ROWS, model.kv_cache_dtype, seq_starts=starts,
-            layout=layout, **scales,
-        )  # fmt: skip
-
     for read, sequences in itertools.product(_dequantised(model), _read_sequences(model)):
-        yield gather, *read, *sequences
+        (cache, numbers, named), (table, bounds, starts) = read, sequences
+        gather = functools.partial(gather_and_maybe_dequant_cache, seq_starts=starts, **named)
+        yield gather, cache, numbers, table, bounds, None, ROWS, model.kv_cache_dtype
 
 
 def _slot_gather(model):
     if model.kv_cache_dtype == formats.FP8_DS_MLA:
         return
-
-    def gather(cache, numbers, scales, layout, slots):
-        gather_slots(cache, numbers, slots, model.kv_cache_dtype, layout=layout, **scales)
-
     for read, slots in itertools.product(_dequantised(model), model.numbers("slots", ROWS)):
-        yield gather, *read, slots
+        cache, numbers, named = read
+        gather = functools.partial(gather_slots, **named)
+        yield gather, cache, numbers, slots, model.kv_cache_dtype
 
 
 def _dequantised(model):
-    """Caches, rows of the model's numbers, named scales, and what gathering calls the layouts."""
+    """Caches, rows of the model's numbers, and what gathering takes by name."""
     if model.by_token:
         name, every_scale = "scale_cache", model.token_scales()[:1]
         caches = [(cache, rows, "NHD") for cache, rows in _gathers(model) if len(rows.shape) == 3]
@@ -525,7 +457,8 @@ def _dequantised(model):
     for (cache, rows, layout), scale in itertools.product(caches, every_scale):
         if len(rows.shape) == 2 and not isinstance(scale, float) and scale is not None:
             continue  # entries of latent attention have no heads
-        yield cache, described(rows.shape, model.dtype), {"scale": None, name: scale}, layout
+        named = {"scale": None, name: scale, "layout": layout}
+        yield cache, described(rows.shape, model.dtype), named
 
 
 def _both_gathers(model):
@@ -579,62 +512,47 @@ def _indexer(model):
 
 def _indexer_gather(model):
     for (cache, _), sequences in itertools.product(model.indexer(), _sequences(model)):
-        keys = described((ROWS, model.key_size), UINT8)
-        scales = described((ROWS, cache.shape[2] - model.key_size), UINT8)
+        keys = described((ROWS, model.key_size), formats.UINT8)
+        scales = described((ROWS, cache.shape[2] - model.key_size), formats.UINT8)
         yield cp_gather_indexer_k_quant_cache, cache, keys, scales, *sequences
 
 
 def _slots(model):
-    def compute(ranks, *step):
-        slot_mapping(*step, model.block_size, cp_world_size=ranks)
-
     for table, bounds in _sequences(model):
         for ranks, positions in itertools.product((1, 2), model.numbers("positions", ROWS)):
-            yield compute, ranks, table, positions, bounds
+            compute = functools.partial(slot_mapping, cp_world_size=ranks)
+            yield compute, table, positions, bounds, model.block_size
 
 
 def _slot_groups(model):
-    def compute(ranks, table, *step):
-        slot_mapping_groups([table], *step, [model.block_size], cp_world_size=ranks)
-
     for table, bounds in _sequences(model):
         for ranks, positions in itertools.product((1, 2), model.numbers("positions", ROWS)):
+            compute = functools.partial(slot_mapping_groups, cp_world_size=ranks)
             # Without requests their type is the table's.
             for idx in (None, *model.numbers("requests", ROWS)):
-                yield compute, ranks, table, idx, positions, bounds
+                yield compute, [table], idx, positions, bounds, [model.block_size]
 
 
 def _biases(model):
-    def compute(dtype, keys, *step):
-        alibi_bias(*step, described((keys,), step[1].dtype), dtype=dtype)
-
-    def compute_ragged(dtype, keys, starts, bounds, *step):
-        keys = described((keys,), step[1].dtype)
-        alibi_bias(*step, keys, dtype=dtype, query_start_loc=starts, cu_seq_lens=bounds)
-
-    slopes = described((model.heads,), FLOAT32)
+    slopes = described((model.heads,), formats.FLOAT32)
     every_bounds = model.numbers("bounds", ROWS + 1)
     for dtype, queries in itertools.product(formats.FLOATS, model.numbers("positions", ROWS)):
-        for keys in (ROWS, ROWS + 1):  # rows that are multiples of 16 bytes, and others
-            yield compute, dtype.name, keys, slopes, queries
+        compute = functools.partial(alibi_bias, dtype=dtype.name)
+        for count in (ROWS, ROWS + 1):  # rows that are multiples of 16 bytes, and others
+            step = slopes, queries, described((count,), queries.dtype)
+            yield compute, *step
             for starts, bounds in itertools.product(every_bounds, every_bounds):
-                yield compute_ragged, dtype.name, keys, starts, bounds, slopes, queries
+                named = {"query_start_loc": starts, "cu_seq_lens": bounds}
+                yield functools.partial(compute, **named), *step
 
 
 def _attention(model):
     """Of one query for each sequence, and of several; of many sequences, and of few, of which
     several thread blocks share one, in two ways."""
-
-    names = ("k_scale_cache", "v_scale_cache") if model.by_token else ("k_scale", "v_scale")
-
-    def attend(starts, k_scale, v_scale, *step):
-        paged_attention(
-            *step, query_start_loc=starts, kv_cache_dtype=model.kv_cache_dtype,
-            **dict(zip(names, (k_scale, v_scale))),
-        )  # fmt: skip
-
-    if model.dtype == FLOAT32:
+    if model.dtype == formats.FLOAT32:
         return
+    names = ("k_scale_cache", "v_scale_cache") if model.by_token else ("k_scale", "v_scale")
+    attend = functools.partial(paged_attention, kv_cache_dtype=model.kv_cache_dtype)
     packed = () if model.by_token else model.x_packed()
     every_scale = [model.token_scales()] if model.by_token else model.scales()
     for caches in itertools.chain(model.pairs(), (pair for *pair, _ in packed)):
@@ -645,19 +563,17 @@ def _attention(model):
                 (None, *model.numbers("bounds", count + 1)),
             )  # fmt: skip
             for (table, lens, starts), scales in itertools.product(indices, every_scale):
-                yield attend, starts, *scales, query, *caches, table, lens
+                named = {"query_start_loc": starts, **dict(zip(names, scales))}
+                yield functools.partial(attend, **named), query, *caches, table, lens
 
 
 def _latent_attention(model):
     """Of one query for each sequence, and of several."""
-
-    def attend(starts, *step):
-        paged_attention_mla(
-            *step, scale=1.0, kv_lora_rank=model.value_size, query_start_loc=starts,
-            kv_cache_dtype=model.kv_cache_dtype,
-        )  # fmt: skip
-
-    if model.dtype == FLOAT32:
+    attend = functools.partial(
+        paged_attention_mla, scale=1.0, kv_lora_rank=model.value_size,
+        kv_cache_dtype=model.kv_cache_dtype,
+    )  # fmt: skip
+    if model.dtype == formats.FLOAT32:
         return
     for cache in model.rows():
         query = described((ROWS, model.query_heads, model.key_size), model.dtype)
@@ -666,13 +582,13 @@ def _latent_attention(model):
             (None, *model.numbers("bounds", ROWS + 1)),
         )  # fmt: skip
         for table, lens, starts in indices:
-            yield attend, starts, query, cache, table, lens
+            yield functools.partial(attend, query_start_loc=starts), query, cache, table, lens
 
 
 def _merges(model):
     if model.dtype in formats.FLOATS:
         rows = [described((ROWS, model.query_heads, model.value_size), model.dtype) for _ in "ops"]
-        lses = [described((model.query_heads, ROWS), FLOAT32) for _ in "ps"]
+        lses = [described((model.query_heads, ROWS), formats.FLOAT32) for _ in "ps"]
         yield merge_attn_states, rows[0], rows[1], lses[0], rows[2], lses[1]
 
 
@@ -721,7 +637,7 @@ def _moves(function, by_slot=False):
     def calls(model):
         for caches in model.layers(by_slot):
             size = sum(ROWS * math.prod(cache.shape[1:]) * cache.dtype.bytes for cache in caches)
-            buffer = described((size,), UINT8)
+            buffer = described((size,), formats.UINT8)
             for chosen in ([0], *model.numbers("slots" if by_slot else "blocks", ROWS)):
                 if function is zero_blocks:
                     yield function, [caches], chosen

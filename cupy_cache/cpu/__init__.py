@@ -9,20 +9,16 @@ from .operations import (
     concat_and_cache_fp8_ds_mla,
     concat_and_cache_mla,
     convert_fp8,
-    copy_blocks,
     cp_gather_indexer_k_quant_cache,
     gather_both,
     gather_cache,
     gather_fp8_ds_mla,
     gather_slots,
     indexer_k_quant_and_cache,
-    pack,
     reshape_and_cache,
     reshape_and_cache_flash,
     reshape_and_cache_flash_per_token_head,
     slot_mapping,
-    unpack,
-    zero,
 )
 from .rotary import rotary
 
@@ -32,7 +28,6 @@ __all__ = [
     "concat_and_cache_fp8_ds_mla",
     "concat_and_cache_mla",
     "convert_fp8",
-    "copy_blocks",
     "cp_gather_indexer_k_quant_cache",
     "gather_both",
     "gather_cache",
@@ -40,7 +35,6 @@ __all__ = [
     "gather_slots",
     "indexer_k_quant_and_cache",
     "merge_attn_states",
-    "pack",
     "paged_attention",
     "paged_attention_mla",
     "reshape_and_cache",
@@ -48,6 +42,4 @@ __all__ = [
     "reshape_and_cache_flash_per_token_head",
     "rotary",
     "slot_mapping",
-    "unpack",
-    "zero",
 ]

@@ -253,7 +253,7 @@ class _Entries:
         """Slots ``start`` to ``stop`` of each block."""
         entries = np.ascontiguousarray(self._cache[:, start:stop][blocks])
         entries = entries.reshape(1, -1, entries.shape[2])
-        latent = decode(entries[..., :DS_LATENT], formats.DTYPES["float8_e4m3fn"])
+        latent = decode(entries[..., :DS_LATENT], formats.E4M3)
         scales = entries[..., DS_LATENT:DS_ROPE_AT].view(np.float32)
         latent *= np.repeat(scales, DS_LATENT // scales.shape[2], axis=2)
         if self.elements == DS_LATENT:

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from ..runtime import faults, formats, segments
+from ..runtime import faults, formats, launch
 from .conversions import decode, dequantise, encode, quantise
 
 MAX_WORD = 2**31  # bytes that an element of NumPy's cannot have
@@ -167,10 +167,10 @@ def reshape_and_cache(
     )
     keys = quantised_rows(key[tokens], source, stored, k_scale, numbers[0])
     values = quantised_rows(value[tokens], source, stored, v_scale, numbers[1])
-    put_packed(key_cache, value_cache, block, offset, keys, values)
+    put_x_packed(key_cache, value_cache, block, offset, keys, values)
 
 
-def put_packed(key_cache, value_cache, block, offset, keys, values):
+def put_x_packed(key_cache, value_cache, block, offset, keys, values):
     """Write rows [token, head, element] to x-packed caches."""
     x = key_cache.shape[4]
     # Indices split by slices put the token first: [token, head, pack], [token, head, d].
@@ -182,7 +182,7 @@ def put_packed(key_cache, value_cache, block, offset, keys, values):
 
 
 def concat_and_cache_mla(
-    kv_c, k_pe, kv_cache, slot_mapping, scale, rows, number, *_,
+    kv_c, k_pe, kv_cache, slot_mapping, scale, rows, number, *,
     source, stored, op="concat_and_cache_mla", first_row=0,
 ):  # fmt: skip
     """Write ``rows`` entries [kv_c | k_pe] into a cache indexed [block, offset, element].
@@ -200,10 +200,10 @@ def concat_and_cache_mla(
 
 
 def concat_and_cache_fp8_ds_mla(
-    kv_c, k_pe, kv_cache, slot_mapping, scale, rows, *_, source, power_of_two
+    kv_c, k_pe, kv_cache, slot_mapping, scale, rows, number, *, source, power_of_two
 ):
     """Write ``rows`` entries of 656 bytes; see kernels_cu/concat_and_cache_mla.cu."""
-    del scale
+    del scale, number
     tokens, block, offset = _places(
         "concat_and_cache_mla", slot_mapping[:rows], *kv_cache.shape[:2]
     )
@@ -214,7 +214,7 @@ def concat_and_cache_fp8_ds_mla(
         scales = _power_of_two_from(np.maximum(scales, np.float32(1e-4)))
     else:
         scales = np.maximum(scales, np.finfo(np.float32).tiny)
-    codes = quantise(tiles, source, scales[..., np.newaxis], formats.DTYPES["float8_e4m3fn"])
+    codes = quantise(tiles, source, scales[..., np.newaxis], formats.E4M3)
     kv_cache[block, offset, :512] = codes.reshape(-1, 512)
     kv_cache[block, offset, 512:528] = scales.astype("<f4").view(np.uint8)
     kv_cache[block, offset, 528:] = _dense(k_pe[tokens]).view(np.uint8) if k_pe.shape[-1] else 0
@@ -238,7 +238,7 @@ def indexer_k_quant_and_cache(
     if exponents:
         words = (words >> np.uint32(23)) * np.uint32(0x01010101)
     values, scale_bytes = _indexer_parts(kv_cache, k.shape[1])
-    codes = quantise(keys, source, scales[..., np.newaxis], formats.DTYPES["float8_e4m3fn"])
+    codes = quantise(keys, source, scales[..., np.newaxis], formats.E4M3)
     values[block, offset] = codes.reshape(-1, k.shape[1])
     scale_bytes[block, offset] = words.astype("<u4").view(np.uint8)
 
@@ -295,32 +295,11 @@ def _kept(op, slot_mapping, num_slots, first_row=0):
     return good.nonzero()[0], slots[good]
 
 
-def convert_fp8(output, input, scale, number, *_, source, target):
+def convert_fp8(output, input, scale, number, *, source, target):
     """Convert ``source`` elements to ``target`` ones, one of which is an fp8 type."""
     scale = number if scale is None else scale.reshape(())
     convert = quantise if target.bytes == 1 else dequantise
     output[...] = convert(input, source, scale, target)
-
-
-def pack(cache, index, packed, rows):
-    """Copy the items ``index`` of a cache to ``rows`` of a packed buffer; all are in range."""
-    packed[rows] = cache[index]
-
-
-def unpack(packed, rows, cache, index):
-    """Copy ``rows`` of a packed buffer to the items ``index`` of a cache; all are in range."""
-    cache[index] = packed[rows]
-
-
-def zero(cache, index):
-    """Fill the items ``index`` of a cache with zeros; all are in range."""
-    cache[index] = 0
-
-
-def copy_blocks(source, destination, pairs):
-    """Copy whole blocks between caches indexed [block, …]; pairs are checked and independent."""
-    sources, destinations = pairs
-    destination[destinations] = source[sources]
 
 
 def alibi_slopes(out, count, first, power, step):
@@ -397,7 +376,7 @@ def gather_both(
         _read_tokens(*arrays, rows, *tokens, side.axes, side.stored, side.target)
 
 
-def gather_slots(src_cache, dst, slot_mapping, scale, rows, number, *_, op, side):
+def gather_slots(src_cache, dst, slot_mapping, scale, rows, number, *, op, side):
     """Copy tokens as `gather_cache`, by their slots; ``side`` has ``axes``, ``stored`` and
     ``target``."""
     places = _places(op, slot_mapping[:rows], src_cache.shape[0], side.block_size)
@@ -439,9 +418,7 @@ def gather_fp8_ds_mla(
     latent, scales, rope_bytes = np.split(src_cache[block, offset], (512, 528), axis=1)
     scales = np.ascontiguousarray(scales).view("<f4")[..., np.newaxis]
     tiles = latent.reshape(-1, 4, 128)
-    dst[row, :512] = dequantise(tiles, formats.DTYPES["float8_e4m3fn"], scales, target).reshape(
-        -1, 512
-    )
+    dst[row, :512] = dequantise(tiles, formats.E4M3, scales, target).reshape(-1, 512)
     bits = np.ascontiguousarray(rope_bytes).view(rope.bits)
     dst[row, 512:] = bits if rope is target else dequantise(bits, rope, 1.0, target)
 
@@ -517,7 +494,7 @@ def _owners_out_of_order(starts, rows):
     """The same where ``starts`` descend: of several segments the one that a kernel finds, see
     kernels_cu/include/cupy_cache/sequences.cuh."""
     count, row = len(starts) - 1, np.arange(rows)
-    even = np.float32(segments.evenly(count, rows)[0])
+    even = np.float32(launch.evenly(count, rows)[0])
     guess = np.minimum((row.astype(np.float32) * even).astype(np.int64), count - 1)
     owner = np.where((starts[guess] <= row) & (row < starts[guess + 1]), guess, -1)
     first, last, reach = starts[0], starts[count], 2 + (count >> 4)

@@ -6,9 +6,7 @@ import numpy as np
 
 from ..runtime import formats
 from .conversions import decode, encode, quantise
-from .operations import guarded_rows, put_packed, put_scaled, quantised_rows
-
-FLOAT32 = formats.DTYPES["float32"]
+from .operations import guarded_rows, put_scaled, put_x_packed, quantised_rows
 
 
 def rotary(
@@ -126,7 +124,7 @@ def _stored(values, source, stored, scale, number):
     """float32 ``values`` as the bits that are stored."""
     if stored is not None:
         scale = number if scale is None else scale.reshape(-1, 1)
-        return quantise(values.view(np.uint32), FLOAT32, scale, stored)
+        return quantise(values.view(np.uint32), formats.FLOAT32, scale, stored)
     with np.errstate(all="ignore"):
         return encode(values, source)
 
@@ -134,7 +132,7 @@ def _stored(values, source, stored, scale, number):
 def _write(key_cache, value_cache, places, keys, values, value_size):
     block, offset = places
     if key_cache.ndim == 5:
-        put_packed(key_cache, value_cache, block, offset, keys, values)
+        put_x_packed(key_cache, value_cache, block, offset, keys, values)
     elif value_cache is None:  # entries of one head
         key_cache[block, offset, :value_size] = values[:, 0]
         key_cache[block, offset, value_size:] = keys[:, 0]

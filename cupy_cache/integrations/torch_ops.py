@@ -47,8 +47,6 @@ caches in place, views and lists of them too; older ones may copy them.
 """
 
 import inspect
-import math
-import operator
 import re
 
 import numpy as np
@@ -56,7 +54,8 @@ import numpy as np
 import cupy_cache
 
 from ..errors import CupyCacheError, MissingDependencyError
-from ..runtime import arrays, devices, dispatch, formats, launch
+from ..runtime import devices, dispatch, formats, launch
+from ..runtime.descriptions import ABSENT_GPU, Described
 
 _NEEDED = "cupy_cache.integrations.torch_ops needs torch 2.4 or newer (pip install 'torch>=2.4')"
 try:
@@ -317,31 +316,6 @@ _count_change = _counter()
 # --- what tracing sees ----------------------------------------------------------------------------
 
 
-class _Traced:
-    """A tensor without memory: ``metadata`` are the fields of `arrays.Metadata`."""
-
-    def __init__(self, address, shape, strides, dtype, place):
-        self.metadata = address, tuple(shape), tuple(strides), dtype, place, None
-
-
-# On a GPU that is not there: a launch is where the call ends, all arguments being right.
-_GPU = arrays.Place("traced", arrays.Device("cuda", devices.NOWHERE), True)
-_HOST = arrays.Place("traced", devices.CPU, True)
-
-
-def _made(device, shape, dtype):
-    """A new array."""
-    strides = [dtype.bytes * math.prod(shape[at + 1 :]) for at in range(len(shape))]
-    return _Traced(1 << 60, shape, strides, dtype.name, arrays.Place("traced", device, True))
-
-
-arrays.register_framework(
-    "traced",
-    _Traced,
-    arrays.Framework(operator.attrgetter("metadata"), lambda device: 0, _made),
-)
-
-
 class _SizeUnknownError(Exception):
     """A size depends on data, so nothing can be checked."""
 
@@ -396,28 +370,28 @@ class _Describe:
             # none of them is the only number of pairs that all checks let pass.
             if self._chosen[name]:
                 return np.empty((0, *shape[1:]) if shape else (), formats.DTYPES[dtype].numpy)
-            return self._traced(value, dtype, shape, _GPU)
-        return self._traced(value, dtype, shape, self._place(value.device))
+            return self._described(value, dtype, shape, ABSENT_GPU)
+        return self._described(value, dtype, shape, self._device(value.device))
 
-    def _traced(self, value, dtype, shape, place):
+    def _described(self, value, dtype, shape, device):
         size = value.element_size()
         storage = self._storages.setdefault(
             value.untyped_storage()._cdata, (1 + len(self._storages)) << 48
         )
         address = storage + _number(value.storage_offset()) * size
         strides = [_number(stride) * size for stride in value.stride()]
-        return _Traced(address, shape, strides, dtype, place)
+        return Described(shape, strides, dtype, device, address)
 
-    def _place(self, device):
+    def _device(self, device):
         """Where an argument counts as being: on the GPU, also where none is used, for only there
         calls end before they read memory; and on any further device."""
         if device in self._gpus[1:]:
-            return arrays.Place("traced", arrays.Device("cuda", device.index), True)
-        return _HOST if self._gpus and device.type == "cpu" else _GPU
+            return devices.Device("cuda", device.index)
+        return devices.CPU if self._gpus and device.type == "cpu" else ABSENT_GPU
 
     def with_its_device(self, message):
         """A message, of an error, that names the GPU in the place of the one that is not there."""
-        return message.replace(str(_GPU.device), str(self._gpus[0]) if self._gpus else "cpu")
+        return message.replace(str(ABSENT_GPU), str(self._gpus[0]) if self._gpus else "cpu")
 
 
 def _checking(run, function, arguments, result):

@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 from .. import errors
 from ..errors import ArgumentError, DeviceError
-from ..runtime import contract, driver, formats, streams
+from ..runtime import contract, driver, formats, making
 
 # The dimensions of caches that can be allocated: the names that `PagedKVCache.allocate` takes.
 LAYOUTS = ("NHD", "HND", "packed", "x-packed", "rows")
 PAGED = ("NHD", "HND")  # of these, with scales for each token and head
-FLOAT32 = formats.DTYPES["float32"]
 PACK_BYTES = 16  # of the elements that an x-packed cache keeps together
 SIZES = ("num_layers", "num_blocks", "block_size", "num_kv_heads", "head_size")
 
@@ -34,11 +33,7 @@ def caches(
     if head_size_v is None:
         head_size_v = head_size
     head_size_v = contract.integer(op, "head_size_v", head_size_v, 1)
-    if not isinstance(layout, str) or layout not in LAYOUTS:
-        expected = f"one of {', '.join(LAYOUTS)}"
-        raise ArgumentError(
-            errors.wrong("value", f"{op}: layout", expected, contract.shown(layout))
-        )
+    contract.choice(op, "layout", layout, LAYOUTS)
     framework, device = _home(op, dtype, framework, device, contract.flag(op, "pinned", pinned))
     if kv_cache_dtype in formats.BY_TOKEN:
         if layout not in PAGED:
@@ -57,7 +52,7 @@ def caches(
         return *([page[0] for page in side] for side in made), pages
     dtype = storage(op, _raw(op, dtype), kv_cache_dtype, layout)
     shapes = _shapes(op, layout, *sizes, head_size_v, dtype)
-    zeros = functools.partial(streams.zeros, framework, device, dtype=dtype, pinned=pinned)
+    zeros = functools.partial(making.zeros, framework, device, dtype=dtype, pinned=pinned)
     made = [[zeros(shape) for _ in range(layers)] for shape in shapes]
     if layout == "rows":
         return made[0], None, None
@@ -82,14 +77,14 @@ def _page(framework, device, pinned, layout, stored, num_blocks, block_size, hea
     """A layer's cache, its scales, and the pages that hold both: of each block all elements, then
     all scales, with a gap between them where a scale would not be aligned."""
     elements, scales = block_size * heads * head_size, block_size * heads
-    first = -(-elements // FLOAT32.bytes) * FLOAT32.bytes
-    size = -(-(first + scales * FLOAT32.bytes) // PACK_BYTES) * PACK_BYTES
+    first = -(-elements // formats.FLOAT32.bytes) * formats.FLOAT32.bytes
+    size = -(-(first + scales * formats.FLOAT32.bytes) // PACK_BYTES) * PACK_BYTES
     byte = formats.DTYPES["uint8" if stored.name != "int8" else "int8"]
-    whole = streams.zeros(framework, device, (num_blocks, size), byte, pinned)
-    floats = sys.modules["torch"].float32 if framework == "torch" else FLOAT32.numpy
+    whole = making.zeros(framework, device, (num_blocks, size), byte, pinned)
+    floats = sys.modules["torch"].float32 if framework == "torch" else formats.FLOAT32.numpy
     order = (block_size, heads) if layout == "NHD" else (heads, block_size)
     cache = whole[:, :elements].reshape(num_blocks, *order, head_size)
-    of_cache = whole[:, first : first + scales * FLOAT32.bytes].view(floats)
+    of_cache = whole[:, first : first + scales * formats.FLOAT32.bytes].view(floats)
     of_cache = of_cache.reshape(num_blocks, *order)
     if layout == "HND":
         cache, of_cache = cache.swapaxes(1, 2), of_cache.swapaxes(1, 2)
@@ -102,7 +97,7 @@ def _home(op, dtype, framework, device, pinned):
         framework = "torch"
     if pinned and device is None:
         device = "cpu"
-    framework, device = streams.home(op, framework, device)
+    framework, device = making.home(op, framework, device)
     if pinned and device.kind != "cpu":
         way_out = "only host memory is pinned"
         raise DeviceError(errors.wrong("value", f"{op}: device", "'cpu'", str(device), way_out))
@@ -124,13 +119,13 @@ def _raw(op, dtype):
 def storage(op, dtype, kv_cache_dtype, layout):
     """The `formats.DType` of the arrays. fp8 is kept as bytes, which every framework has."""
     if layout == "rows" and kv_cache_dtype == formats.FP8_DS_MLA:
-        return formats.DTYPES["uint8"]
+        return formats.UINT8
     more = formats.BY_TOKEN if layout in PAGED else ()
     names = (*formats.CACHE_FORMATS, *more, *([formats.FP8_DS_MLA] if layout == "rows" else []))
     stored = formats.cache_format(op, kv_cache_dtype, names).stored
     if stored is None:
         return dtype
-    return stored if stored.name == "int8" else formats.DTYPES["uint8"]
+    return stored if stored.name == "int8" else formats.UINT8
 
 
 def _shapes(op, layout, num_blocks, block_size, heads, head_size, head_size_v, dtype):

@@ -4,29 +4,17 @@
 
 from __future__ import annotations
 
-import inspect
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any, Literal, SupportsIndex
 
 from .. import errors
 from ..attention import paged_attention, paged_attention_mla
 from ..errors import ArgumentError, CopyError, CupyCacheError, DTypeError, ShapeError
-from ..ops import (
-    concat_and_cache_mla,
-    concat_and_cache_mla_rope_fused,
-    copy_blocks,
-    gather_and_maybe_dequant_cache,
-    pack_blocks,
-    reshape_and_cache,
-    reshape_and_cache_flash,
-    reshape_and_cache_flash_per_token_head,
-    rotary_and_cache,
-    swap_blocks,
-    zero_blocks,
-)
-from ..ops.shared import gathering, gathering_both, rotary
-from ..runtime import arrays, contract, dispatch, formats, lists, streams
+from ..ops import copy_blocks, pack_blocks, swap_blocks, zero_blocks
+from ..ops.shared import rotary
+from ..runtime import arrays, contract, dispatch, formats, lists, making, streams
 from ..types import (
     ArrayLike,
     CacheLayout,
@@ -42,23 +30,22 @@ from ..types import (
     Writer,
 )
 from . import allocation, layouts
+from .layer import ATTEND, GATHER, ROTARY_WRITE, Layer
 
 MAX_BOUND = 16  # combinations of options of one layer
-_ATTEND, _GATHER = "PagedKVCache.attend", gathering_both.NAME
-_ROTARY, _ATTEND_MLA = "PagedKVCache.rotary_write", "PagedKVCache.attend_mla"
-_BY_TOKEN = "k_scale_cache", "v_scale_cache"  # what operations call them
+_ATTEND_MLA = "PagedKVCache.attend_mla"
 
 
 class PagedKVCache:
-    """Paged caches of all layers of a model, for callers to whom a microsecond a call matters.
+    """The paged caches of all layers of a model: the keys and values of many sequences.
 
-    `allocate` makes the arrays; this makes an object of arrays that exist.
+    `allocate` makes the arrays; the constructor takes arrays that exist. Methods mean what the
+    functions of the same arguments mean, with the same checks and errors, which name the method.
 
-    The functions of this library read their arguments at every call: of `copy_blocks` for 32 layers
-    these are 64 arrays. This object reads the caches once for `write`, `rotary_write`, `attend`,
-    `gather` and the methods that copy, pack, unpack or zero blocks; the others read them at every
-    call. Its methods mean what the functions of the same arguments mean, with the same checks and
-    errors, which name the method.
+    They take less of the host's time. The functions read their arguments at every call: of
+    `copy_blocks` for 32 layers these are 64 arrays. This object reads the caches once for `write`,
+    `rotary_write`, `attend`, `gather` and the methods that copy, pack, unpack or zero blocks; the
+    others read them at every call.
 
     Parameters
     ----------
@@ -125,11 +112,7 @@ class PagedKVCache:
         k_scales: Scale | Sequence[Scale] = None,
         v_scales: Scale | Sequence[Scale] = None,
     ) -> None:
-        self._set_up(key_caches, value_caches, kv_cache_dtype, k_scales, v_scales, None)
-
-    def _set_up(self, *given):
-        with errors.renamed("PagedKVCache", {"k_scale": "k_scales", "v_scale": "v_scales"}):
-            self._bind(*given)
+        self._bind(key_caches, value_caches, kv_cache_dtype, k_scales, v_scales, None)
 
     @classmethod
     def allocate(
@@ -212,11 +195,12 @@ class PagedKVCache:
             head_size_v, dtype, kv_cache_dtype, layout, framework, device, pinned,
         )  # fmt: skip
         made = cls.__new__(cls)
-        made._set_up(keys, values, kv_cache_dtype, k_scales, v_scales, pages)
+        made._bind(keys, values, kv_cache_dtype, k_scales, v_scales, pages)
         made.layout = layout
         made._dtype = formats.dtype_named(dtype)
         return made
 
+    @errors.renamed("PagedKVCache", {"k_scale": "k_scales", "v_scale": "v_scales"})
     def _bind(self, key_caches, value_caches, kv_cache_dtype, k_scales, v_scales, pages):
         if value_caches is None:
             if v_scales is not None:
@@ -264,18 +248,20 @@ class PagedKVCache:
         self._dtype = None
         if key_caches and pages is None and not formats.is_scaled(kv_cache_dtype):
             self._dtype = self._described[0].dtype
-        k_scales = _for_each_layer("k_scales", k_scales, len(self))
-        v_scales = _for_each_layer("v_scales", v_scales, len(self))
-        self._kv_cache_dtype, self._scales = kv_cache_dtype, list(zip(k_scales, v_scales))
-        self._attenders: dict[tuple, Any] = {}
-        self._movers: dict[tuple, dispatch.Bound] = {}  # by method and layout
-        self._rotators: dict[tuple, Any] = {}
-        self._gatherers: dict[tuple, dispatch.Bound] = {}  # by layer, and whether all start at 0
+        self._kv_cache_dtype = kv_cache_dtype
+        of_layers = [
+            self.key_caches, self.value_caches or [None] * len(self),
+            _for_each_layer("k_scales", k_scales, len(self)),
+            _for_each_layer("v_scales", v_scales, len(self)),
+            self.k_scale_caches or [None] * len(self), self.v_scale_caches or [None] * len(self),
+        ]  # fmt: skip
+        self._layers = [
+            Layer(self._described, kv_cache_dtype, *of_one) for of_one in zip(*of_layers)
+        ]
         # Not a list: that has layers of negative numbers, too.
-        self._writers = {
-            layer: self._writer(layer, kv_cache_dtype, k_scales[layer], v_scales[layer])
-            for layer in range(len(self))
-        }
+        self._writers = {at: layer.writer() for at, layer in enumerate(self._layers)}
+        # Of all other methods, by all that is given once.
+        self._bound: dict[tuple, dispatch.Bound] = {}
 
     def __len__(self) -> int:
         """How many layers there are."""
@@ -303,36 +289,6 @@ class PagedKVCache:
             "PagedKVCache: it cannot be copied or pickled: it writes to memory by its address; "
             "move blocks with pack_blocks, or make a new one of other arrays"
         )
-
-    def _writer(self, layer, kv_cache_dtype, k_scale, v_scale):
-        fixed, options, scales = {}, (kv_cache_dtype,), ()
-        if self.k_scale_caches is not None:
-            op, names, scalars = reshape_and_cache_flash_per_token_head.OP, (), ()
-            fixed = dict(zip(_BY_TOKEN, self._scales_of_tokens(layer)))
-            fixed["key_cache"] = self.key_caches[layer]
-            fixed["value_cache"] = self.value_caches[layer]
-        elif self.value_caches is None:
-            op = concat_and_cache_mla.OP
-            fixed["kv_cache"] = self.key_caches[layer]
-            names = ("scale",)
-            scales, scalars = concat_and_cache_mla.scales_of("k_scales", kv_cache_dtype, k_scale)
-            options = (kv_cache_dtype, concat_and_cache_mla.SCALE_RULES[0])
-        else:
-            op, names = reshape_and_cache_flash.OP, ("k_scale", "v_scale")
-            keys, values = (len(found.metadata.shape) for found in self._copy.found[:2])
-            if keys == 5:
-                op, options = reshape_and_cache.OP, (kv_cache_dtype, values == 5)
-            fixed["key_cache"] = self.key_caches[layer]
-            fixed["value_cache"] = self.value_caches[layer]
-            scales, scalars = contract.split_scales(op.name, kv_cache_dtype, k_scale, v_scale)
-        fixed |= {name: scale for name, scale in zip(names, scales) if scale is not None}
-        return dispatch.Bound(op, fixed, options, scalars, name="PagedKVCache.write")
-
-    def _scales_of_tokens(self, layer):
-        """A layer's scale caches of keys and of values, or None twice."""
-        if self.k_scale_caches is None:
-            return None, None
-        return self.k_scale_caches[layer], self.v_scale_caches[layer]
 
     def writer(self, layer: int) -> Writer:
         """`write` for one layer, as a function of the other arguments: the cheapest call."""
@@ -426,93 +382,46 @@ class PagedKVCache:
         step = positions, query, key, value, cos_sin_cache, slot_mapping
         try:
             if type(layer) is not int:
-                layer = self._layer("rotary_write", layer)
+                layer = self._index("rotary_write", layer)
             # In their one form: what is remembered must not change, and True equals 1.
             if mrope_section is not None:
-                mrope_section = rotary.three_sections(_ROTARY, mrope_section)
+                mrope_section = rotary.three_sections(ROTARY_WRITE, mrope_section)
             options = (
-                contract.flag(_ROTARY, "is_neox", is_neox),
-                contract.integer(_ROTARY, "rope_dim_offset", rope_dim_offset, least=0),
+                contract.flag(ROTARY_WRITE, "is_neox", is_neox),
+                contract.integer(ROTARY_WRITE, "rope_dim_offset", rope_dim_offset, least=0),
                 mrope_section,
-                contract.flag(_ROTARY, "mrope_interleaved", mrope_interleaved),
+                contract.flag(ROTARY_WRITE, "mrope_interleaved", mrope_interleaved),
                 norm_eps, norm_weight_bias, out_dtype, rounding,
             )  # fmt: skip
             kinds = (*map(type, options[4:]), type(q_scale))
-            number = q_scale if type(q_scale) is float else _identity(q_scale)
+            scale = q_scale
+            if scale is not None and type(scale) is not float:
+                is_number = not arrays.is_torch(scale) and isinstance(scale, numbers.Real)
+                scale = scale if is_number else _identity(scale)
             weights = _identity(q_norm_weight), _identity(k_norm_weight)
-            place = layer, options, kinds, number, weights, has_out
+            key = ROTARY_WRITE, layer, options, kinds, scale, weights, has_out
             try:
-                bound, _ = self._rotators.get(place, (None, None))
+                bound = self._bound.get(key)
             except TypeError:  # what cannot be hashed is not remembered, and may be refused
-                place = bound = None
+                key = bound = None
             if bound is None:
-                layer = self._layer("rotary_write", layer)
-                arrays = q_norm_weight, k_norm_weight, q_scale, out if has_out else None
-                bound = self._rotator(layer, *options, *arrays)
-                if len(self._rotators) >= MAX_BOUND * len(self):
-                    self._rotators.clear()
-                if place is not None:  # with the scale: no other gets its identity
-                    self._rotators[place] = bound, q_scale
+                layer = self._layers[self._index("rotary_write", layer)]
+                kept = q_norm_weight, k_norm_weight, q_scale, out if has_out else None
+                bound = self._remember(key, layer.rotator(*options, *kept))
             bound(*step, *((out,) if has_out else ()), stream=stream)
         except CupyCacheError as error:
-            errors.rename(error, _ROTARY, _ROTATED)
+            errors.rename(error, ROTARY_WRITE, _ROTATED)
             raise
 
-    def _rotator(
-        self, layer, is_neox, offset, sections, interleaved, norm_eps, norm_weight_bias, out_dtype,
-        rounding, q_norm_weight, k_norm_weight, q_scale, out,
-    ):  # fmt: skip
-        """`rotary_write` for one layer and these options, as a function of the other arguments."""
-        stored, (k_scale, v_scale) = self._kv_cache_dtype, self._scales[layer]
-        fixed, numbers = {}, {}
-        if self.value_caches is None:
-            self._refuse_unusual(
-                rope_dim_offset=offset, mrope_section=sections, mrope_interleaved=interleaved,
-                norm_eps=norm_eps, q_norm_weight=q_norm_weight, k_norm_weight=k_norm_weight,
-                norm_weight_bias=norm_weight_bias, out_dtype=out_dtype, q_scale=q_scale,
-                rounding=rounding, out=out,
-            )  # fmt: skip
-            call = concat_and_cache_mla_rope_fused.CALL
-            fixed["kv_cache"] = self.key_caches[layer]
-            if formats.is_scaled(stored):
-                scale, number = contract.split_scale(call.name, "kv_cache_scale", k_scale)
-                fixed["kv_cache_scale"] = scale
-                numbers = {"k_scale": number, "v_scale": number}
-            op, options, scalars = call.settle(is_neox=is_neox, kv_cache_dtype=stored, **numbers)
-        else:
-            call = rotary_and_cache.CALL
-            fixed |= {
-                "key_cache": self.key_caches[layer], "value_cache": self.value_caches[layer],
-                "q_norm_weight": q_norm_weight, "k_norm_weight": k_norm_weight,
-                **dict(zip(_BY_TOKEN, self._scales_of_tokens(layer))),
-            }  # fmt: skip
-            scales = {}
-            if self.k_scale_caches is None and formats.is_scaled(stored):
-                scales |= {"k_scale": k_scale, "v_scale": v_scale}
-            if formats.is_scaled(out_dtype):
-                scales["q_scale"] = q_scale
-            for name, scale in scales.items():
-                fixed[name], numbers[name] = contract.split_scale(call.name, name, scale)
-            op, options, scalars = call.settle(
-                is_neox=is_neox, kv_cache_dtype=stored, out_dtype=out_dtype, rounding=rounding,
-                offset=offset, sections=sections, interleaved=interleaved, norm_eps=norm_eps,
-                norm_weight_bias=norm_weight_bias, **numbers,
-            )  # fmt: skip
-        fixed = {name: array for name, array in fixed.items() if array is not None}
-        return dispatch.Bound(op, fixed, options, scalars, _ROTARY, ["out"] * (out is not None))
+    def _remember(self, key, bound):
+        """What is bound, and found by this key from now on; None is no key."""
+        if key is not None:
+            if len(self._bound) >= MAX_BOUND * len(self):
+                self._bound.clear()
+            self._bound[key] = bound
+        return bound
 
-    @staticmethod
-    def _refuse_unusual(**options):
-        """Refuse options of `rotary_write` that latent caches have no use for."""
-        usually = inspect.signature(rotary_and_cache.rotary_and_cache).parameters
-        for name, option in options.items():
-            usual = usually[name].default
-            if option is not usual and (usual is None or option != usual):
-                expected = f"{usual!r} where there are no value caches"
-                got = contract.shown(option)
-                raise ArgumentError(errors.wrong("value", f"{_ROTARY}: {name}", expected, got))
-
-    def _layer(self, method, layer):
+    def _index(self, method, layer):
         """``layer``, which must be one: lists have layers of negative numbers, too."""
         if type(layer) is not int:
             layer = contract.integer(f"PagedKVCache.{method}", "layer", layer)
@@ -550,53 +459,35 @@ class PagedKVCache:
             kept, as the caches are: give the same ones at each step.
         """
         if type(layer) is not int:
-            layer = contract.integer(_ATTEND, "layer", layer)
+            layer = contract.integer(ATTEND, "layer", layer)
         # In their one form: what is remembered must not change.
         if sliding_window is not None:
-            sliding_window = contract.integer(_ATTEND, "sliding_window", sliding_window, 1)
-        options = scale, sliding_window, soft_cap, contract.flag(_ATTEND, "causal", causal)
+            sliding_window = contract.integer(ATTEND, "sliding_window", sliding_window, 1)
+        options = scale, sliding_window, soft_cap, contract.flag(ATTEND, "causal", causal)
         given = query_start_loc is not None, lse is not None
         kinds = type(scale), type(soft_cap)  # True equals 1
-        key = layer, options, kinds, _identity(alibi_slopes), _identity(sinks), given
+        key = ATTEND, layer, options, kinds, _identity(alibi_slopes), _identity(sinks), given
         try:
-            bound = self._attenders.get(key)
+            bound = self._bound.get(key)
         except TypeError:  # what cannot be hashed is not remembered, and may be refused
             key = bound = None
         if bound is None:
-            bound = self._attender(layer, *options, alibi_slopes, sinks, *given)
-            if len(self._attenders) >= MAX_BOUND * len(self):
-                self._attenders.clear()
-            if key is not None:
-                self._attenders[key] = bound
+            if self.value_caches is None:
+                expected = "key and value caches to attend to"
+                got, way_out = "entries of latent attention", "use attend_mla"
+                raise ArgumentError(
+                    errors.wrong("kind", f"{ATTEND}: caches", expected, got, way_out)
+                )
+            one = self._layers[self._index("attend", layer)]
+            bound = self._remember(key, one.attender(*options, alibi_slopes, sinks, *given))
         if out is None:
             if stream is not None:
-                stream = streams.pointer(_ATTEND, stream)
-            out = paged_attention.new_out(_ATTEND, query, *self._caches_of(layer), stream)
+                stream = streams.pointer(ATTEND, stream)
+            one = self._layers[layer]
+            out = paged_attention.new_out(ATTEND, query, one.key_cache, one.value_cache, stream)
         step = query, block_table, seq_lens, query_start_loc, out, lse
         bound(*(array for array in step if array is not None), stream=stream)
         return out
-
-    def _attender(
-        self, layer, scale, sliding_window, soft_cap, causal, alibi_slopes, sinks, with_starts,
-        with_lse,
-    ):  # fmt: skip
-        objects, options, scalars = paged_attention.arguments(
-            _ATTEND, *self._caches_of(layer), scale, alibi_slopes, sliding_window, soft_cap, sinks,
-            causal, self._kv_cache_dtype, *self._scales[layer], *self._scales_of_tokens(layer),
-        )  # fmt: skip
-        named = zip(paged_attention.LAYERS, objects)
-        fixed = {name: array for name, array in named if array is not None}
-        also = ["query_start_loc"] * with_starts + ["lse"] * with_lse
-        return dispatch.Bound(paged_attention.OP, fixed, options, scalars, name=_ATTEND, also=also)
-
-    def _caches_of(self, layer):
-        """The key and the value cache that `attend` reads."""
-        if self.value_caches is None:
-            expected = "key and value caches to attend to"
-            got, way_out = "entries of latent attention", "use attend_mla"
-            raise ArgumentError(errors.wrong("kind", f"{_ATTEND}: caches", expected, got, way_out))
-        layer = self._layer("attend", layer)
-        return self.key_caches[layer], self.value_caches[layer]
 
     def attend_mla(
         self,
@@ -622,16 +513,16 @@ class PagedKVCache:
         query, block_table, seq_lens, scale, kv_lora_rank, query_start_loc, causal, out, lse, stream
             As for `paged_attention_mla`, and so is what is returned.
         """
-        layer = self._layer("attend_mla", layer)
+        layer = self._layers[self._index("attend_mla", layer)]
         if self.value_caches is not None:
             expected, got = "entries of latent attention", "key and value caches"
             raise ArgumentError(errors.wrong("kind", f"{_ATTEND_MLA}: caches", expected, got))
         try:
             return paged_attention_mla.paged_attention_mla(
-                query, self.key_caches[layer], block_table, seq_lens, scale=scale,
+                query, layer.key_cache, block_table, seq_lens, scale=scale,
                 kv_lora_rank=kv_lora_rank, query_start_loc=query_start_loc, causal=causal,
-                kv_cache_dtype=self._kv_cache_dtype, kv_scale=self._scales[layer][0], out=out,
-                lse=lse, stream=stream,
+                kv_cache_dtype=self._kv_cache_dtype, kv_scale=layer.k_scale, out=out, lse=lse,
+                stream=stream,
             )  # fmt: skip
         except CupyCacheError as error:
             errors.rename(error, _ATTEND_MLA, {"kv_cache": "key_caches", "kv_scale": "k_scales"})
@@ -679,71 +570,47 @@ class PagedKVCache:
         CupyCacheError
             One of its kinds, before anything is written.
         """
-        layer = self._layer("gather", layer)
+        layer = self._index("gather", layer)
         if out is None:
             out, num_tokens = self._new_rows(num_tokens, dtype, stream), None
         elif self.value_caches is None:
             out = (out,)
         elif not isinstance(out, (list, tuple)) or len(out) != 2:
             expected, got = "a pair of arrays, for keys and values", type(out).__name__
-            raise DTypeError(errors.wrong("type", f"{_GATHER}: out", expected, got))
+            raise DTypeError(errors.wrong("type", f"{GATHER}: out", expected, got))
         if num_tokens is not None:
-            num_tokens = contract.integer(_GATHER, "num_tokens", num_tokens, 0)
-        bound = self._gatherers.get((layer, seq_starts is None))
+            num_tokens = contract.integer(GATHER, "num_tokens", num_tokens, 0)
+        key = GATHER, layer, seq_starts is not None
+        bound = self._bound.get(key)
         try:
             if bound is None:
-                bound = self._gatherer(layer, seq_starts)
+                bound = self._remember(key, self._layers[layer].gatherer(seq_starts is not None))
             step, scalars = (*out, block_table, cu_seq_lens), (*bound.scalars, num_tokens)
             if seq_starts is not None:
                 step = *step, seq_starts
             bound(*step, stream=stream, scalars=scalars)
         except CupyCacheError as error:
-            errors.rename(error, _GATHER, _GATHERED)
+            errors.rename(error, GATHER, _GATHERED)
             raise
         return out[0] if self.value_caches is None else tuple(out)
-
-    def _gatherer(self, layer, seq_starts):
-        """`gather` for one layer, with or without ``seq_starts``, as a function of the other
-        arguments."""
-        stored, by_token = self._kv_cache_dtype, self.k_scale_caches is not None
-        arrays_and_numbers = [
-            gathering.scales(_GATHER, stored, *one)
-            for one in zip(self._scales[layer], self._scales_of_tokens(layer))
-        ]
-        also = ["seq_starts"] * (seq_starts is not None)
-        named = layouts.of_rows(self._described)
-        if self.value_caches is None:
-            op, options = gather_and_maybe_dequant_cache.OP, (*named, stored, by_token)
-            ((array, number), _), names = arrays_and_numbers, ("src_cache", "scale")
-            fixed, scalars = dict(zip(names, (self.key_caches[layer], array))), (number,)
-        else:
-            op, options = gathering_both.OP, (tuple(named), stored, by_token)
-            scales, scalars = zip(*arrays_and_numbers)
-            caches = self.key_caches[layer], self.value_caches[layer]
-            names = *gathering_both.CACHES, *gathering_both.SCALES
-            fixed = dict(zip(names, (*caches, *scales)))
-        fixed = {name: array for name, array in fixed.items() if array is not None}
-        bound = dispatch.Bound(op, fixed, options, scalars, _GATHER, also)
-        self._gatherers[layer, seq_starts is None] = bound
-        return bound
 
     def _new_rows(self, num_tokens, dtype, stream):
         """What `gather` returns, uninitialised."""
         if num_tokens is None:
             expected, way_out = "how many rows there are, or out", "it is not read on the device"
-            name = f"{_GATHER}: num_tokens"
+            name = f"{GATHER}: num_tokens"
             raise ArgumentError(errors.wrong("value", name, expected, "None", way_out))
-        num_tokens = contract.integer(_GATHER, "num_tokens", num_tokens, 0)
+        num_tokens = contract.integer(GATHER, "num_tokens", num_tokens, 0)
         if dtype is None and self._dtype is None:
             expected, way_out = "that of the rows, or out", "caches of 8 bits do not tell"
-            name = f"{_GATHER}: dtype"
+            name = f"{GATHER}: dtype"
             raise ArgumentError(errors.wrong("value", name, expected, "None", way_out))
-        dtype = self._dtype if dtype is None else formats.dtype_named(dtype, f"{_GATHER}: dtype")
+        dtype = self._dtype if dtype is None else formats.dtype_named(dtype, f"{GATHER}: dtype")
         if stream is not None:
-            stream = streams.pointer(_GATHER, stream)
+            stream = streams.pointer(GATHER, stream)
         like = self._described[0]
         return [
-            streams.empty(like.framework, like.device, (num_tokens, *token), dtype, stream)
+            making.empty(like.framework, like.device, (num_tokens, *token), dtype, stream)
             for token in map(layouts.token, layouts.of_rows(self._described), self._described)
         ]
 
@@ -818,14 +685,14 @@ class PagedKVCache:
     def _mover(self, method, operation, layout=None):
         """An operation on chosen blocks, with the caches given."""
         known = layout is None or isinstance(layout, str)  # else it may have no hash
-        mover = self._movers.get((method, layout)) if known else None
+        key = (method, layout) if known else None
+        mover = self._bound.get(key)
         if mover is None:
             name = f"PagedKVCache.{method}"
             caches = [side for side in self._moved if side is not None]
             with errors.renamed(name, {}):
                 mover = operation.bound(name, caches, layout)
-            if layout is None or layout in pack_blocks.LAYOUTS:
-                self._movers[method, layout] = mover
+            self._remember(key, mover)
         return mover
 
 

@@ -1,7 +1,9 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""One module for each operation: its docstring, its contract and its plan.
+"""One module for each operation, or for a few that are one and its reverse: docstring, contract and
+plan.
 
-``ops/X.py`` belongs to ``kernels_cu/X.cu`` and ``tests/test_X.py``. The ordinary call of each is
-measured by ``benchmarks/bench_operations.py``; what is to be fast also by a ``bench_X.py``.
+The kernel of ``ops/X.py`` is in ``kernels_cu/X.cu``, or in the file of the operations with which it
+shares one (``ops/shared``); its tests are ``tests/test_X.py``. ``benchmarks/bench_operations.py``
+measures the ordinary call of each, a ``bench_X.py`` what is to be fast.
 """

@@ -8,12 +8,10 @@ import functools
 from typing import Literal
 
 from .. import cpu
-from ..errors import ArgumentError
-from ..runtime import contract, dispatch, formats, launch, modules, plans, spelling
+from ..runtime import contract, dispatch, formats, modules, plans, spelling
 from ..types import ArrayLike, Scale, StreamLike
 from .shared import mla
 
-FLOAT32 = formats.DTYPES["float32"]
 DS_SOURCES = tuple(formats.DTYPES[name] for name in ("float16", "bfloat16"))
 DS_THREADS_PER_TOKEN = 32  # a warp
 SCALE_RULES = ("power_of_two", "amax")
@@ -50,8 +48,8 @@ def concat_and_cache_mla(
         block_size, 656] of uint8 or any other 8-bit dtype.
     slot_mapping : int64 or int32 array [num_slots]
         Negative slots are padding and skipped. Slots past the cache are skipped and recorded (see
-        `raise_faults`). Of a slot that occurs twice nothing is
-        defined: parts of each token may stay.
+        `raise_faults`). Of a slot that occurs twice nothing is defined: parts of each token may
+        stay.
     kv_cache_dtype : str
         "auto", "float16", "bfloat16" or "float32": a raw copy. "fp8" or "fp8_e4m3", "fp8_e5m2",
         "int8": value / scale, rounded and saturated. "fp8_ds_mla": see Notes.
@@ -105,11 +103,7 @@ def scales_of(name, kv_cache_dtype, scale):
 def _plan(op, described, options):
     kv_c, k_pe, kv_cache, slot_mapping, scale = described
     kv_cache_dtype, scale_rule = options
-    if not isinstance(scale_rule, str) or scale_rule not in SCALE_RULES:
-        raise ArgumentError(
-            f"{op.name}: Invalid value of scale_rule: expected {' or '.join(SCALE_RULES)}, got "
-            f"{scale_rule!r}"
-        )
+    contract.choice(op.name, "scale_rule", scale_rule, SCALE_RULES)
     check = contract.Contract(op.name)
     check.shape("slot_mapping", slot_mapping, "_")
     if kv_cache_dtype == formats.FP8_DS_MLA:
@@ -128,7 +122,7 @@ def _plan(op, described, options):
         return _cpu_plan(run, described)
 
     kernel, items = mla.entry_kernel(
-        op.name, "kOne", kv_c, k_pe, kv_cache, fmt.stored, slot_mapping.dtype, mla.ONE_LAYER
+        op.name, "kOne", kv_c, k_pe, kv_cache, fmt.stored, slot_mapping, mla.ONE_LAYER
     )
     return _gpu_plan(kernel, items, described)
 
@@ -159,7 +153,7 @@ def _plan_fp8_ds_mla(check, described, scale_rule):
         f"concat_and_cache_fp8_ds_mla<{spelling.ELEMENT_NAMES[kv_c.dtype.name]}, "
         f"{spelling.boolean(power_of_two)}, {source_vector}, {cache_vector}, "
         f"{spelling.boolean(rope)}, {kv_cache.shape[1]}, "
-        f"{spelling.INDEX_NAMES[slot_mapping.dtype.name]}, {mla.MAX_THREADS}>",
+        f"{spelling.indices(slot_mapping)}, {mla.MAX_THREADS}>",
         mla.ONE_LAYER,
         guarded=("slot_mapping",),
         converts=True,
@@ -175,27 +169,16 @@ def _named(described):
 def _cpu_plan(run, described):
     kv_c, k_pe, kv_cache, slot_mapping, _ = described
     bits = (a.dtype.bits for a in (kv_c, k_pe, kv_cache))
-    return plans.NumPyPlan(run, (*bits, slot_mapping.dtype.numpy, FLOAT32.numpy))
+    return plans.NumPyPlan(run, (*bits, slot_mapping.dtype.numpy, formats.FLOAT32.numpy))
 
 
 def _gpu_plan(kernel, items, described):
     kv_c, k_pe, kv_cache, slot_mapping, _ = described
-    device = kv_cache.device.index
-    launcher = launch.Launcher(
-        kernel,
-        device,
-        (0, 0, 0, 0, kv_cache.shape[0], kv_c.strides[0], k_pe.strides[0], slot_mapping.strides[0],
-         *kv_cache.strides[:2]),
+    constants = (
+        *(0,) * 5, kv_cache.shape[0], kv_c.strides[0], k_pe.strides[0], slot_mapping.strides[0],
+        *kv_cache.strides[:2],
     )  # fmt: skip
-    return plans.KernelPlan(launcher, launch.FlatShape(items, device, mla.MAX_THREADS))
-
-
-_slots = contract.slot_count("concat_and_cache_mla", "kv_c", "k_pe", scales=1)
-
-
-def _count(extents, options, scalars):
-    tokens, fields = _slots(extents, options, scalars)
-    return tokens, (*fields, 0)
+    return plans.flat(kernel, kv_cache.device.index, constants, items, mla.MAX_THREADS)
 
 
 OP = dispatch.Op(
@@ -209,6 +192,6 @@ OP = dispatch.Op(
     ),
     plan=_plan,
     destination=2,
-    count=_count,
+    count=contract.slot_count("concat_and_cache_mla", "kv_c", "k_pe", scales=1),
     options=("kv_cache_dtype", "scale_rule"),
 )

@@ -14,8 +14,6 @@ from .shared import mla
 
 NAME = "concat_and_cache_mla_grouped"
 GEOMETRY = ("block_size", "block_stride", "entry_stride", "num_blocks")
-INT64 = formats.DTYPES["int64"]
-UINT8 = formats.DTYPES["uint8"]
 
 
 def concat_and_cache_mla_grouped(
@@ -97,7 +95,9 @@ def concat_and_cache_mla_grouped(
 class _Plan:
     """How the entries of all layers are written."""
 
-    def __init__(self, described, kv_cache_dtype, geometry):
+    def __init__(self, op, described, options):
+        del op
+        kv_cache_dtype, geometry = options
         kv_c, k_pe, caches, addresses, slot_mapping, scales = described
         fmt = formats.cache_format(NAME, kv_cache_dtype)
         check = contract.Contract(NAME)
@@ -108,7 +108,7 @@ class _Plan:
         if caches is None:
             dispatch.require_array(NAME, "kv_cache_ptrs", addresses)
             check.shape("kv_cache_ptrs", addresses, "num_layers")
-            check.dtype("kv_cache_ptrs", addresses, INT64)
+            check.dtype("kv_cache_ptrs", addresses, formats.INT64)
             check.contiguous("kv_cache_ptrs", addresses)
             check.aligned("kv_cache_ptrs", addresses)
             kv_cache = _behind_addresses(check, addresses, kv_c, k_pe, fmt, geometry)
@@ -139,7 +139,7 @@ class _Plan:
         self._device = kv_cache.device.index
         kernel, self._items = mla.entry_kernel(
             NAME, "kTable" if self._listed else "kPointers", kv_c, k_pe, kv_cache, self._stored,
-            slots.dtype, mla.MANY_LAYERS,
+            slots, mla.MANY_LAYERS,
         )  # fmt: skip
         constants = kv_cache.shape[0], *(a.strides[1] for a in (kv_c, k_pe, slots))
         self._launcher = launch.Launcher(kernel, self._device, (*constants, *kv_cache.strides[:2]))
@@ -209,7 +209,7 @@ def _behind_addresses(check, addresses, kv_c, k_pe, fmt, geometry):
             )
         check.positive(name, value)
     block_size, block_stride, entry_stride, num_blocks = geometry
-    dtype = UINT8 if fmt.stored is not None else kv_c.dtype
+    dtype = formats.UINT8 if fmt.stored is not None else kv_c.dtype
     if num_blocks * block_stride * dtype.bytes >= 2**63:
         raise ArgumentError(
             f"{NAME}: Invalid value of num_blocks: expected caches of less than 2**63 bytes, got "
@@ -242,11 +242,6 @@ def _compare(kv_cache, geometry):
             )
 
 
-def _plan(op, described, options):
-    del op
-    return _Plan(described, *options)
-
-
 def _count(extents, options, scalars):
     """(Tokens, bytes from layer to layer of kv_c, k_pe and slot_mapping)."""
     del options, scalars
@@ -274,7 +269,7 @@ OP = dispatch.Op(
         dispatch.Arg("slot_mapping", varies=(1,), index=True),
         dispatch.Arg("kv_scales", optional=True),
     ),
-    plan=_plan,
+    plan=_Plan,
     destination=(2, 3),
     count=_count,
     options=("kv_cache_dtype",),

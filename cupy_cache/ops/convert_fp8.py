@@ -9,15 +9,15 @@ import math
 
 from .. import cpu
 from ..errors import ShapeError, StrideError
-from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
+from ..runtime import contract, dispatch, formats, modules, params, plans, spelling
 from ..types import ArrayLike, Scale, StreamLike
 
 NAME = "convert_fp8"
 KV_DTYPES = ("fp8", "fp8_e4m3", "fp8_e5m2")
 MAX_DIMS = 5  # kMaxDims of the kernel
 PARAMS = params.Struct(
-    per_call="output:ptr input:ptr scale:ptr scale_value:f32 unused:u32",
-    constant=f"vectors:i64 run_vectors:i64 extents:i64[{MAX_DIMS}] "
+    per_call="output:ptr input:ptr scale:ptr scale_value:f32",
+    constant=f"unused:u32 vectors:i64 run_vectors:i64 extents:i64[{MAX_DIMS}] "
     f"output_strides:i64[{MAX_DIMS}] input_strides:i64[{MAX_DIMS}]",
 )
 MAX_THREADS = 256
@@ -96,7 +96,7 @@ def _plan(op, described, options):
             target=fmt.stored if quantises else output.dtype,
         )
         bits = (array.dtype.bits for array in (output, source))
-        return plans.NumPyPlan(run, (*bits, formats.DTYPES["float32"].numpy))
+        return plans.NumPyPlan(run, (*bits, formats.FLOAT32.numpy))
 
     run_bytes = run_elements * output.dtype.bytes
     vector = contract.converting_vector_bytes(
@@ -116,19 +116,14 @@ def _plan(op, described, options):
         PARAMS,
         converts=True,
     )
-    device = output.device.index
     padded = [*dims, *[(1, 0, 0)] * (MAX_DIMS - len(dims))]
-    launcher = launch.Launcher(
-        kernel,
-        device,
-        (vectors, run_bytes // vector, *(n for column in zip(*padded) for n in column)),
-    )  # fmt: skip
-    return plans.KernelPlan(launcher, launch.FlatShape(vectors, device, MAX_THREADS))
+    constants = 0, vectors, run_bytes // vector, *(n for column in zip(*padded) for n in column)
+    return plans.flat(kernel, output.device.index, constants, vectors, MAX_THREADS)
 
 
 def _count(extents, options, scalars):
     del extents, options
-    return 1, (*scalars, 0)
+    return 1, scalars
 
 
 def _merged(op, output, source):

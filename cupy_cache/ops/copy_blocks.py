@@ -59,6 +59,11 @@ def copy_blocks_mla(
         One for each layer.
     block_mapping, stream
         As for `copy_blocks`.
+
+    Raises
+    ------
+    CupyCacheError
+        One of its kinds, before anything is written.
     """
     MLA_OP((kv_caches, block_mapping), (), stream)
 
@@ -78,7 +83,7 @@ def _plan(op, described, options):
     num_blocks, copy = check.sizes["num_blocks"], None
     if tensors[0].device.kind == "cuda":
         copy = blocks.CopyPlan(
-            op.name, geometries, True, num_blocks, num_blocks, mapping and mapping.dtype,
+            op.name, geometries, True, num_blocks, num_blocks, mapping,
             tensors[0].device.index,
         )  # fmt: skip
 

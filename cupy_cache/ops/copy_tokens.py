@@ -93,7 +93,7 @@ def _copy_plan(op, named, pairs, block_size, slots):
         token = array._replace(shape=shape, strides=strides)
         geometries.append((blocks.geometry(op, name, token, token), array.ptr))
     return blocks.CopyPlan(
-        op, geometries, True, slots, slots, pairs and pairs.dtype, named[0][1].device.index,
+        op, geometries, True, slots, slots, pairs, named[0][1].device.index,
         argument="pairs", block_size=1 if dense else max(block_size, 1),
         slot_strides=[0 if dense else array.strides[1] for _, array in named],
     )  # fmt: skip

@@ -82,7 +82,7 @@ def cp_gather_and_upconvert_fp8_kv_cache(
 
 
 def _plan(op, described, options):
-    src, dst, *_ = described
+    src, dst, *indices, _ = described
     (rope_dtype,) = options
     check = contract.Contract(op.name)
     check.shape("src_cache", src, f"num_blocks block_size {formats.DS_ENTRY_BYTES}")
@@ -91,16 +91,14 @@ def _plan(op, described, options):
     gathering.check_block_size(check, src, block_size)
     check.dtype("src_cache", src, *formats.BYTES)
     check.dtype("dst", dst, *formats.FLOATS)
-    gathering.check_arrays(check, op, described)
+    check.device("src_cache", src)
+    gathering.check_rows(check, dst)
+    gathering.check_indices(check, [arg.name for arg in op.args[2:5]], indices)
     check.contiguous("src_cache", src)
     check.aligned("dst", dst)
     if rope_dtype is None:
         rope_dtype = dst.dtype.name if dst.dtype.bytes == 2 else "bfloat16"
-    if not isinstance(rope_dtype, str) or rope_dtype not in ROPE_DTYPES:
-        raise ArgumentError(
-            f"{op.name}: Invalid value of rope_dtype: expected {' or '.join(ROPE_DTYPES)}, got "
-            f"{rope_dtype!r}"
-        )
+    contract.choice(op.name, "rope_dtype", rope_dtype, ROPE_DTYPES)
     if dst.device.kind == "cpu":
         run = functools.partial(
             cpu.gather_fp8_ds_mla, op=op.name, rope=formats.DTYPES[rope_dtype], target=dst.dtype
@@ -111,8 +109,7 @@ def _plan(op, described, options):
     source_vector = contract.vector_bytes(src.ptr, *src.strides[:2])
     rope = None if rope_dtype == dst.dtype.name else formats.DTYPES[rope_dtype]
     converters = [
-        spelling.dequantiser(stored, dst.dtype, vector)
-        for stored in (formats.DTYPES["float8_e4m3fn"], rope)
+        spelling.dequantiser(stored, dst.dtype, vector) for stored in (formats.E4M3, rope)
     ]
     row_vectors = dst.shape[1] * dst.dtype.bytes // vector
     per_thread = gathering.vectors_of_thread(row_vectors)
@@ -120,7 +117,7 @@ def _plan(op, described, options):
         op.name,
         gathering.STEM,
         f"gather_fp8_ds_mla<{', '.join(converters)}, {vector}, {source_vector}, {block_size}, "
-        f"{gathering.index_names(described)}, {per_thread}, {gathering.MAX_THREADS}>",
+        f"{spelling.indices(*indices)}, {per_thread}, {gathering.MAX_THREADS}>",
         gathering.PARAMS,
         guarded=(*gathering.GUARDED, "workspace_starts"),
         converts=True,

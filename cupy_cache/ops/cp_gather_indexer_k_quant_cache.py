@@ -14,7 +14,6 @@ from ..runtime import (
     modules,
     params,
     plans,
-    segments,
     spelling,
 )
 from ..types import ArrayLike, StreamLike
@@ -88,7 +87,7 @@ def _plan(op, described, options):
     check.shape("block_table", table, "_ _")
     check.shape("cu_seq_lens", lengths, "_")
     check.dtype("dst_k", dst_k, *formats.BYTES)
-    check.dtype("dst_scale", dst_scale, *formats.BYTES, formats.DTYPES["float32"])
+    check.dtype("dst_scale", dst_scale, *formats.BYTES, formats.FLOAT32)
     head_size, scale_bytes = dst_k.shape[1], dst_scale.shape[1] * dst_scale.dtype.bytes
     check.positive("head_size", head_size)
     scales, rest = divmod(scale_bytes, indexer.SCALE_BYTES)
@@ -127,22 +126,16 @@ def _plan(op, described, options):
     )  # fmt: skip
     most = max(head_size // vector, scale_bytes // scale_vector)
     threads = launch.ceil_div(most, VECTORS)
-    index = [spelling.INDEX_NAMES[a.dtype.name] for a in (table, lengths)]
     kernel = modules.Kernel(
         op.name,
         op.name,
         f"cp_gather_indexer_k_quant_cache<{vector}, {scale_vector}, {head_size}, {scale_bytes}, "
-        f"{threads}, {block_size}, {', '.join(index)}, {indexer.MAX_THREADS}>",
+        f"{threads}, {block_size}, {spelling.indices(table, lengths)}, {indexer.MAX_THREADS}>",
         PARAMS,
         guarded=("block_table", "cu_seq_lens"),
     )
-    device = kv_cache.device.index
-    launcher = launch.Launcher(
-        kernel,
-        device,
-        (num_blocks, block_stride, dst_k.strides[0], dst_scale.strides[0]),
-    )  # fmt: skip
-    return plans.KernelPlan(launcher, launch.FlatShape(threads, device, indexer.MAX_THREADS))
+    constants = num_blocks, block_stride, dst_k.strides[0], dst_scale.strides[0]
+    return plans.flat(kernel, kv_cache.device.index, constants, threads, indexer.MAX_THREADS)
 
 
 def _count(extents, options, scalars):
@@ -159,7 +152,7 @@ def _count(extents, options, scalars):
             f"cp_gather_indexer_k_quant_cache: Invalid shape of cu_seq_lens: expected "
             f"[{sequences + 1}], one more than the rows of block_table, got [{bounds}]"
         )
-    return rows, (rows, sequences, width, step, *segments.evenly(sequences, rows))
+    return rows, (rows, sequences, width, step, *launch.evenly(sequences, rows))
 
 
 OP = dispatch.Op(

@@ -7,15 +7,14 @@ from __future__ import annotations
 import functools
 
 from .. import cpu
-from ..errors import ShapeError
-from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
+from ..runtime import contract, dispatch, formats, modules, params, plans, spelling
 from ..types import ArrayLike, Scale, StreamLike
 from .shared import gathering
 
 NAME = "gather_slots"
 PARAMS = params.Struct(
-    per_call="src_cache:ptr dst:ptr slot_mapping:ptr scale:ptr rows:i64 scale_value:f32 unused:u32",
-    constant=f"num_blocks:i64 {gathering.sides('sides')}",
+    per_call="src_cache:ptr dst:ptr slot_mapping:ptr scale:ptr rows:i64 scale_value:f32",
+    constant=f"unused:u32 num_blocks:i64 {gathering.sides('sides')}",
 )
 
 
@@ -86,33 +85,20 @@ def _plan(op, described, options):
     check.indices("slot_mapping", slots)
     if dst.device.kind == "cpu":
         run = functools.partial(cpu.gather_slots, op=op.name, side=moved)
-        dtypes = src.dtype.bits, dst.dtype.bits, slots.dtype.numpy, formats.DTYPES["float32"].numpy
+        dtypes = src.dtype.bits, dst.dtype.bits, slots.dtype.numpy, formats.FLOAT32.numpy
         return plans.NumPyPlan(run, dtypes)
     kernel = modules.Kernel(
         op.name,
         op.name,
         f"gather_slots<{moved.converter}, {moved.vector}, {moved.outer}, {moved.heads}, "
         f"{moved.length}, {moved.scale_heads}, {moved.block_size}, {moved.group}, "
-        f"{spelling.INDEX_NAMES[slots.dtype.name]}, {moved.per_thread}, {gathering.MAX_THREADS}>",
+        f"{spelling.indices(slots)}, {moved.per_thread}, {gathering.MAX_THREADS}>",
         PARAMS,
         guarded=("slot_mapping",),
         converts=moved.stored is not None,
     )
-    device = dst.device.index
-    launcher = launch.Launcher(kernel, device, (src.shape[0], *moved.strides))
-    shape = launch.FlatShape(moved.threads, device, gathering.MAX_THREADS)
-    return plans.KernelPlan(launcher, shape)
-
-
-def _count(extents, options, scalars):
-    del options
-    rows, slots = extents
-    if slots > rows:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of slot_mapping: expected at most {rows} slots, the rows of "
-            f"dst, got {slots}"
-        )
-    return slots, (slots, *scalars, 0)
+    device, constants = dst.device.index, (0, src.shape[0], *moved.strides)
+    return plans.flat(kernel, device, constants, moved.threads, gathering.MAX_THREADS)
 
 
 OP = dispatch.Op(
@@ -125,6 +111,6 @@ OP = dispatch.Op(
     ),
     plan=_plan,
     destination=1,
-    count=_count,
+    count=contract.slot_count(NAME, "dst", scales=1),
     options=("layout", "kv_cache_dtype"),
 )

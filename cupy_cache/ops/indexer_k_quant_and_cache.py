@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 
 from .. import cpu
-from ..errors import ArgumentError, ShapeError
+from ..errors import ArgumentError
 from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
 from ..types import ArrayLike, StreamLike
 from .shared import indexer
@@ -56,8 +56,7 @@ def indexer_k_quant_and_cache(
         the blocks is free.
     slot_mapping : int64 or int32 array [num_slots]
         Negative slots are padding and skipped. Slots past the cache are skipped and recorded (see
-        `raise_faults`). Of a slot that occurs twice nothing is
-        defined: parts of each key may stay.
+        `raise_faults`). Of a slot that occurs twice nothing is defined: parts of each key may stay.
     quant_block_size : int
         Any divisor of ``head_size``.
     kv_cache_dtype : str
@@ -90,11 +89,7 @@ def indexer_k_quant_and_cache(
 def _plan(op, described, options):
     k, kv_cache, slot_mapping = described
     quant_block_size, kv_cache_dtype = options
-    if not isinstance(kv_cache_dtype, str) or kv_cache_dtype not in SCALES:
-        raise ArgumentError(
-            f"{op.name}: Invalid value of kv_cache_dtype: expected one of {', '.join(SCALES)}, got "
-            f"{kv_cache_dtype!r}"
-        )
+    scales = SCALES[contract.choice(op.name, "kv_cache_dtype", kv_cache_dtype, SCALES)]
     check = contract.Contract(op.name)
     check.shape("k", k, "_ head_size")
     check.shape("slot_mapping", slot_mapping, "_")
@@ -115,7 +110,6 @@ def _plan(op, described, options):
         check.aligned(name, array)
     check.contiguous("k", k)
 
-    scales = SCALES[kv_cache_dtype]
     if kv_cache.device.kind == "cpu":
         run = functools.partial(
             cpu.indexer_k_quant_and_cache,
@@ -136,39 +130,22 @@ def _plan(op, described, options):
     scale_vector = contract.vector_bytes(
         indexer.SCALE_BYTES, kv_cache.ptr, kv_cache.strides[0], block_size * head_size
     )
-    # The lanes of a group: a vector each, in a power of two of lanes, which divides a warp.
-    lanes = min(launch.WARP, 1 << (quant_block_size // vector - 1).bit_length())
+    # Of a group: a vector each.
+    lanes = launch.lanes(quant_block_size // vector)
     kernel = modules.Kernel(
         op.name,
         op.name,
         f"indexer_k_quant_and_cache<{spelling.ELEMENT_NAMES[k.dtype.name]}, "
         f"cupy_cache::Scales::{scales}, {vector}, {scale_vector}, {quant_block_size}, "
-        f"{quant_blocks}, {lanes}, {block_size}, {spelling.INDEX_NAMES[slot_mapping.dtype.name]}, "
+        f"{quant_blocks}, {lanes}, {block_size}, {spelling.indices(slot_mapping)}, "
         f"{indexer.MAX_THREADS}>",
         PARAMS,
         guarded=("slot_mapping",),
         converts=True,
     )
-    device = kv_cache.device.index
-    launcher = launch.Launcher(
-        kernel,
-        device,
-        (num_blocks, slot_mapping.strides[0], k.strides[0], kv_cache.strides[0]),
-    )
-    return plans.KernelPlan(
-        launcher, launch.FlatShape(quant_blocks * lanes, device, indexer.MAX_THREADS)
-    )
-
-
-def _count(extents, options, scalars):
-    del options, scalars
-    rows, slots = extents
-    if slots > rows:
-        raise ShapeError(
-            f"indexer_k_quant_and_cache: Invalid shape of slot_mapping: expected at most {rows} "
-            f"slots, the rows of k, got {slots}"
-        )
-    return slots, (slots,)
+    constants = num_blocks, slot_mapping.strides[0], k.strides[0], kv_cache.strides[0]
+    device, items = kv_cache.device.index, quant_blocks * lanes
+    return plans.flat(kernel, device, constants, items, indexer.MAX_THREADS)
 
 
 OP = dispatch.Op(
@@ -180,6 +157,6 @@ OP = dispatch.Op(
     ),
     plan=_plan,
     destination=1,
-    count=_count,
+    count=contract.slot_count("indexer_k_quant_and_cache", "k", scales=0),
     options=("quant_block_size", "kv_cache_dtype"),
 )

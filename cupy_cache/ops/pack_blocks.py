@@ -190,6 +190,11 @@ def packed_size(
     Returns
     -------
     int
+
+    Raises
+    ------
+    CupyCacheError
+        One of its kinds.
     """
     op = "packed_size"
     if (num_blocks is None) == (num_tokens is None):
@@ -203,7 +208,6 @@ def packed_size(
     return count * operation.item_bytes(caches)
 
 
-LAYOUTS = packing.LAYOUTS
 PACK_BLOCKS = packing.Operation("pack_blocks", packing.PACK)
 UNPACK_BLOCKS = packing.Operation("unpack_blocks", packing.UNPACK)
 PACK_TOKENS = packing.Operation("pack_tokens", packing.PACK, by_slot=True)

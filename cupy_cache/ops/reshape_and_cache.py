@@ -23,7 +23,6 @@ PARAMS = params.Struct(
     "k_scale_stride:i64 v_scale_stride:i64",
 )
 MAX_THREADS = 256
-SCALES = formats.DTYPES["float32"].numpy
 
 
 def reshape_and_cache(
@@ -62,8 +61,8 @@ def reshape_and_cache(
         Likewise. With ``interleaved_v`` [num_blocks, num_kv_heads, block_size / x, head_size_v, x].
     slot_mapping : int64 or int32 array [num_slots]
         Negative slots are padding and skipped. Slots past the cache are skipped and recorded (see
-        `raise_faults`). Of a slot that occurs twice nothing is
-        defined: parts of each token may stay.
+        `raise_faults`). Of a slot that occurs twice nothing is defined: parts of each token may
+        stay.
     kv_cache_dtype : str
         "auto", "float16", "bfloat16" or "float32": a raw copy, whichever of these the name is.
         "fp8" or "fp8_e4m3", "fp8_e5m2", "int8": quantised as by `reshape_and_cache_flash`.
@@ -103,13 +102,7 @@ def _plan(op, described, options):
     check = contract.Contract(op.name)
     check.shape("key", key, "_ num_kv_heads head_size")
     check.shape("value", value, "_ num_kv_heads head_size_v")
-    check.shape("key_cache", key_cache, "num_blocks num_kv_heads _ block_size x")
-    check.packs("key_cache", key_cache, "head_size")
-    if interleaved:
-        check.shape("value_cache", value_cache, "num_blocks num_kv_heads _ head_size_v x")
-        check.packs("value_cache", value_cache, "block_size")
-    else:
-        check.shape("value_cache", value_cache, "num_blocks num_kv_heads head_size_v block_size")
+    check.x_packed_caches(key_cache, value_cache, interleaved)
     check.shape("slot_mapping", slot_mapping, "_")
     stored = check.writes({a.name: x for a, x in zip(op.args[:5], described)}, fmt)
     size = check.sizes
@@ -121,8 +114,8 @@ def _plan(op, described, options):
 
     if key_cache.device.kind == "cpu":
         run = functools.partial(cpu.reshape_and_cache, source=key.dtype, stored=stored)
-        bits = (array.dtype.bits for array in described[:4])
-        return plans.NumPyPlan(run, (*bits, slot_mapping.dtype.numpy, SCALES, SCALES))
+        bits, scale = (array.dtype.bits for array in described[:4]), formats.FLOAT32.numpy
+        return plans.NumPyPlan(run, (*bits, slot_mapping.dtype.numpy, scale, scale))
 
     element = key_cache.dtype.bytes
     ratio = key.dtype.bytes // element
@@ -147,14 +140,13 @@ def _plan(op, described, options):
     )
     threads = launch.block_threads(vectors, 1, MAX_THREADS)
     parts = transposed.parts(heads, max(key_bytes, value_bytes))
-    index = spelling.INDEX_NAMES[slot_mapping.dtype.name]
     kernel = modules.Kernel(
         op.name,
         op.name,
         f"reshape_and_cache<{spelling.quantiser(key.dtype, stored, key_vector)}, "
         f"{spelling.quantiser(key.dtype, stored, value_vector)}, {element}, {pack}, {key_vector}, "
         f"{value_vector}, {key_bytes}, {value_bytes}, {size['block_size']}, {slots}, "
-        f"{spelling.boolean(vector_values)}, {index}, {threads}>",
+        f"{spelling.boolean(vector_values)}, {spelling.indices(slot_mapping)}, {threads}>",
         PARAMS,
         guarded=("slot_mapping",),
         converts=stored is not None,
@@ -188,6 +180,6 @@ OP = dispatch.Op(
     ),
     plan=_plan,
     destination=2,
-    count=contract.slot_count(NAME),
+    count=contract.slot_count(NAME, "key", "value", scales=2),
     options=("kv_cache_dtype",),
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 
 from .. import cpu
-from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
+from ..runtime import contract, dispatch, formats, modules, params, plans, spelling
 from ..types import ArrayLike, Scale, StreamLike
 
 NAME = "reshape_and_cache_flash"
@@ -22,7 +22,6 @@ PARAMS = params.Struct(
 )
 # 256 tokens take an H200 2.0 us with 128, 2.2 with 256, 512 or 1024; many tokens the same.
 MAX_THREADS = 128
-SCALES = formats.DTYPES["float32"].numpy
 
 
 def reshape_and_cache_flash(
@@ -58,8 +57,8 @@ def reshape_and_cache_flash(
         Likewise, with strides of its own.
     slot_mapping : int64 or int32 array [num_slots]
         Negative slots are padding and skipped. Slots past the cache are skipped and recorded (see
-        `raise_faults`). Of a slot that occurs twice nothing is
-        defined: parts of each token may stay.
+        `raise_faults`). Of a slot that occurs twice nothing is defined: parts of each token may
+        stay.
     kv_cache_dtype : str
         "auto", "float16", "bfloat16" or "float32": a raw copy, whichever of these the name is.
         "fp8" or "fp8_e4m3", "fp8_e5m2", "int8": see Notes.
@@ -116,8 +115,8 @@ def _plan(op, described, options):
 
     if key_cache.device.kind == "cpu":
         run = functools.partial(cpu.reshape_and_cache_flash, source=key.dtype, stored=stored)
-        bits = (array.dtype.bits for array in described[:4])
-        return plans.NumPyPlan(run, (*bits, slot_mapping.dtype.numpy, SCALES, SCALES))
+        bits, scale = (array.dtype.bits for array in described[:4]), formats.FLOAT32.numpy
+        return plans.NumPyPlan(run, (*bits, slot_mapping.dtype.numpy, scale, scale))
 
     size, element = check.sizes, key_cache.dtype.bytes
     sides = (size["head_size"], key, key_cache), (size["head_size_v"], value, value_cache)
@@ -133,31 +132,30 @@ def _plan(op, described, options):
         [key_bytes, value_bytes,
          *(n for a in (key_cache, value_cache) for n in (a.ptr, *a.strides[:-1]))],
     )  # fmt: skip
-    index = spelling.INDEX_NAMES[slot_mapping.dtype.name]
     kernel = modules.Kernel(
         op.name,
         op.name,
         f"reshape_and_cache_flash<{spelling.quantiser(key.dtype, stored, vector)}, {vector}, "
-        f"{segments}, {key_bytes}, {value_bytes}, {size['block_size']}, {index}, {MAX_THREADS}>",
+        f"{segments}, {key_bytes}, {value_bytes}, {size['block_size']}, "
+        f"{spelling.indices(slot_mapping)}, {MAX_THREADS}>",
         PARAMS,
         guarded=("slot_mapping",),
         converts=stored is not None,
     )
-    device = key_cache.device.index
-    launcher = launch.Launcher(
-        kernel,
-        device,
-        (size["num_blocks"], slot_mapping.strides[0], *key.strides[:2], *value.strides[:2],
-         *key_cache.strides[:3], *value_cache.strides[:3], *scale_steps),
+    constants = (
+        size["num_blocks"], slot_mapping.strides[0], *key.strides[:2], *value.strides[:2],
+        *key_cache.strides[:3], *value_cache.strides[:3], *scale_steps,
     )  # fmt: skip
     items = segments * max(key_bytes, value_bytes) // vector
-    return plans.KernelPlan(launcher, launch.FlatShape(items, device, MAX_THREADS))
+    return plans.flat(kernel, key_cache.device.index, constants, items, MAX_THREADS)
 
 
 def _segments(heads, width, source, cache):
-    """A token's row as (segments, elements of a segment)."""
+    """A token's row as (segments, elements of a segment): one where heads are adjacent."""
     strides = source.strides[1] // source.dtype.bytes, cache.strides[2] // cache.dtype.bytes
-    return contract.merge_segments(heads, width, *strides)
+    if heads == 1 or strides == (width, width):
+        return 1, heads * width
+    return heads, width
 
 
 OP = dispatch.Op(
@@ -173,6 +171,6 @@ OP = dispatch.Op(
     ),
     plan=_plan,
     destination=2,
-    count=contract.slot_count(NAME),
+    count=contract.slot_count(NAME, "key", "value", scales=2),
     options=("kv_cache_dtype",),
 )

@@ -60,8 +60,8 @@ def reshape_and_cache_flash_per_token_head(
         Written in place; any strides.
     slot_mapping : int64 or int32 array [num_slots]
         Negative slots are padding and skipped. Slots past the cache are skipped and recorded (see
-        `raise_faults`). Of a slot that occurs twice nothing is
-        defined: parts of each token may stay.
+        `raise_faults`). Of a slot that occurs twice nothing is defined: parts of each token may
+        stay.
     kv_cache_dtype : str
         "int8", "fp8" or "fp8_e4m3", or "int8_per_token_head" or "fp8_per_token_head".
     stream : optional
@@ -98,7 +98,7 @@ def _plan(op, described, options):
     scale_caches = {"k_scale_cache": k_scale_cache, "v_scale_cache": v_scale_cache}
     for name, array in scale_caches.items():
         check.shape(name, array, "num_blocks block_size num_kv_heads")
-        check.dtype(name, array, formats.DTYPES["float32"])
+        check.dtype(name, array, formats.FLOAT32)
     check.shape("slot_mapping", slot_mapping, "_")
     check.dtype("key", key, *formats.FLOATS)
     named = {arg.name: array for arg, array in zip(op.args, described)}
@@ -129,8 +129,7 @@ def _plan(op, described, options):
         [n for a in (key, value) for n in (a.ptr, *a.strides[:-1])],
         [*sizes, *(n for a in (key_cache, value_cache) for n in (a.ptr, *a.strides[:-1]))],
     )
-    # A power of two that has a lane for each vector, if a warp has as many.
-    lanes = min(launch.WARP, 1 << (max(sizes) // vector - 1).bit_length())
+    lanes = launch.lanes(max(sizes) // vector)
     heads = size["num_kv_heads"]
     source, stored = (spelling.ELEMENT_NAMES[d.name] for d in (key.dtype, fmt.stored))
     kernel = modules.Kernel(
@@ -138,20 +137,17 @@ def _plan(op, described, options):
         op.name,
         f"{NAME}<{source}, {stored}, {formats.LARGEST[fmt.stored.name]}, {vector}, {lanes}, "
         f"{heads}, {sizes[0]}, {sizes[1]}, {size['block_size']}, "
-        f"{spelling.INDEX_NAMES[slot_mapping.dtype.name]}, {MAX_THREADS}>",
+        f"{spelling.indices(slot_mapping)}, {MAX_THREADS}>",
         PARAMS,
         guarded=("slot_mapping",),
         converts=True,
     )
-    device = key_cache.device.index
-    launcher = launch.Launcher(
-        kernel,
-        device,
-        (size["num_blocks"], slot_mapping.strides[0], *key.strides[:2], *value.strides[:2],
-         *key_cache.strides[:3], *value_cache.strides[:3], *k_scale_cache.strides,
-         *v_scale_cache.strides),
+    constants = (
+        size["num_blocks"], slot_mapping.strides[0], *key.strides[:2], *value.strides[:2],
+        *key_cache.strides[:3], *value_cache.strides[:3], *k_scale_cache.strides,
+        *v_scale_cache.strides,
     )  # fmt: skip
-    return plans.KernelPlan(launcher, launch.FlatShape(heads * lanes, device, MAX_THREADS))
+    return plans.flat(kernel, key_cache.device.index, constants, heads * lanes, MAX_THREADS)
 
 
 OP = dispatch.Op(
@@ -167,6 +163,6 @@ OP = dispatch.Op(
     ),
     plan=_plan,
     destination=2,
-    count=contract.slot_count(NAME, scales=0),
+    count=contract.slot_count(NAME, "key", "value", scales=0),
     options=("kv_cache_dtype",),
 )

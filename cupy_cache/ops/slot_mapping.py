@@ -15,10 +15,10 @@ from ..runtime import (
     dispatch,
     formats,
     launch,
+    making,
     modules,
     params,
     plans,
-    segments,
     spelling,
     streams,
 )
@@ -34,7 +34,6 @@ PARAMS = params.Struct(
 )
 OPTIONS = ("block_size", "cp_world_size", "cp_rank", "cp_interleave")
 MAX_THREADS = 256
-INT64 = formats.DTYPES["int64"]
 
 
 def slot_mapping(
@@ -109,7 +108,7 @@ def slot_mapping(
         stream = streams.pointer("slot_mapping", stream)
     if out is None:
         like = arrays.view(positions, "slot_mapping: positions")
-        out = streams.empty(like.framework, like.device, like.shape[:1], INT64, stream)
+        out = making.empty(like.framework, like.device, like.shape[:1], formats.INT64, stream)
     OP((block_table, positions, query_start_loc, out), options, stream)
     return out
 
@@ -124,7 +123,7 @@ def _plan(op, described, options):
     named = {arg.name: array for arg, array in zip(op.args, described)}
     for name in ("positions", "query_start_loc", "out"):
         check.shape(name, named[name], "_")
-    check.dtype("out", out, INT64)
+    check.dtype("out", out, formats.INT64)
     for name, array in named.items():
         check.dtype(name, array, *formats.INDICES)
         check.device(name, array)
@@ -140,7 +139,7 @@ def _plan(op, described, options):
         )
         return plans.NumPyPlan(run, tuple(array.dtype.numpy for array in described))
 
-    index = ", ".join(spelling.INDEX_NAMES[a.dtype.name] for a in (table, positions, starts))
+    index = spelling.indices(table, positions, starts)
     kernel = modules.Kernel(
         op.name,
         op.name,
@@ -148,13 +147,9 @@ def _plan(op, described, options):
         PARAMS,
         guarded=("positions", "block_table"),
     )
-    device = out.device.index
-    launcher = launch.Launcher(
-        kernel,
-        device,
-        (positions.strides[0], slots.LARGEST // block_size, block_size, world, rank, interleave),
-    )
-    return plans.KernelPlan(launcher, launch.FlatShape(1, device, MAX_THREADS))
+    limit = slots.LARGEST // block_size
+    constants = positions.strides[0], limit, block_size, world, rank, interleave
+    return plans.flat(kernel, out.device.index, constants, 1, MAX_THREADS)
 
 
 def _count(extents, options, scalars):
@@ -173,7 +168,7 @@ def _count(extents, options, scalars):
         )
     block_size, world, *_ = options
     limit = slots.position_limit(width, block_size, world)
-    return count, (count, requests, tokens, step, limit, *segments.evenly(requests, tokens))
+    return count, (count, requests, tokens, step, limit, *launch.evenly(requests, tokens))
 
 
 OP = dispatch.Op(

@@ -17,9 +17,9 @@ from ..runtime import (
     formats,
     launch,
     lists,
+    making,
     modules,
     params,
-    segments,
     spelling,
     streams,
 )
@@ -37,7 +37,6 @@ PARAMS = params.Struct(
 )
 MAX_THREADS = 256
 RANKS = ("cp_world_size", "cp_rank", "cp_interleave")
-INT64 = formats.DTYPES["int64"]
 # A disabled group's `FIELDS`.
 DISABLED = (0,) * len(slots.FIELDS)
 
@@ -129,7 +128,7 @@ def slot_mapping_groups(
     if out is None:
         like = arrays.view(positions, f"{NAME}: positions")
         shape = groups, *like.shape[:1]
-        out = streams.empty(like.framework, like.device, shape, INT64, stream)
+        out = making.empty(like.framework, like.device, shape, formats.INT64, stream)
     OP((block_tables, idx_mapping, positions, query_start_loc, out), options, stream)
     return out
 
@@ -161,13 +160,13 @@ class _Plan:
             if array is None:
                 continue
             check.shape(name, array, patterns.get(name, "_"))
-            check.dtype(name, array, *((INT64,) if name == "out" else formats.INDICES))
+            check.dtype(name, array, *((formats.INT64,) if name == "out" else formats.INDICES))
             check.device(name, array)
             check.aligned(name, array)
         check.contiguous("block_tables", table)
         check.contiguous_rows("query_start_loc", named["query_start_loc"])
         arrays.require_writable(out, NAME, "out")
-        if 0 not in out.shape and out.strides[1] != INT64.bytes:
+        if 0 not in out.shape and out.strides[1] != formats.INT64.bytes:
             raise StrideError(
                 f"{NAME}: Invalid strides of out: expected contiguous rows, got byte strides "
                 f"{list(out.strides)}"
@@ -186,14 +185,12 @@ class _Plan:
     def _specialise(self, device):
         self._device = device
         table, idx, positions, bounds, _ = self._named.values()
-        types = (
-            spelling.INDEX_NAMES[a.dtype.name] for a in (table, idx or table, positions, bounds)
-        )
+        types = spelling.indices(table, idx or table, positions, bounds)
         parallel = any(group is not None and group[1] > 1 for group in self._groups)
         kernel = modules.Kernel(
             NAME,
             NAME,
-            f"{NAME}<{spelling.boolean(parallel)}, {', '.join(types)}, {MAX_THREADS}>",
+            f"{NAME}<{spelling.boolean(parallel)}, {types}, {MAX_THREADS}>",
             PARAMS,
             guarded=("positions", "block_tables", "idx_mapping"),
         )
@@ -215,7 +212,7 @@ class _Plan:
             self._launcher.enqueue(
                 (launch.ceil_div(count, threads), groups, 1), threads, call.stream, idx, positions,
                 bounds, out + first * stride, count, requests, tokens, first, stride,
-                *segments.evenly(requests, tokens), tail=words,
+                *launch.evenly(requests, tokens), tail=words,
             )  # fmt: skip
 
     def _words(self, tables, geometries):
@@ -260,10 +257,6 @@ class _Plan:
             )  # fmt: skip
 
 
-def _plan(op, described, options):
-    return _Plan(op, described, options)
-
-
 def _count(extents, options, scalars):
     """(Slots, (shapes and strides of the tables, requests, tokens, bytes between the rows of
     out))."""
@@ -289,10 +282,10 @@ def _count(extents, options, scalars):
             f"{NAME}: Invalid shape of out: expected at least {tokens} columns, as many as "
             f"positions, got [{groups}, {count}]"
         )
-    if groups > 1 and count and abs(stride) < count * INT64.bytes:
+    if groups > 1 and count and abs(stride) < count * formats.INT64.bytes:
         raise StrideError(
             f"{NAME}: Invalid strides of out: expected rows that do not share memory, got rows of "
-            f"{count * INT64.bytes} bytes every {stride} bytes"
+            f"{count * formats.INT64.bytes} bytes every {stride} bytes"
         )
     return count, (tables, requests, tokens, stride)
 
@@ -306,7 +299,7 @@ OP = dispatch.Op(
         dispatch.Arg("query_start_loc", varies=dispatch.ROWS, index=True),
         dispatch.Arg("out", varies=(1,), index=True, written=True),
     ),
-    plan=_plan,
+    plan=_Plan,
     destination=4,
     count=_count,
 )

@@ -9,12 +9,11 @@ from typing import Any, overload
 
 import numpy as np
 
-from .. import cpu
 from ..errors import ArgumentError, DeviceError, ShapeError
 from ..runtime import arrays, contract, dispatch, driver, formats, launch
 from ..runtime.log import logger
 from ..types import ArrayLike, Layers, Pairs, StreamLike
-from .shared import blocks, mappings
+from .shared import blocks, copying, mappings
 
 NAME = "swap_blocks"
 MAX_PINNED = 1024
@@ -135,9 +134,7 @@ class _Tensor:
 
 def _as_blocks_of_bytes(array, size):
     total = math.prod(array.shape) * array.dtype.bytes
-    return array._replace(
-        shape=(total // size, size), strides=(size, 1), dtype=formats.DTYPES["uint8"]
-    )
+    return array._replace(shape=(total // size, size), strides=(size, 1), dtype=formats.UINT8)
 
 
 class _Layers:
@@ -159,8 +156,10 @@ class _Layers:
 class _Plan:
     """How blocks of one signature travel."""
 
-    def __init__(self, described, block_size_in_bytes):
+    def __init__(self, op, described, options):
+        del op
         *sides, mapping = described
+        (block_size_in_bytes,) = options
         if mapping is not None:
             raise DeviceError(
                 f"{NAME}: Invalid device of block_mapping: expected host memory, got "
@@ -235,7 +234,8 @@ class _Plan:
         if self._gpu is None:
             for tensor, *given in zip(self._tensors, layers.sources, layers.destinations):
                 for addresses in zip(*given):
-                    cpu.copy_blocks(*tensor.numpy(*addresses), pairs)
+                    source, destination = tensor.numpy(*addresses)
+                    destination[pairs[1]] = source[pairs[0]]
         elif self._within:
             self._copy.enqueue_pairs(call.stream, layers.pointers, pairs)
         else:
@@ -277,7 +277,7 @@ class _Plan:
             if address in self._pinned:
                 continue
             tensor = self._tensors[at % len(self._tensors)]
-            low, high = blocks.extent(tensor.destination if to_host else tensor.source)
+            low, high = (tensor.destination if to_host else tensor.source).span
             if blocks.mapped_range(address + low, high - low) != mapped[at] + low:
                 return False
             if len(self._pinned) >= MAX_PINNED:
@@ -329,18 +329,6 @@ class _Plan:
                         self._copy_pieces(of, onto, g.run, g.run, stream)
 
 
-def _plan(op, described, options):
-    del op
-    (block_size_in_bytes,) = options
-    return _Plan(described, block_size_in_bytes)
-
-
-def _count(extents, options, scalars):
-    del options, scalars
-    (pairs,) = extents
-    return pairs, ()
-
-
 _NAMES = ("src", "dst"), ("src_values", "dst_values")
 # The second two lists are a `PagedKVCache`'s.
 OP = dispatch.Op(
@@ -352,7 +340,7 @@ OP = dispatch.Op(
         dispatch.Arg("dst_values", layers=True, optional=True, written=True),
         dispatch.Arg("block_mapping", varies=dispatch.ROWS, chosen=True, pairs=True),
     ),
-    plan=_plan,
+    plan=_Plan,
     destination=(1, 0),
-    count=_count,
+    count=copying.count,
 )

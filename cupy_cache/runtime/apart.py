@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..errors import ArgumentError
+from . import arrays
 
 # What an exact answer may cost, in steps of NumPy's solver: caches' strides take a few hundred.
 # What would cost more counts as shared.
@@ -21,16 +22,14 @@ _BASE = 1 << 40  # an address that an array can have; nothing is read there
 class _Layout:
     """Where the elements of an array lie, from its address on.
 
-    rows, step : the extent and the stride of the first dimension. low, high : the bytes from the
-    address of a row to its first byte in memory and to behind its last one.
+    rows, step : the extent and the stride of the first dimension. low, high : a row's
+    `arrays.Array.row_span`.
     """
 
     def __init__(self, array):
-        self.shape, self.strides, self.size = array.shape, array.strides, array.dtype.bytes
+        self.shape, self.strides, self.bits = array.shape, array.strides, array.dtype.bits
         self.rows, self.step = (*array.shape, 1)[0], (*array.strides, 0)[0]
-        ends = [s * (n - 1) for s, n in zip(array.strides[1:], array.shape[1:])]
-        self.low = sum(min(end, 0) for end in ends)
-        self.high = sum(max(end, 0) for end in ends) + self.size
+        self.low, self.high = array.row_span
 
 
 class _Placed(NamedTuple):
@@ -130,7 +129,7 @@ class Apart:
     def _elements(self, placed):
         layout = self._layouts[placed.argument]
         shape = (placed.rows, *layout.shape[1:]) if layout.shape else ()
-        return shape, layout.strides, layout.size
+        return shape, layout.strides, layout.bits
 
     def _refuse(self, first, second):
         names = [
@@ -149,21 +148,10 @@ def _one_behind_the_other(placed):
 
 @functools.lru_cache(maxsize=4096)
 def _share(one, other, distance):
-    """Whether arrays of these (shape, strides, bytes of an element), the other ``distance`` bytes
-    behind the one, share any byte: exact, for strides of any kind."""
-    arrays = (np.asarray(_Memory(_BASE, *one)), np.asarray(_Memory(_BASE + distance, *other)))
+    """Whether arrays of these (shape, strides, dtype), the other ``distance`` bytes behind the one,
+    share any byte: exact, for strides of any kind."""
+    views = (arrays.as_numpy(_BASE, *one), arrays.as_numpy(_BASE + distance, *other))
     try:
-        return np.shares_memory(*arrays, max_work=MOST_WORK)
+        return np.shares_memory(*views, max_work=MOST_WORK)
     except Exception:  # NumPy's TooHardError, whose place depends on the version
         return True
-
-
-class _Memory:
-    def __init__(self, address, shape, strides, size):
-        self.__array_interface__ = {
-            "data": (address, False),
-            "shape": shape,
-            "strides": strides,
-            "typestr": f"|V{size}",
-            "version": 3,
-        }

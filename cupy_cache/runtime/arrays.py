@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from .. import errors
 from ..errors import ArgumentError, CupyCacheError, DeviceError, DTypeError, NotWritableError
 from . import dlpack, formats
 from .devices import CPU, Device
@@ -56,6 +57,18 @@ class Array(NamedTuple):
     def alignment(self) -> int:
         """The largest power of two, at most 16, that divides the address."""
         return (self.ptr | 16) & -(self.ptr | 16)
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """(First byte, byte behind the last), counted from the address, of what is not empty."""
+        ends = [stride * (count - 1) for stride, count in zip(self.strides, self.shape)]
+        high = sum(max(end, 0) for end in ends) + self.dtype.bytes
+        return sum(min(end, 0) for end in ends), high
+
+    @property
+    def row_span(self) -> tuple[int, int]:
+        """`span` of one row, along the first dimension: of a cache, a block."""
+        return self._replace(shape=(1, *self.shape[1:])).span
 
 
 class Place(NamedTuple):
@@ -150,10 +163,9 @@ def _find_reader(value, name):
     if cupy is not None and isinstance(value, cupy.ndarray):
         return _read_cupy
     if isinstance(value, np.ma.MaskedArray):
-        raise DTypeError(
-            f"{_invalid('type', name)}: expected an array whose every element counts, got a "
-            "MaskedArray: give its data, or what filled() returns"
-        )
+        expected = "an array whose every element counts"
+        got = "a MaskedArray: give its data, or what filled() returns"
+        raise DTypeError(errors.wrong("type", name, expected, got))
     if isinstance(value, np.ndarray):
         return _read_numpy
     if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
@@ -163,19 +175,13 @@ def _find_reader(value, name):
     way_out = ""
     if type(value).__module__.partition(".")[0] == "jax":  # JAX's arrays were read by DLPack
         way_out = (
-            "; JAX is tracing, and there are no numbers yet: call this between jitted functions, "
+            "JAX is tracing, and there are no numbers yet: call this between jitted functions, "
             "or through jax.experimental.io_callback"
         )
-    raise DTypeError(
-        f"{_invalid('type', name)}: expected an array (torch, CuPy, NumPy, or anything with "
-        f"__dlpack__ or __cuda_array_interface__), got {type(value).__name__}{way_out}"
+    expected = (
+        "an array (torch, CuPy, NumPy, or anything with __dlpack__ or __cuda_array_interface__)"
     )
-
-
-def _invalid(what, name):
-    """The beginning of an error's message; ``name`` is "operation: argument", or one of them."""
-    op, colon, argument = name.rpartition(": ")
-    return f"{op}{colon}Invalid {what} of {argument}"
+    raise DTypeError(errors.wrong("type", name, expected, type(value).__name__, way_out))
 
 
 def is_foreign(value, name):
@@ -202,10 +208,8 @@ def read(value, name, stream=None):
         raise _unreadable(value, name, error) from error
     if not found.ptr and 0 not in found.shape:
         describe(found, name)  # what is on no device that counts is told so
-        raise ArgumentError(
-            f"{_invalid('memory', name)}: expected an array with memory, got "
-            f"{_type_name(value)} of shape {list(found.shape)} at address 0"
-        )
+        got = f"{_type_name(value)} of shape {list(found.shape)} at address 0"
+        raise ArgumentError(errors.wrong("memory", name, "an array with memory", got))
     return found
 
 
@@ -213,10 +217,8 @@ def _unreadable(value, name, error):
     """What to raise where reading an array failed."""
     if isinstance(error, CupyCacheError):
         return error
-    return ArgumentError(
-        f"{_invalid('memory', name)}: expected memory that can be read where it is, got "
-        f"{_type_name(value)} that cannot: {error or type(error).__name__}"
-    )
+    got = f"{_type_name(value)} that cannot: {error or type(error).__name__}"
+    return ArgumentError(errors.wrong("memory", name, "memory that can be read where it is", got))
 
 
 def _type_name(value):
@@ -264,7 +266,7 @@ def describe(metadata, name):
         return Array(ptr, shape, strides, dtype, CPU, place == "numpy, writable", "numpy")
     strides = tuple(s * dtype.bytes for s in strides)
     if place.type not in ("cpu", "cuda"):
-        raise DeviceError(f"{_invalid('device', name)}: expected cpu or cuda, got {place}")
+        raise DeviceError(errors.wrong("device", name, "cpu or cuda", str(place)))
     device = CPU if place.type == "cpu" else Device("cuda", place.index)
     return Array(ptr, tuple(shape), strides, dtype, device, True, "torch")
 
@@ -349,18 +351,16 @@ def _named(dtype, name):
     try:
         return formats.dtype_named(dtype)
     except ValueError:
-        raise DTypeError(
-            f"{_invalid('dtype', name)}: expected one of {', '.join(formats.DTYPES)}, got {dtype}"
-        ) from None
+        expected = f"one of {', '.join(formats.DTYPES)}"
+        raise DTypeError(errors.wrong("dtype", name, expected, str(dtype))) from None
 
 
 def _dlpack_dtype(code, name):
     found = formats.BY_DLPACK.get(code[:2])
     if found is None or code[2] != 1:
-        raise DTypeError(
-            f"{_invalid('dtype', name)}: expected one of {', '.join(formats.DTYPES)}, got the "
-            f"DLPack type with code {code[0]}, {code[1]} bits and {code[2]} lanes"
-        )
+        expected = f"one of {', '.join(formats.DTYPES)}"
+        got = f"the DLPack type with code {code[0]}, {code[1]} bits and {code[2]} lanes"
+        raise DTypeError(errors.wrong("dtype", name, expected, got))
     return found
 
 
@@ -369,10 +369,8 @@ def _device(device_type, device_id, name):
         return CPU
     if device_type in (dlpack.CUDA, dlpack.CUDA_MANAGED):
         return Device("cuda", device_id)
-    raise DeviceError(
-        f"{_invalid('device', name)}: expected CPU, pinned or CUDA memory, got DLPack device type "
-        f"{device_type}"
-    )
+    expected, got = "CPU, pinned or CUDA memory", f"DLPack device type {device_type}"
+    raise DeviceError(errors.wrong("device", name, expected, got))
 
 
 def require_writable(array, op, name):
@@ -383,7 +381,7 @@ def require_writable(array, op, name):
             if array.framework in ("jax", "jaxlib")
             else "give an array that can be written in place"
         )
+        got = f"a read-only one or a copy from {array.framework}"
         raise NotWritableError(
-            f"{op}: Invalid access of {name}: expected a writable array, got a read-only one or a "
-            f"copy from {array.framework}; {hint}"
+            errors.wrong("access", f"{op}: {name}", "a writable array", got, hint)
         )

@@ -112,7 +112,7 @@ class Contract:
         arrays.require_writable(array, self.op, name)
         if rows and array.shape[:1] == (1,):
             array = array._replace(shape=(2, *array.shape[1:]))
-        check_apart(self.op, name, array.shape, array.strides, array.dtype.bytes)
+        check_elements_apart(self.op, name, array.shape, array.strides, array.dtype.bytes)
 
     def contiguous(self, name, array, dims=1):
         """Require the last ``dims`` dimensions to be contiguous; strides of an empty array mean
@@ -201,7 +201,7 @@ class Contract:
             raise ShapeError(
                 f"{self.op}: Invalid shape of {name}: expected [{count}], got {list(array.shape)}"
             )
-        self.dtype(name, array, formats.DTYPES["float32"])
+        self.dtype(name, array, formats.FLOAT32)
         self.device(name, array)
         self.aligned(name, array)
         if array.shape:
@@ -222,12 +222,23 @@ class Contract:
                 f"{self.op}: Invalid shape of {name}: expected [1], or [{heads}] for one scale a "
                 f"head, got {list(array.shape)}"
             )
-        self.dtype(name, array, formats.DTYPES["float32"])
+        self.dtype(name, array, formats.FLOAT32)
         self.device(name, array)
         self.aligned(name, array)
         return array.strides[0] if array.shape == (heads,) and heads > 1 else 0
 
-    def packs(self, name, cache, whole):
+    def x_packed_caches(self, key_cache, value_cache, interleaved):
+        """Match the shapes of x-packed caches of the head_size that is known already."""
+        self.shape("key_cache", key_cache, "num_blocks num_kv_heads _ block_size x")
+        self._packs("key_cache", key_cache, "head_size")
+        if interleaved:
+            self.shape("value_cache", value_cache, "num_blocks num_kv_heads _ head_size_v x")
+            self._packs("value_cache", value_cache, "block_size")
+        else:
+            pattern = "num_blocks num_kv_heads head_size_v block_size"
+            self.shape("value_cache", value_cache, pattern)
+
+    def _packs(self, name, cache, whole):
         """Require dimension 2 of an x-packed cache to hold all packs of x of the size ``whole``."""
         size, x = self.sizes[whole], self.sizes["x"]
         if cache.shape[2] * x != size:
@@ -285,6 +296,14 @@ def integers(op, names, values):
     return tuple(integer(op, name, value) for name, value in zip(names, values))
 
 
+def choice(op, name, value, names):
+    """``value``, which must be one of ``names``."""
+    if not isinstance(value, str) or value not in names:
+        expected = " or ".join(names) if len(names) < 3 else f"one of {', '.join(names)}"
+        raise ArgumentError(errors.wrong("value", f"{op}: {name}", expected, shown(value)))
+    return value
+
+
 def flag(op, name, value):
     """``value`` as True or False."""
     if type(value) is bool:
@@ -306,10 +325,10 @@ def shown(value):
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def check_apart(op, name, shape, strides, size):
-    """Refuse an array, of elements of ``size`` bytes, in which two may share memory: exact for
-    layouts that nest (each stride covers the whole span below it), which all permuted, sliced and
-    packed views do; others count as overlapping."""
+def check_elements_apart(op, name, shape, strides, size):
+    """Refuse an array of which two elements, of ``size`` bytes, may share memory: exact for layouts
+    that nest (each stride covers the whole span below it), which all permuted, sliced and packed
+    views do; others count as overlapping."""
     span = size
     for stride, extent in sorted((abs(s), e) for s, e in zip(strides, shape) if e > 1):
         if stride < span and 0 not in shape:
@@ -336,17 +355,17 @@ def check_sequence_count(op, name, count):
         )
 
 
-def slot_count(op, first="key", second="value", scales=2):
-    """The count of operations that write tokens: of slots, of which there may not be more than rows
-    of the sources, called ``first`` and ``second``. The fields are the slots and so many
+def slot_count(op, *arrays, scales):
+    """The count of operations on tokens: of slots, of which there may not be more than rows of each
+    of the ``arrays``, by their names, that stand before them. The fields are the slots and so many
     ``scales`` that are floats."""
     no_scalars = (0.0,) * scales
 
     def count(extents, options, scalars):
         del options
-        ones, others, slots = extents
-        if slots > ones or slots > others:
-            name, rows = (first, ones) if slots > ones else (second, others)
+        *all_rows, slots = extents
+        if slots > min(all_rows):
+            name, rows = next(pair for pair in zip(arrays, all_rows) if slots > pair[1])
             raise ShapeError(
                 f"{op}: Invalid shape of slot_mapping: expected at most {rows} slots, the rows of "
                 f"{name}, got {slots}"
@@ -429,13 +448,3 @@ def converting_vector_bytes(ratio, source_numbers, destination_numbers):
     while width > 1 and min(16, width * ratio) > source:
         width //= 2
     return width
-
-
-def merge_segments(count, length, *strides):
-    """Merge ``count`` segments of ``length`` bytes into one where every stride equals the length.
-
-    Returns (count, length).
-    """
-    if count == 1 or all(stride == length for stride in strides):
-        return 1, count * length
-    return count, length

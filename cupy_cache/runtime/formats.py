@@ -56,7 +56,8 @@ DTYPES = {
     )
 }
 BY_DLPACK = {d.dlpack: d for d in DTYPES.values()}
-
+FLOAT32, INT32, INT64 = (DTYPES[n] for n in ("float32", "int32", "int64"))
+UINT8, E4M3 = DTYPES["uint8"], DTYPES["float8_e4m3fn"]
 FLOATS = tuple(DTYPES[n] for n in ("float16", "bfloat16", "float32"))
 INDICES = tuple(DTYPES[n] for n in ("int32", "int64"))
 # What caches that hold more than elements of one type may be declared as.
@@ -135,7 +136,7 @@ class CacheFormat(NamedTuple):
 
 
 def _stored(name):
-    return CacheFormat(DTYPES[name], (DTYPES[name], DTYPES["uint8"]))
+    return CacheFormat(DTYPES[name], (DTYPES[name], UINT8))
 
 
 RAW_FORMAT = CacheFormat(None, ())
@@ -211,8 +212,7 @@ def conversion(fmt, source):
         return (None if source == fmt.stored else fmt.stored), fmt.storage
     if source not in BYTES:
         return None, (source,)
-    carrier = DTYPES["uint8"]
-    return None, (BYTES if source == carrier else (source, carrier))
+    return None, (BYTES if source == UINT8 else (source, UINT8))
 
 
 def way_to_convert(fmt, dtype):
@@ -221,7 +221,7 @@ def way_to_convert(fmt, dtype):
     names = [name for name, other in CACHE_FORMATS.items() if other.stored == dtype]
     if fmt.stored is not None:
         return ""
-    if dtype == DTYPES["uint8"]:
+    if dtype == UINT8:
         return "kv_cache_dtype says what is stored in bytes, such as 'fp8'"
     return f"kv_cache_dtype={names[0]!r} converts" if names else ""
 

@@ -15,7 +15,6 @@ from . import driver
 from .devices import NOWHERE
 
 WARP = 32
-MAX_THREADS = 1024
 MAX_THREADS_X = 2**32 - 1  # the kernels number them in 32 bits
 MAX_GRID_YZ = 65535
 
@@ -23,6 +22,17 @@ MAX_GRID_YZ = 65535
 def ceil_div(a, b):
     """a / b, rounded up."""
     return -(-a // b)
+
+
+def lanes(items):
+    """A power of two that has a lane for each item, if a warp has as many."""
+    return min(WARP, 1 << (items - 1).bit_length())
+
+
+def evenly(segments, rows):
+    """A kernel's ``even`` (sequences.cuh): (segments of a row, rows of a segment) if all were
+    equally long. There a search for a row's segment begins."""
+    return (segments / rows, rows / segments) if segments and rows else (0.0, 0.0)
 
 
 def divisor(number):
@@ -38,26 +48,24 @@ def block_threads(items, processors, most=256):
     blocks of ``most`` threads. Never fewer than one warp, never a partial one: a partial warp costs
     a full warp's issue slots.
     """
+    if items >= most * processors:
+        return most
     wanted = ceil_div(items, max(processors, 1))
-    return min(most, max(WARP, ceil_div(wanted, WARP) * WARP), MAX_THREADS)
+    return min(most, max(WARP, ceil_div(wanted, WARP) * WARP))
 
 
 class FlatShape:
     """Launch shapes for ``rows * items`` independent work items, consecutive threads taking
     consecutive items. Called with the rows, it gives (grid, threads)."""
 
-    __slots__ = ("device", "enough", "items", "most")
+    __slots__ = ("device", "items", "most")
 
     def __init__(self, items, device, most):
         self.items, self.device, self.most = items, device, most
-        self.enough = None  # items for which all blocks have the most threads
 
     def __call__(self, rows):
-        items, threads = rows * self.items, self.most
-        if self.enough is None:  # asked late: a plan can be made for a GPU that is not there
-            self.enough = threads * processors(self.device)
-        if items < self.enough:
-            threads = block_threads(items, processors(self.device), threads)
+        items = rows * self.items
+        threads = block_threads(items, processors(self.device), self.most)
         return (-(-items // threads), 1, 1), threads
 
 

@@ -37,6 +37,7 @@ class overlap:
     Parameters
     ----------
     on : bool, optional
+        Whether launches overlap from now on, or until the end of a ``with`` statement.
 
     Raises
     ------

@@ -93,6 +93,13 @@ class KernelPlan:
             launcher.enqueue(grid, threads, call.stream, *values, tail=tail)
 
 
+def flat(kernel, device, constants, items, threads):
+    """The `KernelPlan` of a `launch.Launcher` whose work is so many independent ``items`` for each
+    row, in blocks of at most so many ``threads``."""
+    launcher = launch.Launcher(kernel, device, constants)
+    return KernelPlan(launcher, launch.FlatShape(items, device, threads))
+
+
 class NumPyPlan:
     """A function on NumPy arrays.
 

@@ -16,6 +16,11 @@ ELEMENT_NAMES = {
 }
 
 
+def indices(*arrays):
+    """The types of arrays of indices, as template arguments; ``void`` of those that are None."""
+    return ", ".join("void" if a is None else INDEX_NAMES[a.dtype.name] for a in arrays)
+
+
 def boolean(value):
     """``value`` as ``true`` or ``false``."""
     return "true" if value else "false"

@@ -5,8 +5,6 @@
 from ...errors import ShapeError
 from ...runtime import contract, formats
 
-FLOAT32 = formats.DTYPES["float32"]
-
 
 def check_shapes(check, named, value_size):
     """Match the shapes of all but query and caches. ``check``: the call's `contract.Contract`;
@@ -27,7 +25,7 @@ def check_arrays(check, named, caches):
             check.dtype(name, named[name], *formats.INDICES)
     check.dtype("out", named["out"], named["query"].dtype)
     if named["lse"] is not None:
-        check.dtype("lse", named["lse"], FLOAT32)
+        check.dtype("lse", named["lse"], formats.FLOAT32)
     for name, array in named.items():
         if array is not None:
             check.device(name, array)

@@ -45,14 +45,6 @@ PARAMS = params.Struct(
 )
 
 
-def extent(array):
-    """(First byte, byte behind the last) of ``array``, which is not empty, counted from its
-    address."""
-    steps = [stride * (count - 1) for stride, count in zip(array.strides, array.shape)]
-    low, high = sum(min(step, 0) for step in steps), sum(max(step, 0) for step in steps)
-    return low, high + array.dtype.bytes
-
-
 def interleaved(lists):
     """The addresses of lists of arrays, layer by layer, a layer's tensors together."""
     return [address for layer in zip(*lists) for address in layer]
@@ -200,7 +192,7 @@ class CopyPlan:
     in_place : bool
         Source and destination are the same tensors.
     source_blocks, destination_blocks : int
-    mapping_dtype : formats.DType or None
+    mapping : arrays.Array or None
         None: pairs travel in the parameters. Else they are read on the device.
     device : int
     max_blocks : int or None
@@ -216,7 +208,7 @@ class CopyPlan:
     """
 
     def __init__(
-        self, op, tensors, in_place, source_blocks, destination_blocks, mapping_dtype, device,
+        self, op, tensors, in_place, source_blocks, destination_blocks, mapping, device,
         max_blocks=None, argument="block_mapping", block_size=0, slot_strides=(0,),
     ):  # fmt: skip
         geometries = [g for g, _ in tensors]
@@ -236,8 +228,7 @@ class CopyPlan:
         self.op, self.count, self.in_place, self.argument = op, len(tensors), in_place, argument
         self.max_blocks = max_blocks
         self._most_blocks = max(source_blocks, destination_blocks)
-        self._index_bytes = 0 if mapping_dtype is None else mapping_dtype.bytes
-        index = "void" if mapping_dtype is None else spelling.INDEX_NAMES[mapping_dtype.name]
+        self._index_bytes = 0 if mapping is None else mapping.dtype.bytes
         second = (runs * 2)[1]
         constants = [source_blocks, destination_blocks]
         for g, n in (list(zip(geometries, vectors)) * 2)[:2]:
@@ -251,10 +242,11 @@ class CopyPlan:
                 op,
                 "copy_blocks",
                 f"copy_blocks<{len(tensors)}, {spelling.boolean(in_place)}, {vector}, {runs[0]}, "
-                f"{second}, {spelling.boolean(nested)}, {items}, {block_size}, {index}, "
+                f"{second}, {spelling.boolean(nested)}, {items}, {block_size}, "
+                f"{spelling.indices(mapping)}, "
                 f"{MAX_THREADS}>",
                 PARAMS,
-                guarded=() if mapping_dtype is None else (argument,),
+                guarded=() if mapping is None else (argument,),
             )
             return _Variant(
                 threads, chunks, launch.Launcher(kernel, device, (*constants, chunks, 0))

@@ -19,7 +19,6 @@ from ...runtime import (
     modules,
     params,
     plans,
-    segments,
     spelling,
 )
 
@@ -50,9 +49,22 @@ MAX_THREADS = 128
 
 
 def op(name, plan, count, bounds="cu_seq_lens", options=()):
-    """The `dispatch.Op` of an operation; ``bounds`` is what it calls the sequences' first rows.
-    ``count(rows of dst, block_table, ``bounds`` and seq_starts, scalars)`` gives the rows to
-    process and the sequences; of ``scalars``, the scale is the first."""
+    """The `dispatch.Op` of an operation.
+
+    Parameters
+    ----------
+    name : str
+    plan : callable
+        As of `dispatch.Op`.
+    count : callable
+        ``count(counts, *scalars)`` -> (rows to process, sequences). ``counts`` are the rows of dst,
+        block_table, the bounds and seq_starts; ``scalars`` those of the call but for the scale,
+        which is the first.
+    bounds : str
+        What the sequences' first rows are called.
+    options : tuple of str
+        As of `dispatch.Op`.
+    """
     # The fault number of seq_starts.
     first_guarded = 1 + (1 + len(GUARDED)) * SHARING.index(name) if name in SHARING else 1
 
@@ -61,7 +73,7 @@ def op(name, plan, count, bounds="cu_seq_lens", options=()):
         rows, ((sequences, width), (step, _)), first_rows, starts = extents
         scale, *others = scalars or (0.0,)
         rows, sequences = count((rows, sequences, first_rows, starts), *others)
-        even = segments.evenly(sequences, rows)
+        even = launch.evenly(sequences, rows)
         return rows, (rows, sequences, width, step, scale, first_guarded, *even)
 
     return dispatch.Op(
@@ -82,15 +94,6 @@ def op(name, plan, count, bounds="cu_seq_lens", options=()):
 
 
 # --- checks ---------------------------------------------------------------------------------------
-
-
-def check_arrays(check, op, described):
-    """What holds for every operation on one cache, once the dimensions of cache and rows are known
-    to be right: devices, indices, and how the memory is laid out."""
-    src, dst, *indices, _ = described
-    check.device("src_cache", src)
-    check_rows(check, dst)
-    check_indices(check, [arg.name for arg in op.args[2:5]], indices)
 
 
 def check_rows(check, dst, name="dst"):
@@ -154,12 +157,7 @@ def check_sequences(op, sequences, table_rows, starts):
 
 def _check_layout(check, src, dst, layout, names):
     """The `formats.CacheAxes` of ``layout``, which the shapes of cache and rows agree with."""
-    axes = formats.CACHE_AXES.get(layout) if isinstance(layout, str) else None
-    if axes is None:
-        raise ArgumentError(
-            f"{check.op}: Invalid value of layout: expected one of "
-            f"{', '.join(formats.CACHE_AXES)}, got {layout!r}"
-        )
+    axes = formats.CACHE_AXES[contract.choice(check.op, "layout", layout, formats.CACHE_AXES)]
     if axes.token is None:
         check.shape(names.cache, src, "num_blocks block_size _ ...")
         inner = " ".join(f"inner_{i}" for i in range(1, len(src.shape) - 1))
@@ -304,7 +302,7 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto", by_token=False):
         STEM,
         f"gather_cache<{moved.converter}, {moved.vector}, {moved.outer}, {moved.heads}, "
         f"{moved.length}, {moved.scale_heads}, {moved.block_size}, {moved.group}, "
-        f"{index_names(described)}, {moved.per_thread}, {MAX_THREADS}>",
+        f"{spelling.indices(*indices)}, {moved.per_thread}, {MAX_THREADS}>",
         PARAMS,
         guarded=[(name, argument) for name in SHARING for argument in (*GUARDED, "cu_seq_lens")],
         converts=moved.stored is not None,
@@ -325,7 +323,7 @@ def _scales(check, src, axes, block_size, scale, by_token, names):
             )
         name = names.scale_cache
         check.shape(name, scale, f"{src.shape[0]} {block_size} {heads}")
-        check.dtype(name, scale, formats.DTYPES["float32"])
+        check.dtype(name, scale, formats.FLOAT32)
         check.device(name, scale)
         check.aligned(name, scale)
         return heads, scale.strides
@@ -386,31 +384,16 @@ def _row_shape(check, src, dst, axes, names):
 # --- plans ----------------------------------------------------------------------------------------
 
 
-def index_names(described):
-    """The index types of an operation on one cache, as a kernel's template arguments."""
-    return index_types(described[2:5])
-
-
-def index_types(indices):
-    """The types of block table, bounds and starts, as a kernel's template arguments."""
-    return ", ".join("void" if a is None else spelling.INDEX_NAMES[a.dtype.name] for a in indices)
-
-
 def cpu_plan(run, described):
     """The plan of a function of `cpu`."""
     src, dst, *indices, _ = described
     dtypes = (src.dtype.bits, dst.dtype.bits, *(a and a.dtype.numpy for a in indices))
-    return plans.NumPyPlan(run, (*dtypes, formats.DTYPES["float32"].numpy))
+    return plans.NumPyPlan(run, (*dtypes, formats.FLOAT32.numpy))
 
 
 def gpu_plan(kernel, items, described, strides):
     """The plan of a kernel with ``items`` threads for each row; ``strides`` are the struct's, from
     src_block_stride on."""
     src, dst, _, _, starts, _ = described
-    device = dst.device.index
-    launcher = launch.Launcher(
-        kernel,
-        device,
-        (src.shape[0], starts.strides[0] if starts else 0, *strides),
-    )
-    return plans.KernelPlan(launcher, launch.FlatShape(items, device, MAX_THREADS))
+    constants = src.shape[0], starts.strides[0] if starts else 0, *strides
+    return plans.flat(kernel, dst.device.index, constants, items, MAX_THREADS)

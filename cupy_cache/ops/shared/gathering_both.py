@@ -7,7 +7,7 @@ import functools
 
 from ... import cpu
 from ...errors import ShapeError
-from ...runtime import contract, dispatch, launch, modules, params, plans, segments
+from ...runtime import contract, dispatch, launch, modules, params, plans, spelling
 from . import gathering
 
 NAME = "PagedKVCache.gather"
@@ -74,7 +74,7 @@ def _plan(op, described, options):
         op.name,
         STEM,
         f"gather_both<{keys.shape}, {values.shape}, {keys.vector}, {values.vector}, "
-        f"{keys.block_size}, {gathering.index_types(indices)}, {gathering.MAX_THREADS}>",
+        f"{keys.block_size}, {spelling.indices(*indices)}, {gathering.MAX_THREADS}>",
         PARAMS,
         guarded=("seq_starts", "block_table", "cu_seq_lens"),
         converts=keys.stored is not None,
@@ -94,7 +94,7 @@ def _count(extents, options, scalars):
     rows, sequences = gathering.count_rows(
         NAME, min(keys, values), num_tokens, bounds, table_rows, starts, "out"
     )
-    even = segments.evenly(sequences, rows)
+    even = launch.evenly(sequences, rows)
     return rows, (rows, sequences, width, step, k_scale, v_scale, *even)
 
 

@@ -7,13 +7,11 @@ They may be thousands: nothing here loops over them in Python, except to say wha
 them.
 """
 
-import itertools
 from typing import NamedTuple
 
 import numpy as np
 
 from ...errors import ArgumentError
-from . import blocks
 
 # Up to so many pairs are checked as Python's integers: NumPy's calls take 9 us however few there
 # are, as long as these take for 48.
@@ -132,18 +130,17 @@ def _disjoint(sources, destinations, num_blocks):
 
 
 def check_apart(op, pairs, source, destination, sources, destinations):
-    """`check_disjoint` for layers, at the addresses ``sources`` and ``destinations``, each of which
-    may share memory with any other, whole or in part."""
+    """`check_disjoint` for layers, at the addresses ``sources`` and ``destinations``, each source
+    of which may share memory with any destination, whole or in part; the latter do not with one
+    another."""
     if 0 in source.shape:
         return
     alike = source.strides == destination.strides
     num_blocks = max(source.shape[0], destination.shape[0])
-    (from_low, from_high), (to_low, to_high) = map(blocks.extent, (source, destination))
-    if alike and sources == destinations:
-        low, high = _block_extent(source)
-        if _apart(sources, from_high - from_low, abs(source.strides[0]), high - low):
-            check_disjoint(op, pairs, num_blocks)
-            return
+    if alike and sources == destinations and num_blocks == destination.shape[0]:
+        check_disjoint(op, pairs, num_blocks)
+        return
+    (from_low, from_high), (to_low, to_high) = source.span, destination.span
     if max(sources) + from_high <= min(destinations) + to_low:
         return
     if max(destinations) + to_high <= min(sources) + from_low:
@@ -169,24 +166,7 @@ def check_apart(op, pairs, source, destination, sources, destinations):
             )
 
 
-def _apart(addresses, size, step, block_size):
-    """Whether arrays of ``size`` bytes at these addresses surely share none: one lies behind the
-    other or, as in a pool of layers, their blocks, one every ``step`` bytes, lie between those of
-    the others."""
-    ordered = sorted(addresses)
-    if all(after - before >= size for before, after in itertools.pairwise(ordered)):
-        return True
-    inside = sorted(address % step for address in addresses) if step else [0, 0]
-    around = (*inside[1:], inside[0] + step)
-    return all(after - before >= block_size for before, after in zip(inside, around))
-
-
-def _block_extent(array):
-    """`blocks.extent` of a block of ``array``."""
-    return blocks.extent(array._replace(shape=(1, *array.shape[1:])))
-
-
 def _places(array, numbers):
     """Where blocks lie from the address of ``array`` on, and how many bytes one spans."""
-    low, high = _block_extent(array)
+    low, high = array.row_span
     return numbers * array.strides[0] + low, high - low

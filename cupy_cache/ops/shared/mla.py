@@ -12,11 +12,10 @@ MAX_LAYERS = 128  # kMaxLayers of the kernel
 MAX_THREADS = 128
 STEM = "concat_and_cache_mla"
 
-_EACH_CALL = (
-    "kv_c:ptr k_pe:ptr kv_cache:ptr slot_mapping:ptr scale:ptr tokens:i64 scale_value:f32 "
-    "unused:u32"
+_EACH_CALL = "kv_c:ptr k_pe:ptr kv_cache:ptr slot_mapping:ptr scale:ptr tokens:i64 scale_value:f32"
+_LAYERS = (
+    "unused:u32 first_layer:i64 kv_c_layer_stride:i64 k_pe_layer_stride:i64 slot_layer_stride:i64"
 )
-_LAYERS = "first_layer:i64 kv_c_layer_stride:i64 k_pe_layer_stride:i64 slot_layer_stride:i64"
 _CONSTANTS = (
     "num_blocks:i64 kv_c_stride:i64 k_pe_stride:i64 slot_stride:i64 block_stride:i64 "
     "offset_stride:i64"
@@ -63,7 +62,7 @@ def check_arrays(check, described):
     check.writable(cache_name, kv_cache)
 
 
-def entry_kernel(op, caches, kv_c, k_pe, kv_cache, stored, slot_dtype, params_struct):
+def entry_kernel(op, caches, kv_c, k_pe, kv_cache, stored, slots, params_struct):
     """The kernel that writes entries, and its work items for each of them.
 
     ``caches`` names an enumerator of the kernel's ``Caches``; ``stored`` is the cache's element
@@ -82,7 +81,7 @@ def entry_kernel(op, caches, kv_c, k_pe, kv_cache, stored, slot_dtype, params_st
         op,
         STEM,
         f"concat_and_cache_mla<{converter}, cupy_cache::Caches::{caches}, {vector}, {latent}, "
-        f"{rope}, {kv_cache.shape[-2]}, {spelling.INDEX_NAMES[slot_dtype.name]}, {MAX_THREADS}>",
+        f"{rope}, {kv_cache.shape[-2]}, {spelling.indices(slots)}, {MAX_THREADS}>",
         params_struct,
         guarded=("slot_mapping",),
         converts=stored is not None,

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ... import cpu
 from ...errors import ArgumentError, ShapeError
 from ...runtime import (
     arrays,
@@ -190,11 +189,7 @@ class Plan:
     """
 
     def __init__(self, op, direction, by_slot, described, layout="layer_first"):
-        if not isinstance(layout, str) or layout not in LAYOUTS:
-            raise ArgumentError(
-                f"{op.name}: Invalid value of layout: expected {' or '.join(LAYOUTS)}, got "
-                f"{layout!r}"
-            )
+        contract.choice(op.name, "layout", layout, LAYOUTS)
         self.op, self.direction, self.by_slot = op.name, direction, by_slot
         count = sum(arg.layers for arg in op.args)
         self.tensors, (chosen, *buffer) = described[:count], described[count:]
@@ -225,7 +220,7 @@ class Plan:
         ]
         self.sizes = [g.bytes for g in self.geometries]
         self.layer_bytes = sum(self.sizes)  # of an item
-        self._extents = [None if 0 in t.shape else blocks.extent(t) for t in self.tensors]
+        self._spans = [None if 0 in t.shape else t.span for t in self.tensors]
         self.page_first = layout == "page_first"
         self.buffer = buffer[0] if buffer else None
         self.max_blocks = None
@@ -272,12 +267,12 @@ class Plan:
                 f"{self.op}: Invalid size of items of caches: expected at most "
                 f"{_MAX_WORKS * vector} bytes at this alignment, got {max(self.sizes)}"
             )
-        index = "void" if self.chosen is None else spelling.INDEX_NAMES[self.chosen.dtype.name]
         kernel = modules.Kernel(
             self.op,
             "pack_blocks",
             f"pack_blocks<cupy_cache::Direction::{self.direction.name}, {len(vectors)}, {vector}, "
-            f"{runs[0]}, {runs[-1]}, {spelling.boolean(nested)}, {block_size}, {ITEMS}, {index}, "
+            f"{runs[0]}, {runs[-1]}, {spelling.boolean(nested)}, {block_size}, {ITEMS}, "
+            f"{spelling.indices(self.chosen)}, "
             f"{MAX_THREADS}>",
             PARAMS,
             guarded=() if self.chosen is None else (self.argument,),
@@ -286,7 +281,6 @@ class Plan:
             (block, *g.source[1:], slot, count, g.middle)
             for (block, slot), g, count in zip(strides, self.geometries, vectors)
         ]
-        self._enough = None  # threads for which all blocks have the most
         first, second = (constants * 2)[:2]
         self._launcher = launch.Launcher(
             kernel, self.device.index, (self.limit, self.vectors, *first, *second)
@@ -300,8 +294,8 @@ class Plan:
         addresses, layers = blocks.interleaved(places), len(places[0])
         strides = [layers * self.layer_bytes] * tensors if self.page_first else self.sizes
         ends = [
-            None if extent is None else (min(each) + extent[0], max(each) + extent[1])
-            for extent, each in zip(self._extents, places)
+            None if span is None else (min(each) + span[0], max(each) + span[1])
+            for span, each in zip(self._spans, places)
         ]
         return _Caches(
             places, ends, layers, layers * self.layer_bytes, tuple(strides * 2)[:2], addresses,
@@ -352,10 +346,10 @@ class Plan:
             )
         if not size or self.buffer.device.kind != self.device.kind:
             return
-        for ends, extent, places in zip(caches.ends, self._extents, caches.places):
+        for ends, span, places in zip(caches.ends, self._spans, caches.places):
             if ends is None or address + size <= ends[0] or ends[1] <= address:
                 continue
-            low, high = extent
+            low, high = span
             for layer, place in enumerate(places):
                 if place + low < address + size and address < place + high:
                     raise ArgumentError(
@@ -386,14 +380,8 @@ class Plan:
                 self._launch(work.stream, table.layers, items, tail, values)
 
     def _launch(self, stream, layers, items, tail, values):
-        works = items * self.vectors
-        work_threads, threads = -(-works * layers // ITEMS), MAX_THREADS
-        if self._enough is None:  # asked late: a plan can be made for a GPU that is not there
-            self._enough = threads * launch.processors(self.device.index)
-        if work_threads < self._enough:
-            threads = launch.block_threads(
-                work_threads, launch.processors(self.device.index), MAX_THREADS
-            )
+        works, processors = items * self.vectors, launch.processors(self.device.index)
+        threads = launch.block_threads(-(-works * layers // ITEMS), processors, MAX_THREADS)
         grid = -(-works // (threads * ITEMS))
         if self.max_blocks is not None:
             grid = min(grid, max(1, self.max_blocks // layers))
@@ -446,7 +434,7 @@ class Plan:
             tensor = self.tensors[t]
             cache = arrays.as_numpy(address, tensor.shape, tensor.strides, tensor.dtype.bits)
             if places is None:
-                cpu.zero(cache, index)
+                cache[index] = 0
                 continue
             packed = arrays.as_numpy(
                 places.of_layer(layer)[t],
@@ -455,9 +443,9 @@ class Plan:
                 tensor.dtype.bits,
             )
             if self.direction is PACK:
-                cpu.pack(cache, index, packed, rows)
+                packed[rows] = cache[index]
             else:
-                cpu.unpack(packed, rows, cache, index)
+                cache[index] = packed[rows]
 
 
 class _Caches(NamedTuple):

@@ -31,7 +31,6 @@ MAX_HEAD_SIZE = 2048  # that one warp holds in its registers
 LANE_BYTES = 32  # of values, that a lane moves at least
 TOGETHER = 4  # the kernel's kTogether: tokens whose keys are written side by side
 ROUNDINGS = ("once", "steps")
-FLOAT32 = formats.DTYPES["float32"]
 
 # The arguments, of which an operation may lack some or call them otherwise.
 ROLES = (
@@ -201,9 +200,7 @@ class _Checked:
         raise error(errors.wrong(kind, f"{self.op}: {name}", expected, got))
 
     def _check_options(self):
-        if not isinstance(self.rounding, str) or self.rounding not in ROUNDINGS:
-            expected = " or ".join(ROUNDINGS)
-            self.refuse("value", "rounding", expected, repr(self.rounding), ArgumentError)
+        contract.choice(self.op, "rounding", self.rounding, ROUNDINGS)
         if self.scaled != (self.v_scale_cache is not None):
             absent = "v_scale_cache" if self.scaled else "k_scale_cache"
             self.refuse("value", absent, "an array like the other one", "None", ArgumentError)
@@ -226,19 +223,15 @@ class _Checked:
         if self.packed and self.scaled:
             self.refuse("shape", "key_cache", "four dimensions beside scale caches", "five")
         if self.packed:
-            check.shape("key_cache", self.key_cache, "num_blocks num_kv_heads _ block_size x")
             self.size = self.key_cache.shape[2] * self.key_cache.shape[4]
+            check.sizes["head_size"] = self.size
             interleaved = len(self.value_cache.shape) == 5
-            pattern = "_ head_size_v x" if interleaved else "head_size_v block_size"
-            check.shape("value_cache", self.value_cache, f"num_blocks num_kv_heads {pattern}")
-            if interleaved:
-                check.packs("value_cache", self.value_cache, "block_size")
+            check.x_packed_caches(self.key_cache, self.value_cache, interleaved)
         else:
             pattern = "num_blocks block_size num_kv_heads"
             check.shape("key_cache", self.key_cache, f"{pattern} head_size")
             check.shape("value_cache", self.value_cache, f"{pattern} head_size_v")
             self.size = self.key_cache.shape[3]
-        check.sizes["head_size"] = self.size
         sizes = check.sizes
         self.value_size, self.block_size = sizes["head_size_v"], sizes["block_size"]
         self.num_blocks = sizes["num_blocks"]
@@ -249,7 +242,7 @@ class _Checked:
             self.steps[role] = check.head_scale(role, given.get(role), sizes["num_kv_heads"])
         for role in ("k_scale_cache", "v_scale_cache") if self.scaled else ():
             check.shape(role, given[role], "num_blocks block_size num_kv_heads")
-            check.dtype(role, given[role], FLOAT32)
+            check.dtype(role, given[role], formats.FLOAT32)
             check.device(role, given[role])
             check.aligned(role, given[role])
             check.writable(role, given[role])
@@ -317,7 +310,7 @@ class _Checked:
         check.aligned(name, positions)
         name = self.names["cos_sin_cache"]
         check.shape(name, table, "max_position rotary_dim")
-        check.dtype(name, table, *dict.fromkeys((self.query.dtype, FLOAT32)))
+        check.dtype(name, table, *dict.fromkeys((self.query.dtype, formats.FLOAT32)))
         check.device(name, table)
         check.aligned(name, table)
         check.contiguous(name, table)
@@ -341,7 +334,7 @@ class _Checked:
                 self.refuse("value", role, "None without norm_eps", "an array", ArgumentError)
             if weight.shape != (self.size,):
                 self.refuse("shape", role, [self.size], list(weight.shape))
-            self.check.dtype(role, weight, *dict.fromkeys((self.query.dtype, FLOAT32)))
+            self.check.dtype(role, weight, *dict.fromkeys((self.query.dtype, formats.FLOAT32)))
             self.check.device(role, weight)
             self.check.aligned(role, weight)
             self.check.contiguous(role, weight)
@@ -420,7 +413,7 @@ def _gpu_plan(found):
         value_lanes = launch.ceil_div(vectors, width)
     lanes = items
     if found.norm or found.scaled:
-        lanes = _lanes(max(items, vectors if found.scaled else 0))
+        lanes = launch.lanes(max(items, vectors if found.scaled else 0))
         if found.scaled or (not scattered and found.key_heads * value_lanes % lanes):
             value_lanes = lanes
 
@@ -481,11 +474,6 @@ def _gpu_plan(found):
         return (blocks + transposed.tiles(tokens) * parts, 1, 1), MAX_THREADS
 
     return plans.KernelPlan(launcher, shape)
-
-
-def _lanes(items):
-    """A power of two that has a lane for each item, if a warp has as many."""
-    return min(launch.WARP, 1 << (items - 1).bit_length())
 
 
 def _value_cache(found):

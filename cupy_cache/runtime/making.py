@@ -1,0 +1,106 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""New arrays of a framework, on a device, in the order of a stream."""
+
+import functools
+import math
+import sys
+
+import numpy as np
+
+from .. import errors
+from ..errors import ArgumentError, DeviceError, MissingDependencyError
+from . import arrays, contract, cuda, devices, driver, streams
+
+HOST_ALIGNMENT = 64  # of NumPy's zeros: JAX has a view of no other memory on the CPU
+
+
+def home(op, framework, device):
+    """The framework and the `devices.Device` of a new array, of which ``op`` was told either, both
+    or neither."""
+    if framework is None and type(device).__module__.partition(".")[0] == "torch":
+        framework = "torch"
+    if framework == "torch" and "torch" not in sys.modules:
+        raise MissingDependencyError(f"{op}: framework 'torch' was asked for: import torch before")
+    if device is None and framework == "numpy":
+        place = devices.CPU
+    elif device is None and framework == "torch":
+        gpu = sys.modules["torch"].cuda.is_available()
+        place = driver.device_named("cuda" if gpu else "cpu", f"{op}: device")
+    else:
+        place = driver.device_named(device, f"{op}: device")
+    if framework is None:
+        framework = "numpy" if place.kind == "cpu" else "cupy"
+    known = ("torch", "cupy", "numpy", *arrays.FRAMEWORKS)
+    if not isinstance(framework, str) or framework not in known:
+        way_out = arrays.OF_JAX if framework == "jax" else ""
+        expected, got = "'torch', 'cupy' or 'numpy'", contract.shown(framework)
+        raise ArgumentError(errors.wrong("value", f"{op}: framework", expected, got, way_out))
+    if framework != "torch" and (framework == "numpy") != (place.kind == "cpu"):
+        expected = "the CPU" if framework == "numpy" else "a GPU"
+        raise DeviceError(
+            f"{op}: Invalid value of device: expected {expected} for framework {framework!r}, got "
+            f"{place}"
+        )
+    return framework, place
+
+
+def empty(framework, device, shape, dtype, stream=None):
+    """An uninitialised, contiguous array of ``framework`` ("torch", "cupy", "numpy" or a registered
+    one; anything else means CuPy on a GPU and NumPy elsewhere), to be written on ``stream``, by
+    default the framework's current one."""
+    if framework in arrays.FRAMEWORKS:
+        made = arrays.FRAMEWORKS[framework].empty(device, shape, dtype)
+    elif framework == "torch":
+        made = _torch_empty(device, dtype.name)(shape)
+    elif device.kind == "cpu":
+        return np.empty(shape, dtype.numpy)
+    else:
+        with cuda.on_device(device.index):
+            made = cuda.import_cupy(f"an array on {device}").empty(shape, dtype.numpy)
+    if stream is not None and device.kind == "cuda":
+        _hand_over(made, framework, device.index, stream)
+    return made
+
+
+@functools.lru_cache(maxsize=64)
+def _torch_empty(device, dtype):
+    """torch's maker of arrays on a `devices.Device`, as a function of their shape."""
+    torch = sys.modules["torch"]
+    place = torch.device(str(device))
+    return functools.partial(torch.empty, dtype=getattr(torch, dtype), device=place)
+
+
+def _hand_over(made, framework, device, stream):
+    """Let ``stream`` write an array that was made on the current stream of its framework."""
+    made_on = streams.current(framework, device)()
+    if stream != made_on:
+        driver.active.order(made_on, stream, device)
+        if framework == "torch":
+            streams.lend([made], stream, device)
+
+
+def empty_beside(tensor, shape, stream=None):
+    """`empty`, of the dtype and on the device of a torch tensor."""
+    made = tensor.new_empty(shape)
+    if stream is not None and made.is_cuda:
+        _hand_over(made, "torch", made.get_device(), stream)
+    return made
+
+
+def zeros(framework, device, shape, dtype, pinned=False):
+    """A contiguous array of zeros of "torch", "cupy" or "numpy", enqueued on the framework's
+    current stream. ``pinned``: in host memory that GPUs reach by themselves."""
+    if framework == "torch":
+        torch = sys.modules["torch"]
+        dtype = getattr(torch, dtype.name)
+        return torch.zeros(shape, dtype=dtype, device=str(device), pin_memory=pinned)
+    if pinned:
+        return cuda.pinned_zeros(shape, dtype.numpy)
+    if device.kind == "cpu":
+        size = math.prod(shape) * dtype.bytes
+        memory = np.zeros(size + HOST_ALIGNMENT, np.uint8)
+        start = -memory.ctypes.data % HOST_ALIGNMENT
+        return np.ndarray(shape, dtype.numpy, memory, start)
+    with cuda.on_device(device.index):
+        return cuda.import_cupy(f"an array on {device}").zeros(shape, dtype.numpy)
