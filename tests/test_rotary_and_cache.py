@@ -510,6 +510,7 @@ class TestRefusals:
         refuse(world, rng, cc.ArgumentError, "rope_dim_offset", rope_dim_offset=-1)
         refuse(world, rng, cc.ArgumentError, "norm_eps", norm_eps=float("nan"))
         refuse(world, rng, cc.ArgumentError, "norm_eps", norm_eps=-1e-6)
+        refuse(world, rng, cc.ArgumentError, "norm_eps", "0 or", norm_eps=1e-40)  # 0 to a GPU
         refuse(world, rng, cc.ArgumentError, "norm_eps", norm_eps=1e300)  # float32 has none such
         refuse(world, rng, cc.ArgumentError, "norm_weight_bias", norm_weight_bias="1")
         refuse(world, rng, cc.ArgumentError, "out", "fp8", out_dtype="fp8")
