@@ -531,6 +531,9 @@ class TestRefusals:
         self.refused(world, rng, cc.ArgumentError, "v_scale_cache", k_scale_cache=pair[0])
         self.refused(world, rng, cc.ArgumentError, "kv_cache_dtype", "fp8_per_token_head",
                      k_scale_cache=pair[0], v_scale_cache=pair[1])  # fmt: skip
+        for layout in ("x-packed", "interleaved"):
+            model = Model(layout=layout, kv_cache_dtype="fp8_per_token_head", block_size=16)
+            self.refused(world, rng, cc.ShapeError, "key_cache", "four dimensions", model=model)
 
     def test_memory(self, world, rng):
         def overlapping(spec):
