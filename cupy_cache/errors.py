@@ -147,7 +147,8 @@ class FaultError(CupyCacheError, IndexError):
 
 
 class Fault:
-    """One recorded violation: it was skipped, nothing was read or written for it.
+    """One recorded violation: the number was not followed, nothing outside the arrays was read or
+    written. What counted in its place, if anything, is in the operation's notes.
 
     Attributes
     ----------
@@ -190,5 +191,5 @@ class Fault:
             f"{self.op}: {self.argument}",
             f"0..{self.limit - 1}",
             f"{self.value} in row {self.row} on {self.device}",
-            "it was skipped",
+            "it was not followed",
         )

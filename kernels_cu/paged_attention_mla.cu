@@ -1102,10 +1102,10 @@ __global__ void __launch_bounds__(kTeams * kTeam * 32, kTeams == 1 ? 2 : 1)
       }
       if (begins) listed[lower] = entry;
       __syncthreads();
-      constexpr int kAtOnce = kTiles < 8 ? kTiles : 8;
+      constexpr int kAtOnce = kTiles <= 8 ? kTiles : kTiles / 2;  // of at most 16, an even number
       constexpr int kPlace = kFours * 16 + 16 * kThreads;
       constexpr int kPlaces = kMissingAt / kPlace < 4 ? kMissingAt / kPlace : 4;
-      static_assert(kPlaces >= 2 && kTiles % kAtOnce == 0, "there is room for two results");
+      static_assert(kPlaces >= 1 && kTiles % kAtOnce == 0, "there is room for a result");
 #pragma unroll 1
       for (int first = 0; first < kTiles; first += kAtOnce) {
         u32 asked = 0;

@@ -32,6 +32,7 @@ from cupy_cache.ops import (
 )
 from cupy_cache.ops.shared import blocks, packing
 from cupy_cache.runtime import (
+    apart,
     devices,
     dispatch,
     fastpath,
@@ -276,6 +277,32 @@ def test_scales(recorder, kind):
     if kind == "one array twice":  # and then are two
         addresses = [one.data_ptr(), other.data_ptr()]
         assert scaled(recorder, given, one, other)[0] == addresses
+
+
+def test_scales_do_not_decide_where_arrays_lie(recorder, monkeypatch):
+    """Whether arrays share memory is asked again where their rows change, not where numbers do."""
+    asked = []
+    check = apart.Apart.check
+    monkeypatch.setattr(
+        apart.Apart, "check", lambda self, *where: asked.append(1) or check(self, *where)
+    )
+    query, key, value = torch.zeros(3, 6, 2, 8).unbind()
+    caches = torch.zeros(2, 4, 4, 2, 8, dtype=torch.uint8)
+    table, slots, counts = torch.zeros(5, 8), torch.arange(6), []
+    for step in range(8):
+        rows = 6 if step < 6 else 5
+        given = torch.arange(6)[:rows] % 5, query[:rows], key, value, table, *caches
+        scales = 0.5 + step, 1.5 + step
+        cc.rotary_and_cache(*given, slots[:rows], True, "fp8", *scales)
+        (sent,) = recorder.take()
+        assert scales == struct.unpack_from("<2f", sent[-1], sent[-1].index(pack_floats(*scales)))
+        counts.append(len(asked))
+    assert counts[KNOWN:6] == [counts[KNOWN]] * 4
+    assert counts[6:] == [counts[5] + 1] * 2
+
+
+def pack_floats(*numbers):
+    return struct.pack(f"<{len(numbers)}f", *numbers)
 
 
 def test_layers_share_one_quick_way(recorder):

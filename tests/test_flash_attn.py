@@ -178,6 +178,7 @@ def test_with_kvcache(world, rng, queries, added, causal, paged, lse):
         (False, {"window_size": (4, 0)}, {"window": (4, 0)}),
         (False, {"window_size": (-1, 0)}, {"window": (-1, 0)}),
         (True, {"window_size": [0, 0]}, {"window": (0, 0)}),
+        (True, {"window_size": (np.int64(4), np.int32(0))}, {"window": (4, 0)}),
         (True, {"softcap": 2.0, "softmax_scale": 0.7}, {"softcap": 2.0, "scale": 0.7}),
     ],
 )
@@ -334,6 +335,8 @@ class TestRefusals:
             ("v", None),
             ("window_size", (-1, 2)),
             ("window_size", 3),
+            ("window_size", (True, 0)),
+            ("window_size", (4.0, 0)),
             ("window_size", (1, 2, 3)),
             ("alibi_slopes", np.ones(4, np.float32)),
             ("alibi_slopes", np.ones((2, 4), np.float32)),

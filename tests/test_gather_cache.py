@@ -169,16 +169,20 @@ def test_int32_values_out_of_range(world, rng, bad):
     )
 
 
+@pytest.mark.parametrize("bounds", ["wild", "past the table"])
 @pytest.mark.parametrize("with_starts", [False, True])
-def test_lengths_that_make_no_sense_stay_inside(world, rng, with_starts):
+def test_lengths_that_make_no_sense_stay_inside(world, rng, with_starts, bounds):
     """What is written is not defined, but nothing outside the arrays is touched."""
     wild = [*BAD, 0, 3, 9, 12]
+    lengths, starts = rng.choice(wild, 6), rng.choice(wild, 5)
+    if bounds == "past the table":  # the last sequence, behind whose row of the table is nothing
+        lengths, starts[-1] = np.array([0, 1, 1, 2, 3, 12]), 7 * with_starts
     specs = [
         cache(rng, "NHD", 4, 4, (8,), "float32"),
         worlds.array(rng, (12, 8), "float32"),
         worlds.of_values(rng.integers(0, 4, (5, 2))),
-        worlds.of_values(rng.choice(wild, 6)),
-        worlds.of_values(rng.choice(wild, 5)) if with_starts else None,
+        worlds.of_values(lengths),
+        worlds.of_values(starts) if with_starts else None,
     ]
     cc.gather_cache(*map(world.put, specs))
     for spec in specs:

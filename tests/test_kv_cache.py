@@ -508,6 +508,16 @@ def test_options_of_attention_that_cannot_be_hashed(rng):
             call(**{name: [3]})
 
 
+@pytest.mark.parametrize("value", [[1.0, 2.0], "sinks", np.ones(4, ">f4")], ids=type)
+def test_arrays_of_attention_that_are_none(rng, value):
+    """What is kept is refused under the name of what was called, as all else is."""
+    world, problem = worlds.NumPyWorld(), attending.Problem(rng, [9])
+    cache = cc.PagedKVCache(*([world.put(cache)] for cache in problem.caches))
+    for name in ("sinks", "alibi_slopes"):
+        with pytest.raises(cc.DTypeError, match=rf"^PagedKVCache\.attend: .* of {name}: expected"):
+            attending_to(world, cache, 0, problem)(**{name: value})
+
+
 def test_attention_needs_values(world, rng):
     cache = cc.PagedKVCache(*put(world, caches(rng, "rows", "float32")))
     problem = attending.Problem(rng, [9])

@@ -57,12 +57,40 @@ def test_heads(world, rng, heads):
 
 
 @pytest.mark.parametrize(
-    "sizes", [(288, 256), (192, 128), (64, 64), (40, 24), (24, 7), (640, 512), (640, 100), (7, 5)]
-)
+    "sizes",
+    [
+        (288, 256), (192, 128), (64, 64), (40, 24), (24, 7), (640, 512), (640, 100), (7, 5),
+        (384, 320), (330, 321), (460, 441),
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 def test_sizes(world, rng, sizes, kv_cache_dtype):
     problem = Latent(rng, [33, 7], sizes=sizes, heads=2, kv_cache_dtype=kv_cache_dtype)
     problem.solve(world)
+
+
+@pytest.mark.parametrize("shared", [64 << 10, 99 << 10, 163 << 10])
+@pytest.mark.parametrize("sizes", [(508, 500), (300, 290), (448, 384), (64, 48)])
+@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
+def test_gpus_with_less_shared_memory(
+    emulated_world, rng, monkeypatch, nothing_remembered, shared, sizes, kv_cache_dtype
+):
+    """Those of sm_75, sm_89 and sm_80: fewer tiles are on their way, and fewer results at a time
+    are joined."""
+    world = emulated_world()
+    try:
+        monkeypatch.setattr(launch.driver.active, "shared_memory", lambda device: shared)
+        problem = Latent(
+            rng, [33, 7, 400], sizes=sizes, heads=2, kv_cache_dtype=kv_cache_dtype, dtype="float16"
+        )
+        if (shared, kv_cache_dtype) == (64 << 10, "fp8") and sizes[0] > 300:
+            with pytest.raises(cc.ShapeError, match="65536 bytes of shared memory that this GPU"):
+                problem.run(world)
+        else:
+            problem.solve(world)
+        cc.raise_faults()
+    finally:
+        world.close()
 
 
 @pytest.mark.parametrize("types", list(itertools.product(["int32", "int64"], repeat=3)))

@@ -510,6 +510,7 @@ class TestRefusals:
         refuse(world, rng, cc.ArgumentError, "rope_dim_offset", rope_dim_offset=-1)
         refuse(world, rng, cc.ArgumentError, "norm_eps", norm_eps=float("nan"))
         refuse(world, rng, cc.ArgumentError, "norm_eps", norm_eps=-1e-6)
+        refuse(world, rng, cc.ArgumentError, "norm_eps", "0 or", norm_eps=1e-40)  # 0 to a GPU
         refuse(world, rng, cc.ArgumentError, "norm_eps", norm_eps=1e300)  # float32 has none such
         refuse(world, rng, cc.ArgumentError, "norm_weight_bias", norm_weight_bias="1")
         refuse(world, rng, cc.ArgumentError, "out", "fp8", out_dtype="fp8")
@@ -530,6 +531,9 @@ class TestRefusals:
         self.refused(world, rng, cc.ArgumentError, "v_scale_cache", k_scale_cache=pair[0])
         self.refused(world, rng, cc.ArgumentError, "kv_cache_dtype", "fp8_per_token_head",
                      k_scale_cache=pair[0], v_scale_cache=pair[1])  # fmt: skip
+        for layout in ("x-packed", "interleaved"):
+            model = Model(layout=layout, kv_cache_dtype="fp8_per_token_head", block_size=16)
+            self.refused(world, rng, cc.ShapeError, "key_cache", "four dimensions", model=model)
 
     def test_memory(self, world, rng):
         def overlapping(spec):

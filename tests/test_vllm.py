@@ -212,6 +212,28 @@ def test_nothing_is_merged_into_what_the_suffix_cannot_be_copied_to(rng):
     assert (out == 7).all() and (lse == 7).all()
 
 
+@pytest.mark.parametrize("count", [0, 1, 3])
+@pytest.mark.parametrize("shared", ["output", "output_lse"])
+def test_nothing_is_merged_into_memory_that_rows_share(rng, count, shared):
+    torch = pytest.importorskip("torch")
+    out, lse = torch.full((5, 3, 8), 7.0), torch.full((3, 5), 7.0)
+    given = {
+        "output": (torch.full((1, 3, 8), 7.0).expand(5, 3, 8), lse),
+        "output_lse": (out, torch.full((3, 1), 7.0).expand(3, 5)),
+    }[shared]
+    with pytest.raises(cc.StrideError, match=f"merge_attn_states: Invalid strides of {shared}"):
+        merging(rng, *given, count, like=torch.from_numpy)
+    assert all((one == 7).all() for one in given)
+
+
+def test_the_suffix_is_copied_where_gradients_are_wanted(rng):
+    """They are not given, as nowhere; what is merged is written, too."""
+    torch = pytest.importorskip("torch")
+    out = torch.full((5, 3, 8), np.nan).requires_grad_()
+    suffix, _ = merging(rng, out, torch.zeros(3, 5), 2, like=torch.from_numpy)
+    assert (out[2:] == torch.from_numpy(suffix[2:5])).all() and out[:2].isfinite().all()
+
+
 def zeros(*shape, dtype=np.float16):
     return np.zeros(shape, dtype)
 

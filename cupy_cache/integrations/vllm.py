@@ -211,8 +211,11 @@ def merge_attn_states(
     tokens = _extent(op, "output", merged, 0)
     count = min(count, tokens)
     # What is copied must be right, too, before anything is written.
+    check = contract.Contract(op)
+    check.writable("output", arrays.view(output, f"{op}: output"), rows=True)
     copied = {"suffix_output": (suffix, 0), "suffix_lse": (weights, 1)}
     if weights_out is not None:
+        check.writable("output_lse", arrays.view(weights_out, f"{op}: output_lse"))
         copied["output_lse"] = weights_out, 1
     kind = arrays.framework_of(output, f"{op}: output")
     for name, (array, dim) in copied.items():
@@ -229,6 +232,9 @@ def merge_attn_states(
         merged[:count], prefix[:count], prefix_weights[:, :count], suffix[:count],
         weights[:, :count], None if weights_out is None else weights_out[:, :count],
     )  # fmt: skip
+    if kind == "torch":  # which refuses to write what needs a gradient
+        merged = merged.detach()
+        weights_out = None if weights_out is None else weights_out.detach()
     merged[count:] = suffix[count:tokens]
     if weights_out is not None:
         weights_out[:, count:tokens] = weights[:, count:tokens]

@@ -89,7 +89,7 @@ def rotary_and_cache(
         elsewhere. Else the pairs of time come first, then those of height, then those of width.
     norm_eps : float, optional
         Normalise each head of queries and keys first: ``x / sqrt(mean(x * x) + norm_eps) *
-        (weight + norm_weight_bias)``. None: they are not.
+        (weight + norm_weight_bias)``. 0, or at least 2^-126. None: they are not.
     q_norm_weight, k_norm_weight : array [head_size], optional
         Of the dtype of ``query``, or float32. Without one there is no such factor.
     norm_weight_bias : float
@@ -120,7 +120,8 @@ def rotary_and_cache(
     -----
     A pair (x, y) becomes (x * cos - y * sin, y * cos + x * sin): float32 products, each rounded,
     and a float32 sum, on every backend the same. The order in which squares are added up is not, so
-    that results may differ in the last place where heads are normalised.
+    that results may differ in the last place where heads are normalised; and further where
+    ``norm_eps`` is below 1e-30, as sums of squares below 2^-126 are 0 on a GPU.
 
     A NaN is stored with all bits but the sign set.
 

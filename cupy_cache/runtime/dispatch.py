@@ -464,12 +464,13 @@ class Bound:
         # are empty; None before `check`.
         self._in_host_memory = None
         others = [index for index, value in enumerate(self._objects) if value is not None]
-        self.found = op.read(self._objects, None, others).found
-        self._form = "bound", options, self.given, self._signature()
-        try:
-            self.fast_paths = op.fast_paths.of(self._form)
-        except TypeError as error:
-            raise op.unhashable(options) from error
+        with errors.renamed(self.name, {}):
+            self.found = op.read(self._objects, None, others).found
+            self._form = "bound", options, self.given, self._signature()
+            try:
+                self.fast_paths = op.fast_paths.of(self._form)
+            except TypeError as error:
+                raise op.unhashable(options) from error
         self._paths_of: dict[tuple, fastpath.Recent] = {}  # of lists, by the form of the rest
         # What fast paths ask for.
         self.addresses = tuple(

@@ -212,11 +212,10 @@ def _kernel_path(op, entry, objects, options, given):
                 return False
         if not same(*tensors):
             return False
-        key = tuple(map(elements, tensors if sized is None else sized(tensors)))
-        if scalars:
-            key += scalars
+        sizes = tuple(map(elements, tensors if sized is None else sized(tensors)))
         if free is not None:
-            key += free(tensors)
+            sizes += free(tensors)
+        key = sizes + scalars if scalars else sizes
         launch = known.get(key)
         if launch is None:
             launch = prepare(key, tensors, scalars)
@@ -237,7 +236,7 @@ def _kernel_path(op, entry, objects, options, given):
         if bits & 15 and misaligned(addresses):
             return False
         if written is not None:
-            where = written(addresses) + key if varies else written(addresses)
+            where = written(addresses) + sizes if varies else written(addresses)
             if where not in apart:
                 check_apart(where, addresses, tensors)
         enqueue, failed, again, scratch, fields = launch
@@ -371,7 +370,7 @@ class _Pointers:
     odd : 1 where the plan was made for addresses that are not all multiples of 16, else 0.
     written : addresses -> those of the arrays that are written; None where there is at most one.
     apart : results of ``written`` that were found to share no memory. Where
-        ``written_rows_vary`` they end in the key of the call.
+        ``written_rows_vary`` they end in what tells the extents of the call.
     """
 
     def __init__(self, op, entry, kind, objects, unique, twins, bound):

@@ -110,8 +110,8 @@ class Call:
             axes, sections = 3, three_sections(name, sections)
         if norm_eps is not None:
             epsilon = contract.number(name, "norm_eps", norm_eps)
-            if epsilon < 0:
-                expected = "a number of at least 0"
+            if epsilon != 0 and epsilon < contract.SMALLEST_NORMAL:  # which kernels take for 0
+                expected = "0 or a positive, normal float32"
                 raise ArgumentError(errors.wrong("value", f"{name}: norm_eps", expected, epsilon))
         options = (
             kv_cache_dtype, out_dtype, rounding, contract.flag(name, "is_neox", is_neox),
