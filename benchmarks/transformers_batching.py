@@ -1,69 +1,69 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens per second of transformers, with its own attention (SDPA) and with ours: continuous
-batching, and ``generate``. The model has Llama-3-8B's shape but 8 layers, and random weights.
+"""transformers with our attention and cache, and with its own (SDPA): continuous batching, and
+``generate``. The model has Llama-3-8B's shape but 8 layers, and random weights.
 
-    python -m benchmarks.transformers_batching [--out results.json] [--only "stock, 64 x 2048"]
+    python -m benchmarks.transformers_batching [--out FILE] [--only "stock, 64 x 2048" ...]
 
 Of continuous batching are told: new tokens a second of all requests, prompts included, and the
 median time between two tokens of a request once all prompts are read. Of ``generate``: the time of
-a step, as the difference of two runs. Ours comes first, so that something is told where the time
-for the others runs out. "stock without cuDNN" is SDPA with what is left: cuDNN's attention takes
-its time for each new length. Without a GPU the model is tiny, and the numbers mean nothing."""
+a step, as the difference of two runs, and that up to the first token. "stock, graphs" captures CUDA
+graphs, as ours does by default; "stock, no cuDNN" is SDPA with what is left: cuDNN's attention
+takes its time for each new length. "ratio" is ours over the best of the others. The result is JSON,
+written anew after each measurement, ours first, so that something is told where the time runs out.
+Without a GPU the model is tiny, and the numbers mean nothing."""
 
 import argparse
+import gc
 import itertools
 import json
 import statistics
+import sys
 import time
+from pathlib import Path
 
 import torch
 import transformers
 
 import cupy_cache.integrations.transformers as integration
+from benchmarks import timing
+from benchmarks.engine_decode import CASES, llama
 
-CASES = ((64, 2048), (32, 1024), (8, 512))  # sequences, tokens of each prompt
-ON_GPU = torch.cuda.is_available()
-# Fewer graphs than by default: of prompts each size would be captured by itself.
-OURS = {"use_cuda_graph": (False, True)} if ON_GPU else {}
+ON_GPU = timing.on_gpu()
+# Attention, settings of continuous batching, and whether cuDNN's attention is among torch's.
 WAYS = {
-    "ours": (integration.BATCHING, OURS),
-    "stock": ("sdpa", {}),
-    "stock without cuDNN": ("sdpa", {}),
+    # Fewer graphs than by default: of prompts each size would be captured by itself.
+    "ours": (integration.BATCHING, {"use_cuda_graph": (False, True)}, True),
+    "stock": ("sdpa", {}, True),
+    "stock, graphs": ("sdpa", {"use_cuda_graph": True}, True),
+    "stock, no cuDNN": ("sdpa", {}, False),
 }
+STEPS = 24 if ON_GPU else 3  # of generate
 
 
-def model():
+def tiny():
+    """A model for the CPU."""
     config = transformers.LlamaConfig(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=8,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192,
-        rope_theta=500000.0, eos_token_id=None, pad_token_id=0,
+        vocab_size=256, hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, eos_token_id=None,
+        pad_token_id=0,
     )  # fmt: skip
-    if not ON_GPU:
-        config.update({
-            "vocab_size": 256, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-        })  # fmt: skip
-    with torch.device("cuda" if ON_GPU else "cpu"):
-        made = transformers.LlamaForCausalLM._from_config(
-            config, dtype=torch.bfloat16 if ON_GPU else torch.float32
-        )
-    return made.eval()
+    return transformers.LlamaForCausalLM(config).eval()
 
 
-def prompts(made, sequences, length):
+def prompts(model, sequences, context):
     generator = torch.Generator().manual_seed(sequences)
-    return torch.randint(1, made.config.vocab_size, (sequences, length), generator=generator)
+    return torch.randint(1, model.config.vocab_size, (sequences, context), generator=generator)
 
 
-def batching(made, way, given, new_tokens):
-    """(Seconds of all, median seconds of a step, tokens) of continuous batching."""
-    implementation, settings = WAYS[way]
-    torch.backends.cuda.enable_cudnn_sdp("without" not in way)
-    made.set_attn_implementation(implementation)
+def batching(model, way, given, new_tokens):
+    """(What was measured, tokens) of continuous batching."""
+    implementation, settings, cudnn = WAYS[way]
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    model.set_attn_implementation(implementation)
     if not ON_GPU:
-        settings = settings | {"num_blocks": 64, "max_batch_tokens": 256}
-    manager = made.continuous_batching_context_manager(
+        settings = {"num_blocks": 64, "max_batch_tokens": 256, "use_cuda_graph": False}
+    manager = model.continuous_batching_context_manager(
         generation_config=transformers.GenerationConfig(
             do_sample=False, max_new_tokens=new_tokens, eos_token_id=-1, pad_token_id=0
         ),
@@ -94,8 +94,12 @@ def batching(made, way, given, new_tokens):
         for before, after in itertools.pairwise(own)
         if before >= ready
     ]
-    tokens = [done[name].generated_tokens for name in names]
-    return seconds, statistics.median(steps) if steps else None, tokens
+    found = {
+        "tokens_per_second": len(given) * new_tokens / seconds,
+        "step_ms": 1e3 * statistics.median(steps) if steps else None,
+        "seconds": seconds,
+    }
+    return found, [done[name].generated_tokens for name in names]
 
 
 def _hints(given, new_tokens):
@@ -106,80 +110,96 @@ def _hints(given, new_tokens):
     )
 
 
-def generating(made, way, given, steps):
-    """(Seconds of a step, and up to the first token) of ``generate``."""
-    stock = way.startswith("stock")
-    torch.backends.cuda.enable_cudnn_sdp("without" not in way)
-    made.set_attn_implementation("sdpa" if stock else integration.ATTENTION)
-    given = given.to(made.device)
+def generating(model, way, given):
+    """What was measured of ``generate``."""
+    _, _, cudnn = WAYS[way]
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    model.set_attn_implementation(integration.ATTENTION if way == "ours" else "sdpa")
+    given = given.to(model.device)
     times = []
-    for count in (1, 1, 1 + steps):
-        cache = None if stock else integration.PagedCache(made.config)
+    for count in (1, 1, 1 + STEPS):
+        cache = integration.PagedCache(model.config) if way == "ours" else None
         began = time.perf_counter()
-        made.generate(
+        model.generate(
             given, attention_mask=torch.ones_like(given), do_sample=False, max_new_tokens=count,
             past_key_values=cache,
         )  # fmt: skip
         if ON_GPU:
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return (times[2] - times[1]) / steps, times[1]
+        times.append(1e3 * (time.perf_counter() - began))
+    return {"step_ms": (times[2] - times[1]) / STEPS, "first_token_ms": times[1]}
+
+
+# What tells how good a way is, and whether more of it is better.
+MEASURES = {"batching": ("tokens_per_second", 1), "generate": ("step_ms", -1)}
+
+
+def ratio(what, record):
+    """How many times as fast ours is as the best of the others; None where either is missing."""
+    key, sign = MEASURES[what]
+    speeds = {way: record[way][key] ** sign for way in WAYS if key in record.get(way, {})}
+    ours = speeds.pop("ours", None)
+    return ours / max(speeds.values()) if ours and speeds else None
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition(".")[0])
-    parser.add_argument("--out", help="a file for the results, as JSON")
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser.add_argument("--out", help="where the JSON goes; by default it is printed at the end")
     parser.add_argument("--only", nargs="*", help="parts of the names of what is to be measured")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--vocabulary", type=int, default=128256)
     parser.add_argument("--new-tokens", type=int, default=64 if ON_GPU else 4)
     options = parser.parse_args()
     cases = CASES if ON_GPU else ((3, 20), (2, 10))
-    made, results, found = model(), [], {}
+    model = llama(options.layers, options.vocabulary) if ON_GPU else tiny()
+    records = {
+        what: [{"sequences": sequences, "context": context} for sequences, context in cases]
+        for what in ("batching", "generate")
+    }
+    found = {
+        "machine": timing.machine(), "transformers": transformers.__version__,
+        "layers": model.config.num_hidden_layers, "vocabulary": model.config.vocab_size,
+        "new_tokens": options.new_tokens, **records,
+    }  # fmt: skip
+    tokens = {}
 
-    def tell(**record):
-        results.append(record)
-        print(json.dumps(record), flush=True)
-        if options.out:
-            with open(options.out, "w", encoding="utf-8") as file:
-                json.dump(results, file, indent=1)
+    def measure(what, way, case):
+        given = prompts(model, *case)
+        if what == "generate":
+            return generating(model, way, given)
+        made, written = batching(model, way, given, options.new_tokens)
+        tokens.setdefault(case, written)
+        pairs = [pair for both in zip(tokens[case], written) for pair in zip(*both)]
+        return made | {"same_tokens": sum(one == other for one, other in pairs) / len(pairs)}
 
-    def measure_batching(way, case):
-        sequences = case[0]
-        seconds, step, tokens = batching(made, way, prompts(made, *case), options.new_tokens)
-        found.setdefault(case, tokens)
-        pairs = (pair for both in zip(found[case], tokens) for pair in zip(*both))
-        return {
-            "seconds": seconds,
-            "tokens_per_second": sequences * options.new_tokens / seconds,
-            "step_ms": step and step * 1000,
-            "decoded_per_second": step and sequences / step,
-            "tokens_as_the_first": sum(one == other for one, other in pairs),
-        }
-
-    def measure_generate(way, case):
-        step, first = generating(made, way, prompts(made, *case), 24 if ON_GPU else 3)
-        return {"step_ms": step * 1000, "first_token_ms": first * 1000}
-
-    tell(
-        device=torch.cuda.get_device_name() if ON_GPU else "cpu", torch=torch.__version__,
-        transformers=transformers.__version__, new_tokens=options.new_tokens,
-    )  # fmt: skip
-    batching(made, "ours", prompts(made, *cases[-1]), 4)  # kernels are compiled
+    batching(model, "ours", prompts(model, *cases[-1]), 4)  # kernels are compiled
     jobs = [
         *(("batching", "ours", case) for case in cases),
         *(("generate", way, case) for way in ("ours", "stock") for case in cases),
-        *(("batching", "stock", case) for case in reversed(cases)),
-        *(("generate", "stock without cuDNN", case) for case in cases),
-        *(("batching", "stock without cuDNN", case) for case in reversed(cases)),
+        *(("batching", way, case) for way in WAYS if way != "ours" for case in cases[1:]),
+        *(("generate", "stock, no cuDNN", case) for case in cases),
+        *(("batching", way, cases[0]) for way in WAYS if way != "ours"),
     ]
     for what, way, case in jobs:
         name = f"{what}, {way}, {case[0]} x {case[1]}"
         if options.only and not any(part in name for part in options.only):
             continue
-        measure = measure_batching if what == "batching" else measure_generate
+        gc.collect()
+        if ON_GPU:
+            torch.cuda.empty_cache()
         try:
-            tell(what=name, **measure(way, case))
+            made = measure(what, way, case)
         except Exception as error:  # out of memory, say: the others follow
-            tell(what=name, error=f"{type(error).__name__}: {error}"[:300])
+            made = {"error": f"{type(error).__name__}: {error}"[:300]}
+        record = records[what][cases.index(case)]
+        record[way] = made
+        record["ratio"] = ratio(what, record)
+        print(json.dumps({name: made}), file=sys.stderr, flush=True)
+        if options.out:
+            text = json.dumps(found, indent=1)
+            Path(options.out).write_text(text + "\n", encoding="utf-8")
+    if not options.out:
+        print(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, modeling_flash_attention_utils
+from transformers.generation.continuous_batching import input_outputs
 from transformers.masking_utils import flash_attention_mask
 
 from ... import errors, flash_attn, paged_attention, reshape_and_cache_flash
@@ -25,12 +27,7 @@ def register() -> None:
         AttentionInterface.register(name, attention)
         # As for FlashAttention: the mask of padding, [batch, tokens], or None where there is none.
         AttentionMaskInterface.register(name, flash_attention_mask)
-    known = getattr(modeling_flash_attention_utils, "_lazy_imports", None)
-    if known is None:
-        raise MissingDependencyError(
-            "cupy_cache.integrations.transformers does not know this version of transformers: it "
-            "has no modeling_flash_attention_utils._lazy_imports"
-        )
+    known = _known(modeling_flash_attention_utils, "_lazy_imports")
 
     # An implementation that counts as FlashAttention is asked for its functions. What decides
     # whether block tables are used is that there is a second one; `attention` calls none of them.
@@ -41,6 +38,45 @@ def register() -> None:
         return known(implementation, *args, **kwargs)
 
     modeling_flash_attention_utils._lazy_imports = lazy_imports
+    _order_steps()
+
+
+def _known(owner, name):
+    """A part of transformers that it does not document."""
+    found = getattr(owner, name, None)
+    if found is None:
+        raise MissingDependencyError(
+            "cupy_cache.integrations.transformers does not know this version of transformers: "
+            f"{owner.__name__} has no {name}"
+        )
+    return found
+
+
+def _order_steps():
+    """Have each step of continuous batching wait for what fills its inputs.
+
+    transformers fills and clears the inputs of steps on the current stream, or copies to them on a
+    second one, and computes on a third; neither waits for the current one. On a GPU that other
+    processes kept busy, what clears them at the start of a session came behind the copies of the
+    first two batches, whose keys and values then went to no place, whatever the attention.
+    """
+    for name in ("ContinuousBatchingIOs", "ContinuousBatchingAsyncIOs"):
+        kind = _known(input_outputs, name)
+        kind.get_model_kwargs = _behind_the_current_stream(_known(kind, "get_model_kwargs"))
+
+
+def _behind_the_current_stream(get_model_kwargs):
+    """What is called when the inputs are filled, and nothing is enqueued yet that reads them."""
+
+    @functools.wraps(get_model_kwargs)
+    def called(self, *args, **kwargs):
+        for name in ("h2d_stream", "compute_stream"):
+            stream = getattr(self, name, None)
+            if stream is not None and stream.device.type == "cuda":
+                stream.wait_stream(torch.cuda.current_stream(stream.device))
+        return get_model_kwargs(self, *args, **kwargs)
+
+    return called
 
 
 def attention(
@@ -234,10 +270,6 @@ def _batched(module, query, key, value, options, given):
         pages = given["k_cache"][::2], given["v_cache"][::2]
         return _decode(layer, *new, pages, given["block_table"], bounds, options, 2)[None]
     longest = given.get("max_seqlen_k", given.get("max_length_k"))
-    if given.get("block_table") is None and cache is not None:
-        # Of such a graph some replays gave other tokens, on a GPU that other processes kept busy.
-        expected = "False, or (False, True), as steps with prompts are not to be captured"
-        _refuse("use_cuda_graph", _is_captured(query), expected, "a capture")
     if not hasattr(cache, "layer_index_to_group_indices"):  # keys and values are read already
         starts = given["cu_seq_lens_q"]
         if longest is None:
