@@ -167,9 +167,7 @@ def _named(described):
 
 
 def _cpu_plan(run, described):
-    kv_c, k_pe, kv_cache, slot_mapping, _ = described
-    bits = (a.dtype.bits for a in (kv_c, k_pe, kv_cache))
-    return plans.NumPyPlan(run, (*bits, slot_mapping.dtype.numpy, formats.FLOAT32.numpy))
+    return plans.NumPyPlan(run, OP.args, described, ("kv_c", "k_pe", "kv_cache"))
 
 
 def _gpu_plan(kernel, items, described):

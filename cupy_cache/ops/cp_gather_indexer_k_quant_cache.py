@@ -111,9 +111,8 @@ def _plan(op, described, options):
     check.contiguous_rows("cu_seq_lens", lengths)
 
     if kv_cache.device.kind == "cpu":
-        bits = (a.dtype.bits for a in (kv_cache, dst_k, dst_scale))
-        dtypes = (*bits, table.dtype.numpy, lengths.dtype.numpy)
-        return plans.NumPyPlan(cpu.cp_gather_indexer_k_quant_cache, dtypes)
+        run, bits = cpu.cp_gather_indexer_k_quant_cache, ("kv_cache", "dst_k", "dst_scale")
+        return plans.NumPyPlan(run, op.args, described, bits)
 
     num_blocks, block_size, _ = kv_cache.shape
     block_stride = kv_cache.strides[0]

@@ -118,8 +118,7 @@ def _plan(op, described, options):
             power_of_two=scales != "kFloat32",
             exponents=scales == "kExponents",
         )
-        dtypes = (k.dtype.bits, kv_cache.dtype.bits, slot_mapping.dtype.numpy)
-        return plans.NumPyPlan(run, dtypes)
+        return plans.NumPyPlan(run, op.args, described, ("k", "kv_cache"))
 
     num_blocks, block_size, _ = kv_cache.shape
     vector = contract.converting_vector_bytes(

@@ -137,7 +137,7 @@ def _plan(op, described, options):
         run = functools.partial(
             cpu.slot_mapping, block_size=block_size, world=world, rank=rank, interleave=interleave
         )
-        return plans.NumPyPlan(run, tuple(array.dtype.numpy for array in described))
+        return plans.NumPyPlan(run, op.args, described)
 
     index = spelling.indices(table, positions, starts)
     kernel = modules.Kernel(
