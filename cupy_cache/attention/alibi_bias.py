@@ -180,9 +180,7 @@ def _plan(op, described, options):
     arrays.require_writable(out, NAME, "out")
     if out.device.kind == "cpu":
         run = functools.partial(cpu.alibi_bias, dtype=out.dtype, sqrt=sqrt, causal=causal)
-        dtypes = [a and a.dtype.numpy for a in described]
-        dtypes[3] = out.dtype.bits
-        return plans.NumPyPlan(run, dtypes)
+        return plans.NumPyPlan(run, op.args, described, ("out",))
 
     device = out.device.index
     wide = contract.vector_bytes(out.ptr, *out.strides[:2]) == VECTOR

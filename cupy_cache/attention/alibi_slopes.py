@@ -262,7 +262,7 @@ def _plan(op, described, options):
     (out,) = described
     _check(op, out)
     if out.device.kind == "cpu":
-        return plans.NumPyPlan(cpu.alibi_slopes, [formats.FLOAT32.numpy])
+        return plans.NumPyPlan(cpu.alibi_slopes, op.args, described)
     return plans.flat(ALIBI, out.device.index, (out.strides[0],), 1, MAX_THREADS)
 
 
@@ -271,7 +271,7 @@ def _place_plan(op, described, options):
     (out,) = described
     _check(op, out)
     if out.device.kind == "cpu":
-        return plans.NumPyPlan(_place_on_cpu, [formats.FLOAT32.numpy])
+        return plans.NumPyPlan(_place_on_cpu, op.args, described)
     return _PlacePlan(out)
 
 

@@ -95,8 +95,8 @@ def _plan(op, described, options):
 
     if output.device.kind == "cpu":
         run = functools.partial(cpu.merge_attn_states, dtype=output.dtype)
-        lse, bits = formats.FLOAT32.numpy, output.dtype.bits
-        return plans.NumPyPlan(run, (bits, bits, lse, bits, lse, lse))
+        bits = [name for name in named if name.endswith("output")]
+        return plans.NumPyPlan(run, op.args, described, bits)
 
     heads, length = check.sizes["num_heads"], check.sizes["head_size"] * output.dtype.bytes
     strides = [n for a in (output, prefix_output, suffix_output) for n in a.strides[:2]]

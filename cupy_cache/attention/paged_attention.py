@@ -347,12 +347,8 @@ def _plan(op, described, options):
             _on_numpy, base_scale=base_scale, dtype=query.dtype, stored=fmt.stored or query.dtype,
             sink_type=sinks and sinks.dtype, block_size=size["block_size"], causal=causal,
         )  # fmt: skip
-        bits = {"query", "key_cache", "value_cache", "sinks", "out"}
-        dtypes = [
-            array and (array.dtype.bits if arg.name in bits else array.dtype.numpy)
-            for arg, array in zip(op.args, described)
-        ]
-        return plans.NumPyPlan(run, dtypes)
+        bits = "query", "key_cache", "value_cache", "sinks", "out"
+        return plans.NumPyPlan(run, op.args, described, bits)
 
     return _gpu_plan(check, named, fmt.stored or query.dtype, options, scale_strides, base_scale)
 

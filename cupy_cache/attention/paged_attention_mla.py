@@ -210,12 +210,7 @@ def _plan(op, described, options):
             cpu.paged_attention_mla, dtype=query.dtype, latent=rank, causal=causal,
             stored=None if entries else fmt.stored or query.dtype, block_size=size["block_size"],
         )  # fmt: skip
-        bits = {"query", "kv_cache", "out"}
-        dtypes = [
-            array and (array.dtype.bits if name in bits else array.dtype.numpy)
-            for name, array in named.items()
-        ]
-        return plans.NumPyPlan(run, dtypes)
+        return plans.NumPyPlan(run, op.args, described, ("query", "kv_cache", "out"))
 
     return _gpu_plan(check, named, fmt.stored, rank, causal, entries)
 

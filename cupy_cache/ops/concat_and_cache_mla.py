@@ -12,6 +12,7 @@ from ..runtime import contract, dispatch, formats, modules, plans, spelling
 from ..types import ArrayLike, Scale, StreamLike
 from .shared import mla
 
+NAME = "concat_and_cache_mla"
 DS_SOURCES = tuple(formats.DTYPES[name] for name in ("float16", "bfloat16"))
 DS_THREADS_PER_TOKEN = 32  # a warp
 SCALE_RULES = ("power_of_two", "amax")
@@ -86,7 +87,7 @@ def concat_and_cache_mla(
     one part in 2047 away from it, and both ways give the same bytes for every input. NaN does not
     count for ``a`` and is stored as 0x7f; an infinite value makes its tile's scale infinite.
     """
-    skip = contract.flag("concat_and_cache_mla", "skip_scale", skip_scale)
+    skip = contract.flag(NAME, "skip_scale", skip_scale)
     array, scalars = scales_of("scale", kv_cache_dtype, None if skip else scale)
     OP((kv_c, k_pe, kv_cache, slot_mapping, *array), (kv_cache_dtype, scale_rule), stream, scalars)
 
@@ -96,7 +97,7 @@ def scales_of(name, kv_cache_dtype, scale):
     float counts. A raw copy has neither."""
     if not formats.is_scaled(kv_cache_dtype):
         return (), ()
-    array, number = contract.split_scale("concat_and_cache_mla", name, scale)
+    array, number = contract.split_scale(NAME, name, scale)
     return () if array is None else (array,), (number,)
 
 
@@ -167,9 +168,7 @@ def _named(described):
 
 
 def _cpu_plan(run, described):
-    kv_c, k_pe, kv_cache, slot_mapping, _ = described
-    bits = (a.dtype.bits for a in (kv_c, k_pe, kv_cache))
-    return plans.NumPyPlan(run, (*bits, slot_mapping.dtype.numpy, formats.FLOAT32.numpy))
+    return plans.NumPyPlan(run, OP.args, described, ("kv_c", "k_pe", "kv_cache"))
 
 
 def _gpu_plan(kernel, items, described):
@@ -182,7 +181,7 @@ def _gpu_plan(kernel, items, described):
 
 
 OP = dispatch.Op(
-    "concat_and_cache_mla",
+    NAME,
     args=(
         dispatch.Arg("kv_c", varies=dispatch.ROWS),
         dispatch.Arg("k_pe", varies=dispatch.ROWS),
@@ -192,6 +191,6 @@ OP = dispatch.Op(
     ),
     plan=_plan,
     destination=2,
-    count=contract.slot_count("concat_and_cache_mla", "kv_c", "k_pe", scales=1),
+    count=contract.slot_count(NAME, "kv_c", "k_pe", scales=1),
     options=("kv_cache_dtype", "scale_rule"),
 )

@@ -95,8 +95,7 @@ def _plan(op, described, options):
             source=source.dtype if quantises else fmt.stored,
             target=fmt.stored if quantises else output.dtype,
         )
-        bits = (array.dtype.bits for array in (output, source))
-        return plans.NumPyPlan(run, (*bits, formats.FLOAT32.numpy))
+        return plans.NumPyPlan(run, op.args, described, ("output", "input"))
 
     run_bytes = run_elements * output.dtype.bytes
     vector = contract.converting_vector_bytes(

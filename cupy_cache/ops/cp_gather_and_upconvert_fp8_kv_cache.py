@@ -9,7 +9,7 @@ from typing import Literal
 
 from .. import cpu
 from ..errors import ArgumentError
-from ..runtime import contract, formats, modules, spelling
+from ..runtime import contract, formats, modules, plans, spelling
 from ..types import ArrayLike, StreamLike
 from .shared import gathering
 
@@ -103,7 +103,7 @@ def _plan(op, described, options):
         run = functools.partial(
             cpu.gather_fp8_ds_mla, op=op.name, rope=formats.DTYPES[rope_dtype], target=dst.dtype
         )
-        return gathering.cpu_plan(run, described)
+        return plans.NumPyPlan(run, op.args, described, ("src_cache", "dst"))
 
     vector = contract.vector_bytes(dst.ptr, dst.strides[0])
     source_vector = contract.vector_bytes(src.ptr, *src.strides[:2])

@@ -9,6 +9,8 @@ from ..runtime import contract
 from ..types import ArrayLike, StreamLike
 from .shared import gathering
 
+NAME = "cp_gather_cache"
+
 
 def cp_gather_cache(
     src_cache: ArrayLike,
@@ -58,7 +60,7 @@ def cp_gather_cache(
     Names, order and meaning are those of vLLM's cache operation of the same name. Elements may have
     any size, and offsets into ``dst`` are not limited to 31 bits.
     """
-    batch_size = contract.integer("cp_gather_cache", "batch_size", batch_size, 0)
+    batch_size = contract.integer(NAME, "batch_size", batch_size, 0)
     arrays = src_cache, dst, block_table, cu_seq_lens, seq_starts
     OP(arrays, (), stream, (0.0, batch_size))
 
@@ -67,13 +69,11 @@ def _count(extents, batch_size):
     rows, table_rows, bounds, starts = extents
     if bounds != batch_size + 1:
         raise ArgumentError(
-            f"cp_gather_cache: Invalid value of batch_size: expected {bounds - 1}, one less than "
+            f"{NAME}: Invalid value of batch_size: expected {bounds - 1}, one less than "
             f"the {bounds} bounds in cu_seq_lens, got {batch_size}"
         )
-    gathering.check_sequences("cp_gather_cache", batch_size, table_rows, starts)
+    gathering.check_sequences(NAME, batch_size, table_rows, starts)
     return rows, batch_size
 
 
-OP = gathering.op(
-    "cp_gather_cache", lambda op, described, options: gathering.plan(op, described), _count
-)
+OP = gathering.op(NAME, lambda op, described, options: gathering.plan(op, described), _count)

@@ -19,6 +19,7 @@ from ..runtime import (
 from ..types import ArrayLike, StreamLike
 from .shared import indexer
 
+NAME = "cp_gather_indexer_k_quant_cache"
 PARAMS = params.Struct(
     per_call="kv_cache:ptr dst_k:ptr dst_scale:ptr block_table:ptr cu_seq_lens:ptr "
     "rows:i64 sequences:i64 table_width:i64 table_stride:i64 even.segments:f32 even.rows:f32",
@@ -111,9 +112,8 @@ def _plan(op, described, options):
     check.contiguous_rows("cu_seq_lens", lengths)
 
     if kv_cache.device.kind == "cpu":
-        bits = (a.dtype.bits for a in (kv_cache, dst_k, dst_scale))
-        dtypes = (*bits, table.dtype.numpy, lengths.dtype.numpy)
-        return plans.NumPyPlan(cpu.cp_gather_indexer_k_quant_cache, dtypes)
+        run, bits = cpu.cp_gather_indexer_k_quant_cache, ("kv_cache", "dst_k", "dst_scale")
+        return plans.NumPyPlan(run, op.args, described, bits)
 
     num_blocks, block_size, _ = kv_cache.shape
     block_stride = kv_cache.strides[0]
@@ -129,7 +129,7 @@ def _plan(op, described, options):
     kernel = modules.Kernel(
         op.name,
         op.name,
-        f"cp_gather_indexer_k_quant_cache<{vector}, {scale_vector}, {head_size}, {scale_bytes}, "
+        f"{NAME}<{vector}, {scale_vector}, {head_size}, {scale_bytes}, "
         f"{threads}, {block_size}, {spelling.indices(table, lengths)}, {indexer.MAX_THREADS}>",
         PARAMS,
         guarded=("block_table", "cu_seq_lens"),
@@ -141,22 +141,22 @@ def _plan(op, described, options):
 def _count(extents, options, scalars):
     del options, scalars
     rows, scale_rows, ((sequences, width), (step, _)), bounds = extents
-    contract.check_sequence_count("cp_gather_indexer_k_quant_cache", "block_table", sequences)
+    contract.check_sequence_count(NAME, "block_table", sequences)
     if scale_rows != rows:
         raise ShapeError(
-            f"cp_gather_indexer_k_quant_cache: Invalid shape of dst_scale: expected {rows} rows, "
+            f"{NAME}: Invalid shape of dst_scale: expected {rows} rows, "
             f"as many as dst_k has, got {scale_rows}"
         )
     if bounds != sequences + 1:
         raise ShapeError(
-            f"cp_gather_indexer_k_quant_cache: Invalid shape of cu_seq_lens: expected "
+            f"{NAME}: Invalid shape of cu_seq_lens: expected "
             f"[{sequences + 1}], one more than the rows of block_table, got [{bounds}]"
         )
     return rows, (rows, sequences, width, step, *launch.evenly(sequences, rows))
 
 
 OP = dispatch.Op(
-    "cp_gather_indexer_k_quant_cache",
+    NAME,
     args=(
         dispatch.Arg("kv_cache"),
         dispatch.Arg("dst_k", varies=dispatch.ROWS, written=True),

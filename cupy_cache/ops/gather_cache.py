@@ -9,6 +9,8 @@ from ..runtime import contract
 from ..types import ArrayLike, StreamLike
 from .shared import gathering
 
+NAME = "gather_cache"
+
 
 def gather_cache(
     src_cache: ArrayLike,
@@ -79,22 +81,22 @@ def gather_cache(
 
 def _count(extents):
     rows, sequences, bounds, starts = extents
-    contract.check_sequence_count("gather_cache", "block_table", sequences)
+    contract.check_sequence_count(NAME, "block_table", sequences)
     if bounds != sequences + 1:
         raise ShapeError(
-            f"gather_cache: Invalid shape of cu_seq_lens: expected [{sequences + 1}], one more "
+            f"{NAME}: Invalid shape of cu_seq_lens: expected [{sequences + 1}], one more "
             f"than the rows of block_table, got [{bounds}]"
         )
     if starts not in (None, sequences):
         raise ShapeError(
-            f"gather_cache: Invalid shape of seq_starts: expected [{sequences}], the rows of "
+            f"{NAME}: Invalid shape of seq_starts: expected [{sequences}], the rows of "
             f"block_table, got [{starts}]"
         )
     return rows, sequences
 
 
 OP = gathering.op(
-    "gather_cache",
+    NAME,
     lambda op, described, options: gathering.plan(op, described, *options),
     _count,
     options=("layout",),

@@ -7,7 +7,7 @@ from __future__ import annotations
 import functools
 
 from .. import cpu
-from ..runtime import contract, dispatch, formats, modules, params, plans, spelling
+from ..runtime import contract, dispatch, modules, params, plans, spelling
 from ..types import ArrayLike, Scale, StreamLike
 from .shared import gathering
 
@@ -85,8 +85,7 @@ def _plan(op, described, options):
     check.indices("slot_mapping", slots)
     if dst.device.kind == "cpu":
         run = functools.partial(cpu.gather_slots, op=op.name, side=moved)
-        dtypes = src.dtype.bits, dst.dtype.bits, slots.dtype.numpy, formats.FLOAT32.numpy
-        return plans.NumPyPlan(run, dtypes)
+        return plans.NumPyPlan(run, op.args, described, ("src_cache", "dst"))
     kernel = modules.Kernel(
         op.name,
         op.name,

@@ -12,6 +12,7 @@ from ..runtime import contract, dispatch, formats, launch, modules, params, plan
 from ..types import ArrayLike, StreamLike
 from .shared import indexer
 
+NAME = "indexer_k_quant_and_cache"
 PARAMS = params.Struct(
     per_call="k:ptr kv_cache:ptr slot_mapping:ptr tokens:i64",
     constant="num_blocks:i64 slot_stride:i64 k_stride:i64 block_stride:i64",
@@ -82,7 +83,7 @@ def indexer_k_quant_and_cache(
     quant block infinite ("mxfp8": 255, which UE8M0 reads as NaN); it is stored as 0x7f, its finite
     neighbours as zeros.
     """
-    quant_block_size = contract.integer(OP.name, "quant_block_size", quant_block_size, 1)
+    quant_block_size = contract.integer(NAME, "quant_block_size", quant_block_size, 1)
     OP((k, kv_cache, slot_mapping), (quant_block_size, kv_cache_dtype), stream)
 
 
@@ -118,8 +119,7 @@ def _plan(op, described, options):
             power_of_two=scales != "kFloat32",
             exponents=scales == "kExponents",
         )
-        dtypes = (k.dtype.bits, kv_cache.dtype.bits, slot_mapping.dtype.numpy)
-        return plans.NumPyPlan(run, dtypes)
+        return plans.NumPyPlan(run, op.args, described, ("k", "kv_cache"))
 
     num_blocks, block_size, _ = kv_cache.shape
     vector = contract.converting_vector_bytes(
@@ -135,7 +135,7 @@ def _plan(op, described, options):
     kernel = modules.Kernel(
         op.name,
         op.name,
-        f"indexer_k_quant_and_cache<{spelling.ELEMENT_NAMES[k.dtype.name]}, "
+        f"{NAME}<{spelling.ELEMENT_NAMES[k.dtype.name]}, "
         f"cupy_cache::Scales::{scales}, {vector}, {scale_vector}, {quant_block_size}, "
         f"{quant_blocks}, {lanes}, {block_size}, {spelling.indices(slot_mapping)}, "
         f"{indexer.MAX_THREADS}>",
@@ -149,7 +149,7 @@ def _plan(op, described, options):
 
 
 OP = dispatch.Op(
-    "indexer_k_quant_and_cache",
+    NAME,
     args=(
         dispatch.Arg("k", varies=dispatch.ROWS),
         dispatch.Arg("kv_cache", written=True),
@@ -157,6 +157,6 @@ OP = dispatch.Op(
     ),
     plan=_plan,
     destination=1,
-    count=contract.slot_count("indexer_k_quant_and_cache", "k", scales=0),
+    count=contract.slot_count(NAME, "k", scales=0),
     options=("quant_block_size", "kv_cache_dtype"),
 )

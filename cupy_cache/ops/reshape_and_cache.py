@@ -114,8 +114,8 @@ def _plan(op, described, options):
 
     if key_cache.device.kind == "cpu":
         run = functools.partial(cpu.reshape_and_cache, source=key.dtype, stored=stored)
-        bits, scale = (array.dtype.bits for array in described[:4]), formats.FLOAT32.numpy
-        return plans.NumPyPlan(run, (*bits, slot_mapping.dtype.numpy, scale, scale))
+        bits = [arg.name for arg in op.args[:4]]
+        return plans.NumPyPlan(run, op.args, described, bits)
 
     element = key_cache.dtype.bytes
     ratio = key.dtype.bytes // element

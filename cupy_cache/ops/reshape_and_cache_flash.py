@@ -115,8 +115,8 @@ def _plan(op, described, options):
 
     if key_cache.device.kind == "cpu":
         run = functools.partial(cpu.reshape_and_cache_flash, source=key.dtype, stored=stored)
-        bits, scale = (array.dtype.bits for array in described[:4]), formats.FLOAT32.numpy
-        return plans.NumPyPlan(run, (*bits, slot_mapping.dtype.numpy, scale, scale))
+        bits = [arg.name for arg in op.args[:4]]
+        return plans.NumPyPlan(run, op.args, described, bits)
 
     size, element = check.sizes, key_cache.dtype.bytes
     sides = (size["head_size"], key, key_cache), (size["head_size_v"], value, value_cache)

@@ -120,9 +120,8 @@ def _plan(op, described, options):
         run = functools.partial(
             cpu.reshape_and_cache_flash_per_token_head, source=key.dtype, stored=fmt.stored
         )
-        bits = (array.dtype.bits for array in described[:4])
-        scales = (array.dtype.numpy for array in described[4:])
-        return plans.NumPyPlan(run, (*bits, *scales))
+        bits = [arg.name for arg in op.args[:4]]
+        return plans.NumPyPlan(run, op.args, described, bits)
 
     vector = contract.converting_vector_bytes(
         key.dtype.bytes,

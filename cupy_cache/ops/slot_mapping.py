@@ -25,6 +25,7 @@ from ..runtime import (
 from ..types import ArrayLike, StreamLike
 from .shared import slots
 
+NAME = "slot_mapping"
 PARAMS = params.Struct(
     per_call="block_table:ptr positions:ptr query_start_loc:ptr out:ptr "
     "slots:i64 requests:i64 tokens:i64 table_stride:i64 position_limit:i64 "
@@ -103,11 +104,11 @@ def slot_mapping(
     The formulas are those of vLLM's block tables.
     """
     given = block_size, cp_world_size, cp_rank, cp_interleave
-    options = contract.integers("slot_mapping", OPTIONS, given)
+    options = contract.integers(NAME, OPTIONS, given)
     if stream is not None:
-        stream = streams.pointer("slot_mapping", stream)
+        stream = streams.pointer(NAME, stream)
     if out is None:
-        like = arrays.view(positions, "slot_mapping: positions")
+        like = arrays.view(positions, f"{NAME}: positions")
         out = making.empty(like.framework, like.device, like.shape[:1], formats.INT64, stream)
     OP((block_table, positions, query_start_loc, out), options, stream)
     return out
@@ -137,13 +138,13 @@ def _plan(op, described, options):
         run = functools.partial(
             cpu.slot_mapping, block_size=block_size, world=world, rank=rank, interleave=interleave
         )
-        return plans.NumPyPlan(run, tuple(array.dtype.numpy for array in described))
+        return plans.NumPyPlan(run, op.args, described)
 
     index = spelling.indices(table, positions, starts)
     kernel = modules.Kernel(
         op.name,
         op.name,
-        f"slot_mapping<{spelling.boolean(world > 1)}, {index}, {MAX_THREADS}>",
+        f"{NAME}<{spelling.boolean(world > 1)}, {index}, {MAX_THREADS}>",
         PARAMS,
         guarded=("positions", "block_table"),
     )
@@ -155,15 +156,15 @@ def _plan(op, described, options):
 def _count(extents, options, scalars):
     del scalars
     ((requests, width), (step, _)), tokens, bounds, count = extents
-    contract.check_sequence_count("slot_mapping", "block_table", requests)
+    contract.check_sequence_count(NAME, "block_table", requests)
     if bounds != requests + 1:
         raise ShapeError(
-            f"slot_mapping: Invalid shape of query_start_loc: expected [{requests + 1}], one more "
+            f"{NAME}: Invalid shape of query_start_loc: expected [{requests + 1}], one more "
             f"than the rows of block_table, got [{bounds}]"
         )
     if count < tokens:
         raise ShapeError(
-            f"slot_mapping: Invalid shape of out: expected at least {tokens} entries, as many as "
+            f"{NAME}: Invalid shape of out: expected at least {tokens} entries, as many as "
             f"positions, got [{count}]"
         )
     block_size, world, *_ = options
@@ -172,7 +173,7 @@ def _count(extents, options, scalars):
 
 
 OP = dispatch.Op(
-    "slot_mapping",
+    NAME,
     args=(
         dispatch.Arg("block_table", varies=(0, 1), index=True),
         dispatch.Arg("positions", varies=dispatch.ROWS, index=True),

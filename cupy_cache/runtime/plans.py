@@ -107,14 +107,21 @@ class NumPyPlan:
     ----------
     function : callable
         ``function(*views, *fields)``; the view of a missing argument is None.
-    dtypes : sequence of numpy.dtype
-        What to view each argument as.
+    args, described
+        Those of the operation, and the arrays, as for its plan.
+    bits : sequence of str
+        The names of the arguments that are viewed as bits: whose elements are only moved, or are of
+        types that NumPy has not. The others are viewed as the numbers that they are.
     """
 
     __slots__ = ("dtypes", "function")
 
-    def __init__(self, function: Callable, dtypes):
-        self.function, self.dtypes = function, tuple(dtypes)
+    def __init__(self, function: Callable, args, described, bits=()):
+        self.function = function
+        self.dtypes = tuple(
+            array and (array.dtype.bits if arg.name in bits else array.dtype.numpy)
+            for arg, array in zip(args, described)
+        )
 
     def run(self, call):
         """Run it, here and now."""

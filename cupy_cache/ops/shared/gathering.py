@@ -296,7 +296,7 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto", by_token=False):
         run = functools.partial(
             cpu.gather_cache, op=op.name, axes=moved.axes, stored=moved.stored, target=moved.target
         )
-        return cpu_plan(run, described)
+        return plans.NumPyPlan(run, op.args, described, ("src_cache", "dst"))
     kernel = modules.Kernel(
         op.name,
         STEM,
@@ -382,13 +382,6 @@ def _row_shape(check, src, dst, axes, names):
 
 
 # --- plans ----------------------------------------------------------------------------------------
-
-
-def cpu_plan(run, described):
-    """The plan of a function of `cpu`."""
-    src, dst, *indices, _ = described
-    dtypes = (src.dtype.bits, dst.dtype.bits, *(a and a.dtype.numpy for a in indices))
-    return plans.NumPyPlan(run, (*dtypes, formats.FLOAT32.numpy))
 
 
 def gpu_plan(kernel, items, described, strides):

@@ -65,11 +65,7 @@ def _plan(op, described, options):
         )
     if rows[0].device.kind == "cpu":
         run = functools.partial(cpu.gather_both, op=op.name, sides=moved)
-        dtypes = [
-            *(one.dtype.bits for one in rows), *(a and a.dtype.numpy for a in indices),
-            *(one.dtype.bits for one in caches), *(a and a.dtype.numpy for a in scales),
-        ]  # fmt: skip
-        return plans.NumPyPlan(run, dtypes)
+        return plans.NumPyPlan(run, op.args, described, (*ROWS, *CACHES))
     kernel = modules.Kernel(
         op.name,
         STEM,

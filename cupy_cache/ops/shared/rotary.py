@@ -362,11 +362,11 @@ class _Checked:
 def _plan(op, described, options, *, key_in_place, entries):
     found = _Checked(op, described, options, key_in_place, entries)
     if found.query.device.kind == "cpu":
-        return _cpu_plan(found, described)
+        return _cpu_plan(op, found, described)
     return _gpu_plan(found)
 
 
-def _cpu_plan(found, described):
+def _cpu_plan(op, found, described):
     run = functools.partial(
         cpu.rotary, op=found.op, source=found.query.dtype, table=found.cos_sin_cache.dtype,
         weight=found.weight_dtype, stored=found.stored, out_stored=found.out_stored,
@@ -377,13 +377,8 @@ def _cpu_plan(found, described):
     )  # fmt: skip
     kept = {"positions", "slot_mapping", "q_scale", "k_scale", "v_scale", "k_scale_cache",
             "v_scale_cache"}  # fmt: skip
-    return plans.NumPyPlan(
-        run,
-        [
-            None if a is None else (a.dtype.numpy if role in kept else a.dtype.bits)
-            for role, a in zip(ROLES, described)
-        ],
-    )
+    bits = [found.names[role] for role in ROLES if role not in kept]
+    return plans.NumPyPlan(run, op.args, described, bits)
 
 
 def _gpu_plan(found):
