@@ -265,10 +265,13 @@ def new_out(op, query, key_cache, value_cache, stream):
     """A new array for the result."""
     if all(map(arrays.is_torch, (query, key_cache, value_cache))):
         # What an engine gives at every layer. The plan checks it; describing it takes 30 us.
-        axis, shape = _VALUE_AXES.get((key_cache.dim(), value_cache.dim())), query.shape
-        if axis is not None and len(shape) == 3:
-            shape = *shape[:2], value_cache.shape[axis]
-            return streams.empty_beside(query, shape, stream)
+        try:
+            axis, shape = _VALUE_AXES.get((key_cache.dim(), value_cache.dim())), query.shape
+            if axis is not None and len(shape) == 3:
+                shape = *shape[:2], value_cache.shape[axis]
+                return streams.empty_beside(query, shape, stream)
+        except Exception:  # of tensors that have no shape, or no memory: describing them says so
+            pass
     like = arrays.view(query, f"{op}: query")
     keys = arrays.view(key_cache, f"{op}: key_cache")
     values = arrays.view(value_cache, f"{op}: value_cache")

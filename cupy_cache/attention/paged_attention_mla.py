@@ -168,9 +168,12 @@ def paged_attention_mla(
 def _new_out(query, rank, stream):
     """A new array for the result."""
     if arrays.is_torch(query):
-        shape = query.shape  # which the plan checks; describing the query takes 10 us
-        if len(shape) == 3 and rank <= shape[2]:
-            return streams.empty_beside(query, (*shape[:2], rank), stream)
+        try:
+            shape = query.shape  # which the plan checks; describing the query takes 10 us
+            if len(shape) == 3 and rank <= shape[2]:
+                return streams.empty_beside(query, (*shape[:2], rank), stream)
+        except Exception:  # of a tensor that has no shape, or no memory: describing it says so
+            pass
     like = arrays.view(query, f"{NAME}: query")
     check = contract.Contract(NAME)
     check.shape("query", like, "_ num_heads entry_size")
