@@ -8,7 +8,7 @@ import functools
 import struct
 from typing import Any, NamedTuple
 
-from .. import cpu
+from .. import cpu, errors
 from ..errors import ShapeError
 from ..runtime import (
     arrays,
@@ -415,18 +415,19 @@ class _Shape(NamedTuple):
 
 def _gpu_plan(check, named, stored, rank, causal, entries):
     size, query, out, cache = check.sizes, named["query"], named["out"], named["kv_cache"]
-    check.dtype(
-        "query", query, *formats.FLOATS[:2],
-        way_out="for float32 on a GPU use gather_cache and the framework's attention",
-    )  # fmt: skip
-    for name, extent, most in (
-        ("kv_lora_rank", rank, LARGEST_RANK), ("entry_size", size["entry_size"], LARGEST_ENTRY),
-    ):  # fmt: skip
-        if extent > most:
-            raise ShapeError(
-                f"{check.op}: Invalid shape of query: expected {name} of at most {most} on a GPU, "
-                f"got {extent}"
-            )
+    with errors.on_gpus_alone():
+        check.dtype(
+            "query", query, *formats.FLOATS[:2],
+            way_out="for float32 on a GPU use gather_cache and the framework's attention",
+        )  # fmt: skip
+        for name, extent, most in (
+            ("kv_lora_rank", rank, LARGEST_RANK), ("entry_size", size["entry_size"], LARGEST_ENTRY),
+        ):  # fmt: skip
+            if extent > most:
+                raise ShapeError(
+                    f"{check.op}: Invalid shape of query: expected {name} of at most {most} on a "
+                    f"GPU, got {extent}"
+                )
     stored = formats.DTYPES["float8_e4m3fn"] if entries else stored or query.dtype
     device = out.device.index
     shape = _shape(check.op, device, size["entry_size"], rank, stored.bytes, entries)
