@@ -20,6 +20,8 @@ from typing import Any
 class CupyCacheError(Exception):
     """Base of every error raised here."""
 
+    _on_gpus_alone = False  # whether the CPU takes what is refused
+
 
 def wrong(what: str, name: str, expected: str, got: str, way_out: str = "") -> str:
     """The message about an argument; ``name`` is "operation: argument"."""
@@ -46,6 +48,16 @@ def renamed(name: str, arguments: Mapping[str, str]) -> Iterator[None]:
         yield
     except CupyCacheError as error:
         rename(error, name, arguments)
+        raise
+
+
+@contextlib.contextmanager
+def on_gpus_alone() -> Iterator[None]:
+    """Mark errors that are raised meanwhile as those of kernels: the CPU takes what they refuse."""
+    try:
+        yield
+    except CupyCacheError as error:
+        error._on_gpus_alone = True
         raise
 
 

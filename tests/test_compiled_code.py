@@ -13,6 +13,7 @@ import pytest
 import worlds
 
 import cupy_cache as cc
+from cupy_cache.integrations import vllm
 
 torch = pytest.importorskip("torch")
 
@@ -185,16 +186,26 @@ METHODS = (
 )  # fmt: skip
 
 
+# Of the same, those that go under other names.
+UNDER_OTHER_NAMES = {
+    f"{module.__name__}.{name}": getattr(module, name)
+    for module in (cc.flash_attn, vllm)
+    for name in module.__all__
+    if isinstance(getattr(module, name), types.FunctionType)
+}
+
+
 @pytest.mark.whole
-@pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS])
+@pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS, *UNDER_OTHER_NAMES])
 def test_fullgraph_says_what_to_call(name):
     pages, others = ([torch.zeros(2, 4, 2, 8)] for _ in range(2))
-    function = FUNCTIONS.get(name) or getattr(cc.PagedKVCache(pages, others), name)
+    function = (FUNCTIONS | UNDER_OTHER_NAMES).get(name)
+    function = function or getattr(cc.PagedKVCache(pages, others), name)
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.Unsupported) as raised:
         torch.compile(lambda tensor: function(tensor), fullgraph=True, backend="eager")(pages[0])
     version = tuple(map(int, torch.__version__.split(".")[:2]))
-    assert name in str(raised.value)
+    assert function.__name__ in str(raised.value)
     assert version < (2, 8) or "see cupy_cache.integrations.torch_ops" in str(raised.value)
 
 

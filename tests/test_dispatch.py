@@ -35,6 +35,7 @@ from cupy_cache.runtime import (
     apart,
     devices,
     dispatch,
+    driver,
     fastpath,
     formats,
     guards,
@@ -481,7 +482,7 @@ def test_scratch_memory_is_torchs_for_the_stream(monkeypatch, private):
     fake = types.SimpleNamespace(_C=functions, cuda=functions)
     functions.device = device
     monkeypatch.setitem(sys.modules, "torch", fake)
-    monkeypatch.setattr(streams, "current", lambda framework, device: lambda: 77)
+    monkeypatch.setattr(driver.active, "capturing", lambda stream, device: False, raising=False)
     streams._torch_allocator.cache_clear()
     try:
         with streams.scratch("torch", 1, 5000, 77) as address:

@@ -340,6 +340,18 @@ def test_sections_that_equal_known_ones(rng, bad):
         cache.rotary_write(1, *step, mrope_section=bad)
 
 
+@pytest.mark.parametrize("option", ["norm_eps", "norm_weight_bias", "q_scale"])
+def test_options_that_equal_known_ones(rng, option):
+    """True equals 1, and is no number."""
+    cache = cc.PagedKVCache(*put(worlds.NumPyWorld(), caches(rng, "flash", "float32")))
+    step = [spec.on(spec.buffer.bytes) for spec in rotary_case(rng, "flash")]
+    named = {"norm_eps": 1, "out_dtype": "int8", "out": np.zeros(step[1].shape, np.int8)}
+    for number in (1, 1.0):
+        cache.rotary_write(1, *step, **named | {option: number})
+    with pytest.raises(cc.ArgumentError, match=rf"PagedKVCache.rotary_write: .* of {option}"):
+        cache.rotary_write(1, *step, **named | {option: True})
+
+
 def moved(tensor, values, how):
     """Have a tensor of torch hold these values, in other memory."""
     if how == "data":

@@ -163,6 +163,48 @@ def test_layers_without_memory(torch, kind):
     assert all(torch.equal(cache, was) for cache, was in zip(caches, before))
 
 
+def makers_of_results(torch):
+    """{operation that makes its result: (its arrays by name, other arguments)}"""
+    rows, table, lengths = torch.ones(2, 4, 8), torch.zeros(2, 1).int(), torch.ones(2).int()
+    positions, starts = torch.arange(2), torch.tensor([0, 1, 2])
+    step = {"query": rows, "block_table": table, "seq_lens": lengths}
+    return {
+        "paged_attention": (
+            {"key_cache": torch.ones(3, 4, 2, 8), "value_cache": torch.ones(3, 4, 2, 8), **step},
+            {},
+        ),
+        "paged_attention_mla": (
+            {"kv_cache": torch.ones(3, 4, 8), **step}, {"scale": 1.0, "kv_lora_rank": 4},
+        ),
+        "slot_mapping": (
+            {"block_table": table, "positions": positions, "query_start_loc": starts},
+            {"block_size": 4},
+        ),
+        "alibi_bias": (
+            {
+                "slopes": torch.ones(4), "query_positions": positions,
+                "key_positions": positions,
+            },
+            {},
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.whole
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "op", ["paged_attention", "paged_attention_mla", "slot_mapping", "alibi_bias"]
+)
+def test_results_of_tensors_without_memory(torch, op, kind):
+    """They are refused by name also where a new result takes their shape."""
+    given, others = makers_of_results(torch)[op]
+    getattr(cc, op)(**given, **others)
+    for name, tensor in given.items():
+        with refused(op, name):
+            getattr(cc, op)(**{**given, name: kind(torch, tensor)}, **others)
+
+
 @pytest.mark.whole
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)

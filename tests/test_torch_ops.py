@@ -463,6 +463,43 @@ def test_new_latent_attention(world, rng, kv_cache_dtype):
     np.testing.assert_array_equal(problem.lse.on(world.bytes_of(problem.lse)), written)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kind", ["float32", "large heads"])
+def test_attention_that_the_cpu_alone_takes(device, kind):
+    """While it is traced it is refused for a GPU alone, as at a call."""
+    dtype, size = (torch.float32, 16) if kind == "float32" else (torch.float16, 1056)
+    pages = torch.randn(3, 4, 1, size, dtype=dtype, device=device)
+    query = torch.randn(2, 2, size, dtype=dtype, device=device)
+    step = [torch.tensor(n, device=device) for n in ([[2], [0]], [4, 3])]
+    latent = {"scale": 0.1, "kv_lora_rank": size - 8}
+    for name, args, options in (
+        ("paged_attention", (query, pages, pages + 1, *step), {}),
+        ("paged_attention_mla", (query, pages[:, :, 0], *step), latent),
+    ):
+        compiled = torch.compile(
+            lambda *a, n=name, o=options: overload(n)(*a, **o) + 1, backend="eager", fullgraph=True
+        )
+        torch._dynamo.reset()
+        if device == "cuda":
+            with pytest.raises(RuntimeError, match=f"{name}: Invalid .* of query: .* on a GPU"):
+                compiled(*args)
+            continue
+        assert torch.equal(compiled(*args), getattr(cc, name)(*args, **options) + 1)
+
+
+@only_torch
+def test_rotary_embedding_of_queries_alone(world, rng):
+    """What is written may be absent: the others count as changed."""
+    positions, table = torch.arange(3), torch.from_numpy(rng.standard_normal((9, 8), np.float32))
+    queries = [torch.from_numpy(rng.standard_normal((3, 2, 8), np.float32)) for _ in range(2)]
+    positions, table, *queries = (x.to(world.device) for x in (positions, table, *queries))
+    queries[1].copy_(queries[0])
+    before = queries[0]._version
+    torch.ops.cupy_cache.rotary_embedding(positions, queries[0], None, 8, table)
+    cc.rotary_embedding(positions, queries[1], None, 8, table)
+    assert torch.equal(*queries) and queries[0]._version > before
+
+
 # --- several in one function ----------------------------------------------------------------------
 
 

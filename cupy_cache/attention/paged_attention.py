@@ -265,10 +265,13 @@ def new_out(op, query, key_cache, value_cache, stream):
     """A new array for the result."""
     if all(map(arrays.is_torch, (query, key_cache, value_cache))):
         # What an engine gives at every layer. The plan checks it; describing it takes 30 us.
-        axis, shape = _VALUE_AXES.get((key_cache.dim(), value_cache.dim())), query.shape
-        if axis is not None and len(shape) == 3:
-            shape = *shape[:2], value_cache.shape[axis]
-            return making.empty_beside(query, shape, stream)
+        try:
+            axis, shape = _VALUE_AXES.get((key_cache.dim(), value_cache.dim())), query.shape
+            if axis is not None and len(shape) == 3:
+                shape = *shape[:2], value_cache.shape[axis]
+                return making.empty_beside(query, shape, stream)
+        except Exception:  # of tensors that have no shape, or no memory: describing them says so
+            pass
     like = arrays.view(query, f"{op}: query")
     keys = arrays.view(key_cache, f"{op}: key_cache")
     values = arrays.view(value_cache, f"{op}: value_cache")
@@ -523,16 +526,17 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     _, causal, _, _, capped = options
     size, query, out = check.sizes, named["query"], named["out"]
     key_cache, value_cache = named["key_cache"], named["value_cache"]
-    check.dtype(
-        "query", query, *(formats.DTYPES[name] for name in ("float16", "bfloat16")),
-        way_out="for float32 on a GPU use gather_cache and the framework's attention",
-    )  # fmt: skip
-    for name, extent in (("query", size["head_size"]), ("value_cache", size["head_size_v"])):
-        if extent > LARGEST_HEAD:
-            raise ShapeError(
-                f"{check.op}: Invalid shape of {name}: expected heads of at most {LARGEST_HEAD} "
-                f"elements on a GPU, got {extent}"
-            )
+    with errors.on_gpus_alone():
+        check.dtype(
+            "query", query, *(formats.DTYPES[name] for name in ("float16", "bfloat16")),
+            way_out="for float32 on a GPU use gather_cache and the framework's attention",
+        )  # fmt: skip
+        for name, extent in (("query", size["head_size"]), ("value_cache", size["head_size_v"])):
+            if extent > LARGEST_HEAD:
+                raise ShapeError(
+                    f"{check.op}: Invalid shape of {name}: expected heads of at most "
+                    f"{LARGEST_HEAD} elements on a GPU, got {extent}"
+                )
     keys = _key_layout(key_cache)
     values = _value_layout(value_cache, len(key_cache.shape) == 5, size["block_size"])
     group = size["num_heads"] // size["num_kv_heads"]

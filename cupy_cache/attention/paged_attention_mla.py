@@ -8,7 +8,7 @@ import functools
 import struct
 from typing import Any, NamedTuple
 
-from .. import cpu
+from .. import cpu, errors
 from ..errors import ShapeError
 from ..runtime import (
     arrays,
@@ -169,9 +169,12 @@ def paged_attention_mla(
 def _new_out(query, rank, stream):
     """A new array for the result."""
     if arrays.is_torch(query):
-        shape = query.shape  # which the plan checks; describing the query takes 10 us
-        if len(shape) == 3 and rank <= shape[2]:
-            return making.empty_beside(query, (*shape[:2], rank), stream)
+        try:
+            shape = query.shape  # which the plan checks; describing the query takes 10 us
+            if len(shape) == 3 and rank <= shape[2]:
+                return making.empty_beside(query, (*shape[:2], rank), stream)
+        except Exception:  # of a tensor that has no shape, or no memory: describing it says so
+            pass
     like = arrays.view(query, f"{NAME}: query")
     check = contract.Contract(NAME)
     check.shape("query", like, "_ num_heads entry_size")
@@ -408,18 +411,19 @@ class _Shape(NamedTuple):
 
 def _gpu_plan(check, named, stored, rank, causal, entries):
     size, query, out, cache = check.sizes, named["query"], named["out"], named["kv_cache"]
-    check.dtype(
-        "query", query, *formats.FLOATS[:2],
-        way_out="for float32 on a GPU use gather_cache and the framework's attention",
-    )  # fmt: skip
-    for name, extent, most in (
-        ("kv_lora_rank", rank, LARGEST_RANK), ("entry_size", size["entry_size"], LARGEST_ENTRY),
-    ):  # fmt: skip
-        if extent > most:
-            raise ShapeError(
-                f"{check.op}: Invalid shape of query: expected {name} of at most {most} on a GPU, "
-                f"got {extent}"
-            )
+    with errors.on_gpus_alone():
+        check.dtype(
+            "query", query, *formats.FLOATS[:2],
+            way_out="for float32 on a GPU use gather_cache and the framework's attention",
+        )  # fmt: skip
+        for name, extent, most in (
+            ("kv_lora_rank", rank, LARGEST_RANK), ("entry_size", size["entry_size"], LARGEST_ENTRY),
+        ):  # fmt: skip
+            if extent > most:
+                raise ShapeError(
+                    f"{check.op}: Invalid shape of query: expected {name} of at most {most} on a "
+                    f"GPU, got {extent}"
+                )
     stored = formats.E4M3 if entries else stored or query.dtype
     device = out.device.index
     shape = _shape(check.op, device, size["entry_size"], rank, stored.bytes, entries)

@@ -279,7 +279,10 @@ def _counting(run, arguments):
 
         return of_lists
 
-    if end - first == len(written) and not any(arguments[at].kwarg_only for at in written):
+    if end - first == len(written) and not any(
+        arguments[at].kwarg_only or isinstance(arguments[at].type, torch.OptionalType)
+        for at in written
+    ):
 
         def of_neighbours(*args, **options):
             _count_change(args[first:end])
@@ -356,6 +359,11 @@ class _Describe:
         self._gpus = sorted({t.device for t in _flat(given.values()) if t.is_cuda}, key=str)
         self._storages = {}
 
+    @property
+    def on_cpu(self):
+        """Whether all tensors are: what kernels refuse is no error then."""
+        return not self._gpus
+
     def __call__(self, name, value):
         """An argument."""
         if isinstance(value, (list, tuple)):
@@ -414,8 +422,9 @@ def _checking(run, function, arguments, result):
         except (_SizeUnknownError, launch.KernelNeeded):
             pass
         except CupyCacheError as error:
-            error.args = describe.with_its_device(str(error)), *error.args[1:]
-            raise
+            if not (error._on_gpus_alone and describe.on_cpu):
+                error.args = describe.with_its_device(str(error)), *error.args[1:]
+                raise
         return result(*args, **options)
 
     return fake

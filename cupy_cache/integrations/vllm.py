@@ -43,7 +43,7 @@ from cupy_cache import (
 
 from .. import errors
 from ..errors import ArgumentError, DTypeError, MissingDependencyError, ShapeError
-from ..runtime import arrays, contract
+from ..runtime import arrays, contract, tracing
 from ..types import ArrayLike, Pairs
 
 # What `install` routes by itself.
@@ -381,3 +381,6 @@ def _restore(names: tuple[str, ...]) -> None:
     for name in names:
         if name in _originals:
             _exchange(globals()[name], _originals.pop(name))
+
+
+tracing.hint({name: globals()[name] for name in __all__ if callable(globals()[name])})

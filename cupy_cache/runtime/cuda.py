@@ -131,6 +131,16 @@ def _check(status, what):
         raise KernelError(f"{what} failed: CUDA error {status}")
 
 
+def capture_of(stream):
+    """The number of the capture of a stream of the current GPU; 0 where there is none. CuPy has no
+    binding for it."""
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    found = ctypes.byref(status), ctypes.byref(number), None, None, None
+    name = "cuStreamGetCaptureInfo_v2"
+    _check(getattr(_library(), name)(ctypes.c_void_p(stream), *found), name)
+    return number.value if status.value else 0
+
+
 @functools.cache
 def _primary_context(index):
     """The context of GPU ``index`` that all frameworks share."""

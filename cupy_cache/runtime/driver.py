@@ -219,6 +219,12 @@ class CudaDriver:
         with cuda.on_device(device):
             return bool(self._runtime.streamIsCapturing(stream))
 
+    def capture(self, stream, device):
+        """The number of the capture of ``stream`` of GPU ``device``; no other has it. 0 where there
+        is none."""
+        with cuda.on_device(device):
+            return cuda.capture_of(stream)
+
     def _capture_is_in_the_way(self, stream, device):
         """Whether ``stream`` is being captured, or one that it would wait for."""
         with cuda.on_device(device):

@@ -150,11 +150,38 @@ def scratch(framework, device, size, stream):
     in the stream's order, and hold anything. torch's allocator gives them where ``framework`` is
     "torch", otherwise, and in a capture that it does not know, `driver.CudaDriver.scratch`. In a
     stream that is captured they belong to the graph."""
-    if framework == "torch":
-        others = stream != current(framework, device)()
-        if not (others and _is_captured_by_others(stream, device)):
-            return _TorchScratch(size, stream, device)
+    if framework == "torch" and _torch_allocates(stream, device):
+        return _TorchScratch(size, stream, device)
     return driver.active.scratch(size, stream, device)
+
+
+def _torch_allocates(stream, device):
+    """Whether torch's allocator is to give memory for a stream: not while others than torch capture
+    it, since that memory would be another tensor's at the next replay."""
+    capturing = driver.active.capturing
+    if not capturing(stream, device):
+        return True
+    # Where torch's own stream is not captured, its allocator may do what breaks the capture.
+    if not capturing(current("torch", device)(), device):
+        return False
+    return _torch_knows(driver.active.capture(stream, device), stream, device)
+
+
+@functools.lru_cache(maxsize=16)
+def _torch_knows(capture, stream, device):
+    """Whether torch's allocator knows of a capture of ``stream``, which CUDA numbers ``capture``.
+    Then, and only then, what it gives is of a pool of the graph's own; nothing else tells. It takes
+    a millisecond."""
+    del capture
+    with _TorchScratch(1, stream, device) as address:
+        try:
+            segments = sys.modules["torch"].cuda.memory_snapshot()
+        except RuntimeError:  # of an allocator whose memory is the graph's by itself
+            return True
+    for segment in segments:
+        if 0 <= address - segment["address"] < segment["total_size"]:
+            return tuple(segment.get("segment_pool_id", ())) != (0, 0)
+    return True
 
 
 class _TorchScratch:

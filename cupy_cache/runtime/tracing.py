@@ -21,11 +21,8 @@ _SKIPPED = ("cupy_cache", "cupy", "cupyx", "cupy_backends", "ml_dtypes")
 
 
 def keep_out(public):
-    """Have Dynamo leave this library alone. Under ``fullgraph=True`` its error says what to call
-    instead of the functions, and methods of classes, in ``public``, {name: object}."""
-    for function in _functions(public):
-        function._torchdynamo_disable = True
-        function._torchdynamo_disable_msg = _HINT
+    """Have Dynamo leave this library alone, with `hint` for what is in ``public``."""
+    hint(public)
     rules = sys.modules.get(_RULES)
     if rules is None:
         sys.meta_path.insert(0, _Finder())
@@ -33,14 +30,24 @@ def keep_out(public):
         skip(rules)
 
 
+def hint(public):
+    """Under ``fullgraph=True`` Dynamo's error says what to call instead of the functions, those of
+    modules, and methods of classes, in ``public``, {name: object}."""
+    for function in _functions(public):
+        function._torchdynamo_disable = True
+        function._torchdynamo_disable_msg = _HINT
+
+
 _HINT = "it is not traced; for fullgraph=True see cupy_cache.integrations.torch_ops"
 
 
 def _functions(named):
-    """All functions of ``named``, and of classes in it."""
+    """All functions of ``named``, of what its modules offer, and of classes in it."""
     for value in named.values():
         if isinstance(value, types.FunctionType):
             yield value
+        elif isinstance(value, types.ModuleType):
+            yield from _functions({name: getattr(value, name) for name in value.__all__})
         elif isinstance(value, type) and not issubclass(value, BaseException):
             yield from _functions(vars(value))
 

@@ -27,6 +27,7 @@ from pending import (
 )
 
 import cupy_cache as cc
+from cupy_cache.runtime import streams
 
 # All operations obey the same rules, so by default each of them is tried.
 pytestmark = [pytest.mark.gpu, pytest.mark.whole]
@@ -241,22 +242,48 @@ def stream(cupy):
     return cupy.cuda.Stream(non_blocking=True)
 
 
+@pytest.mark.parametrize("is_current", [False, True])
 @pytest.mark.parametrize("kind", [attending.Problem, attending.Latent])
-def test_scratch_of_a_graph_that_torch_does_not_know(torch, stream, rng, kind):
-    """torch's arrays on a stream that CuPy captures: what has scratch memory next must not be
-    overwritten by replays."""
+def test_scratch_of_a_graph_that_torch_does_not_know(torch, stream, rng, kind, is_current):
+    """torch's arrays on a stream that CuPy captures, torch's current one or not: what has scratch
+    memory next must not be overwritten by replays."""
     world = worlds.TorchCudaWorld()
     problem = kind(rng, [900], dtype="float16", width=2000)
     problem.run(world)  # its arrays are there
     torch.cuda.synchronize()
-    for _ in range(3):
-        problem.run(world, stream=stream)
-    torch.cuda.synchronize()
-    graph = captured(stream, lambda: problem.run(world, stream=stream))
-    taken = [torch.ones(1 << n, device="cuda") for n in range(6, 24) for _ in range(4)]
-    torch.cuda.synchronize()
-    for _ in range(3):
-        graph.launch(stream)
-    stream.synchronize()
-    assert all(bool((memory == 1).all()) for memory in taken), "memory of others was written"
+    shown = torch.cuda.ExternalStream(stream.ptr)
+    with torch.cuda.stream(shown if is_current else None):
+        for _ in range(3):
+            problem.run(world, stream=stream)
+        torch.cuda.synchronize()
+        graph = captured(stream, lambda: problem.run(world, stream=stream))
+        taken = [torch.ones(1 << n, device="cuda") for n in range(6, 24) for _ in range(4)]
+        torch.cuda.synchronize()
+        for _ in range(3):
+            graph.launch(stream)
+        stream.synchronize()
+        assert all(bool((memory == 1).all()) for memory in taken), "memory of others was written"
     problem.judge(world)
+
+
+def test_torch_knows_its_own_captures(torch, cupy, stream):
+    """Of each it is asked once."""
+    device, shown, side = 0, torch.cuda.ExternalStream(stream.ptr), torch.cuda.Stream()
+    graph, found = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        current = torch.cuda.current_stream()
+        side.wait_stream(current)
+        torch.ones(1, device="cuda")  # torch warns of graphs without anything
+        for one in (current, side):
+            found.append(streams._torch_allocates(one.cuda_stream, device))
+        found.append(streams._torch_allocates(stream.ptr, device))  # is not captured
+        current.wait_stream(side)
+    assert found == [True, True, True]
+    with torch.cuda.stream(shown):
+        stream.begin_capture()
+        try:
+            found = [streams._torch_allocates(stream.ptr, device) for _ in range(2)]
+        finally:
+            stream.end_capture()
+        assert found == [False, False]
+        assert streams._torch_allocates(stream.ptr, device)
