@@ -20,6 +20,8 @@ import cupy_cache as cc
 ROOT = Path(__file__).resolve().parent.parent
 IMAGES = ROOT / "docs" / "images"
 RESULTS = ROOT / "benchmarks" / "results" / "nvidia-h100-80gb-hbm3.json"
+OF_ENGINE = RESULTS.with_name("nvidia-h100-80gb-hbm3-engine.json")
+OF_TRANSFORMERS = RESULTS.with_name("nvidia-h100-80gb-hbm3-transformers.json")
 README = ROOT / "README.md"
 PERFORMANCE = ROOT / "docs" / "performance.md"
 
@@ -373,6 +375,47 @@ def ablation_table():
     return "\n".join(lines)
 
 
+def engine_table():
+    """Steps of the example's engine."""
+    found = json.loads(OF_ENGINE.read_text(encoding="utf-8"))
+    lines = [
+        "| sequences × tokens | step, ms | floor | host between two replays | tokens a second |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for record in found["decoding"]:
+        times = [record[key] for key in ("step_ms", "least_ms", "host_between_replays_ms")]
+        cells = [*map(shown, times), f"{record['tokens_per_second']:,.0f}"]
+        lines.append(f"| {_size(record)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _size(record):
+    return f"{record['sequences']} × {record['context']:,}"
+
+
+def transformers_table():
+    """Both ways of transformers with ours and without."""
+    found = json.loads(OF_TRANSFORMERS.read_text(encoding="utf-8"))
+    ways = "ours", "stock", "stock, graphs", "stock, no cuDNN"
+    lines = [f"| | {' | '.join(ways)} |", f"| --- |{' ---: |' * len(ways)}"]
+    for what, key, words in (
+        ("batching", "tokens_per_second", "continuous batching, {}: tokens a second"),
+        ("batching", "step_ms", "the same, {}: ms of a step that decodes"),
+        ("generate", "step_ms", "`generate`, {}: ms of a step"),
+    ):
+        for record in found[what]:
+            cells = [_cell(record.get(way, {}), key) for way in ways]
+            lines.append(f"| {words.format(_size(record))} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cell(measured, key):
+    if "out of memory" in measured.get("error", ""):
+        return "out of memory"
+    number = measured.get(key)
+    return f"{number:,.0f}" if number and number >= 1000 else shown(number)
+
+
 FULL = 390  # pixels of the whole
 
 
@@ -411,7 +454,8 @@ def files():
     made[IMAGES / "paged.svg"] = paged_picture()
     made[IMAGES / "speed.svg"] = speed_picture()
     made[README] = filled(README, speed_table())
-    tables = page_table(*OPERATIONS), page_table(*ATTENTION), ablation_table()
+    tables = [page_table(*OPERATIONS), page_table(*ATTENTION), engine_table()]
+    tables += [transformers_table(), ablation_table()]
     made[PERFORMANCE] = filled(PERFORMANCE, *tables)
     return made
 
