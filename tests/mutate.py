@@ -341,8 +341,17 @@ def tests_for(file):
 def _imports(path, file):
     """Whether a file of tests imports a module by its name."""
     package, name = str(Path(file).parent).replace("/", "."), Path(file).stem
-    names = re.findall(rf"^ *from {package} import (\([^)]*|.*)", path.read_text("utf-8"), re.M)
-    return name in re.findall(r"\w+", " ".join(names))
+    return name in _imported(path)[package]
+
+
+@functools.cache
+def _imported(path):
+    """{package: the names that a file of tests imports from it}."""
+    found = collections.defaultdict(set)
+    text = path.read_text("utf-8")
+    for package, names in re.findall(r"^ *from (\S+) import (\([^)]*|.*)", text, re.M):
+        found[package].update(re.findall(r"\w+", names))
+    return found
 
 
 def stages(file):

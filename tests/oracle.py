@@ -1,10 +1,12 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""What every operation must do, as plain loops over single elements, written from the docstrings.
+"""What every operation must do, as plain loops, written from the docstrings: over single elements,
+or over rows where the same is done with each element of one.
 
-Nothing here is shared with the library, and nothing is fast.
+Nothing here is shared with the library.
 """
 
+import functools
 import math
 import struct
 
@@ -19,7 +21,7 @@ def written(values, token, head, scale, stored):
     if stored is None:
         return row
     scale = np.asarray(scale, np.float32).reshape(-1)
-    return [quantise(x, scale[head % len(scale)], stored) for x in row]
+    return quantise(row, scale[head % len(scale)], stored)
 
 
 def reshape_and_cache_flash(
@@ -33,8 +35,8 @@ def reshape_and_cache_flash(
             continue
         for source, cache, scale in ((key, key_cache, k_scale), (value, value_cache, v_scale)):
             for head in range(source.shape[1]):
-                for element, x in enumerate(written(source, token, head, scale, stored)):
-                    cache[slot // block_size, slot % block_size, head, element] = x
+                row = written(source, token, head, scale, stored)
+                cache[slot // block_size, slot % block_size, head, : len(row)] = row
 
 
 def reshape_and_cache_flash_per_token_head(
@@ -59,8 +61,7 @@ def reshape_and_cache_flash_per_token_head(
                     inverse = np.float32(1) / scale
                     products = [x * inverse for x in row]
                 scale_cache[(*place, head)] = scale
-                for element, product in enumerate(products):
-                    cache[(*place, head, element)] = quantise(product, 1.0, stored)
+                cache[(*place, head)] = quantise(products, 1.0, stored)
 
 
 def turned(row, table, positions, is_neox, offset=0, sections=None, interleaved=False, sign=1):
@@ -242,19 +243,29 @@ def stored_value(byte, stored):
     return sign * math.ldexp((1 << mantissas) + mantissa, exponent - bias - mantissas)
 
 
-def dequantise(byte, scale, stored, target):
-    """``stored * scale`` as an element of the NumPy dtype ``target``."""
+@functools.cache
+def _every_value(stored):
+    """What each of the 256 bytes means."""
+    return np.array([stored_value(byte, stored) for byte in range(256)])
+
+
+def dequantise(stored_bytes, scale, stored, target):
+    """``stored * scale``, of a row or of one byte, as elements of the NumPy dtype ``target``."""
+    numbers = _every_value(stored)[stored_bytes].astype(np.float32)
     with np.errstate(all="ignore"):
-        return (np.float32(stored_value(byte, stored)) * np.float32(scale)).astype(target)
+        return (numbers * np.float32(scale)).astype(target)
 
 
 def fp8_ds_mla_token(entry, target, rope):
     """The 576 numbers of an entry of 656 bytes."""
     scales = struct.unpack("<4f", entry[512:528].tobytes())
-    latent = [dequantise(entry[i], scales[i // 128], "float8_e4m3fn", target) for i in range(512)]
-    numbers = [entry[at : at + 2].tobytes() for at in range(528, 656, 2)]
+    tiles = [
+        dequantise(entry[128 * i : 128 * i + 128], scales[i], "float8_e4m3fn", target)
+        for i in range(4)
+    ]
+    numbers = np.frombuffer(entry[528:656].tobytes(), rope)
     with np.errstate(all="ignore"):
-        return [*latent, *(np.frombuffer(n, rope)[0].astype(target) for n in numbers)]
+        return np.concatenate([*tiles, numbers.astype(target)])
 
 
 def slot_mapping(
@@ -397,26 +408,25 @@ def concat_and_cache_mla(kv_c, k_pe, kv_cache, slot_mapping, scale=1.0, stored=N
         if slot >= num_blocks * block_size:
             faults.append((token, slot))
         elif slot >= 0:
-            entry = kv_cache[slot // block_size, slot % block_size]
-            for at, value in enumerate([*kv_c[token], *k_pe[token]]):
-                entry[at] = value if stored is None else quantise(value, scale, stored)
+            entry, split = kv_cache[slot // block_size, slot % block_size], kv_c.shape[1]
+            for part, row in ((entry[:split], kv_c[token]), (entry[split:], k_pe[token])):
+                part[: len(row)] = row if stored is None else quantise(row, scale, stored)
     return faults
 
 
-def quantise(value, scale, stored):
-    """``value / scale`` as an element of the 8-bit type ``stored``, as its byte."""
+def quantise(values, scale, stored):
+    """``values / scale``, of a row or of one number, as elements of the 8-bit type ``stored``, as
+    their bytes."""
     with np.errstate(all="ignore"):
-        quotient = np.float32(value) / np.float32(scale)
+        quotients = np.asarray(values).astype(np.float32) / np.float32(scale)
+    numbers = np.where(np.isnan(quotients), 0, quotients.astype(np.float64))
     if stored == "int8":
-        if np.isnan(quotient):
-            return 0
-        magnitude = math.floor(min(abs(float(quotient)), 1000.0) + 0.5)  # ties away from zero
-        return min(magnitude, 127) if quotient > 0 else max(-magnitude, -128) % 256
-    if np.isnan(quotient):
-        return 0x7F
+        magnitudes = np.floor(np.abs(np.clip(numbers, -1000, 1000)) + 0.5)  # ties away from zero
+        return np.clip(np.copysign(magnitudes, numbers), -128, 127).astype(np.int8).view(np.uint8)
     largest = {"float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}[stored]
-    clamped = np.float32(max(-largest, min(largest, float(quotient))))
-    return int(clamped.astype(getattr(ml_dtypes, stored)).view(np.uint8))
+    clamped = np.clip(numbers, -largest, largest).astype(np.float32)
+    made = clamped.astype(getattr(ml_dtypes, stored)).view(np.uint8)
+    return np.where(np.isnan(quotients), np.uint8(0x7F), made)
 
 
 def codes(values, scale, stored):
@@ -424,8 +434,8 @@ def codes(values, scale, stored):
     half way between two that with the even code, or in int8 the larger one."""
     with np.errstate(all="ignore"):
         quotients = np.asarray(values).astype(np.float32) / np.float32(scale)
-    numbers = [stored_value(code, stored) for code in range(128)]
-    numbers = np.array([x for x in numbers if math.isfinite(x)] + [128.0] * (stored == "int8"))
+    numbers = _every_value(stored)[:128]
+    numbers = np.append(numbers[np.isfinite(numbers)], [128.0] * (stored == "int8"))
     middles = (numbers[1:] + numbers[:-1]) / 2
     magnitudes = np.minimum(np.abs(np.nan_to_num(quotients).astype(np.float64)), numbers[-1])
     below = np.searchsorted(middles, magnitudes)
@@ -461,8 +471,7 @@ def concat_and_cache_fp8_ds_mla(kv_c, k_pe, kv_cache, slot_mapping, rule):
             values = kv_c[token, tile * 128 : (tile + 1) * 128]
             largest = max([abs(float(v)) for v in values if v == v], default=0.0)
             scale = fp8_ds_mla_scale(largest, rule)
-            for at, value in enumerate(values):
-                entry[tile * 128 + at] = quantise(value, scale, "float8_e4m3fn")
+            entry[tile * 128 : (tile + 1) * 128] = quantise(values, scale, "float8_e4m3fn")
             entry[512 + 4 * tile : 516 + 4 * tile] = list(struct.pack("<f", scale))
         raw = k_pe[token].tobytes()
         entry[528:656] = list(raw) if raw else [0] * 128
@@ -575,9 +584,8 @@ def indexer_k_quant_and_cache(k, kv_cache, slot_mapping, quant_block_size, scale
             values = k[token, first : first + quant_block_size]
             largest = max([abs(float(v)) for v in values if v == v], default=0.0)
             scale, scale_bytes = indexer_scale(largest, scales)
-            for i, value in enumerate(values):
+            for i, code in enumerate(quantise(values, scale, "float8_e4m3fn")):
                 at = key_at + first + i
-                code = quantise(value, scale, "float8_e4m3fn")
                 kv_cache[block, at // width, at % width] = code
             for i, byte in enumerate(scale_bytes):
                 at = scale_at + first // quant_block_size * 4 + i
@@ -674,22 +682,20 @@ def paged_attention(
         if slopes is not None and slopes.ndim == 2:
             slopes = slopes[sequence]
         attended, logarithms = np.zeros((heads, values.shape[3])), np.full(heads, -math.inf)
+        numbers, blocks, offsets = np.array(tokens, np.int64).reshape(-1, 3).T
         for head in range(heads) if tokens else ():
-            logits = []
-            for token, block, offset in tokens:
-                key = keys[block, offset, head // group].astype(np.float64)
-                logit = scale * float(query[row, head].astype(np.float64) @ key)
-                if soft_cap is not None:
-                    logit = soft_cap * math.tanh(logit / soft_cap)
-                if slopes is not None:
-                    logit += float(slopes[head]) * (token - position)
-                logits.append(logit)
-            everything = logits + ([] if sinks is None else [float(sinks[head])])
-            largest = max(everything)
-            total = math.fsum(math.exp(logit - largest) for logit in everything)
-            for logit, (_, block, offset) in zip(logits, tokens):
-                weight = math.exp(logit - largest) / total
-                attended[head] += weight * values[block, offset, head // group].astype(np.float64)
+            place = blocks, offsets, head // group
+            logits = scale * (keys[place].astype(np.float64) @ query[row, head].astype(np.float64))
+            if soft_cap is not None:
+                logits = soft_cap * np.tanh(logits / soft_cap)
+            if slopes is not None:
+                logits += float(slopes[head]) * (numbers - position)
+            everything = logits if sinks is None else np.append(logits, float(sinks[head]))
+            largest = float(everything.max())
+            with np.errstate(invalid="ignore"):  # an infinite query makes none of these a number
+                total = math.fsum(np.exp(everything - largest))
+                weights = np.exp(logits - largest) / total
+            attended[head] = weights @ values[place].astype(np.float64)
             logarithms[head] = largest + math.log(total)
         result[row] = attended, logarithms
     return result

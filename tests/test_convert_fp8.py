@@ -23,13 +23,12 @@ def convert(world, output, source, scale=1.0, kind="fp8"):
     to, at = output.on(expected), source.on(source.buffer.bytes)
     to = to.view(f"u{to.itemsize}")
     target = output.numpy_dtype
-    for index in np.ndindex(*output.shape):
-        if target.itemsize == 1:
-            to[index] = oracle.quantise(at[index], number, KINDS[kind])
-        else:
-            value = oracle.dequantise(at.view(np.uint8)[index], number, KINDS[kind], target)
-            nan = 2 ** (8 * target.itemsize - 1) - 1
-            to[index] = nan if np.isnan(value) else value.view(to.dtype)
+    if target.itemsize == 1:
+        to[...] = oracle.quantise(at, number, KINDS[kind])
+    else:
+        values = oracle.dequantise(at.view(np.uint8), number, KINDS[kind], target)
+        nan = to.dtype.type(2 ** (8 * target.itemsize - 1) - 1)
+        to[...] = np.where(np.isnan(values), nan, values.view(to.dtype))
     np.testing.assert_array_equal(world.bytes_of(output), expected)
     np.testing.assert_array_equal(world.bytes_of(source), source.buffer.bytes)
 

@@ -35,8 +35,7 @@ def gather(world, specs, kv_cache_dtype, scale, num_tokens):
             entry = bits[block, offset]
             if stored is None:
                 return entry
-            flat = [oracle.dequantise(byte, value, stored, dst.dtype) for byte in entry.reshape(-1)]
-            return np.array(flat, dst.dtype).reshape(entry.shape)
+            return oracle.dequantise(entry, value, stored, dst.dtype)
 
         return oracle.gather_cache(src, dst, table, bounds, starts, rows=num_tokens, token=token)
 
@@ -254,14 +253,8 @@ def test_scales_of_heads(
             if entry is None:
                 entry = np.array(oracle.packed_token(bits, block, offset, plain))
             by = given[block, offset] if by_token else given
-            return np.array(
-                [
-                    [oracle.dequantise(byte, one, oracle.STORED[kv_cache_dtype], dst.dtype)
-                     for byte in row]
-                    for row, one in zip(entry, by)
-                ],
-                dst.dtype,
-            )  # fmt: skip
+            kind = oracle.STORED[kv_cache_dtype]
+            return [oracle.dequantise(*row, kind, dst.dtype) for row in zip(entry, by)]
 
         return oracle.gather_cache(
             src, dst, table, bounds, starts, rows=count, block_size=block_size, token=token

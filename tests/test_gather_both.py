@@ -34,11 +34,7 @@ def token_of(layout, side, cache, scale, stored, target):
         if stored is None:
             return entry
         by = np.broadcast_to(scale[block, offset] if np.ndim(scale) == 3 else scale, len(entry))
-        rows = [
-            [oracle.dequantise(byte, one, stored, target) for byte in row]
-            for row, one in zip(entry, by)
-        ]
-        return np.array(rows, target)
+        return [oracle.dequantise(row, one, stored, target) for row, one in zip(entry, by)]
 
     return token
 

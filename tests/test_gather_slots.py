@@ -65,10 +65,7 @@ def gather(world, specs, kv_cache_dtype="auto", scale=None, by_token=None, layou
                 by = scale.on(scale.buffer.bytes)
             by = np.broadcast_to(by, entry.shape[:1]) if entry.ndim > 1 else [np.ravel(by)[0]]
             heads = entry.reshape(len(by), -1)
-            rows = [
-                [oracle.dequantise(byte, one, stored, dst.dtype) for byte in head]
-                for head, one in zip(heads, by)
-            ]
+            rows = [oracle.dequantise(*head, stored, dst.dtype) for head in zip(heads, by)]
             return np.array(rows, dst.dtype).reshape(entry.shape)
 
         return oracle.gather_slots(src, dst, slots, block_size=block_size, token=token)

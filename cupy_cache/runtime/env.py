@@ -38,7 +38,7 @@ OVERLAP = Variable(
     "CUPYCACHE_OVERLAP", "0", "1: kernels may begin before the one in front of them is done"
 )
 REQUIRE_GPU = Variable(
-    "CUPYCACHE_REQUIRE_GPU", "0", "1: tests marked gpu fail rather than skip where there is no GPU"
+    "CUPYCACHE_REQUIRE_GPU", "0", "1: tests marked gpu run, and fail, where there is no GPU"
 )
 
 TABLE = (DEBUG, KERNEL_DIR, LINEINFO, NO_COMPILE, OVERLAP, LOGLEVEL, REQUIRE_GPU)

@@ -7,6 +7,7 @@ changed by a letter, and nothing but a GPU would show it.
 tests/test_ptx.py compares the machine instructions with what NVRTC makes of the texts.
 """
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -246,6 +247,7 @@ def _split(text, separator):
     return parts
 
 
+@functools.lru_cache(maxsize=64)
 def with_calls(source):
     """``source`` with calls of the functions of ``ptx.h`` for its asm statements."""
     made, end = [], 0
