@@ -24,7 +24,6 @@ from ..runtime import (
     spelling,
     streams,
 )
-from ..runtime.devices import NOWHERE
 from ..types import ArrayLike, Scale, StreamLike
 from .shared import steps
 
@@ -464,6 +463,9 @@ class _Plan(plans.KernelPlan):
         self._heads, self._row_tokens, self._tall_tokens = heads, row_tokens, tall_tokens
         self._block_size, self._resident, self._slot_bytes = block_size, resident, slot_bytes
 
+    def launchers(self):
+        return tuple(self._launchers.values())
+
     def launch_for(self, rows):
         how, blocks = self._choose(*rows)
         return self._launchers[how], (blocks, 1, 1), WARPS * launch.WARP
@@ -485,18 +487,13 @@ class _Plan(plans.KernelPlan):
 
     def _choose(self, tokens, sequences, width):
         """(How thread blocks take units, how many there are)."""
-        device = self.launcher.device
         units = sequences
         if self._row_tokens is not None:
             units = tokens // self._row_tokens + sequences
         units *= self._heads
-        if device == NOWHERE:  # one of each is to be compiled
-            other = "shared" if "shared" in self._launchers else "tall"
-            how = {2: "clustered", 3: other}.get(sequences)
-            return how if how in self._launchers else "plain", units
         if self._tall_tokens is not None and tokens >= self._tall_tokens:
             return "tall", units
-        at_once = self._resident * launch.processors(device)
+        at_once = self._resident * launch.processors(self.launcher.device)
         everyone = max(at_once // self._heads, 1) * self._heads
         turns = launch.ceil_div(width * self._block_size, WARPS * KEYS)  # of a sequence
         if "clustered" in self._launchers and units * CLUSTER <= at_once:

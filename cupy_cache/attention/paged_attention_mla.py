@@ -23,7 +23,6 @@ from ..runtime import (
     spelling,
     streams,
 )
-from ..runtime.devices import NOWHERE
 from ..runtime.formats import DS_ENTRY_BYTES, DS_LATENT, DS_ROPE, FP8_DS_MLA
 from ..types import ArrayLike, Scale, StreamLike
 from .shared import steps
@@ -276,10 +275,13 @@ class _Plan(plans.KernelPlan):
         self._heads, self._block_size = heads, block_size
         self._several, self._shape = several, shape
 
+    def launchers(self):
+        return self.launcher, self._joining
+
     def launch_for(self, rows):
         blocks, lanes, joins = self._blocks(rows)
         first = (blocks, 1, 1), self._shape.threads
-        if joins and self.launcher.device != NOWHERE:
+        if joins:
             return self.launcher, *first
         tokens, sequences, _ = rows
         columns = (self._shape.slot_bytes // 4 // ROWS - 2) // 8  # tiles of 8
@@ -360,10 +362,7 @@ class _Two:
 
     def load(self, stream):
         """Load both kernels."""
-        try:
-            self._first.load(stream)
-        except launch.KernelNeeded as noted:
-            raise launch.KernelNeeded(*noted.kernels, self._second.kernel) from None
+        self._first.load(stream)
         self._second.load(stream)
 
     def has_work(self, grid, threads):

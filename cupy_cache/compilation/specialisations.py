@@ -547,8 +547,7 @@ def _biases(model):
 
 
 def _attention(model):
-    """Of one query for each sequence, and of several; of many sequences, and of few, of which
-    several thread blocks share one, in two ways."""
+    """Of one query for each sequence, and of several."""
     if model.dtype == formats.FLOAT32:
         return
     names = ("k_scale_cache", "v_scale_cache") if model.by_token else ("k_scale", "v_scale")
@@ -556,15 +555,14 @@ def _attention(model):
     packed = () if model.by_token else model.x_packed()
     every_scale = [model.token_scales()] if model.by_token else model.scales()
     for caches in itertools.chain(model.pairs(), (pair for *pair, _ in packed)):
-        for count in (2, 3, ROWS):
-            query = described((count, model.query_heads, model.key_size), model.dtype)
-            indices = itertools.product(
-                model.numbers("tables", count, ROWS), model.numbers("requests", count),
-                (None, *model.numbers("bounds", count + 1)),
-            )  # fmt: skip
-            for (table, lens, starts), scales in itertools.product(indices, every_scale):
-                named = {"query_start_loc": starts, **dict(zip(names, scales))}
-                yield functools.partial(attend, **named), query, *caches, table, lens
+        query = described((ROWS, model.query_heads, model.key_size), model.dtype)
+        indices = itertools.product(
+            model.numbers("tables", ROWS, ROWS), model.numbers("requests", ROWS),
+            (None, *model.numbers("bounds", ROWS + 1)),
+        )  # fmt: skip
+        for (table, lens, starts), scales in itertools.product(indices, every_scale):
+            named = {"query_start_loc": starts, **dict(zip(names, scales))}
+            yield functools.partial(attend, **named), query, *caches, table, lens
 
 
 def _latent_attention(model):

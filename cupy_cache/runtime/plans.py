@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from . import arrays, launch, locks, streams
+from .devices import NOWHERE
 
 MAX_PLANS = 1024  # of one operation
 # Tells counts in scratch memory, which holds anything before, from what was there: `arrive` of
@@ -79,9 +80,15 @@ class KernelPlan:
         """The `Scratch` of the launch for so much to do; None where it needs none."""
         del rows
 
+    def launchers(self):
+        """All launchers that calls may come to."""
+        return (self.launcher,)
+
     def run(self, call):
         """Enqueue."""
         launcher, grid, threads = self.launch_for(call.rows)
+        if launcher.device == NOWHERE and launcher.has_work(grid, threads):
+            raise launch.KernelNeeded(*(one.kernel for one in self.launchers()))
         values, scratch = (*call.values, *call.fields), self.scratch_for(call.rows)
         if scratch is None:
             launcher.enqueue(grid, threads, call.stream, *values)
