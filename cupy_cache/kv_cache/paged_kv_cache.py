@@ -572,8 +572,8 @@ class PagedKVCache:
             if stream is not None:
                 stream = streams.pointer(_ATTEND, stream)
             out = paged_attention.new_out(_ATTEND, query, *self._caches_of(layer), stream)
-        step = query, block_table, seq_lens, query_start_loc, out, lse
-        bound(*(array for array in step if array is not None), stream=stream)
+        also = (array for array in (query_start_loc, out, lse) if array is not None)
+        bound(query, block_table, seq_lens, *also, stream=stream)
         return out
 
     def _attender(
