@@ -30,6 +30,15 @@ def wrong(what: str, name: str, expected: str, got: str, way_out: str = "") -> s
     return f"{text}; {way_out}" if way_out else text
 
 
+def shown(value: object) -> str:
+    """``value`` as errors show it, also if it cannot show itself."""
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"an object of type {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def rename(error: CupyCacheError, name: str, arguments: Mapping[str, str]) -> None:
     """Make an error about an argument of an operation one of ``name``, which called it.
     ``arguments`` has what the operation's are called there. Faults stay the operation's."""

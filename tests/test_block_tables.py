@@ -33,6 +33,13 @@ class Serials(collections.defaultdict):
         return self[key]
 
 
+class Broken:
+    """What should be a number, and is none, like a tensor without memory."""
+
+    def __index__(self):
+        raise RuntimeError("it has no value")
+
+
 class Modelled:
     """What is known of a sequence: all its tokens, how many were told and how many are written."""
 
@@ -576,6 +583,10 @@ REFUSALS = [
     (lambda t: t.add("x", np.array([True])), "add", "value", "tokens"),
     (lambda t: t.step(iter("a"), [1]), "step", "type", "sequences"),
     (lambda t: t.step(None, [1]), "step", "type", "sequences"),
+    (lambda t: t.step(np.array("a"), [1]), "step", "type", "sequences"),
+    (lambda t: t.step(["a"], np.array(1)), "step", "type", "counts"),
+    (lambda t: t.append("told", Broken()), "append", "value", "tokens"),
+    (lambda t: t.append("told", [Broken()]), "append", "value", "tokens"),
     (lambda t: t.extend(["a"], 1), "extend", "type", "counts"),
     (lambda t: t.blocks_needed(["a"], None), "blocks_needed", "type", "counts"),
     (lambda t: t.fork("x", "y"), "fork", "value", "parent"),
@@ -605,6 +616,22 @@ REFUSALS = [
     (lambda t: t.tokens("x"), "tokens", "value", "sequence"),
     (lambda t: t.num_pending("x"), "num_pending", "value", "sequence"),
 ]
+
+
+@pytest.mark.parametrize("framework", [np.array(["numpy", "torch"]), 1, ["numpy"], np])
+def test_frameworks_that_are_no_names(framework):
+    makers = (
+        ("BlockTables", lambda: tables_of(num_blocks=4, framework=framework)),
+        (
+            "PagedKVCache.allocate",
+            lambda: cc.PagedKVCache.allocate(1, 2, 4, 1, 8, framework=framework, device="cpu"),
+        ),
+    )
+    for name, make in makers:
+        with pytest.raises(
+            cc.ArgumentError, match=f"^{name}: Invalid value of framework: expected"
+        ):
+            make()
 
 
 @pytest.mark.whole

@@ -530,6 +530,17 @@ def test_arrays_of_attention_that_are_none(rng, value):
             attending_to(world, cache, 0, problem)(**{name: value})
 
 
+@pytest.mark.parametrize("name", ["query", "block_table", "seq_lens"])
+def test_attention_needs_all_that_is_no_option(rng, name):
+    world, problem = worlds.NumPyWorld(), attending.Problem(rng, [9])
+    cache = cc.PagedKVCache(*([world.put(cache)] for cache in problem.caches))
+    step = {"query": problem.query, "block_table": problem.table, "seq_lens": problem.lens}
+    step = {n: None if n == name else world.put(spec) for n, spec in step.items()}
+    for out in (None, world.put(problem.out)):
+        with pytest.raises(cc.DTypeError, match=rf"^PagedKVCache\.attend: Invalid type of {name}"):
+            cache.attend(0, **step, out=out)
+
+
 def test_attention_needs_values(world, rng):
     cache = cc.PagedKVCache(*put(world, caches(rng, "rows", "float32")))
     problem = attending.Problem(rng, [9])

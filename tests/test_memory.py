@@ -170,7 +170,10 @@ def makers_of_results(torch):
     step = {"query": rows, "block_table": table, "seq_lens": lengths}
     return {
         "paged_attention": (
-            {"key_cache": torch.ones(3, 4, 2, 8), "value_cache": torch.ones(3, 4, 2, 8), **step},
+            {
+                "key_cache": torch.ones(3, 4, 2, 8), "value_cache": torch.ones(3, 4, 2, 8), **step,
+                "alibi_slopes": torch.ones(4), "sinks": torch.ones(4),
+            },
             {},
         ),
         "paged_attention_mla": (
@@ -203,6 +206,10 @@ def test_results_of_tensors_without_memory(torch, op, kind):
     for name, tensor in given.items():
         with refused(op, name):
             getattr(cc, op)(**{**given, name: kind(torch, tensor)}, **others)
+    if op == "paged_attention":  # slopes of each sequence are another argument of its kernels
+        slopes = kind(torch, torch.ones(2, 4))
+        with refused(op, "alibi_slopes"):
+            cc.paged_attention(**{**given, "alibi_slopes": slopes})
 
 
 @pytest.mark.whole

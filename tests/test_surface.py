@@ -4,12 +4,14 @@
 written, and leaves no fault behind. ``--surface-calls=N`` makes more of them."""
 
 import collections
+import contextlib
 import inspect
 
 import numpy as np
 import pytest
 import recording
 import surface
+from surface import others
 
 import cupy_cache as cc
 from cupy_cache.runtime import dispatch, launch
@@ -64,6 +66,50 @@ def test_every_function_is_called():
     made = {surface.call(np.random.default_rng([0, number])).name for number in range(3000)}
     functions = {name for name in cc.__all__ if inspect.isfunction(getattr(cc, name))}
     assert made == functions - NOT_CALLED.keys()
+
+
+def contents(arrays):
+    """The bytes of those that have any."""
+    found = []
+    for one in arrays:
+        if isinstance(one, others.torch.Tensor if others.torch else ()):
+            has_bytes = one.layout == others.torch.strided and not one.is_nested and not one.is_meta
+            one = one.detach().numpy() if has_bytes else None
+        found.append(one.tobytes() if isinstance(one, np.ndarray) else None)
+    return found
+
+
+@pytest.mark.whole
+@pytest.mark.filterwarnings("ignore")
+def test_random_calls_of_methods_and_other_names(request, seed):
+    """Each ends, or is refused by a named error with nothing written."""
+    taken = collections.Counter()
+    total = request.config.getoption("--surface-calls") // PARTS
+    for number in range(total):
+        rng = np.random.default_rng([seed, 2, number])
+        tensors = others.torch is not None and rng.random() < 0.5
+        made, caches = others.calls(rng, others.torch.from_numpy if tensors else np.asarray)
+        name = surface.pick(rng, *made)
+        function, given = made[name]
+        for argument in rng.permutation(list(given))[: rng.integers(1, 3)].tolist():
+            given[argument] = others.changed(rng, given[argument])
+        shown = {n: type(value).__name__ for n, value in given.items()}
+        arrays = [*given.values(), *caches]
+        before, refused = contents(arrays), False
+        try:
+            function(**given)
+        except cc.CupyCacheError as error:
+            refused = True
+            assert ": Invalid " in str(error) and ": expected " in str(error), (name, shown)
+        except Exception as error:
+            told = f"CUPYCACHE_TEST_SEED={seed}, call {number}: {name}{shown}"
+            raise AssertionError(told) from error
+        assert not refused or contents(arrays) == before, (number, name, shown)
+        taken[refused] += 1
+        with contextlib.suppress(cc.FaultError):
+            cc.raise_faults()
+    if total >= 1000:
+        assert taken[True] > total // 3 and taken[False] > total // 20, taken
 
 
 @pytest.mark.whole

@@ -226,6 +226,16 @@ def test_nothing_is_merged_into_memory_that_rows_share(rng, count, shared):
     assert all((one == 7).all() for one in given)
 
 
+@pytest.mark.parametrize("place, name", [(1, "prefix_output"), (2, "prefix_lse")])
+@pytest.mark.parametrize("value", [3, "text", [1.0], memoryview(np.ones((5, 5))), None], ids=type)
+def test_what_cannot_be_sliced_is_refused(rng, place, name, value):
+    given = [np.zeros((5, 3, 8), np.float32), np.zeros((3, 5), np.float32)] * 2
+    arguments = [np.zeros((5, 3, 8), np.float32), *given]
+    arguments[place] = value
+    with pytest.raises(cc.DTypeError, match=f"^merge_attn_states: Invalid type of {name}"):
+        ops.merge_attn_states(*arguments, None, 2)
+
+
 def test_the_suffix_is_copied_where_gradients_are_wanted(rng):
     """They are not given, as nowhere; what is merged is written, too."""
     torch = pytest.importorskip("torch")

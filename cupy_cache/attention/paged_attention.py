@@ -242,8 +242,9 @@ def arguments(
 
 def _is_of_sequences(op, slopes):
     """Whether each sequence has slopes of its own."""
-    shape = getattr(slopes, "shape", None)
-    if shape is None:
+    try:
+        shape = slopes.shape
+    except Exception:  # of what is no array, or one without a shape: describing it says so
         shape = arrays.view(slopes, f"{op}: alibi_slopes").shape
     return len(shape) == 2
 
@@ -667,7 +668,7 @@ OP = dispatch.Op(
         dispatch.Arg("lse", varies=dispatch.ROWS, optional=True, written=True),
         dispatch.Arg("k_scale_cache", optional=True),
         dispatch.Arg("v_scale_cache", optional=True),
-        dispatch.Arg("sequence_slopes", varies=dispatch.ROWS, optional=True),
+        dispatch.Arg("sequence_slopes", varies=dispatch.ROWS, optional=True, called="alibi_slopes"),
     ),
     plan=_plan,
     destination=(10, 11),

@@ -445,7 +445,12 @@ class BlockTables:
     def _refuse_lists(name, sequences, counts):
         """Say what is wrong with what is no list of names and as many counts."""
         for argument, given in (("sequences", sequences), ("counts", counts)):
-            if isinstance(given, (str, bytes)) or not hasattr(given, "__len__"):
+            try:
+                len(given)  # which an array without dimensions has not, though it has the method
+                is_list = not isinstance(given, (str, bytes))
+            except TypeError:
+                is_list = False
+            if not is_list:
                 got = contract.shown(given)
                 raise DTypeError(errors.wrong("type", f"{name}: {argument}", "a list", got))
         expected = f"one count for each of {len(sequences)} sequences"
@@ -647,7 +652,7 @@ def _numbers(method, tokens):
     given = tokens
     try:
         given = [contract.index(tokens)]
-    except (TypeError, ValueError):  # it is no single one
+    except Exception:  # it is no single one
         pass
     try:
         if "bool" in str(getattr(given, "dtype", "")):
@@ -660,6 +665,6 @@ def _numbers(method, tokens):
         for at in small.nonzero()[0].tolist():
             contract.index(given[at])
         return numbers
-    except (TypeError, ValueError, OverflowError) as error:
+    except Exception as error:  # also whatever an object raises that is to be a number
         name, got = f"{NAME}.{method}: tokens", contract.shown(tokens)
         raise ArgumentError(errors.wrong("value", name, "integers", f"{got} ({error})")) from error

@@ -217,6 +217,8 @@ def merge_attn_states(
     if weights_out is not None:
         check.writable("output_lse", arrays.view(weights_out, f"{op}: output_lse"))
         copied["output_lse"] = weights_out, 1
+    for name, array, dim in (("prefix_output", prefix, 0), ("prefix_lse", prefix_weights, 1)):
+        _extent(op, name, array, dim)  # they are sliced
     kind = arrays.framework_of(output, f"{op}: output")
     for name, (array, dim) in copied.items():
         found = arrays.framework_of(array, f"{op}: {name}")

@@ -485,8 +485,8 @@ class PagedKVCache:
                 stream = streams.pointer(ATTEND, stream)
             one = self._layers[layer]
             out = paged_attention.new_out(ATTEND, query, one.key_cache, one.value_cache, stream)
-        step = query, block_table, seq_lens, query_start_loc, out, lse
-        bound(*(array for array in step if array is not None), stream=stream)
+        also = (array for array in (query_start_loc, out, lse) if array is not None)
+        bound(query, block_table, seq_lens, *also, stream=stream)
         return out
 
     def attend_mla(

@@ -11,7 +11,7 @@ import numbers
 import operator
 
 from .. import errors
-from ..errors import ArgumentError, DeviceError, DTypeError, ShapeError, StrideError
+from ..errors import ArgumentError, DeviceError, DTypeError, ShapeError, StrideError, shown
 from . import arrays, formats
 
 # What a float32 can hold without becoming zero or infinite.
@@ -314,15 +314,6 @@ def flag(op, name, value):
         raise ArgumentError(
             f"{op}: Invalid value of {name}: expected True or False, got {shown(value)}"
         ) from error
-
-
-def shown(value):
-    """``value`` as errors show it, also if it cannot show itself."""
-    try:
-        text = repr(value)
-    except Exception:
-        text = f"an object of type {type(value).__name__}"
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def check_elements_apart(op, name, shape, strides, size):

@@ -34,6 +34,7 @@ class Arg(NamedTuple):
     chosen : blocks or slots, in host memory or in an array on the GPU, with any number of `ROWS`.
         ``pairs``: of pairs [n, 2].
     written : the operation writes it. No two arrays that are written may share memory.
+    called : what errors call it, if that is not its name.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Arg(NamedTuple):
     chosen: bool = False
     pairs: bool = False
     written: bool = False
+    called: str = ""
 
     @property
     def mask(self):
@@ -183,7 +185,7 @@ class Op:
                 host, metadata = indices.read(self.name, arg, value, stream)
                 found.append(metadata if host is None else host)
             else:
-                found.append(arrays.read(value, f"{self.name}: {arg.name}", stream))
+                found.append(arrays.read(value, f"{self.name}: {arg.called or arg.name}", stream))
         found += [None] * (len(self.args) - len(found))
         return Read(found, keep)
 
@@ -347,7 +349,7 @@ class Op:
         """`arrays.Array`\\ s of what was read; None for what is absent or in host memory."""
         described = []
         for arg, meta in zip(self.args, found):
-            name = arg.name
+            name = arg.called or arg.name
             if type(meta) is lists.Layers:
                 meta, name = meta.metadata, arg.item(0)
             if type(meta) is not arrays.Metadata:

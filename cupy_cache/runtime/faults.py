@@ -53,9 +53,9 @@ def _raise(faults):
 def raise_faults(device: DeviceLike | None = None) -> None:
     """Raise if kernels met slots, block numbers or table entries outside their bounds.
 
-    Waits for the device, reads the records and clears them. Such values are never dereferenced:
-    they are skipped, and the first one that each kernel meets is recorded. ``CUPYCACHE_DEBUG=1``
-    does this after every call, but not while a CUDA graph is captured.
+    Waits for the device, reads the records and clears them. Such values are never followed, and the
+    first one that each kernel meets is recorded. ``CUPYCACHE_DEBUG=1`` does this after every call,
+    but not while a CUDA graph is captured.
 
     Parameters
     ----------

@@ -170,7 +170,10 @@ LARGEST = {"int8": 127, "float8_e4m3fn": 448}
 def dtype_named(name, argument="dtype"):
     """The `DType` called ``name`` (a string, NumPy dtype or torch dtype). ``argument`` is what
     gives it, after its operation, for the error."""
-    text = str(name).removeprefix("torch.")
+    try:
+        text = str(name).removeprefix("torch.")
+    except Exception:  # it cannot show itself
+        text = ""
     if text not in DTYPES and name is not None:  # which means float64 to NumPy
         try:
             found = np.dtype(name)
@@ -179,7 +182,7 @@ def dtype_named(name, argument="dtype"):
             pass
     if text not in DTYPES:
         expected = f"one of {', '.join(DTYPES)}"
-        raise ArgumentError(errors.wrong("value", argument, expected, repr(name)))
+        raise ArgumentError(errors.wrong("value", argument, expected, errors.shown(name)))
     return DTYPES[text]
 
 
@@ -192,7 +195,7 @@ def cache_format(
     if not isinstance(kv_cache_dtype, str) or kv_cache_dtype not in names:
         raise ArgumentError(
             f"{op}: Invalid value of {argument}: expected one of {', '.join(names)}, got "
-            f"{kv_cache_dtype!r}"
+            f"{errors.shown(kv_cache_dtype)}"
         )
     return table[kv_cache_dtype]
 

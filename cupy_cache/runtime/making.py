@@ -20,6 +20,8 @@ def home(op, framework, device):
     or neither."""
     if framework is None and type(device).__module__.partition(".")[0] == "torch":
         framework = "torch"
+    if not (framework is None or isinstance(framework, str)):
+        raise _no_framework(op, framework)
     if framework == "torch" and "torch" not in sys.modules:
         raise MissingDependencyError(f"{op}: framework 'torch' was asked for: import torch before")
     if device is None and framework == "numpy":
@@ -31,11 +33,8 @@ def home(op, framework, device):
         place = driver.device_named(device, f"{op}: device")
     if framework is None:
         framework = "numpy" if place.kind == "cpu" else "cupy"
-    known = ("torch", "cupy", "numpy", *arrays.FRAMEWORKS)
-    if not isinstance(framework, str) or framework not in known:
-        way_out = arrays.OF_JAX if framework == "jax" else ""
-        expected, got = "'torch', 'cupy' or 'numpy'", contract.shown(framework)
-        raise ArgumentError(errors.wrong("value", f"{op}: framework", expected, got, way_out))
+    if framework not in ("torch", "cupy", "numpy", *arrays.FRAMEWORKS):
+        raise _no_framework(op, framework)
     if framework != "torch" and (framework == "numpy") != (place.kind == "cpu"):
         expected = "the CPU" if framework == "numpy" else "a GPU"
         raise DeviceError(
@@ -43,6 +42,12 @@ def home(op, framework, device):
             f"{place}"
         )
     return framework, place
+
+
+def _no_framework(op, framework):
+    way_out = arrays.OF_JAX if isinstance(framework, str) and framework == "jax" else ""
+    expected, got = "'torch', 'cupy' or 'numpy'", contract.shown(framework)
+    return ArgumentError(errors.wrong("value", f"{op}: framework", expected, got, way_out))
 
 
 def empty(framework, device, shape, dtype, stream=None):

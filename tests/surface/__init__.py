@@ -8,7 +8,8 @@ nothing may touch. What a call must do is said by plain loops over the very byte
 show.
 """
 
+from .arrays import pick
 from .changes import call
 from .judging import judge, judge_recorded
 
-__all__ = ["call", "judge", "judge_recorded"]
+__all__ = ["call", "judge", "judge_recorded", "pick"]
