@@ -119,6 +119,22 @@ def test_generate(name):
     cc.raise_faults()
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize("name", MODELS)
+def test_prompts_that_are_whole(name):
+    """Without padding, and within the window: torch's attention may do them, where it does all that
+    the model's does."""
+    model = make(name)
+    given = tokens(2, WINDOW - 2)
+    expected = generate(model, given, new=6)
+    states = forward(model, given, None, use_cache=False)
+    model.set_attn_implementation("cupy_cache")
+    cache = hf.PagedCache(model.config, 4)
+    assert torch.allclose(forward(model, given, cache), states, rtol=1e-4, atol=1e-4)
+    cache.reset()
+    assert generate(model, given, new=6, cache=cache).equal(expected)
+
+
 @pytest.mark.parametrize("name", ["llama", "window"])
 @pytest.mark.parametrize("columns", [WINDOW, WINDOW + 1])
 def test_prompts_without_padding(name, columns):
