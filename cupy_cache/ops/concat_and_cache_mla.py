@@ -187,7 +187,7 @@ def _gpu_plan(kernel, items, described):
         (0, 0, 0, 0, kv_cache.shape[0], kv_c.strides[0], k_pe.strides[0], slot_mapping.strides[0],
          *kv_cache.strides[:2]),
     )  # fmt: skip
-    return plans.KernelPlan(launcher, launch.FlatShape(items, device, mla.MAX_THREADS))
+    return plans.KernelPlan(launcher, launch.FullShape(items, mla.MAX_THREADS))
 
 
 _slots = contract.slot_count("concat_and_cache_mla", "kv_c", "k_pe", scales=1)

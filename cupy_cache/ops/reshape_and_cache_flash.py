@@ -151,7 +151,7 @@ def _plan(op, described, options):
          *key_cache.strides[:3], *value_cache.strides[:3], *scale_steps),
     )  # fmt: skip
     items = segments * max(key_bytes, value_bytes) // vector
-    return plans.KernelPlan(launcher, launch.FlatShape(items, device, MAX_THREADS))
+    return plans.KernelPlan(launcher, launch.FullShape(items, MAX_THREADS))
 
 
 def _segments(heads, width, source, cache):
