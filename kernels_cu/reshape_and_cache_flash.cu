@@ -50,6 +50,7 @@ template <typename Converter, int kVec, int kHeads, int kKeyBytes, int kValueByt
 __global__ void __launch_bounds__(kMaxThreads)
     reshape_and_cache_flash(const __grid_constant__ Params p) {
   await_earlier_launches();
+  assume_launched_with<kMaxThreads>();
   static_assert(kKeyBytes % kVec == 0 && kValueBytes % kVec == 0, "whole vectors");
   constexpr int kKeyVectors = kKeyBytes / kVec;      // of one segment
   constexpr int kValueVectors = kValueBytes / kVec;

@@ -227,6 +227,15 @@ KINDS = {
     "sections": Model(sections=(16, 8, 8)),
     "sections inside a load": Model(sections=(5, 12, 15), is_neox=False),
     "sections that take turns": Model(sections=(12, 10, 10), interleaved=True),
+    "turns that a warp shares": Model(
+        sections=(12, 10, 10), interleaved=True, heads=8, kv_heads=8, positions="int32"
+    ),
+    "turns of 128 that a warp shares": Model(
+        sections=(24, 20, 20), interleaved=True, size=128, kv_heads=4, table="bfloat16"
+    ),
+    "turns of float32 that a warp shares": Model(
+        sections=(24, 20, 20), interleaved=True, size=128, dtype="float32", out="auto"
+    ),
     "turns, few": Model(sections=(20, 6, 6), interleaved=True, is_neox=False, rotary=64, size=72),
     "normalised": Model(norm=1e-6),
     "normalised, weights less one": Model(norm=1e-5, bias=1.0, weight="bfloat16", packed=True),

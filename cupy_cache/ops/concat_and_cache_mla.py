@@ -177,7 +177,7 @@ def _gpu_plan(kernel, items, described):
         *(0,) * 5, kv_cache.shape[0], kv_c.strides[0], k_pe.strides[0], slot_mapping.strides[0],
         *kv_cache.strides[:2],
     )  # fmt: skip
-    return plans.flat(kernel, kv_cache.device.index, constants, items, mla.MAX_THREADS)
+    return plans.full(kernel, kv_cache.device.index, constants, items, mla.MAX_THREADS)
 
 
 OP = dispatch.Op(

