@@ -79,8 +79,10 @@ def counting(patch):
     return recorder
 
 
-@pytest.fixture
-def recorder(monkeypatch):
+@pytest.fixture(params=[1, fastpath.SETTLED], ids=["settled at once", "settled later"])
+def recorder(monkeypatch, request):
+    """What sizes are compared with may be known from the first call with them that comes again."""
+    monkeypatch.setattr(fastpath, "SETTLED", request.param)
     yield counting(monkeypatch)
     launch.processors.cache_clear()
 
@@ -170,6 +172,88 @@ def test_caches_that_are_bound(recorder):
     with pytest.raises(cc.ArgumentError, match="PagedKVCache.pack_blocks: Invalid value of layout"):
         caches[0].pack_blocks([1], memory[:4096], layout=["layer_first"])
     assert not recorder.take()
+
+
+def settled(patch, call):
+    """Repeat ``call`` until one comparison serves it. Returns a list that grows at each later call
+    that it does not serve."""
+    searched, find = [], fastpath._Calls.find
+    patch.setattr(fastpath._Calls, "find", lambda *a: searched.append(a) or find(*a))
+    for _ in range(KNOWN + fastpath.SETTLED + 1):
+        call()
+    assert len(searched) == fastpath.SETTLED + 1
+    searched.clear()
+    call()
+    assert not searched
+    return searched
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_calls_that_are_settled(recorder, monkeypatch, bound):
+    """As long as sizes stay, one comparison tells that a call is like those before; what is not is
+    found as ever, and refused as ever."""
+    given = tensors()
+    cache = cc.PagedKVCache(*([one] for one in given[2:4]))
+
+    def call(given):
+        if bound:
+            cache.write(0, *given[:2], given[4])
+        else:
+            cc.reshape_and_cache_flash(*given)
+
+    searched = settled(monkeypatch, lambda: call(given))
+    recorder.take()
+    for tokens in (5, 3, 5, 5, 1, 1, 5):
+        now = [*tensors(tokens)[:2], *given[2:4], torch.arange(tokens)]
+        call(now)
+        (sent,) = recorder.take()
+        assert fields(sent[-1]) == expected_fields(now)
+    assert searched
+    wide = torch.zeros((5, 3, 16), dtype=torch.float16)[..., :8]
+    short = torch.arange(10)[::2]
+    for at, other in ((0, wide), (1, wide), (4, short), (4, torch.arange(5).int()), (0, given[1])):
+        for _ in range(KNOWN + fastpath.SETTLED):
+            call(given)
+        recorder.take()
+        now = list(given)
+        now[at] = other
+        call(now)
+        (sent,) = recorder.take()
+        assert fields(sent[-1])[:5] == expected_fields(now)[:5]
+        assert long_way(recorder, lambda n=now: cc.reshape_and_cache_flash(*n), monkeypatch) == [
+            sent
+        ]
+    for _ in range(KNOWN + fastpath.SETTLED):
+        call(given)
+    recorder.take()
+    with pytest.raises(cc.ShapeError, match="slot_mapping"):
+        call([*given[:4], torch.arange(6)])
+    with pytest.raises(cc.DTypeError, match="slot_mapping"):
+        call([*given[:4], given[4].float()])
+    assert not recorder.take()
+
+
+def test_scalars_of_calls_that_are_settled(recorder, monkeypatch):
+    key, value, *caches, slots = tensors(size=16)
+    given = key, value, *(c.view(torch.uint8)[..., :16] for c in caches), slots
+    settled(monkeypatch, lambda: scaled(recorder, given, 1.5, 0.25))
+    for scales in ((1.5, 0.5), (1.5, 0.25), (2.0, 0.5), (2.0, 0.5), (1.5, 0.25)):
+        assert scaled(recorder, given, *scales) == ([0, 0], list(scales))
+
+
+def test_calls_in_turns_are_not_settled(recorder, monkeypatch):
+    """Making comparisons takes longer than they save."""
+    made, exactly = [], guards.exactly
+    guards._torch.cache_clear()
+    monkeypatch.setattr(guards, "exactly", lambda tensors: made.append(1) or exactly(tensors))
+    steps = [tensors(5), tensors(7)]
+    for step in range(40):
+        cc.reshape_and_cache_flash(*steps[step % 2])
+    assert not made
+    for _ in range(40):
+        cc.reshape_and_cache_flash(*steps[0])
+    assert len(made) == 1
+    guards._torch.cache_clear()
 
 
 def test_more_counts_than_are_remembered(recorder, monkeypatch):
