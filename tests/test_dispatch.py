@@ -512,8 +512,9 @@ def test_scratch_memory(recorder, monkeypatch):
     assert int.from_bytes(sent[0][-1][at : at + 8], "little") == allocator.ADDRESS
 
 
+@pytest.mark.parametrize("current", [None, 0, 1])
 @pytest.mark.parametrize("private", [True, False])
-def test_scratch_memory_is_torchs_for_the_stream(monkeypatch, private):
+def test_scratch_memory_is_torchs_for_the_stream(monkeypatch, private, current):
     """On the GPU that was asked for, by whichever functions this torch has."""
     told = []
 
@@ -536,14 +537,19 @@ def test_scratch_memory_is_torchs_for_the_stream(monkeypatch, private):
     functions = types.SimpleNamespace(**dict(zip(names, (allocate, free))))
     fake = types.SimpleNamespace(_C=functions, cuda=functions)
     functions.device = device
+    if current is not None:
+        functions._cuda_getDevice = lambda: current
     monkeypatch.setitem(sys.modules, "torch", fake)
     monkeypatch.setattr(streams, "current", lambda framework, device: lambda: 77)
     streams._torch_allocator.cache_clear()
     try:
         with streams.scratch("torch", 1, 5000, 77) as address:
             assert address == Allocator.ADDRESS
-            assert told == [("enter", 1), ("allocate", 5000, 77), ("exit", 1)]
-        assert told[3:] == [("free", address)]
+            expected = [("allocate", 5000, 77)]
+            if current != 1:
+                expected = [("enter", 1), *expected, ("exit", 1)]
+            assert told == expected
+        assert told == [*expected, ("free", address)]
     finally:
         streams._torch_allocator.cache_clear()
 
