@@ -573,18 +573,19 @@ class PagedKVCache:
                 stream = streams.pointer(_ATTEND, stream)
             out = paged_attention.new_out(_ATTEND, query, *self._caches_of(layer), stream)
         step = query, block_table, seq_lens, query_start_loc, out, lse
-        bound(*(array for array in step if array is not None), stream=stream)
+        bound(*[array for array in step if array is not None], stream=stream)
         return out
 
     def _attender(
         self, layer, scale, sliding_window, soft_cap, causal, alibi_slopes, sinks, with_starts,
         with_lse,
     ):  # fmt: skip
-        objects, options, scalars = paged_attention.arguments(
-            _ATTEND, *self._caches_of(layer), scale, alibi_slopes, sliding_window, soft_cap, sinks,
-            causal, self._kv_cache_dtype, *self._scales[layer], *self._scales_of_tokens(layer),
+        caches = self._caches_of(layer)
+        heads, others, options, scalars = paged_attention.arguments(
+            _ATTEND, scale, alibi_slopes, sliding_window, soft_cap, sinks, causal,
+            self._kv_cache_dtype, *self._scales[layer], *self._scales_of_tokens(layer),
         )  # fmt: skip
-        named = zip(paged_attention.LAYERS, objects)
+        named = zip(paged_attention.LAYERS, (*caches, *heads, *others))
         fixed = {name: array for name, array in named if array is not None}
         also = ["query_start_loc"] * with_starts + ["lse"] * with_lse
         return dispatch.Bound(paged_attention.OP, fixed, options, scalars, name=_ATTEND, also=also)

@@ -111,7 +111,7 @@ class _Calls:
         self._extents, self._sized, self._free = extents, extents.sized, extents.free
         # {numbers of elements, shapes and strides, scalars: what they come to; or ``alike``}
         self._known, self._alike = {}, {}
-        self._latest, self._left = None, 0
+        self._latest, self._repeats = None, 0
         self.settled = _UNSETTLED
 
     def make(self, extents, scalars):
@@ -145,14 +145,13 @@ class _Calls:
                 self._alike.clear()
             self._known[key] = found
         if found is not self._latest:  # so calls that take turns are never settled
-            self._latest, self.settled = found, _UNSETTLED
-            self._left = 1 if key in self._alike else SETTLED
+            self._latest, self._repeats, self.settled = found, 0, _UNSETTLED
             return found
-        self._left -= 1
-        if not self._left:
-            alike = self._alike.get(key)
-            if alike is None:
-                alike = self._alike[key] = self._exactly(tensors)
+        self._repeats += 1
+        alike = self._alike.get(key)
+        if alike is None and self._repeats == SETTLED:
+            alike = self._alike[key] = self._exactly(tensors)
+        if alike is not None:
             self.settled = alike, scalars, found
         return found
 
