@@ -39,6 +39,7 @@ from cupy_cache.runtime import (
     guards,
     launch,
     modules,
+    overlap,
     params,
     plans,
     streams,
@@ -239,6 +240,18 @@ def test_scalars_of_calls_that_are_settled(recorder, monkeypatch):
     settled(monkeypatch, lambda: scaled(recorder, given, 1.5, 0.25))
     for scales in ((1.5, 0.5), (1.5, 0.25), (2.0, 0.5), (2.0, 0.5), (1.5, 0.25)):
         assert scaled(recorder, given, *scales) == ([0, 0], list(scales))
+
+
+def test_settled_launches_are_prepared_anew(recorder, monkeypatch):
+    """Where launches are to overlap from now on, or no longer."""
+    given, prepared, prepare = tensors(), [], recorder.prepare
+    monkeypatch.setattr(recorder, "prepare", lambda *a: prepared.append(1) or prepare(*a))
+    settled(monkeypatch, lambda: cc.reshape_and_cache_flash(*given))
+    for now in range(1, 4):
+        assert len(prepared) == now
+        overlap.forget_prepared()
+        for _ in range(fastpath.SETTLED + 2):
+            cc.reshape_and_cache_flash(*given)
 
 
 def test_calls_in_turns_are_not_settled(recorder, monkeypatch):
