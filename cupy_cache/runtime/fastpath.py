@@ -4,9 +4,9 @@
 every layer and step of an engine. Both kinds of arrays are called tensors here.
 
 One comparison tells whether a call has the signature (guards.py); then the tensors are asked for
-nothing but their addresses and how many elements they have. There is one function for each
-signature (`_kernel_path`, `_plan_path`), whatever the counts; the layers of a `PagedKVCache` share
-it.
+nothing but their addresses and how many elements they have, and where these stay the same, for
+their addresses alone (`_Calls`). There is one function for each signature (`_kernel_path`,
+`_plan_path`), whatever the counts; the layers of a `PagedKVCache` share it.
 """
 
 import itertools
