@@ -121,6 +121,7 @@ class _Calls:
     def forget(self):
         """Make everything anew."""
         self._known.clear()
+        self._alike.clear()
         self._latest, self.settled = None, _UNSETTLED
 
     def find(self, tensors, scalars):
