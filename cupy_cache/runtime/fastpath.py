@@ -21,7 +21,7 @@ MAX_FORMS = 256
 MAX_APART = 1024  # combinations of addresses
 MAX_COUNTS = 256  # combinations of extents and scalars, of one signature
 # Calls with the same extents in a row, after which one comparison tells them too: it takes 6 us to
-# make, and saves a write 0.5.
+# make, and saves a write 0.4.
 SETTLED = 4
 PATIENCE = 64  # calls before a new signature takes the place of one of so many: learning takes long
 
