@@ -471,6 +471,9 @@ def test_no_tokens_and_streams(recorder):
     recorder.take()
     cc.reshape_and_cache_flash(*given[:4], torch.arange(0))
     assert not recorder.take()
+    for _ in range(fastpath.SETTLED + 2):  # what is wrong is refused all the same
+        with pytest.raises(cc.ArgumentError, match="memory of value_cache"):
+            cc.reshape_and_cache_flash(*given[:3], given[2][:], torch.arange(0))
     cc.reshape_and_cache_flash(*given)
     cc.reshape_and_cache_flash(*given, stream=5)
     assert [sent[3] for sent in recorder.take()] == [77, 5]

@@ -351,8 +351,6 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
             launch = find(objects, scalars)
             if launch is None:
                 return False
-        if not launch:
-            return True
         if caches_bound:
             key, value, slots = objects
             c, d = more.addresses
@@ -361,6 +359,8 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
             c, d = address(key_cache), address(value_cache)
             if (c, d) not in apart and not admits((c, d)):
                 return False
+        if not launch:
+            return True
         a, b, e = address(key), address(value), address(slots)
         if a < lowest or b < lowest or e < lowest:
             return False
