@@ -42,6 +42,7 @@ from cupy_cache.runtime import (
     launch,
     making,
     modules,
+    overlap,
     params,
     plans,
     streams,
@@ -82,8 +83,10 @@ def counting(patch):
     return recorder
 
 
-@pytest.fixture
-def recorder(monkeypatch):
+@pytest.fixture(params=[1, fastpath.SETTLED], ids=["settled at once", "settled later"])
+def recorder(monkeypatch, request):
+    """What sizes are compared with may be known from the first call with them that comes again."""
+    monkeypatch.setattr(fastpath, "SETTLED", request.param)
     yield counting(monkeypatch)
     launch.processors.cache_clear()
 
@@ -173,6 +176,100 @@ def test_caches_that_are_bound(recorder):
     with pytest.raises(cc.ArgumentError, match="PagedKVCache.pack_blocks: Invalid value of layout"):
         caches[0].pack_blocks([1], memory[:4096], layout=["layer_first"])
     assert not recorder.take()
+
+
+def settled(patch, call):
+    """Repeat ``call`` until one comparison serves it. Returns a list that grows at each later call
+    that it does not serve."""
+    searched, find = [], fastpath._Calls.find
+    patch.setattr(fastpath._Calls, "find", lambda *a: searched.append(a) or find(*a))
+    for _ in range(KNOWN + fastpath.SETTLED + 1):
+        call()
+    assert len(searched) == fastpath.SETTLED + 1
+    searched.clear()
+    call()
+    assert not searched
+    return searched
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_calls_that_are_settled(recorder, monkeypatch, bound):
+    """As long as sizes stay, one comparison tells that a call is like those before; what is not is
+    found as ever, and refused as ever."""
+    given = tensors()
+    cache = cc.PagedKVCache(*([one] for one in given[2:4]))
+
+    def call(given):
+        if bound:
+            cache.write(0, *given[:2], given[4])
+        else:
+            cc.reshape_and_cache_flash(*given)
+
+    searched = settled(monkeypatch, lambda: call(given))
+    recorder.take()
+    for tokens in (5, 3, 5, 5, 1, 1, 5):
+        now = [*tensors(tokens)[:2], *given[2:4], torch.arange(tokens)]
+        call(now)
+        (sent,) = recorder.take()
+        assert fields(sent[-1]) == expected_fields(now)
+    assert searched
+    wide = torch.zeros((5, 3, 16), dtype=torch.float16)[..., :8]
+    short = torch.arange(10)[::2]
+    for at, other in ((0, wide), (1, wide), (4, short), (4, torch.arange(5).int()), (0, given[1])):
+        for _ in range(fastpath.SETTLED + 1):
+            call(given)
+        recorder.take()
+        now = list(given)
+        now[at] = other
+        call(now)
+        (sent,) = recorder.take()
+        assert fields(sent[-1])[:5] == expected_fields(now)[:5]
+        assert long_way(recorder, lambda n=now: cc.reshape_and_cache_flash(*n), monkeypatch) == [
+            sent
+        ]
+    for _ in range(fastpath.SETTLED + 1):
+        call(given)
+    recorder.take()
+    with pytest.raises(cc.ShapeError, match="slot_mapping"):
+        call([*given[:4], torch.arange(6)])
+    with pytest.raises(cc.DTypeError, match="slot_mapping"):
+        call([*given[:4], given[4].float()])
+    assert not recorder.take()
+
+
+def test_scalars_of_calls_that_are_settled(recorder, monkeypatch):
+    key, value, *caches, slots = tensors(size=16)
+    given = key, value, *(c.view(torch.uint8)[..., :16] for c in caches), slots
+    settled(monkeypatch, lambda: scaled(recorder, given, 1.5, 0.25))
+    for scales in ((1.5, 0.5), (1.5, 0.25), (2.0, 0.5), (2.0, 0.5), (1.5, 0.25)):
+        assert scaled(recorder, given, *scales) == ([0, 0], list(scales))
+
+
+def test_settled_launches_are_prepared_anew(recorder, monkeypatch):
+    """Where launches are to overlap from now on, or no longer."""
+    given, prepared, prepare = tensors(), [], recorder.prepare
+    monkeypatch.setattr(recorder, "prepare", lambda *a: prepared.append(1) or prepare(*a))
+    settled(monkeypatch, lambda: cc.reshape_and_cache_flash(*given))
+    for now in range(1, 4):
+        assert len(prepared) == now
+        overlap.forget_prepared()
+        for _ in range(fastpath.SETTLED + 2):
+            cc.reshape_and_cache_flash(*given)
+
+
+def test_calls_in_turns_are_not_settled(recorder, monkeypatch):
+    """Making comparisons takes longer than they save."""
+    made, exactly = [], guards.exactly
+    guards._torch.cache_clear()
+    monkeypatch.setattr(guards, "exactly", lambda tensors: made.append(1) or exactly(tensors))
+    steps = [tensors(5), tensors(7)]
+    for step in range(40):
+        cc.reshape_and_cache_flash(*steps[step % 2])
+    assert not made
+    for step in range(80):  # steps of several layers
+        cc.reshape_and_cache_flash(*steps[step // 10 % 2])
+    assert len(made) == 2
+    guards._torch.cache_clear()
 
 
 def test_more_counts_than_are_remembered(recorder, monkeypatch):
@@ -403,6 +500,9 @@ def test_no_tokens_and_streams(recorder):
     recorder.take()
     cc.reshape_and_cache_flash(*given[:4], torch.arange(0))
     assert not recorder.take()
+    for _ in range(fastpath.SETTLED + 2):  # what is wrong is refused all the same
+        with pytest.raises(cc.ArgumentError, match="memory of value_cache"):
+            cc.reshape_and_cache_flash(*given[:3], given[2][:], torch.arange(0))
     cc.reshape_and_cache_flash(*given)
     cc.reshape_and_cache_flash(*given, stream=5)
     assert [sent[3] for sent in recorder.take()] == [77, 5]
@@ -457,8 +557,9 @@ def test_scratch_memory(recorder, monkeypatch):
     assert int.from_bytes(sent[0][-1][at : at + 8], "little") == allocator.ADDRESS
 
 
+@pytest.mark.parametrize("current", [None, 0, 1])
 @pytest.mark.parametrize("private", [True, False])
-def test_scratch_memory_is_torchs_for_the_stream(monkeypatch, private):
+def test_scratch_memory_is_torchs_for_the_stream(monkeypatch, private, current):
     """On the GPU that was asked for, by whichever functions this torch has."""
     told = []
 
@@ -481,14 +582,19 @@ def test_scratch_memory_is_torchs_for_the_stream(monkeypatch, private):
     functions = types.SimpleNamespace(**dict(zip(names, (allocate, free))))
     fake = types.SimpleNamespace(_C=functions, cuda=functions)
     functions.device = device
+    if current is not None:
+        functions._cuda_getDevice = lambda: current
     monkeypatch.setitem(sys.modules, "torch", fake)
     monkeypatch.setattr(driver.active, "capturing", lambda stream, device: False, raising=False)
     streams._torch_allocator.cache_clear()
     try:
         with streams.scratch("torch", 1, 5000, 77) as address:
             assert address == Allocator.ADDRESS
-            assert told == [("enter", 1), ("allocate", 5000, 77), ("exit", 1)]
-        assert told[3:] == [("free", address)]
+            expected = [("allocate", 5000, 77)]
+            if current != 1:
+                expected = [("enter", 1), *expected, ("exit", 1)]
+            assert told == expected
+        assert told == [*expected, ("free", address)]
     finally:
         streams._torch_allocator.cache_clear()
 

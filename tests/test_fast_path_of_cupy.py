@@ -18,7 +18,7 @@ from test_dispatch import (
 )
 
 import cupy_cache as cc
-from cupy_cache.runtime import arrays, guards, launch
+from cupy_cache.runtime import arrays, fastpath, guards, launch
 
 cupy = pytest.importorskip("cupy")
 torch = pytest.importorskip("torch")
@@ -39,9 +39,10 @@ class Array:
         self.data = types.SimpleNamespace(ptr=tensor.data_ptr(), device_id=device)
 
 
-@pytest.fixture
-def recorder(monkeypatch):
+@pytest.fixture(params=[1, fastpath.SETTLED], ids=["settled at once", "settled later"])
+def recorder(monkeypatch, request):
     """`counting`'s; `Array` is CuPy's."""
+    monkeypatch.setattr(fastpath, "SETTLED", request.param)
     recorder = counting(monkeypatch)
     monkeypatch.setattr(cupy, "ndarray", Array)
     monkeypatch.setattr(arrays, "_READERS", dict(arrays._REGISTERED))

@@ -477,6 +477,9 @@ class Capturing:
     def capturing(self, stream, device):
         return stream in self.captured
 
+    def capture(self, stream, device):
+        return stream
+
     def order(self, *streams):
         pass
 
@@ -499,15 +502,15 @@ def test_torchs_allocator_is_told_of_no_capture_but_its_own(monkeypatch, capture
     asked = Capturing(*captured)
     monkeypatch.setattr(driver, "active", asked)
     monkeypatch.setattr(streams, "current", lambda framework, device: lambda: CURRENT)
-    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
     lent, made = [], []
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda *where, **named: lent.append(where))
-    allocator = lambda size, stream: made.append((size, stream)) or 64, lambda address: None
+    allocator = lambda *asked: made.append(asked) or 64, lambda address: None
     monkeypatch.setattr(streams, "_torch_allocator", lambda: allocator)
+    monkeypatch.setattr(streams, "_torch_knows", lambda capture, stream, device: True)
     streams.lend([], OTHER, 0)
     assert bool(lent) == by_torch
     with streams.scratch("torch", 0, 64, OTHER) as address:
         assert address == (64 if by_torch else 4096)
-    assert made == [(64, OTHER)] * by_torch and asked.given == [(64, OTHER, 0)] * (not by_torch)
+    assert made == [(64, OTHER, 0)] * by_torch and asked.given == [(64, OTHER, 0)] * (not by_torch)
     with streams.scratch("torch", 0, 64, CURRENT) as address:
         assert address == 64

@@ -193,26 +193,27 @@ def paged_attention(
     """
     if stream is not None:
         stream = streams.pointer(NAME, stream)
-    objects, options, scalars = arguments(
-        NAME, key_cache, value_cache, scale, alibi_slopes, sliding_window, soft_cap, sinks, causal,
-        kv_cache_dtype, k_scale, v_scale, k_scale_cache, v_scale_cache,
+    heads, others, options, scalars = arguments(
+        NAME, scale, alibi_slopes, sliding_window, soft_cap, sinks, causal, kv_cache_dtype, k_scale,
+        v_scale, k_scale_cache, v_scale_cache,
     )  # fmt: skip
     if out is None:
         out = new_out(NAME, query, key_cache, value_cache, stream)
-    keys, values, *heads = objects[:6]
     # What is rarely given comes last, and costs other calls nothing.
-    others = objects[6:]
-    objects = query, keys, values, block_table, seq_lens, query_start_loc, *heads, out, lse, *others
+    objects = (
+        query, key_cache, value_cache, block_table, seq_lens, query_start_loc, *heads, out, lse,
+        *others,
+    )  # fmt: skip
     OP(objects, options, stream, scalars)
     return out
 
 
 def arguments(
-    op, key_cache, value_cache, scale, alibi_slopes, sliding_window, soft_cap, sinks, causal,
-    kv_cache_dtype, k_scale, v_scale, k_scale_cache=None, v_scale_cache=None,
+    op, scale, alibi_slopes, sliding_window, soft_cap, sinks, causal, kv_cache_dtype, k_scale,
+    v_scale, k_scale_cache=None, v_scale_cache=None,
 ):  # fmt: skip
-    """What of a call a layer decides: (arrays, in the order of `LAYERS`; options; scalars). ``op``
-    is the caller, for errors."""
+    """What of a call a layer decides, beside its caches: (arrays, in the order of `LAYERS`; the
+    rest of them, if any; options; scalars). ``op`` is the caller, for errors."""
     window, scaled_by, cap = NO_WINDOW, 1.0, 0.0
     if sliding_window is not None:
         window = min(contract.integer(op, "sliding_window", sliding_window, 1), NO_WINDOW)
@@ -236,8 +237,8 @@ def arguments(
     if alibi_slopes is not None and _is_of_sequences(op, alibi_slopes):
         others = k_scale_cache, v_scale_cache, alibi_slopes
         alibi_slopes = None
-    objects = key_cache, value_cache, alibi_slopes, sinks, *(scales or (None, None)), *others
-    return objects, options, (window, scaled_by, cap, *(scalars or (1.0, 1.0)))
+    heads = alibi_slopes, sinks, *(scales or (None, None))
+    return heads, others, options, (window, scaled_by, cap, *(scalars or (1.0, 1.0)))
 
 
 def _is_of_sequences(op, slopes):

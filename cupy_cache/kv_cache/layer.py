@@ -110,10 +110,11 @@ class Layer:
         self, scale, sliding_window, soft_cap, causal, alibi_slopes, sinks, with_starts, with_lse
     ):  # fmt: skip
         """`PagedKVCache.attend` with these options."""
-        objects, options, scalars = paged_attention.arguments(
-            ATTEND, self.key_cache, self.value_cache, scale, alibi_slopes, sliding_window, soft_cap,
-            sinks, causal, self._kv_cache_dtype, self.k_scale, self._v_scale, *self._scale_caches,
+        heads, others, options, scalars = paged_attention.arguments(
+            ATTEND, scale, alibi_slopes, sliding_window, soft_cap, sinks, causal,
+            self._kv_cache_dtype, self.k_scale, self._v_scale, *self._scale_caches,
         )  # fmt: skip
+        objects = self.key_cache, self.value_cache, *heads, *others
         fixed = _given(zip(paged_attention.LAYERS, objects))
         also = ["query_start_loc"] * with_starts + ["lse"] * with_lse
         return dispatch.Bound(paged_attention.OP, fixed, options, scalars, ATTEND, also)

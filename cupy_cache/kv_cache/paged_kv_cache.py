@@ -485,7 +485,7 @@ class PagedKVCache:
                 stream = streams.pointer(ATTEND, stream)
             one = self._layers[layer]
             out = paged_attention.new_out(ATTEND, query, one.key_cache, one.value_cache, stream)
-        also = (array for array in (query_start_loc, out, lse) if array is not None)
+        also = [array for array in (query_start_loc, out, lse) if array is not None]
         bound(query, block_table, seq_lens, *also, stream=stream)
         return out
 

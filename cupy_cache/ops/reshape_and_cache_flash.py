@@ -22,6 +22,8 @@ PARAMS = params.Struct(
 )
 # 256 tokens take an H200 2.0 us with 128, 2.2 with 256, 512 or 1024; many tokens the same.
 MAX_THREADS = 128
+# {kv_cache_dtype: the form of a call without scales}, as `dispatch.Op` sees it.
+_RAW_FORMS = {name: ((name,), 5) for name in formats.RAW}
 
 
 def reshape_and_cache_flash(
@@ -85,11 +87,16 @@ def reshape_and_cache_flash(
     Names, order and meaning are those of vLLM's cache operation of the same name.
     """
     try:
-        raw = kv_cache_dtype in formats.RAW
+        form = _RAW_FORMS.get(kv_cache_dtype)
     except TypeError:  # no name: the call says so
-        raw = True
-    if raw:  # the usual case, without ado
-        OP((key, value, key_cache, value_cache, slot_mapping), (kv_cache_dtype,), stream)
+        form = ()
+    if form is not None:  # the usual case, without ado
+        objects = key, value, key_cache, value_cache, slot_mapping
+        if stream is None:  # what the call of `OP` begins with: an engine's every layer
+            for path in OP.fast_paths.forms.get(form, ()):
+                if path(objects, (), None, objects):
+                    return
+        OP(objects, (kv_cache_dtype,), stream)
         return
     arrays, scalars = contract.split_scales(NAME, kv_cache_dtype, k_scale, v_scale)
     objects = (key, value, key_cache, value_cache, slot_mapping, *arrays)

@@ -178,7 +178,7 @@ class _Plan:
             self._groups.append((size, *own) if on else None)
         self._named = named
         self._device = None
-        self._latest = None, ()  # (addresses and shapes of tables, what was made of them)
+        self._latest = None, ()  # (addresses and shapes of tables, slots; launches)
         if out.device.kind == "cuda":
             self._specialise(out.device.index)
 
@@ -204,23 +204,19 @@ class _Plan:
         if self._device is None:
             self._run_cpu(call, geometries, requests, tokens)
             return
-        count = call.rows
-        for first, groups, words in self._words(tables, geometries):
-            threads = launch.block_threads(
-                count * groups, launch.processors(self._device), MAX_THREADS
-            )
+        count, even = call.rows, launch.evenly(requests, tokens)
+        for first, grid, threads, words in self._launches(tables, geometries, count):
             self._launcher.enqueue(
-                (launch.ceil_div(count, threads), groups, 1), threads, call.stream, idx, positions,
-                bounds, out + first * stride, count, requests, tokens, first, stride,
-                *launch.evenly(requests, tokens), tail=words,
+                grid, threads, call.stream, idx, positions, bounds, out + first * stride, count,
+                requests, tokens, first, stride, *even, tail=words,
             )  # fmt: skip
 
-    def _words(self, tables, geometries):
-        """For each launch its first group, how many, and their tables as the kernel wants them."""
+    def _launches(self, tables, geometries, count):
+        """For each launch its first group, its shape, and its tables as the kernel wants them."""
         known, made = self._latest
-        if known == (tables, geometries):
+        if known == (tables, geometries, count):
             return made
-        made = []
+        made, processors = [], launch.processors(self._device)
         for first in range(0, len(tables), MAX_GROUPS):
             words = []
             for index in range(first, min(first + MAX_GROUPS, len(tables))):
@@ -229,9 +225,11 @@ class _Plan:
                 if group is not None:
                     fields = slots.geometry(shape, strides, *group)
                 words += (tables[index], shape[0], *fields)
-            packed = struct.pack(f"<{len(words)}q", *words)
-            made.append((first, len(words) // TABLE_WORDS, packed))
-        self._latest = (tables, geometries), made
+            groups = len(words) // TABLE_WORDS
+            threads = launch.block_threads(count * groups, processors, MAX_THREADS)
+            grid = launch.ceil_div(count, threads), groups, 1
+            made.append((first, grid, threads, struct.pack(f"<{len(words)}q", *words)))
+        self._latest = (tables, geometries, count), made
         return made
 
     def _run_cpu(self, call, geometries, requests, tokens):

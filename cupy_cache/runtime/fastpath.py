@@ -4,12 +4,11 @@
 every layer and step of an engine. Both kinds of arrays are called tensors here.
 
 One comparison tells whether a call has the signature (guards.py); then the tensors are asked for
-nothing but their addresses and how many elements they have. There is one function for each
-signature (`_kernel_path`, `_plan_path`), whatever the counts; the layers of a `PagedKVCache` share
-it.
+nothing but their addresses and how many elements they have, and where these stay the same, for
+their addresses alone (`_Calls`). There is one function for each signature (`_kernel_path`,
+`_plan_path`), whatever the counts; the layers of a `PagedKVCache` share it.
 """
 
-import functools
 import itertools
 import math
 import operator
@@ -21,6 +20,9 @@ MAX_PATHS = 8  # signatures of calls of one form
 MAX_FORMS = 256
 MAX_APART = 1024  # combinations of addresses
 MAX_COUNTS = 256  # combinations of extents and scalars, of one signature
+# Calls with the same extents in a row, after which one comparison tells them too: it takes 6 us to
+# make, and saves a write 0.4.
+SETTLED = 4
 PATIENCE = 64  # calls before a new signature takes the place of one of so many: learning takes long
 
 
@@ -84,56 +86,125 @@ class Recent(list):
         self[:] = [path, *self[: MAX_PATHS - 1]]
 
 
+# --- what calls of a signature have in common -----------------------------------------------------
+
+
+class _Calls:
+    """What calls of a signature come to, but for their addresses: told by their extents and
+    scalars, and remembered.
+
+    settled : (alike, scalars, what it comes to) of a call that came many times in a row, as at
+        every layer of a step. ``alike(*tensors)`` tells whether tensors have its extents and
+        strides too: one comparison, instead of the signature's and a question to each tensor.
+        ``alike`` is None where no call is settled.
+
+    Parameters
+    ----------
+    kind : guards.Kind
+    same : callable
+        As `guards.same_as` gives it, for the signature.
+    extents : _Extents
+    """
+
+    def __init__(self, kind, same, extents):
+        self._same, self._exactly, self._elements = same, kind.exactly, kind.elements
+        self._extents, self._sized, self._free = extents, extents.sized, extents.free
+        # {numbers of elements, shapes and strides, scalars: what they come to; or ``alike``}
+        self._known, self._alike = {}, {}
+        self._latest, self._repeats = None, 0
+        self.settled = _UNSETTLED
+
+    def make(self, extents, scalars, told):
+        """What such a call comes to; None where it must go the long way. ``told``: the numbers of
+        elements, shapes and strides that tell the extents."""
+        raise NotImplementedError
+
+    def forget(self):
+        """Make everything anew."""
+        self._known.clear()
+        self._alike.clear()
+        self._latest, self.settled = None, _UNSETTLED
+
+    def find(self, tensors, scalars):
+        """What a call comes to; None where it has another signature."""
+        if not self._same(*tensors):
+            return None
+        sized, free, freed = self._sized, self._free, ()
+        key = sizes = tuple(map(self._elements, tensors if sized is None else sized(tensors)))
+        if scalars:
+            key += scalars
+        if free is not None:
+            freed = free(tensors)
+            key += freed
+        found = self._known.get(key)
+        if found is None:
+            extents = self._extents.find(sizes, freed)
+            found = None if extents is None else self.make(extents, scalars, sizes + freed)
+            if found is None:
+                return None
+            if len(self._known) >= MAX_COUNTS:
+                self._known.clear()
+                self._alike.clear()
+            self._known[key] = found
+        if found is not self._latest:  # so calls that take turns are never settled
+            self._latest, self._repeats, self.settled = found, 0, _UNSETTLED
+            return found
+        self._repeats += 1
+        alike = self._alike.get(key)
+        if alike is None and self._repeats == SETTLED:
+            alike = self._alike[key] = self._exactly(tensors)
+        if alike is not None:
+            self.settled = alike, scalars, found
+        return found
+
+
+_UNSETTLED = None, None, None
+
+
 # --- one kernel -----------------------------------------------------------------------------------
 
 
-class _Launches:
-    """The launches of a signature.
+class _Launches(_Calls):
+    """The launches of a signature. What a call comes to is (enqueue, errors, what to launch the
+    long way at these errors, scratch, fields, a number that no other extents have), or () where
+    there is nothing to do.
 
-    known : {numbers of elements, shapes and scalars of a call: (enqueue, errors, what to call at
-        these errors instead, scratch, fields)}, of which the value is () where there is nothing to
-        do.
     records : parameters, each with the fields that it was filled with last. One in use by a thread
         must not be repacked by another: each takes one and puts it back.
     """
 
-    def __init__(self, op, entry, options, extents):
+    def __init__(self, kind, same, extents, op, entry, options):
+        super().__init__(kind, same, extents)
         self._op, self._options = op, options
-        self._alike, self._find = extents.alike, extents.find
         self._launcher, self._plan = entry.plan.launcher, entry.plan
         letters = self._launcher.kernel.params.call_letters[len(op.args) :]
         self._pack = struct.Struct("<" + "".join(letters)).pack_into
         self._fields_at = 8 * len(op.args)
-        self._grids = {}  # {rows: (enqueue, errors, what to call at these instead, scratch)}
-        self.known, self.records = {}, []
+        self._grids = {}  # {rows: (enqueue, errors, what to launch at these, scratch)}
+        self._numbers, self._count = {}, itertools.count()  # {what tells the extents: their number}
+        self.records = []
         overlap.prepared.add(self)
 
     def forget(self):
         """Prepare all launches anew."""
         self._grids.clear()
-        self.known.clear()
+        super().forget()
 
-    def prepare(self, key, tensors, scalars):
-        """The launch for a key that is not known; None where the plan is not for these tensors, or
-        its kernel is not loaded yet."""
-        if not self._alike(tensors):
-            return None
-        extents = self._find(tensors)
-        rows, fields = 1, ()
-        if self._op.count is not None:
-            rows, fields = self._op.count(extents, self._options, scalars)
-        launch = ()
-        if rows:
-            launch = self._grids.get(rows) or self._of_grid(rows)
-            if launch is None:
-                return None
-            if launch:
-                launch = *launch, fields
-        if len(self.known) >= MAX_COUNTS:
-            self.known.clear()
-            self._grids.clear()
-        self.known[key] = launch
-        return launch
+    def make(self, extents, scalars, told):
+        """The launch of a call; None where the kernel is not loaded yet."""
+        rows, fields = self._op.work(extents, self._options, scalars)
+        if not rows:
+            return ()
+        launch = self._grids.get(rows) or self._of_grid(rows)
+        return (*launch, fields, self._number_of(told)) if launch else launch
+
+    def _number_of(self, told):
+        number = self._numbers.get(told)
+        if number is None:
+            if len(self._numbers) >= MAX_COUNTS:
+                self._numbers.clear()
+            number = self._numbers[told] = next(self._count)
+        return number
 
     def _of_grid(self, rows):
         launcher, grid, threads = self._plan.launch_for(rows)
@@ -142,9 +213,12 @@ class _Launches:
         if not launcher.loaded:  # the calls before had no work: the long way loads it
             return None
         enqueue, failed = launcher.prepare(grid, threads)
-        again = functools.partial(launcher.launch, grid, threads)
+        if len(self._grids) >= MAX_COUNTS:
+            self._grids.clear()
         # Other threads may forget it at any time.
-        made = self._grids[rows] = enqueue, failed, again, self._plan.scratch_for(rows)
+        made = self._grids[rows] = (
+            enqueue, failed, (launcher, grid, threads), self._plan.scratch_for(rows)
+        )  # fmt: skip
         return made
 
     def fill(self, record, fields):
@@ -154,6 +228,12 @@ class _Launches:
         self._pack(record.buffer, self._fields_at, *fields)
         record.fields = fields
         return record
+
+
+def _again(shape, stream, record):
+    """Launch the long way."""
+    launcher, grid, threads = shape
+    launcher.launch(grid, threads, stream, record)
 
 
 def _kernel_path(op, entry, objects, options, given):
@@ -184,25 +264,23 @@ def _kernel_path(op, entry, objects, options, given):
         is_bound = at is None and value is not None and arg.varies
         parts.append((arg, at, kind.extent(arg, value) if is_bound else None))
     extents = _Extents(kind, parts, tensors)
-    launches = _Launches(op, entry, options, extents)
+    launches = _Launches(kind, same, extents, op, entry, options)
     sized = [at for at, index in enumerate(unique) if op.args[index].varies == arrays.ROWS]
     plain = not (pick.needed or extents.free or pointers.arrange or pointers.odd)
     if plain:
         if len(unique) == 3 and sized == [0, 1, 2] and pointers.insert_at == len(bound) == 2:
-            return _write_path(entry, kind, same, launches, pointers, caches_bound=True)
+            return _write_path(entry, kind, launches, pointers, caches_bound=True)
         if len(unique) == 5 and sized == [0, 1, 4] and not bound:
-            return _write_path(entry, kind, same, launches, pointers, caches_bound=False)
+            return _write_path(entry, kind, launches, pointers, caches_bound=False)
     # Every statement of `run` is one of every call: all that it needs is at hand.
     picks, pick = pick.needed, pick.pick
     insert_at, arrange, pack = pointers.insert_at, pointers.arrange, pointers.pack
     misaligned, odd, lowest = pointers.misaligned, pointers.odd, arrays.LOWEST
     written, varies = pointers.written, pointers.written_rows_vary
     apart, check_apart = pointers.apart, pointers.check_apart
-    sized, free = extents.sized, extents.free
-    known, prepare = launches.known, launches.prepare
-    records, fill = launches.records, launches.fill
+    find, records, fill = launches.find, launches.records, launches.fill
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
-    address, elements = kind.address, kind.elements
+    address = kind.address
 
     def run(objects, scalars, stream, more):
         tensors = objects
@@ -210,15 +288,9 @@ def _kernel_path(op, entry, objects, options, given):
             tensors = pick(objects)
             if tensors is None:
                 return False
-        if not same(*tensors):
-            return False
-        sizes = tuple(map(elements, tensors if sized is None else sized(tensors)))
-        if free is not None:
-            sizes += free(tensors)
-        key = sizes + scalars if scalars else sizes
-        launch = known.get(key)
-        if launch is None:
-            launch = prepare(key, tensors, scalars)
+        alike, of, launch = launches.settled
+        if alike is None or scalars != of or not alike(*tensors):
+            launch = find(tensors, scalars)
             if launch is None:
                 return False
         if not launch:
@@ -235,11 +307,11 @@ def _kernel_path(op, entry, objects, options, given):
             bits |= number
         if bits & 15 and misaligned(addresses):
             return False
+        enqueue, failed, shape, scratch, fields, number = launch
         if written is not None:
-            where = written(addresses) + sizes if varies else written(addresses)
+            where = (*written(addresses), number) if varies else written(addresses)
             if where not in apart:
                 check_apart(where, addresses, tensors)
-        enqueue, failed, again, scratch, fields = launch
         try:
             record = records.pop()
         except IndexError:
@@ -258,7 +330,7 @@ def _kernel_path(op, entry, objects, options, given):
         try:
             enqueue(stream, record.address, 0)
         except failed:
-            again(stream, record)
+            _again(shape, stream, record)
         finally:
             if held is not None:
                 held.__exit__(None, None, None)
@@ -274,18 +346,20 @@ def _kernel_path(op, entry, objects, options, given):
 # be bound. What `_kernel_path` does with any number of them takes 0.7 us more.
 
 
-def _write_path(entry, kind, same, launches, pointers, caches_bound):
+def _write_path(entry, kind, launches, pointers, caches_bound):
     """`_kernel_path` of two sources, two caches and slots."""
     pack, misaligned, lowest = pointers.pack, pointers.misaligned, arrays.LOWEST
     apart, admits = pointers.apart, pointers.admits
-    known, prepare = launches.known, launches.prepare
-    records, fill = launches.records, launches.fill
+    find, records, fill = launches.find, launches.records, launches.fill
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
-    address, elements = kind.address, kind.elements
+    address = kind.address
 
     def run(objects, scalars, stream, more):
-        if not same(*objects):
-            return False
+        alike, of, launch = launches.settled
+        if alike is None or scalars != of or not alike(*objects):
+            launch = find(objects, scalars)
+            if launch is None:
+                return False
         if caches_bound:
             key, value, slots = objects
             c, d = more.addresses
@@ -294,12 +368,6 @@ def _write_path(entry, kind, same, launches, pointers, caches_bound):
             c, d = address(key_cache), address(value_cache)
             if (c, d) not in apart and not admits((c, d)):
                 return False
-        sizes = elements(key), elements(value), elements(slots), scalars
-        launch = known.get(sizes)
-        if launch is None:
-            launch = prepare(sizes, objects, scalars)
-            if launch is None:
-                return False
         if not launch:
             return True
         a, b, e = address(key), address(value), address(slots)
@@ -307,7 +375,7 @@ def _write_path(entry, kind, same, launches, pointers, caches_bound):
             return False
         if (a | b | e) & 15 and misaligned((a, b, c, d, e)):
             return False
-        enqueue, failed, again, _, fields = launch
+        enqueue, failed, shape, _, fields, _ = launch
         try:
             record = records.pop()
         except IndexError:
@@ -322,7 +390,7 @@ def _write_path(entry, kind, same, launches, pointers, caches_bound):
         try:
             enqueue(stream, record.address, 0)
         except failed:
-            again(stream, record)
+            _again(shape, stream, record)
         records.append(record)
         if faults.debug:
             faults.after_call(stream, device)
@@ -370,7 +438,7 @@ class _Pointers:
     odd : 1 where the plan was made for addresses that are not all multiples of 16, else 0.
     written : addresses -> those of the arrays that are written; None where there is at most one.
     apart : results of ``written`` that were found to share no memory. Where
-        ``written_rows_vary`` they end in what tells the extents of the call.
+        ``written_rows_vary`` they end in the number of the call's extents.
     """
 
     def __init__(self, op, entry, kind, objects, unique, twins, bound):
@@ -454,64 +522,84 @@ class _Extents:
     sized : callable
         tensors -> those of which the number of elements is asked; None where that is all of them.
     free : callable
-        tensors -> shapes and strides of the others; None where there are none.
+        tensors -> (shape, strides) of each of the others; None where there are none.
     """
 
     def __init__(self, kind, parts, tensors):
-        self._kind = kind
-        self._parts = []  # and how many elements a row has, where they tell the extent
-        whole, free, self._low = [], [], []
+        # Of each argument that varies: where in the sizes or the shapes it begins, None where
+        # calls do not give it; how many tensors, as in ``parts``; and of sizes how many elements a
+        # row has, of shapes 0.
+        self._parts = []
+        sized, free = [], []
         for arg, at, count in parts:
             if not arg.varies:
                 continue
-            places = () if at is None else range(at, at + (1 if count is None else count))
-            rows = arg.varies == arrays.ROWS
-            one = rows and places and count is None
-            self._parts.append((arg, at, count, math.prod(tensors[at].shape[1:]) if one else 0))
-            if rows:
-                whole += places
+            if at is None:
+                self._parts.append((None, count, 0))
                 continue
-            free += places
-            if not arg.index:
-                self._low += [(arg, place, kind.low_bits(arg, tensors[place])) for place in places]
-        self.sized = None if whole == list(range(len(tensors))) else _getter(whole)
-        self.free = None
-        strides = kind.strides
-        if len(free) == 1:  # most often: a block table
-            (one,) = free
+            rows = arg.varies == arrays.ROWS
+            into = sized if rows else free
+            self._parts.append((len(into), count, math.prod(tensors[at].shape[1:]) if rows else 0))
+            into += [(arg, place) for place in range(at, at + (1 if count is None else count))]
+        places = [at for _, at in sized]
+        self.sized = None if places == list(range(len(tensors))) else _getter(places)
+        self.free = _shapes_and_strides(kind, [at for _, at in free]) if free else None
+        # Of what `free` gives: strides in bytes, and their alignment, where a plan cares.
+        self._units = [kind.unit(tensors[at]) for _, at in free]
+        self._steps = [kind.step(tensors[at]) for _, at in free]
+        self._varies = [arg.varies for arg, _ in free]
+        freed = () if self.free is None else self.free(tensors)
+        self._low = [
+            (at, self._low_bits(at, freed)) for at, (arg, _) in enumerate(free) if not arg.index
+        ]
 
-            def shape_and_stride(tensors):
-                tensor = tensors[one]
-                return tensor.shape, strides(tensor)
+    def _low_bits(self, at, freed):
+        """What the alignment of the strides that vary means to a plan."""
+        shape, strides = freed[at]
+        strides = arrays.regular(shape, strides, self._steps[at])[: max(self._varies[at])]
+        return arrays.any_bits(strides) * self._units[at] & 15
 
-            self.free = shape_and_stride
-        elif free:
-
-            def shapes_and_strides(tensors):
-                return tuple([(tensors[at].shape, strides(tensors[at])) for at in free])
-
-            self.free = shapes_and_strides
-
-    def alike(self, tensors):
-        """Whether the strides are aligned as the plan wants them."""
-        for arg, at, low in self._low:
-            if self._kind.low_bits(arg, tensors[at]) != low:
-                return False
-        return True
-
-    def find(self, tensors):
-        """What the operation's count gets."""
-        extents, kind = [], self._kind
-        for arg, at, count, elements in self._parts:
+    def find(self, sizes, freed):
+        """What the operation's count gets, of the numbers of elements of `sized` and of what `free`
+        gives; None where strides are aligned otherwise than the plan wants."""
+        for at, low in self._low:
+            if self._low_bits(at, freed) != low:
+                return None
+        extents = []
+        for at, count, elements in self._parts:
             if at is None:
                 extents.append(count)
-            elif elements:  # asked in half the time of a shape
-                extents.append(kind.elements(tensors[at]) // elements)
+            elif elements:
+                if count is None:
+                    extents.append(sizes[at] // elements)
+                else:
+                    extents.append([size // elements for size in sizes[at : at + count]])
             elif count is None:
-                extents.append(kind.extent(arg, tensors[at]))
+                extents.append(self._in_bytes(freed[at], self._units[at]))
             else:
-                extents.append([kind.extent(arg, tensor) for tensor in tensors[at : at + count]])
+                places = slice(at, at + count)
+                extents.append(list(map(self._in_bytes, freed[places], self._units[places])))
         return extents
+
+    @staticmethod
+    def _in_bytes(found, unit):
+        """A shape, and its strides in bytes."""
+        shape, strides = found
+        return tuple(shape), tuple([stride * unit for stride in strides])
+
+
+def _shapes_and_strides(kind, places):
+    """What gives (shape, strides) of each of the tensors at ``places``."""
+    strides = kind.strides
+    if len(places) > 1:
+        return lambda tensors: tuple([(tensors[at].shape, strides(tensors[at])) for at in places])
+    (one,) = places  # most often: a block table
+
+    def shape_and_strides(tensors):
+        tensor = tensors[one]
+        return ((tensor.shape, strides(tensor)),)
+
+    return shape_and_strides
 
 
 # --- any plan of an operation with lists ----------------------------------------------------------
@@ -537,6 +625,20 @@ def flattened(op, args, objects, options):
     return read, tensors, tuple(form)
 
 
+class _Works(_Calls):
+    """What calls of a signature come to: extents, and what the operation's count made of them; None
+    where more than these decide that."""
+
+    def __init__(self, kind, same, extents, op, options, chosen):
+        super().__init__(kind, same, extents)
+        self._op, self._options, self._chosen = op, options, chosen
+
+    def make(self, extents, scalars, told):
+        """(Extents, work) of a call."""
+        work = None if self._chosen else self._op.work(extents, self._options, scalars)
+        return extents, work
+
+
 def _plan_path(op, entry, objects, options, given):
     """The fast path of any other plan: what is remembered is found without reading the arrays. What
     is bound must be lists; a call gives their addresses as ``fixed``."""
@@ -560,12 +662,12 @@ def _plan_path(op, entry, objects, options, given):
         else:
             parts.append((index, len(args), None if length is True else length))
             args += [arg] * int(length)
-    address, elements = kind.address, kind.elements
+    address = kind.address
     same = kind.same_as(tensors, [arg.varies for arg in args])
     if same is None or arrays.any_bits(map(address, tensors)) & 15:
         return None
     extents = _Extents(kind, [(op.args[index], at, count) for index, at, count in parts], tensors)
-    alike, find, sized, free = extents.alike, extents.find, extents.sized, extents.free
+    sized = extents.sized
     if any(0 in tensor.shape[1:] for tensor in (tensors if sized is None else sized(tensors))):
         return None  # then the number of elements does not tell the rows
     varying = [index for index, _, _ in parts if op.args[index].varies]
@@ -600,13 +702,15 @@ def _plan_path(op, entry, objects, options, given):
             tables = entry.tables(values)
         return values, tables
 
-    # What tells the extents; these; and what the operation's count made of them, where nothing else
-    # decides that.
-    latest_extents = [None, None, None]
+    works = _Works(kind, same, extents, op, options, bool(chosen))
+    find = works.find
 
     def run(tensors, scalars, stream, objects, fixed=()):
-        if not same(*tensors):
-            return False
+        alike, of, found = works.settled
+        if alike is None or scalars != of or not alike(*tensors):
+            found = find(tensors, scalars)
+            if found is None:
+                return False
         addresses = list(map(address, tensors))
         known, known_fixed, values, tables = latest
         if addresses != known or fixed != known_fixed:
@@ -614,22 +718,12 @@ def _plan_path(op, entry, objects, options, given):
             if values is None:
                 return False
             latest[:] = addresses, fixed, values, tables
-        key = tuple(map(elements, tensors if sized is None else sized(tensors)))
-        if free is not None:
-            key += free(tensors)
-        known, extents, work = latest_extents
-        if key != known:
-            if not alike(tensors):
-                return False
-            extents = find(tensors)
-            work = None if chosen or scalars else op.work(extents, options, ())
-            latest_extents[:] = key, extents, work
+        extents, work = found
         if chosen:
             values, extents = values.copy(), extents.copy()
             for index, at in chosen:
                 values[index] = objects[index].numbers
                 extents[at] = values[index].shape[-1]
-        if work is None or scalars:
             work = op.work(extents, options, scalars)
         op.finish(entry, values, tables, stream, work, objects)
         return True

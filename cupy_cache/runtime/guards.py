@@ -18,6 +18,7 @@ class Kind(NamedTuple):
     unit : ``unit(array)`` -> the bytes that these strides are counted in.
     step : ``step(array)`` -> the stride, counted so, from one element to the next without gaps.
     same_as : ``same_as(arrays, varies)``, as `same_as`.
+    exactly : ``exactly(arrays)``, as `exactly`.
     """
 
     address: Callable
@@ -26,13 +27,7 @@ class Kind(NamedTuple):
     unit: Callable
     step: Callable
     same_as: Callable
-
-    def low_bits(self, arg, array):
-        """Of the strides that change from call to call, what their alignment means to a plan."""
-        if arg.index or not arg.varies:
-            return 0
-        strides = arrays.regular(array.shape, self.strides(array), self.step(array))
-        return arrays.any_bits(strides[: max(arg.varies)]) * self.unit(array) & 15
+    exactly: Callable
 
     def extent(self, arg, array):
         """`arrays.extent` of an array."""
@@ -57,7 +52,8 @@ def kind_of(objects):
 def _torch():
     tensor = sys.modules["torch"].Tensor
     return Kind(
-        tensor.data_ptr, tensor.numel, tensor.stride, tensor.element_size, lambda tensor: 1, same_as
+        tensor.data_ptr, tensor.numel, tensor.stride, tensor.element_size, lambda tensor: 1,
+        same_as, exactly,
     )  # fmt: skip
 
 
@@ -96,8 +92,11 @@ def _same_cupy(given, varies):
 _CUPY = Kind(
     operator.attrgetter("data.ptr"), operator.attrgetter("size"), operator.attrgetter("strides"),
     lambda array: 1, operator.attrgetter("itemsize"), _same_cupy,
+    lambda given: _same_cupy(given, [()] * len(given)),
 )  # fmt: skip
-_NO_ARRAYS = _CUPY._replace(same_as=lambda given, varies: lambda: True)
+_NO_ARRAYS = _CUPY._replace(
+    same_as=lambda given, varies: lambda: True, exactly=lambda given: lambda: True
+)
 
 
 def same_as(tensors, varies):
@@ -128,6 +127,17 @@ def same_as(tensors, varies):
             steps[dim] = None
         shapes.append(shape)
         strides.append(steps)
+    return _guard_or_none(guards, tensors, shapes, strides)
+
+
+def exactly(tensors):
+    """`same_as` of tensors of which nothing varies; strides of an extent of 1 are compared too."""
+    shapes = [list(tensor.shape) for tensor in tensors]
+    strides = [list(tensor.stride()) for tensor in tensors]
+    return _guard_or_none(_tensor_guards(), tensors, shapes, strides)
+
+
+def _guard_or_none(guards, tensors, shapes, strides):
     try:
         return _guard_of(guards, tensors, shapes, strides)
     except Exception:  # of a kind of tensor that cannot be guarded

@@ -192,9 +192,7 @@ class _TorchScratch:
 
     def __init__(self, size, stream, device):
         allocate, _ = _torch_allocator()
-        # torch has a current GPU of its own where CUDA's would need a context that nobody uses.
-        with sys.modules["torch"].cuda.device(device):
-            self._address = allocate(size, stream)
+        self._address = allocate(size, stream, device)
 
     def __enter__(self):
         return self._address
@@ -206,11 +204,23 @@ class _TorchScratch:
 
 @functools.cache
 def _torch_allocator():
-    """(``allocate(size, stream)`` on the current GPU, ``free(address)``) of torch."""
+    """(``allocate(size, stream, device)``, ``free(address)``) of torch."""
     torch = sys.modules["torch"]
     names = (f"_cuda_cudaCachingAllocator_raw_{name}" for name in ("alloc", "delete"))
-    private = [getattr(torch._C, name, None) for name in names]
-    if None not in private:
-        return private
-    documented = torch.cuda.caching_allocator_alloc
-    return lambda size, stream: documented(size, stream=stream), torch.cuda.caching_allocator_delete
+    allocate_here, free = (getattr(torch._C, name, None) for name in names)
+    if allocate_here is None or free is None:
+        free = torch.cuda.caching_allocator_delete
+
+        def allocate_here(size, stream):
+            return torch.cuda.caching_allocator_alloc(size, stream=stream)
+
+    current_device = getattr(torch._C, "_cuda_getDevice", lambda: None)
+
+    def allocate(size, stream, device):
+        if current_device() == device:  # a microsecond less
+            return allocate_here(size, stream)
+        # torch has a current GPU of its own where CUDA's would need a context that nobody uses.
+        with torch.cuda.device(device):
+            return allocate_here(size, stream)
+
+    return allocate, free
