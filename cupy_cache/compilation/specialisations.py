@@ -622,8 +622,8 @@ def _biases(model):
 
 
 def _attention(model):
-    """Of one query for each sequence, and of several; of many sequences, and of few, of which
-    several thread blocks share one, in two ways."""
+    """Of one query for each sequence, and of several; of many sequences, also with two heads for a
+    thread block, and of few, of which several thread blocks share one, in two ways."""
 
     names = ("k_scale_cache", "v_scale_cache") if model.by_token else ("k_scale", "v_scale")
 
@@ -638,7 +638,7 @@ def _attention(model):
     packed = () if model.by_token else model.x_packed()
     every_scale = [model.token_scales()] if model.by_token else model.scales()
     for caches in itertools.chain(model.pairs(), (pair for *pair, _ in packed)):
-        for count in (2, 3, ROWS):
+        for count in (2, 3, 4, ROWS):
             query = described((count, model.query_heads, model.key_size), model.dtype)
             indices = itertools.product(
                 model.numbers("tables", count, ROWS), model.numbers("requests", count),
