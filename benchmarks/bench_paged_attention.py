@@ -53,7 +53,7 @@ if timing.on_gpu():
         Case(256, 512),
         *(Case(64, 4096, heads) for heads in ((8, 8), (24, 8), (64, 8), (128, 8))),
         Case(64, 1024, (8, 8)),
-        *(Case(64, 4096, size=size) for size in (64, 96)),
+        *(Case(64, 4096, size=size) for size in (64, 80, 96)),
         *(Case(32, 4096, size=size) for size in (192, 256)),
         *(Case(64, 4096, block_size=size) for size in (8, 32, 64, 128)),
         *(Case(64, 4096, layout=layout) for layout in ("HND", "x-packed")),

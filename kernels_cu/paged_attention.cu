@@ -12,9 +12,9 @@
 // one, without parts: each warp has 32 rows then, for which it reads a tile from shared memory once.
 //
 // So it does not matter to any bit of the result who computes a part: a thread block takes all of a unit,
-// or a group; or each thread block takes as many parts of all units as any other, and what a unit lacks is
-// exchanged through scratch memory. The host chooses by how much there is to do. Nor does it matter what
-// else is in the batch.
+// or of two units of neighbouring KV heads, or a group; or each thread block takes as many parts of all
+// units as any other, and what a unit lacks is exchanged through scratch memory. The host chooses by how
+// much there is to do. Nor does it matter what else is in the batch.
 #include "cupy_cache/async.cuh"
 #include "cupy_cache/cluster.cuh"
 #include "cupy_cache/divide.cuh"
@@ -117,6 +117,16 @@ constexpr int kSorted = 32 * kWarps;
 // By how much, as a power of two, a score may be above the one that weights are relative to before all
 // sums are made relative to it: weights stay far below what an operand holds.
 constexpr float kSlack = 8.0f;
+
+// A block may have two teams of kWarps warps, for two neighbouring KV heads of a sequence. Warps of the
+// same number copy the same tile, one the keys of both heads and the other the values: memory reads rows
+// of 256 bytes faster than shorter ones.
+__device__ __forceinline__ u32 team() { return threadIdx.x / (kWarps * 32); }
+__device__ __forceinline__ u32 thread_of_team() { return threadIdx.x % (kWarps * 32); }
+__device__ __forceinline__ i32 warp_of_team() { return static_cast<i32>(thread_of_team() / 32); }
+// From one team's shared memory to the other's: tiles are at multiples of 128 bytes.
+template <int kShared>
+constexpr int kOfTeam = (kShared + 127) / 128 * 128;
 
 // Which queries a unit has.
 struct Unit {
@@ -228,7 +238,7 @@ __device__ __forceinline__ Unit find_unit(const Params& p, i64 index, char* shar
 // shared memory for kSorted + 1 numbers, free again when this returns.
 template <typename Length>
 __device__ __forceinline__ i64 sequence_by_length(const Params& p, u32 place, u32* keys) {
-  const u32 count = static_cast<u32>(p.sequences), index = threadIdx.x;
+  const u32 count = static_cast<u32>(p.sequences), index = thread_of_team();
   static_assert(kSorted == kWarps * 32, "a sequence for each thread");
   u32 key = 0;
   if (index < count) {
@@ -239,6 +249,7 @@ __device__ __forceinline__ i64 sequence_by_length(const Params& p, u32 place, u3
   keys[index] = key;
   __syncthreads();
   u32 longer = 0;
+#pragma unroll 4
   for (u32 i = 0; i < count; i += 4) {
     const uint4 four = *reinterpret_cast<const uint4*>(keys + i);
     longer += (four.x > key) + (four.y > key) + (four.z > key) + (four.w > key);
@@ -331,49 +342,88 @@ struct Tiles {
   __device__ __forceinline__ i32 of(i32 warp, i32 turn) const { return begin + turn * kWarps + warp; }
 };
 
-// The blocks of the tiles that a warp takes, one for each lane and for the next 32 tiles (kWhole: tiles
-// do not cross blocks), or one for each key of the next tile.
-template <typename Block, bool kWhole>
-class Pages {
+// What a warp looks up first in the block table, if its keys begin with the sequence's. It is asked for
+// before the length is known; what is there behind the sequence's blocks is not used.
+template <typename Block, int kRun>
+class Guess {
  public:
-  __device__ __forceinline__ Pages(const Params& p, const Unit& unit, const Cut& cut,
-                                   const Tiles& tiles)
-      : p_(p), unit_(unit), cut_(cut), tiles_(tiles) {
-    upcoming_ = load(0);
-  }
+  static constexpr i32 kEntries = kKeys / kRun;  // of a tile
 
-  // Goes on to the tile of this index: `block` is that of the lane's key (kWhole: of all), negative
-  // where it is not in the cache.
-  __device__ __forceinline__ i32 next(i32 index) {
-    if constexpr (kWhole) {
-      if (index % 32 == 0) {
-        blocks_ = upcoming_;
-        upcoming_ = load(index + 32);
-      }
-      return __shfl_sync(kWarp, blocks_, index % 32);
-    } else {
-      blocks_ = upcoming_;
-      upcoming_ = load(index + 1);
-      return blocks_;
+  // `wanted`: else nothing is read.
+  __device__ __forceinline__ Guess(const Params& p, const Unit& unit, bool wanted) {
+    const i32 lane = static_cast<i32>(threadIdx.x % 32);
+    const i32 tile = lane / kEntries * kWarps + warp_of_team();
+    const u32 entry = p.by_block_size.quotient(tile * kKeys + lane % kEntries * kRun);
+    if (wanted && kRun > 1 && entry < p.table_width) {
+      number = load_number<Block>(p.block_table + unit.sequence * p.table_stride +
+                                  entry * static_cast<i64>(sizeof(Block)));
     }
   }
 
+  i64 number = -1;  // of the lane's keys, if there are any
+};
+
+// The blocks of a tile's first eight keys and of the others (kRun = 1: both are that of the lane's key),
+// negative where they are not in the cache.
+struct Blocks {
+  i32 low, high;
+};
+
+// The blocks of the tiles that a warp takes, of runs of kRun keys: one for each lane and for as many of
+// the next tiles as that makes, or one for each key of the next tile.
+template <typename Block, int kRun>
+class Pages {
+ public:
+  // `guess`: of these tiles, or null.
+  __device__ __forceinline__ Pages(const Params& p, const Unit& unit, const Cut& cut,
+                                   const Tiles& tiles, const Guess<Block, kRun>* guess)
+      : p_(p), unit_(unit), cut_(cut), tiles_(tiles) {
+    if (kRun > 1 && guess && cut.first == 0) {
+      upcoming_ = wanted(key_of(0)) ? checked(guess->number) : -1;
+    } else {
+      upcoming_ = load(0);
+    }
+  }
+
+  // Goes on to the tile of this index.
+  __device__ __forceinline__ Blocks next(i32 index) {
+    if (index % kTilesLoaded == 0) {
+      blocks_ = upcoming_;
+      upcoming_ = load(index + kTilesLoaded);
+    }
+    if constexpr (kRun == 1) return {blocks_, blocks_};
+    const i32 first = index % kTilesLoaded * kEntries;
+    return {__shfl_sync(kWarp, blocks_, first), __shfl_sync(kWarp, blocks_, first + kEntries - 1)};
+  }
+
  private:
+  static constexpr i32 kEntries = kKeys / kRun;  // of a tile
+  static constexpr i32 kTilesLoaded = kRun == 1 ? 1 : 32 / kEntries;
   const Params& p_;
   const Unit& unit_;
   const Cut& cut_;
   const Tiles& tiles_;
   i32 blocks_ = -1, upcoming_;
 
-  __device__ __forceinline__ i32 load(i32 index) const {
+  // The first key of the lane's entry, of the tiles from this index on; negative if there is none.
+  __device__ __forceinline__ i32 key_of(i32 index) const {
     const i32 lane = static_cast<i32>(threadIdx.x % 32);
-    const i32 warp = static_cast<i32>(threadIdx.x / 32);
-    const i32 tile = tiles_.of(warp, kWhole ? index + lane : index);
-    const i32 key = (cut_.first + tile) * kKeys + (kWhole ? 0 : lane);
-    if (tile >= tiles_.end || (!kWhole && (lane >= kKeys || key < cut_.low || key >= cut_.high))) return -1;
-    const i64 block = load_number<Block>(
+    const i32 tile = tiles_.of(warp_of_team(), index + lane / kEntries);
+    if (tile >= tiles_.end || (kRun == 1 && lane >= kKeys)) return -1;
+    return (cut_.first + tile) * kKeys + lane % kEntries * kRun;
+  }
+  // Whether a query sees any of its keys. Of a tile one is seen.
+  __device__ __forceinline__ bool wanted(i32 key) const {
+    return key >= 0 && (kRun == kKeys || (key + kRun > cut_.low && key < cut_.high));
+  }
+  __device__ __forceinline__ i32 load(i32 index) const {
+    const i32 key = key_of(index);
+    if (!wanted(key)) return -1;
+    return checked(load_number<Block>(
         p_.block_table + unit_.sequence * p_.table_stride +
-        static_cast<i64>(p_.by_block_size.quotient(key)) * static_cast<i64>(sizeof(Block)));
+        static_cast<i64>(p_.by_block_size.quotient(key)) * static_cast<i64>(sizeof(Block))));
+  }
+  __device__ __forceinline__ i32 checked(i64 block) const {
     if (!in_bounds(block, p_.num_blocks, kBlockTable, unit_.sequence)) return -1;
     return static_cast<i32>(block);
   }
@@ -395,19 +445,32 @@ struct Source {
   }
 };
 
+// The block of the key at this place of a tile.
+template <int kRun>
+__device__ __forceinline__ i32 block_of(const Blocks& blocks, i32 row) {
+  if constexpr (kRun == 1) return __shfl_sync(kWarp, blocks.low, row);
+  return kRun == kKeys || row < kRun ? blocks.low : blocks.high;
+}
+
 // Starts a warp's copy of the tile of keys from `key` on, kBytes of each, to shared memory, kVec bytes
-// at a time. `block` is that of the lane's key (kWhole: of all), negative where there is none, whose
-// place gets zeros; `slot` is that of the first key in its block; `complete`: all are there. kPacked: a
-// slot has several packs.
-template <typename T, int kBytes, int kVec, bool kWhole, bool kPacked>
-__device__ __forceinline__ void copy_tile(char* to, const Source& from, const Params& p, const Cut& cut,
-                                          i32 block, i32 key, u32 slot, bool complete) {
+// at a time. Keys that are not there get zeros; `complete`: all are there. kPacked: a slot has several
+// packs. kHeads: so many neighbouring heads, whose tiles are `apart` bytes from one another.
+template <typename T, int kBytes, int kVec, int kRun, bool kPacked, int kHeads>
+__device__ __forceinline__ void copy_tile(char* to, i32 apart, const Source& from, const Params& p,
+                                          const Cut& cut, const Blocks& blocks, i32 key,
+                                          bool complete) {
   const i32 lane = static_cast<i32>(threadIdx.x % 32);
-  if constexpr (kWhole && kVec == 16 && kPacked) {
+  // Where the runs' first keys are.
+  const auto run_at = [&](bool high) {
+    const i32 first = high ? key + kRun : key;
+    return from.head + ((high ? blocks.high : blocks.low) * from.block_stride +
+                        p.by_block_size.remainder(first, p.block_size) * from.slot_stride);
+  };
+  if constexpr (kRun > 1 && kVec == 16 && kPacked) {
     if (complete && from.pack == 16) {
       const i32 row = lane % kKeys, first = lane / kKeys;
-      const char* its = from.head + (block * from.block_stride + (slot + row) * from.slot_stride +
-                                     first * from.pack_stride);
+      const char* its = run_at(kRun < kKeys && row >= kRun) +
+                        (row % kRun * from.slot_stride + first * from.pack_stride);
 #pragma unroll
       for (i32 base = 0; base < T::kChunks; base += 32 / kKeys) {
         const i32 chunk = base + first;
@@ -421,26 +484,34 @@ __device__ __forceinline__ void copy_tile(char* to, const Source& from, const Pa
       return;
     }
   }
-  if constexpr (kWhole && kVec == 16 && kBytes == T::kChunks * 16 && !kPacked) {
-    // The lanes take chunks one after the other, and after some rows the same ones again.
-    constexpr i32 kCommon = T::kChunks % 32 == 0   ? 32
-                            : T::kChunks % 16 == 0 ? 16
-                            : T::kChunks % 8 == 0  ? 8
-                            : T::kChunks % 4 == 0  ? 4
-                            : T::kChunks % 2 == 0  ? 2
-                                                   : 1;
+  if constexpr (kRun > 1 && kVec >= 4 && kBytes == T::kChunks * 16 && !kPacked) {
+    // The lanes take pieces one after the other, and after some rows the same ones again.
+    constexpr i32 kPieces = kHeads * kBytes / kVec;
+    constexpr i32 kCommon = kPieces % 32 == 0   ? 32
+                            : kPieces % 16 == 0 ? 16
+                            : kPieces % 8 == 0  ? 8
+                            : kPieces % 4 == 0  ? 4
+                            : kPieces % 2 == 0  ? 2
+                                                : 1;
     constexpr i32 kTogether = 32 / kCommon;  // rows
     if constexpr (kTogether <= kKeys) {
       if (complete) {
+        constexpr i32 kOneRun = kTogether > kRun ? kKeys : kRun;  // of a lane's rows
 #pragma unroll
-        for (i32 part = 0; part < T::kChunks / kCommon; ++part) {
-          const i32 at = part * 32 + lane, row = at / T::kChunks, chunk = at % T::kChunks;
-          const char* its = from.head + (block * from.block_stride + (slot + row) * from.slot_stride +
-                                         chunk * 16);
+        for (i32 base = 0; base < kKeys; base += kOneRun) {
+          const char* const first = run_at(base > 0);
 #pragma unroll
-          for (i32 i = 0; i < kKeys; i += kTogether) {
-            copy_async<16>(to + T::at(row + i, chunk), its, true);
-            its += kTogether * from.slot_stride;
+          for (i32 part = 0; part < kPieces / kCommon; ++part) {
+            const i32 at = part * 32 + lane, row = at / kPieces, away = at % kPieces * kVec;
+            const i32 byte = away % kBytes;
+            char* const its_tile = to + away / kBytes * apart;
+            const char* its = first + (row * from.slot_stride + away);
+            if (kTogether > kRun && row >= kRun) its = run_at(true) + (row % kRun * from.slot_stride + away);
+#pragma unroll
+            for (i32 i = base; i < base + kOneRun; i += kTogether) {
+              copy_async<kVec>(its_tile + T::at(row + i, byte / 16) + byte % 16, its, true);
+              its += kTogether * from.slot_stride;
+            }
           }
         }
         return;
@@ -449,14 +520,12 @@ __device__ __forceinline__ void copy_tile(char* to, const Source& from, const Pa
   }
   constexpr i32 kAll = kKeys * T::kChunks;
 #pragma unroll 1
-  for (i32 i = 0; i < (kAll + 31) / 32; ++i) {
-    const i32 at = i * 32 + lane, row = at / T::kChunks % kKeys, chunk = at % T::kChunks;
-    i32 its_block = block;
-    u32 its_slot = slot + row;
-    if constexpr (!kWhole) {
-      its_block = __shfl_sync(kWarp, block, row);
-      its_slot = p.by_block_size.remainder(key + row, p.block_size);
-    }
+  for (i32 i = 0; i < kHeads * ((kAll + 31) / 32); ++i) {
+    const i32 head = i / ((kAll + 31) / 32), at = i % ((kAll + 31) / 32) * 32 + lane;
+    const i32 row = at / T::kChunks % kKeys, chunk = at % T::kChunks;
+    const char* const its_head = from.head + head * kBytes;
+    const i32 its_block = block_of<kRun>(blocks, row);
+    const u32 its_slot = p.by_block_size.remainder(key + row, p.block_size);
     const bool present = its_block >= 0 && key + row >= cut.low && key + row < cut.high;
     const i64 away = present ? its_block * from.block_stride + its_slot * from.slot_stride : 0;
     if (kAll % 32 == 0 || at < kAll) {
@@ -464,8 +533,8 @@ __device__ __forceinline__ void copy_tile(char* to, const Source& from, const Pa
       for (i32 piece = 0; piece < 16; piece += kVec) {
         // The last chunks may have no elements: nothing is read for them.
         const bool inside = kBytes == T::kChunks * 16 || chunk * 16 + piece < kBytes;
-        copy_async<kVec>(to + T::at(row, chunk) + piece,
-                         inside ? from.head + away + from.template in_slot<kPacked>(chunk * 16 + piece)
+        copy_async<kVec>(to + head * apart + T::at(row, chunk) + piece,
+                         inside ? its_head + away + from.template in_slot<kPacked>(chunk * 16 + piece)
                                 : from.head,
                          present && inside);
       }
@@ -475,25 +544,25 @@ __device__ __forceinline__ void copy_tile(char* to, const Source& from, const Pa
 
 // Starts a warp's copy of the scales of a tile's keys, and behind them of its values, to shared memory,
 // one for each lane. The arguments are as of copy_tile.
-template <bool kWhole>
+template <int kRun>
 __device__ __forceinline__ void copy_scales(float* to, const Params& p, u32 head, const Cut& cut,
-                                            i32 block, i32 key) {
+                                            const Blocks& blocks, i32 key) {
   const i32 lane = static_cast<i32>(threadIdx.x % 32), row = lane % kKeys;
   const bool of_key = lane < kKeys;
   const char* const from = of_key ? p.k_scale_cache + head * p.k_scale_head_stride
                                   : p.v_scale_cache + head * p.v_scale_head_stride;
   const i64 block_stride = of_key ? p.k_scale_block_stride : p.v_scale_block_stride;
   const i64 slot_stride = of_key ? p.k_scale_slot_stride : p.v_scale_slot_stride;
-  const i32 its_block = kWhole ? block : __shfl_sync(kWarp, block, row);
-  const u32 slot = static_cast<u32>(key + row) % p.block_size;
+  const i32 its_block = block_of<kRun>(blocks, row);
+  const u32 its_slot = p.by_block_size.remainder(key + row, p.block_size);
   const bool present = its_block >= 0 && key + row >= cut.low && key + row < cut.high;
-  const i64 away = present ? its_block * block_stride + slot * slot_stride : 0;
+  const i64 away = present ? its_block * block_stride + its_slot * slot_stride : 0;
   copy_async<4>(reinterpret_cast<char*>(to + lane), from + away, present);
 }
 
 // The tiles of a thread block in shared memory: kStages of each warp, which copies them ahead of use.
-template <typename Copied, int kKeySize, int kValueSize, int kKeyVec, int kValueVec, bool kWhole,
-          bool kByToken, int kStages, typename Block>
+template <typename Copied, int kKeySize, int kValueSize, int kKeyVec, int kValueVec, int kRun,
+          bool kByToken, int kStages, int kTeams, typename Block>
 class Copies {
   using In = typename Copied::In;
   using KeyTile = typename Copied::KeyTile;
@@ -505,16 +574,18 @@ class Copies {
   static constexpr int kMore = kWarps * kStages * 4 * (1 + kScales);
 
   __device__ __forceinline__ Copies(const Params& p, const Unit& unit, const Cut& cut,
-                                    const Tiles& tiles, u32 head, char* shared, char* more)
+                                    const Tiles& tiles, u32 head, char* shared, i32 apart, char* more,
+                                    const Guess<Block, kRun>* guess = nullptr)
       : p_(p),
         cut_(cut),
         tiles_(tiles),
         head_(head),
         turns_(tiles.turns()),
         shared_(shared),
+        apart_(apart),
         missing_(reinterpret_cast<u32*>(more)),
         scales_(reinterpret_cast<float*>(more + kWarps * kStages * 4)),
-        pages_(p, unit, cut, tiles) {}
+        pages_(p, unit, cut, tiles, guess) {}
 
   // Where the tile of a warp is.
   static __device__ __forceinline__ int keys_at(int warp, int stage) {
@@ -536,30 +607,32 @@ class Copies {
 
   // Starts the copy of this warp's tile at a turn.
   __device__ __forceinline__ void request(i32 index) {
-    const i32 warp = static_cast<i32>(threadIdx.x / 32), lane = static_cast<i32>(threadIdx.x % 32);
+    const i32 warp = warp_of_team(), lane = static_cast<i32>(threadIdx.x % 32);
     const i32 tile = tiles_.of(warp, index);
-    const i32 block = index < turns_ ? pages_.next(index) : -1;
+    const Blocks blocks = index < turns_ ? pages_.next(index) : Blocks{-1, -1};
     if (tile < tiles_.end) {
       const i32 key = (cut_.first + tile) * kKeys;
       const i32 stage = index % kStages;
-      const u32 slot = p_.by_block_size.remainder(key, p_.block_size);
-      const bool complete = block >= 0 && key >= cut_.low && key + kKeys <= cut_.high;
-      copy_tile<KeyTile, kKeySize * In::kBytes, kKeyVec, kWhole, kByToken>(
-          shared_ + keys_at(warp, stage),
-          {p_.key_cache + head_ * p_.key_head_stride, p_.key_block_stride, p_.key_slot_stride,
-           p_.key_pack_stride, p_.key_pack},
-          p_, cut_, block, key, slot, complete);
-      const char* const value_head = p_.value_cache + head_ * p_.value_head_stride;
+      const bool there = blocks.low >= 0 && blocks.high >= 0;
+      const bool complete = there && key >= cut_.low && key + kKeys <= cut_.high;
+      // Of two teams one copies the keys of both heads, and one the values.
+      const u32 first_head = head_ - (kTeams == 1 ? 0 : team());
+      char* const first = shared_ - (kTeams == 1 ? 0 : static_cast<i32>(team()) * apart_);
+      if (kTeams == 1 || team() == 0) {
+        copy_tile<KeyTile, kKeySize * In::kBytes, kKeyVec, kRun, kByToken, kTeams>(
+            first + keys_at(warp, stage), apart_,
+            {p_.key_cache + first_head * p_.key_head_stride, p_.key_block_stride, p_.key_slot_stride,
+             p_.key_pack_stride, p_.key_pack},
+            p_, cut_, blocks, key, complete);
+      }
+      const char* const value_head = p_.value_cache + first_head * p_.value_head_stride;
       if constexpr (kByToken) {
         constexpr int kPieces = kKeys * In::kBytes / kValueVec;  // of a row; each lane's are alike
         constexpr int kTogether = 32 / kPieces;                  // rows
         const int piece = lane % kPieces * kValueVec, in_tile = piece / In::kBytes;
-        i32 its_block = block;
-        u32 byte = (slot + in_tile) * In::kBytes;  // of the block's
-        if constexpr (!kWhole) {
-          its_block = __shfl_sync(kWarp, block, in_tile);
-          byte = p_.by_block_size.remainder(key + in_tile, p_.block_size) * In::kBytes;
-        }
+        const i32 its_block = block_of<kRun>(blocks, in_tile);
+        const u32 byte =  // of the block's
+            p_.by_block_size.remainder(key + in_tile, p_.block_size) * In::kBytes;
         const bool present = its_block >= 0;
         const char* its = value_head;
         if (present) {
@@ -576,17 +649,19 @@ class Copies {
           }
           its += step;
         }
-      } else {
-        copy_tile<ValueTile, kValueSize * In::kBytes, kValueVec, kWhole, false>(
-            shared_ + values_at(warp, stage),
+      } else if (kTeams == 1 || team() == 1) {
+        copy_tile<ValueTile, kValueSize * In::kBytes, kValueVec, kRun, false, kTeams>(
+            first + values_at(warp, stage), apart_,
             {value_head, p_.value_block_stride, p_.value_slot_stride, p_.value_pack_stride,
              p_.value_pack},
-            p_, cut_, block, key, slot, complete);
+            p_, cut_, blocks, key, complete);
       }
       if constexpr (In::kTokenScales) {
-        copy_scales<kWhole>(scales_ + (warp * kStages + stage) * kScales, p_, head_, cut_, block, key);
+        copy_scales<kRun>(scales_ + (warp * kStages + stage) * kScales, p_, head_, cut_, blocks, key);
       }
-      const u32 absent = kWhole ? (block < 0 ? kWarp : 0u) : __ballot_sync(kWarp, block < 0);
+      // Of the tile's keys a bit each.
+      const u32 absent = kRun == 1 ? __ballot_sync(kWarp, blocks.low < 0) & 0xffffu
+                                   : (blocks.low < 0 ? 0xffu : 0u) | (blocks.high < 0 ? 0xff00u : 0u);
       if (lane == 0) missing_[warp * kStages + stage] = absent;
     }
     commit_copies();
@@ -594,7 +669,7 @@ class Copies {
 
   // By token, what was copied with the values of tokens that are there becomes zeros.
   __device__ __forceinline__ void clear_others(i32 index) const {
-    const i32 warp = static_cast<i32>(threadIdx.x / 32), lane = static_cast<i32>(threadIdx.x % 32);
+    const i32 warp = warp_of_team(), lane = static_cast<i32>(threadIdx.x % 32);
     const i32 tile = tiles_.of(warp, index), key = (cut_.first + tile) * kKeys;
     if (tile < tiles_.end && (key < cut_.low || key + kKeys > cut_.high)) {
       char* const at = shared_ + values_at(warp, index % kStages);
@@ -616,9 +691,10 @@ class Copies {
   const u32 head_;
   const i32 turns_;
   char* const shared_;
+  const i32 apart_;  // of the teams' tiles
   u32* const missing_;
   float* const scales_;
-  Pages<Block, kWhole> pages_;
+  Pages<Block, kRun> pages_;
 };
 
 // The logarithm of the power of two next below a scale's magnitude: from -64, so that sums of weights are
@@ -846,14 +922,14 @@ struct Share {
 
 // Attends to up to twice kWide rows, of which each warp has two tiles. There are no parts.
 template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
-          bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages, int kShared,
+          int kRun, bool kByToken, bool kCapped, bool kSloped, int kStages, int kShared,
           typename Block>
 __device__ __forceinline__ void attend_tall(const Params& p, char* shared, const Unit& unit, u32 head) {
   using In = Operands<Query, Cached>;
   using Type = typename In::Type;
   using Copied = Stage<In, kKeySize, kValueSize, kByToken>;
   using Copying =
-      Copies<Copied, kKeySize, kValueSize, kKeyVec, kValueVec, kWhole, kByToken, kStages, Block>;
+      Copies<Copied, kKeySize, kValueSize, kKeyVec, kValueVec, kRun, kByToken, kStages, 1, Block>;
   constexpr int kSteps = Copied::kSteps, kColumns = Copied::kOutSize / 8;
   constexpr int kTogether = 2;  // tiles of keys
   constexpr int kTiles = 2, kHalves = 2 * kTiles;  // of rows
@@ -861,7 +937,7 @@ __device__ __forceinline__ void attend_tall(const Params& p, char* shared, const
   static_assert(kCopyBytes + kWarps * kTiles * kSteps * 512 <= kShared - Copying::kMore,
                 "room for queries");
 
-  const i32 warp = static_cast<i32>(threadIdx.x / 32), lane = static_cast<i32>(threadIdx.x % 32);
+  const i32 warp = warp_of_team(), lane = static_cast<i32>(threadIdx.x % 32);
   const int in_half = lane / 4, pair = lane % 4;
   const int used = unit.tokens * static_cast<int>(p.group), first_row = warp * kTiles * 16;
   const auto row_of = [&](int half) {
@@ -870,7 +946,7 @@ __device__ __forceinline__ void attend_tall(const Params& p, char* shared, const
   const Cut cut(p, unit, true);
   const Tiles tiles(cut, 0, cut.parts);
   const i32 turns = tiles.turns();
-  Copying copies(p, unit, cut, tiles, head, shared, shared + kShared - Copying::kMore);
+  Copying copies(p, unit, cut, tiles, head, shared, 0, shared + kShared - Copying::kMore);
   // --- queries: in shared memory, as fragments
   uint4* const fragments =
       reinterpret_cast<uint4*>(shared + kCopyBytes) + warp * kTiles * kSteps * 32 + lane;
@@ -1080,8 +1156,8 @@ __device__ __forceinline__ void attend_tall(const Params& p, char* shared, const
 // Attends to a unit, or to what the block has of it, and moves `share` on behind it. The template's
 // arguments are those of paged_attention; `shared` has kShared bytes.
 template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
-          int kRows, bool kTurned, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
-          int kShared, int kCluster, typename Block, typename Length, typename Start>
+          int kRows, bool kTurned, int kRun, bool kByToken, bool kCapped, bool kSloped, int kStages,
+          int kShared, int kCluster, int kTeams, typename Block, typename Length, typename Start>
 __device__ __forceinline__ void attend(const Params& p, char* shared, const Unit& unit, u32 head,
                                        u32 head_part, u32 rank, Share& share) {
   using In = Operands<Query, Cached>;
@@ -1110,20 +1186,29 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, const Unit
   constexpr bool kOwnPlace = kRows == kWide || kResultBytes > kStageBytes;
   constexpr int kBytes = kCopyBytes + kWarps * ((kOwnPlace ? kResultBytes : 0) + kTileRows * 8);
   using Copying =
-      Copies<Copied, kKeySize, kValueSize, kKeyVec, kValueVec, kWhole, kByToken, kStages, Block>;
-  static_assert(kShared == kBytes + Copying::kMore, "what the host gives");
+      Copies<Copied, kKeySize, kValueSize, kKeyVec, kValueVec, kRun, kByToken, kStages, kTeams, Block>;
   constexpr bool kOne = IsVoid<Start>::value;
   constexpr int kThreads = kWarps * 32;
+  // What the blocks of a cluster send to each of them, and it writes: pairs of columns, as many as are
+  // for its threads in turn, and totals of rows. Where units are wide, each fetches it.
+  constexpr bool kSends = kCluster > 1 && kRows != kWide;
+  constexpr int kInTurn = (kSends ? kCluster : 1) * kThreads;
+  constexpr int kSent = ((kTileRows * kPairs - 1) / kInTurn + 1) * kThreads;  // of a block
+  constexpr int kSentBytes = kSends ? 8 * kCluster * (kSent + kTileRows) : 0;
+  constexpr int kUsed = kBytes + Copying::kMore;
+  static_assert(kShared == (kUsed > kSentBytes ? kUsed : kSentBytes), "what the host gives");
   constexpr int kOfRow = kThreads / kTileRows;  // threads that join a row's results
   constexpr int kOwn = (kPairs + kOfRow - 1) / kOfRow;
 
-  const i32 warp = static_cast<i32>(threadIdx.x / 32), lane = static_cast<i32>(threadIdx.x % 32);
+  const i32 warp = warp_of_team(), lane = static_cast<i32>(threadIdx.x % 32);
   const int used = p.head_parts > 1
                        ? static_cast<int>(min(p.group - head_part * p.part_rows, p.part_rows))
                        : unit.tokens * static_cast<int>(p.group);
   const bool wide = kRows == kWide && used > kTileRows;  // each warp has rows of its own
 
-  // --- queries, rows row and row + 8 of the tile: on their way while the length is read
+  // --- what may be on its way while the length is read
+  const Guess<Block, kRun> guess(p, unit, kCluster == 1);
+  // Queries, rows row and row + 8 of the tile.
   const int first_row = wide ? warp * kTileRows : 0;
   const int in_half = lane / 4, pair = lane % 4;
   u32 queries[kSteps][4] = {};
@@ -1152,7 +1237,9 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, const Unit
   const Tiles tiles(cut, from, to);
   const i32 turns = tiles.turns();
   // --- copies, ahead of use
-  Copying copies(p, unit, cut, tiles, head, shared, shared + kBytes);
+  Copying copies(p, unit, cut, tiles, head, shared, kOfTeam<kShared>, shared + kBytes,
+                 kCluster == 1 ? &guess : nullptr);
+  for (i32 index = 0; index < kStages - 1; ++index) copies.request(index);
   // --- rows
   if (unit.length != unit.stated && threadIdx.x == 0) {
     record_fault(kSeqLens, unit.sequence, unit.stated, longest(p) + 1);
@@ -1208,7 +1295,7 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, const Unit
     __syncwarp();
   }
   // What this thread joins, otherwise.
-  const int its_row = static_cast<int>(threadIdx.x) / kOfRow, its_column = threadIdx.x % kOfRow;
+  const int its_row = static_cast<int>(thread_of_team()) / kOfRow, its_column = threadIdx.x % kOfRow;
   const auto has = [&](int own) { return kPairs % kOfRow == 0 || its_column + own * kOfRow < kPairs; };
   Folded<kOwn> folded;
   // The scratch memory of a block, in slots of results: the pairs of all rows, and then their totals.
@@ -1317,23 +1404,23 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, const Unit
   constexpr int kTogether = kRows == kWide && kTwo ? 2 : 1;
   // Whether a tile is requested only when the next but kStages - 1 is there: then no warp reads what is
   // in its place any more, by the same barrier.
-  constexpr bool kLate = kRows == kWide;
+  constexpr bool kLate = kRows == kWide || kTeams > 1;
   const i32 of_part = cut.part / kWarps;
   i32 left = of_part;  // turns of this part
-  for (i32 index = 1 - kStages; index < turns; ++index) {
+  for (i32 index = 0; index < turns; ++index) {
     if constexpr (!kLate) copies.request(index + kStages - 1);
-    if (index >= 0) {
+    {
       if (shares && index == 0 && threadIdx.x == 0) begin_count(word, p.scratch_tag, seen);
       wait_for_copies<kLate ? kStages - 2 : kStages - 1>();
       if constexpr (kByToken) {
         __syncwarp();
         copies.clear_others(index);
       }
-      if (wide) __syncthreads();
+      if constexpr (kTeams > 1) sync_warps(warp + 1, kTeams);  // those of the same tiles
+      else if (wide) __syncthreads();
       else __syncwarp();
     }
     if constexpr (kLate) copies.request(index + kStages - 1);
-    if (index < 0) continue;
     const i32 stage = index % kStages;
     for (int turn = 0; turn < (kRows == kWide && wide ? kWarps : 1); turn += kTogether) {
       // The tiles that are taken together, one behind the other.
@@ -1483,11 +1570,7 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, const Unit
         });
       }
     }
-    // The stage is copied to next.
-    if constexpr (!kLate) {
-      if (wide) __syncthreads();
-      else __syncwarp();
-    }
+    if constexpr (kRows != kWide) __syncwarp();  // the stage is written to next
     if (--left == 0 || index + 1 == turns) {
       left = of_part;
       end_part(stage);
@@ -1590,6 +1673,47 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, const Unit
         }
       }
     }
+  } else if constexpr (kSends) {
+    const u32 senders = static_cast<u32>((cut.parts + cut.group - 1) / cut.group);
+    float2* const sent = reinterpret_cast<float2*>(shared);  // where tiles were
+    float2* const sent_totals = sent + kCluster * kSent;
+    __shared__ u64 sent_word;
+    if (threadIdx.x == 0) begin_arrivals(&sent_word, 1);
+    __syncwarp();
+    arrive_at_cluster();
+    wait_for_cluster();  // all are done with their tiles
+    if (rank < senders && its_row < used) {
+#pragma unroll
+      for (int own = 0; own < kOwn; ++own) {
+        const int at = its_row * kPairs + its_column + own * kOfRow;
+        const u32 place = rank * kSent + at / kInTurn * kThreads + at % kThreads;
+        const u32 writer = at / kThreads % kCluster;
+        if (has(own)) send_to_block(sent + place, folded.all.pairs[own], &sent_word, writer);
+      }
+      if (its_column < kCluster) {
+        send_to_block(sent_totals + rank * kTileRows + its_row,
+                      {folded.all.joined.largest, folded.all.sum}, &sent_word, its_column);
+      }
+    }
+    if (threadIdx.x == 0) {
+      int count = used;
+      for (int at = static_cast<int>(rank) * kThreads; at < used * kPairs; at += kInTurn) {
+        count += min(kThreads, used * kPairs - at);
+      }
+      expect_bytes(&sent_word, senders * count * 8);
+    }
+    wait_for_sent(&sent_word);
+    for (int at = static_cast<int>(rank * kThreads + threadIdx.x); at < used * kPairs; at += kInTurn) {
+      const int row = at / kPairs, column = at % kPairs;
+      const int place = at / kInTurn * kThreads + static_cast<int>(threadIdx.x);
+      Sums joined;
+#pragma unroll
+      for (u32 other = 0; other < kCluster; ++other) {
+        const float2 total = sent_totals[other * kTileRows + row], pair = sent[other * kSent + place];
+        if (other < senders) joined.join(total.x, total.y, pair);
+      }
+      write(row, column, joined);
+    }
   } else {
     // Where the other blocks of the cluster find this one's.
     float2* const outputs = place_of(0, 0);
@@ -1620,19 +1744,22 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, const Unit
       }
       write(row, column, joined);
     }
-    sync_cluster();  // the others may still be reading
+    arrive_at_cluster();  // the others may still be reading
+    wait_for_cluster();
   }
 }
 
 // What each of the kernels does; the template's arguments are those of paged_attention.
 template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
-          int kRows, bool kTurned, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
-          int kShared, int kCluster, bool kTall, typename Block, typename Length, typename Start>
+          int kRows, bool kTurned, int kRun, bool kByToken, bool kCapped, bool kSloped, int kStages,
+          int kShared, int kCluster, bool kTall, int kTeams, typename Block, typename Length,
+          typename Start>
 __device__ __forceinline__ void run(const Params& p) {
-  CUPY_CACHE_DYNAMIC_SHARED(shared, kShared);
+  CUPY_CACHE_DYNAMIC_SHARED(all_shared, kTeams == 1 ? kShared : kTeams * kOfTeam<kShared>);
+  char* const shared = all_shared + (kTeams == 1 ? 0 : team() * kOfTeam<kShared>);
   u32* const numbers = reinterpret_cast<u32*>(shared);
   const u32 rank = kCluster > 1 ? blockIdx.x % kCluster : 0;
-  const u32 work = kCluster > 1 ? blockIdx.x / kCluster : blockIdx.x;
+  const u32 work = kCluster > 1 ? blockIdx.x / kCluster : blockIdx.x * kTeams + (kTeams > 1 ? team() : 0);
   const u32 heads = p.kv_heads * p.head_parts;
   i64 place = p.by_heads.quotient(work);
   u32 head = work - static_cast<u32>(place) * heads, head_part = 0;
@@ -1653,7 +1780,7 @@ __device__ __forceinline__ void run(const Params& p) {
     place = share.sequence;
   }
   constexpr u32 kMany = 256;  // more units than run at once: then the order matters
-  if (IsVoid<Start>::value && kCluster == 1 && gridDim.x > kMany && p.sequences > 1 &&
+  if (IsVoid<Start>::value && kCluster == 1 && gridDim.x * kTeams > kMany && p.sequences > 1 &&
       p.sequences <= kSorted) {
     place = sequence_by_length<Length>(p, static_cast<u32>(place), numbers);
   }
@@ -1665,13 +1792,13 @@ __device__ __forceinline__ void run(const Params& p) {
         // Every second unit comes with the one before it.
         if (unit.before / p.row_tokens % 2 != 0) return;
         unit.tokens = static_cast<i32>(min(unit.count - unit.before, i64{2 * p.row_tokens}));
-        attend_tall<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kWhole, kByToken, kCapped,
+        attend_tall<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRun, kByToken, kCapped,
                     kSloped, kStages, kShared, Block>(p, shared, unit, head);
         return;
       }
     }
-    attend<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kTurned, kWhole, kByToken,
-           kCapped, kSloped, kStages, kShared, kCluster, Block, Length, Start>(p, shared, unit, head,
+    attend<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kTurned, kRun, kByToken,
+           kCapped, kSloped, kStages, kShared, kCluster, kTeams, Block, Length, Start>(p, shared, unit, head,
                                                                      head_part, rank, share);
     if constexpr (kCluster == 0) place = share.sequence;
   } while (kCluster == 0 && share.more());
@@ -1680,33 +1807,36 @@ __device__ __forceinline__ void run(const Params& p) {
 // Query is F16 or BF16, of queries and output; Cached is Query, one of the 8-bit types, or TokenScaled of
 // one of these: then the scales of keys multiply scores, and those of values multiply weights. kRows: a
 // unit has at most 8 rows, 16, or kWide. kTurned: of at most 8, rows are columns of the products, whose rows
-// are keys and then elements of values. Caches are read kKeyVec and kValueVec bytes at a time. kWhole:
-// block_size is a multiple of kKeys. kByToken: a head's values of neighbouring slots are side by side.
-// kShared are the bytes of shared memory. kCluster blocks take a group of parts each, or 1 block takes
-// all; or, if 0, all blocks take equal shares of all parts. kTall: sequences may have enough tokens for
-// units to be taken two at a time.
+// are keys and then elements of values. Caches are read kKeyVec and kValueVec bytes at a time. kRun: so
+// many keys of a tile are in one block, 16, 8 or 1, of which block_size is a multiple. kByToken: a head's
+// values of neighbouring slots are side by side. kShared are the bytes of shared memory, of a team.
+// kCluster blocks take a group of parts each, or 1 block takes all; or, if 0, all blocks take equal shares
+// of all parts. kTall: sequences may have enough tokens for units to be taken two at a time. kTeams: 2 take
+// a unit each, of KV heads whose rows are side by side in memory.
 template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
-          int kRows, bool kTurned, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
-          int kShared, int kCluster, bool kTall, typename Block, typename Length, typename Start>
-__global__ void __launch_bounds__(kWarps * 32, kKeySize + kValueSize > 256 ? 1 : 2)
+          int kRows, bool kTurned, int kRun, bool kByToken, bool kCapped, bool kSloped, int kStages,
+          int kShared, int kCluster, bool kTall, int kTeams, typename Block, typename Length,
+          typename Start>
+__global__ void __launch_bounds__(kTeams * kWarps * 32, kTeams > 1 || kKeySize + kValueSize > 256 ? 1 : 2)
     paged_attention(const __grid_constant__ Params p) {
   await_earlier_launches();
   release_next_launch();
-  run<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kTurned, kWhole, kByToken, kCapped,
-      kSloped, kStages, kShared, kCluster, kTall, Block, Length, Start>(p);
+  run<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kTurned, kRun, kByToken, kCapped,
+      kSloped, kStages, kShared, kCluster, kTall, kTeams, Block, Length, Start>(p);
 }
 
 // The same where kCluster is more than 1: without a cluster it would be launched later.
 template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKeyVec, int kValueVec,
-          int kRows, bool kTurned, bool kWhole, bool kByToken, bool kCapped, bool kSloped, int kStages,
-          int kShared, int kCluster, bool kTall, typename Block, typename Length, typename Start>
+          int kRows, bool kTurned, int kRun, bool kByToken, bool kCapped, bool kSloped, int kStages,
+          int kShared, int kCluster, bool kTall, int kTeams, typename Block, typename Length,
+          typename Start>
 __global__ void CUPY_CACHE_CLUSTER(kCluster)
     __launch_bounds__(kWarps * 32, kKeySize + kValueSize > 256 ? 1 : 2)
     paged_attention_clustered(const __grid_constant__ Params p) {
   await_earlier_launches();
   release_next_launch();
-  run<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kTurned, kWhole, kByToken, kCapped,
-      kSloped, kStages, kShared, kCluster, kTall, Block, Length, Start>(p);
+  run<Query, Cached, kKeySize, kValueSize, kKeyVec, kValueVec, kRows, kTurned, kRun, kByToken, kCapped,
+      kSloped, kStages, kShared, kCluster, kTall, kTeams, Block, Length, Start>(p);
 }
 
 }  // namespace cupy_cache

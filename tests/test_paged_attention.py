@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
 import itertools
+import re
 import types
 
 import attending
@@ -22,6 +23,7 @@ from guards import BAD, check_faults
 
 import cupy_cache as cc
 from cupy_cache.attention import paged_attention as module
+from cupy_cache.compilation.specialisations import specialisations
 from cupy_cache.runtime import dispatch, driver, formats, launch
 
 DTYPES = ("float16", "bfloat16", "float32")
@@ -445,12 +447,19 @@ SHARED = {
     "x-packed": ([300, 900], {"heads": (5, 1), "sizes": (64, 64), "layout": "x-packed"}),
     "blocks of 8": ([300, 40], {"heads": (2, 2), "block_size": 8, "dtype": "float16"}),
     "nothing there": ([300, 200], {"bad": {(0, page): 10**6 for page in range(10)}}),
+    "pairs of heads": (
+        [700, 33, 1, 0],
+        {"heads": (8, 4), "sizes": (80, 96), "block_size": 8, "sliding_window": 600},
+    ),
+    "pairs, int8": (
+        [300, 520], {"heads": (4, 4), "sizes": (144, 160), "kv_cache_dtype": "int8"}
+    ),
 }  # fmt: skip
 
 
 class TestWhoComputes:
-    """One thread block takes a sequence and head, or a cluster does, or all blocks take equal
-    shares: the bits are the same."""
+    """One thread block takes a sequence and head, or two heads, or a cluster does, or all blocks
+    take equal shares: the bits are the same."""
 
     @pytest.fixture
     def whole(self, monkeypatch):
@@ -465,6 +474,8 @@ class TestWhoComputes:
             units *= plan._heads
             if blocks is not None:
                 units = max(blocks // plan._heads, 1) * plan._heads
+            if how == "paired":
+                return (how, units // 2) if how in plan._launchers else ("plain", units)
             return how, units * (module.CLUSTER if how == "clustered" else 1)
 
         with monkeypatch.context() as changed:
@@ -480,11 +491,12 @@ class TestWhoComputes:
         lengths, named = SHARED[name]
         problem = Problem(rng, lengths, **named)
         found = []
-        for how, blocks in (("plain", None), *(("shared", n) for n in (1, 2, 7, 33, 264))):
+        shared = (("shared", n) for n in (1, 2, 7, 33, 264))
+        for how, blocks in (("plain", None), ("paired", None), *shared):
             world = emulated_world(seed=blocks or 0)
             try:
                 found.append(self.rows(world, problem, monkeypatch, how, blocks))
-                if how == "plain" or blocks == 7:
+                if how != "shared" or blocks == 7:
                     problem.judge(world)
             finally:
                 world.close()
@@ -499,7 +511,8 @@ class TestWhoComputes:
         found = [
             self.rows(world, problem, monkeypatch, how, blocks)
             for how, blocks in (
-                ("plain", None), *(("shared", n) for n in (1, 2, 7, 33, 132, 264, 500)),
+                ("plain", None), ("paired", None),
+                *(("shared", n) for n in (1, 2, 7, 33, 132, 264, 500)),
                 *((("clustered", None),) if launch.has_clusters(0) else ()),
             )
         ]  # fmt: skip
@@ -648,6 +661,59 @@ def test_who_computes_is_chosen_by_shapes(monkeypatch, sequences, heads, tokens,
     assert chosen("plain")[0] == ("plain", sequences * heads)
     assert chosen("plain", "shared")[0][0] != "clustered"
     assert chosen("plain", "clustered")[0][0] != "shared"
+
+
+@pytest.mark.parametrize(
+    "sequences, heads, tokens, how, blocks",
+    [
+        (64, 8, 4096, "paired", 256),
+        (31, 8, 4096, "paired", 124),
+        (30, 8, 4096, "plain", 240),
+        (1, 8, 512, "clustered", 64),
+        (8, 8, 8192, "shared", 264),
+    ],
+)
+def test_pairs_are_for_a_full_gpu(monkeypatch, sequences, heads, tokens, how, blocks):
+    monkeypatch.setattr(launch, "processors", lambda device: 132)
+    launchers = {
+        name: types.SimpleNamespace(device=0) for name in ("plain", "paired", "shared", "clustered")
+    }
+    plan = module._Plan(launchers, "cupy", heads, None, None, 16, 2, 4160)
+    assert plan._choose(sequences, sequences, tokens // 16) == (how, blocks)
+    assert plan.scratch_for((64, 64, 256)) is None
+
+
+@pytest.mark.parametrize(
+    "paired, named",
+    [
+        (True, {"size": 96}),
+        (True, {"size": 192}),
+        (True, {"size": 80, "block_size": 8}),
+        (True, {"size": 192, "kv_cache_dtype": "fp8"}),
+        (False, {"size": 128, "kv_cache_dtype": "fp8"}),
+        (True, {"size": 96, "num_heads": 64}),
+        (False, {"size": 96, "num_heads": 72}),  # too many rows
+        (False, {"size": 64}),
+        (False, {"size": 128}),
+        (False, {"size": 256}),
+        (False, {"size": 72}),
+        (False, {"size": 96, "num_kv_heads": 7, "num_heads": 28}),
+        (False, {"size": 96, "block_size": 4}),
+        (False, {"size": 96, "layout": "HND"}),
+        (False, {"size": 64, "layout": "x-packed"}),
+    ],
+)
+def test_which_heads_are_paired(paired, named):
+    """Those whose rows, of 16-byte vectors and more than 128 bytes, are side by side and fill no
+    multiples of 256 bytes."""
+    shape = {"num_kv_heads": 8, "num_heads": 32, "block_size": 16, "layout": "NHD", **named}
+    layout, size = shape.pop("layout"), shape.pop("size")
+    kernels = specialisations(
+        shape.pop("num_kv_heads"), size, shape.pop("block_size"), "bfloat16", layouts=[layout],
+        ops=["paged_attention"], **shape,
+    )  # fmt: skip
+    teams = {re.search(r", (\d), \w[\w ]*, \w[\w ]*, [\w ]+>$", k.expression)[1] for k in kernels}
+    assert teams == ({"1", "2"} if paired else {"1"})
 
 
 def test_many_tokens_are_for_another_kernel(monkeypatch):

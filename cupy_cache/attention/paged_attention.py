@@ -107,7 +107,7 @@ def paged_attention(
         of ``num_kv_heads``, and the head sizes of keys and values may differ.
     block_table : int32 or int64 array [at least num_seqs, width]
         Block numbers of each sequence; the last dimension contiguous. What is after a sequence's
-        last page, or before all that its window reaches, is not read.
+        last page, or before all that its window reaches, has no effect.
     seq_lens : int32 or int64 array [num_seqs]
         Tokens of each sequence in the cache. Contiguous.
     query_start_loc : int32 or int64 array [num_seqs + 1], optional
@@ -184,12 +184,13 @@ def paged_attention(
     values, and to float16 where caches have 8 bits.
 
     On a GPU there is one launch, of a thread block for each sequence and 16 query heads of a KV
-    head (64 rows of these, with ``query_start_loc``; 8, of heads of more than 256 elements). Where
-    these are too few for the GPU, a cluster of eight thread blocks shares one, on sm_90 and newer;
-    or, without ``query_start_loc``, where tables are wide or there are no clusters, all thread
-    blocks share all of them through scratch memory: some MiB of the allocator of the result's
-    framework, free again behind the kernel in the stream's order, or, during a capture, the
-    graph's. Caches whose addresses and strides are multiples of 16 bytes are read fastest.
+    head (64 rows of these, with ``query_start_loc``; 8, of heads of more than 256 elements), or for
+    two KV heads whose rows, longer than 128 bytes and no multiples of 256, follow one another.
+    Where these are too few for the GPU, a cluster of eight thread blocks shares one, on sm_90 and
+    newer; or, without ``query_start_loc``, where tables are wide or there are no clusters, all
+    thread blocks share all of them through scratch memory: some MiB of the allocator of the
+    result's framework, free again behind the kernel in the stream's order, or, during a capture,
+    the graph's. Caches whose addresses and strides are multiples of 16 bytes are read fastest.
     """
     if stream is not None:
         stream = streams.pointer(NAME, stream)
@@ -382,6 +383,9 @@ MOST_SHARED = 1024  # sequences whose parts thread blocks share equally: each lo
 ALL_OF_SHARED, HALF_OF_SHARED = 227 << 10, 113 << 10
 MOST_STAGES = 4
 SMALL_ROW = 128  # bytes
+# Heads are taken in pairs where a row fills no pieces of so many bytes: memory is faster then.
+# At most so many stages, and bytes on their way to a multiprocessor, are best for them.
+PIECE, STAGES_OF_PAIRS, ON_THEIR_WAY = 256, 3, 100 << 10
 LARGE_HEAD, LARGEST_HEAD = 256, 512
 HALF_TURNED = 192  # larger heads of 16-bit elements have the rows of a unit as columns
 LARGEST_TALL = 128  # of values, of units that are taken two at a time
@@ -428,14 +432,16 @@ def _value_layout(cache, packed, block_size):
 
 
 class _Plan(plans.KernelPlan):
-    """Thread blocks take units of work: a unit each; or equal shares of the parts of all, through
-    scratch memory; or a cluster of them one, where there are few. The result is the same.
+    """Thread blocks take units of work: a unit each; or those of two neighbouring KV heads; or
+    equal shares of the parts of all, through scratch memory; or a cluster of them one, where there
+    are few. The result is the same.
 
     Parameters
     ----------
-    launchers : {"plain", "tall", "shared" or "clustered": launch.Launcher}
-        "shared" where a sequence is a unit, "clustered" where the GPU has clusters. "tall": the
-        same as "plain", but for sequences of ``tall_tokens`` or more of the call's.
+    launchers : {"plain", "paired", "tall", "shared" or "clustered": launch.Launcher}
+        "paired" where that is quicker, "shared" where a sequence is a unit, "clustered" where the
+        GPU has clusters. "tall": the same as "plain", but for sequences of ``tall_tokens`` or more
+        of the call's.
     framework : str
         That of the results.
     heads : int
@@ -470,7 +476,8 @@ class _Plan(plans.KernelPlan):
 
     def launch_for(self, rows):
         how, blocks = self._choose(*rows)
-        return self._launchers[how], (blocks, 1, 1), WARPS * launch.WARP
+        warps = 2 * WARPS if how == "paired" else WARPS
+        return self._launchers[how], (blocks, 1, 1), warps * launch.WARP
 
     def scratch_for(self, rows):
         how, blocks = self._choose(*rows)
@@ -495,7 +502,8 @@ class _Plan(plans.KernelPlan):
         units *= self._heads
         if self._tall_tokens is not None and tokens >= self._tall_tokens:
             return "tall", units
-        at_once = self._resident * launch.processors(self.launcher.device)
+        processors = launch.processors(self.launcher.device)
+        at_once = self._resident * processors
         everyone = max(at_once // self._heads, 1) * self._heads
         turns = launch.ceil_div(width * self._block_size, WARPS * KEYS)  # of a sequence
         if "clustered" in self._launchers and units * CLUSTER <= at_once:
@@ -504,6 +512,9 @@ class _Plan(plans.KernelPlan):
             return "clustered", units * CLUSTER
         if self._sharing_pays(sequences, units, turns, at_once // 3):
             return "shared", everyone
+        # Nearly every multiprocessor has a pair then.
+        if "paired" in self._launchers and 8 * units >= 15 * processors:
+            return "paired", units // 2
         return "plain", units
 
     def _sharing_pays(self, sequences, units, turns, units_that_fill_memory):
@@ -565,6 +576,10 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     if rows < MOST_ROWS and tile_rows * value_size // 2 * 8 <= stage:
         results = 0  # in the place of a tile
     results += tile_rows * 8
+    # What a cluster's blocks send to each of them, where tiles were: pairs of columns, and totals.
+    in_turn = CLUSTER * WARPS * launch.WARP
+    sent = launch.ceil_div(tile_rows * value_size // 2, in_turn) * in_turn + CLUSTER * tile_rows
+    sent = 8 * sent if rows < MOST_ROWS else 0
 
     def shared_with(stages):
         return WARPS * (stages * (stage + of_tile) + results)
@@ -575,23 +590,30 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         stages -= 1
     if shared_with(stages) > ALL_OF_SHARED:
         stages = 1
-    shared = shared_with(stages)
 
-    device, whole = out.device.index, size["block_size"] % KEYS == 0
+    device = out.device.index
+    # Keys of a tile that are in one block, whatever the tile.
+    run = next(keys for keys in (KEYS, KEYS // 2, 1) if size["block_size"] % keys == 0)
     indices = [named[name] for name in ("block_table", "seq_lens", "query_start_loc")]
-    flags = (turned, whole, values.by_token, capped, named["alibi_slopes"] is not None)
+    flags = (values.by_token, capped, named["alibi_slopes"] is not None)
 
-    def launcher(cluster, tall=False):
+    ahead = ON_THEIR_WAY // (2 * WARPS * stage)
+    stages_of_pairs = max(2, min(STAGES_OF_PAIRS, ahead + 1))
+
+    def launcher(cluster, tall=False, teams=1):
+        its_stages = stages if teams == 1 else stages_of_pairs
+        shared = max(shared_with(its_stages), sent if cluster > 1 else 0)
         arguments = (
             spelling.ELEMENT_NAMES[query.dtype.name], cached,
             size["head_size"], size["head_size_v"], keys.vector, values.vector, rows,
-            *map(spelling.boolean, flags), stages, shared,
-            cluster, spelling.boolean(tall), spelling.indices(*indices),
+            spelling.boolean(turned), run, *map(spelling.boolean, flags), its_stages, shared,
+            cluster, spelling.boolean(tall), teams, spelling.indices(*indices),
         )  # fmt: skip
         entry = NAME if cluster <= 1 else f"{NAME}_clustered"
         kernel = modules.Kernel(
             check.op, NAME, f"{entry}<{', '.join(map(str, arguments))}>", PARAMS,
-            guarded=("block_table", "seq_lens", "query_start_loc"), shared_bytes=shared,
+            guarded=("block_table", "seq_lens", "query_start_loc"),
+            shared_bytes=shared if teams == 1 else teams * launch.ceil_div(shared, 128) * 128,
         )  # fmt: skip
         return launch.Launcher(kernel, device, constants)
 
@@ -622,6 +644,19 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         launchers["clustered"] = launcher(CLUSTER)
     if not several:
         launchers["shared"] = launcher(0)
+        caches = (keys, size["head_size"]), (values, size["head_size_v"])
+        # Of one head after the other, in 16-byte vectors.
+        side_by_side = all(
+            cache.vector == 16 and cache.head == elements * stored.bytes and elements % 16 == 0
+            for cache, elements in caches
+        )
+        in_pieces = all(cache.head % PIECE == 0 for cache, _ in caches)
+        pairs = rows == FEW_ROWS and head_parts == 1 and size["num_kv_heads"] % 2 == 0
+        pairs = pairs and not turned and 2 * shared_with(stages_of_pairs) < ALL_OF_SHARED
+        # Of small rows, ragged and short sequences lose more than others gain.
+        pairs = pairs and min(keys.head, values.head) > SMALL_ROW
+        if pairs and side_by_side and not (in_pieces or values.by_token) and run > 1:
+            launchers["paired"] = launcher(1, teams=2)
     resident = 1 if size["head_size"] + size["head_size_v"] > LARGE_HEAD else 2
     return _Plan(
         launchers, out.framework, size["num_kv_heads"] * head_parts,

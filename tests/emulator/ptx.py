@@ -169,6 +169,26 @@ INSTRUCTIONS = {
     "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;": Instruction(
         "cluster_sync", "", r"UCGABAR_ARV .*UCGABAR_WAIT", stays=True, clobbers='"memory"'
     ),
+    "barrier.cluster.arrive.relaxed.aligned;": Instruction(
+        "nothing", "", r"UCGABAR_ARV", stays=True, clobbers='"memory"'
+    ),
+    "barrier.cluster.wait.aligned;": Instruction(
+        "cluster_sync", "", r"UCGABAR_WAIT", stays=True, clobbers='"memory"'
+    ),
+    "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];": (
+        Instruction("st_async", "r f f r", r"STAS\.64", stays=True, clobbers='"memory"')
+    ),
+    "{ .reg .pred over; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%1], 0; "
+    "selp.u32 %0, 1, 0, over; }": Instruction(
+        "mbarrier_try_wait",
+        "=r r",
+        r"SYNCS\.PHASECHK\.TRANS64\.TRYWAIT",
+        stays=True,
+        clobbers='"memory"',
+    ),
+    "bar.sync %0, %1;": Instruction(
+        "bar_sync", "r r", r"BAR\.SYNC", stays=True, clobbers='"memory"'
+    ),
     # Launches are run one after the other here.
     "griddepcontrol.wait;": Instruction(
         "nothing", "", r"ACQBULK ;", stays=True, clobbers='"memory"'
