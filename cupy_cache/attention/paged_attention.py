@@ -652,7 +652,8 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         )
         in_pieces = all(cache.head % PIECE == 0 for cache, _ in caches)
         pairs = rows == FEW_ROWS and head_parts == 1 and size["num_kv_heads"] % 2 == 0
-        pairs = pairs and not turned and 2 * shared_with(stages_of_pairs) < ALL_OF_SHARED
+        room = min(ALL_OF_SHARED, launch.shared_memory(device))
+        pairs = pairs and not turned and 2 * shared_with(stages_of_pairs) < room
         # Of small rows, ragged and short sequences lose more than others gain.
         pairs = pairs and min(keys.head, values.head) > SMALL_ROW
         if pairs and side_by_side and not (in_pieces or values.by_token) and run > 1:
