@@ -189,7 +189,8 @@ def whole_text(kernel):
     source = ptx.with_calls(kernel.source())
     # The parameters are read where they are, and not in a copy: what is read behind them is seen.
     source = source.replace("const __grid_constant__ Params p", "const Params& p")
-    text = f"""{prelude(ARCHITECTURES[zlib.crc32(kernel.expression.encode()) % len(ARCHITECTURES)])}
+    architecture = ARCHITECTURES[zlib.crc32(kernel.expression.encode()) % len(ARCHITECTURES)]
+    text = f"""{prelude(architecture, kernel.runs_on(architecture) and kernel.only is not None)}
 namespace {{
 {source}
 }}
@@ -204,10 +205,13 @@ extern "C" void emulator_kernel(const void* record) {{
     return text
 
 
-def prelude(architecture=None):
-    """What a source needs before it. Without an architecture it is not taken to be for a GPU."""
+def prelude(architecture=None, alone=False):
+    """What a source needs before it. Without an architecture it is not taken to be for a GPU.
+    ``alone``: with the instructions that this architecture alone has."""
     headers = (f'#line 1 "tests/emulator/{name}"\n{_read(name)}' for name in ("shim.h", "ptx.h"))
     defined = f"#define __CUDA_ARCH__ {architecture}0\n" if architecture else ""
+    if alone:
+        defined += f"#define __CUDA_ARCH_FEAT_SM{architecture}_ALL\n"
     return defined + "\n".join(headers)
 
 
@@ -401,10 +405,12 @@ class EmulatedDriver:
     processors : int
         How many there are. Few items are spread over all of them: with many, small tests have
         thread blocks of one warp.
+    warpgroups : bool
+        Whether it has products of warpgroups.
     """
 
-    def __init__(self, seed=0, processors=132):
-        self.seed, self.count = seed, processors
+    def __init__(self, seed=0, processors=132, warpgroups=False):
+        self.seed, self.count, self.warpgroups = seed, processors, warpgroups
         self.pinned = []  # storages that count as host memory
         self._faults = {}
 
@@ -438,6 +444,9 @@ class EmulatedDriver:
 
     def has_clusters(self, device):
         return False
+
+    def has_warpgroups(self, device):
+        return self.warpgroups
 
     def shared_memory(self, device):
         return 227 << 10
@@ -493,9 +502,9 @@ class EmulatedWorld(worlds.World):
     name = "emulated"
     on_gpu = True
 
-    def __init__(self, seed=0, processors=132):
+    def __init__(self, seed=0, processors=132, warpgroups=False):
         super().__init__()
-        self.driver = EmulatedDriver(seed, processors)
+        self.driver = EmulatedDriver(seed, processors, warpgroups)
         self._replaced = driver.active
         self._use(self.driver)
 
