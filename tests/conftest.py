@@ -192,12 +192,12 @@ def rng(request, seed):
     return np.random.default_rng([seed, zlib.crc32(request.node.name.encode())])
 
 
-def _emulated(seed=0, processors=132):
+def _emulated(seed=0, processors=132, warpgroups=False):
     if GXX is None:
         pytest.skip("g++ is missing: the kernels cannot be emulated")
     from emulator import EmulatedWorld
 
-    return EmulatedWorld(seed, processors)
+    return EmulatedWorld(seed, processors, warpgroups)
 
 
 _WORLDS = {
@@ -215,9 +215,10 @@ GPU_WORLDS = ("cupy", "torch-cuda", "dlpack-cuda")
 def _made(request):
     make = _WORLDS[request.param]
     if make is _emulated:
-        # Half of the tests run on a GPU with a single processor: always the same half.
+        # Half of the tests run on a GPU with a single processor, and half on one with products of
+        # warpgroups: always the same halves.
         seed = zlib.crc32(request.node.nodeid.encode())
-        return make(seed, (132, 1)[seed >> 8 & 1])
+        return make(seed, (132, 1)[seed >> 8 & 1], bool(seed >> 9 & 1))
     return make()
 
 

@@ -56,6 +56,7 @@ MODELS = (
         for name in ("fp8", "int8", "fp8_per_token_head", "int8_per_token_head")
     ),
     (MLA_SHAPE, LATENTS),
+    (MLA_SHAPE, {**LATENTS, "num_heads": 128, "ops": ["paged_attention_mla"]}),
     (MLA_SHAPE, {**LATENTS, "kv_cache_dtype": "fp8"}),
     (MLA_SHAPE, {**LATENTS, "kv_cache_dtype": "fp8_ds_mla"}),
     (INDEXER_SHAPE, {"layouts": ["indexer"]}),
@@ -154,6 +155,7 @@ EVERY = slice(None)
 def table(kernels, architectures=ARCHITECTURES, rows=EVERY):
     """The text of a file; ``rows``: of these kernels alone."""
     heading, kernels = signatures(kernels), kernels[rows]
+    architectures = [a for a in architectures if all(kernel.runs_on(a) for kernel in kernels)]
     blocks = [block(kernels, architecture) for architecture in architectures]
     # The numbers come first: a longer expression moves none of them.
     blocks.append(["", "", *(readable(kernel.expression) for kernel in kernels)])
@@ -176,9 +178,20 @@ def block(kernels, architecture):
     ]
 
 
+def in_columns(text):
+    """The architectures that a file tells of."""
+    return [int(number) for number in re.findall(r"\bsm_(\d+) *(?:\||$)", text, re.MULTILINE)]
+
+
+def architectures(stem):
+    """Those that the file of ``stem`` tells of; where there is none yet, all."""
+    file = path(stem)
+    return in_columns(file.read_text(encoding="utf-8")) if file.exists() else ARCHITECTURES
+
+
 def only(text, architectures, rows=EVERY):
     """The text of a file with the columns of these architectures, and these rows, alone."""
-    kept = [*(architecture in architectures for architecture in ARCHITECTURES), True]
+    kept = [*(architecture in architectures for architecture in in_columns(text)), True]
     lines = []
     for line in text.splitlines():
         if SEPARATOR in line:

@@ -62,6 +62,9 @@ class Recorder:
         del device
         return True
 
+    def has_warpgroups(self, device):
+        return False
+
     def shared_memory(self, device):
         del device
         return 227 << 10

@@ -244,7 +244,7 @@ def test_a_kernel_is_used_and_has_one_struct():
             if "modules.Kernel(" in text_of(name)
             and (name.rpartition(".")[2] == path.stem or f'"{path.stem}"' in text_of(name))
         ], f"{path.name} is not used"
-        text = path.read_text(encoding="utf-8")
+        text = modules.expanded_source(path.stem)
         assert len(re.findall(r"^struct Params \{", text, re.MULTILINE)) == 1, path.name
 
 

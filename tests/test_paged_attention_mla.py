@@ -210,6 +210,39 @@ def test_room_for_results(turns, longer, begin, parts):
     assert results <= module._most_results(turns + longer - 1)
 
 
+# Where a GPU multiplies by warpgroups, units have 16 rows or 32, by the number of heads.
+MANY_ROWS = {"sizes": (264, 264), "block_size": 16}
+
+
+@pytest.mark.each("heads", "warpgroups")
+@pytest.mark.parametrize("warpgroups", [True, False])
+@pytest.mark.parametrize("processors", [1, 132])
+@pytest.mark.parametrize("heads, lengths", [(16, [130, 7, 0]), (40, [70, 3]), (70, [70, 3])])
+def test_units_of_many_rows(emulated_world, rng, heads, lengths, processors, warpgroups):
+    dtype = str(rng.choice(["float16", "bfloat16"]))
+    world = emulated_world(processors=processors, warpgroups=warpgroups)
+    try:
+        Latent(rng, lengths, heads=heads, dtype=dtype, **MANY_ROWS).solve(world)
+    finally:
+        world.close()
+
+
+@pytest.mark.extra
+@pytest.mark.parametrize("queries", [None, [2, 1]])
+def test_long_sequences_of_many_rows(emulated_world, rng, queries):
+    """Cut into several parts, which one thread block computes, or several."""
+    found = []
+    problem = Latent(rng, [600, 1040], queries, heads=66, **MANY_ROWS)
+    for processors in (1, 3, 132):
+        world = emulated_world(processors=processors, warpgroups=True)
+        try:
+            problem.solve(world)
+            found.append(rows_of(world, problem))
+        finally:
+            world.close()
+    assert found.count(found[0]) == len(found)
+
+
 def test_more_sequences_than_threads(world, rng):
     """That look for what there is to do."""
     Latent(rng, [int(n) for n in rng.integers(0, 70, 300)], heads=1, sizes=(16, 16)).solve(world)
@@ -337,10 +370,13 @@ def rows_of(world, problem):
 
 
 @pytest.mark.parametrize("queries", [None, [1, 3, 1, 2]])
-def test_same_bits_in_any_batch(world, rng, queries):
+@pytest.mark.parametrize("shape", [CUT, MANY_ROWS | {"heads": 32}, MANY_ROWS | {"heads": 66}])
+def test_same_bits_in_any_batch(world, rng, queries, shape):
     """A batch in another order, padded with empty sequences, and one sequence at a time."""
+    if shape is not CUT and world.name == "emulated":
+        pytest.skip("takes minutes; test_long_sequences_of_many_rows is the like of it")
     lengths = [1100, 33, 130, 64]
-    problem = Latent(rng, lengths, queries, **CUT)
+    problem = Latent(rng, lengths, queries, **shape)
     counts = queries or [1] * len(lengths)
     starts = np.concatenate([[0], np.cumsum(counts)])
     whole = rows_of(world, problem)
@@ -353,7 +389,7 @@ def test_same_bits_in_any_batch(world, rng, queries):
         rows += [0] * padding
         other = Latent(rng, [lengths[b] for b in order] + [0] * padding,
                        queries and [counts[b] for b in order] + [1] * padding,
-                       width=width, **CUT)  # fmt: skip
+                       width=width, **shape)  # fmt: skip
         other.caches = problem.caches
         entries = np.full((len(order) + padding, width), 10**6, np.int32)
         entries[: len(order), : table.shape[1]] = table[order]
@@ -370,12 +406,12 @@ def test_same_bits_in_any_batch(world, rng, queries):
         part([sequence], 0, width)
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
-def test_same_bits_however_the_work_is_shared(emulated_world, rng, kv_cache_dtype):
+@pytest.mark.parametrize("kv_cache_dtype, warpgroups", [("auto", 0), ("auto", 1), ("fp8", 0)])
+def test_same_bits_however_the_work_is_shared(emulated_world, rng, kv_cache_dtype, warpgroups):
     problem = Latent(rng, [70, 2100, 300], kv_cache_dtype=kv_cache_dtype, heads=16, sizes=(64, 16))
     found = []
     for processors in (1, 3, 20, 132):
-        world = emulated_world(processors=processors)
+        world = emulated_world(processors=processors, warpgroups=bool(warpgroups))
         try:
             found.append(rows_of(world, problem))
         finally:

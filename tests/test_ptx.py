@@ -83,20 +83,27 @@ def folder(tmp_path, monkeypatch):
 def with_one_instruction(number, text, instruction):
     """What loads the operands of an instruction, carries it out and stores its results."""
     constraints = instruction.constraints.split()
-    results = [c[1:] for c in constraints if c[0] == "="]
-    given = [c for c in constraints if c[0] != "="]
-    outputs = ", ".join(f'"={c}"(result{i})' for i, c in enumerate(results))
-    inputs = ", ".join(f'"{c}"(given{i})' for i, c in enumerate(given))
+    results = [c for c in constraints if c[0] in "=+"]
+    given = [c for c in constraints if c[0] not in "=+n"]
+    outputs = ", ".join(f'"{c}"(result{i})' for i, c in enumerate(results))
+    inputs = ", ".join(
+        [f'"{c}"(given{i})' for i, c in enumerate(given)] + ['"n"(1)'] * constraints.count("n")
+    )
+    from_memory = "*reinterpret_cast<const {}*>(p.from + {})"
     clobbers = f" : {instruction.clobbers}" if instruction.clobbers else ""
     lines = [
-        *(f"{TYPES[c]} result{i};" for i, c in enumerate(results)),
         *(
-            f"const {TYPES[c]} given{i} = *reinterpret_cast<const {TYPES[c]}*>(p.from + {64 * i});"
+            f"{TYPES[c[1]]} result{i}"
+            + (f" = {from_memory.format(TYPES[c[1]], 4 * i)};" if c[0] == "+" else ";")
+            for i, c in enumerate(results)
+        ),
+        *(
+            f"const {TYPES[c]} given{i} = {from_memory.format(TYPES[c], 64 * i)};"
             for i, c in enumerate(given)
         ),
         f'asm {"volatile" * instruction.stays}("{text}" : {outputs} : {inputs}{clobbers});',
         *(
-            f"*reinterpret_cast<{TYPES[c]}*>(p.to + {64 * i}) = result{i};"
+            f"*reinterpret_cast<{TYPES[c[1]]}*>(p.to + {64 * i}) = result{i};"
             for i, c in enumerate(results)
         ),
     ]
@@ -109,7 +116,9 @@ def machine_code_of(folder, bodies):
         skip(machine_code.NOT_READ)
     require_the_compiler_of_resources()
     (folder / "one.cu").write_text(KERNELS % "\n".join(bodies))
-    kernels = [modules.Kernel("one", "one", f"one<{n}>", STRUCT) for n in range(len(bodies))]
+    kernels = [
+        modules.Kernel("one", "one", f"one<{n}>", STRUCT, only=90) for n in range(len(bodies))
+    ]
     cubin, names = modules.compile_cubins(kernels, 90)
     path = folder / "one.cubin"
     path.write_bytes(cubin)

@@ -21,7 +21,7 @@ PARTS = {
 TABLES = [
     pytest.param(stem, architecture, part, marks=[pytest.mark.extra] * (stem == "paged_attention"))
     for stem in STEMS
-    for architecture in make_resources.ARCHITECTURES
+    for architecture in make_resources.architectures(stem)
     for part in range(PARTS.get(stem, 1))
 ]
 

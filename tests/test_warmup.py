@@ -426,6 +426,8 @@ def gpu(monkeypatch):
     pair = driver.CudaDriver()
     monkeypatch.setattr(pair, "device_count", lambda: 2, raising=False)
     monkeypatch.setattr(pair, "current_device", lambda: 1, raising=False)
+    monkeypatch.setattr(pair, "capability", lambda device: (80, 90)[device])
+    monkeypatch.setattr(pair, "shared_memory", lambda device: (163 << 10, 227 << 10)[device])
     monkeypatch.setattr(driver, "active", pair)
     monkeypatch.setattr(modules, "_loaded", {})
     monkeypatch.setenv("CUPYCACHE_NO_COMPILE", "1")
@@ -452,6 +454,25 @@ def test_loads_all_on_the_device_even_where_nothing_else_may(gpu):
     assert [(kernel, device) for kernel, device, _ in gpu[before:]] == [(attention.ALIBI, 0)]
     with pytest.raises(cc.KernelError, match="NO_COMPILE"):
         modules.load(attention.PLACE, 0)
+
+
+def test_each_gpu_gets_the_kernels_that_run_there(gpu):
+    """Some are for one compute capability alone."""
+    latent = {"layouts": ["rows"], "head_size_v": 512, "ops": ["paged_attention_mla"]}
+    counts = [
+        cc.warmup(1, 576, 16, **latent, device=device, progress=False)
+        for device in ("cuda:0", "cuda:1")
+    ]
+    of_each = [{kernel.only for kernel, its, _ in gpu if its == device} for device in (0, 1)]
+    assert of_each == [{None}, {None, 90}] and counts[0] < counts[1] == len(gpu) - counts[0]
+
+
+def test_kernels_that_need_more_shared_memory_than_a_gpu_has_are_left_out(gpu):
+    """Such as two heads of 192 elements together: calls do not take them there."""
+    for device in ("cuda:0", "cuda:1"):
+        cc.warmup(4, 192, 16, ops=["paged_attention"], device=device, progress=False)
+    most = [max(kernel.shared_bytes for kernel, its, _ in gpu if its == at) for at in (0, 1)]
+    assert most[0] <= 163 << 10 < most[1] <= 227 << 10
 
 
 def test_the_first_error_is_raised_when_all_others_are_ready(gpu, monkeypatch):

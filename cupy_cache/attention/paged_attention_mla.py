@@ -23,11 +23,12 @@ from ..runtime import (
     spelling,
     streams,
 )
+from ..runtime.devices import NOWHERE
 from ..runtime.formats import DS_ENTRY_BYTES, DS_LATENT, DS_ROPE, FP8_DS_MLA
 from ..types import ArrayLike, Scale, StreamLike
 from .shared import steps
 
-NAME = "paged_attention_mla"
+NAME, WARPGROUPS = "paged_attention_mla", "paged_attention_mla_warpgroups"  # and stems of kernels
 PARAMS = params.Struct(
     per_call="query:ptr kv_cache:ptr block_table:ptr seq_lens:ptr query_start_loc:ptr "
     "kv_scale:ptr out:ptr lse:ptr tokens:i64 sequences:i64 table_width:i64 table_stride:i64 "
@@ -145,10 +146,10 @@ def paged_attention_mla(
 
     On a GPU there are as many thread blocks as run at once. A sequence is cut into parts by its own
     length alone, and all blocks share all parts equally. What several have of a sequence is joined
-    through scratch memory: some MiB, at most about 120 for 512 values, of the allocator of the
-    result's framework, free again behind the kernel in the stream's order, or, during a capture,
-    the graph's. Where many share one, a second launch joins. Caches whose addresses and strides are
-    multiples of 16 bytes are read fastest.
+    through scratch memory: some MiB, at most about 120 for 512 values, or 240 of 32 heads and more,
+    of the allocator of the result's framework, free again behind the kernel in the stream's order,
+    or, during a capture, the graph's. Where many share one, a second launch joins. Caches whose
+    addresses and strides are multiples of 16 bytes are read fastest.
     """
     if stream is not None:
         stream = streams.pointer(NAME, stream)
@@ -249,6 +250,7 @@ LEAST_STAGES, MOST_STAGES = 3, 5
 # arrays of fixed sizes take of it, at most.
 HALF_OF_SHARED, FIXED_SHARED = 112 << 10, 1 << 10
 TURN = 64  # tokens, in which work is measured
+PANEL, SPAN = 64, 128  # elements of a row that are together: of what is multiplied, of a result
 JOINING_THREADS = 256
 MOST_JOINED = 16  # thread blocks whose results one of them joins; those of more a second launch
 
@@ -265,18 +267,25 @@ class _Plan(plans.KernelPlan):
     several : bool
         Whether a sequence has several tokens.
     shape : _Shape
+    instead : _Plan, optional
+        For a GPU that is not there: what runs on others.
     """
 
-    __slots__ = ("_block_size", "_framework", "_heads", "_joining", "_several", "_shape")
+    __slots__ = (
+        "_block_size", "_framework", "_heads", "_instead", "_joining", "_several", "_shape"
+    )  # fmt: skip
 
-    def __init__(self, launcher, joining, framework, heads, block_size, several, shape):
+    def __init__(
+        self, launcher, joining, framework, heads, block_size, several, shape, instead=None
+    ):
         super().__init__(launcher, None)
         self._joining, self._framework = joining, framework
         self._heads, self._block_size = heads, block_size
-        self._several, self._shape = several, shape
+        self._several, self._shape, self._instead = several, shape, instead
 
     def launchers(self):
-        return self.launcher, self._joining
+        also = () if self._instead is None else self._instead.launchers()
+        return self.launcher, self._joining, *also
 
     def launch_for(self, rows):
         blocks, lanes, joins = self._blocks(rows)
@@ -284,8 +293,7 @@ class _Plan(plans.KernelPlan):
         if joins:
             return self.launcher, *first
         tokens, sequences, _ = rows
-        columns = (self._shape.slot_bytes // 4 // ROWS - 2) // 8  # tiles of 8
-        grid = lanes * self._of_lane(tokens, sequences, lanes), columns, 1
+        grid = lanes * self._of_lane(tokens, sequences, lanes), self._shape.of_lanes, 1
         return _Two(self.launcher, self._joining, grid, JOINING_THREADS), *first
 
     def scratch_for(self, rows):
@@ -311,9 +319,10 @@ class _Plan(plans.KernelPlan):
         what they share of a unit themselves)."""
         tokens, sequences, width = rows
         most = self._shape.resident * launch.processors(self.launcher.device)
-        units = launch.ceil_div(tokens * self._heads, ROWS * sequences)  # of a sequence, about
+        rows = self._shape.rows
+        units = launch.ceil_div(tokens * self._heads, rows * sequences)  # of a sequence, about
         if not self._several:
-            units = launch.ceil_div(self._heads, ROWS)
+            units = launch.ceil_div(self._heads, rows)
         lanes = min(max(units, 1), most)
         blocks = most // lanes * lanes
         # At most so many thread blocks share a unit, about.
@@ -324,14 +333,15 @@ class _Plan(plans.KernelPlan):
     def _units(self, tokens, sequences):
         """At most so many units."""
         if self._several:
-            return tokens * self._heads // ROWS + sequences
-        return sequences * launch.ceil_div(self._heads, ROWS)
+            return tokens * self._heads // self._shape.rows + sequences
+        return sequences * launch.ceil_div(self._heads, self._shape.rows)
 
     def _of_lane(self, tokens, sequences, lanes):
         """At most so many units of a lane."""
         if self._several:
-            return tokens * self._heads // (ROWS * lanes) + sequences
-        return sequences * launch.ceil_div(launch.ceil_div(self._heads, ROWS), lanes)
+            return tokens * self._heads // (self._shape.rows * lanes) + sequences
+        units = launch.ceil_div(self._heads, self._shape.rows)
+        return sequences * launch.ceil_div(units, lanes)
 
 
 def _most_results(turns):
@@ -395,17 +405,25 @@ class _Two:
 
 class _Shape(NamedTuple):
     """Of thread blocks: warps are ``teams`` of `TEAM`; ``stages`` tiles are in ``shared`` bytes of
-    shared memory; a multiprocessor has ``resident`` blocks; a result takes ``slot_bytes``."""
+    shared memory; a multiprocessor has ``resident`` blocks; units have ``rows``, and their results
+    take ``slot_bytes``."""
 
     teams: int
     stages: int
     shared: int
     resident: int
+    rows: int
     slot_bytes: int
 
     @property
     def threads(self):
         return self.teams * TEAM * launch.WARP
+
+    @property
+    def of_lanes(self):
+        """How often a warp's lanes have four numbers each of a result, which has two more of each
+        row."""
+        return (self.slot_bytes - self.rows * 8) // (launch.WARP * 16)
 
 
 def _gpu_plan(check, named, stored, rank, causal, entries):
@@ -425,20 +443,12 @@ def _gpu_plan(check, named, stored, rank, causal, entries):
                 )
     stored = formats.E4M3 if entries else stored or query.dtype
     device = out.device.index
-    shape = _shape(check.op, device, size["entry_size"], rank, stored.bytes, entries)
     vector = contract.vector_bytes(
         cache.ptr, *cache.strides[:2], cache.shape[2] * cache.dtype.bytes
     )
     indices = [named[name] for name in ("block_table", "seq_lens", "query_start_loc")]
+    index, of_lengths = spelling.indices(*indices), spelling.indices(*indices[1:])
     elements = [spelling.ELEMENT_NAMES[dtype.name] for dtype in (query.dtype, stored)]
-    arguments = (
-        *elements, rank, size["entry_size"] - rank, spelling.boolean(entries), vector, shape.teams,
-        shape.stages, shape.shared, spelling.indices(*indices),
-    )  # fmt: skip
-    kernel = modules.Kernel(
-        check.op, NAME, f"{NAME}<{', '.join(map(str, arguments))}>", PARAMS,
-        guarded=("block_table", "seq_lens", "query_start_loc"), shared_bytes=shape.shared,
-    )  # fmt: skip
     lse = named["lse"]
     constants = (
         cache.shape[0], *query.strides[:2], *out.strides[:2],
@@ -448,17 +458,44 @@ def _gpu_plan(check, named, stored, rank, causal, entries):
         + 2 * (contract.vector_bytes(out.ptr, *out.strides[:2]) >= 4),
         *launch.divisor(size["block_size"]),
     )  # fmt: skip
+    rope = size["entry_size"] - rank
+
+    def made(stem, shape, arguments, join, join_arguments, only=None, **also):
+        """A `_Plan` of a kernel of this stem and name, and of one that joins."""
+        launchers = [
+            launch.Launcher(
+                modules.Kernel(
+                    check.op, stem, f"{name}<{', '.join(map(str, its))}>", PARAMS,
+                    guarded=("block_table", "seq_lens", "query_start_loc"), shared_bytes=shared,
+                    only=only,
+                ),
+                device, constants,
+            )
+            for name, its, shared in ((stem, arguments, shape.shared), (join, join_arguments, 0))
+        ]  # fmt: skip
+        return _Plan(
+            *launchers, out.framework, size["num_heads"], size["block_size"],
+            named["query_start_loc"] is not None, shape, **also,
+        )  # fmt: skip
+
+    instead = None
+    if stored.bytes == 2 and vector == 16 and launch.has_warpgroups(device):
+        shape = _warpgroups_shape(size["num_heads"], size["entry_size"], rank)
+        instead = made(
+            WARPGROUPS, shape,
+            (elements[0], rank, rope, shape.rows, shape.teams, shape.shared, index),
+            "join_rows", (elements[0], rank, shape.rows, of_lengths), only=90,
+        )  # fmt: skip
+        if device != NOWHERE:
+            return instead
+    shape = _shape(check.op, device, size["entry_size"], rank, stored.bytes, entries)
     flags = stored.bytes == 1, stored.bytes == 1 and not entries
-    index = spelling.indices(*indices[1:])
-    arguments = elements[0], rank, *map(spelling.boolean, flags), shape.teams, index
-    joining = modules.Kernel(
-        check.op, NAME, f"join_parts<{', '.join(map(str, arguments))}>", PARAMS,
-        guarded=("block_table", "seq_lens", "query_start_loc"),
-    )  # fmt: skip
-    return _Plan(
-        launch.Launcher(kernel, device, constants), launch.Launcher(joining, device, constants),
-        out.framework, size["num_heads"], size["block_size"],
-        named["query_start_loc"] is not None, shape,
+    return made(
+        NAME, shape,
+        (*elements, rank, rope, spelling.boolean(entries), vector, shape.teams, shape.stages,
+         shape.shared, index),
+        "join_parts", (elements[0], rank, *map(spelling.boolean, flags), shape.teams, of_lengths),
+        instead=instead,
     )  # fmt: skip
 
 
@@ -489,7 +526,22 @@ def _shape(op, device, entry_size, rank, element_bytes, entries):
             f"{entry_size} elements, {rank} of them latent"
         )
     resident = 2 if halves else 1
-    return _Shape(teams, stages, stages * tile + rest, resident, ROWS * (columns + 2) * 4)
+    slot_bytes = ROWS * (columns + 2) * 4
+    return _Shape(teams, stages, stages * tile + rest, resident, ROWS, slot_bytes)
+
+
+def _warpgroups_shape(heads, entry_size, rank):
+    """The `_Shape` of the thread blocks that multiply by warpgroups. Of many heads two have twice
+    as many rows, so that tokens are read half as often."""
+    groups = 2 if heads >= 2 * ROWS and rank > 256 else 1
+    rows, stages = groups * ROWS, 2
+    panels = launch.ceil_div(launch.ceil_div(entry_size, 16) * 16, PANEL)
+    # Tiles, the queries, and a tile's weights.
+    shared = PANEL * 2 * (panels * (stages * TURN + rows) + rows)
+    if groups == 2:  # and what they exchange of their scores
+        shared += TEAM * launch.WARP * rows * 2
+    slot_bytes = rows * (launch.ceil_div(rank, SPAN) * SPAN + 2) * 4
+    return _Shape(groups, stages, shared, 1, rows, slot_bytes)
 
 
 def _count(extents, options, scalars):

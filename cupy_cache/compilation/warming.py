@@ -116,13 +116,17 @@ def warmup(
             "compiled"
         )
     refused: list[CupyCacheError] = []
-    kernels = list(
-        specialisations(
+    capability = driver.active.capability(place.index)
+    shared_bytes = driver.active.shared_memory(place.index)
+    kernels = [
+        kernel
+        for kernel in specialisations(
             num_kv_heads, head_size, block_size, dtype, layouts=layouts, head_size_v=head_size_v,
             kv_cache_dtype=kv_cache_dtype, index_dtypes=index_dtypes, num_heads=num_heads,
             rotary=rotary, ops=ops, refused=refused,
         )
-    )  # fmt: skip
+        if kernel.runs_on(capability) and kernel.shared_bytes <= shared_bytes
+    ]  # fmt: skip
     failed: list[CupyCacheError] = []
     with _Progress(len(kernels), progress) as shown:
         workers = max(1, min(len(kernels), os.cpu_count() or 1, MAX_WORKERS))

@@ -178,10 +178,18 @@ class CudaDriver:
         cupy = cuda.import_cupy(f"cuda:{device}")
         return cupy.cuda.Device(device).attributes["MultiProcessorCount"]
 
+    def capability(self, device):
+        """The compute capability of a GPU, such as 90."""
+        cupy = cuda.import_cupy(f"cuda:{device}")
+        return int(cupy.cuda.Device(device).compute_capability)
+
     def has_clusters(self, device):
         """Whether thread blocks of a GPU can read each other's shared memory."""
-        cupy = cuda.import_cupy(f"cuda:{device}")
-        return int(cupy.cuda.Device(device).compute_capability) >= 90
+        return self.capability(device) >= 90
+
+    def has_warpgroups(self, device):
+        """Whether a GPU has products of warpgroups: newer ones have others in their place."""
+        return self.capability(device) == 90
 
     def shared_memory(self, device):
         """Bytes of shared memory that a thread block of a GPU can have."""

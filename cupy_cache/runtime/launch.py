@@ -97,6 +97,12 @@ def has_clusters(device):
     return device == NOWHERE or driver.active.has_clusters(device)
 
 
+def has_warpgroups(device):
+    """Whether GPU ``device`` has products of warpgroups, and so is of compute capability 9.0. Not
+    remembered, as `has_clusters`."""
+    return device == NOWHERE or driver.active.has_warpgroups(device)
+
+
 def shared_memory(device):
     """Bytes of shared memory that a thread block of GPU ``device`` can have. Not remembered, as
     `has_clusters`."""

@@ -48,15 +48,31 @@ class Kernel:
         It needs the element types (elements.cuh).
     shared_bytes : int
         Of the shared memory whose size the launch gives.
+    only : int, optional
+        The one compute capability, such as 90, that it is for: it has instructions that no newer
+        one has.
     """
 
-    __slots__ = ("converts", "expression", "guarded", "op", "params", "shared_bytes", "stem")
+    __slots__ = (
+        "converts", "expression", "guarded", "only", "op", "params", "shared_bytes", "stem"
+    )  # fmt: skip
 
-    def __init__(self, op, stem, expression, params, guarded=(), converts=False, shared_bytes=0):
+    def __init__(
+        self, op, stem, expression, params, guarded=(), converts=False, shared_bytes=0, only=None
+    ):
         self.op, self.stem, self.params = op, stem, params
         self.guarded = tuple((op, arg) if isinstance(arg, str) else arg for arg in guarded)
         self.expression = f"cupy_cache::{expression}"
-        self.converts, self.shared_bytes = converts, shared_bytes
+        self.converts, self.shared_bytes, self.only = converts, shared_bytes, only
+
+    def runs_on(self, capability):
+        """Whether it runs on GPUs of this compute capability, such as 90."""
+        return self.only in (None, capability)
+
+    def options(self):
+        """What its compile needs beside `OPTIONS` and the architecture. NVRTC takes what is for one
+        compute capability alone, such as sm_90a, beside CuPy's own option, which is for sm_90."""
+        return () if self.only is None else (f"-arch=sm_{self.only}a",)
 
     def source(self):
         """The complete text to compile: headers expanded, struct checks appended."""
@@ -228,7 +244,7 @@ def _load(kernel, device):
     cupy = cuda.import_cupy(why)
     _require_cupy_version(why, cupy)
     supported = _nvrtc_architectures(why)
-    options = OPTIONS + (("-lineinfo",) if env.flag(env.LINEINFO) else ())
+    options = OPTIONS + kernel.options() + (("-lineinfo",) if env.flag(env.LINEINFO) else ())
     logger.debug("loading %s on cuda:%d", kernel, device)
     with cuda.on_device(device):
         _require_architecture(why, int(cupy.cuda.Device(device).compute_capability), supported)
@@ -349,7 +365,7 @@ def compile_cubins(kernels, architecture):
     program = compiler._NVRTCProgram(
         first.source(), f"{first.stem}.cu", (), (), expressions, "cubin"
     )
-    options = (*OPTIONS, f"-arch=sm_{architecture}", "-ftz=true")
+    options = (*OPTIONS, *first.options(), f"-arch=sm_{architecture}", "-ftz=true")
     try:
         cubin, names = program.compile(options)
     except compiler.CompileException as error:

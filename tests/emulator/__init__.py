@@ -171,12 +171,12 @@ class Built(NamedTuple):
 
 def build(kernel):
     """``kernel`` as `Built`; from the cache if the same text was compiled before."""
-    return _build(kernel.source(), kernel.expression)
+    return _build(kernel.source(), kernel.expression, kernel.only)
 
 
 @functools.lru_cache(maxsize=128)  # of 200 KB each
-def _build(source, expression):
-    text = _whole_text(source, expression)
+def _build(source, expression, only):
+    text = _whole_text(source, expression, only)
     path = _compile((*COMPILE, "-shared", "-nostdlib"), text, ".so")  # the runner has it all
     return Built(path, _find_shared(path) if "__shared__" in source else ())
 
@@ -191,15 +191,16 @@ def check_syntax(kernel):
 
 def whole_text(kernel):
     """What g++ gets to compile."""
-    return _whole_text(kernel.source(), kernel.expression)
+    return _whole_text(kernel.source(), kernel.expression, kernel.only)
 
 
-def _whole_text(source, expression):
+def _whole_text(source, expression, only):
     source = ptx.with_calls(source)
     # The parameters are read where they are, and not in a copy: what is read behind them is seen.
     source = source.replace("const __grid_constant__ Params p", "const Params& p")
+    architecture = ARCHITECTURES[zlib.crc32(expression.encode()) % len(ARCHITECTURES)]
     # Where functions are called, and not inlined, attention compiles in four fifths of the time.
-    text = f"""{prelude(ARCHITECTURES[zlib.crc32(expression.encode()) % len(ARCHITECTURES)])}
+    text = f"""{prelude(architecture, only == architecture)}
 #undef __forceinline__
 #define __forceinline__ inline
 namespace {{
@@ -216,10 +217,13 @@ extern "C" void emulator_kernel(const void* record) {{
     return text
 
 
-def prelude(architecture=None):
-    """What a source needs before it. Without an architecture it is not taken to be for a GPU."""
+def prelude(architecture=None, alone=False):
+    """What a source needs before it. Without an architecture it is not taken to be for a GPU.
+    ``alone``: with the instructions that this architecture alone has."""
     headers = (f'#line 1 "tests/emulator/{name}"\n{_read(name)}' for name in ("shim.h", "ptx.h"))
     defined = f"#define __CUDA_ARCH__ {architecture}0\n" if architecture else ""
+    if alone:
+        defined += f"#define __CUDA_ARCH_FEAT_SM{architecture}_ALL\n"
     return defined + "\n".join(headers)
 
 
@@ -413,10 +417,12 @@ class EmulatedDriver:
     processors : int
         How many there are. Few items are spread over all of them: with many, small tests have
         thread blocks of one warp.
+    warpgroups : bool
+        Whether it has products of warpgroups.
     """
 
-    def __init__(self, seed=0, processors=132):
-        self.seed, self.count = seed, processors
+    def __init__(self, seed=0, processors=132, warpgroups=False):
+        self.seed, self.count, self.warpgroups = seed, processors, warpgroups
         self.pinned = []  # storages that count as host memory
         self._faults = {}
 
@@ -450,6 +456,9 @@ class EmulatedDriver:
 
     def has_clusters(self, device):
         return False
+
+    def has_warpgroups(self, device):
+        return self.warpgroups
 
     def shared_memory(self, device):
         return 227 << 10
@@ -505,9 +514,9 @@ class EmulatedWorld(worlds.World):
     name = "emulated"
     on_gpu = True
 
-    def __init__(self, seed=0, processors=132):
+    def __init__(self, seed=0, processors=132, warpgroups=False):
         super().__init__()
-        self.driver = EmulatedDriver(seed, processors)
+        self.driver = EmulatedDriver(seed, processors, warpgroups)
         self._replaced = driver.active
         self._use(self.driver)
 

@@ -377,4 +377,61 @@ inline void mma_f16_8(
   d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3];
 }
 
+// What a descriptor of a matrix in shared memory tells: where it is, and how far apart groups of eight
+// rows of 128 bytes are. An address has all its bits here, as these are no more where shared memory
+// begins at 0. Bits 4 to 6 of it are exchanged by bits 7 to 9.
+struct Matrix {
+  unsigned at, stride;
+  explicit Matrix(unsigned long long bits)
+      : at(static_cast<unsigned>(bits) << 4), stride((bits >> 32 & 0x3fff) * 16) {
+    if (bits >> 62 != 1) emulator_refuse("a matrix whose chunks are not exchanged among 128 bytes");
+    if (bits >> 49 & 7) emulator_refuse("a matrix that is not at a multiple of 1,024 bytes");
+  }
+  // Of a row of 16 elements or, transposed, of a row of 64 one of 16.
+  template <typename T>
+  double element(int row, int column) const {
+    unsigned address = at + row / 8 * stride + row % 8 * 128 + column * 2;
+    address ^= (address >> 7 & 7) << 4;
+    return number<T>(*reinterpret_cast<const unsigned short*>(shared(address)));
+  }
+};
+// A thread's sums of a product of 64 rows: row lane / 4 of 16 of its warp's, and eight rows further,
+// of which it has the columns 2 * (lane % 4) and the next, of eight.
+template <typename T, int kColumns>
+void wgmma(float* const (&sums)[kColumns / 2], Matrix a, Matrix b, bool adds, bool transposed) {
+  const int lane = emulator::lane(), warp = threadIdx.x / 32 % 4;
+  for (int i = 0; i < kColumns / 2; ++i) {
+    const int row = warp * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    double sum = adds ? as_double(*sums[i]) : 0.0;
+    for (int k = 0; k < 16; ++k) {
+      const double its = transposed ? a.element<T>(k, row) : a.element<T>(row, k);
+      sum += its * b.element<T>(column, k);
+    }
+    *sums[i] = static_cast<float>(sum);
+  }
+}
+// A product's operands: its sums, and then the two matrices, whether it adds and whether it transposes.
+template <typename T, int kColumns, typename... Operands>
+void wgmma_operands(Operands&&... operands) {
+  const void* all[] = {&operands...};
+  constexpr int kSums = kColumns / 2;
+  static_assert(sizeof...(operands) == kSums + 4, "a product's operands");
+  float* sums[kSums];
+  for (int i = 0; i < kSums; ++i) sums[i] = static_cast<float*>(const_cast<void*>(all[i]));
+  const auto matrix = [&](int number) {
+    return Matrix(*static_cast<const unsigned long long*>(all[number]));
+  };
+  const bool adds = *static_cast<const unsigned*>(all[kSums + 2]) != 0;
+  const bool transposed = *static_cast<const bool*>(all[kSums + 3]);
+  wgmma<T, kColumns>(sums, matrix(kSums), matrix(kSums + 1), adds, transposed);
+}
+template <int kColumns, typename... Operands>
+void wgmma_bf16(Operands&&... operands) {
+  wgmma_operands<BF16, kColumns>(operands...);
+}
+template <int kColumns, typename... Operands>
+void wgmma_f16(Operands&&... operands) {
+  wgmma_operands<F16, kColumns>(operands...);
+}
+
 }  // namespace ptx

@@ -15,13 +15,15 @@ from typing import NamedTuple
 class Instruction(NamedTuple):
     """``function``: its name in ``ptx.h``. ``constraints``: of its operands. ``machine``: what must
     be in the machine code for sm_90, as a regular expression. ``stays``: it is volatile; the
-    compiler leaves it where it stands, whatever it thinks of its result."""
+    compiler leaves it where it stands, whatever it thinks of its result. ``only``: the one compute
+    capability that has it."""
 
     function: str
     constraints: str
     machine: str
     stays: bool = False
     clobbers: str = ""
+    only: int | None = None
 
 
 # A load or store with a policy has it in a pair of uniform registers, to which it was moved.
@@ -43,6 +45,19 @@ def _store(function, suffix, value, constraints, machine):
     return text, Instruction(
         function, constraints, _POLICY.format(machine), stays=True, clobbers='"memory"'
     )
+
+
+def _warpgroup_product(columns, kind, machine):
+    sums = columns // 2
+    registers = ", ".join(f"%{number}" for number in range(sums))
+    text = (
+        f"{{ .reg .pred adds; setp.ne.u32 adds, %{sums + 2}, 0; "
+        f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {{{registers}}}, "
+        f"%{sums}, %{sums + 1}, adds, 1, 1, %{sums + 3}, 0; }}"
+    )
+    machine = rf"HGMMA\.64x{columns}x16{machine} R\d+, gdesc\[UR\d+\]\.tnspA, R\d+"
+    constraints = " ".join(["+f"] * sums + ["l", "l", "r", "n"])
+    return text, Instruction(f"wgmma_{kind}<{columns}>", constraints, machine, stays=True, only=90)
 
 
 INSTRUCTIONS = {
@@ -165,6 +180,20 @@ INSTRUCTIONS = {
     "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, "
     "{%7, %8, %9, %10};": Instruction(
         "mma_f16_8", "=f =f =f =f r r r f f f f", r"HMMA\.1688\.F32 ", stays=True
+    ),
+    "wgmma.fence.sync.aligned;": Instruction(
+        "nothing", "", r"WARPGROUP\.ARRIVE", stays=True, clobbers='"memory"', only=90
+    ),
+    "wgmma.commit_group.sync.aligned;": Instruction(
+        "nothing", "", r"", stays=True, clobbers='"memory"', only=90
+    ),
+    "wgmma.wait_group.sync.aligned 0;": Instruction(
+        "nothing", "", r"WARPGROUP\.DEPBAR\.LE gsb0, 0x0", stays=True, clobbers='"memory"', only=90
+    ),
+    **dict(
+        _warpgroup_product(columns, kind, machine)
+        for columns in (16, 32)
+        for kind, machine in (("bf16", r"\.F32\.BF16"), ("f16", r"\.F32"))
     ),
     "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;": Instruction(
         "cluster_sync", "", r"UCGABAR_ARV .*UCGABAR_WAIT", stays=True, clobbers='"memory"'

@@ -132,7 +132,8 @@ __device__ __forceinline__ void wait_for_rows(u64* word, u32 odd) {
 }
 
 // Orders what this thread read and wrote in shared memory before row copies to the same place, which
-// come behind a barrier.
+// come behind a barrier; and what it wrote, or others did in front of a barrier, before products that
+// read shared memory (warpgroup.cuh). It waits for all that this thread has under way.
 __device__ __forceinline__ void fence_row_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

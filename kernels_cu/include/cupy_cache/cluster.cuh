@@ -13,10 +13,13 @@
 #define CUPY_CACHE_CLUSTER(blocks)
 #endif
 #ifdef __CUDACC__
-#define CUPY_CACHE_DYNAMIC_SHARED(name, bytes) extern __shared__ __align__(128) char name[]
+#define CUPY_CACHE_ALIGNED_SHARED(name, bytes, alignment) \
+  extern __shared__ __align__(alignment) char name[]
 #else
-#define CUPY_CACHE_DYNAMIC_SHARED(name, bytes) __shared__ __align__(128) char name[bytes]
+#define CUPY_CACHE_ALIGNED_SHARED(name, bytes, alignment) \
+  __shared__ __align__(alignment) char name[bytes]
 #endif
+#define CUPY_CACHE_DYNAMIC_SHARED(name, bytes) CUPY_CACHE_ALIGNED_SHARED(name, bytes, 128)
 
 namespace cupy_cache {
 
