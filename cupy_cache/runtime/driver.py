@@ -19,6 +19,9 @@ from .devices import CPU, Device
 # The default stream that waits for all others. It is never captured.
 _LEGACY = (0, 1)
 
+# cudaDevAttrComputeCapabilityMajor and Minor, for which CuPy has no names.
+_CAPABILITY = (75, 76)
+
 _UNPINNED = "host memory that is not pinned cannot be copied while a CUDA graph is captured; pin it"
 
 
@@ -180,8 +183,10 @@ class CudaDriver:
 
     def capability(self, device):
         """The compute capability of a GPU, such as 90."""
-        cupy = cuda.import_cupy(f"cuda:{device}")
-        return int(cupy.cuda.Device(device).compute_capability)
+        # CuPy's ``Device.compute_capability`` makes a context on the GPU that is current.
+        get = cuda.import_cupy(f"cuda:{device}").cuda.runtime.deviceGetAttribute
+        major, minor = (get(attribute, device) for attribute in _CAPABILITY)
+        return 10 * major + minor
 
     def has_clusters(self, device):
         """Whether thread blocks of a GPU can read each other's shared memory."""
