@@ -104,7 +104,7 @@ def test_every_file_has_tests():
         ("kernels_cu/include/cupy_cache/ints.cuh", ["slot_mapping", "pack_blocks", "alibi_slopes"]),
         ("cupy_cache/ops/shared/gathering.py", ["gather_cache", "cp_gather_cache"]),
         ("cupy_cache/ops/gather_cache.py", ["gather_cache"]),
-        ("cupy_cache/cpu/operations.py", ["gather_cache", "copy_blocks", "slot_mapping"]),
+        ("cupy_cache/cpu/operations.py", ["gather_cache", "convert_fp8", "slot_mapping"]),
         ("cupy_cache/runtime/dispatch.py", ["dispatch", "histories", "pack_blocks"]),
         ("cupy_cache/integrations/torch_ops.py", ["torch_ops"]),
     ],

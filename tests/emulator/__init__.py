@@ -171,12 +171,12 @@ class Built(NamedTuple):
 
 def build(kernel):
     """``kernel`` as `Built`; from the cache if the same text was compiled before."""
-    return _build(kernel.source(), kernel.expression, kernel.only)
+    return _build(*_decisive(kernel))
 
 
 @functools.lru_cache(maxsize=128)  # of 200 KB each
-def _build(source, expression, only):
-    text = _whole_text(source, expression, only)
+def _build(source, expression, architecture, alone):
+    text = _whole_text(source, expression, architecture, alone)
     path = _compile((*COMPILE, "-shared", "-nostdlib"), text, ".so")  # the runner has it all
     return Built(path, _find_shared(path) if "__shared__" in source else ())
 
@@ -191,16 +191,23 @@ def check_syntax(kernel):
 
 def whole_text(kernel):
     """What g++ gets to compile."""
-    return _whole_text(kernel.source(), kernel.expression, kernel.only)
+    return _whole_text(*_decisive(kernel))
 
 
-def _whole_text(source, expression, only):
+def _decisive(kernel):
+    """What decides the text of ``kernel``: its source, which of its kernels, the architecture, and
+    whether it is for that one alone."""
+    which = zlib.crc32(kernel.expression.encode()) % len(ARCHITECTURES)
+    architecture = ARCHITECTURES[which]
+    return kernel.source(), kernel.expression, architecture, kernel.only == architecture
+
+
+def _whole_text(source, expression, architecture, alone):
     source = ptx.with_calls(source)
     # The parameters are read where they are, and not in a copy: what is read behind them is seen.
     source = source.replace("const __grid_constant__ Params p", "const Params& p")
-    architecture = ARCHITECTURES[zlib.crc32(expression.encode()) % len(ARCHITECTURES)]
     # Where functions are called, and not inlined, attention compiles in four fifths of the time.
-    text = f"""{prelude(architecture, only == architecture)}
+    text = f"""{prelude(architecture, alone)}
 #undef __forceinline__
 #define __forceinline__ inline
 namespace {{
