@@ -232,7 +232,7 @@ def test_units_of_many_rows(emulated_world, rng, heads, lengths, processors, war
 def test_long_sequences_of_many_rows(emulated_world, rng, queries):
     """Cut into several parts, which one thread block computes, or several."""
     found = []
-    problem = Latent(rng, [600, 1040], queries, heads=66, **MANY_ROWS)
+    problem = Latent(rng, [70, 330], queries, heads=34, **MANY_ROWS)
     for processors in (1, 3, 132):
         world = emulated_world(processors=processors, warpgroups=True)
         try:
