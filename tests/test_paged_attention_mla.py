@@ -243,6 +243,7 @@ def test_long_sequences_of_many_rows(emulated_world, rng, queries):
     assert found.count(found[0]) == len(found)
 
 
+@pytest.mark.extra
 def test_more_sequences_than_threads(world, rng):
     """That look for what there is to do."""
     Latent(rng, [int(n) for n in rng.integers(0, 70, 300)], heads=1, sizes=(16, 16)).solve(world)
@@ -406,6 +407,7 @@ def test_same_bits_in_any_batch(world, rng, queries, shape):
         part([sequence], 0, width)
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("kv_cache_dtype, warpgroups", [("auto", 0), ("auto", 1), ("fp8", 0)])
 def test_same_bits_however_the_work_is_shared(emulated_world, rng, kv_cache_dtype, warpgroups):
     problem = Latent(rng, [70, 2100, 300], kv_cache_dtype=kv_cache_dtype, heads=16, sizes=(64, 16))
