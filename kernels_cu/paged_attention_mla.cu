@@ -205,7 +205,6 @@ __global__ void __launch_bounds__(kTeams * kTeam * 32, kTeams == 1 ? 2 : 1)
 
   using Shares = Share<kRows, Length, Start, kThreads>;
   const u32 my_lane = blockIdx.x % p.lanes, my_block = blockIdx.x / p.lanes;
-  // There are no registers to keep it.
   __shared__ Shares kept_share;
   {
     Shares share;
@@ -219,39 +218,20 @@ __global__ void __launch_bounds__(kTeams * kTeam * 32, kTeams == 1 ? 2 : 1)
   }
   u32 copied = 0;  // tiles of the units before
   bool more = true;
-  const auto go_on = [&] {
-    Shares share = kept_share;
-    __syncthreads();  // what is shared is free
-    share.go_on(p);
-    if (threadIdx.x == 0) kept_share = share;
-    __syncthreads();
-    more = share.more();
-  };
   do {
     const Shares& share = kept_share;
     const Cut cut(share.sequence.length);
     const Unit<kRows> unit(p, share.sequence, share.unit);
-    // Parts that have a result.
-    const i32 part_tokens = kTurn << cut.log;
-    const i32 parts = max((unit.seen + part_tokens - 1) / part_tokens, 1);
-    const i32 from = min(share.part_at(cut, share.begin), parts);
-    const i32 to = min(share.part_at(cut, share.end), parts);
+    const Parts held(share, cut, unit);
+    const i32 part_tokens = held.tokens, parts = held.count, from = held.from, to = held.to;
     if (from >= to) {
-      go_on();
+      more = next_unit(&kept_share, p);
       continue;
     }
     if (share.sequence.stated != share.sequence.length && threadIdx.x == 0) {
       record_fault(kSeqLens, share.index, share.sequence.stated, longest(p) + 1);
     }
     const bool alone = from == 0 && to == parts;  // it is all of the unit
-    const auto word_of = [&] {  // where those that share it are counted
-      u64 number = static_cast<u64>(share.index) * share.sequence.units + share.unit;
-      if constexpr (!IsVoid<Start>::value) {
-        number = static_cast<u64>(share.sequence.first) * p.heads / kRows +
-                 static_cast<u64>(share.index) + share.unit;
-      }
-      return reinterpret_cast<u64*>(p.scratch) + number;
-    };
     const i32 begin = from * part_tokens;
     const i64 behind = static_cast<i64>(to) * part_tokens;
     const i32 end = static_cast<i32>(behind < unit.seen ? behind : unit.seen);
@@ -376,7 +356,7 @@ __global__ void __launch_bounds__(kTeams * kTeam * 32, kTeams == 1 ? 2 : 1)
     };
     const i32 all_high = __shfl_sync(kWarp, high[0], 0);  // the first row sees the least
     if (!alone && p.joins && threadIdx.x == 0) {  // while the first tiles are on their way
-      begin_count(word_of(), p.scratch_tag, look_at_count(word_of()));
+      begin_count(share.word(p), p.scratch_tag, look_at_count(share.word(p)));
     }
 
     // --- results
@@ -723,7 +703,7 @@ __global__ void __launch_bounds__(kTeams * kTeam * 32, kTeams == 1 ? 2 : 1)
         }
         if (to % cut.group != 0) store(state + 1);
       }
-      if (p.joins) is_mine = arrive_block(word_of(), p.scratch_tag, blocks, true);
+      if (p.joins) is_mine = arrive_block(share.word(p), p.scratch_tag, blocks, true);
     }
     float4* const result = reinterpret_cast<float4*>(shared) + of_lane;
     if (alone) {
@@ -842,7 +822,7 @@ __global__ void __launch_bounds__(kTeams * kTeam * 32, kTeams == 1 ? 2 : 1)
       }
     }
     if constexpr (kWholeRows) fence_row_copies();
-    go_on();
+    more = next_unit(&kept_share, p);
   } while (more);
 }
 

@@ -235,7 +235,6 @@ __global__ void __launch_bounds__(kWarpgroups * kWarpgroup, 1)
 
   using Shares = Share<kRows, Length, Start, kThreads>;
   const u32 my_lane = blockIdx.x % p.lanes, my_block = blockIdx.x / p.lanes;
-  // There are no registers to keep it.
   __shared__ Shares kept_share;
   {
     Shares share;
@@ -245,39 +244,20 @@ __global__ void __launch_bounds__(kWarpgroups * kWarpgroup, 1)
     __syncthreads();
   }
   bool more = true;
-  const auto go_on = [&] {
-    Shares share = kept_share;
-    __syncthreads();  // what is shared is free
-    share.go_on(p);
-    if (threadIdx.x == 0) kept_share = share;
-    __syncthreads();
-    more = share.more();
-  };
   do {
     const Shares& share = kept_share;
     const Cut cut(share.sequence.length);
     const Unit<kRows> unit(p, share.sequence, share.unit);
-    // Parts that have a result.
-    const i32 part_tokens = kTurn << cut.log;
-    const i32 parts = max((unit.seen + part_tokens - 1) / part_tokens, 1);
-    const i32 from = min(share.part_at(cut, share.begin), parts);
-    const i32 to = min(share.part_at(cut, share.end), parts);
+    const Parts held(share, cut, unit);
+    const i32 part_tokens = held.tokens, parts = held.count, from = held.from, to = held.to;
     if (from >= to) {
-      go_on();
+      more = next_unit(&kept_share, p);
       continue;
     }
     if (share.sequence.stated != share.sequence.length && threadIdx.x == 0) {
       record_fault(kSeqLens, share.index, share.sequence.stated, longest(p) + 1);
     }
     const bool alone = from == 0 && to == parts;  // it is all of the unit
-    const auto word_of = [&] {  // where those that share it are counted
-      u64 number = static_cast<u64>(share.index) * share.sequence.units + share.unit;
-      if constexpr (!IsVoid<Start>::value) {
-        number = static_cast<u64>(share.sequence.first) * p.heads / kRows +
-                 static_cast<u64>(share.index) + share.unit;
-      }
-      return reinterpret_cast<u64*>(p.scratch) + number;
-    };
     const i32 begin = from * part_tokens;
     const i64 behind = static_cast<i64>(to) * part_tokens;
     const i32 end = static_cast<i32>(behind < unit.seen ? behind : unit.seen);
@@ -505,7 +485,7 @@ __global__ void __launch_bounds__(kWarpgroups * kWarpgroup, 1)
           for (int i = 0; i < kMySteps; ++i) {
             if (panel * 4 + 4 > kSteps && panel * 4 + first_step + i >= kSteps) continue;
             multiply_panels<Query, false, kRows>(all_scores, my_tile, panel * (kKeys * kPanelRow),
-                                                 my_queries, panel * kQueryPanel, i, true);
+                                                 my_queries, panel * kQueryPanel, i);
           }
         }
         wait_for_products();
@@ -613,7 +593,7 @@ __global__ void __launch_bounds__(kWarpgroups * kWarpgroup, 1)
           for (int panel = 0; panel < kMyPanels; ++panel) {
             if (!is_mine_too(panel)) continue;
             multiply_panels<Query, true, kRows>(out[panel], my_values, panel * (kKeys * kPanelRow),
-                                                weights, 0, step, true);
+                                                weights, 0, step);
           }
         }
         wait_for_products();
@@ -622,7 +602,7 @@ __global__ void __launch_bounds__(kWarpgroups * kWarpgroup, 1)
       request(index + kStages);
       if (index < 0) {
         if (index == -1 && !alone && p.joins && threadIdx.x == 0) {  // tiles are on their way
-          begin_count(word_of(), p.scratch_tag, look_at_count(word_of()));
+          begin_count(share.word(p), p.scratch_tag, look_at_count(share.word(p)));
         }
         continue;
       }
@@ -654,7 +634,7 @@ __global__ void __launch_bounds__(kWarpgroups * kWarpgroup, 1)
       // If a block has no turn of each part, each part is for another one.
       const bool all = share.each >> cut.log > 0;
       const u32 blocks = all ? last_block - first_block + 1 : static_cast<u32>(parts);
-      if (p.joins) is_mine = arrive_block(word_of(), p.scratch_tag, blocks, true);
+      if (p.joins) is_mine = arrive_block(share.word(p), p.scratch_tag, blocks, true);
     }
     // A warp writes some of the rows.
     constexpr int kOfWarp = kRows / kWarps;
@@ -778,7 +758,7 @@ __global__ void __launch_bounds__(kWarpgroups * kWarpgroup, 1)
         }
       }
     }
-    go_on();
+    more = next_unit(&kept_share, p);
   } while (more);
 }
 

@@ -626,6 +626,13 @@ class TestScratch:
         problem.judge(world)
 
 
+def plan_of(heads, *names, tall_tokens=None):
+    """A plan of launchers of these names, for units of ``heads`` each sequence, or of 16 tokens."""
+    launchers = {name: types.SimpleNamespace(device=0) for name in names}
+    row_tokens = None if tall_tokens is None else 16
+    return module._Plan(launchers, "cupy", heads, row_tokens, tall_tokens, 16, 2, 4160)
+
+
 @pytest.mark.parametrize(
     "sequences, heads, tokens, how, blocks",
     [
@@ -645,22 +652,20 @@ def test_who_computes_is_chosen_by_shapes(monkeypatch, sequences, heads, tokens,
     """As it was measured on a GPU of 132 multiprocessors; without clusters, and without room for
     equal shares, too."""
     monkeypatch.setattr(launch, "processors", lambda device: 132)
-    named = {name: types.SimpleNamespace(device=0) for name in ("plain", "shared", "clustered")}
+    step = sequences, sequences, tokens // 16
 
     def chosen(*names):
-        launchers = {name: named[name] for name in names}
-        plan = module._Plan(launchers, "cupy", heads, None, None, 16, 2, 4160)
-        return plan._choose(sequences, sequences, tokens // 16), plan
+        return plan_of(heads, *names)._choose(*step)
 
-    (found, count), plan = chosen(*named)
-    assert (found, count) == (how, blocks)
-    scratch = plan.scratch_for((sequences, sequences, tokens // 16))
+    plan = plan_of(heads, "plain", "shared", "clustered")
+    assert plan._choose(*step) == (how, blocks)
+    scratch = plan.scratch_for(step)
     assert (scratch is None) == (how != "shared")
     if scratch is not None:
         assert scratch.size < 64 << 20
-    assert chosen("plain")[0] == ("plain", sequences * heads)
-    assert chosen("plain", "shared")[0][0] != "clustered"
-    assert chosen("plain", "clustered")[0][0] != "shared"
+    assert chosen("plain") == ("plain", sequences * heads)
+    assert chosen("plain", "shared")[0] != "clustered"
+    assert chosen("plain", "clustered")[0] != "shared"
 
 
 @pytest.mark.parametrize(
@@ -675,10 +680,7 @@ def test_who_computes_is_chosen_by_shapes(monkeypatch, sequences, heads, tokens,
 )
 def test_pairs_are_for_a_full_gpu(monkeypatch, sequences, heads, tokens, how, blocks):
     monkeypatch.setattr(launch, "processors", lambda device: 132)
-    launchers = {
-        name: types.SimpleNamespace(device=0) for name in ("plain", "paired", "shared", "clustered")
-    }
-    plan = module._Plan(launchers, "cupy", heads, None, None, 16, 2, 4160)
+    plan = plan_of(heads, "plain", "paired", "shared", "clustered")
     assert plan._choose(sequences, sequences, tokens // 16) == (how, blocks)
     assert plan.scratch_for((64, 64, 256)) is None
 
@@ -718,8 +720,7 @@ def test_which_heads_are_paired(paired, named):
 
 def test_many_tokens_are_for_another_kernel(monkeypatch):
     monkeypatch.setattr(launch, "processors", lambda device: 132)
-    named = {name: types.SimpleNamespace(device=0) for name in ("plain", "tall", "clustered")}
-    plan = module._Plan(named, "cupy", 8, 16, 1280, 16, 2, 4160)
+    plan = plan_of(8, "plain", "tall", "clustered", tall_tokens=1280)
     assert plan._choose(1279, 64, 256) == ("plain", (1279 // 16 + 64) * 8)
     assert plan._choose(1280, 1, 256) == ("tall", (1280 // 16 + 1) * 8)
     assert plan._choose(16, 1, 256)[0] == "clustered"

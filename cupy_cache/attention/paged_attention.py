@@ -537,10 +537,7 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     size, query, out = check.sizes, named["query"], named["out"]
     key_cache, value_cache = named["key_cache"], named["value_cache"]
     with errors.on_gpus_alone():
-        check.dtype(
-            "query", query, *(formats.DTYPES[name] for name in ("float16", "bfloat16")),
-            way_out="for float32 on a GPU use gather_cache and the framework's attention",
-        )  # fmt: skip
+        steps.check_query_on_gpu(check, query)
         for name, extent in (("query", size["head_size"]), ("value_cache", size["head_size_v"])):
             if extent > LARGEST_HEAD:
                 raise ShapeError(

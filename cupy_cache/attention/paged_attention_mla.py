@@ -429,10 +429,7 @@ class _Shape(NamedTuple):
 def _gpu_plan(check, named, stored, rank, causal, entries):
     size, query, out, cache = check.sizes, named["query"], named["out"], named["kv_cache"]
     with errors.on_gpus_alone():
-        check.dtype(
-            "query", query, *formats.FLOATS[:2],
-            way_out="for float32 on a GPU use gather_cache and the framework's attention",
-        )  # fmt: skip
+        steps.check_query_on_gpu(check, query)
         for name, extent, most in (
             ("kv_lora_rank", rank, LARGEST_RANK), ("entry_size", size["entry_size"], LARGEST_ENTRY),
         ):  # fmt: skip

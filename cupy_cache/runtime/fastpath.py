@@ -9,6 +9,7 @@ their addresses alone (`_Calls`). There is one function for each signature (`_ke
 `_plan_path`), whatever the counts; the layers of a `PagedKVCache` share it.
 """
 
+import abc
 import itertools
 import math
 import operator
@@ -89,7 +90,7 @@ class Recent(list):
 # --- what calls of a signature have in common -----------------------------------------------------
 
 
-class _Calls:
+class _Calls(abc.ABC):
     """What calls of a signature come to, but for their addresses: told by their extents and
     scalars, and remembered.
 
@@ -114,10 +115,10 @@ class _Calls:
         self._latest, self._repeats = None, 0
         self.settled = _UNSETTLED
 
+    @abc.abstractmethod
     def make(self, extents, scalars, told):
         """What such a call comes to; None where it must go the long way. ``told``: the numbers of
         elements, shapes and strides that tell the extents."""
-        raise NotImplementedError
 
     def forget(self):
         """Make everything anew."""

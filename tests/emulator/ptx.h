@@ -398,11 +398,11 @@ struct Matrix {
 // A thread's sums of a product of 64 rows: row lane / 4 of 16 of its warp's, and eight rows further,
 // of which it has the columns 2 * (lane % 4) and the next, of eight.
 template <typename T, int kColumns>
-void wgmma(float* const (&sums)[kColumns / 2], Matrix a, Matrix b, bool adds, bool transposed) {
+void wgmma(float* const (&sums)[kColumns / 2], Matrix a, Matrix b, bool transposed) {
   const int lane = emulator::lane(), warp = threadIdx.x / 32 % 4;
   for (int i = 0; i < kColumns / 2; ++i) {
     const int row = warp * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    double sum = adds ? as_double(*sums[i]) : 0.0;
+    double sum = as_double(*sums[i]);
     for (int k = 0; k < 16; ++k) {
       const double its = transposed ? a.element<T>(k, row) : a.element<T>(row, k);
       sum += its * b.element<T>(column, k);
@@ -410,20 +410,19 @@ void wgmma(float* const (&sums)[kColumns / 2], Matrix a, Matrix b, bool adds, bo
     *sums[i] = static_cast<float>(sum);
   }
 }
-// A product's operands: its sums, and then the two matrices, whether it adds and whether it transposes.
+// A product's operands: its sums, the two matrices, and whether it transposes.
 template <typename T, int kColumns, typename... Operands>
 void wgmma_operands(Operands&&... operands) {
   const void* all[] = {&operands...};
   constexpr int kSums = kColumns / 2;
-  static_assert(sizeof...(operands) == kSums + 4, "a product's operands");
+  static_assert(sizeof...(operands) == kSums + 3, "a product's operands");
   float* sums[kSums];
   for (int i = 0; i < kSums; ++i) sums[i] = static_cast<float*>(const_cast<void*>(all[i]));
   const auto matrix = [&](int number) {
     return Matrix(*static_cast<const unsigned long long*>(all[number]));
   };
-  const bool adds = *static_cast<const unsigned*>(all[kSums + 2]) != 0;
-  const bool transposed = *static_cast<const bool*>(all[kSums + 3]);
-  wgmma<T, kColumns>(sums, matrix(kSums), matrix(kSums + 1), adds, transposed);
+  const bool transposed = *static_cast<const bool*>(all[kSums + 2]);
+  wgmma<T, kColumns>(sums, matrix(kSums), matrix(kSums + 1), transposed);
 }
 template <int kColumns, typename... Operands>
 void wgmma_bf16(Operands&&... operands) {

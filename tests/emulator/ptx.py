@@ -51,12 +51,12 @@ def _warpgroup_product(columns, kind, machine):
     sums = columns // 2
     registers = ", ".join(f"%{number}" for number in range(sums))
     text = (
-        f"{{ .reg .pred adds; setp.ne.u32 adds, %{sums + 2}, 0; "
+        "{ .reg .pred adds; setp.eq.u32 adds, 0, 0; "
         f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} {{{registers}}}, "
-        f"%{sums}, %{sums + 1}, adds, 1, 1, %{sums + 3}, 0; }}"
+        f"%{sums}, %{sums + 1}, adds, 1, 1, %{sums + 2}, 0; }}"
     )
     machine = rf"HGMMA\.64x{columns}x16{machine} R\d+, gdesc\[UR\d+\]\.tnspA, R\d+"
-    constraints = " ".join(["+f"] * sums + ["l", "l", "r", "n"])
+    constraints = " ".join(["+f"] * sums + ["l", "l", "n"])
     return text, Instruction(f"wgmma_{kind}<{columns}>", constraints, machine, stays=True, only=90)
 
 

@@ -40,6 +40,14 @@ def check_arrays(check, named, caches):
             check.writable(name, named[name], rows=True)
 
 
+def check_query_on_gpu(check, query):
+    """Refuse queries of dtypes that the kernels have no products for."""
+    check.dtype(
+        "query", query, *formats.FLOATS[:2],
+        way_out="for float32 on a GPU use gather_cache and the framework's attention",
+    )  # fmt: skip
+
+
 def check_counts(op, tokens, sequences, table_rows, starts, written):
     """Refuse counts of a step's queries that do not belong together. ``starts``: those of
     query_start_loc, or None. ``written``: {name: rows or None} of results."""

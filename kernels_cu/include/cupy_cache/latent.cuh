@@ -253,6 +253,14 @@ class Share {
     if (((turn | each) >> 32) == 0) return static_cast<u32>(turn) / static_cast<u32>(each);
     return static_cast<u32>(turn / each);
   }
+  // Where those that share the unit are counted.
+  __device__ __forceinline__ u64* word(const Params& p) const {
+    u64 number = static_cast<u64>(index) * sequence.units + unit;
+    if constexpr (!IsVoid<Start>::value) {
+      number = static_cast<u64>(sequence.first) * p.heads / kRows + static_cast<u64>(index) + unit;
+    }
+    return reinterpret_cast<u64*>(p.scratch) + number;
+  }
 
  private:
   u32 lane_;
@@ -316,6 +324,32 @@ template <bool kScaled>
 __device__ __forceinline__ float scale_of_cache(const Params& p) {
   if constexpr (!kScaled) return 1.0f;
   return p.kv_scale ? *reinterpret_cast<const float*>(p.kv_scale) : p.kv_scale_value;
+}
+
+// The parts of a unit that have a result, and those of them that a thread block has.
+struct Parts {
+  i32 tokens, count;  // tokens of a part; parts
+  i32 from, to;       // the block's
+
+  template <typename Share, typename Unit>
+  __device__ __forceinline__ Parts(const Share& share, const Cut& cut, const Unit& unit) {
+    tokens = kTurn << cut.log;
+    count = max((unit.seen + tokens - 1) / tokens, 1);
+    from = min(share.part_at(cut, share.begin), count);
+    to = min(share.part_at(cut, share.end), count);
+  }
+};
+
+// Goes on to the next unit of a thread block's share, which is in shared memory as there are no
+// registers to keep it. Whether there is one.
+template <typename Share>
+__device__ __forceinline__ bool next_unit(Share* kept, const Params& p) {
+  Share share = *kept;
+  __syncthreads();  // what is shared is free
+  share.go_on(p);
+  if (threadIdx.x == 0) *kept = share;
+  __syncthreads();
+  return share.more();
 }
 
 // What lies in scratch memory of a part of a unit, if one of the blocks that share it has a result that

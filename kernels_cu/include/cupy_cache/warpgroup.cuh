@@ -63,50 +63,49 @@ __device__ __forceinline__ u64 panel_at(const char* at, int further) {
 // 4), c[4 * j + 2 * half + i] is row + 8 * half, column 8 * j + pair + i.
 template <typename T, bool kTransposed, int kColumns>
 __device__ __forceinline__ void multiply_panels(float (&c)[kColumns / 2], const char* a, int a_at,
-                                                const char* b, int b_at, int step, bool add) {
+                                                const char* b, int b_at, int step) {
   static_assert(kColumns == 16 || kColumns == 32, "what is listed below");
 #ifdef CUPY_CACHE_WARPGROUPS
   const u64 left = panel_at(a, a_at + step * kDepth * (kTransposed ? kPanelRow : 2));
   const u64 right = panel_at(b, b_at + step * kDepth * 2);
-  const u32 adds = add;
   if constexpr (kColumns == 16 && IsBF16<T>::value) {
     asm volatile(
-        "{ .reg .pred adds; setp.ne.u32 adds, %10, 0;\n"
+        "{ .reg .pred adds; setp.eq.u32 adds, 0, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, "
         "%6, %7}, "
-        "%8, %9, adds, 1, 1, %11, 0; }"
+        "%8, %9, adds, 1, 1, %10, 0; }"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]),
           "+f"(c[7])
-        : "l"(left), "l"(right), "r"(adds), "n"(kTransposed));
+        : "l"(left), "l"(right), "n"(kTransposed));
   } else if constexpr (kColumns == 16 && !IsBF16<T>::value) {
     asm volatile(
-        "{ .reg .pred adds; setp.ne.u32 adds, %10, 0;\n"
+        "{ .reg .pred adds; setp.eq.u32 adds, 0, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, "
         "%7}, "
-        "%8, %9, adds, 1, 1, %11, 0; }"
+        "%8, %9, adds, 1, 1, %10, 0; }"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]),
           "+f"(c[7])
-        : "l"(left), "l"(right), "r"(adds), "n"(kTransposed));
+        : "l"(left), "l"(right), "n"(kTransposed));
   } else if constexpr (kColumns == 32 && IsBF16<T>::value) {
     asm volatile(
-        "{ .reg .pred adds; setp.ne.u32 adds, %18, 0;\n"
+        "{ .reg .pred adds; setp.eq.u32 adds, 0, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {%0, %1, %2, %3, %4, %5, "
         "%6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-        "%16, %17, adds, 1, 1, %19, 0; }"
+        "%16, %17, adds, 1, 1, %18, 0; }"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]),
           "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]),
           "+f"(c[13]), "+f"(c[14]), "+f"(c[15])
-        : "l"(left), "l"(right), "r"(adds), "n"(kTransposed));
+        : "l"(left), "l"(right), "n"(kTransposed));
   } else if constexpr (kColumns == 32 && !IsBF16<T>::value) {
     asm volatile(
-        "{ .reg .pred adds; setp.ne.u32 adds, %18, 0;\n"
+        "{ .reg .pred adds; setp.eq.u32 adds, 0, 0;\n"
         "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {%0, %1, %2, %3, %4, %5, %6, "
         "%7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-        "%16, %17, adds, 1, 1, %19, 0; }"
+        "%16, %17, adds, 1, 1, %18, 0; }"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]),
           "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]),
           "+f"(c[13]), "+f"(c[14]), "+f"(c[15])
-        : "l"(left), "l"(right), "r"(adds), "n"(kTransposed));
+        : "l"(left), "l"(right), "n"(kTransposed));
   }
 #else
   const int lane = static_cast<int>(threadIdx.x % 32);
@@ -118,7 +117,7 @@ __device__ __forceinline__ void multiply_panels(float (&c)[kColumns / 2], const 
   };
   for (int i = 0; i < kColumns / 2; ++i) {
     const int row = first + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    float sum = add ? c[i] : 0.0f;
+    float sum = c[i];
     for (int k = step * kDepth; k < (step + 1) * kDepth; ++k) {
       const float its = kTransposed ? element(a + a_at, k, row) : element(a + a_at, row, k);
       sum = __fmaf_rn(its, element(b + b_at, column, k), sum);
