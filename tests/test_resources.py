@@ -14,12 +14,13 @@ from machine_code import NOT_READ, cuobjdump
 from cupy_cache.runtime import modules
 
 STEMS = sorted(path.stem for path in modules.kernel_dir().glob("*.cu"))
-# Sources whose kernels take long.
+# Sources whose kernels take long, and those that a default run leaves out.
+EXTRA = ("paged_attention", "gather_both")
 PARTS = {
     "paged_attention": 8, "paged_attention_mla": 3, "rotary": 4, "gather_cache": 3, "pack_blocks": 2
 }  # fmt: skip
 TABLES = [
-    pytest.param(stem, architecture, part, marks=[pytest.mark.extra] * (stem == "paged_attention"))
+    pytest.param(stem, architecture, part, marks=[pytest.mark.extra] * (stem in EXTRA))
     for stem in STEMS
     for architecture in make_resources.architectures(stem)
     for part in range(PARTS.get(stem, 1))
@@ -46,7 +47,7 @@ def require_the_compiler_of_resources(stem=STEMS[0]):
 @pytest.mark.each("architecture")
 @pytest.mark.parametrize("stem, architecture, part", TABLES)
 def test_the_file_is_up_to_date(stem, architecture, part):
-    """Of one source for each architecture by default, not attention's."""
+    """Of one source for each architecture by default, but of EXTRA."""
     require_the_compiler_of_resources(stem)
     if cuobjdump() is None:
         skip(NOT_READ)
