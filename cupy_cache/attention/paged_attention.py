@@ -10,7 +10,6 @@ import struct
 from typing import Any, NamedTuple
 
 from .. import cpu, errors
-from ..errors import ArgumentError, ShapeError
 from ..runtime import (
     arrays,
     contract,
@@ -256,11 +255,11 @@ def _check_scales(op, k_scale, v_scale, k_scale_cache, v_scale_cache):
     for name, cache in (("k_scale_cache", k_scale_cache), ("v_scale_cache", v_scale_cache)):
         if cache is None:
             other = "both k_scale_cache and v_scale_cache, or neither"
-            raise ArgumentError(errors.wrong("value", f"{op}: {name}", other, "None"))
+            raise errors.wrong("value", f"{op}: {name}", other, "None")
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None:
-            expected, got = f"None beside {name}_cache", contract.shown(scale)
-            raise ArgumentError(errors.wrong("value", f"{op}: {name}", expected, got))
+            expected, got = f"None beside {name}_cache", errors.shown(scale)
+            raise errors.wrong("value", f"{op}: {name}", expected, got)
 
 
 def new_out(op, query, key_cache, value_cache, stream):
@@ -326,10 +325,8 @@ def _plan(op, described, options):
     for name in ("num_heads", "num_kv_heads", "head_size", "head_size_v", "block_size"):
         check.positive(name, size[name])
     if size["num_heads"] % size["num_kv_heads"]:
-        raise ShapeError(
-            f"{op.name}: Invalid shape of query: expected a multiple of the "
-            f"{size['num_kv_heads']} heads of key_cache, got {size['num_heads']} heads"
-        )
+        expected = f"a multiple of the {size['num_kv_heads']} heads of key_cache"
+        raise errors.wrong("shape", f"{op.name}: query", expected, f"{size['num_heads']} heads")
 
     check.dtype("query", query, *formats.FLOATS)
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
@@ -364,7 +361,7 @@ def _format(op, kv_cache_dtype, by_token):
         return formats.cache_format(op, kv_cache_dtype, table=formats.PER_TOKEN_HEAD_FORMATS)
     if kv_cache_dtype in {*formats.PER_TOKEN_HEAD_FORMATS} - {*formats.CACHE_FORMATS}:
         expected = f"float32 scales, with kv_cache_dtype={kv_cache_dtype!r}"
-        raise ArgumentError(errors.wrong("value", f"{op}: k_scale_cache", expected, "None"))
+        raise errors.wrong("value", f"{op}: k_scale_cache", expected, "None")
     return formats.cache_format(op, kv_cache_dtype)
 
 
@@ -540,10 +537,8 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         steps.check_query_on_gpu(check, query)
         for name, extent in (("query", size["head_size"]), ("value_cache", size["head_size_v"])):
             if extent > LARGEST_HEAD:
-                raise ShapeError(
-                    f"{check.op}: Invalid shape of {name}: expected heads of at most "
-                    f"{LARGEST_HEAD} elements on a GPU, got {extent}"
-                )
+                expected = f"heads of at most {LARGEST_HEAD} elements on a GPU"
+                raise errors.wrong("shape", f"{check.op}: {name}", expected, extent)
     keys = _key_layout(key_cache)
     values = _value_layout(value_cache, len(key_cache.shape) == 5, size["block_size"])
     group = size["num_heads"] // size["num_kv_heads"]
@@ -677,10 +672,8 @@ def _count(extents, options, scalars):
         NAME, tokens, sequences, table_rows, starts, dict(zip(("out", "lse"), written))
     )  # fmt: skip
     if slopes is not None and slopes < sequences:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of alibi_slopes: expected rows for the {sequences} sequences "
-            f"of seq_lens, got {slopes}"
-        )
+        expected = f"rows for the {sequences} sequences of seq_lens"
+        raise errors.wrong("shape", f"{NAME}: alibi_slopes", expected, slopes)
     work = (tokens, sequences, width) if tokens and sequences else 0
     return work, (tokens, sequences, width, step, *scalars)
 

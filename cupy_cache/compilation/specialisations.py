@@ -14,12 +14,13 @@ import math
 import types
 from typing import NamedTuple
 
+from .. import errors
 from ..attention import alibi_slopes as attention
 from ..attention.alibi_bias import alibi_bias
 from ..attention.merge_attn_states import merge_attn_states
 from ..attention.paged_attention import paged_attention
 from ..attention.paged_attention_mla import paged_attention_mla
-from ..errors import ArgumentError, CupyCacheError
+from ..errors import CupyCacheError
 from ..ops.concat_and_cache_mla import SCALE_RULES, concat_and_cache_mla
 from ..ops.concat_and_cache_mla_grouped import GEOMETRY, concat_and_cache_mla_grouped
 from ..ops.concat_and_cache_mla_rope_fused import concat_and_cache_mla_rope_fused
@@ -84,10 +85,8 @@ def specialisations(
         whole = isinstance(given, str)  # its items would be letters
         unknown = [given] if whole else [item for item in given if item not in allowed]
         if unknown:
-            raise ArgumentError(
-                f"warmup: Invalid value of {name}: expected some of {', '.join(allowed)}, got "
-                f"{unknown[0]!r}{' instead of a sequence' if whole else ''}"
-            )
+            got = f"{unknown[0]!r}{' instead of a sequence' if whole else ''}"
+            raise errors.wrong("value", f"warmup: {name}", f"some of {', '.join(allowed)}", got)
     dtype = formats.dtype_named(dtype, "warmup: dtype")
     stored = formats.UINT8
     if kv_cache_dtype != formats.FP8_DS_MLA:
@@ -126,10 +125,8 @@ def _rotation(given, dtype):
     """A rotation with all that it lacks, for keys of ``dtype``, as a namespace."""
     unknown = [name for name in given if name not in ROTATION]
     if unknown:
-        raise ArgumentError(
-            f"warmup: Invalid value of rotary: expected some of {', '.join(ROTATION)}, got "
-            f"{unknown[0]!r}"
-        )
+        expected = f"some of {', '.join(ROTATION)}"
+        raise errors.wrong("value", "warmup: rotary", expected, repr(unknown[0]))
     all_of_it = types.SimpleNamespace(**{**ROTATION, **given})
     for name in ("cos_sin_dtype", "norm_dtype"):
         named = getattr(all_of_it, name)

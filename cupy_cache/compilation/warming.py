@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from .. import errors
 from ..errors import CupyCacheError, DeviceError
 from ..runtime import contract, driver, modules
 from ..runtime.log import logger
@@ -111,10 +112,8 @@ def warmup(
         num_heads = contract.integer("warmup", "num_heads", num_heads, 1)
     place = driver.device_named(device, "warmup: device")
     if place.kind == "cpu":
-        raise DeviceError(
-            "warmup: Invalid value of device: expected a GPU, got the CPU, where nothing is "
-            "compiled"
-        )
+        got = "the CPU, where nothing is compiled"
+        raise errors.wrong("value", "warmup: device", "a GPU", got, error=DeviceError)
     refused: list[CupyCacheError] = []
     capability = driver.active.capability(place.index)
     shared_bytes = driver.active.shared_memory(place.index)

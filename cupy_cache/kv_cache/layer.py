@@ -6,7 +6,6 @@ import inspect
 
 from .. import errors
 from ..attention import paged_attention
-from ..errors import ArgumentError
 from ..ops import (
     concat_and_cache_mla,
     concat_and_cache_mla_rope_fused,
@@ -160,5 +159,5 @@ def _refuse_unusual(**options):
         usual = usually[name].default
         if option is not usual and (usual is None or option != usual):
             expected = f"{usual!r} where there are no value caches"
-            got = contract.shown(option)
-            raise ArgumentError(errors.wrong("value", f"{ROTARY_WRITE}: {name}", expected, got))
+            got = errors.shown(option)
+            raise errors.wrong("value", f"{ROTARY_WRITE}: {name}", expected, got)

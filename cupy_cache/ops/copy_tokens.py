@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..errors import ShapeError
+from .. import errors
 from ..runtime import contract, dispatch
 from ..types import LayersOrPairs, Pairs, StreamLike
 from .shared import blocks, copying, mappings, packing
@@ -58,10 +58,10 @@ def _plan(op, described, options):
     for name, array in named:
         check.shape(name, array, "num_blocks block_size ...")
         if len(array.shape) > packing.MAX_TOKEN_DIMS:
-            raise ShapeError(
-                f"{op.name}: Invalid shape of {name}: expected [num_blocks, block_size, ...] of at "
-                f"most {packing.MAX_TOKEN_DIMS} dimensions, got {list(array.shape)}"
+            expected = (
+                f"[num_blocks, block_size, ...] of at most {packing.MAX_TOKEN_DIMS} dimensions"
             )
+            raise errors.wrong("shape", f"{op.name}: {name}", expected, list(array.shape))
         check.device(name, array)
         check.writable(name, array)
     if pairs is not None:

@@ -7,8 +7,7 @@ from __future__ import annotations
 import functools
 from typing import Literal
 
-from .. import cpu
-from ..errors import ArgumentError
+from .. import cpu, errors
 from ..runtime import contract, formats, modules, plans, spelling
 from ..types import ArrayLike, StreamLike
 from .shared import gathering
@@ -129,10 +128,8 @@ def _plan(op, described, options):
 def _count(extents, batch_size):
     rows, table_rows, starts_of_rows, starts = extents
     if starts_of_rows != batch_size:
-        raise ArgumentError(
-            f"{NAME}: Invalid value of batch_size: expected {starts_of_rows}, the length of "
-            f"workspace_starts, got {batch_size}"
-        )
+        expected = f"{starts_of_rows}, the length of workspace_starts"
+        raise errors.wrong("value", f"{NAME}: batch_size", expected, batch_size)
     gathering.check_sequences(NAME, batch_size, table_rows, starts)
     return rows if batch_size else 0, batch_size
 

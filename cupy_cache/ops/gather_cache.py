@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from ..errors import ShapeError
+from .. import errors
 from ..runtime import contract
 from ..types import ArrayLike, StreamLike
 from .shared import gathering
@@ -83,15 +83,11 @@ def _count(extents):
     rows, sequences, bounds, starts = extents
     contract.check_sequence_count(NAME, "block_table", sequences)
     if bounds != sequences + 1:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of cu_seq_lens: expected [{sequences + 1}], one more "
-            f"than the rows of block_table, got [{bounds}]"
-        )
+        expected = f"[{sequences + 1}], one more than the rows of block_table"
+        raise errors.wrong("shape", f"{NAME}: cu_seq_lens", expected, f"[{bounds}]")
     if starts not in (None, sequences):
-        raise ShapeError(
-            f"{NAME}: Invalid shape of seq_starts: expected [{sequences}], the rows of "
-            f"block_table, got [{starts}]"
-        )
+        expected = f"[{sequences}], the rows of block_table"
+        raise errors.wrong("shape", f"{NAME}: seq_starts", expected, f"[{starts}]")
     return rows, sequences
 
 

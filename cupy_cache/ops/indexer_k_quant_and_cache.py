@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import functools
 
-from .. import cpu
-from ..errors import ArgumentError
+from .. import cpu, errors
 from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
 from ..types import ArrayLike, StreamLike
 from .shared import indexer
@@ -97,10 +96,8 @@ def _plan(op, described, options):
     head_size = k.shape[1]
     check.positive("head_size", head_size)
     if head_size % quant_block_size:
-        raise ArgumentError(
-            f"{op.name}: Invalid value of quant_block_size: expected a divisor of the head size "
-            f"{head_size}, got {quant_block_size}"
-        )
+        expected = f"a divisor of the head size {head_size}"
+        raise errors.wrong("value", f"{op.name}: quant_block_size", expected, quant_block_size)
     quant_blocks = head_size // quant_block_size
     check.dtype("k", k, *formats.FLOATS)
     check.dtype("slot_mapping", slot_mapping, *formats.INDICES)

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import functools
 
-from .. import cpu
-from ..errors import ShapeError
+from .. import cpu, errors
 from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
 from ..types import ArrayLike, StreamLike
 
@@ -111,10 +110,8 @@ def _plan(op, described, options):
     sizes = size["head_size"], size["head_size_v"]
     for name, head_size in zip(("key", "value"), sizes):
         if head_size > MAX_HEAD_SIZE:
-            raise ShapeError(
-                f"{op.name}: Invalid shape of {name}: expected a head size of at most "
-                f"{MAX_HEAD_SIZE}, got {head_size}"
-            )
+            expected = f"a head size of at most {MAX_HEAD_SIZE}"
+            raise errors.wrong("shape", f"{op.name}: {name}", expected, head_size)
 
     if key_cache.device.kind == "cpu":
         run = functools.partial(

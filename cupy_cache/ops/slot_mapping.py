@@ -7,8 +7,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from .. import cpu
-from ..errors import ShapeError
+from .. import cpu, errors
 from ..runtime import (
     arrays,
     contract,
@@ -158,15 +157,11 @@ def _count(extents, options, scalars):
     ((requests, width), (step, _)), tokens, bounds, count = extents
     contract.check_sequence_count(NAME, "block_table", requests)
     if bounds != requests + 1:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of query_start_loc: expected [{requests + 1}], one more "
-            f"than the rows of block_table, got [{bounds}]"
-        )
+        expected = f"[{requests + 1}], one more than the rows of block_table"
+        raise errors.wrong("shape", f"{NAME}: query_start_loc", expected, f"[{bounds}]")
     if count < tokens:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of out: expected at least {tokens} entries, as many as "
-            f"positions, got [{count}]"
-        )
+        expected = f"at least {tokens} entries, as many as positions"
+        raise errors.wrong("shape", f"{NAME}: out", expected, f"[{count}]")
     block_size, world, *_ = options
     limit = slots.position_limit(width, block_size, world)
     return count, (count, requests, tokens, step, limit, *launch.evenly(requests, tokens))

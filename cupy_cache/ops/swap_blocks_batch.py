@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import ArgumentError, DeviceError, MissingDependencyError, ShapeError
+from .. import errors
+from ..errors import MissingDependencyError
 from ..runtime import arrays, devices, dispatch, driver, launch, modules, params, streams
 from ..runtime.log import logger
 from ..types import ArrayLike, StreamLike
@@ -130,9 +131,7 @@ class _Plan:
 def _plan(op, described, options):
     for arg, array in zip(op.args, described):
         if array is not None:
-            raise DeviceError(
-                f"{NAME}: Invalid device of {arg.name}: expected host memory, got {array.device}"
-            )
+            raise errors.wrong("device", f"{NAME}: {arg.name}", "host memory", array.device)
     return _Plan(*options)
 
 
@@ -140,10 +139,8 @@ def _count(extents, options, scalars):
     del options, scalars
     if len(set(extents)) > 1:
         name, got = ("dst_ptrs", extents[1]) if extents[1] != extents[0] else ("sizes", extents[2])
-        raise ShapeError(
-            f"{NAME}: Invalid shape of {name}: expected [n={extents[0]}], got [{got}] (n = {got} "
-            f"where src_ptrs has {extents[0]})"
-        )
+        got = f"[{got}] (n = {got} where src_ptrs has {extents[0]})"
+        raise errors.wrong("shape", f"{NAME}: {name}", f"[n={extents[0]}]", got)
     return extents[0], ()
 
 
@@ -175,9 +172,7 @@ def _check_ranges(sources, destinations, sizes):
 def _require(name, column, good, expected):
     if not good.all():
         row = int(np.argmin(good))
-        raise ArgumentError(
-            f"{NAME}: Invalid value of {name}: expected {expected}, got {column[row]} in row {row}"
-        )
+        raise errors.wrong("value", f"{NAME}: {name}", expected, f"{column[row]} in row {row}")
 
 
 def _check_apart(of, to, steps):
@@ -205,10 +200,9 @@ def _check_apart(of, to, steps):
 
 
 def _refuse_overlap(name, address, start, end):
-    raise ArgumentError(
-        f"{NAME}: Invalid value of {name}: expected ranges that overlap no other destination, got "
-        f"{address:#x} where {start:#x} to {end:#x} is written; copy in two calls"
-    )
+    expected = "ranges that overlap no other destination"
+    got = f"{address:#x} where {start:#x} to {end:#x} is written"
+    raise errors.wrong("value", f"{NAME}: {name}", expected, got, "copy in two calls")
 
 
 # --- where the memory is --------------------------------------------------------------------------
@@ -280,10 +274,8 @@ def _check_inside(name, found, end):
     while found.end < end:
         following = driver.active.allocation(found.end)
         if following is None or following[2:] != found[2:]:
-            raise ArgumentError(
-                f"{NAME}: Invalid value of {name}: expected ranges inside their allocations, got "
-                f"one up to {end:#x} where {found.device} memory ends at {found.end:#x}"
-            )
+            got = f"one up to {end:#x} where {found.device} memory ends at {found.end:#x}"
+            raise errors.wrong("value", f"{NAME}: {name}", "ranges inside their allocations", got)
         found = following
 
 

@@ -55,8 +55,8 @@ class overlap:
 
     def __init__(self, on: bool = True) -> None:
         if not isinstance(on, bool):
-            given = type(on).__name__
-            raise errors.ArgumentError(errors.wrong("type", "overlap: on", "True or False", given))
+            expected, error = "True or False", errors.ArgumentError
+            raise errors.wrong("type", "overlap: on", expected, type(on).__name__, error=error)
         self._before = _set(on)
 
     def __enter__(self) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...errors import ArgumentError, ShapeError
+from ... import errors
 from ...runtime import (
     arrays,
     contract,
@@ -147,10 +147,8 @@ def tensor_lists(op, caches):
     for index, layer in enumerate(caches):
         if not isinstance(layer, (list, tuple)) or not 1 <= len(layer) == len(first) <= 2:
             got = f"{len(layer)}" if isinstance(layer, (list, tuple)) else type(layer).__name__
-            raise ShapeError(
-                f"{op}: Invalid length of caches[{index}]: expected an array, or one or two of "
-                f"them like caches[0], got {got}"
-            )
+            expected = "an array, or one or two of them like caches[0]"
+            raise errors.wrong("length", f"{op}: caches[{index}]", expected, got)
     return list(zip(*caches))
 
 
@@ -201,10 +199,10 @@ class Plan:
             check.shape(name, tensor, pattern)
             check.device(name, tensor)
             if by_slot and len(tensor.shape) > MAX_TOKEN_DIMS:
-                raise ShapeError(
-                    f"{op.name}: Invalid shape of {name}: expected [num_blocks, block_size, ...] "
-                    f"of at most {MAX_TOKEN_DIMS} dimensions, got {list(tensor.shape)}; of a cache "
-                    "whose blocks are x-packed pack whole blocks"
+                expected = f"[num_blocks, block_size, ...] of at most {MAX_TOKEN_DIMS} dimensions"
+                way_out = "of a cache whose blocks are x-packed pack whole blocks"
+                raise errors.wrong(
+                    "shape", f"{op.name}: {name}", expected, list(tensor.shape), way_out
                 )
             if direction.writes_cache:
                 check.writable(name, tensor)
@@ -263,10 +261,8 @@ class Plan:
         nested = any(g.outer > 1 for g in self.geometries)
         self.vectors = max(vectors)
         if self.vectors > _MAX_WORKS:
-            raise ShapeError(
-                f"{self.op}: Invalid size of items of caches: expected at most "
-                f"{_MAX_WORKS * vector} bytes at this alignment, got {max(self.sizes)}"
-            )
+            expected = f"at most {_MAX_WORKS * vector} bytes at this alignment"
+            raise errors.wrong("size", f"{self.op}: items of caches", expected, max(self.sizes))
         kernel = modules.Kernel(
             self.op,
             "pack_blocks",
@@ -318,10 +314,10 @@ class Plan:
             self._run_cpu(work, buffer)
             return
         if self.chosen is None and self.limit > _MAX_PACKED_INDEX:
-            raise ShapeError(
-                f"{self.op}: Invalid device of {self.argument}: expected the caches' GPU, since "
-                f"there are more than {_MAX_PACKED_INDEX} blocks or slots, got host memory"
+            expected = (
+                f"the caches' GPU, since there are more than {_MAX_PACKED_INDEX} blocks or slots"
             )
+            raise errors.wrong("device", f"{self.op}: {self.argument}", expected, "host memory")
         if self.buffer is None:
             self._enqueue(work, caches.pointers, _NO_BUFFER, 0, items)
             return
@@ -340,10 +336,11 @@ class Plan:
         room, caches = rows * self._row_bytes, work.caches
         size = work.items * caches.item_bytes
         if size > room:
-            raise ShapeError(
-                f"{self.op}: Invalid size of {self.buffer_name[0]}: expected at least {size} bytes "
-                f"for {work.items} items of {caches.item_bytes} bytes in all layers, got {room}"
+            expected = (
+                f"at least {size} bytes for {work.items} items of {caches.item_bytes} bytes in all "
+                "layers"
             )
+            raise errors.wrong("size", f"{self.op}: {self.buffer_name[0]}", expected, room)
         if not size or self.buffer.device.kind != self.device.kind:
             return
         for ends, span, places in zip(caches.ends, self._spans, caches.places):
@@ -352,9 +349,9 @@ class Plan:
             low, high = span
             for layer, place in enumerate(places):
                 if place + low < address + size and address < place + high:
-                    raise ArgumentError(
-                        f"{self.op}: Invalid memory of {self.buffer_name[0]}: expected memory of "
-                        f"its own, got some that layer {layer} of caches lies in"
+                    got = f"some that layer {layer} of caches lies in"
+                    raise errors.wrong(
+                        "memory", f"{self.op}: {self.buffer_name[0]}", "memory of its own", got
                     )
 
     def _enqueue(self, work, tables, places, begin, end):
@@ -516,18 +513,14 @@ def check_range(op, name, chosen, limit, padding, distinct):
     if int(chosen.max()) >= limit or (int(chosen.min()) < 0 and not padding):
         bad = (chosen >= limit) | ((chosen < 0) & (not padding))
         row = int(np.argmax(bad))
-        raise ArgumentError(
-            f"{op}: Invalid value of {name}: expected {'padding or ' if padding else ''}numbers in "
-            f"0..{limit - 1}, got {chosen[row]} in row {row}"
-        )
+        expected = f"{'padding or ' if padding else ''}numbers in 0..{limit - 1}"
+        raise errors.wrong("value", f"{op}: {name}", expected, f"{chosen[row]} in row {row}")
     if distinct:
         used = np.sort(chosen[chosen >= 0]) if padding else np.sort(chosen)
         again = used[1:][used[1:] == used[:-1]]
         if len(again):
-            raise ArgumentError(
-                f"{op}: Invalid value of {name}: expected distinct destinations, got {again[0]} "
-                "twice"
-            )
+            expected = "distinct destinations"
+            raise errors.wrong("value", f"{op}: {name}", expected, f"{again[0]} twice")
 
 
 def _item_geometry(op, name, tensor, by_slot):
