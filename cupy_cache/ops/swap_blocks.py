@@ -196,15 +196,10 @@ class _Plan:
                     raise errors.wrong("shape", f"{NAME}: {name}", expected, list(array.shape))
 
     def _make_kernel(self):
-        limit = None
-        if self._to.kind == "cpu":
-            limit = blocks.TO_HOST_BLOCKS
-        elif self._from.kind == "cpu":
-            limit = blocks.FROM_HOST_BLOCKS
         tensors = [(t.geometry, t.source.ptr | t.destination.ptr) for t in self._tensors]
         self._copy = blocks.CopyPlan(
             NAME, tensors, False, self._source_blocks, self._destination_blocks, None, self._gpu,
-            max_blocks=limit,
+            max_blocks=blocks.most_blocks(self._from, self._to),
         )  # fmt: skip
 
     def tables(self, values):

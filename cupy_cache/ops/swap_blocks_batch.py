@@ -11,7 +11,6 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import errors
-from ..errors import MissingDependencyError
 from ..runtime import arrays, devices, dispatch, driver, launch, modules, params, streams
 from ..runtime.log import logger
 from ..types import ArrayLike, StreamLike
@@ -101,7 +100,7 @@ class _Plan:
         if min(of.low, to.low) <= 0 or max(of.high, to.high) > _MOST:
             _check_ranges(*call.values)
         _check_apart(of, to, ordered[1:] - ordered[:-1])
-        if not _gpus():
+        if not driver.gpus():
             _copy_on_host(sources, destinations, sizes)
             return
         from_sides, to_sides = _locate("src_ptrs", of), _locate("dst_ptrs", to)
@@ -232,13 +231,6 @@ class _Sides(NamedTuple):
 _PAGEABLE = _Side(devices.CPU, None)
 
 
-def _gpus():
-    try:
-        return driver.active.device_count()
-    except MissingDependencyError:
-        return 0
-
-
 def _locate(name, ranges):
     """Where each range is, asking once for each allocation."""
     found = driver.active.allocation(ranges.low)
@@ -319,15 +311,10 @@ def _copy_between(launcher, device, stream, source, destination, sources, destin
         by_kernel = sizes < least
         others = np.flatnonzero(~by_kernel).tolist()
     if len(others) < len(sizes):
-        limit = None
-        if destination.device.kind == "cpu":
-            limit = blocks.TO_HOST_BLOCKS
-        elif source.device.kind == "cpu":
-            limit = blocks.FROM_HOST_BLOCKS
         _launch(
             launcher, stream, sources[by_kernel] + source.shift,
-            destinations[by_kernel] + destination.shift, sizes[by_kernel], limit,
-            largest > MAX_RANGE_BYTES,
+            destinations[by_kernel] + destination.shift, sizes[by_kernel],
+            blocks.most_blocks(source.device, destination.device), largest > MAX_RANGE_BYTES,
         )  # fmt: skip
     for row in others:
         driver.active.copy(

@@ -385,6 +385,14 @@ class Event:
 active = CudaDriver()
 
 
+def gpus():
+    """How many GPUs there are; none where there is no CuPy."""
+    try:
+        return active.device_count()
+    except MissingDependencyError:
+        return 0
+
+
 def device_named(device, name):
     """``device`` as a `Device` that exists.
 
@@ -393,12 +401,7 @@ def device_named(device, name):
     argument's, after its operation, for errors.
     """
     if device is None:
-        try:
-            if not active.device_count():
-                return CPU
-        except MissingDependencyError:
-            return CPU
-        device = "cuda"
+        device = "cuda" if gpus() else "cpu"
     found = re.fullmatch(r"(cpu|cuda)(?::([0-9]+))?", _spelled(device))
     if found is None:
         expected = "a GPU's index, 'cpu', 'cuda', 'cuda:N' or a device of torch or CuPy"

@@ -13,8 +13,8 @@ MAX_THREADS = 256
 # Thread blocks of a copy over the bus: enough to fill it (8 to 16 writing, more reading, because
 # reads wait), few enough to leave the GPU to others. Within one GPU blocks are copied at the
 # memory's speed, by a full grid.
-TO_HOST_BLOCKS = 16
-FROM_HOST_BLOCKS = 48
+_TO_HOST_BLOCKS = 16
+_FROM_HOST_BLOCKS = 48
 # Runs that are contiguous on both sides and have at least so many bytes go over the bus by the
 # copy engines, which alone reach its ceiling, but pause 2 us between copies. To the host and from
 # there they had, beside an H200, 91 and 88 % of it in runs of 1 MiB, and 98 and 97 % in runs of
@@ -43,6 +43,13 @@ PARAMS = params.Struct(
     "slot_strides:i64[2] chunks:u32 unused:u32",
     tail=f"table:u64[{TABLE_WORDS}]",
 )
+
+
+def most_blocks(source, destination):
+    """How many thread blocks at most a copy between these devices has; None: any number."""
+    if source.kind == destination.kind:
+        return None
+    return _TO_HOST_BLOCKS if destination.kind == "cpu" else _FROM_HOST_BLOCKS
 
 
 def interleaved(lists):

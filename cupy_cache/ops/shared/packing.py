@@ -152,6 +152,17 @@ def tensor_lists(op, caches):
     return list(zip(*caches))
 
 
+_WHOLE_BLOCKS = "of a cache whose blocks are x-packed pack whole blocks"
+
+
+def check_tokens(check, name, cache, way_out=""):
+    """Require a cache in which a slot is one place."""
+    check.shape(name, cache, "num_blocks block_size ...")
+    if len(cache.shape) > MAX_TOKEN_DIMS:
+        expected = f"[num_blocks, block_size, ...] of at most {MAX_TOKEN_DIMS} dimensions"
+        raise errors.wrong("shape", f"{check.op}: {name}", expected, list(cache.shape), way_out)
+
+
 class Places(NamedTuple):
     """Where the items are in a buffer: the address of item 0 of layer 0 of each tensor, and the
     bytes from layer to layer. Those from item to item are the ``strides`` of `_Caches`."""
@@ -193,17 +204,13 @@ class Plan:
         self.tensors, (chosen, *buffer) = described[:count], described[count:]
         self.argument, *self.buffer_name = (arg.name for arg in op.args[count:])
         check = contract.Contract(op.name)
-        pattern = "num_blocks block_size ..." if by_slot else "num_blocks ..."
         names = [arg.item(0) if count > 1 else arg.name for arg in op.args[:count]]
         for name, tensor in zip(names, self.tensors):
-            check.shape(name, tensor, pattern)
+            if by_slot:
+                check_tokens(check, name, tensor, _WHOLE_BLOCKS)
+            else:
+                check.shape(name, tensor, "num_blocks ...")
             check.device(name, tensor)
-            if by_slot and len(tensor.shape) > MAX_TOKEN_DIMS:
-                expected = f"[num_blocks, block_size, ...] of at most {MAX_TOKEN_DIMS} dimensions"
-                way_out = "of a cache whose blocks are x-packed pack whole blocks"
-                raise errors.wrong(
-                    "shape", f"{op.name}: {name}", expected, list(tensor.shape), way_out
-                )
             if direction.writes_cache:
                 check.writable(name, tensor)
         self.device = self.tensors[0].device
@@ -235,10 +242,8 @@ class Plan:
             check.writable(name, buffer)
         if buffer.device.kind != "cpu" or self.device.kind == "cpu":
             contract.same_device(self.op, name, buffer.device, "caches", self.device)
-        elif self.direction is UNPACK:
-            self.max_blocks = blocks.FROM_HOST_BLOCKS
-        else:
-            self.max_blocks = blocks.TO_HOST_BLOCKS
+        sides = self.device, buffer.device
+        self.max_blocks = blocks.most_blocks(*(sides if self.direction is PACK else sides[::-1]))
 
     def _make_kernel(self):
         dense = self.by_slot and all(
