@@ -11,7 +11,6 @@ name them in `OPERATIONS`.
 import functools
 import itertools
 import math
-import types
 from typing import NamedTuple
 
 from .. import errors
@@ -98,7 +97,7 @@ def specialisations(
             role: tuple(formats.DTYPES[name] for name in (index_dtypes or names))
             for role, names in ENGINES.items()
         },
-        num_kv_heads if num_heads is None else num_heads, _rotation(rotary or {}, dtype),
+        num_kv_heads if num_heads is None else num_heads, _rotation(rotary or {}),
     )  # fmt: skip
     seen = set()
     for name in OPERATIONS if ops is None else ops:
@@ -113,30 +112,37 @@ def specialisations(
             refused.append(error)
 
 
-# What `warmup` takes of a rotation, and what it is by default; None: every kind, or none.
-ROTATION = {
-    "rotary_dim": None, "rope_dim_offset": 0, "cos_sin_dtype": None, "is_neox": None,
-    "mrope_section": None, "mrope_interleaved": False, "norm_eps": None, "norm_dtype": None,
-    "rounding": "once", "out": False, "out_dtype": "auto",
-}  # fmt: skip
+class Rotation(NamedTuple):
+    """What `warmup` takes of a rotation, and what it is by default; None: every kind, or none."""
+
+    rotary_dim: int | None = None
+    rope_dim_offset: int = 0
+    cos_sin_dtype: formats.DType | None = None
+    is_neox: bool | None = None
+    mrope_section: tuple | None = None
+    mrope_interleaved: bool = False
+    norm_eps: float | None = None
+    norm_dtype: formats.DType | None = None
+    rounding: str = "once"
+    out: bool = False
+    out_dtype: str = "auto"
 
 
-def _rotation(given, dtype):
-    """A rotation with all that it lacks, for keys of ``dtype``, as a namespace."""
-    unknown = [name for name in given if name not in ROTATION]
+def _rotation(given):
+    """The `Rotation` of what ``warmup`` is given."""
+    unknown = [name for name in given if name not in Rotation._fields]
     if unknown:
-        expected = f"some of {', '.join(ROTATION)}"
+        expected = f"some of {', '.join(Rotation._fields)}"
         raise errors.wrong("value", "warmup: rotary", expected, repr(unknown[0]))
-    all_of_it = types.SimpleNamespace(**{**ROTATION, **given})
+    given = dict(given)
     for name in ("cos_sin_dtype", "norm_dtype"):
-        named = getattr(all_of_it, name)
-        if named is not None:
-            setattr(all_of_it, name, formats.dtype_named(named, f"warmup: rotary[{name}]"))
-    all_of_it.norm_dtype = all_of_it.norm_dtype or dtype
-    if all_of_it.rotary_dim is not None:
-        where = "warmup", "rotary[rotary_dim]"
-        all_of_it.rotary_dim = contract.integer(*where, all_of_it.rotary_dim, least=1)
-    return all_of_it
+        if given.get(name) is not None:
+            given[name] = formats.dtype_named(given[name], f"warmup: rotary[{name}]")
+    if given.get("rotary_dim") is not None:
+        given["rotary_dim"] = contract.integer(
+            "warmup", "rotary[rotary_dim]", given["rotary_dim"], least=1
+        )
+    return Rotation(**given)
 
 
 def _kernels_of(call):
@@ -166,7 +172,7 @@ class Model(NamedTuple):
     layouts: tuple
     indices: dict
     query_heads: int
-    rotation: types.SimpleNamespace
+    rotation: Rotation
 
     @property
     def by_token(self):
@@ -314,7 +320,8 @@ def _rotary_write(model):
     rotation, named = model.rotation, _turns(model, "norm_eps", "rounding", "out_dtype")
     query = described((ROWS, model.query_heads, model.key_size), model.dtype)
     if rotation.norm_eps is not None:
-        weights = [described((model.key_size,), rotation.norm_dtype) for _ in "qk"]
+        dtype = rotation.norm_dtype or model.dtype
+        weights = [described((model.key_size,), dtype) for _ in "qk"]
         named |= zip(("q_norm_weight", "k_norm_weight"), weights)
     if rotation.out or rotation.out_dtype != "auto":
         raw = rotation.out_dtype in formats.RAW
