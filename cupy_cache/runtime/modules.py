@@ -262,10 +262,9 @@ def _load(kernel, device):
 
 
 def _require_cupy_version(why, cupy):
-    # 14.2 is the first whose disk cache serves name expressions.
-    if tuple(int(n) for n in re.findall(r"\d+", cupy.__version__)[:2]) < (14, 2):
+    if cuda.is_too_old(cupy.__version__):
         raise MissingDependencyError(
-            f"{why}: CuPy 14.2 or newer is needed, {cupy.__version__} is installed; "
+            f"{why}: CuPy {cuda.CUPY_NEEDED} or newer is needed, {cupy.__version__} is installed; "
             f"{cuda.install_hint()}"
         )
 
