@@ -46,7 +46,7 @@ class BlockPool:
 
     def __copy__(self) -> Any:
         raise CopyError(
-            "BlockPool: a shallow copy would give out the same blocks: use copy.deepcopy"
+            "BlockPool: a shallow copy would give out the same blocks; use copy.deepcopy"
         )
 
     @property

@@ -141,7 +141,7 @@ class BlockTables:
         return -(-tokens // self.block_size)
 
     def __copy__(self) -> Any:
-        raise CopyError(f"{NAME}: a shallow copy would give out the same blocks: use copy.deepcopy")
+        raise CopyError(f"{NAME}: a shallow copy would give out the same blocks; use copy.deepcopy")
 
     # --- what there is
 

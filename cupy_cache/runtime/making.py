@@ -23,7 +23,7 @@ def home(op, framework, device):
     if not (framework is None or isinstance(framework, str)):
         raise _no_framework(op, framework)
     if framework == "torch" and "torch" not in sys.modules:
-        raise MissingDependencyError(f"{op}: framework 'torch' was asked for: import torch before")
+        raise MissingDependencyError(f"{op}: framework 'torch' was asked for; import torch before")
     if device is None and framework == "numpy":
         place = devices.CPU
     elif device is None and framework == "torch":

@@ -118,7 +118,7 @@ class PagedCache(Cache):
     def __reduce__(self) -> Any:
         if self.pages is not None:
             raise CopyError(
-                f"{NAME}: it cannot be copied or pickled once it has pages: make a new one, or "
+                f"{NAME}: it cannot be copied or pickled once it has pages; make a new one, or "
                 "repeat rows with batch_repeat_interleave"
             )
         make = functools.partial(type(self), max_length=self._sized or None, **self._format)
