@@ -221,8 +221,8 @@ def flash_attn_varlen_func(
         float16, bfloat16 or float32; the last dimension contiguous.
     k, v : array [num_blocks, block_size, num_kv_heads, head_size or head_size_v]
         With ``block_table``, pages; without it [total_k, num_kv_heads, ...], the tokens of the
-        sequences one after another, which then count as pages of one token: right, but slower
-        than pages of several.
+        sequences one after another. They then count as pages of one token, which is slower than
+        pages of several.
     cu_seqlens_q, cu_seqlens_k : int32 or int64 array [batch + 1]
         Where each sequence's queries, and its tokens, start, and where the last one's end.
     max_seqlen_q : ignored

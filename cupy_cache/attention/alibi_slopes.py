@@ -57,9 +57,9 @@ def alibi_slopes(
     """The slopes of attention with linear biases (ALiBi), one for each query head.
 
     With c the largest power of two that is at most ``num_heads`` and M = ``max_bias``, they are
-    ``2^(-M * i / c)`` for i = 1 … c, followed, where ``num_heads`` is not a power of two, by
-    ``2^(-M * j / 2c)`` for j = 1, 3, 5 … On a GPU a kernel computes them: no array on the CPU, no
-    transfer, no waiting, and the call can be captured in a CUDA graph.
+    ``2^(-M * i / c)`` for i = 1 … c. Where ``num_heads`` is not a power of two, ``2^(-M * j / 2c)``
+    follow, for j = 1, 3, 5 and so on. On a GPU a kernel computes them: no array on the CPU, no
+    transfer, no waiting. The call can be captured in a CUDA graph.
 
     Parameters
     ----------

@@ -182,14 +182,15 @@ def paged_attention(
     are float32; on a GPU the weights are rounded to the dtype of ``query`` before they multiply
     values, and to float16 where caches have 8 bits.
 
-    On a GPU there is one launch, of a thread block for each sequence and 16 query heads of a KV
-    head (64 rows of these, with ``query_start_loc``; 8, of heads of more than 256 elements), or for
-    two KV heads whose rows, longer than 128 bytes and no multiples of 256, follow one another.
-    Where these are too few for the GPU, a cluster of eight thread blocks shares one, on sm_90 and
-    newer; or, without ``query_start_loc``, where tables are wide or there are no clusters, all
-    thread blocks share all of them through scratch memory: some MiB of the allocator of the
-    result's framework, free again behind the kernel in the stream's order, or, during a capture,
-    the graph's. Caches whose addresses and strides are multiples of 16 bytes are read fastest.
+    On a GPU there is one launch. A thread block takes 16 query heads of a KV head of a sequence.
+    With ``query_start_loc`` it takes 64 rows of these, and of heads of more than 256 elements
+    always 8. It takes two KV heads where their rows follow one another, are longer than 128 bytes,
+    and are no multiples of 256. Where these are too few thread blocks for the GPU, a cluster of
+    eight shares the work of one, on sm_90 and newer. Without ``query_start_loc``, where tables are
+    wide or there are no clusters, all thread blocks share all of the work through scratch memory.
+    That is some MiB of the allocator of the result's framework, free again behind the kernel in the
+    stream's order; during a capture it is the graph's. Caches whose addresses and strides are
+    multiples of 16 bytes are read fastest.
     """
     if stream is not None:
         stream = streams.pointer(NAME, stream)
@@ -515,9 +516,9 @@ class _Plan(plans.KernelPlan):
         return "plain", units
 
     def _sharing_pays(self, sequences, units, turns, units_that_fill_memory):
-        """Whether equal shares are quicker: a turn of few thread blocks takes as long as one of as
-        many as `units_that_fill_memory` need, and joining parts through scratch memory takes as
-        long as `COST_OF_SHARING` of these turns of one unit."""
+        """Whether equal shares are quicker. A turn of few thread blocks takes as long as one of as
+        many as `units_that_fill_memory` need. Joining parts through scratch memory takes as long as
+        `COST_OF_SHARING` of these turns of one unit."""
         gained = turns * (units_that_fill_memory - units)
         return "shared" in self._launchers and sequences <= MOST_SHARED and gained > COST_OF_SHARING
 

@@ -50,9 +50,9 @@ class BlockTables:
     A sequence begins with `add` or `fork`, gets room for new tokens at each `step`, may be moved to
     host memory and back with `swap_out` and `swap_in`, and ends with `free`. Sequences have names,
     which are anything hashable. All of this is pure Python, on the host, whatever the number of
-    layers; nothing is copied: methods return the pairs of blocks that `copy_blocks` and
-    `swap_blocks` are to be called with, before the next step's work, on the same stream. Only
-    `step` makes one upload, on a GPU.
+    layers. Nothing is copied: methods return pairs of blocks, with which `copy_blocks` and
+    `swap_blocks` are to be called before the next step's work, on the same stream. Only `step`
+    makes one upload, on a GPU.
 
     A method that needs more blocks than are free raises `OutOfBlocksError`, and has changed
     nothing: swap a sequence out, or free one, and call again.

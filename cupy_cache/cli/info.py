@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is installed, what operations on a GPU need, and what is missing.
 
-Nothing here needs CuPy, nothing is left behind, and nothing that is broken stops it: the driver,
-NVRTC and the CUDA runtime are asked directly, and CuPy, whose import creates its kernel cache, is
-tried in another process, with the folders that a call would use.
+Nothing here needs CuPy, nothing is left behind, and nothing that is broken stops it. The driver,
+NVRTC and the CUDA runtime are asked directly. CuPy, whose import creates its kernel cache, is tried
+in another process, with the folders that a call would use.
 """
 
 import ctypes

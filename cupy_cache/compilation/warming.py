@@ -97,8 +97,8 @@ def warmup(
 
     Notes
     -----
-    NVRTC compiles in parallel in the threads of one process (CUDA 13.5: 20 kernels in 1.31 s by one
-    thread, in 0.75 s by two on two cores), so there is a thread for each core, 16 at most.
+    NVRTC compiles in parallel in the threads of one process. With CUDA 13.5, 20 kernels take 1.31 s
+    by one thread, and 0.75 s by two on two cores. So there is a thread for each core, 16 at most.
     """
     num_kv_heads, head_size, block_size = (
         contract.integer("warmup", name, value, 1)

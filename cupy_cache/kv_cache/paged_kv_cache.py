@@ -148,10 +148,10 @@ class PagedKVCache:
             Of the model's keys and values, and of caches that are raw.
         kv_cache_dtype, k_scales, v_scales
             As of the constructor. Caches of fp8 are arrays of uint8, those of "int8" of int8. With
-            "int8_per_token_head" or "fp8_per_token_head" each token and head has a scale, found by
-            the write (`reshape_and_cache_flash_per_token_head`) and kept in the same block, behind
-            the elements: the layout is "NHD" or "HND", and blocks are moved with their scales, as
-            they lie in memory, so only between caches of one layout.
+            "int8_per_token_head" or "fp8_per_token_head" each token and head has a scale, which the
+            write finds (`reshape_and_cache_flash_per_token_head`). It is kept in the same block,
+            behind the elements. The layout is "NHD" or "HND". Blocks are moved with their scales,
+            as they lie in memory, so only between caches of one layout.
         layout : {"NHD", "HND", "packed", "x-packed", "rows"}
             What lies where in memory, with BS slots of a block, H heads, D = head_size, and x
             elements in 16 bytes:

@@ -64,7 +64,7 @@ def cp_gather_and_upconvert_fp8_kv_cache(
     Notes
     -----
     The entry is that of `concat_and_cache_mla` with "fp8_ds_mla". Columns 0 to 511 of a row are its
-    e4m3 elements times the float32 scale of their tile of 128, rounded to nearest even; columns 512
+    e4m3 elements times the float32 scale of their tile of 128, rounded to nearest even. Columns 512
     to 575 are the rope part, whose bits are copied where ``dst`` has ``rope_dtype``. Where a number
     is converted, a NaN stays a NaN; which one is not defined.
 

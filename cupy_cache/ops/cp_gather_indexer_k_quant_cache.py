@@ -68,10 +68,10 @@ def cp_gather_indexer_k_quant_cache(
 
     Notes
     -----
-    A row that would be read from outside the table or the cache is skipped and recorded (see
-    `raise_faults`) under its number, with the argument ``block_table``: where the page is not below
-    W (the value recorded is the page) or the block number is outside 0..num_blocks - 1. Numbers of
-    ``cu_seq_lens`` that descend are treated as by `gather_cache`.
+    A row that would be read from outside the table or the cache is skipped, and recorded under its
+    number, with the argument ``block_table`` (see `raise_faults`). That is so where the page is not
+    below W, and the value recorded is then the page; or where the block number is outside
+    0..num_blocks - 1. Numbers of ``cu_seq_lens`` that descend are treated as by `gather_cache`.
 
     Names, order and bytes are those of vLLM's operation of the same name.
     """

@@ -65,10 +65,10 @@ def gather_cache(
 
     Notes
     -----
-    A row that would be read from outside the table or the cache is skipped and recorded (see
-    `raise_faults`) under its number: with the argument ``seq_starts`` where the start is outside
-    0..W * block_size - 1, and with ``block_table`` where the page is not below W (the value
-    recorded is the page) or the block number is outside 0..num_blocks - 1.
+    A row that would be read from outside the table or the cache is skipped, and recorded under its
+    number (see `raise_faults`). The argument is ``seq_starts`` where the start is outside 0..W *
+    block_size - 1. It is ``block_table`` where the page is not below W, and the value recorded is
+    then the page; or where the block number is outside 0..num_blocks - 1.
 
     A number of ``cu_seq_lens`` below the one before is recorded under its place. A row that lies
     between the bounds of several sequences is then that of one of them, or left as it is; the same

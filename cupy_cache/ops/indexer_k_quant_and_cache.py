@@ -75,8 +75,8 @@ def indexer_k_quant_and_cache(
     -----
     Names, order and bytes are those of vLLM's operation of the same name, whose last argument is
     the format of the scales too, in spite of its name. Other strings, for which vLLM would store
-    e4m3 just the same, are refused. vLLM takes the power of two from float32 logarithms; here it is
-    exact, found from the bits of the scale, which for float16 and bfloat16 gives the same bytes.
+    e4m3 just the same, are refused. vLLM takes the power of two from float32 logarithms. Here it is
+    exact, found from the bits of the scale; for float16 and bfloat16 that gives the same bytes.
 
     NaN does not count for ``a`` and is stored as 0x7f. An infinite value makes the scale of its
     quant block infinite ("mxfp8": 255, which UE8M0 reads as NaN); it is stored as 0x7f, its finite

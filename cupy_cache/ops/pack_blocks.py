@@ -21,8 +21,8 @@ def pack_blocks(
 ) -> None:
     """Copy chosen blocks of every layer into one contiguous buffer.
 
-    On a GPU it is one launch, into GPU memory or directly into pinned host memory: block numbers in
-    host memory travel inside the kernel's parameters, so nothing is uploaded, nothing waits and the
+    On a GPU it is one launch, into GPU memory or directly into pinned host memory. Block numbers in
+    host memory travel inside the kernel's parameters: nothing is uploaded, nothing waits, and the
     call can be captured in a CUDA graph. What does not fit one launch's parameters (with 32 layers
     of keys and values, more than 832 numbers) takes several. Into host memory that is not pinned
     the bytes go through a buffer on the GPU, and the call may wait.

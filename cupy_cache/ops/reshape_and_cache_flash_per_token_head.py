@@ -73,12 +73,11 @@ def reshape_and_cache_flash_per_token_head(
 
     Notes
     -----
-    All in float32, correctly rounded: with ``a`` the largest magnitude of a row and Q = 127 for
-    int8, 448 for e4m3, ``scale = max(a / Q, 1e-6)``, and a stored element is
-    ``value * (1 / scale)`` rounded to nearest: in int8 ties away from zero, in e4m3 ties to even.
-    Times the scale it gives the value back. NaN does not count for ``a`` and is stored as 0x7f, in
-    int8 as 0. An infinite value makes its row's scale infinite and is stored like a NaN, the others
-    as zeros.
+    All is in float32, correctly rounded. With ``a`` the largest magnitude of a row, ``scale = max(a
+    / Q, 1e-6)``, where Q is 127 for int8 and 448 for e4m3. A stored element is ``value * (1 /
+    scale)`` rounded to nearest: in int8 ties away from zero, in e4m3 ties to even. Times the scale
+    it gives the value back. NaN does not count for ``a`` and is stored as 0x7f, in int8 as 0. An
+    infinite value makes its row's scale infinite and is stored like a NaN, the others as zeros.
 
     The meaning is that of vLLM's ``triton_reshape_and_cache_flash_per_token_head_quant``.
     """

@@ -94,11 +94,11 @@ def slot_mapping(
 
     Notes
     -----
-    Nothing synchronises. The slot is -1, and a fault is recorded under the token's number (see
-    `raise_faults`), where a position is negative or its page not below W (argument ``positions``),
-    or where a table entry that is used is negative or so large that its slots might not fit 64 bits
-    (argument ``block_table``). Where ``query_start_loc`` descends, a token between the bounds of
-    several requests is of one of them, or of none: the same one on CPU and GPU.
+    Nothing synchronises. What is out of range gives the slot -1, and a fault under the token's
+    number (see `raise_faults`). It has the argument ``positions`` where a position is negative, or
+    its page not below W. It has ``block_table`` where a table entry that is used is negative, or so
+    large that its slots might not fit 64 bits. Where ``query_start_loc`` descends, a token between
+    the bounds of several requests is of one of them, or of none: the same one on CPU and GPU.
 
     The formulas are those of vLLM's block tables.
     """

@@ -52,9 +52,9 @@ def swap_blocks(
     arrays of any shape.
 
     Between a GPU and pinned host memory, scattered blocks are moved by a kernel that accesses the
-    host memory itself, and runs of neighbouring blocks of 2 MiB or more by the copy engines; both
-    are enqueued and can be captured. Host memory that is not pinned works too, slower: the driver
-    stages it, and the call may wait.
+    host memory itself. Runs of neighbouring blocks of 2 MiB or more are moved by the copy engines.
+    Both are enqueued and can be captured. Host memory that is not pinned works too, slower: the
+    driver stages it, and the call may wait.
 
     Parameters
     ----------

@@ -40,10 +40,10 @@ def swap_blocks_batch(
     """Copy ``sizes[i]`` bytes from address ``src_ptrs[i]`` to ``dst_ptrs[i]``, for every i.
 
     Addresses may be on GPUs, in pinned and in other host memory, in any mixture. What a GPU reaches
-    is copied by a kernel, whose parameters hold the addresses, except for runs of 2 MiB and more
-    over the bus, which go to the copy engines; both are enqueued and can be captured in a CUDA
-    graph. Neighbouring ranges are joined. Everything else is copied by the driver, one range after
-    the other, and the call may wait. Where all the memory is on the host, it is copied at once.
+    is copied by a kernel, whose parameters hold the addresses. Runs of 2 MiB and more over the bus
+    go to the copy engines. Both are enqueued and can be captured in a CUDA graph. Neighbouring
+    ranges are joined. Everything else is copied by the driver, one range after the other, and the
+    call may wait. Where all the memory is on the host, it is copied at once.
 
     Parameters
     ----------
