@@ -16,7 +16,8 @@ from machine_code import CONVERTING
 
 import cupy_cache as cc
 from cupy_cache.attention import alibi_slopes as attention
-from cupy_cache.compilation.specialisations import OPERATIONS, Rotation, specialisations
+from cupy_cache.compilation.model import Rotation
+from cupy_cache.compilation.specialisations import OPERATIONS, specialisations
 from cupy_cache.ops.shared import blocks
 from cupy_cache.runtime import arrays, driver, modules
 

@@ -5,9 +5,9 @@ Its arguments are called what that calls them."""
 
 import functools
 
-from ... import cpu, errors
-from ...runtime import contract, dispatch, launch, modules, params, plans, spelling
-from . import gathering
+from .. import cpu, errors
+from ..runtime import contract, dispatch, launch, modules, params, plans, spelling
+from .shared import gathering
 
 NAME = "PagedKVCache.gather"
 STEM = "gather_both"
