@@ -103,8 +103,8 @@ def _kernels_of(call):
     function, *arguments = call
     try:
         function(*arguments)
-    except launch.KernelNeeded as noted:
-        return noted.kernels
+    except launch.KernelNeeded as needed:
+        return needed.kernels
     raise AssertionError(f"{function} launched nothing")
 
 

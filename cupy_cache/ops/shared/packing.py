@@ -291,15 +291,15 @@ class Plan:
 
     def tables(self, values):
         """The `_Caches` at these addresses."""
-        places, tensors = values[: len(self.tensors)], len(self.tensors)
-        addresses, layers = blocks.interleaved(places), len(places[0])
+        by_tensor, tensors = values[: len(self.tensors)], len(self.tensors)
+        addresses, layers = blocks.interleaved(by_tensor), len(by_tensor[0])
         strides = [layers * self.layer_bytes] * tensors if self.page_first else self.sizes
         ends = [
             None if span is None else (min(each) + span[0], max(each) + span[1])
-            for span, each in zip(self._spans, places)
+            for span, each in zip(self._spans, by_tensor)
         ]
         return _Caches(
-            places, ends, layers, layers * self.layer_bytes, tuple(strides * 2)[:2], addresses,
+            by_tensor, ends, layers, layers * self.layer_bytes, tuple(strides * 2)[:2], addresses,
             blocks.pointer_tables(addresses, tensors),
         )  # fmt: skip
 
@@ -348,12 +348,12 @@ class Plan:
             raise errors.wrong("size", f"{self.op}: {self.buffer_name[0]}", expected, room)
         if not size or self.buffer.device.kind != self.device.kind:
             return
-        for ends, span, places in zip(caches.ends, self._spans, caches.places):
+        for ends, span, addresses in zip(caches.ends, self._spans, caches.by_tensor):
             if ends is None or address + size <= ends[0] or ends[1] <= address:
                 continue
             low, high = span
-            for layer, place in enumerate(places):
-                if place + low < address + size and address < place + high:
+            for layer, cache in enumerate(addresses):
+                if cache + low < address + size and address < cache + high:
                     got = f"some that layer {layer} of caches lies in"
                     raise errors.wrong(
                         "memory", f"{self.op}: {self.buffer_name[0]}", "memory of its own", got
@@ -453,7 +453,7 @@ class Plan:
 class _Caches(NamedTuple):
     """The caches of a call of a `Plan`.
 
-    places : of each tensor of a layer, its addresses in all layers.
+    by_tensor : of each tensor of a layer, its addresses in all layers.
     ends : of each tensor, the first byte and the one behind the last of all layers; None where it
         is empty.
     layers : how many.
@@ -463,7 +463,7 @@ class _Caches(NamedTuple):
     pointers : their `blocks.PointerTable`s.
     """
 
-    places: list
+    by_tensor: list
     ends: list
     layers: int
     item_bytes: int

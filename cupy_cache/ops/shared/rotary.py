@@ -373,9 +373,9 @@ def _cpu_plan(op, found, described):
 def _gpu_plan(found):
     query, key, value, table = found.query, found.key, found.value, found.cos_sin_cache
     element = query.dtype.bytes
-    key_places, pack = _key_places(found)
-    value_places, slots, scattered = _value_places(found)
-    elements = _elements(found, key_places, pack)
+    key_strides, pack = _key_strides(found)
+    value_strides, slots, scattered = _value_strides(found)
+    elements = _elements(found, key_strides, pack)
     across = found.is_neox or elements == 1
     items = _items(found, elements, across)
 
@@ -384,13 +384,13 @@ def _gpu_plan(found):
     value_bytes, vector_values = found.value_size * stored.bytes, False
     if found.cached and scattered:
         vector = transposed.vector_bytes(element // stored.bytes, value, value_bytes)
-        block, groups, _, head, step = value_places
+        block, groups, _, head, step = value_strides
         vector_values = transposed.stores_vectors(found.value_cache.ptr, block, groups, head, step)
     elif found.cached:
         vector = contract.converting_vector_bytes(
             element // stored.bytes,
             (value.ptr, *value.strides[:2]),
-            (value_bytes, _value_cache(found).ptr, *value_places),
+            (value_bytes, _value_cache(found).ptr, *value_strides),
         )
         vectors = value_bytes // vector
         width = max(1, LANE_BYTES * stored.bytes // (vector * element))
@@ -430,23 +430,23 @@ def _gpu_plan(found):
     def rows(array):
         return (0, 0) if array is None else array.strides[:2]
 
-    def places(array):
+    def strides(array):
         return (0, 0, 0) if array is None else array.strides
 
     device = query.device.index
     ends = _section_ends(found)
     tokens, heads = zip(*(rows(array) for array in (query, found.out, key, value)))
-    key_block, *key_places = key_places
-    value_block, *value_places = value_places
+    key_block, *key_strides = key_strides
+    value_block, *value_strides = value_strides
     launcher = launch.Launcher(
         kernel,
         device,
         (table.shape[0], found.num_blocks, *tokens, key_block, value_block,
          found.positions.strides[-1],
          0 if found.slot_mapping is None else found.slot_mapping.strides[0], table.strides[0],
-         *heads, *key_places, *value_places,
+         *heads, *key_strides, *value_strides,
          *(found.steps[role] for role in ("q_scale", "k_scale", "v_scale")),
-         *places(found.k_scale_cache), *places(found.v_scale_cache), *ends),
+         *strides(found.k_scale_cache), *strides(found.v_scale_cache), *ends),
     )  # fmt: skip
     queries, keys = found.heads * lanes, found.key_heads * lanes
     values = found.cached * found.key_heads * value_lanes
@@ -483,7 +483,7 @@ def _value_cache(found):
     return found.key_cache if found.entries else found.value_cache
 
 
-def _key_places(found):
+def _key_strides(found):
     """The strides of a key cache: blocks, offsets, heads, packs; and the elements of a pack."""
     if not found.cached:
         return (0, 0, 0, 0), found.size
@@ -495,7 +495,7 @@ def _key_places(found):
     return (*found.key_cache.strides[:3], 0), found.size
 
 
-def _value_places(found):
+def _value_strides(found):
     """The strides of a value cache: blocks, groups of slots, slots in them, heads, elements; the
     slots of a group; and whether elements do not lie together."""
     if not found.cached:
@@ -513,7 +513,7 @@ def _value_places(found):
     return (block, 0, offset, head, 0), found.block_size, False
 
 
-def _elements(found, key_places, pack):
+def _elements(found, key_strides, pack):
     """The elements of a unit: the most, of 16 bytes, that everything is a multiple of."""
     bytes_each, table = found.query.dtype.bytes, found.cos_sin_cache
     elements = 16 // bytes_each
@@ -533,7 +533,7 @@ def _elements(found, key_places, pack):
         if found.cached:
             size = found.key_cache.dtype.bytes
             start = found.value_size * size if found.entries else 0
-            where = found.key_cache.ptr, start, *key_places
+            where = found.key_cache.ptr, start, *key_strides
             fits = fits and not any(n % (elements * size) for n in where)
         read = [(table.dtype.bytes * angles, (table.ptr, table.strides[0],
                  found.rotary // 2 * table.dtype.bytes))]  # fmt: skip
