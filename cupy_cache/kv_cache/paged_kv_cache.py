@@ -288,17 +288,18 @@ class PagedKVCache:
 
     def writer(self, layer: int) -> Writer:
         """`write` for one layer, as a function of the other arguments: the cheapest call."""
-        if type(layer) is not int:
-            layer = contract.integer("PagedKVCache.writer", "layer", layer)
-        try:
-            return self._writers[layer]
-        except KeyError:
-            raise self._no_layer("writer", layer) from None
+        return self._writers[self._index("writer", layer)]
 
-    def _no_layer(self, method, layer):
-        layers = f"a layer in 0..{len(self) - 1}" if len(self) else "no layer, as there are none"
-        name = f"PagedKVCache.{method}: layer"
-        return errors.wrong("value", name, layers, repr(layer))
+    def _index(self, method, layer):
+        """``layer``, which must be one: lists have layers of negative numbers, too."""
+        name = f"PagedKVCache.{method}"
+        if type(layer) is not int:  # True would be layer 1
+            layer = contract.integer(name, "layer", layer)
+        if layer not in self._writers:
+            last = len(self) - 1
+            expected = "no layer, as there are none" if last < 0 else f"a layer in 0..{last}"
+            raise errors.wrong("value", f"{name}: layer", expected, layer)
+        return layer
 
     def write(
         self,
@@ -319,12 +320,9 @@ class PagedKVCache:
             As for `reshape_and_cache_flash` or `reshape_and_cache`; without value caches ``kv_c``,
             ``k_pe`` and ``slot_mapping`` of `concat_and_cache_mla`.
         """
-        if type(layer) is not int:  # True would be layer 1
-            layer = contract.integer("PagedKVCache.write", "layer", layer)
-        try:
-            bound = self._writers[layer]
-        except KeyError:
-            raise self._no_layer("write", layer) from None
+        bound = self._writers.get(layer) if type(layer) is int else None
+        if bound is None:
+            bound = self._writers[self._index("write", layer)]
         if stream is None:  # what the call of ``bound`` begins with: an engine's every layer
             given = key, value, slot_mapping
             for path in bound.fast_paths:
@@ -417,14 +415,6 @@ class PagedKVCache:
             self._bound[key] = bound
         return bound
 
-    def _index(self, method, layer):
-        """``layer``, which must be one: lists have layers of negative numbers, too."""
-        if type(layer) is not int:
-            layer = contract.integer(f"PagedKVCache.{method}", "layer", layer)
-        if layer not in self._writers:
-            raise self._no_layer(method, layer)
-        return layer
-
     def attend(
         self,
         layer: int,
@@ -455,7 +445,7 @@ class PagedKVCache:
             kept, as the caches are: give the same ones at each step.
         """
         if type(layer) is not int:
-            layer = contract.integer(ATTEND, "layer", layer)
+            layer = self._index("attend", layer)
         # In their one form: what is remembered must not change.
         if sliding_window is not None:
             sliding_window = contract.integer(ATTEND, "sliding_window", sliding_window, 1)
