@@ -14,20 +14,47 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class _Wrong(NamedTuple):
+    """What is wrong with an argument; as a string, the message."""
+
+    op: str
+    what: str
+    argument: str
+    expected: str
+    got: str
+    way_out: str
+
+    def __str__(self) -> str:
+        op = f"{self.op}: " if self.op else ""
+        text = f"{op}Invalid {self.what} of {self.argument}: expected {self.expected}"
+        return f"{text}, got {self.got}" + (f"; {self.way_out}" if self.way_out else "")
 
 
 class CupyCacheError(Exception):
     """Base of every error raised here."""
 
     _on_gpus_alone = False  # whether the CPU takes what is refused
+    _wrong: _Wrong | None = None
 
 
-def wrong(what: str, name: str, expected: str, got: str, way_out: str = "") -> str:
-    """The message about an argument; ``name`` is "operation: argument"."""
-    op, colon, argument = name.rpartition(": ")
-    text = f"{op}{colon}Invalid {what} of {argument}: expected {expected}, got {got}"
-    return f"{text}; {way_out}" if way_out else text
+def wrong(
+    what: str,
+    name: str,
+    expected: object,
+    got: object,
+    way_out: str = "",
+    error: type[CupyCacheError] | None = None,
+) -> CupyCacheError:
+    """The error about an argument; ``name`` is "operation: argument". Its class is that of ``what``
+    is wrong, if no other is given."""
+    op, _, argument = name.rpartition(": ")
+    found = _Wrong(op, what, argument, str(expected), str(got), way_out)
+    made = (error or _CLASSES[what])(str(found))
+    made._wrong = found
+    return made
 
 
 def shown(value: object) -> str:
@@ -42,12 +69,19 @@ def shown(value: object) -> str:
 def rename(error: CupyCacheError, name: str, arguments: Mapping[str, str]) -> None:
     """Make an error about an argument of an operation one of ``name``, which called it.
     ``arguments`` has what the operation's are called there. Faults stay the operation's."""
-    if isinstance(error, FaultError):
-        return
-    found = re.match(r"[\w.]+: (Invalid [\w ]+ of )(\w+)", str(error))
+    found = error._wrong or _parsed(error)
     if found is not None:
-        argument = arguments.get(found[2], found[2])
-        error.args = (f"{name}: {found[1]}{argument}{str(error)[found.end() :]}",)
+        argument, bracket, index = found.argument.partition("[")
+        argument = f"{arguments.get(argument, argument)}{bracket}{index}"
+        error._wrong = found._replace(op=name, argument=argument)
+        error.args = (str(error._wrong),)
+
+
+def _parsed(error: CupyCacheError) -> _Wrong | None:
+    """What the message of an error says that `wrong` did not make."""
+    form = r"([\w.]+): Invalid ([\w ]+) of (.+?): expected (.+), got (.+)"
+    found = None if isinstance(error, FaultError) else re.fullmatch(form, str(error))
+    return None if found is None else _Wrong._make((*found.groups(), ""))
 
 
 @contextlib.contextmanager
@@ -92,6 +126,17 @@ class DTypeError(CupyCacheError, TypeError):
 
 class NotWritableError(ArgumentError):
     """A destination is read-only, or could only be written in a copy."""
+
+
+# The class of each thing that can be wrong with an argument.
+_CLASSES: dict[str, type[CupyCacheError]] = {
+    **dict.fromkeys(("value", "kind", "memory", "order"), ArgumentError),
+    **dict.fromkeys(("type", "dtype", "framework"), DTypeError),
+    **dict.fromkeys(("shape", "length", "size", "layout"), ShapeError),
+    **dict.fromkeys(("strides", "address"), StrideError),
+    "device": DeviceError,
+    "access": NotWritableError,
+}
 
 
 class CopyError(CupyCacheError, TypeError):
@@ -207,10 +252,6 @@ class Fault:
         return type(self), fields
 
     def __str__(self) -> str:
-        return wrong(
-            "value",
-            f"{self.op}: {self.argument}",
-            f"0..{self.limit - 1}",
-            f"{self.value} in row {self.row} on {self.device}",
-            "it was not followed",
-        )
+        expected = f"0..{self.limit - 1}"
+        got, way_out = f"{self.value} in row {self.row} on {self.device}", "it was not followed"
+        return str(_Wrong(self.op, "value", self.argument, expected, got, way_out))

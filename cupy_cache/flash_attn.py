@@ -18,7 +18,6 @@ from typing import Any, cast
 
 from . import errors
 from .attention.paged_attention import paged_attention
-from .errors import ArgumentError, DTypeError, ShapeError
 from .ops.reshape_and_cache_flash import reshape_and_cache_flash
 from .ops.slot_mapping import slot_mapping
 from .runtime import arrays, contract, formats, making
@@ -158,10 +157,8 @@ def flash_attn_with_kvcache(
     table, lengths, rows = (cast(Any, x) for x in (block_table, cache_seqlens, q))
     if table is None:  # each sequence is one page
         if cache_batch_idx is None and size["num_blocks"] < batch:
-            raise ShapeError(
-                f"{op}: Invalid shape of k_cache: expected at least {batch} sequences, as many as "
-                f"q, got {size['num_blocks']}"
-            )
+            expected = f"at least {batch} sequences, as many as q"
+            raise errors.wrong("shape", f"{op}: k_cache", expected, size["num_blocks"])
         table = cast(Any, cache_batch_idx)
         table = (_made(framework, q, "arange", batch) if table is None else table).reshape(-1, 1)
     if lengths is None:
@@ -224,8 +221,8 @@ def flash_attn_varlen_func(
         float16, bfloat16 or float32; the last dimension contiguous.
     k, v : array [num_blocks, block_size, num_kv_heads, head_size or head_size_v]
         With ``block_table``, pages; without it [total_k, num_kv_heads, ...], the tokens of the
-        sequences one after another, which then count as pages of one token: right, but slower
-        than pages of several.
+        sequences one after another. They then count as pages of one token, which is slower than
+        pages of several.
     cu_seqlens_q, cu_seqlens_k : int32 or int64 array [batch + 1]
         Where each sequence's queries, and its tokens, start, and where the last one's end.
     max_seqlen_q : ignored
@@ -298,10 +295,8 @@ def _options(op, softmax_scale, causal, window_size, softcap, alibi_slopes, one_
     causal = contract.flag(op, "causal", causal) or right == 0
     _refuse(op, "window_size", not causal and right > 0, "0 or -1 as the right one", window_size)
     if alibi_slopes is not None and not causal and not one_query:
-        raise ArgumentError(
-            f"{op}: Invalid value of alibi_slopes: expected None where queries see tokens after "
-            f"their own, got {type(alibi_slopes).__name__}"
-        )
+        expected = "None where queries see tokens after their own"
+        raise errors.wrong("value", f"{op}: alibi_slopes", expected, type(alibi_slopes).__name__)
     if softmax_scale is not None:
         softmax_scale = contract.number(op, "softmax_scale", softmax_scale)
     softcap = contract.number(op, "softcap", softcap, kind="")
@@ -324,9 +319,7 @@ def _of_slopes(op, slopes, batch):
 def _refuse(op, name, when, expected, got):
     if when:
         shown = got if isinstance(got, (int, float, tuple, list)) else type(got).__name__
-        raise ArgumentError(
-            f"{op}: Invalid value of {name}: expected {expected}, got {shown!s:.80}"
-        )
+        raise errors.wrong("value", f"{op}: {name}", expected, f"{shown!s:.80}")
 
 
 def _checked(op, named):
@@ -336,17 +329,15 @@ def _checked(op, named):
     for name, (array, pattern) in named.items():
         if array is None:
             if name in ("q", "k_cache", "v_cache", "cu_seqlens_q", "cu_seqlens_k"):
-                raise DTypeError(f"{op}: Invalid type of {name}: expected an array, got None")
+                raise errors.wrong("type", f"{op}: {name}", "an array", "None")
             continue
         view = arrays.view(array, f"{op}: {name}")
         if name == "q":
             framework, dtype = view.framework, view.dtype
             check.dtype(name, view, *formats.FLOATS)
         if view.framework != framework or framework not in ("torch", "cupy", "numpy"):
-            raise DTypeError(
-                f"{op}: Invalid type of {name}: expected an array of torch, CuPy or NumPy, all of "
-                f"one of these, got {type(array).__name__}"
-            )
+            expected = "an array of torch, CuPy or NumPy, all of one of these"
+            raise errors.wrong("type", f"{op}: {name}", expected, type(array).__name__)
         check.shape(name, view, pattern)
         check.device(name, view)
         check.aligned(name, view)
@@ -359,10 +350,8 @@ def _checked(op, named):
             check.dtype(name, view, *formats.INDICES)
     heads, kv_heads = check.sizes["num_heads"], check.sizes["num_kv_heads"]
     if not kv_heads or heads % kv_heads:
-        raise ShapeError(
-            f"{op}: Invalid shape of q: expected a multiple of {kv_heads} heads, those of the "
-            f"cache, got {heads}"
-        )
+        expected = f"a multiple of {kv_heads} heads, those of the cache"
+        raise errors.wrong("shape", f"{op}: q", expected, heads)
     return check, framework
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from . import errors
 from .attention import paged_attention
-from .errors import ArgumentError, ShapeError
 from .runtime import arrays, contract
 from .types import ArrayLike, Scale, StreamLike
 
@@ -132,21 +131,17 @@ def _attend(
     sparse = tuple(contract.integer(op, names[0], number) for number in sparse)
     wanted = [contract.integer(op, *pair) for pair in zip(names[1:], (num_kv_heads, block_size))]
     if sparse != (0, 0, 64, 0):
-        raise ArgumentError(
-            f"{op}: Invalid value of the blocksparse arguments: expected their defaults, since "
-            f"sparse attention is not done here, got {sparse}"
-        )
+        expected = "their defaults, since sparse attention is not done here"
+        raise errors.wrong("value", f"{op}: the blocksparse arguments", expected, sparse)
     if out is None:
-        raise ArgumentError(f"{op}: Invalid value of out: expected an array, got None")
+        raise errors.wrong("value", f"{op}: out", "an array", "None")
     shape = arrays.view(key_cache, f"{op}: key_cache").shape
     if len(shape) in (4, 5):
         places = (1, 3) if len(shape) == 5 else (2, 1)
         sizes = [shape[place] for place in places]
         if sizes != wanted:
-            raise ShapeError(
-                f"{op}: Invalid shape of key_cache: expected num_kv_heads = {wanted[0]} and "
-                f"block_size = {wanted[1]}, got {sizes[0]} and {sizes[1]}"
-            )
+            expected = f"num_kv_heads = {wanted[0]} and block_size = {wanted[1]}"
+            raise errors.wrong("shape", f"{op}: key_cache", expected, f"{sizes[0]} and {sizes[1]}")
     with errors.renamed(op, {"block_table": "block_tables"}):
         paged_attention.paged_attention(
             query, key_cache, value_cache, block_tables, seq_lens, scale=scale,

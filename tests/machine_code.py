@@ -1,12 +1,14 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Ordinary models, and what NVIDIA's cuobjdump says of their kernels. Needs no GPU."""
+"""Ordinary models, their kernels as machine code, and what NVIDIA's cuobjdump says of these. Needs
+no GPU."""
 
 import functools
 import importlib.metadata
 import re
 import subprocess
 
+from cupy_cache import errors
 from cupy_cache.runtime import modules
 
 # heads, head size, block size, dtype
@@ -35,6 +37,34 @@ def _run_cuobjdump(option, path):
     return subprocess.run(
         [cuobjdump(), option, path], capture_output=True, text=True, check=True
     ).stdout
+
+
+def compile_cubin(kernel, architecture):
+    """``kernel`` as machine code for ``architecture`` (such as 90), with NVRTC alone: no GPU, no
+    driver. Returns (cubin bytes, mangled name)."""
+    cubin, names = compile_cubins((kernel,), architecture)
+    return cubin, names[kernel.expression]
+
+
+def compile_cubins(kernels, architecture):
+    """`compile_cubin` for several kernels of one source, which is read once. Returns (bytes of one
+    cubin, {expression: mangled name})."""
+    from cupy.cuda import compiler  # its program class is private: this is its only use
+
+    first = kernels[0]
+    expressions = tuple(kernel.expression for kernel in kernels)
+    program = compiler._NVRTCProgram(
+        first.source(), f"{first.stem}.cu", (), (), expressions, "cubin"
+    )
+    options = (*modules.OPTIONS, *first.options(), f"-arch=sm_{architecture}", "-ftz=true")
+    try:
+        cubin, names = program.compile(options)
+    except compiler.CompileException as error:
+        raise errors.KernelError(
+            f"{first.op}: {first!r} could not be compiled for sm_{architecture}: {error}"
+        ) from error
+    # CuPy strips the image's last byte, a NUL; the tools that read it insist on it.
+    return cubin + b"\0", names
 
 
 def resources(path):

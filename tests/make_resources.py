@@ -34,13 +34,13 @@ from machine_code import (
     INDEXER_SHAPE,
     MLA_SHAPE,
     ONE_SHAPE,
+    compile_cubins,
     instructions,
     resources,
     template_parameters,
 )
 
 from cupy_cache.compilation.specialisations import specialisations
-from cupy_cache.runtime import modules
 
 FOLDER = Path(__file__).resolve().parent / "resources"
 COMMAND = "python tests/make_resources.py"
@@ -141,7 +141,7 @@ def read(kernels, architecture):
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         for group in groups.values():
-            content, names = modules.compile_cubins(group, architecture)
+            content, names = compile_cubins(group, architecture)
             cubin.write_bytes(content)
             usage, code = resources(cubin), instructions(cubin)
             for expression, name in names.items():

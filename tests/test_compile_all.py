@@ -16,6 +16,8 @@ from machine_code import (
     MLA_SHAPE,
     NOT_READ,
     ONE_SHAPE,
+    compile_cubin,
+    compile_cubins,
     cuobjdump,
     instructions,
     resources,
@@ -201,7 +203,7 @@ def check(kernels, architecture, path, few=False):
     """Compile kernels of one source and read them, by way of a file; returns objections. Of a few
     the instructions are another test's, but for those that are read everywhere, and for how they
     begin."""
-    cubin, names = modules.compile_cubins(kernels, architecture)
+    cubin, names = compile_cubins(kernels, architecture)
     assert cubin[:4] == b"\x7fELF"
     if cuobjdump() is None:
         return []
@@ -361,7 +363,7 @@ def test_an_error_names_file_and_line(sources, kernel, file, after):
     lines.insert(line, "no_such_name x;")
     path.write_text("\n".join(lines))
     with pytest.raises(errors.KernelError) as caught:
-        modules.compile_cubin(kernel, COMPLETE)
+        compile_cubin(kernel, COMPLETE)
     assert re.search(rf"kernels_cu/{re.escape(file)}[(:]{line + 1}\b", str(caught.value))
     assert "no_such_name" in str(caught.value)
 
@@ -395,9 +397,9 @@ def test_a_struct_that_differs_stops_the_compile(fields, complaint):
     expression = attention.ALIBI.expression.removeprefix("cupy_cache::")
     wrong = modules.Kernel("alibi_slopes", "alibi_slopes", expression, params.Struct(fields))
     with pytest.raises(errors.KernelError, match=complaint):
-        modules.compile_cubin(wrong, COMPLETE)
+        compile_cubin(wrong, COMPLETE)
 
 
 def test_an_architecture_that_nvrtc_does_not_know(kernel):
     with pytest.raises(errors.KernelError, match="sm_999"):
-        modules.compile_cubin(kernel, 999)
+        compile_cubin(kernel, 999)

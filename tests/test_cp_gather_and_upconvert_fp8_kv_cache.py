@@ -3,6 +3,7 @@
 import contextlib
 
 import hypothesis
+import machine_code
 import numpy as np
 import oracle
 import pytest
@@ -12,7 +13,7 @@ from guards import BAD
 
 import cupy_cache as cc
 from cupy_cache.compilation.specialisations import specialisations
-from cupy_cache.runtime import formats, modules
+from cupy_cache.runtime import formats
 
 OP = "cp_gather_and_upconvert_fp8_kv_cache"
 TARGETS = ("bfloat16", "float16", "float32")
@@ -322,4 +323,4 @@ def test_compiles(architecture, dtype):
     kernels = specialisations(
         1, 576, 64, dtype, layouts=("rows",), kv_cache_dtype="fp8_ds_mla", ops=[OP]
     )
-    assert [len(modules.compile_cubin(k, architecture)[0]) > 0 for k in kernels] == [True] * 2
+    assert [len(machine_code.compile_cubin(k, architecture)[0]) > 0 for k in kernels] == [True] * 2

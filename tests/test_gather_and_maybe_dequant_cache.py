@@ -1,6 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
 import hypothesis
+import machine_code
 import numpy as np
 import oracle
 import pytest
@@ -10,7 +11,7 @@ from gathers import batches, cache, check, refused, sequences, typed
 import cupy_cache as cc
 from cupy_cache.compilation.specialisations import specialisations
 from cupy_cache.ops import gather_and_maybe_dequant_cache as module
-from cupy_cache.runtime import formats, modules
+from cupy_cache.runtime import formats
 
 TARGETS = ("float16", "bfloat16", "float32")
 
@@ -420,4 +421,4 @@ def test_compiles(architecture, kv_cache_dtype, dtype):
         1, 576, 64, dtype, layouts=("rows",), kv_cache_dtype=kv_cache_dtype,
         ops=["gather_and_maybe_dequant_cache"],
     )  # fmt: skip
-    assert [len(modules.compile_cubin(k, architecture)[0]) > 0 for k in kernels] == [True] * 2
+    assert [len(machine_code.compile_cubin(k, architecture)[0]) > 0 for k in kernels] == [True] * 2

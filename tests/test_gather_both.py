@@ -11,7 +11,7 @@ import worlds
 from gathers import batches, check, sequences, typed
 
 import cupy_cache as cc
-from cupy_cache.ops.shared import gathering_both
+from cupy_cache.ops import gather_both
 
 NAME, BLOCKS = "PagedKVCache.gather", 4
 # What the layouts of `attending.caches` are called where single tokens are read; else as NHD.
@@ -134,7 +134,7 @@ def test_scales_of_tokens_and_heads(world, rng, kind):
 
     def call(*arrays):
         options = ("NHD", "NHD"), kind, True
-        gathering_both.OP(arrays, options, None, (0.0, 0.0, None))
+        gather_both.OP(arrays, options, None, (0.0, 0.0, None))
 
     def expect(key_rows, value_rows, table, bounds, starts, *caches_and_scales):
         for side, out in enumerate((key_rows, value_rows)):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 
+import machine_code
 import pytest
 
 import cupy_cache as cc
@@ -164,7 +165,7 @@ def test_the_architectures_are_nvrtcs_own():
     known = modules._nvrtc_architectures("test")
     assert {75, 90} <= set(known) and 999 not in known
     with pytest.raises(cc.KernelError, match="sm_999"):
-        modules.compile_cubin(KERNEL, 999)
+        machine_code.compile_cubin(KERNEL, 999)
 
 
 def test_no_kernel_sources(tmp_path, monkeypatch):

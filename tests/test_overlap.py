@@ -137,8 +137,9 @@ class Machine:
 
     def __init__(self, monkeypatch, library, capability="90"):
         monkeypatch.setattr(overlap.cuda, "load_library", lambda: library)
-        device = types.SimpleNamespace(compute_capability=capability)
-        fake = types.SimpleNamespace(cuda=types.SimpleNamespace(Device=lambda index: device))
+        numbers = dict(zip(driver._CAPABILITY, divmod(int(capability), 10)))
+        runtime = types.SimpleNamespace(deviceGetAttribute=lambda number, gpu: numbers[number])
+        fake = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
         monkeypatch.setattr(overlap.cuda, "import_cupy", lambda why: fake)
         self.ordinary = []
         self.driver = driver.CudaDriver()

@@ -119,7 +119,7 @@ def machine_code_of(folder, bodies):
     kernels = [
         modules.Kernel("one", "one", f"one<{n}>", STRUCT, only=90) for n in range(len(bodies))
     ]
-    cubin, names = modules.compile_cubins(kernels, 90)
+    cubin, names = machine_code.compile_cubins(kernels, 90)
     path = folder / "one.cubin"
     path.write_bytes(cubin)
     code = machine_code.instructions(path)

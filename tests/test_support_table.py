@@ -37,6 +37,9 @@ def test_the_file_is_up_to_date(table):
 def test_every_operation_is_in_the_table(table):
     missing = {op for op in specialisations.OPERATIONS if op in cc.__all__} - {*table.operations()}
     assert not missing, f"give {missing} a case in tests/cases.py"
+    text = table.FILE.read_text(encoding="utf-8")
+    missing = [op for op in table.operations() if f"`{op}`" not in text]
+    assert not missing, f"run python docs/make_support_table.py, which writes rows for {missing}"
 
 
 def test_every_operation_has_the_tests_that_it_names(table):

@@ -16,6 +16,7 @@ from machine_code import CONVERTING
 
 import cupy_cache as cc
 from cupy_cache.attention import alibi_slopes as attention
+from cupy_cache.compilation.model import Rotation
 from cupy_cache.compilation.specialisations import OPERATIONS, specialisations
 from cupy_cache.ops.shared import blocks
 from cupy_cache.runtime import arrays, driver, modules
@@ -340,6 +341,10 @@ ROTATIONS = [
     {"is_neox": True, "mrope_section": (8, 12, 12), "cos_sin_dtype": "float32"},
     {"is_neox": True, "mrope_section": (12, 10, 10), "mrope_interleaved": True, "out": True},
 ]
+
+
+def test_a_rotation_is_what_users_are_told():
+    assert Rotation._fields == tuple(cc.types.Rotation.__annotations__)
 
 
 @pytest.mark.each("rotation")

@@ -7,8 +7,7 @@ from __future__ import annotations
 import functools
 from typing import Any, Literal
 
-from .. import cpu
-from ..errors import ArgumentError, DTypeError, ShapeError
+from .. import cpu, errors
 from ..runtime import (
     arrays,
     contract,
@@ -135,10 +134,8 @@ def alibi_bias(
     if query_start_loc is not None or cu_seq_lens is not None:
         for name, array in (("query_start_loc", query_start_loc), ("cu_seq_lens", cu_seq_lens)):
             if array is None:
-                raise DTypeError(
-                    f"{NAME}: Invalid type of {name}: expected an array beside the other starts, "
-                    "got None"
-                )
+                expected = "an array beside the other starts"
+                raise errors.wrong("type", f"{NAME}: {name}", expected, "None")
         given = *given, query_start_loc, cu_seq_lens
     OP(given, options, stream)
     return out
@@ -153,10 +150,8 @@ def _dtype(dtype):
     except Exception:  # of an object that cannot even be shown, too
         found = None
     if found not in formats.FLOATS:
-        raise ArgumentError(
-            f"{NAME}: Invalid value of dtype: expected one of "
-            f"{', '.join(d.name for d in formats.FLOATS)}, got {contract.shown(dtype)}"
-        )
+        expected = f"one of {', '.join(d.name for d in formats.FLOATS)}"
+        raise errors.wrong("value", f"{NAME}: dtype", expected, errors.shown(dtype))
     return found
 
 
@@ -214,16 +209,12 @@ def _count(extents, options, scalars):
     del options, scalars
     *counts, (shape, strides), starts, bounds = extents
     if (*shape,) != (*counts,):
-        raise ShapeError(
-            f"{NAME}: Invalid shape of out: expected [num_heads={counts[0]}, "
-            f"num_queries={counts[1]}, num_keys={counts[2]}], got {list(shape)}"
-        )
+        expected = f"[num_heads={counts[0]}, num_queries={counts[1]}, num_keys={counts[2]}]"
+        raise errors.wrong("shape", f"{NAME}: out", expected, list(shape))
     contract.check_elements_apart(NAME, "out", shape, strides, strides[-1] if shape[-1] > 1 else 1)
     if starts != bounds or starts == 0:
         expected = f"[{starts}] like query_start_loc" if starts else "one more than sequences"
-        raise ShapeError(
-            f"{NAME}: Invalid shape of cu_seq_lens: expected {expected}, got [{bounds}]"
-        )
+        raise errors.wrong("shape", f"{NAME}: cu_seq_lens", expected, f"[{bounds}]")
     sequences = starts - 1 if starts else 0
     contract.check_sequence_count(NAME, "query_start_loc", sequences)
     fields = *shape, *strides[:2], sequences, *launch.evenly(sequences, shape[1])

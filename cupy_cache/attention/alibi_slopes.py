@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import cpu
-from ..errors import ArgumentError, ShapeError
+from .. import cpu, errors
 from ..runtime import (
     contract,
     dispatch,
@@ -58,9 +57,9 @@ def alibi_slopes(
     """The slopes of attention with linear biases (ALiBi), one for each query head.
 
     With c the largest power of two that is at most ``num_heads`` and M = ``max_bias``, they are
-    ``2^(-M * i / c)`` for i = 1 … c, followed, where ``num_heads`` is not a power of two, by
-    ``2^(-M * j / 2c)`` for j = 1, 3, 5 … On a GPU a kernel computes them: no array on the CPU, no
-    transfer, no waiting, and the call can be captured in a CUDA graph.
+    ``2^(-M * i / c)`` for i = 1 … c. Where ``num_heads`` is not a power of two, ``2^(-M * j / 2c)``
+    follow, for j = 1, 3, 5 and so on. On a GPU a kernel computes them: no array on the CPU, no
+    transfer, no waiting. The call can be captured in a CUDA graph.
 
     Parameters
     ----------
@@ -122,25 +121,17 @@ def alibi_slopes(
     tp_size = contract.integer(op, "tp_size", tp_size, 1)
     tp_rank = contract.integer(op, "tp_rank", tp_rank)
     if num_heads > MAX_HEADS:
-        raise ArgumentError(
-            f"{op}: Invalid value of num_heads: expected at most {MAX_HEADS}, got {num_heads}"
-        )
+        raise errors.wrong("value", f"{op}: num_heads", f"at most {MAX_HEADS}", num_heads)
     if num_heads % tp_size:
-        raise ArgumentError(
-            f"{op}: Invalid value of tp_size: expected a divisor of num_heads = {num_heads}, got "
-            f"{tp_size}"
-        )
+        expected = f"a divisor of num_heads = {num_heads}"
+        raise errors.wrong("value", f"{op}: tp_size", expected, tp_size)
     if not 0 <= tp_rank < tp_size:
-        raise ArgumentError(
-            f"{op}: Invalid value of tp_rank: expected an integer in 0..{tp_size - 1}, got "
-            f"{tp_rank!r}"
-        )
+        expected = f"an integer in 0..{tp_size - 1}"
+        raise errors.wrong("value", f"{op}: tp_rank", expected, repr(tp_rank))
     is_number = isinstance(max_bias, numbers.Real) and not isinstance(max_bias, bool)
     if not is_number or not 0 < max_bias <= MAX_BIAS:
-        raise ArgumentError(
-            f"{op}: Invalid value of max_bias: expected a number above 0 and at most {MAX_BIAS:g}, "
-            f"got {contract.shown(max_bias)}"
-        )
+        expected = f"a number above 0 and at most {MAX_BIAS:g}"
+        raise errors.wrong("value", f"{op}: max_bias", expected, errors.shown(max_bias))
     max_bias = float(max_bias)
     power = 1 << (num_heads.bit_length() - 1)
     count = num_heads // tp_size
@@ -184,23 +175,17 @@ def place_slopes(
     try:
         given = _numbers(slopes)
     except Exception as error:
-        raise ArgumentError(
-            f"{op}: Invalid value of slopes: expected numbers in host memory, got "
-            f"{contract.shown(slopes)} ({error or type(error).__name__})"
-        ) from error
+        got = f"{errors.shown(slopes)} ({error or type(error).__name__})"
+        raise errors.wrong("value", f"{op}: slopes", "numbers in host memory", got) from error
     if given.ndim != 1 or given.size > MAX_HEADS:
-        raise ShapeError(
-            f"{op}: Invalid shape of slopes: expected [n] with n at most {MAX_HEADS}, got "
-            f"{list(given.shape)}"
-        )
+        expected = f"[n] with n at most {MAX_HEADS}"
+        raise errors.wrong("shape", f"{op}: slopes", expected, list(given.shape))
     with np.errstate(all="ignore"):
         rounded = given.astype(np.float32)
     lost = given[np.isinf(rounded)]
     if np.isfinite(lost).any():
-        raise ArgumentError(
-            f"{op}: Invalid value of slopes: expected numbers within float32, got "
-            f"{lost[np.isfinite(lost)][0]:g}"
-        )
+        got = f"{lost[np.isfinite(lost)][0]:g}"
+        raise errors.wrong("value", f"{op}: slopes", "numbers within float32", got)
     return _fill(PLACE_OP, (rounded.size, rounded.tobytes()), framework, device, out, stream)
 
 
@@ -279,9 +264,7 @@ def _op(name, plan):
     def count(extents, options, scalars):
         del options
         if extents[0] != scalars[0]:
-            raise ShapeError(
-                f"{name}: Invalid shape of out: expected [{scalars[0]}], got {list(extents)}"
-            )
+            raise errors.wrong("shape", f"{name}: out", f"[{scalars[0]}]", list(extents))
         return scalars[0], scalars
 
     return dispatch.Op(
@@ -315,10 +298,8 @@ def _fill(op, scalars, framework, device, out, stream):
     if out is not None:
         for name, value in (("framework", framework), ("device", device)):
             if value is not None:
-                raise ArgumentError(
-                    f"{op.name}: Invalid value of {name}: expected None, because out decides it, "
-                    f"got {contract.shown(value)}"
-                )
+                expected = "None, because out decides it"
+                raise errors.wrong("value", f"{op.name}: {name}", expected, errors.shown(value))
         op((out,), (), stream, scalars)
         return out
     framework, device = making.home(op.name, framework, device)

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import functools
 
-from .. import cpu
-from ..errors import ShapeError
+from .. import cpu, errors
 from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
 from ..types import ArrayLike, StreamLike
 
@@ -123,19 +122,15 @@ def _count(extents, options, scalars):
     tokens, prefixes, prefix_lse, suffixes, suffix_lse, output_lse = extents
     for name, rows in (("prefix_output", prefixes), ("suffix_output", suffixes)):
         if rows < tokens:
-            raise ShapeError(
-                f"{NAME}: Invalid shape of {name}: expected at least {tokens} rows, those of "
-                f"output, got {rows}"
-            )
+            expected = f"at least {tokens} rows, those of output"
+            raise errors.wrong("shape", f"{NAME}: {name}", expected, rows)
     steps = []
     named = (("prefix_lse", prefix_lse), ("suffix_lse", suffix_lse), ("output_lse", output_lse))
     for name, extent in named:
         shape, strides = extent or ((0, tokens), (0, 0))
         if shape[1] < tokens:
-            raise ShapeError(
-                f"{NAME}: Invalid shape of {name}: expected [{shape[0]}, at least {tokens}], the "
-                f"rows of output, got {list(shape)}"
-            )
+            expected = f"[{shape[0]}, at least {tokens}], the rows of output"
+            raise errors.wrong("shape", f"{NAME}: {name}", expected, list(shape))
         steps.append(strides[0])
     if output_lse is not None:
         contract.check_elements_apart(NAME, "output_lse", *output_lse, formats.FLOAT32.bytes)

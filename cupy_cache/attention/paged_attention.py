@@ -10,7 +10,6 @@ import struct
 from typing import Any, NamedTuple
 
 from .. import cpu, errors
-from ..errors import ArgumentError, ShapeError
 from ..runtime import (
     arrays,
     contract,
@@ -183,14 +182,15 @@ def paged_attention(
     are float32; on a GPU the weights are rounded to the dtype of ``query`` before they multiply
     values, and to float16 where caches have 8 bits.
 
-    On a GPU there is one launch, of a thread block for each sequence and 16 query heads of a KV
-    head (64 rows of these, with ``query_start_loc``; 8, of heads of more than 256 elements), or for
-    two KV heads whose rows, longer than 128 bytes and no multiples of 256, follow one another.
-    Where these are too few for the GPU, a cluster of eight thread blocks shares one, on sm_90 and
-    newer; or, without ``query_start_loc``, where tables are wide or there are no clusters, all
-    thread blocks share all of them through scratch memory: some MiB of the allocator of the
-    result's framework, free again behind the kernel in the stream's order, or, during a capture,
-    the graph's. Caches whose addresses and strides are multiples of 16 bytes are read fastest.
+    On a GPU there is one launch. A thread block takes 16 query heads of a KV head of a sequence.
+    With ``query_start_loc`` it takes 64 rows of these, and of heads of more than 256 elements
+    always 8. It takes two KV heads where their rows follow one another, are longer than 128 bytes,
+    and are no multiples of 256. Where these are too few thread blocks for the GPU, a cluster of
+    eight shares the work of one, on sm_90 and newer. Without ``query_start_loc``, where tables are
+    wide or there are no clusters, all thread blocks share all of the work through scratch memory.
+    That is some MiB of the allocator of the result's framework, free again behind the kernel in the
+    stream's order; during a capture it is the graph's. Caches whose addresses and strides are
+    multiples of 16 bytes are read fastest.
     """
     if stream is not None:
         stream = streams.pointer(NAME, stream)
@@ -256,11 +256,11 @@ def _check_scales(op, k_scale, v_scale, k_scale_cache, v_scale_cache):
     for name, cache in (("k_scale_cache", k_scale_cache), ("v_scale_cache", v_scale_cache)):
         if cache is None:
             other = "both k_scale_cache and v_scale_cache, or neither"
-            raise ArgumentError(errors.wrong("value", f"{op}: {name}", other, "None"))
+            raise errors.wrong("value", f"{op}: {name}", other, "None")
     for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
         if scale is not None:
-            expected, got = f"None beside {name}_cache", contract.shown(scale)
-            raise ArgumentError(errors.wrong("value", f"{op}: {name}", expected, got))
+            expected, got = f"None beside {name}_cache", errors.shown(scale)
+            raise errors.wrong("value", f"{op}: {name}", expected, got)
 
 
 def new_out(op, query, key_cache, value_cache, stream):
@@ -326,10 +326,8 @@ def _plan(op, described, options):
     for name in ("num_heads", "num_kv_heads", "head_size", "head_size_v", "block_size"):
         check.positive(name, size[name])
     if size["num_heads"] % size["num_kv_heads"]:
-        raise ShapeError(
-            f"{op.name}: Invalid shape of query: expected a multiple of the "
-            f"{size['num_kv_heads']} heads of key_cache, got {size['num_heads']} heads"
-        )
+        expected = f"a multiple of the {size['num_kv_heads']} heads of key_cache"
+        raise errors.wrong("shape", f"{op.name}: query", expected, f"{size['num_heads']} heads")
 
     check.dtype("query", query, *formats.FLOATS)
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
@@ -364,7 +362,7 @@ def _format(op, kv_cache_dtype, by_token):
         return formats.cache_format(op, kv_cache_dtype, table=formats.PER_TOKEN_HEAD_FORMATS)
     if kv_cache_dtype in {*formats.PER_TOKEN_HEAD_FORMATS} - {*formats.CACHE_FORMATS}:
         expected = f"float32 scales, with kv_cache_dtype={kv_cache_dtype!r}"
-        raise ArgumentError(errors.wrong("value", f"{op}: k_scale_cache", expected, "None"))
+        raise errors.wrong("value", f"{op}: k_scale_cache", expected, "None")
     return formats.cache_format(op, kv_cache_dtype)
 
 
@@ -518,9 +516,9 @@ class _Plan(plans.KernelPlan):
         return "plain", units
 
     def _sharing_pays(self, sequences, units, turns, units_that_fill_memory):
-        """Whether equal shares are quicker: a turn of few thread blocks takes as long as one of as
-        many as `units_that_fill_memory` need, and joining parts through scratch memory takes as
-        long as `COST_OF_SHARING` of these turns of one unit."""
+        """Whether equal shares are quicker. A turn of few thread blocks takes as long as one of as
+        many as `units_that_fill_memory` need. Joining parts through scratch memory takes as long as
+        `COST_OF_SHARING` of these turns of one unit."""
         gained = turns * (units_that_fill_memory - units)
         return "shared" in self._launchers and sequences <= MOST_SHARED and gained > COST_OF_SHARING
 
@@ -540,10 +538,8 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         steps.check_query_on_gpu(check, query)
         for name, extent in (("query", size["head_size"]), ("value_cache", size["head_size_v"])):
             if extent > LARGEST_HEAD:
-                raise ShapeError(
-                    f"{check.op}: Invalid shape of {name}: expected heads of at most "
-                    f"{LARGEST_HEAD} elements on a GPU, got {extent}"
-                )
+                expected = f"heads of at most {LARGEST_HEAD} elements on a GPU"
+                raise errors.wrong("shape", f"{check.op}: {name}", expected, extent)
     keys = _key_layout(key_cache)
     values = _value_layout(value_cache, len(key_cache.shape) == 5, size["block_size"])
     group = size["num_heads"] // size["num_kv_heads"]
@@ -677,10 +673,8 @@ def _count(extents, options, scalars):
         NAME, tokens, sequences, table_rows, starts, dict(zip(("out", "lse"), written))
     )  # fmt: skip
     if slopes is not None and slopes < sequences:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of alibi_slopes: expected rows for the {sequences} sequences "
-            f"of seq_lens, got {slopes}"
-        )
+        expected = f"rows for the {sequences} sequences of seq_lens"
+        raise errors.wrong("shape", f"{NAME}: alibi_slopes", expected, slopes)
     work = (tokens, sequences, width) if tokens and sequences else 0
     return work, (tokens, sequences, width, step, *scalars)
 

@@ -9,7 +9,6 @@ import struct
 from typing import Any, NamedTuple
 
 from .. import cpu, errors
-from ..errors import ShapeError
 from ..runtime import (
     arrays,
     contract,
@@ -146,10 +145,10 @@ def paged_attention_mla(
 
     On a GPU there are as many thread blocks as run at once. A sequence is cut into parts by its own
     length alone, and all blocks share all parts equally. What several have of a sequence is joined
-    through scratch memory: some MiB, at most about 120 for 512 values, or 240 of 32 heads and more,
-    of the allocator of the result's framework, free again behind the kernel in the stream's order,
-    or, during a capture, the graph's. Where many share one, a second launch joins. Caches whose
-    addresses and strides are multiples of 16 bytes are read fastest.
+    through scratch memory. That is some MiB of the allocator of the result's framework, at most
+    about 120 for 512 values, or 240 of 32 heads and more. It is free again behind the kernel in the
+    stream's order; during a capture it is the graph's. Where many share one, a second launch joins.
+    Caches whose addresses and strides are multiples of 16 bytes are read fastest.
     """
     if stream is not None:
         stream = streams.pointer(NAME, stream)
@@ -221,23 +220,19 @@ def _plan(op, described, options):
 def _check_sizes(op, entry_size, kv_cache, out, rank, entries):
     """Whether entries, queries and results are of sizes that belong together."""
     if entries and (entry_size, rank) != (DS_LATENT + DS_ROPE, DS_LATENT):
-        raise ShapeError(
-            f"{op}: Invalid shape of query: expected {DS_LATENT + DS_ROPE} elements, of them "
-            f"kv_lora_rank = {DS_LATENT}, for {FP8_DS_MLA}, got {entry_size}, of them {rank}"
+        expected = (
+            f"{DS_LATENT + DS_ROPE} elements, of them kv_lora_rank = {DS_LATENT}, for {FP8_DS_MLA}"
         )
+        raise errors.wrong("shape", f"{op}: query", expected, f"{entry_size}, of them {rank}")
     if rank > entry_size:
-        raise ShapeError(
-            f"{op}: Invalid shape of query: expected at least the kv_lora_rank = {rank} elements "
-            f"of the latent part, got {entry_size}"
-        )
+        expected = f"at least the kv_lora_rank = {rank} elements of the latent part"
+        raise errors.wrong("shape", f"{op}: query", expected, entry_size)
     for name, array, expected in (
         ("kv_cache", kv_cache, DS_ENTRY_BYTES if entries else entry_size), ("out", out, rank),
     ):  # fmt: skip
         if array.shape[2] != expected:
-            raise ShapeError(
-                f"{op}: Invalid shape of {name}: expected {expected} elements in the last "
-                f"dimension, got {list(array.shape)}"
-            )
+            expected = f"{expected} elements in the last dimension"
+            raise errors.wrong("shape", f"{op}: {name}", expected, list(array.shape))
 
 
 # --- the kernels: constants of paged_attention_mla.cu
@@ -434,10 +429,8 @@ def _gpu_plan(check, named, stored, rank, causal, entries):
             ("kv_lora_rank", rank, LARGEST_RANK), ("entry_size", size["entry_size"], LARGEST_ENTRY),
         ):  # fmt: skip
             if extent > most:
-                raise ShapeError(
-                    f"{check.op}: Invalid shape of query: expected {name} of at most {most} on a "
-                    f"GPU, got {extent}"
-                )
+                expected = f"{name} of at most {most} on a GPU"
+                raise errors.wrong("shape", f"{check.op}: query", expected, extent)
     stored = formats.E4M3 if entries else stored or query.dtype
     device = out.device.index
     vector = contract.vector_bytes(
@@ -517,11 +510,12 @@ def _shape(op, device, entry_size, rank, element_bytes, entries):
     room = HALF_OF_SHARED if halves else shared - FIXED_SHARED
     stages = min(MOST_STAGES, (room - rest) // tile)
     if stages < LEAST_STAGES:
-        raise ShapeError(
-            f"{op}: Invalid shape of query: expected entries of which {LEAST_STAGES} tiles fit "
-            f"into the {shared} bytes of shared memory that this GPU has, got entries of "
-            f"{entry_size} elements, {rank} of them latent"
+        expected = (
+            f"entries of which {LEAST_STAGES} tiles fit into the {shared} bytes of shared memory "
+            "that this GPU has"
         )
+        got = f"entries of {entry_size} elements, {rank} of them latent"
+        raise errors.wrong("shape", f"{op}: query", expected, got)
     resident = 2 if halves else 1
     slot_bytes = ROWS * (columns + 2) * 4
     return _Shape(teams, stages, stages * tile + rest, resident, ROWS, slot_bytes)

@@ -8,7 +8,7 @@ import collections
 from typing import Any
 
 from .. import errors
-from ..errors import ArgumentError, CopyError, DTypeError, OutOfBlocksError
+from ..errors import CopyError, OutOfBlocksError
 from ..runtime import contract
 
 
@@ -46,7 +46,7 @@ class BlockPool:
 
     def __copy__(self) -> Any:
         raise CopyError(
-            "BlockPool: a shallow copy would give out the same blocks: use copy.deepcopy"
+            "BlockPool: a shallow copy would give out the same blocks; use copy.deepcopy"
         )
 
     @property
@@ -149,15 +149,15 @@ class BlockPool:
             block = contract.integer("BlockPool", "block", block)
         if not 0 <= block < self.num_blocks:
             expected = f"a block in 0..{self.num_blocks - 1}" if self.num_blocks else "no block"
-            raise ArgumentError(errors.wrong("value", "BlockPool: block", expected, str(block)))
+            raise errors.wrong("value", "BlockPool: block", expected, block)
         return block
 
     @staticmethod
     def _require_content(method: str, content: Any) -> None:
         if type(content) is not bytes:
-            name, got = f"BlockPool.{method}: content", contract.shown(content)
-            raise DTypeError(errors.wrong("type", name, "bytes", got))
+            name, got = f"BlockPool.{method}: content", errors.shown(content)
+            raise errors.wrong("type", name, "bytes", got)
 
     def _refuse(self, method: str, block: Any, expected: str) -> None:
         name = f"BlockPool.{method}: block"
-        raise ArgumentError(errors.wrong("value", name, expected, f"{block}, which is free"))
+        raise errors.wrong("value", name, expected, f"{block}, which is free")

@@ -12,7 +12,7 @@ from typing import Any, SupportsIndex
 import numpy as np
 
 from .. import errors
-from ..errors import ArgumentError, CopyError, DTypeError, OutOfBlocksError, ShapeError
+from ..errors import CopyError, OutOfBlocksError
 from ..runtime import contract, streams
 from ..types import DeviceLike, FrameworkName, StreamLike
 from .block_pool import BlockPool
@@ -50,9 +50,9 @@ class BlockTables:
     A sequence begins with `add` or `fork`, gets room for new tokens at each `step`, may be moved to
     host memory and back with `swap_out` and `swap_in`, and ends with `free`. Sequences have names,
     which are anything hashable. All of this is pure Python, on the host, whatever the number of
-    layers; nothing is copied: methods return the pairs of blocks that `copy_blocks` and
-    `swap_blocks` are to be called with, before the next step's work, on the same stream. Only
-    `step` makes one upload, on a GPU.
+    layers. Nothing is copied: methods return pairs of blocks, with which `copy_blocks` and
+    `swap_blocks` are to be called before the next step's work, on the same stream. Only `step`
+    makes one upload, on a GPU.
 
     A method that needs more blocks than are free raises `OutOfBlocksError`, and has changed
     nothing: swap a sequence out, or free one, and call again.
@@ -141,7 +141,7 @@ class BlockTables:
         return -(-tokens // self.block_size)
 
     def __copy__(self) -> Any:
-        raise CopyError(f"{NAME}: a shallow copy would give out the same blocks: use copy.deepcopy")
+        raise CopyError(f"{NAME}: a shallow copy would give out the same blocks; use copy.deepcopy")
 
     # --- what there is
 
@@ -213,8 +213,8 @@ class BlockTables:
         """
         self._require_new("add", sequence)
         if not isinstance(salt, bytes):
-            got = contract.shown(salt)
-            raise DTypeError(errors.wrong("type", f"{NAME}.add: salt", "bytes", got))
+            got = errors.shown(salt)
+            raise errors.wrong("type", f"{NAME}.add: salt", "bytes", got)
         known = _numbers("add", tokens)
         found = _Sequence(self._new_row(), known, salt)
         full = (len(known) - 1) // self.block_size if self._reuse else 0
@@ -245,7 +245,7 @@ class BlockTables:
             name = f"{NAME}.append: tokens"
             expected = "them before the step that writes their keys and values"
             got = f"some behind token {len(found.tokens)}, of which {found.length} are written"
-            raise ArgumentError(errors.wrong("order", name, expected, got))
+            raise errors.wrong("order", name, expected, got)
         if found.row != NO_ROW:
             self._hold(found)
         try:
@@ -286,7 +286,7 @@ class BlockTables:
         if length > found.length:
             expected = f"at most {found.length}, the tokens that there are"
             name = f"{NAME}.truncate: length"
-            raise ArgumentError(errors.wrong("value", name, expected, str(length)))
+            raise errors.wrong("value", name, expected, length)
         kept = self._blocks_of(length)
         self._drop(self.pool, found.blocks[kept:])
         del found.blocks[kept:], found.contents[length // self.block_size :]
@@ -388,7 +388,7 @@ class BlockTables:
                 expected, got = f"at most max_{name[4:]} = {most}", str(least)
             else:
                 expected, got = f"a number in {least}..{most}", str(given)
-            raise ArgumentError(errors.wrong("value", f"{NAME}.step: {name}", expected, got))
+            raise errors.wrong("value", f"{NAME}.step: {name}", expected, got)
         return given
 
     def _planned(self, method, sequences, counts):
@@ -421,8 +421,8 @@ class BlockTables:
             end = length + count
             if end > max_length:
                 expected = f"at most max_length = {max_length} tokens of a sequence"
-                got = f"{end} of {contract.shown(sequence)}"
-                raise ArgumentError(errors.wrong("value", f"{name}: counts", expected, got))
+                got = f"{end} of {errors.shown(sequence)}"
+                raise errors.wrong("value", f"{name}: counts", expected, got)
             needed += -(-end // block_size) - len(found.blocks)
             if count and length % block_size:
                 last = found.blocks[-1]
@@ -435,10 +435,8 @@ class BlockTables:
             numbers.append(count)
         if not distinct:
             again = next(s for at, s in enumerate(sequences) if s in sequences[:at])
-            got = f"{contract.shown(again)} twice"
-            raise ArgumentError(
-                errors.wrong("value", f"{name}: sequences", "each sequence once", got)
-            )
+            got = f"{errors.shown(again)} twice"
+            raise errors.wrong("value", f"{name}: sequences", "each sequence once", got)
         return all_found, numbers, needed
 
     @staticmethod
@@ -451,10 +449,10 @@ class BlockTables:
             except TypeError:
                 is_list = False
             if not is_list:
-                got = contract.shown(given)
-                raise DTypeError(errors.wrong("type", f"{name}: {argument}", "a list", got))
+                got = errors.shown(given)
+                raise errors.wrong("type", f"{name}: {argument}", "a list", got)
         expected = f"one count for each of {len(sequences)} sequences"
-        raise ShapeError(errors.wrong("length", f"{name}: counts", expected, str(len(counts))))
+        raise errors.wrong("length", f"{name}: counts", expected, len(counts))
 
     def _require_free(self, method, needed, pool):
         if needed > pool.num_free:
@@ -600,8 +598,8 @@ class BlockTables:
         try:
             found = self._sequences.get(sequence)
         except TypeError:
-            name, got = f"{NAME}.{method}: {argument}", contract.shown(sequence)
-            raise DTypeError(errors.wrong("type", name, "something hashable", got)) from None
+            name, got = f"{NAME}.{method}: {argument}", errors.shown(sequence)
+            raise errors.wrong("type", name, "something hashable", got) from None
         if found is None:
             self._refuse(method, sequence, "a sequence that was added", "was not", argument)
         return found
@@ -622,8 +620,8 @@ class BlockTables:
 
     def _refuse(self, method, sequence, expected, verb, argument="sequence"):
         name = f"{NAME}.{method}: {argument}"
-        got = f"{contract.shown(sequence)}, which {verb}"
-        raise ArgumentError(errors.wrong("value", name, expected, got))
+        got = f"{errors.shown(sequence)}, which {verb}"
+        raise errors.wrong("value", name, expected, got)
 
 
 def _fed(all_found, counts):
@@ -666,5 +664,5 @@ def _numbers(method, tokens):
             contract.index(given[at])
         return numbers
     except Exception as error:  # also whatever an object raises that is to be a number
-        name, got = f"{NAME}.{method}: tokens", contract.shown(tokens)
-        raise ArgumentError(errors.wrong("value", name, "integers", f"{got} ({error})")) from error
+        name, got = f"{NAME}.{method}: tokens", errors.shown(tokens)
+        raise errors.wrong("value", name, "integers", f"{got} ({error})") from error

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from .. import errors
-from ..errors import ArgumentError, DeviceError, ShapeError
 from ..runtime import arrays, contract, dlpack, formats, making
 from ..types import ArrayLike
 
@@ -63,9 +62,7 @@ def block_table_to_csr(
     lens, _ = _host(check, "seq_lens", seq_lens, "_")
     if len(table) < len(lens):
         expected = f"at least {len(lens)} rows, as many as seq_lens has"
-        raise ShapeError(
-            errors.wrong("shape", f"{op}: block_table", expected, str(list(table.shape)))
-        )
+        raise errors.wrong("shape", f"{op}: block_table", expected, list(table.shape))
     table, width = table[: len(lens)], table.shape[1]
     _in_range(op, "seq_lens", lens, 0, width * block_size)
     pages = -(-lens // block_size)
@@ -126,19 +123,19 @@ def csr_to_block_table(
     last, _ = _host(check, "last_page_len", last_page_len, "_")
     if len(bounds) != len(last) + 1:
         expected = f"[{len(last) + 1}], one more than last_page_len has"
-        raise ShapeError(errors.wrong("shape", f"{op}: indptr", expected, f"[{len(bounds)}]"))
+        raise errors.wrong("shape", f"{op}: indptr", expected, f"[{len(bounds)}]")
     pages = np.diff(bounds)
     _in_range(op, "indptr", bounds, 0, len(blocks))
     if (pages < 0).any():
         row = int(np.argmax(pages < 0))
         got = f"{bounds[row + 1]} behind {bounds[row]} in row {row}"
         expected = "bounds that never descend"
-        raise ArgumentError(errors.wrong("value", f"{op}: indptr", expected, got))
+        raise errors.wrong("value", f"{op}: indptr", expected, got)
     most = int(pages.max(initial=0))
     width = most if width is None else contract.integer(op, "width", width, 0)
     if width < most:
         expected = f"at least {most}, the blocks of the longest sequence"
-        raise ArgumentError(errors.wrong("value", f"{op}: width", expected, str(width)))
+        raise errors.wrong("value", f"{op}: width", expected, width)
     last = np.where(pages > 0, last, block_size)
     _in_range(op, "last_page_len", last, 1, block_size)
     lens = np.where(pages > 0, (pages - 1) * block_size + last, 0)
@@ -160,9 +157,7 @@ def _host(check, name, array, pattern):
     if view.device.kind != "cpu":
         way_out = "how many blocks there are decides how large the result is: copy it to the host"
         got = str(view.device)
-        raise DeviceError(
-            errors.wrong("device", f"{check.op}: {name}", "host memory", got, way_out)
-        )
+        raise errors.wrong("device", f"{check.op}: {name}", "host memory", got, way_out)
     found = arrays.as_numpy(view.ptr, view.shape, view.strides, view.dtype.numpy)
     return found.astype(np.int64), view
 
@@ -172,7 +167,7 @@ def _in_range(op, name, values, least, most):
     if bad.any():
         row = int(np.argmax(bad.reshape(len(values), -1).any(axis=1)))
         got = f"{values[bad][0]} in row {row}"
-        raise ArgumentError(errors.wrong("value", f"{op}: {name}", f"{least}..{most}", got))
+        raise errors.wrong("value", f"{op}: {name}", f"{least}..{most}", got)
 
 
 def _as_arrays(like, *results):

@@ -91,7 +91,7 @@ class Buffers:
         self._op, self._width = op, width
         self._sizes = max_sequences, max_tokens, width
         self.framework, self.device = making.home(op, framework, device)
-        *_, end = self._places(max_sequences, max_tokens)
+        *_, end = self._layout(max_sequences, max_tokens)
         self._memory = making.empty(self.framework, self.device, (end,), formats.UINT8)
         view = arrays.view(self._memory, f"{op}: memory")
         self._address, self._host = view.ptr, None
@@ -105,18 +105,18 @@ class Buffers:
         """A copy has memory of its own: the views of the one would be no views of the other."""
         return type(self), (self._op, *self._sizes, self.framework, str(self.device))
 
-    def _places(self, sequences, tokens):
-        """(Place, shape, dtype) of each array, and where they end."""
-        at, places = 0, []
+    def _layout(self, sequences, tokens):
+        """(Offset, shape, dtype) of each array, and where they end."""
+        at, layout = 0, []
         long, short = formats.INT64, formats.INT32
         for shape, dtype in (
             ((tokens,), long), ((tokens,), long), ((tokens,), long), ((sequences + 1,), short),
             ((sequences,), short), ((sequences, self._width), short),
         ):  # fmt: skip
-            places.append((at, shape, dtype))
+            layout.append((at, shape, dtype))
             at += math.prod(shape) * dtype.bytes
             at += -at % ALIGNMENT
-        return *places, max(at, ALIGNMENT)
+        return *layout, max(at, ALIGNMENT)
 
     def begin(self, sequences, tokens, stream):
         """(The arrays, NumPy arrays to be filled, what `end` wants)."""
@@ -125,7 +125,7 @@ class Buffers:
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
             known = self._known[sequences, tokens] = self._new(sequences, tokens)
-        views, places, size, filled = known
+        views, layout, size, filled = known
         if self._host is not None:
             return views, filled, None
         if stream is None:
@@ -138,12 +138,12 @@ class Buffers:
                 "numbers at every replay; call it before the capture and before each replay"
             )
         pinned = cuda.pinned(size)
-        return views, _parts(pinned, places), (stream, pinned)
+        return views, _parts(pinned, layout), (stream, pinned)
 
     def _new(self, sequences, tokens):
-        *places, size = self._places(sequences, tokens)
-        views = tuple(_typed(self._memory, self.framework, *place) for place in places)
-        return views, places, size, self._host is not None and _parts(self._host, places)
+        *layout, size = self._layout(sequences, tokens)
+        views = tuple(_typed(self._memory, self.framework, *place) for place in layout)
+        return views, layout, size, self._host is not None and _parts(self._host, layout)
 
     def end(self, upload):
         """Have the arrays hold what was filled."""
@@ -155,10 +155,10 @@ class Buffers:
         streams.keep_until_done((pinned,), stream, index)
 
 
-def _parts(memory, places):
+def _parts(memory, layout):
     return [
         memory[at : at + math.prod(shape) * dtype.bytes].view(dtype.numpy).reshape(shape)
-        for at, shape, dtype in places
+        for at, shape, dtype in layout
     ]
 
 

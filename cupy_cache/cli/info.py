@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is installed, what operations on a GPU need, and what is missing.
 
-Nothing here needs CuPy, nothing is left behind, and nothing that is broken stops it: the driver,
-NVRTC and the CUDA runtime are asked directly, and CuPy, whose import creates its kernel cache, is
-tried in another process, with the folders that a call would use.
+Nothing here needs CuPy, nothing is left behind, and nothing that is broken stops it. The driver,
+NVRTC and the CUDA runtime are asked directly. CuPy, whose import creates its kernel cache, is tried
+in another process, with the folders that a call would use.
 """
 
 import ctypes
@@ -20,7 +20,6 @@ from .._version import __version__
 from ..errors import KernelError
 from ..runtime import cuda, env, modules
 
-CUPY_NEEDED = 14, 2
 OTHER_VARIABLES = ("CUPY_CACHE_DIR", "CUPY_CACHE_IN_MEMORY", "CUDA_PATH", "CUDA_VISIBLE_DEVICES")
 # What is printed last is a JSON object. Folders that importing CuPy made are removed again.
 _TRY_CUPY = """
@@ -317,9 +316,8 @@ def _missing_packages(facts, major):
             extra = f"cuda{built_for[1]}x"  # newer drivers serve older CUDA versions too
     if cupy["problem"] is not None and facts["kernel_cache"]["problem"] is None:
         what.append(f"CuPy: {cupy['problem']}")
-    elif cupy["version"] is not None and _older(cupy["version"]):
-        needed = ".".join(map(str, CUPY_NEEDED))
-        what.append(f"CuPy {needed} or newer: {cupy['version']} is installed")
+    elif cupy["version"] is not None and cuda.is_too_old(cupy["version"]):
+        what.append(f"CuPy {cuda.CUPY_NEEDED} or newer: {cupy['version']} is installed")
     for name, part in (("NVRTC", "nvrtc"), ("CUDA runtime headers", "cuda_headers")):
         if facts[part]["path"] is None:
             what.append(f"{name}: {facts[part]['problem']}")
@@ -329,10 +327,6 @@ def _missing_packages(facts, major):
     if unfit or installed == ["cupy"]:  # the extra brings another, and there must be only one
         command = f"pip uninstall -y {' '.join(installed)} && {command}"
     return [{"what": "; ".join(what), "command": command}]
-
-
-def _older(version):
-    return tuple(int(n) for n in re.findall(r"\d+", version)[:2]) < CUPY_NEEDED
 
 
 # --- showing it -----------------------------------------------------------------------------------

@@ -11,15 +11,15 @@ name them in `OPERATIONS`.
 import functools
 import itertools
 import math
-import types
-from typing import NamedTuple
 
+from .. import errors
 from ..attention import alibi_slopes as attention
 from ..attention.alibi_bias import alibi_bias
 from ..attention.merge_attn_states import merge_attn_states
 from ..attention.paged_attention import paged_attention
 from ..attention.paged_attention_mla import paged_attention_mla
-from ..errors import ArgumentError, CupyCacheError
+from ..errors import CupyCacheError
+from ..ops import gather_both
 from ..ops.concat_and_cache_mla import SCALE_RULES, concat_and_cache_mla
 from ..ops.concat_and_cache_mla_grouped import GEOMETRY, concat_and_cache_mla_grouped
 from ..ops.concat_and_cache_mla_rope_fused import concat_and_cache_mla_rope_fused
@@ -39,29 +39,15 @@ from ..ops.reshape_and_cache_flash import reshape_and_cache_flash
 from ..ops.reshape_and_cache_flash_per_token_head import reshape_and_cache_flash_per_token_head
 from ..ops.rotary_and_cache import rotary_and_cache
 from ..ops.rotary_embedding import rotary_embedding
-from ..ops.shared import gathering_both
 from ..ops.slot_mapping import slot_mapping
 from ..ops.slot_mapping_groups import slot_mapping_groups
 from ..ops.swap_blocks import swap_blocks
 from ..ops.swap_blocks_batch import KERNEL as SWAP_BLOCKS_BATCH
 from ..ops.zero_blocks import zero_blocks
-from ..runtime import contract, formats, launch, spelling
+from ..runtime import formats, launch, spelling
 from ..runtime.descriptions import described
+from .model import BLOCKS, ENGINES, ROWS, Model, rotation_of
 
-# The element types that engines use, by what the indices are: slots and positions are computed in
-# torch, whose integers have 64 bits; tables, and what counts sequences, are made on the host.
-ENGINES = {
-    "slots": ("int64",),
-    "positions": ("int64",),
-    "tables": ("int32",),
-    "bounds": ("int32",),  # of the sequences among the rows
-    "starts": ("int32",),  # of the sequences in their tables
-    "requests": ("int32",),
-    "blocks": ("int64",),  # chosen on the GPU: pairs too
-}
-# Extents that no kernel depends on: blocks of a cache, rows of everything else.
-BLOCKS, ROWS = 1024, 64
-QUANT_BLOCK = 128  # elements of an indexer's key that share a scale, where it divides them
 FORMATS = {**formats.PER_TOKEN_HEAD_FORMATS, **formats.CACHE_FORMATS}
 
 
@@ -84,10 +70,8 @@ def specialisations(
         whole = isinstance(given, str)  # its items would be letters
         unknown = [given] if whole else [item for item in given if item not in allowed]
         if unknown:
-            raise ArgumentError(
-                f"warmup: Invalid value of {name}: expected some of {', '.join(allowed)}, got "
-                f"{unknown[0]!r}{' instead of a sequence' if whole else ''}"
-            )
+            got = f"{unknown[0]!r}{' instead of a sequence' if whole else ''}"
+            raise errors.wrong("value", f"warmup: {name}", f"some of {', '.join(allowed)}", got)
     dtype = formats.dtype_named(dtype, "warmup: dtype")
     stored = formats.UINT8
     if kv_cache_dtype != formats.FP8_DS_MLA:
@@ -99,7 +83,7 @@ def specialisations(
             role: tuple(formats.DTYPES[name] for name in (index_dtypes or names))
             for role, names in ENGINES.items()
         },
-        num_kv_heads if num_heads is None else num_heads, _rotation(rotary or {}, dtype),
+        num_kv_heads if num_heads is None else num_heads, rotation_of(rotary or {}),
     )  # fmt: skip
     seen = set()
     for name in OPERATIONS if ops is None else ops:
@@ -114,152 +98,14 @@ def specialisations(
             refused.append(error)
 
 
-# What `warmup` takes of a rotation, and what it is by default; None: every kind, or none.
-ROTATION = {
-    "rotary_dim": None, "rope_dim_offset": 0, "cos_sin_dtype": None, "is_neox": None,
-    "mrope_section": None, "mrope_interleaved": False, "norm_eps": None, "norm_dtype": None,
-    "rounding": "once", "out": False, "out_dtype": "auto",
-}  # fmt: skip
-
-
-def _rotation(given, dtype):
-    """A rotation with all that it lacks, for keys of ``dtype``, as a namespace."""
-    unknown = [name for name in given if name not in ROTATION]
-    if unknown:
-        raise ArgumentError(
-            f"warmup: Invalid value of rotary: expected some of {', '.join(ROTATION)}, got "
-            f"{unknown[0]!r}"
-        )
-    all_of_it = types.SimpleNamespace(**{**ROTATION, **given})
-    for name in ("cos_sin_dtype", "norm_dtype"):
-        named = getattr(all_of_it, name)
-        if named is not None:
-            setattr(all_of_it, name, formats.dtype_named(named, f"warmup: rotary[{name}]"))
-    all_of_it.norm_dtype = all_of_it.norm_dtype or dtype
-    if all_of_it.rotary_dim is not None:
-        where = "warmup", "rotary[rotary_dim]"
-        all_of_it.rotary_dim = contract.integer(*where, all_of_it.rotary_dim, least=1)
-    return all_of_it
-
-
 def _kernels_of(call):
     """The kernels that a call, (function, its arguments …), launches."""
     function, *arguments = call
     try:
         function(*arguments)
-    except launch.KernelNeeded as noted:
-        return noted.kernels
+    except launch.KernelNeeded as needed:
+        return needed.kernels
     raise AssertionError(f"{function} launched nothing")
-
-
-# --- the arrays -----------------------------------------------------------------------------------
-
-
-class Model(NamedTuple):
-    """What a model's calls are like. Caches are of the element type ``stored``, indices of those
-    that ``indices`` has for their role."""
-
-    heads: int
-    key_size: int
-    value_size: int
-    block_size: int
-    dtype: formats.DType
-    kv_cache_dtype: str
-    stored: formats.DType
-    layouts: tuple
-    indices: dict
-    query_heads: int
-    rotation: types.SimpleNamespace
-
-    @property
-    def by_token(self):
-        """Whether caches are of a format in which each token and head has a scale."""
-        return self.kv_cache_dtype not in (*formats.CACHE_FORMATS, formats.FP8_DS_MLA)
-
-    def numbers(self, role, *shape):
-        """Indices of each type that those of this role, see `ENGINES`, have."""
-        return [described(shape, dtype) for dtype in self.indices[role]]
-
-    def tokens(self):
-        """A step's keys and values."""
-        sizes = self.key_size, self.value_size
-        return [described((ROWS, self.heads, size), self.dtype) for size in sizes]
-
-    def entries(self, *layers):
-        """A step's latent and rope parts of entries."""
-        sizes = self.value_size, max(self.key_size - self.value_size, 0)
-        return [described((*layers, ROWS, size), self.dtype) for size in sizes]
-
-    def scales(self):
-        """Scales of keys and of values: for all heads, and for each."""
-        if formats.is_scaled(self.kv_cache_dtype):
-            return (1.0, 1.0), [described((self.heads,), formats.FLOAT32) for _ in "kv"]
-        return ((None, None),)
-
-    def token_scales(self):
-        """The scales of keys and of values, of each token and head."""
-        return [described((BLOCKS, self.block_size, self.heads), formats.FLOAT32) for _ in "kv"]
-
-    def cache(self, *block):
-        """A contiguous cache of blocks like this."""
-        return described((BLOCKS, *block), self.stored)
-
-    def pairs(self):
-        """Key and value cache [NB, BS, H, D] in each of the layouts with these dimensions."""
-        sizes = self.key_size, self.value_size
-        if "NHD" in self.layouts:
-            yield [self.cache(self.block_size, self.heads, size) for size in sizes]
-        if "HND" in self.layouts:
-            by_head = [self.cache(self.heads, self.block_size, size) for size in sizes]
-            yield [cache.permuted(0, 2, 1, 3) for cache in by_head]
-        if "packed" in self.layouts:
-            yield self.cache(self.block_size, self.heads, sum(sizes)).split(self.key_size)
-            by_head = self.cache(self.heads, self.block_size, sum(sizes))
-            yield by_head.permuted(0, 2, 1, 3).split(self.key_size)
-
-    def x_packed(self):
-        """Key cache [NB, H, D/x, BS, x], and value cache [NB, H, D, BS] or [NB, H, BS/x, D, x],
-        and whether it is the latter."""
-        x = 16 // self.stored.bytes
-        if "x-packed" in self.layouts and self.key_size % x == 0:
-            keys = self.cache(self.heads, self.key_size // x, self.block_size, x)
-            yield keys, self.cache(self.heads, self.value_size, self.block_size), False
-            if self.block_size % x == 0:
-                yield keys, self.cache(self.heads, self.block_size // x, self.value_size, x), True
-
-    def rows(self):
-        """A cache [NB, BS, E] that keeps one entry for each token."""
-        if "rows" in self.layouts:
-            size = (
-                formats.DS_ENTRY_BYTES
-                if self.kv_cache_dtype == formats.FP8_DS_MLA
-                else self.key_size
-            )
-            yield self.cache(self.block_size, size)
-
-    def indexer(self):
-        """A cache of quantised keys and their scales, and the elements that share one."""
-        if "indexer" in self.layouts:
-            quant = QUANT_BLOCK if self.key_size % QUANT_BLOCK == 0 else self.key_size
-            size = self.key_size + 4 * self.key_size // quant
-            yield described((BLOCKS, self.block_size, size), formats.UINT8), quant
-
-    def pages(self):
-        """A cache whose blocks hold K|V, taken as one."""
-        if "packed" in self.layouts:
-            yield self.cache(self.block_size, self.heads * (self.key_size + self.value_size))
-
-    def single(self):
-        """Caches of which a layer has only one."""
-        yield from (*self.rows(), *self.pages(), *(cache for cache, _ in self.indexer()))
-
-    def layers(self, by_slot=False):
-        """A layer's caches, in every layout; or in those where a slot has a place of its own."""
-        yield from self.pairs()
-        yield from ([cache] for cache in (*self.rows(), *self.pages()))
-        if not by_slot:
-            yield from (caches for *caches, _ in self.x_packed())
-            yield from ([cache] for cache, _ in self.indexer())
 
 
 # --- the calls ------------------------------------------------------------------------------------
@@ -317,7 +163,8 @@ def _rotary_write(model):
     rotation, named = model.rotation, _turns(model, "norm_eps", "rounding", "out_dtype")
     query = described((ROWS, model.query_heads, model.key_size), model.dtype)
     if rotation.norm_eps is not None:
-        weights = [described((model.key_size,), rotation.norm_dtype) for _ in "qk"]
+        dtype = rotation.norm_dtype or model.dtype
+        weights = [described((model.key_size,), dtype) for _ in "qk"]
         named |= zip(("q_norm_weight", "k_norm_weight"), weights)
     if rotation.out or rotation.out_dtype != "auto":
         raw = rotation.out_dtype in formats.RAW
@@ -478,7 +325,7 @@ def _both_gathers(model):
         given = [None if isinstance(one, float) else one for one in scales]
         options = layouts, model.kv_cache_dtype, model.by_token
         scalars = 1.0, 1.0, None
-        gathering_both.OP((*rows, table, bounds, starts, *caches, *given), options, None, scalars)
+        gather_both.OP((*rows, table, bounds, starts, *caches, *given), options, None, scalars)
 
     for (caches, layouts), scales in itertools.product(pairs, every_scale):
         for sequences in _read_sequences(model):

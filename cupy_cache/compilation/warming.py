@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from .. import errors
 from ..errors import CupyCacheError, DeviceError
 from ..runtime import contract, driver, modules
 from ..runtime.log import logger
@@ -96,8 +97,8 @@ def warmup(
 
     Notes
     -----
-    NVRTC compiles in parallel in the threads of one process (CUDA 13.5: 20 kernels in 1.31 s by one
-    thread, in 0.75 s by two on two cores), so there is a thread for each core, 16 at most.
+    NVRTC compiles in parallel in the threads of one process. With CUDA 13.5, 20 kernels take 1.31 s
+    by one thread, and 0.75 s by two on two cores. So there is a thread for each core, 16 at most.
     """
     num_kv_heads, head_size, block_size = (
         contract.integer("warmup", name, value, 1)
@@ -111,10 +112,8 @@ def warmup(
         num_heads = contract.integer("warmup", "num_heads", num_heads, 1)
     place = driver.device_named(device, "warmup: device")
     if place.kind == "cpu":
-        raise DeviceError(
-            "warmup: Invalid value of device: expected a GPU, got the CPU, where nothing is "
-            "compiled"
-        )
+        got = "the CPU, where nothing is compiled"
+        raise errors.wrong("value", "warmup: device", "a GPU", got, error=DeviceError)
     refused: list[CupyCacheError] = []
     capability = driver.active.capability(place.index)
     shared_bytes = driver.active.shared_memory(place.index)

@@ -9,10 +9,10 @@ import numpy as np
 
 
 def encode(values, dtype):
-    """float32 ``values`` as ``dtype`` (a `formats.DType`), returned as its bits: round to nearest,
-    ties to even, except int8, where ties go away from zero; 8-bit types saturate; a NaN has all
-    bits but the sign set, whatever its own are, and is 0 in int8. For callers that ignore
-    floating-point errors."""
+    """float32 ``values`` as ``dtype`` (a `formats.DType`), returned as its bits. They are rounded
+    to nearest, ties to even, in int8 away from zero. 8-bit types saturate. A NaN has all bits but
+    the sign set, whatever its own are, and is 0 in int8. For callers that ignore floating-point
+    errors."""
     if dtype.name == "int8":
         # In float64 the half can be added exactly.
         wide = np.clip(np.nan_to_num(values.astype(np.float64), nan=0.0), -128, 127)

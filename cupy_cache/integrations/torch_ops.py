@@ -27,10 +27,10 @@ express is otherwise:
 
 For the same reason there is no `swap_blocks_batch`. `alibi_slopes` and `place_slopes`, whose
 results are remembered, `packed_size`, which is a number, `block_table_to_csr`,
-`csr_to_block_table`, `warmup` and `raise_faults` are no operations on tensors,
-`paged_attention_v1`, `paged_attention_v2` and `cupy_cache.flash_attn` are other names, and a
-`PagedKVCache` holds addresses: make and call them outside of what is compiled, or where it may be
-interrupted (docs/compiled_code.md).
+`csr_to_block_table`, `warmup` and `raise_faults` are no operations on tensors.
+`paged_attention_v1`, `paged_attention_v2` and `cupy_cache.flash_attn` are other names. A
+`PagedKVCache` holds addresses. Make and call all of these outside of what is compiled, or where it
+may be interrupted (docs/compiled_code.md).
 
 What can be told from shapes, strides, dtypes, devices and options is checked while a function is
 traced, with the public function's error, which torch puts into one of its own. Numbers in tensors,

@@ -42,7 +42,7 @@ from cupy_cache import (
 )
 
 from .. import errors
-from ..errors import ArgumentError, DTypeError, MissingDependencyError, ShapeError
+from ..errors import MissingDependencyError
 from ..runtime import arrays, contract, tracing
 from ..types import ArrayLike, Pairs
 
@@ -133,9 +133,9 @@ def cp_gather_and_upconvert_fp8_kv_cache(
     }  # fmt: skip
     for name, value in rows.items():
         if value is not None:
-            raise ArgumentError(
-                f"cp_gather_and_upconvert_fp8_kv_cache: Invalid value of {name}: expected None, "
-                "since rows in host memory are not read here, got an array"
+            expected = "None, since rows in host memory are not read here"
+            raise errors.wrong(
+                "value", f"cp_gather_and_upconvert_fp8_kv_cache: {name}", expected, "an array"
             )
     cupy_cache.cp_gather_and_upconvert_fp8_kv_cache(
         src_cache, dst, block_table, workspace_starts, batch_size, seq_starts
@@ -161,9 +161,9 @@ def cp_gather_and_upconvert_nvfp4_kv_cache(
         Always.
     """
     del src_cache, dst, block_table, workspace_starts, batch_size
-    raise ArgumentError(
-        "cp_gather_and_upconvert_nvfp4_kv_cache: Invalid value of src_cache: expected another "
-        "format, since nvfp4 is not read here, got an nvfp4 cache"
+    expected = "another format, since nvfp4 is not read here"
+    raise errors.wrong(
+        "value", "cp_gather_and_upconvert_nvfp4_kv_cache: src_cache", expected, "an nvfp4 cache"
     )
 
 
@@ -195,10 +195,8 @@ def merge_attn_states(
     """
     op = "merge_attn_states"
     if output_scale is not None:
-        raise ArgumentError(
-            f"{op}: Invalid value of output_scale: expected None, since fp8 outputs are not "
-            "written here, got an array"
-        )
+        expected = "None, since fp8 outputs are not written here"
+        raise errors.wrong("value", f"{op}: output_scale", expected, "an array")
     if prefill_tokens_with_context is None:
         cupy_cache.merge_attn_states(
             output, prefix_output, prefix_lse, suffix_output, suffix_lse, output_lse
@@ -223,13 +221,11 @@ def merge_attn_states(
     for name, (array, dim) in copied.items():
         found = arrays.framework_of(array, f"{op}: {name}")
         if found != kind:
-            raise DTypeError(
-                errors.wrong("framework", f"{op}: {name}", f"{kind} like output", found)
-            )
+            raise errors.wrong("framework", f"{op}: {name}", f"{kind} like output", found)
         if _extent(op, name, array, dim) < tokens:
             expected = f"at least {tokens} in dimension {dim}, the rows of output"
             got = str(_extent(op, name, array, dim))
-            raise ShapeError(errors.wrong("shape", f"{op}: {name}", expected, got))
+            raise errors.wrong("shape", f"{op}: {name}", expected, got)
     cupy_cache.merge_attn_states(
         merged[:count], prefix[:count], prefix_weights[:, :count], suffix[:count],
         weights[:, :count], None if weights_out is None else weights_out[:, :count],
@@ -247,7 +243,7 @@ def _extent(op: str, name: str, array: ArrayLike, dim: int) -> int:
     shape = arrays.view(array, f"{op}: {name}").shape
     if len(shape) <= dim:
         expected = f"at least {dim + 1} dimensions"
-        raise ShapeError(errors.wrong("shape", f"{op}: {name}", expected, str(list(shape))))
+        raise errors.wrong("shape", f"{op}: {name}", expected, list(shape))
     return shape[dim]
 
 
@@ -341,22 +337,17 @@ def _checked(module: Any, name: str) -> Any:
     """vLLM's function of this name, which can be called as ours can."""
     if name not in ROUTED and name not in NOT_ROUTED:
         offered = ", ".join((*ROUTED, *NOT_ROUTED))
-        raise ArgumentError(
-            f"install: Invalid value of names: expected some of {offered}, got {name!r}"
-        )
+        raise errors.wrong("value", "install: names", f"some of {offered}", repr(name))
     original = getattr(module, name, None)
     if not callable(original):
-        raise ArgumentError(
-            f"install: Invalid value of names: expected functions that this vLLM has, as 0.33 "
-            f"does, got {name!r}"
-        )
+        expected = "functions that this vLLM has, as 0.33 does"
+        raise errors.wrong("value", "install: names", expected, repr(name))
     ours = list(inspect.signature(globals()[name]).parameters.values())
     theirs = list(inspect.signature(original).parameters.values())
     if not _takes(ours, theirs):
-        raise ArgumentError(
-            f"install: Invalid value of names: expected functions with the arguments of vLLM "
-            f"0.33, got {name!r}, which takes {', '.join(p.name for p in theirs)} here"
-        )
+        expected = "functions with the arguments of vLLM 0.33"
+        got = f"{name!r}, which takes {', '.join(p.name for p in theirs)} here"
+        raise errors.wrong("value", "install: names", expected, got)
     return original
 
 

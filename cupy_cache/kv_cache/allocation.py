@@ -9,7 +9,7 @@ import sys
 from typing import NamedTuple
 
 from .. import errors
-from ..errors import ArgumentError, DeviceError
+from ..errors import DeviceError
 from ..runtime import contract, driver, formats, making
 
 # The dimensions of caches that can be allocated: the names that `PagedKVCache.allocate` takes.
@@ -39,7 +39,7 @@ def caches(
         if layout not in PAGED:
             way_out = "scales of tokens and heads have a place in these"
             expected = " or ".join(PAGED)
-            raise ArgumentError(errors.wrong("value", f"{op}: layout", expected, layout, way_out))
+            raise errors.wrong("value", f"{op}: layout", expected, layout, way_out)
         stored = formats.PER_TOKEN_HEAD_FORMATS[kv_cache_dtype].stored
         made = [
             [
@@ -100,11 +100,10 @@ def _home(op, dtype, framework, device, pinned):
     framework, device = making.home(op, framework, device)
     if pinned and device.kind != "cpu":
         way_out = "only host memory is pinned"
-        raise DeviceError(errors.wrong("value", f"{op}: device", "'cpu'", str(device), way_out))
+        raise errors.wrong("value", f"{op}: device", "'cpu'", device, way_out, error=DeviceError)
     if pinned and not driver.active.device_count():
-        raise DeviceError(
-            errors.wrong("value", f"{op}: pinned", "False, since CuPy sees no CUDA GPU", "True")
-        )
+        expected = "False, since CuPy sees no CUDA GPU"
+        raise errors.wrong("value", f"{op}: pinned", expected, "True", error=DeviceError)
     return framework, device
 
 
@@ -112,7 +111,7 @@ def _raw(op, dtype):
     """The `formats.DType` of the model's keys and values."""
     if isinstance(dtype, str) and dtype.startswith("fp8"):
         expected, way_out = "the model's own, such as 'bfloat16'", f"kv_cache_dtype={dtype!r} is it"
-        raise ArgumentError(errors.wrong("value", f"{op}: dtype", expected, repr(dtype), way_out))
+        raise errors.wrong("value", f"{op}: dtype", expected, repr(dtype), way_out)
     return formats.dtype_named(dtype, f"{op}: dtype")
 
 
@@ -133,9 +132,7 @@ def _shapes(op, layout, num_blocks, block_size, heads, head_size, head_size_v, d
     if layout == "rows":
         if heads != 1:
             way_out = "entries of latent attention have no heads"
-            raise ArgumentError(
-                errors.wrong("value", f"{op}: num_kv_heads", "1", str(heads), way_out)
-            )
+            raise errors.wrong("value", f"{op}: num_kv_heads", "1", heads, way_out)
         return [(num_blocks, block_size, head_size)]
     if layout == "packed":
         return [(num_blocks, block_size, heads, head_size + head_size_v)]
@@ -143,7 +140,7 @@ def _shapes(op, layout, num_blocks, block_size, heads, head_size, head_size_v, d
         x = PACK_BYTES // dtype.bytes
         if head_size % x:
             expected = f"a multiple of x = {x}, the elements of {dtype.name} in {PACK_BYTES} bytes"
-            raise ArgumentError(errors.wrong("value", f"{op}: head_size", expected, str(head_size)))
+            raise errors.wrong("value", f"{op}: head_size", expected, head_size)
         return [
             (num_blocks, heads, head_size // x, block_size, x),
             (num_blocks, heads, head_size_v, block_size),

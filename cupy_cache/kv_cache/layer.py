@@ -6,22 +6,22 @@ import inspect
 
 from .. import errors
 from ..attention import paged_attention
-from ..errors import ArgumentError
 from ..ops import (
     concat_and_cache_mla,
     concat_and_cache_mla_rope_fused,
     gather_and_maybe_dequant_cache,
+    gather_both,
     reshape_and_cache,
     reshape_and_cache_flash,
     reshape_and_cache_flash_per_token_head,
     rotary_and_cache,
 )
-from ..ops.shared import gathering, gathering_both
+from ..ops.shared import gathering
 from ..runtime import contract, dispatch, formats
 from . import layouts
 
 WRITE, ROTARY_WRITE = "PagedKVCache.write", "PagedKVCache.rotary_write"
-ATTEND, GATHER = "PagedKVCache.attend", gathering_both.NAME
+ATTEND, GATHER = "PagedKVCache.attend", gather_both.NAME
 
 
 class Layer:
@@ -133,8 +133,8 @@ class Layer:
             op, options = gather_and_maybe_dequant_cache.OP, (*named, stored, self._by_token)
             fixed, scalars = {"src_cache": self.key_cache, "scale": scales[0]}, scalars[:1]
         else:
-            op, options = gathering_both.OP, (tuple(named), stored, self._by_token)
-            names = *gathering_both.CACHES, *gathering_both.SCALES
+            op, options = gather_both.OP, (tuple(named), stored, self._by_token)
+            names = *gather_both.CACHES, *gather_both.SCALES
             fixed = dict(zip(names, (self.key_cache, self.value_cache, *scales)))
         also = ["seq_starts"] * with_starts
         return dispatch.Bound(op, _given(fixed.items()), options, scalars, GATHER, also)
@@ -160,5 +160,5 @@ def _refuse_unusual(**options):
         usual = usually[name].default
         if option is not usual and (usual is None or option != usual):
             expected = f"{usual!r} where there are no value caches"
-            got = contract.shown(option)
-            raise ArgumentError(errors.wrong("value", f"{ROTARY_WRITE}: {name}", expected, got))
+            got = errors.shown(option)
+            raise errors.wrong("value", f"{ROTARY_WRITE}: {name}", expected, got)

@@ -11,7 +11,7 @@ from typing import Any, Literal, SupportsIndex
 
 from .. import errors
 from ..attention import paged_attention, paged_attention_mla
-from ..errors import ArgumentError, CopyError, CupyCacheError, DTypeError, ShapeError
+from ..errors import CopyError, CupyCacheError, ShapeError
 from ..ops import copy_blocks, pack_blocks, swap_blocks, zero_blocks
 from ..ops.shared import rotary
 from ..runtime import arrays, contract, dispatch, formats, lists, making, streams
@@ -148,10 +148,10 @@ class PagedKVCache:
             Of the model's keys and values, and of caches that are raw.
         kv_cache_dtype, k_scales, v_scales
             As of the constructor. Caches of fp8 are arrays of uint8, those of "int8" of int8. With
-            "int8_per_token_head" or "fp8_per_token_head" each token and head has a scale, found by
-            the write (`reshape_and_cache_flash_per_token_head`) and kept in the same block, behind
-            the elements: the layout is "NHD" or "HND", and blocks are moved with their scales, as
-            they lie in memory, so only between caches of one layout.
+            "int8_per_token_head" or "fp8_per_token_head" each token and head has a scale, which the
+            write finds (`reshape_and_cache_flash_per_token_head`). It is kept in the same block,
+            behind the elements. The layout is "NHD" or "HND". Blocks are moved with their scales,
+            as they lie in memory, so only between caches of one layout.
         layout : {"NHD", "HND", "packed", "x-packed", "rows"}
             What lies where in memory, with BS slots of a block, H heads, D = head_size, and x
             elements in 16 bytes:
@@ -204,10 +204,8 @@ class PagedKVCache:
     def _bind(self, key_caches, value_caches, kv_cache_dtype, k_scales, v_scales, pages):
         if value_caches is None:
             if v_scales is not None:
-                raise ArgumentError(
-                    "PagedKVCache: Invalid value of v_scales: expected None, since there are no "
-                    f"value caches, got {v_scales!r:.80}"
-                )
+                expected = "None, since there are no value caches"
+                raise errors.wrong("value", "PagedKVCache: v_scales", expected, f"{v_scales!r:.80}")
             op, given = copy_blocks.MLA_OP, {"kv_caches": key_caches}
         else:
             op = copy_blocks.OP
@@ -221,10 +219,8 @@ class PagedKVCache:
             for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
                 if scales is not None:
                     expected = f"None with {kv_cache_dtype}, which finds them"
-                    got = contract.shown(scales)
-                    raise ArgumentError(
-                        errors.wrong("value", f"PagedKVCache: {name}", expected, got)
-                    )
+                    got = errors.shown(scales)
+                    raise errors.wrong("value", f"PagedKVCache: {name}", expected, got)
         for name, caches in given.items():
             lists.require_list("PagedKVCache", name, caches)
         self._copy = dispatch.Bound(op, given, name="PagedKVCache.copy_blocks")
@@ -292,17 +288,18 @@ class PagedKVCache:
 
     def writer(self, layer: int) -> Writer:
         """`write` for one layer, as a function of the other arguments: the cheapest call."""
-        if type(layer) is not int:
-            layer = contract.integer("PagedKVCache.writer", "layer", layer)
-        try:
-            return self._writers[layer]
-        except KeyError:
-            raise self._no_layer("writer", layer) from None
+        return self._writers[self._index("writer", layer)]
 
-    def _no_layer(self, method, layer):
-        layers = f"a layer in 0..{len(self) - 1}" if len(self) else "no layer, as there are none"
-        name = f"PagedKVCache.{method}: layer"
-        return ArgumentError(errors.wrong("value", name, layers, repr(layer)))
+    def _index(self, method, layer):
+        """``layer``, which must be one: lists have layers of negative numbers, too."""
+        name = f"PagedKVCache.{method}"
+        if type(layer) is not int:  # True would be layer 1
+            layer = contract.integer(name, "layer", layer)
+        if layer not in self._writers:
+            last = len(self) - 1
+            expected = "no layer, as there are none" if last < 0 else f"a layer in 0..{last}"
+            raise errors.wrong("value", f"{name}: layer", expected, layer)
+        return layer
 
     def write(
         self,
@@ -323,12 +320,9 @@ class PagedKVCache:
             As for `reshape_and_cache_flash` or `reshape_and_cache`; without value caches ``kv_c``,
             ``k_pe`` and ``slot_mapping`` of `concat_and_cache_mla`.
         """
-        if type(layer) is not int:  # True would be layer 1
-            layer = contract.integer("PagedKVCache.write", "layer", layer)
-        try:
-            bound = self._writers[layer]
-        except KeyError:
-            raise self._no_layer("write", layer) from None
+        bound = self._writers.get(layer) if type(layer) is int else None
+        if bound is None:
+            bound = self._writers[self._index("write", layer)]
         if stream is None:  # what the call of ``bound`` begins with: an engine's every layer
             given = key, value, slot_mapping
             for path in bound.fast_paths:
@@ -421,14 +415,6 @@ class PagedKVCache:
             self._bound[key] = bound
         return bound
 
-    def _index(self, method, layer):
-        """``layer``, which must be one: lists have layers of negative numbers, too."""
-        if type(layer) is not int:
-            layer = contract.integer(f"PagedKVCache.{method}", "layer", layer)
-        if layer not in self._writers:
-            raise self._no_layer(method, layer)
-        return layer
-
     def attend(
         self,
         layer: int,
@@ -459,7 +445,7 @@ class PagedKVCache:
             kept, as the caches are: give the same ones at each step.
         """
         if type(layer) is not int:
-            layer = contract.integer(ATTEND, "layer", layer)
+            layer = self._index("attend", layer)
         # In their one form: what is remembered must not change.
         if sliding_window is not None:
             sliding_window = contract.integer(ATTEND, "sliding_window", sliding_window, 1)
@@ -475,9 +461,7 @@ class PagedKVCache:
             if self.value_caches is None:
                 expected = "key and value caches to attend to"
                 got, way_out = "entries of latent attention", "use attend_mla"
-                raise ArgumentError(
-                    errors.wrong("kind", f"{ATTEND}: caches", expected, got, way_out)
-                )
+                raise errors.wrong("kind", f"{ATTEND}: caches", expected, got, way_out)
             one = self._layers[self._index("attend", layer)]
             bound = self._remember(key, one.attender(*options, alibi_slopes, sinks, *given))
         if out is None:
@@ -516,7 +500,7 @@ class PagedKVCache:
         layer = self._layers[self._index("attend_mla", layer)]
         if self.value_caches is not None:
             expected, got = "entries of latent attention", "key and value caches"
-            raise ArgumentError(errors.wrong("kind", f"{_ATTEND_MLA}: caches", expected, got))
+            raise errors.wrong("kind", f"{_ATTEND_MLA}: caches", expected, got)
         try:
             return paged_attention_mla.paged_attention_mla(
                 query, layer.key_cache, block_table, seq_lens, scale=scale,
@@ -577,7 +561,7 @@ class PagedKVCache:
             out = (out,)
         elif not isinstance(out, (list, tuple)) or len(out) != 2:
             expected, got = "a pair of arrays, for keys and values", type(out).__name__
-            raise DTypeError(errors.wrong("type", f"{GATHER}: out", expected, got))
+            raise errors.wrong("type", f"{GATHER}: out", expected, got)
         if num_tokens is not None:
             num_tokens = contract.integer(GATHER, "num_tokens", num_tokens, 0)
         key = GATHER, layer, seq_starts is not None
@@ -599,12 +583,12 @@ class PagedKVCache:
         if num_tokens is None:
             expected, way_out = "how many rows there are, or out", "it is not read on the device"
             name = f"{GATHER}: num_tokens"
-            raise ArgumentError(errors.wrong("value", name, expected, "None", way_out))
+            raise errors.wrong("value", name, expected, "None", way_out)
         num_tokens = contract.integer(GATHER, "num_tokens", num_tokens, 0)
         if dtype is None and self._dtype is None:
             expected, way_out = "that of the rows, or out", "caches of 8 bits do not tell"
             name = f"{GATHER}: dtype"
-            raise ArgumentError(errors.wrong("value", name, expected, "None", way_out))
+            raise errors.wrong("value", name, expected, "None", way_out)
         dtype = self._dtype if dtype is None else formats.dtype_named(dtype, f"{GATHER}: dtype")
         if stream is not None:
             stream = streams.pointer(GATHER, stream)
@@ -636,16 +620,16 @@ class PagedKVCache:
         name = "PagedKVCache.swap_blocks"
         if not isinstance(other, PagedKVCache):
             got = type(other).__name__
-            raise DTypeError(errors.wrong("type", f"{name}: other", "a PagedKVCache", got))
+            raise errors.wrong("type", f"{name}: other", "a PagedKVCache", got)
         mine, theirs = (
             "key caches alone" if caches.value_caches is None else "key and value caches"
             for caches in (self, other)
         )
         if mine != theirs:
-            raise ShapeError(errors.wrong("kind", f"{name}: other", mine, theirs))
+            raise errors.wrong("kind", f"{name}: other", mine, theirs, error=ShapeError)
         by_token = self.k_scale_caches is not None and other.k_scale_caches is not None
         if by_token and self.layout != other.layout:  # whole pages, as they lie in memory
-            raise ShapeError(errors.wrong("layout", f"{name}: other", self.layout, other.layout))
+            raise errors.wrong("layout", f"{name}: other", self.layout, other.layout)
         (keys, values), (other_keys, other_values) = self._moved, other._moved
         caches = keys, other_keys, values, other_values
         try:
@@ -727,8 +711,6 @@ def _for_each_layer(name, scales, layers):
     if not isinstance(scales, (list, tuple)):
         return [scales] * layers
     if len(scales) != layers:
-        raise ArgumentError(
-            f"PagedKVCache: Invalid length of {name}: expected one scale for each of {layers} "
-            f"layers, got {len(scales)}"
-        )
+        expected = f"one scale for each of {layers} layers"
+        raise errors.wrong("length", f"PagedKVCache: {name}", expected, len(scales))
     return list(scales)

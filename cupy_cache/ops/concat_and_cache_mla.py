@@ -74,18 +74,18 @@ def concat_and_cache_mla(
     Names, order and bytes are those of vLLM's cache operation of the same name.
 
     **fp8_ds_mla** is the entry of DeepSeek V3.2's sparse attention. Bytes 0 to 511 are ``kv_c``
-    (512 columns) as e4m3, value / scale, in four tiles of 128; bytes 512 to 527 the four tiles'
-    scales, float32, little-endian; bytes 528 to 655 ``k_pe`` (64 columns) as it is, or zeros where
-    it has no columns. Inputs are float16 or bfloat16, and a reader must know which: the rope part
-    keeps their bits. float32 is refused, since the rope part has 16 bits for an element.
+    (512 columns) as e4m3, value / scale, in four tiles of 128. Bytes 512 to 527 are the four tiles'
+    scales, float32, little-endian. Bytes 528 to 655 are ``k_pe`` (64 columns) as it is, or zeros
+    where it has no columns. Inputs are float16 or bfloat16, and a reader must know which: the rope
+    part keeps their bits. float32 is refused, since the rope part has 16 bits for an element.
 
     With ``a`` the largest absolute value of a tile, its scale is ``2 ** ceil(log2(max(a / 448,
     1e-4)))`` ("power_of_two", vLLM 0.33) or ``max(a / 448, 2 ** -126)`` ("amax", vLLM 0.11);
     readers take either. The power is exact, found from the bits of the quotient. vLLM takes the
-    logarithm in float32, which could round down to an integer just above a power of two; but ``a``
-    has at most 11 significant bits and 448 is 7 * 64, so ``a / 448`` is a power of two or at least
-    one part in 2047 away from it, and both ways give the same bytes for every input. NaN does not
-    count for ``a`` and is stored as 0x7f; an infinite value makes its tile's scale infinite.
+    logarithm in float32, which could round down to an integer just above a power of two. But ``a``
+    has at most 11 significant bits and 448 is 7 * 64, so ``a / 448`` is a power of two, or at least
+    one part in 2047 away from it. Both ways give the same bytes for every input. NaN does not count
+    for ``a`` and is stored as 0x7f; an infinite value makes its tile's scale infinite.
     """
     skip = contract.flag(NAME, "skip_scale", skip_scale)
     array, scalars = scales_of("scale", kv_cache_dtype, None if skip else scale)

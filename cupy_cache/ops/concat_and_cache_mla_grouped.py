@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import struct
 
-from .. import cpu
-from ..errors import ArgumentError, ShapeError
+from .. import cpu, errors
 from ..runtime import arrays, contract, dispatch, formats, launch
 from ..types import ArrayLike, Layers, StreamLike
 from .shared import mla
@@ -82,7 +81,7 @@ def concat_and_cache_mla_grouped(
     if not isinstance(kv_cache_ptrs, (list, tuple)):
         caches, addresses = None, kv_cache_ptrs
     elif not kv_cache_ptrs:
-        raise ShapeError(f"{NAME}: Invalid length of kv_cache_ptrs: expected caches, got none")
+        raise errors.wrong("length", f"{NAME}: kv_cache_ptrs", "caches", "none")
     geometry = block_size, block_stride, entry_stride, num_blocks
     sizes = tuple(
         None if size is None else contract.integer(NAME, name, size)
@@ -120,10 +119,8 @@ class _Plan:
                   "slot_mapping": slot_mapping}  # fmt: skip
         mla.check_entries(check, writes, fmt.storage)
         if fmt.stored is None and scales is not None:
-            raise ArgumentError(
-                f"{NAME}: Invalid value of kv_scales: expected None for kv_cache_dtype "
-                f"{kv_cache_dtype!r}, which is a raw copy, got an array"
-            )
+            expected = f"None for kv_cache_dtype {kv_cache_dtype!r}, which is a raw copy"
+            raise errors.wrong("value", f"{NAME}: kv_scales", expected, "an array")
         if fmt.stored is not None:
             dispatch.require_array(NAME, "kv_scales", scales)
             check.shape("kv_scales", scales, "num_layers")
@@ -149,10 +146,8 @@ class _Plan:
         addresses; on the CPU layer after layer."""
         kv_c, k_pe, caches, addresses, slots, scales = call.values
         if self._listed and len(caches) != self._layers:
-            raise ShapeError(
-                f"{NAME}: Invalid length of kv_cache_ptrs: expected {self._layers}, the layers of "
-                f"kv_c, got {len(caches)}"
-            )
+            expected = f"{self._layers}, the layers of kv_c"
+            raise errors.wrong("length", f"{NAME}: kv_cache_ptrs", expected, len(caches))
         if self._device is None:
             self._run_cpu(call)
             return
@@ -202,19 +197,17 @@ def _behind_addresses(check, addresses, kv_c, k_pe, fmt, geometry):
     """The description of the caches whose addresses an array holds."""
     for name, value in zip(GEOMETRY, geometry):
         if value is None:
-            raise ArgumentError(
-                f"{NAME}: Invalid value of {name}: expected a positive integer, got None; caches "
-                "given by their addresses do not tell it, and without it slots could be written to "
-                "any place: name it, or give a list of the caches"
+            way_out = (
+                "caches given by their addresses do not tell it, and without it slots could be "
+                "written to any place: name it, or give a list of the caches"
             )
+            raise errors.wrong("value", f"{NAME}: {name}", "a positive integer", "None", way_out)
         check.positive(name, value)
     block_size, block_stride, entry_stride, num_blocks = geometry
     dtype = formats.UINT8 if fmt.stored is not None else kv_c.dtype
     if num_blocks * block_stride * dtype.bytes >= 2**63:
-        raise ArgumentError(
-            f"{NAME}: Invalid value of num_blocks: expected caches of less than 2**63 bytes, got "
-            f"{num_blocks} blocks of {block_stride * dtype.bytes}"
-        )
+        got = f"{num_blocks} blocks of {block_stride * dtype.bytes}"
+        raise errors.wrong("value", f"{NAME}: num_blocks", "caches of less than 2**63 bytes", got)
     return addresses._replace(
         ptr=0,
         shape=(num_blocks, block_size, kv_c.shape[2] + k_pe.shape[2]),
@@ -236,10 +229,8 @@ def _compare(kv_cache, geometry):
     }
     for (name, expected), value in zip(found.items(), geometry):
         if value is not None and expected is not None and value != expected:
-            raise ArgumentError(
-                f"{NAME}: Invalid value of {name}: expected {expected} like kv_cache_ptrs[0], got "
-                f"{value!r}"
-            )
+            expected = f"{expected} like kv_cache_ptrs[0]"
+            raise errors.wrong("value", f"{NAME}: {name}", expected, repr(value))
 
 
 def _count(extents, options, scalars):
@@ -248,14 +239,10 @@ def _count(extents, options, scalars):
     (kv_c, of_kv_c), (k_pe, of_k_pe), (slots, of_slots) = extents
     tokens = kv_c[1]
     if k_pe[1] != tokens:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of k_pe: expected {tokens} tokens like kv_c, got {list(k_pe)}"
-        )
+        raise errors.wrong("shape", f"{NAME}: k_pe", f"{tokens} tokens like kv_c", list(k_pe))
     if slots[1] < tokens:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of slot_mapping: expected at least {tokens} slots for each "
-            f"layer, the tokens of kv_c, got {list(slots)}"
-        )
+        expected = f"at least {tokens} slots for each layer, the tokens of kv_c"
+        raise errors.wrong("shape", f"{NAME}: slot_mapping", expected, list(slots))
     return tokens, (of_kv_c[0], of_k_pe[0], of_slots[0])
 
 

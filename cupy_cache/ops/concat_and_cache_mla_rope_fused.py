@@ -80,8 +80,8 @@ def concat_and_cache_mla_rope_fused(
     Notes
     -----
     A pair (x, y) becomes (x * cos - y * sin, y * cos + x * sin): float32 products, each rounded,
-    and a float32 sum, which is rounded once: to the dtype of ``q_pe``, or divided by the scale to
-    what the cache stores.
+    and a float32 sum. The sum is rounded once: to the dtype of ``q_pe``, or, divided by the scale,
+    to what the cache stores.
 
     Names and order are those of vLLM's operation of the same name, which rounds every product to
     the dtype of ``q_pe``, and leaves tokens without a slot unrotated.

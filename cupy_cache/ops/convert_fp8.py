@@ -7,8 +7,7 @@ from __future__ import annotations
 import functools
 import math
 
-from .. import cpu
-from ..errors import ShapeError, StrideError
+from .. import cpu, errors
 from ..runtime import contract, dispatch, formats, modules, params, plans, spelling
 from ..types import ArrayLike, Scale, StreamLike
 
@@ -73,10 +72,8 @@ def _plan(op, described, options):
     fmt = formats.cache_format(op.name, kv_dtype, KV_DTYPES, "kv_dtype")
     check = contract.Contract(op.name)
     if output.shape != source.shape:
-        raise ShapeError(
-            f"{op.name}: Invalid shape of input: expected {list(output.shape)} like output, got "
-            f"{list(source.shape)}"
-        )
+        expected = f"{list(output.shape)} like output"
+        raise errors.wrong("shape", f"{op.name}: input", expected, list(source.shape))
     check.dtype("input", source, *formats.FLOATS, *fmt.storage)
     quantises = source.dtype in formats.FLOATS
     check.dtype("output", output, *(fmt.storage if quantises else formats.FLOATS))
@@ -136,11 +133,12 @@ def _merged(op, output, source):
             extent *= merged.pop()[0]
         merged.append((extent, to, at))
     if len(merged) > MAX_DIMS:
-        raise StrideError(
-            f"{op}: Invalid strides of output: expected at most {MAX_DIMS} dimensions where those "
-            f"adjacent in both arrays count as one, got byte strides {list(output.strides)} of "
-            f"output and {list(source.strides)} of input for shape {list(output.shape)}"
+        expected = f"at most {MAX_DIMS} dimensions where those adjacent in both arrays count as one"
+        got = (
+            f"byte strides {list(output.strides)} of output and {list(source.strides)} of input "
+            f"for shape {list(output.shape)}"
         )
+        raise errors.wrong("strides", f"{op}: output", expected, got)
     run = 1
     if merged and merged[-1][1:] == (output.dtype.bytes, source.dtype.bytes):
         run = merged.pop()[0]

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..errors import ShapeError
 from ..runtime import contract, dispatch
 from ..types import LayersOrPairs, Pairs, StreamLike
 from .shared import blocks, copying, mappings, packing
@@ -56,12 +55,7 @@ def _plan(op, described, options):
     check = contract.Contract(op.name)
     named = [(arg.item(0), array) for arg, array in zip(op.args, tensors)]
     for name, array in named:
-        check.shape(name, array, "num_blocks block_size ...")
-        if len(array.shape) > packing.MAX_TOKEN_DIMS:
-            raise ShapeError(
-                f"{op.name}: Invalid shape of {name}: expected [num_blocks, block_size, ...] of at "
-                f"most {packing.MAX_TOKEN_DIMS} dimensions, got {list(array.shape)}"
-            )
+        packing.check_tokens(check, name, array)
         check.device(name, array)
         check.writable(name, array)
     if pairs is not None:

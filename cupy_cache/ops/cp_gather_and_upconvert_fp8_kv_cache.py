@@ -7,8 +7,7 @@ from __future__ import annotations
 import functools
 from typing import Literal
 
-from .. import cpu
-from ..errors import ArgumentError
+from .. import cpu, errors
 from ..runtime import contract, formats, modules, plans, spelling
 from ..types import ArrayLike, StreamLike
 from .shared import gathering
@@ -65,7 +64,7 @@ def cp_gather_and_upconvert_fp8_kv_cache(
     Notes
     -----
     The entry is that of `concat_and_cache_mla` with "fp8_ds_mla". Columns 0 to 511 of a row are its
-    e4m3 elements times the float32 scale of their tile of 128, rounded to nearest even; columns 512
+    e4m3 elements times the float32 scale of their tile of 128, rounded to nearest even. Columns 512
     to 575 are the rope part, whose bits are copied where ``dst`` has ``rope_dtype``. Where a number
     is converted, a NaN stays a NaN; which one is not defined.
 
@@ -129,10 +128,8 @@ def _plan(op, described, options):
 def _count(extents, batch_size):
     rows, table_rows, starts_of_rows, starts = extents
     if starts_of_rows != batch_size:
-        raise ArgumentError(
-            f"{NAME}: Invalid value of batch_size: expected {starts_of_rows}, the length of "
-            f"workspace_starts, got {batch_size}"
-        )
+        expected = f"{starts_of_rows}, the length of workspace_starts"
+        raise errors.wrong("value", f"{NAME}: batch_size", expected, batch_size)
     gathering.check_sequences(NAME, batch_size, table_rows, starts)
     return rows if batch_size else 0, batch_size
 

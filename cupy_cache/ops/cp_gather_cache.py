@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from ..errors import ArgumentError
+from .. import errors
 from ..runtime import contract
 from ..types import ArrayLike, StreamLike
 from .shared import gathering
@@ -68,10 +68,8 @@ def cp_gather_cache(
 def _count(extents, batch_size):
     rows, table_rows, bounds, starts = extents
     if bounds != batch_size + 1:
-        raise ArgumentError(
-            f"{NAME}: Invalid value of batch_size: expected {bounds - 1}, one less than "
-            f"the {bounds} bounds in cu_seq_lens, got {batch_size}"
-        )
+        expected = f"{bounds - 1}, one less than the {bounds} bounds in cu_seq_lens"
+        raise errors.wrong("value", f"{NAME}: batch_size", expected, batch_size)
     gathering.check_sequences(NAME, batch_size, table_rows, starts)
     return rows, batch_size
 

@@ -4,8 +4,7 @@
 
 from __future__ import annotations
 
-from .. import cpu
-from ..errors import ShapeError
+from .. import cpu, errors
 from ..runtime import (
     contract,
     dispatch,
@@ -69,10 +68,10 @@ def cp_gather_indexer_k_quant_cache(
 
     Notes
     -----
-    A row that would be read from outside the table or the cache is skipped and recorded (see
-    `raise_faults`) under its number, with the argument ``block_table``: where the page is not below
-    W (the value recorded is the page) or the block number is outside 0..num_blocks - 1. Numbers of
-    ``cu_seq_lens`` that descend are treated as by `gather_cache`.
+    A row that would be read from outside the table or the cache is skipped, and recorded under its
+    number, with the argument ``block_table`` (see `raise_faults`). That is so where the page is not
+    below W, and the value recorded is then the page; or where the block number is outside
+    0..num_blocks - 1. Numbers of ``cu_seq_lens`` that descend are treated as by `gather_cache`.
 
     Names, order and bytes are those of vLLM's operation of the same name.
     """
@@ -93,11 +92,12 @@ def _plan(op, described, options):
     check.positive("head_size", head_size)
     scales, rest = divmod(scale_bytes, indexer.SCALE_BYTES)
     if rest or not scales or head_size % scales:
-        raise ShapeError(
-            f"{op.name}: Invalid shape of dst_scale: expected scales of {indexer.SCALE_BYTES} "
-            f"bytes, as many as a divisor of the head size {head_size}, got "
-            f"{list(dst_scale.shape)} of {dst_scale.dtype.name}"
+        expected = (
+            f"scales of {indexer.SCALE_BYTES} bytes, as many as a divisor of the head size "
+            f"{head_size}"
         )
+        got = f"{list(dst_scale.shape)} of {dst_scale.dtype.name}"
+        raise errors.wrong("shape", f"{op.name}: dst_scale", expected, got)
     indexer.check_cache(check, kv_cache, head_size, scales)
     for name, array in (("dst_k", dst_k), ("dst_scale", dst_scale)):
         check.device(name, array)
@@ -143,15 +143,11 @@ def _count(extents, options, scalars):
     rows, scale_rows, ((sequences, width), (step, _)), bounds = extents
     contract.check_sequence_count(NAME, "block_table", sequences)
     if scale_rows != rows:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of dst_scale: expected {rows} rows, "
-            f"as many as dst_k has, got {scale_rows}"
-        )
+        expected = f"{rows} rows, as many as dst_k has"
+        raise errors.wrong("shape", f"{NAME}: dst_scale", expected, scale_rows)
     if bounds != sequences + 1:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of cu_seq_lens: expected "
-            f"[{sequences + 1}], one more than the rows of block_table, got [{bounds}]"
-        )
+        expected = f"[{sequences + 1}], one more than the rows of block_table"
+        raise errors.wrong("shape", f"{NAME}: cu_seq_lens", expected, f"[{bounds}]")
     return rows, (rows, sequences, width, step, *launch.evenly(sequences, rows))
 
 

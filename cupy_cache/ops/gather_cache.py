@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from ..errors import ShapeError
+from .. import errors
 from ..runtime import contract
 from ..types import ArrayLike, StreamLike
 from .shared import gathering
@@ -65,10 +65,10 @@ def gather_cache(
 
     Notes
     -----
-    A row that would be read from outside the table or the cache is skipped and recorded (see
-    `raise_faults`) under its number: with the argument ``seq_starts`` where the start is outside
-    0..W * block_size - 1, and with ``block_table`` where the page is not below W (the value
-    recorded is the page) or the block number is outside 0..num_blocks - 1.
+    A row that would be read from outside the table or the cache is skipped, and recorded under its
+    number (see `raise_faults`). The argument is ``seq_starts`` where the start is outside 0..W *
+    block_size - 1. It is ``block_table`` where the page is not below W, and the value recorded is
+    then the page; or where the block number is outside 0..num_blocks - 1.
 
     A number of ``cu_seq_lens`` below the one before is recorded under its place. A row that lies
     between the bounds of several sequences is then that of one of them, or left as it is; the same
@@ -83,15 +83,11 @@ def _count(extents):
     rows, sequences, bounds, starts = extents
     contract.check_sequence_count(NAME, "block_table", sequences)
     if bounds != sequences + 1:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of cu_seq_lens: expected [{sequences + 1}], one more "
-            f"than the rows of block_table, got [{bounds}]"
-        )
+        expected = f"[{sequences + 1}], one more than the rows of block_table"
+        raise errors.wrong("shape", f"{NAME}: cu_seq_lens", expected, f"[{bounds}]")
     if starts not in (None, sequences):
-        raise ShapeError(
-            f"{NAME}: Invalid shape of seq_starts: expected [{sequences}], the rows of "
-            f"block_table, got [{starts}]"
-        )
+        expected = f"[{sequences}], the rows of block_table"
+        raise errors.wrong("shape", f"{NAME}: seq_starts", expected, f"[{starts}]")
     return rows, sequences
 
 

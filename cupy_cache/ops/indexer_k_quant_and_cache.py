@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import functools
 
-from .. import cpu
-from ..errors import ArgumentError
+from .. import cpu, errors
 from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
 from ..types import ArrayLike, StreamLike
 from .shared import indexer
@@ -76,8 +75,8 @@ def indexer_k_quant_and_cache(
     -----
     Names, order and bytes are those of vLLM's operation of the same name, whose last argument is
     the format of the scales too, in spite of its name. Other strings, for which vLLM would store
-    e4m3 just the same, are refused. vLLM takes the power of two from float32 logarithms; here it is
-    exact, found from the bits of the scale, which for float16 and bfloat16 gives the same bytes.
+    e4m3 just the same, are refused. vLLM takes the power of two from float32 logarithms. Here it is
+    exact, found from the bits of the scale; for float16 and bfloat16 that gives the same bytes.
 
     NaN does not count for ``a`` and is stored as 0x7f. An infinite value makes the scale of its
     quant block infinite ("mxfp8": 255, which UE8M0 reads as NaN); it is stored as 0x7f, its finite
@@ -97,10 +96,8 @@ def _plan(op, described, options):
     head_size = k.shape[1]
     check.positive("head_size", head_size)
     if head_size % quant_block_size:
-        raise ArgumentError(
-            f"{op.name}: Invalid value of quant_block_size: expected a divisor of the head size "
-            f"{head_size}, got {quant_block_size}"
-        )
+        expected = f"a divisor of the head size {head_size}"
+        raise errors.wrong("value", f"{op.name}: quant_block_size", expected, quant_block_size)
     quant_blocks = head_size // quant_block_size
     check.dtype("k", k, *formats.FLOATS)
     check.dtype("slot_mapping", slot_mapping, *formats.INDICES)

@@ -5,7 +5,7 @@ to another machine, or storing it."""
 
 from __future__ import annotations
 
-from ..errors import ArgumentError
+from .. import errors
 from ..runtime import contract
 from ..types import ArrayLike, Indices, LayersOrPairs, PackedLayout, StreamLike
 from .shared import packing
@@ -21,8 +21,8 @@ def pack_blocks(
 ) -> None:
     """Copy chosen blocks of every layer into one contiguous buffer.
 
-    On a GPU it is one launch, into GPU memory or directly into pinned host memory: block numbers in
-    host memory travel inside the kernel's parameters, so nothing is uploaded, nothing waits and the
+    On a GPU it is one launch, into GPU memory or directly into pinned host memory. Block numbers in
+    host memory travel inside the kernel's parameters: nothing is uploaded, nothing waits, and the
     call can be captured in a CUDA graph. What does not fit one launch's parameters (with 32 layers
     of keys and values, more than 832 numbers) takes several. Into host memory that is not pinned
     the bytes go through a buffer on the GPU, and the call may wait.
@@ -198,10 +198,8 @@ def packed_size(
     """
     op = "packed_size"
     if (num_blocks is None) == (num_tokens is None):
-        raise ArgumentError(
-            f"{op}: Invalid value of num_blocks: expected either num_blocks or num_tokens, got "
-            f"{num_blocks} and {num_tokens}"
-        )
+        expected = "either num_blocks or num_tokens"
+        raise errors.wrong("value", f"{op}: num_blocks", expected, f"{num_blocks} and {num_tokens}")
     name, count = ("num_blocks", num_blocks) if num_tokens is None else ("num_tokens", num_tokens)
     count = contract.integer(op, name, count, 0)
     operation = SIZE_OF_BLOCKS if num_tokens is None else SIZE_OF_TOKENS

@@ -40,10 +40,10 @@ def reshape_and_cache(
 ) -> None:
     """Write one step's keys and values into their slots of an x-packed paged cache.
 
-    The layout of vLLM's first paged-attention kernels: with x elements in 16 bytes, element ``d``
-    of head ``h`` of the token in slot ``b * block_size + o`` is at ``key_cache[b, h, d // x, o,
-    d % x]`` and ``value_cache[b, h, d, o]``, or, interleaved, ``value_cache[b, h, o // x, d,
-    o % x]``.
+    The layout is that of vLLM's first paged-attention kernels, with x elements in 16 bytes. Element
+    ``d`` of head ``h`` of the token in slot ``b * block_size + o`` is at ``key_cache[b, h, d // x,
+    o, d % x]`` and ``value_cache[b, h, d, o]``. Interleaved values are at ``value_cache[b, h, o //
+    x, d, o % x]``.
 
     Parameters
     ----------

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import functools
 
-from .. import cpu
-from ..errors import ShapeError
+from .. import cpu, errors
 from ..runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
 from ..types import ArrayLike, StreamLike
 
@@ -74,12 +73,11 @@ def reshape_and_cache_flash_per_token_head(
 
     Notes
     -----
-    All in float32, correctly rounded: with ``a`` the largest magnitude of a row and Q = 127 for
-    int8, 448 for e4m3, ``scale = max(a / Q, 1e-6)``, and a stored element is
-    ``value * (1 / scale)`` rounded to nearest: in int8 ties away from zero, in e4m3 ties to even.
-    Times the scale it gives the value back. NaN does not count for ``a`` and is stored as 0x7f, in
-    int8 as 0. An infinite value makes its row's scale infinite and is stored like a NaN, the others
-    as zeros.
+    All is in float32, correctly rounded. With ``a`` the largest magnitude of a row, ``scale = max(a
+    / Q, 1e-6)``, where Q is 127 for int8 and 448 for e4m3. A stored element is ``value * (1 /
+    scale)`` rounded to nearest: in int8 ties away from zero, in e4m3 ties to even. Times the scale
+    it gives the value back. NaN does not count for ``a`` and is stored as 0x7f, in int8 as 0. An
+    infinite value makes its row's scale infinite and is stored like a NaN, the others as zeros.
 
     The meaning is that of vLLM's ``triton_reshape_and_cache_flash_per_token_head_quant``.
     """
@@ -111,10 +109,8 @@ def _plan(op, described, options):
     sizes = size["head_size"], size["head_size_v"]
     for name, head_size in zip(("key", "value"), sizes):
         if head_size > MAX_HEAD_SIZE:
-            raise ShapeError(
-                f"{op.name}: Invalid shape of {name}: expected a head size of at most "
-                f"{MAX_HEAD_SIZE}, got {head_size}"
-            )
+            expected = f"a head size of at most {MAX_HEAD_SIZE}"
+            raise errors.wrong("shape", f"{op.name}: {name}", expected, head_size)
 
     if key_cache.device.kind == "cpu":
         run = functools.partial(

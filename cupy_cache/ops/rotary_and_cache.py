@@ -119,8 +119,8 @@ def rotary_and_cache(
     Notes
     -----
     A pair (x, y) becomes (x * cos - y * sin, y * cos + x * sin): float32 products, each rounded,
-    and a float32 sum, on every backend the same. The order in which squares are added up is not, so
-    that results may differ in the last place where heads are normalised; and further where
+    and a float32 sum, on every backend the same. The order in which squares are added up is not:
+    where heads are normalised, results may differ in the last place. They may differ further where
     ``norm_eps`` is below 1e-30, as sums of squares below 2^-126 are 0 on a GPU.
 
     A NaN is stored with all bits but the sign set.

@@ -65,7 +65,7 @@ def rotary_embedding(
     Notes
     -----
     A pair (x, y) becomes (x * cos - y * sin, y * cos + x * sin): float32 products, each rounded,
-    and a float32 sum, which is rounded to the dtype of ``query``; on every backend the same.
+    and a float32 sum, which is rounded to the dtype of ``query``. It is the same on every backend.
 
     Names, order and meaning are those of vLLM's operation of the same name.
     """

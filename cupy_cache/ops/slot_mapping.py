@@ -7,8 +7,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from .. import cpu
-from ..errors import ShapeError
+from .. import cpu, errors
 from ..runtime import (
     arrays,
     contract,
@@ -95,11 +94,11 @@ def slot_mapping(
 
     Notes
     -----
-    Nothing synchronises. The slot is -1, and a fault is recorded under the token's number (see
-    `raise_faults`), where a position is negative or its page not below W (argument ``positions``),
-    or where a table entry that is used is negative or so large that its slots might not fit 64 bits
-    (argument ``block_table``). Where ``query_start_loc`` descends, a token between the bounds of
-    several requests is of one of them, or of none: the same one on CPU and GPU.
+    Nothing synchronises. What is out of range gives the slot -1, and a fault under the token's
+    number (see `raise_faults`). It has the argument ``positions`` where a position is negative, or
+    its page not below W. It has ``block_table`` where a table entry that is used is negative, or so
+    large that its slots might not fit 64 bits. Where ``query_start_loc`` descends, a token between
+    the bounds of several requests is of one of them, or of none: the same one on CPU and GPU.
 
     The formulas are those of vLLM's block tables.
     """
@@ -158,15 +157,11 @@ def _count(extents, options, scalars):
     ((requests, width), (step, _)), tokens, bounds, count = extents
     contract.check_sequence_count(NAME, "block_table", requests)
     if bounds != requests + 1:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of query_start_loc: expected [{requests + 1}], one more "
-            f"than the rows of block_table, got [{bounds}]"
-        )
+        expected = f"[{requests + 1}], one more than the rows of block_table"
+        raise errors.wrong("shape", f"{NAME}: query_start_loc", expected, f"[{bounds}]")
     if count < tokens:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of out: expected at least {tokens} entries, as many as "
-            f"positions, got [{count}]"
-        )
+        expected = f"at least {tokens} entries, as many as positions"
+        raise errors.wrong("shape", f"{NAME}: out", expected, f"[{count}]")
     block_size, world, *_ = options
     limit = slots.position_limit(width, block_size, world)
     return count, (count, requests, tokens, step, limit, *launch.evenly(requests, tokens))

@@ -8,8 +8,7 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-from .. import cpu
-from ..errors import ArgumentError, ShapeError, StrideError
+from .. import cpu, errors
 from ..runtime import (
     arrays,
     contract,
@@ -115,7 +114,7 @@ def slot_mapping_groups(
     lists.require_list(NAME, "block_tables", block_tables)
     groups = len(block_tables)
     if not groups:
-        raise ShapeError(f"{NAME}: Invalid length of block_tables: expected tables, got none")
+        raise errors.wrong("length", f"{NAME}: block_tables", "tables", "none")
     all_of_them = (True,) * groups
     options = (
         _each("block_sizes", block_sizes, groups, int, contract.integer),
@@ -136,10 +135,8 @@ def slot_mapping_groups(
 def _each(name, values, groups, kind, normal):
     """A value for each group, in its normal form: of type ``kind``, as ``normal`` makes it."""
     if not isinstance(values, (list, tuple)) or len(values) != groups:
-        raise ArgumentError(
-            f"{NAME}: Invalid value of {name}: expected a list of {groups} values, one for each of "
-            f"block_tables, got {contract.shown(values)}"
-        )
+        expected = f"a list of {groups} values, one for each of block_tables"
+        raise errors.wrong("value", f"{NAME}: {name}", expected, errors.shown(values))
     if set(map(type, values)) == {kind}:
         return tuple(values)
     return tuple([normal(NAME, f"{name}[{at}]", value) for at, value in enumerate(values)])
@@ -167,10 +164,8 @@ class _Plan:
         check.contiguous_rows("query_start_loc", named["query_start_loc"])
         arrays.require_writable(out, NAME, "out")
         if 0 not in out.shape and out.strides[1] != formats.INT64.bytes:
-            raise StrideError(
-                f"{NAME}: Invalid strides of out: expected contiguous rows, got byte strides "
-                f"{list(out.strides)}"
-            )
+            got = f"byte strides {list(out.strides)}"
+            raise errors.wrong("strides", f"{NAME}: out", "contiguous rows", got)
         self._groups = []  # of each, what each of its rows means; None where disabled
         for index, (size, on, shared) in enumerate(zip(block_sizes, enabled, sharded)):
             own = ranks if shared else (1, 0, 1)
@@ -264,27 +259,22 @@ def _count(extents, options, scalars):
     contract.check_sequence_count(NAME, "query_start_loc", requests)
     if requests < 0 or (idx is not None and idx != requests):
         wanted = "at least 1" if idx is None else idx + 1
-        raise ShapeError(
-            f"{NAME}: Invalid shape of query_start_loc: expected [{wanted}], one more than there "
-            f"are requests{'' if idx is None else ' in idx_mapping'}, got [{bounds}]"
+        expected = (
+            f"[{wanted}], one more than there are "
+            f"requests{'' if idx is None else ' in idx_mapping'}"
         )
+        raise errors.wrong("shape", f"{NAME}: query_start_loc", expected, f"[{bounds}]")
     if idx is None:
         for index, ((rows, _), _) in enumerate(tables):
             if rows < requests:
-                raise ShapeError(
-                    f"{NAME}: Invalid shape of block_tables[{index}]: expected at least {requests} "
-                    f"rows, one for each request of query_start_loc, got {rows}"
-                )
+                expected = f"at least {requests} rows, one for each request of query_start_loc"
+                raise errors.wrong("shape", f"{NAME}: block_tables[{index}]", expected, rows)
     if count < tokens:
-        raise ShapeError(
-            f"{NAME}: Invalid shape of out: expected at least {tokens} columns, as many as "
-            f"positions, got [{groups}, {count}]"
-        )
+        expected = f"at least {tokens} columns, as many as positions"
+        raise errors.wrong("shape", f"{NAME}: out", expected, f"[{groups}, {count}]")
     if groups > 1 and count and abs(stride) < count * formats.INT64.bytes:
-        raise StrideError(
-            f"{NAME}: Invalid strides of out: expected rows that do not share memory, got rows of "
-            f"{count * formats.INT64.bytes} bytes every {stride} bytes"
-        )
+        got = f"rows of {count * formats.INT64.bytes} bytes every {stride} bytes"
+        raise errors.wrong("strides", f"{NAME}: out", "rows that do not share memory", got)
     return count, (tables, requests, tokens, stride)
 
 

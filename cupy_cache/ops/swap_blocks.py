@@ -9,7 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from ..errors import ArgumentError, DeviceError, ShapeError
+from .. import errors
 from ..runtime import arrays, contract, dispatch, driver, formats, launch
 from ..runtime.log import logger
 from ..types import ArrayLike, Layers, Pairs, StreamLike
@@ -52,9 +52,9 @@ def swap_blocks(
     arrays of any shape.
 
     Between a GPU and pinned host memory, scattered blocks are moved by a kernel that accesses the
-    host memory itself, and runs of neighbouring blocks of 2 MiB or more by the copy engines; both
-    are enqueued and can be captured. Host memory that is not pinned works too, slower: the driver
-    stages it, and the call may wait.
+    host memory itself. Runs of neighbouring blocks of 2 MiB or more are moved by the copy engines.
+    Both are enqueued and can be captured. Host memory that is not pinned works too, slower: the
+    driver stages it, and the call may wait.
 
     Parameters
     ----------
@@ -96,10 +96,8 @@ def _size_and_mapping(*given):
     if len(by_place) == 2 and size is mapping is None:
         return by_place
     if by_place:
-        raise ArgumentError(
-            f"{NAME}: Invalid value of block_mapping: expected it once, with block_size_in_bytes "
-            "or without, got more arguments than that"
-        )
+        expected = "it once, with block_size_in_bytes or without"
+        raise errors.wrong("value", f"{NAME}: block_mapping", expected, "more arguments than that")
     return size, mapping
 
 
@@ -161,10 +159,7 @@ class _Plan:
         *sides, mapping = described
         (block_size_in_bytes,) = options
         if mapping is not None:
-            raise DeviceError(
-                f"{NAME}: Invalid device of block_mapping: expected host memory, got "
-                f"{mapping.device}"
-            )
+            raise errors.wrong("device", f"{NAME}: block_mapping", "host memory", mapping.device)
         check = contract.Contract(NAME)
         self._tensors = [
             _Tensor(check, names, source, destination, block_size_in_bytes)
@@ -197,21 +192,14 @@ class _Plan:
             if array is not None:
                 contract.same_device(NAME, name, array.device, name, other.device)
                 if array.shape[0] != other.shape[0]:
-                    raise ShapeError(
-                        f"{NAME}: Invalid shape of {name}: expected {other.shape[0]} blocks like "
-                        f"those of keys, got {list(array.shape)}"
-                    )
+                    expected = f"{other.shape[0]} blocks like those of keys"
+                    raise errors.wrong("shape", f"{NAME}: {name}", expected, list(array.shape))
 
     def _make_kernel(self):
-        limit = None
-        if self._to.kind == "cpu":
-            limit = blocks.TO_HOST_BLOCKS
-        elif self._from.kind == "cpu":
-            limit = blocks.FROM_HOST_BLOCKS
         tensors = [(t.geometry, t.source.ptr | t.destination.ptr) for t in self._tensors]
         self._copy = blocks.CopyPlan(
             NAME, tensors, False, self._source_blocks, self._destination_blocks, None, self._gpu,
-            max_blocks=limit,
+            max_blocks=blocks.most_blocks(self._from, self._to),
         )  # fmt: skip
 
     def tables(self, values):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import ArgumentError, DeviceError, MissingDependencyError, ShapeError
+from .. import errors
 from ..runtime import arrays, devices, dispatch, driver, launch, modules, params, streams
 from ..runtime.log import logger
 from ..types import ArrayLike, StreamLike
@@ -40,10 +40,10 @@ def swap_blocks_batch(
     """Copy ``sizes[i]`` bytes from address ``src_ptrs[i]`` to ``dst_ptrs[i]``, for every i.
 
     Addresses may be on GPUs, in pinned and in other host memory, in any mixture. What a GPU reaches
-    is copied by a kernel, whose parameters hold the addresses, except for runs of 2 MiB and more
-    over the bus, which go to the copy engines; both are enqueued and can be captured in a CUDA
-    graph. Neighbouring ranges are joined. Everything else is copied by the driver, one range after
-    the other, and the call may wait. Where all the memory is on the host, it is copied at once.
+    is copied by a kernel, whose parameters hold the addresses. Runs of 2 MiB and more over the bus
+    go to the copy engines. Both are enqueued and can be captured in a CUDA graph. Neighbouring
+    ranges are joined. Everything else is copied by the driver, one range after the other, and the
+    call may wait. Where all the memory is on the host, it is copied at once.
 
     Parameters
     ----------
@@ -100,7 +100,7 @@ class _Plan:
         if min(of.low, to.low) <= 0 or max(of.high, to.high) > _MOST:
             _check_ranges(*call.values)
         _check_apart(of, to, ordered[1:] - ordered[:-1])
-        if not _gpus():
+        if not driver.gpus():
             _copy_on_host(sources, destinations, sizes)
             return
         from_sides, to_sides = _locate("src_ptrs", of), _locate("dst_ptrs", to)
@@ -130,9 +130,7 @@ class _Plan:
 def _plan(op, described, options):
     for arg, array in zip(op.args, described):
         if array is not None:
-            raise DeviceError(
-                f"{NAME}: Invalid device of {arg.name}: expected host memory, got {array.device}"
-            )
+            raise errors.wrong("device", f"{NAME}: {arg.name}", "host memory", array.device)
     return _Plan(*options)
 
 
@@ -140,10 +138,8 @@ def _count(extents, options, scalars):
     del options, scalars
     if len(set(extents)) > 1:
         name, got = ("dst_ptrs", extents[1]) if extents[1] != extents[0] else ("sizes", extents[2])
-        raise ShapeError(
-            f"{NAME}: Invalid shape of {name}: expected [n={extents[0]}], got [{got}] (n = {got} "
-            f"where src_ptrs has {extents[0]})"
-        )
+        got = f"[{got}] (n = {got} where src_ptrs has {extents[0]})"
+        raise errors.wrong("shape", f"{NAME}: {name}", f"[n={extents[0]}]", got)
     return extents[0], ()
 
 
@@ -175,9 +171,7 @@ def _check_ranges(sources, destinations, sizes):
 def _require(name, column, good, expected):
     if not good.all():
         row = int(np.argmin(good))
-        raise ArgumentError(
-            f"{NAME}: Invalid value of {name}: expected {expected}, got {column[row]} in row {row}"
-        )
+        raise errors.wrong("value", f"{NAME}: {name}", expected, f"{column[row]} in row {row}")
 
 
 def _check_apart(of, to, steps):
@@ -205,10 +199,9 @@ def _check_apart(of, to, steps):
 
 
 def _refuse_overlap(name, address, start, end):
-    raise ArgumentError(
-        f"{NAME}: Invalid value of {name}: expected ranges that overlap no other destination, got "
-        f"{address:#x} where {start:#x} to {end:#x} is written; copy in two calls"
-    )
+    expected = "ranges that overlap no other destination"
+    got = f"{address:#x} where {start:#x} to {end:#x} is written"
+    raise errors.wrong("value", f"{NAME}: {name}", expected, got, "copy in two calls")
 
 
 # --- where the memory is --------------------------------------------------------------------------
@@ -236,13 +229,6 @@ class _Sides(NamedTuple):
 
 
 _PAGEABLE = _Side(devices.CPU, None)
-
-
-def _gpus():
-    try:
-        return driver.active.device_count()
-    except MissingDependencyError:
-        return 0
 
 
 def _locate(name, ranges):
@@ -280,10 +266,8 @@ def _check_inside(name, found, end):
     while found.end < end:
         following = driver.active.allocation(found.end)
         if following is None or following[2:] != found[2:]:
-            raise ArgumentError(
-                f"{NAME}: Invalid value of {name}: expected ranges inside their allocations, got "
-                f"one up to {end:#x} where {found.device} memory ends at {found.end:#x}"
-            )
+            got = f"one up to {end:#x} where {found.device} memory ends at {found.end:#x}"
+            raise errors.wrong("value", f"{NAME}: {name}", "ranges inside their allocations", got)
         found = following
 
 
@@ -327,15 +311,10 @@ def _copy_between(launcher, device, stream, source, destination, sources, destin
         by_kernel = sizes < least
         others = np.flatnonzero(~by_kernel).tolist()
     if len(others) < len(sizes):
-        limit = None
-        if destination.device.kind == "cpu":
-            limit = blocks.TO_HOST_BLOCKS
-        elif source.device.kind == "cpu":
-            limit = blocks.FROM_HOST_BLOCKS
         _launch(
             launcher, stream, sources[by_kernel] + source.shift,
-            destinations[by_kernel] + destination.shift, sizes[by_kernel], limit,
-            largest > MAX_RANGE_BYTES,
+            destinations[by_kernel] + destination.shift, sizes[by_kernel],
+            blocks.most_blocks(source.device, destination.device), largest > MAX_RANGE_BYTES,
         )  # fmt: skip
     for row in others:
         driver.active.copy(

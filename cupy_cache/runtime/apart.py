@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..errors import ArgumentError
+from .. import errors
 from . import arrays
 
 # What an exact answer may cost, in steps of NumPy's solver: caches' strides take a few hundred.
@@ -136,10 +136,8 @@ class Apart:
             arg.item(placed.layer) if arg.layers else arg.name
             for arg, placed in ((self._op.args[p.argument], p) for p in (first, second))
         ]
-        raise ArgumentError(
-            f"{self._op.name}: Invalid memory of {names[1]}: expected memory of its own, since it "
-            f"is written, got some that {names[0]} has too"
-        )
+        expected, got = "memory of its own, since it is written", f"some that {names[0]} has too"
+        raise errors.wrong("memory", f"{self._op.name}: {names[1]}", expected, got)
 
 
 def _one_behind_the_other(placed):

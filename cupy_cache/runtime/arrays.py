@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import errors
-from ..errors import ArgumentError, CupyCacheError, DeviceError, DTypeError, NotWritableError
+from ..errors import CupyCacheError
 from . import dlpack, formats
 from .devices import CPU, Device
 
@@ -165,7 +165,7 @@ def _find_reader(value, name):
     if isinstance(value, np.ma.MaskedArray):
         expected = "an array whose every element counts"
         got = "a MaskedArray: give its data, or what filled() returns"
-        raise DTypeError(errors.wrong("type", name, expected, got))
+        raise errors.wrong("type", name, expected, got)
     if isinstance(value, np.ndarray):
         return _read_numpy
     if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
@@ -181,7 +181,7 @@ def _find_reader(value, name):
     expected = (
         "an array (torch, CuPy, NumPy, or anything with __dlpack__ or __cuda_array_interface__)"
     )
-    raise DTypeError(errors.wrong("type", name, expected, type(value).__name__, way_out))
+    raise errors.wrong("type", name, expected, type(value).__name__, way_out)
 
 
 def is_foreign(value, name):
@@ -209,7 +209,7 @@ def read(value, name, stream=None):
     if not found.ptr and 0 not in found.shape:
         describe(found, name)  # what is on no device that counts is told so
         got = f"{_type_name(value)} of shape {list(found.shape)} at address 0"
-        raise ArgumentError(errors.wrong("memory", name, "an array with memory", got))
+        raise errors.wrong("memory", name, "an array with memory", got)
     return found
 
 
@@ -218,7 +218,7 @@ def _unreadable(value, name, error):
     if isinstance(error, CupyCacheError):
         return error
     got = f"{_type_name(value)} that cannot: {error or type(error).__name__}"
-    return ArgumentError(errors.wrong("memory", name, "memory that can be read where it is", got))
+    return errors.wrong("memory", name, "memory that can be read where it is", got)
 
 
 def _type_name(value):
@@ -266,7 +266,7 @@ def describe(metadata, name):
         return Array(ptr, shape, strides, dtype, CPU, place == "numpy, writable", "numpy")
     strides = tuple(s * dtype.bytes for s in strides)
     if place.type not in ("cpu", "cuda"):
-        raise DeviceError(errors.wrong("device", name, "cpu or cuda", str(place)))
+        raise errors.wrong("device", name, "cpu or cuda", place)
     device = CPU if place.type == "cpu" else Device("cuda", place.index)
     return Array(ptr, tuple(shape), strides, dtype, device, True, "torch")
 
@@ -352,7 +352,7 @@ def _named(dtype, name):
         return formats.dtype_named(dtype)
     except ValueError:
         expected = f"one of {', '.join(formats.DTYPES)}"
-        raise DTypeError(errors.wrong("dtype", name, expected, str(dtype))) from None
+        raise errors.wrong("dtype", name, expected, dtype) from None
 
 
 def _dlpack_dtype(code, name):
@@ -360,7 +360,7 @@ def _dlpack_dtype(code, name):
     if found is None or code[2] != 1:
         expected = f"one of {', '.join(formats.DTYPES)}"
         got = f"the DLPack type with code {code[0]}, {code[1]} bits and {code[2]} lanes"
-        raise DTypeError(errors.wrong("dtype", name, expected, got))
+        raise errors.wrong("dtype", name, expected, got)
     return found
 
 
@@ -370,7 +370,7 @@ def _device(device_type, device_id, name):
     if device_type in (dlpack.CUDA, dlpack.CUDA_MANAGED):
         return Device("cuda", device_id)
     expected, got = "CPU, pinned or CUDA memory", f"DLPack device type {device_type}"
-    raise DeviceError(errors.wrong("device", name, expected, got))
+    raise errors.wrong("device", name, expected, got)
 
 
 def require_writable(array, op, name):
@@ -382,6 +382,4 @@ def require_writable(array, op, name):
             else "give an array that can be written in place"
         )
         got = f"a read-only one or a copy from {array.framework}"
-        raise NotWritableError(
-            errors.wrong("access", f"{op}: {name}", "a writable array", got, hint)
-        )
+        raise errors.wrong("access", f"{op}: {name}", "a writable array", got, hint)

@@ -11,7 +11,6 @@ import numbers
 import operator
 
 from .. import errors
-from ..errors import ArgumentError, DeviceError, DTypeError, ShapeError, StrideError, shown
 from . import arrays, formats
 
 # What a float32 can hold without becoming zero or infinite.
@@ -68,15 +67,8 @@ class Contract:
         expected = ", ".join(
             f"{word}={self.sizes[word]}" if word in self._origin else word for word in words
         )
-        raise ShapeError(
-            errors.wrong(
-                "shape",
-                f"{self.op}: {name}",
-                f"[{expected}]",
-                f"{list(array.shape)} ({why})",
-                self._of_another_layout(words, array.shape),
-            )
-        )
+        got, way_out = f"{list(array.shape)} ({why})", self._of_another_layout(words, array.shape)
+        raise errors.wrong("shape", f"{self.op}: {name}", f"[{expected}]", got, way_out)
 
     def _of_another_layout(self, words, shape):
         """What to do with a cache that is as it should be, but in another of the layouts."""
@@ -95,7 +87,7 @@ class Contract:
         if array.dtype not in allowed:
             expected = " or ".join(d.name for d in allowed)
             name = f"{self.op}: {name}"
-            raise DTypeError(errors.wrong("dtype", name, expected, array.dtype.name, way_out))
+            raise errors.wrong("dtype", name, expected, array.dtype.name, way_out)
 
     def device(self, name, array):
         """Require the same device as the first array checked."""
@@ -118,22 +110,22 @@ class Contract:
         """Require the last ``dims`` dimensions to be contiguous; strides of an empty array mean
         nothing."""
         if 0 not in array.shape and contiguous_dims(array) < min(dims, len(array.shape)):
-            raise StrideError(
-                f"{self.op}: Invalid strides of {name}: expected the last "
-                f"{f'{dims} dimensions' if dims > 1 else 'dimension'} to be contiguous, got byte "
-                f"strides {list(array.strides)} for shape {list(array.shape)} of "
+            expected = (
+                f"the last {f'{dims} dimensions' if dims > 1 else 'dimension'} to be contiguous"
+            )
+            got = (
+                f"byte strides {list(array.strides)} for shape {list(array.shape)} of "
                 f"{array.dtype.bytes}-byte elements"
             )
+            raise errors.wrong("strides", f"{self.op}: {name}", expected, got)
 
     def contiguous_rows(self, name, array):
         """Require an argument of one dimension, whose extent varies from call to call, to have no
         gaps. Its stride is part of the signature and its extent is not, so even a single element
         must have the stride that more would need."""
         if 0 not in array.shape and array.strides != (array.dtype.bytes,):
-            raise StrideError(
-                f"{self.op}: Invalid strides of {name}: expected a contiguous array, got byte "
-                f"strides {list(array.strides)} of {array.dtype.bytes}-byte elements"
-            )
+            got = f"byte strides {list(array.strides)} of {array.dtype.bytes}-byte elements"
+            raise errors.wrong("strides", f"{self.op}: {name}", "a contiguous array", got)
 
     def indices(self, name, array):
         """Require indices of one dimension that the kernels can read, without gaps."""
@@ -147,11 +139,11 @@ class Contract:
         """Require an address and strides that are multiples of the element size."""
         size = array.dtype.bytes
         if 0 not in array.shape and (array.ptr % size or any(s % size for s in array.strides)):
-            raise StrideError(
-                f"{self.op}: Invalid address of {name}: expected multiples of the element size "
-                f"{size}, got an address of alignment {array.alignment} and byte strides "
-                f"{list(array.strides)}"
+            expected = f"multiples of the element size {size}"
+            got = (
+                f"an address of alignment {array.alignment} and byte strides {list(array.strides)}"
             )
+            raise errors.wrong("address", f"{self.op}: {name}", expected, got)
 
     def writes(self, described, fmt):
         """The checks common to operations that write keys and values into slots.
@@ -198,9 +190,7 @@ class Contract:
         """Require ``count`` float32 scales, without gaps; one may also be an array of no
         dimensions."""
         if array.shape != (count,) and (count != 1 or array.shape):
-            raise ShapeError(
-                f"{self.op}: Invalid shape of {name}: expected [{count}], got {list(array.shape)}"
-            )
+            raise errors.wrong("shape", f"{self.op}: {name}", f"[{count}]", list(array.shape))
         self.dtype(name, array, formats.FLOAT32)
         self.device(name, array)
         self.aligned(name, array)
@@ -218,10 +208,8 @@ class Contract:
         if array is None:
             return 0
         if array.shape not in ((), (1,), (heads,)):
-            raise ShapeError(
-                f"{self.op}: Invalid shape of {name}: expected [1], or [{heads}] for one scale a "
-                f"head, got {list(array.shape)}"
-            )
+            expected = f"[1], or [{heads}] for one scale a head"
+            raise errors.wrong("shape", f"{self.op}: {name}", expected, list(array.shape))
         self.dtype(name, array, formats.FLOAT32)
         self.device(name, array)
         self.aligned(name, array)
@@ -242,17 +230,13 @@ class Contract:
         """Require dimension 2 of an x-packed cache to hold all packs of x of the size ``whole``."""
         size, x = self.sizes[whole], self.sizes["x"]
         if cache.shape[2] * x != size:
-            raise ShapeError(
-                f"{self.op}: Invalid shape of {name}: expected {whole} / x = {size} / {x} in "
-                f"dimension 2, got {cache.shape[2]}"
-            )
+            expected = f"{whole} / x = {size} / {x} in dimension 2"
+            raise errors.wrong("shape", f"{self.op}: {name}", expected, cache.shape[2])
 
     def positive(self, name, value):
         """Require a positive number; ``value`` is an integer."""
         if value <= 0:
-            raise ArgumentError(
-                f"{self.op}: Invalid value of {name}: expected a positive integer, got {value}"
-            )
+            raise errors.wrong("value", f"{self.op}: {name}", "a positive integer", value)
 
 
 def index(value):
@@ -272,16 +256,14 @@ def integer(op, name, value, least=None):
         try:
             found = index(value)
         except Exception as error:
-            raise ArgumentError(
-                f"{op}: Invalid value of {name}: expected an integer, got {shown(value)}"
+            raise errors.wrong(
+                "value", f"{op}: {name}", "an integer", errors.shown(value)
             ) from error
     if not -(2**63) <= found < 2**63:
-        raise ArgumentError(
-            f"{op}: Invalid value of {name}: expected an integer of 64 bits, got {found}"
-        )
+        raise errors.wrong("value", f"{op}: {name}", "an integer of 64 bits", found)
     if least is not None and found < least:
         kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise ArgumentError(f"{op}: Invalid value of {name}: expected {kind}, got {found}")
+        raise errors.wrong("value", f"{op}: {name}", kind, found)
     return found
 
 
@@ -300,7 +282,7 @@ def choice(op, name, value, names):
     """``value``, which must be one of ``names``."""
     if not isinstance(value, str) or value not in names:
         expected = " or ".join(names) if len(names) < 3 else f"one of {', '.join(names)}"
-        raise ArgumentError(errors.wrong("value", f"{op}: {name}", expected, shown(value)))
+        raise errors.wrong("value", f"{op}: {name}", expected, errors.shown(value))
     return value
 
 
@@ -311,8 +293,8 @@ def flag(op, name, value):
     try:
         return bool(value)
     except Exception as error:
-        raise ArgumentError(
-            f"{op}: Invalid value of {name}: expected True or False, got {shown(value)}"
+        raise errors.wrong(
+            "value", f"{op}: {name}", "True or False", errors.shown(value)
         ) from error
 
 
@@ -325,27 +307,21 @@ def check_elements_apart(op, name, shape, strides, size):
         if extent < 2:
             continue
         if stride < span and 0 not in shape:
-            raise StrideError(
-                f"{op}: Invalid strides of {name}: expected elements that do not share memory, got "
-                f"byte strides {list(strides)} for shape {list(shape)}"
-            )
+            got = f"byte strides {list(strides)} for shape {list(shape)}"
+            raise errors.wrong("strides", f"{op}: {name}", "elements that do not share memory", got)
         span += stride * (extent - 1)
 
 
 def same_device(op, name, device, other_name, other):
     """Require ``device`` to be ``other``, that of the argument ``other_name``."""
     if device != other:
-        raise DeviceError(
-            f"{op}: Invalid device of {name}: expected {other} like {other_name}, got {device}"
-        )
+        raise errors.wrong("device", f"{op}: {name}", f"{other} like {other_name}", device)
 
 
 def check_sequence_count(op, name, count):
     """Refuse more sequences, by the shape of the argument ``name``, than kernels can number."""
     if count >= 2**31:
-        raise ShapeError(
-            f"{op}: Invalid shape of {name}: expected less than 2^31 sequences, got {count}"
-        )
+        raise errors.wrong("shape", f"{op}: {name}", "less than 2^31 sequences", count)
 
 
 def slot_count(op, *arrays, scales):
@@ -359,10 +335,8 @@ def slot_count(op, *arrays, scales):
         *all_rows, slots = extents
         if slots > min(all_rows):
             name, rows = next(pair for pair in zip(arrays, all_rows) if slots > pair[1])
-            raise ShapeError(
-                f"{op}: Invalid shape of slot_mapping: expected at most {rows} slots, the rows of "
-                f"{name}, got {slots}"
-            )
+            expected = f"at most {rows} slots, the rows of {name}"
+            raise errors.wrong("shape", f"{op}: slot_mapping", expected, slots)
         return slots, (slots, *(scalars or no_scalars))
 
     return count
@@ -374,7 +348,7 @@ def number(op, name, value, positive=False, kind="None or "):
     least = SMALLEST_NORMAL if positive else -LARGEST_SCALE
     if not real or not least <= value <= LARGEST_SCALE:
         kind += "a positive, normal float32" if positive else "a finite float32"
-        raise ArgumentError(f"{op}: Invalid value of {name}: expected {kind}, got {shown(value)}")
+        raise errors.wrong("value", f"{op}: {name}", kind, errors.shown(value))
     return float(value)
 
 
@@ -386,15 +360,11 @@ def split_scale(op, name, scale):
         if arrays.is_torch(scale):  # numbers.Real takes a microsecond to tell
             return scale, 0.0
         if isinstance(scale, bool):
-            raise ArgumentError(
-                f"{op}: Invalid value of {name}: expected a number or a float32 array, got {scale}"
-            )
+            raise errors.wrong("value", f"{op}: {name}", "a number or a float32 array", scale)
         if not isinstance(scale, numbers.Real):
             return scale, 0.0
     if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
-        raise ArgumentError(
-            f"{op}: Invalid value of {name}: expected a positive, finite float32, got {scale!r}"
-        )
+        raise errors.wrong("value", f"{op}: {name}", "a positive, finite float32", repr(scale))
     return None, float(scale)
 
 

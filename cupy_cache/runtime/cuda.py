@@ -8,6 +8,7 @@ import ctypes
 import functools
 import math
 import os
+import re
 import sys
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from ..errors import KernelError, MissingDependencyError
 from . import env
 from .devices import CPU, Device
 
+CUPY_NEEDED = "14.2"  # the first whose disk cache serves name expressions
 OLDEST, NEWEST = 12, 13  # CUDA versions of the package's extras, cuda12x and cuda13x
 
 _cupy = None  # once it was found to serve
@@ -64,11 +66,17 @@ def _without_cupy(why, error):
         )
     if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
         return MissingDependencyError(
-            f"{why}: CuPy 14.2 or newer is needed, and is not installed; {install_hint()}"
+            f"{why}: CuPy {CUPY_NEEDED} or newer is needed, and is not installed; {install_hint()}"
         )
     return MissingDependencyError(
         f"{why}: CuPy could not be imported: {named(error)}; {install_hint()}"
     )
+
+
+def is_too_old(version):
+    """Whether this version of CuPy is older than what is needed."""
+    found, needed = (re.findall(r"\d+", text)[:2] for text in (version, CUPY_NEEDED))
+    return [*map(int, found)] < [*map(int, needed)]
 
 
 def named(error):

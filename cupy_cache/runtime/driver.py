@@ -130,8 +130,7 @@ class CudaDriver:
         """Whether launches may overlap on a GPU."""
         known = self._overlaps.get(device)
         if known is None:
-            capability = cuda.import_cupy("a launch").cuda.Device(device).compute_capability
-            known = self._overlaps[device] = overlap.available(int(capability))
+            known = self._overlaps[device] = overlap.available(self.capability(device))
         return known
 
     def prepare(self, loaded, grid, threads):
@@ -141,12 +140,12 @@ class CudaDriver:
             self._find_entries()
         shared = loaded.kernel.shared_bytes
         entry = functools.partial(self._launch, loaded.handle, *grid, threads, 1, 1, shared)
-        errors = (self._driver_error,)
+        failed = (self._driver_error,)
         if overlap.on and self._may_overlap(loaded.device):
             entry = overlap.prepare(loaded.handle, grid, threads, shared)
-            errors = (overlap.Refused,)
+            failed = (overlap.Refused,)
         if not self._several:
-            return entry, errors
+            return entry, failed
         current_device, device = self._current_device, loaded.device
 
         def entry_on_device(stream, address, zero):
@@ -154,7 +153,7 @@ class CudaDriver:
                 raise _AnotherGPU
             entry(stream, address, zero)
 
-        return entry_on_device, (*errors, _AnotherGPU)
+        return entry_on_device, (*failed, _AnotherGPU)
 
     def _find_entries(self):
         from cupy_backends.cuda.api import driver as binding
@@ -386,6 +385,14 @@ class Event:
 active = CudaDriver()
 
 
+def gpus():
+    """How many GPUs there are; none where there is no CuPy."""
+    try:
+        return active.device_count()
+    except MissingDependencyError:
+        return 0
+
+
 def device_named(device, name):
     """``device`` as a `Device` that exists.
 
@@ -394,23 +401,18 @@ def device_named(device, name):
     argument's, after its operation, for errors.
     """
     if device is None:
-        try:
-            if not active.device_count():
-                return CPU
-        except MissingDependencyError:
-            return CPU
-        device = "cuda"
+        device = "cuda" if gpus() else "cpu"
     found = re.fullmatch(r"(cpu|cuda)(?::([0-9]+))?", _spelled(device))
     if found is None:
         expected = "a GPU's index, 'cpu', 'cuda', 'cuda:N' or a device of torch or CuPy"
-        raise DeviceError(errors.wrong("value", name, expected, _shown(device)))
+        raise errors.wrong("value", name, expected, errors.shown(device), error=DeviceError)
     if found[1] == "cpu":
         return CPU
     count = active.device_count()
     index = int(found[2] or active.current_device()) if count else 0
     if index >= count:
         there = f"a GPU below {count}" if count else "cpu, since CuPy sees no CUDA GPU"
-        raise DeviceError(errors.wrong("value", name, there, _shown(device)))
+        raise errors.wrong("value", name, there, errors.shown(device), error=DeviceError)
     return Device("cuda", index)
 
 
@@ -430,10 +432,3 @@ def _spelled(device):
         return f"cuda:{operator.index(device)}"
     except Exception:  # no device, whatever it is
         return ""
-
-
-def _shown(device):
-    try:
-        return repr(device)
-    except Exception:
-        return type(device).__name__

@@ -36,8 +36,8 @@ def _take_from_host():
 
 def after_call(stream, device):
     """What CUPYCACHE_DEBUG=1 asks for when a call has done all its work: raise what was recorded on
-    GPU ``device``, unless ``stream`` is being captured, where nothing runs and nothing may wait; or
-    on the CPU, where ``device`` is None."""
+    GPU ``device``, or on the CPU, where that is None. Nothing is raised while ``stream`` is being
+    captured: there nothing runs, and nothing may wait."""
     if device is None:
         _raise(_take_from_host())
     elif not driver.active.capturing(stream, device):

@@ -13,7 +13,6 @@ import ml_dtypes
 import numpy as np
 
 from .. import errors
-from ..errors import ArgumentError
 
 
 class DType(NamedTuple):
@@ -182,7 +181,7 @@ def dtype_named(name, argument="dtype"):
             pass
     if text not in DTYPES:
         expected = f"one of {', '.join(DTYPES)}"
-        raise ArgumentError(errors.wrong("value", argument, expected, errors.shown(name)))
+        raise errors.wrong("value", argument, expected, errors.shown(name))
     return DTYPES[text]
 
 
@@ -193,10 +192,8 @@ def cache_format(
     default all of them); ``argument`` is what the caller calls it."""
     names = tuple(table) if names is None else names
     if not isinstance(kv_cache_dtype, str) or kv_cache_dtype not in names:
-        raise ArgumentError(
-            f"{op}: Invalid value of {argument}: expected one of {', '.join(names)}, got "
-            f"{errors.shown(kv_cache_dtype)}"
-        )
+        expected = f"one of {', '.join(names)}"
+        raise errors.wrong("value", f"{op}: {argument}", expected, errors.shown(kv_cache_dtype))
     return table[kv_cache_dtype]
 
 

@@ -10,7 +10,6 @@ import struct
 import numpy as np
 
 from .. import errors
-from ..errors import DTypeError, ShapeError
 from . import arrays, contract, formats
 
 _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
@@ -53,7 +52,7 @@ def read_host(op, arg, value):
         items = "(source, destination) pairs" if arg.pairs else "integers"
         expected = f"a list or an array of {items}"
         got = f"a {type(value).__name__}"
-        raise DTypeError(errors.wrong("type", f"{op}: {arg.name}", expected, got))
+        raise errors.wrong("type", f"{op}: {arg.name}", expected, got)
     return value
 
 
@@ -105,10 +104,8 @@ def _pairs(op, name, value):
         for at in (table.view(np.uint64) < 2).nonzero()[0].tolist():
             contract.index(sources[at] if at < len(value) else destinations[at - len(value)])
     except (ValueError, TypeError, DeprecationWarning) as error:  # NumPy 1 warns of its booleans
-        raise ShapeError(
-            f"{op}: Invalid shape of {name}: expected (source, destination) pairs of integers, got "
-            f"{contract.shown(value)}"
-        ) from error
+        expected = "(source, destination) pairs of integers"
+        raise errors.wrong("shape", f"{op}: {name}", expected, errors.shown(value)) from error
     return table.reshape(2, -1)
 
 
@@ -116,13 +113,9 @@ def _numbers(op, name, value):
     try:
         table = _as_integers(value)
     except (ValueError, TypeError, OverflowError) as error:
-        raise DTypeError(
-            f"{op}: Invalid type of {name}: expected integers, got {contract.shown(value)}"
-        ) from error
+        raise errors.wrong("type", f"{op}: {name}", "integers", errors.shown(value)) from error
     if table.ndim != 1:
-        raise ShapeError(
-            f"{op}: Invalid shape of {name}: expected one dimension, got {list(table.shape)}"
-        )
+        raise errors.wrong("shape", f"{op}: {name}", "one dimension", list(table.shape))
     return table
 
 

@@ -10,7 +10,7 @@ the array's device; it never synchronises and never allocates on the device.
 import ctypes
 import functools
 
-from ..errors import ShapeError
+from .. import errors
 from . import driver
 from .devices import NOWHERE
 
@@ -157,10 +157,12 @@ class Launcher:
         """Whether there is anything to launch; raises where it is more than one launch takes."""
         x, y, z = grid
         if x * threads > MAX_THREADS_X or y > MAX_GRID_YZ or z > MAX_GRID_YZ:
-            raise ShapeError(
-                f"{self.kernel.op}: Invalid size of the work: expected less than 2^32 threads and "
-                f"{MAX_GRID_YZ} rows of blocks, what one launch takes, got a grid of {x} x {y} x "
-                f"{z} blocks of {threads} threads; split the call"
+            expected = (
+                f"less than 2^32 threads and {MAX_GRID_YZ} rows of blocks, what one launch takes"
+            )
+            got = f"a grid of {x} x {y} x {z} blocks of {threads} threads"
+            raise errors.wrong(
+                "size", f"{self.kernel.op}: the work", expected, got, "split the call"
             )
         return bool(x and y and z)
 

@@ -4,7 +4,7 @@
 
 from typing import NamedTuple
 
-from ..errors import DeviceError, DTypeError, ShapeError, StrideError
+from .. import errors
 from . import arrays
 
 
@@ -26,10 +26,8 @@ class Layers(NamedTuple):
 def require_list(op, name, value):
     """Refuse anything but a list of arrays."""
     if not isinstance(value, (list, tuple)):
-        raise DTypeError(
-            f"{op}: Invalid type of {name}: expected a list of arrays, one for each layer, got "
-            f"{type(value).__name__}"
-        )
+        expected = "a list of arrays, one for each layer"
+        raise errors.wrong("type", f"{op}: {name}", expected, type(value).__name__)
 
 
 def read(op, arg, values, stream):
@@ -94,24 +92,20 @@ def _compare(op, arg, index, meta, first):
     name, first_name = arg.item(index), arg.item(0)
     got, wanted = (arrays.describe(f, f"{op}: {n}") for f, n in ((meta, name), (first, first_name)))
     unlike = [
-        (what, error, one, other)
-        for (what, error), one, other in zip(_KINDS, _shown(arg, got), _shown(arg, wanted))
+        (what, one, other)
+        for what, one, other in zip(_COMPARED, _shown(arg, got), _shown(arg, wanted))
         if one != other
     ]
     if not unlike and got.framework != wanted.framework:
-        unlike = [("framework", DTypeError, got.framework, wanted.framework)]
+        unlike = [("framework", got.framework, wanted.framework)]
     if arg.written:
         arrays.require_writable(got, op, name)
     if unlike:
-        what, error, one, other = unlike[0]
-        raise error(
-            f"{op}: Invalid {what} of {name}: expected {other} like {first_name}, got {one}"
-        )
+        what, one, other = unlike[0]
+        raise errors.wrong(what, f"{op}: {name}", f"{other} like {first_name}", one)
 
 
-_KINDS = ("shape", ShapeError), ("dtype", DTypeError), ("device", DeviceError), (
-    "strides", StrideError
-)  # fmt: skip
+_COMPARED = "shape", "dtype", "device", "strides"
 
 
 def _shown(arg, array):

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 
 from .. import errors
-from ..errors import ArgumentError, DeviceError, MissingDependencyError
-from . import arrays, contract, cuda, devices, driver, streams
+from ..errors import DeviceError, MissingDependencyError
+from . import arrays, cuda, devices, driver, streams
 
 HOST_ALIGNMENT = 64  # of NumPy's zeros: JAX has a view of no other memory on the CPU
 
@@ -23,7 +23,7 @@ def home(op, framework, device):
     if not (framework is None or isinstance(framework, str)):
         raise _no_framework(op, framework)
     if framework == "torch" and "torch" not in sys.modules:
-        raise MissingDependencyError(f"{op}: framework 'torch' was asked for: import torch before")
+        raise MissingDependencyError(f"{op}: framework 'torch' was asked for; import torch before")
     if device is None and framework == "numpy":
         place = devices.CPU
     elif device is None and framework == "torch":
@@ -37,17 +37,15 @@ def home(op, framework, device):
         raise _no_framework(op, framework)
     if framework != "torch" and (framework == "numpy") != (place.kind == "cpu"):
         expected = "the CPU" if framework == "numpy" else "a GPU"
-        raise DeviceError(
-            f"{op}: Invalid value of device: expected {expected} for framework {framework!r}, got "
-            f"{place}"
-        )
+        expected = f"{expected} for framework {framework!r}"
+        raise errors.wrong("value", f"{op}: device", expected, place, error=DeviceError)
     return framework, place
 
 
 def _no_framework(op, framework):
     way_out = arrays.OF_JAX if isinstance(framework, str) and framework == "jax" else ""
-    expected, got = "'torch', 'cupy' or 'numpy'", contract.shown(framework)
-    return ArgumentError(errors.wrong("value", f"{op}: framework", expected, got, way_out))
+    expected, got = "'torch', 'cupy' or 'numpy'", errors.shown(framework)
+    return errors.wrong("value", f"{op}: framework", expected, got, way_out)
 
 
 def empty(framework, device, shape, dtype, stream=None):

@@ -262,10 +262,9 @@ def _load(kernel, device):
 
 
 def _require_cupy_version(why, cupy):
-    # 14.2 is the first whose disk cache serves name expressions.
-    if tuple(int(n) for n in re.findall(r"\d+", cupy.__version__)[:2]) < (14, 2):
+    if cuda.is_too_old(cupy.__version__):
         raise MissingDependencyError(
-            f"{why}: CuPy 14.2 or newer is needed, {cupy.__version__} is installed; "
+            f"{why}: CuPy {cuda.CUPY_NEEDED} or newer is needed, {cupy.__version__} is installed; "
             f"{cuda.install_hint()}"
         )
 
@@ -346,31 +345,3 @@ def _has_headers():
         return find_nvidia_header_directory("cudart") is not None
     except Exception:  # whatever it does not find
         return False
-
-
-def compile_cubin(kernel, architecture):
-    """``kernel`` as machine code for ``architecture`` (such as 90), with NVRTC alone: no GPU, no
-    driver. Returns (cubin bytes, mangled name)."""
-    cubin, names = compile_cubins((kernel,), architecture)
-    return cubin, names[kernel.expression]
-
-
-def compile_cubins(kernels, architecture):
-    """`compile_cubin` for several kernels of one source, which is read once. Returns (bytes of one
-    cubin, {expression: mangled name})."""
-    from cupy.cuda import compiler  # its program class is private: this is its only use
-
-    first = kernels[0]
-    expressions = tuple(kernel.expression for kernel in kernels)
-    program = compiler._NVRTCProgram(
-        first.source(), f"{first.stem}.cu", (), (), expressions, "cubin"
-    )
-    options = (*OPTIONS, *first.options(), f"-arch=sm_{architecture}", "-ftz=true")
-    try:
-        cubin, names = program.compile(options)
-    except compiler.CompileException as error:
-        raise KernelError(
-            f"{first.op}: {first!r} could not be compiled for sm_{architecture}: {error}"
-        ) from error
-    # CuPy strips the image's last byte, a NUL; the tools that read it insist on it.
-    return cubin + b"\0", names

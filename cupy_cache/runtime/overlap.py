@@ -24,8 +24,8 @@ prepared: weakref.WeakSet = weakref.WeakSet()
 class overlap:
     """Let launches overlap, or no longer: a setting of the whole process.
 
-    A kernel of this library is then begun while the kernel in front of it in its stream, if that is
-    this library's too, still runs: it is on its processors when that is done, and loses no time to
+    A kernel of this library is then begun while the kernel in front of it in its stream still runs,
+    if that is this library's too. It is on its processors when that is done, and loses no time to
     being launched. It waits for all that is in front of it before it reads or writes anything, so
     results are the same. Work of others in the stream waits for the whole of ours, as ever.
 
@@ -55,8 +55,8 @@ class overlap:
 
     def __init__(self, on: bool = True) -> None:
         if not isinstance(on, bool):
-            given = type(on).__name__
-            raise errors.ArgumentError(errors.wrong("type", "overlap: on", "True or False", given))
+            expected, error = "True or False", errors.ArgumentError
+            raise errors.wrong("type", "overlap: on", expected, type(on).__name__, error=error)
         self._before = _set(on)
 
     def __enter__(self) -> None:

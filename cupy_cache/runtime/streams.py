@@ -26,7 +26,6 @@ import sys
 import threading
 
 from .. import errors
-from ..errors import ArgumentError, DTypeError
 from . import arrays, contract, driver, locks
 
 LARGEST = 2**64 - 1  # address
@@ -38,7 +37,7 @@ def pointer(op, stream):
     found = stream if type(stream) is int else _address(op, stream)
     if not 0 <= found <= LARGEST:
         name, expected = f"{op}: stream", "the address of a stream, of at most 64 bits"
-        raise ArgumentError(errors.wrong("value", name, expected, str(found)))
+        raise errors.wrong("value", name, expected, found)
     return found
 
 
@@ -56,10 +55,8 @@ def _address(op, stream):
 
 
 def _no_stream(op, stream):
-    return DTypeError(
-        f"{op}: Invalid type of stream: expected an integer address or an object with "
-        f"__cuda_stream__, ptr or cuda_stream, got {type(stream).__name__}"
-    )
+    expected = "an integer address or an object with __cuda_stream__, ptr or cuda_stream"
+    return errors.wrong("type", f"{op}: stream", expected, type(stream).__name__)
 
 
 def current(framework, device):

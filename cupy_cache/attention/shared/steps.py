@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What attention requires of the arrays of a step, whatever its caches hold."""
 
-from ...errors import ShapeError
+from ... import errors
 from ...runtime import contract, formats
 
 
@@ -53,23 +53,15 @@ def check_counts(op, tokens, sequences, table_rows, starts, written):
     query_start_loc, or None. ``written``: {name: rows or None} of results."""
     contract.check_sequence_count(op, "seq_lens", sequences)
     if table_rows < sequences:
-        raise ShapeError(
-            f"{op}: Invalid shape of block_table: expected rows for the {sequences} sequences of "
-            f"seq_lens, got {table_rows}"
-        )
+        expected = f"rows for the {sequences} sequences of seq_lens"
+        raise errors.wrong("shape", f"{op}: block_table", expected, table_rows)
     if starts is None and tokens != sequences:
-        raise ShapeError(
-            f"{op}: Invalid shape of seq_lens: expected [{tokens}], one for each row of query, "
-            f"where there is no query_start_loc, got [{sequences}]"
-        )
+        expected = f"[{tokens}], one for each row of query, where there is no query_start_loc"
+        raise errors.wrong("shape", f"{op}: seq_lens", expected, f"[{sequences}]")
     if starts is not None and starts != sequences + 1:
-        raise ShapeError(
-            f"{op}: Invalid shape of query_start_loc: expected [{sequences + 1}], one more than "
-            f"seq_lens, got [{starts}]"
-        )
+        expected = f"[{sequences + 1}], one more than seq_lens"
+        raise errors.wrong("shape", f"{op}: query_start_loc", expected, f"[{starts}]")
     for name, rows in written.items():
         if rows is not None and rows < tokens:
-            raise ShapeError(
-                f"{op}: Invalid shape of {name}: expected at least {tokens} rows, those of "
-                f"query, got {rows}"
-            )
+            expected = f"at least {tokens} rows, those of query"
+            raise errors.wrong("shape", f"{op}: {name}", expected, rows)

@@ -14,7 +14,7 @@ from transformers.generation.continuous_batching import input_outputs
 from transformers.masking_utils import flash_attention_mask
 
 from ... import errors, flash_attn, paged_attention, reshape_and_cache_flash
-from ...errors import ArgumentError, MissingDependencyError, ShapeError
+from ...errors import MissingDependencyError
 
 ATTENTION, BATCHING = "cupy_cache", "cupy_cache_flash2"
 NAMES = {ATTENTION, BATCHING, f"paged|{BATCHING}"}
@@ -147,20 +147,16 @@ def _check(query, mask, dropout, bias):
     _refuse("dropout", dropout != 0, "0.0", dropout)
     _refuse("position_bias", bias is not None, "None", "a tensor")
     if query.requires_grad and torch.is_grad_enabled():
-        raise ArgumentError(
-            errors.wrong(
-                "kind", "attention: query", "one that needs no gradient", "one that does",
-                "call the model under torch.no_grad()",
-            )
-        )  # fmt: skip
+        expected, way_out = "one that needs no gradient", "call the model under torch.no_grad()"
+        raise errors.wrong("kind", "attention: query", expected, "one that does", way_out)
     if mask is not None and mask.ndim != 2:
         expected, got = "[batch, tokens], of padding alone", str(list(mask.shape))
-        raise ShapeError(errors.wrong("shape", "attention: attention_mask", expected, got))
+        raise errors.wrong("shape", "attention: attention_mask", expected, got)
 
 
 def _refuse(argument, when, expected, got):
     if when:
-        raise ArgumentError(errors.wrong("value", f"attention: {argument}", expected, str(got)))
+        raise errors.wrong("value", f"attention: {argument}", expected, got)
 
 
 def rows(states: torch.Tensor) -> torch.Tensor:

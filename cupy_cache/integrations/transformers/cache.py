@@ -13,7 +13,7 @@ from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin
 
 from ... import BlockTables, PagedKVCache, errors
-from ...errors import ArgumentError, CopyError, ShapeError
+from ...errors import CopyError
 from ...runtime import contract, formats
 from ...types import Scale
 from .attention import NAMES, OF_LAYER, dense_causal, is_plain, rows
@@ -88,7 +88,7 @@ class PagedCache(Cache):
         if others:
             expected = "full_attention and sliding_attention as layer_types"
             got = ", ".join(sorted(others))
-            raise ArgumentError(errors.wrong("value", f"{NAME}: config", expected, got))
+            raise errors.wrong("value", f"{NAME}: config", expected, got)
         self._block_size = contract.integer(NAME, "block_size", block_size, 1)
         self._sized = 0
         if max_length is not None:
@@ -118,7 +118,7 @@ class PagedCache(Cache):
     def __reduce__(self) -> Any:
         if self.pages is not None:
             raise CopyError(
-                f"{NAME}: it cannot be copied or pickled once it has pages: make a new one, or "
+                f"{NAME}: it cannot be copied or pickled once it has pages; make a new one, or "
                 "repeat rows with batch_repeat_interleave"
             )
         make = functools.partial(type(self), max_length=self._sized or None, **self._format)
@@ -211,18 +211,13 @@ class PagedCache(Cache):
         if layer.length == self._length and self._step is not None:
             return self._step  # another layer began it
         if layer.length != self._length + new:
-            raise ArgumentError(
-                errors.wrong(
-                    "order", f"{NAME}: layers", f"{self._length} tokens before this call",
-                    f"{layer.length - new} in layer {layer.index}",
-                    "if a call before has failed, reset() the cache, or crop() it",
-                )
-            )  # fmt: skip
+            expected = f"{self._length} tokens before this call"
+            got = f"{layer.length - new} in layer {layer.index}"
+            way_out = "if a call before has failed, reset() the cache, or crop() it"
+            raise errors.wrong("order", f"{NAME}: layers", expected, got, way_out)
         if self.rows and len(self.rows) != batch:
             expected = f"[{len(self.rows)}, ...], as many sequences as before"
-            raise ShapeError(
-                errors.wrong("shape", f"{NAME}: key_states", expected, str(list(key.shape)))
-            )
+            raise errors.wrong("shape", f"{NAME}: key_states", expected, list(key.shape))
         counts, here = [new] * batch, None
         if mask is not None:
             counts, here = self._counts(mask, new)
@@ -251,16 +246,14 @@ class PagedCache(Cache):
         if columns != self._length + new:
             expected = f"[batch, {self._length + new}]"
             name = f"{NAME}: attention_mask"
-            raise ShapeError(errors.wrong("shape", name, expected, str(list(mask.shape))))
+            raise errors.wrong("shape", name, expected, list(mask.shape))
         last = mask[:, self._length :].bool()
         counts = last.sum(1).tolist()
         if counts == [new] * batch:
             return counts, None
         if (last[:, :-1] & ~last[:, 1:]).any():
             name = f"{NAME}: attention_mask"
-            raise ArgumentError(
-                errors.wrong("value", name, "padding on the left of what is new", "another order")
-            )
+            raise errors.wrong("value", name, "padding on the left of what is new", "another order")
         return counts, last.flatten().nonzero()[:, 0]
 
     def _make_room(self, key, value, counts):
@@ -304,7 +297,7 @@ class PagedCache(Cache):
         if self._padding:
             expected, way_out = "one of this module, as before", "what was padding was not kept"
             name, got = f"{NAME}: attn_implementation", self._config._attn_implementation
-            raise ArgumentError(errors.wrong("value", name, expected, got, way_out))
+            raise errors.wrong("value", name, expected, got, way_out)
         batch, length = len(self.rows), self._length
         found = self.pages.gather(
             layer.index, self._step.found.block_table, self._step.bounds,
@@ -360,12 +353,9 @@ class _Layer(CacheLayerMixin):
     def update(self, key_states, value_states, *args, **kwargs):
         cache = self.cache
         if cache._waiting is not None:
-            raise ArgumentError(
-                errors.wrong(
-                    "kind", f"{NAME}: model", "one that gives the cache's keys to its attention",
-                    f"another in layer {cache._waiting.index}", 'use it with "sdpa"',
-                )
-            )  # fmt: skip
+            expected = "one that gives the cache's keys to its attention"
+            got = f"another in layer {cache._waiting.index}"
+            raise errors.wrong("kind", f"{NAME}: model", expected, got, 'use it with "sdpa"')
         self.length += key_states.shape[2]
         if cache.attends:  # `attend` has what else it takes
             setattr(key_states, OF_LAYER, self)

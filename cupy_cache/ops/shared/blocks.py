@@ -5,7 +5,7 @@
 import struct
 from typing import NamedTuple
 
-from ...errors import ShapeError, StrideError
+from ... import errors
 from ...runtime import contract, driver, launch, modules, params, spelling
 
 TABLE_WORDS = 480  # with the fields before, what the 4 KiB of kernel parameters hold
@@ -13,8 +13,8 @@ MAX_THREADS = 256
 # Thread blocks of a copy over the bus: enough to fill it (8 to 16 writing, more reading, because
 # reads wait), few enough to leave the GPU to others. Within one GPU blocks are copied at the
 # memory's speed, by a full grid.
-TO_HOST_BLOCKS = 16
-FROM_HOST_BLOCKS = 48
+_TO_HOST_BLOCKS = 16
+_FROM_HOST_BLOCKS = 48
 # Runs that are contiguous on both sides and have at least so many bytes go over the bus by the
 # copy engines, which alone reach its ceiling, but pause 2 us between copies. To the host and from
 # there they had, beside an H200, 91 and 88 % of it in runs of 1 MiB, and 98 and 97 % in runs of
@@ -43,6 +43,13 @@ PARAMS = params.Struct(
     "slot_strides:i64[2] chunks:u32 unused:u32",
     tail=f"table:u64[{TABLE_WORDS}]",
 )
+
+
+def most_blocks(source, destination):
+    """How many thread blocks at most a copy between these devices has; None: any number."""
+    if source.kind == destination.kind:
+        return None
+    return _TO_HOST_BLOCKS if destination.kind == "cpu" else _FROM_HOST_BLOCKS
 
 
 def interleaved(lists):
@@ -154,11 +161,12 @@ def geometry(op, name, source, destination):
     if merged and merged[-1][1:] == (size, size):
         run *= merged.pop()[0]
     if len(merged) > 2:
-        raise StrideError(
-            f"{op}: Invalid strides of {name}: expected blocks of at most two dimensions around a "
-            f"contiguous run, got byte strides {list(source.strides)} and "
-            f"{list(destination.strides)} for shape {list(source.shape)}"
+        expected = "blocks of at most two dimensions around a contiguous run"
+        got = (
+            f"byte strides {list(source.strides)} and {list(destination.strides)} for shape "
+            f"{list(source.shape)}"
         )
+        raise errors.wrong("strides", f"{op}: {name}", expected, got)
     (outer, *outer_strides), (middle, *middle_strides) = [(1, 0, 0)] * (2 - len(merged)) + merged
     return Geometry(
         run,
@@ -221,10 +229,9 @@ class CopyPlan:
         nested = any(g.outer > 1 for g in geometries)
         vectors = [g.bytes // vector for g in geometries]
         if max(vectors) > _MAX_WORKS:
-            raise ShapeError(
-                f"{op}: Invalid size of blocks: expected at most {_MAX_WORKS * vector} bytes at "
-                f"this alignment, got {max(g.bytes for g in geometries)}"
-            )
+            expected = f"at most {_MAX_WORKS * vector} bytes at this alignment"
+            got = max(g.bytes for g in geometries)
+            raise errors.wrong("size", f"{op}: blocks", expected, got)
         self.op, self.count, self.in_place, self.argument = op, len(tensors), in_place, argument
         self.max_blocks = max_blocks
         self._most_blocks = max(source_blocks, destination_blocks)
@@ -272,10 +279,8 @@ class CopyPlan:
         if not self._usual.chunks:
             return
         if self._most_blocks > 2**32 <= pairs.max(initial=0):
-            raise ShapeError(
-                f"{self.op}: Invalid value of {self.argument}: expected numbers below {2**32} in "
-                f"host memory, got {pairs.max()}"
-            )
+            expected = f"numbers below {2**32} in host memory"
+            raise errors.wrong("value", f"{self.op}: {self.argument}", expected, pairs.max())
         packed = pairs.T.astype("<u4").tobytes()  # source, destination, 32 bits each
         for _, layers, pointers, room in tables:
             room = min(room, _MAX_WORKS // self._usual.chunks)

@@ -9,8 +9,7 @@ import functools
 import math
 from typing import NamedTuple
 
-from ... import cpu
-from ...errors import ArgumentError, ShapeError, StrideError
+from ... import cpu, errors
 from ...runtime import (
     contract,
     dispatch,
@@ -121,26 +120,20 @@ def check_indices(check, names, indices):
 def check_block_size(check, src, block_size, name="src_cache"):
     """Refuse blocks without slots."""
     if not block_size:
-        raise ShapeError(
-            f"{check.op}: Invalid shape of {name}: expected blocks of at least one slot, got "
-            f"{list(src.shape)}"
-        )
+        expected = "blocks of at least one slot"
+        raise errors.wrong("shape", f"{check.op}: {name}", expected, list(src.shape))
 
 
 def count_rows(op, rows, num_tokens, bounds, table_rows, starts, name):
     """(Rows to process, sequences): of ``num_tokens`` that are asked for, None for all ``rows`` of
     the argument ``name``; ``bounds`` is how many cu_seq_lens has."""
     if not bounds:
-        raise ShapeError(
-            f"{op}: Invalid shape of cu_seq_lens: expected at least the end of the rows, got [0]"
-        )
+        raise errors.wrong("shape", f"{op}: cu_seq_lens", "at least the end of the rows", "[0]")
     if num_tokens is None:
         num_tokens = rows
     if num_tokens > rows:
-        raise ArgumentError(
-            f"{op}: Invalid value of num_tokens: expected at most {rows}, the rows of {name}, got "
-            f"{num_tokens}"
-        )
+        expected = f"at most {rows}, the rows of {name}"
+        raise errors.wrong("value", f"{op}: num_tokens", expected, num_tokens)
     check_sequences(op, bounds - 1, table_rows, starts)
     return num_tokens, bounds - 1
 
@@ -150,9 +143,7 @@ def check_sequences(op, sequences, table_rows, starts):
     contract.check_sequence_count(op, "block_table", table_rows)
     for name, got in (("block_table", table_rows), ("seq_starts", starts)):
         if got is not None and got < sequences:
-            raise ShapeError(
-                f"{op}: Invalid shape of {name}: expected rows for {sequences} sequences, got {got}"
-            )
+            raise errors.wrong("shape", f"{op}: {name}", f"rows for {sequences} sequences", got)
 
 
 def _check_layout(check, src, dst, layout, names):
@@ -168,10 +159,10 @@ def _check_layout(check, src, dst, layout, names):
     check.shape(names.rows, dst, "_ num_kv_heads head_size")
     got = math.prod(src.shape[axis] for axis in axes.token[1:])
     if got != dst.shape[2]:
-        raise ShapeError(
-            f"{check.op}: Invalid shape of {names.cache}: expected head_size / x = {dst.shape[2]} "
-            f"/ {src.shape[-1]} in dimension 2 like {names.rows}, got {src.shape[2]}"
+        expected = (
+            f"head_size / x = {dst.shape[2]} / {src.shape[-1]} in dimension 2 like {names.rows}"
         )
+        raise errors.wrong("shape", f"{check.op}: {names.cache}", expected, src.shape[2])
     return axes
 
 
@@ -182,9 +173,7 @@ def scales(op, kv_cache_dtype, scale, scale_cache):
     """What elements are multiplied with: an array or None, and the number that counts then."""
     if scale_cache is not None:
         if scale is not None:
-            raise ArgumentError(
-                f"{op}: Invalid value of scale: expected None beside scale_cache, got another"
-            )
+            raise errors.wrong("value", f"{op}: scale", "None beside scale_cache", "another")
         return scale_cache, 0.0
     if formats.is_scaled(kv_cache_dtype):
         return contract.split_scale(op, "scale", scale)
@@ -317,10 +306,10 @@ def _scales(check, src, axes, block_size, scale, by_token, names):
     heads = src.shape[axes.token[0]] if has_heads else 1
     if by_token:
         if not has_heads:
-            raise ShapeError(
-                f"{check.op}: Invalid shape of {names.cache}: expected [num_blocks, block_size, "
-                f"num_kv_heads, head_size] beside {names.scale_cache}, got {list(src.shape)}"
+            expected = (
+                f"[num_blocks, block_size, num_kv_heads, head_size] beside {names.scale_cache}"
             )
+            raise errors.wrong("shape", f"{check.op}: {names.cache}", expected, list(src.shape))
         name = names.scale_cache
         check.shape(name, scale, f"{src.shape[0]} {block_size} {heads}")
         check.dtype(name, scale, formats.FLOAT32)
@@ -372,11 +361,12 @@ def _row_shape(check, src, dst, axes, names):
         else:
             merged.append((extent, s, d))
     if len(merged) > 3:
-        raise StrideError(
-            f"{check.op}: Invalid strides of {names.rows}: expected at most two inner dimensions "
-            f"around a contiguous run, got byte strides {list(src.strides)} of {names.cache} and "
-            f"{list(dst.strides)} for shape {list(dst.shape)}"
+        expected = "at most two inner dimensions around a contiguous run"
+        got = (
+            f"byte strides {list(src.strides)} of {names.cache} and {list(dst.strides)} for shape "
+            f"{list(dst.shape)}"
         )
+        raise errors.wrong("strides", f"{check.op}: {names.rows}", expected, got)
     (length, _, _), heads, outer = (*merged, (1, 0, 0), (1, 0, 0))[:3]
     return _RowShape(outer[0], heads[0], length, (outer[1], heads[1]), (outer[2], heads[2]))
 

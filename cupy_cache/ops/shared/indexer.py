@@ -6,7 +6,7 @@ It is declared as [NB, BS, D + 4 D/Q], for the size of a block alone. A block's 
 [BS, D] of e4m3, then [BS, D/Q] scales of four bytes, where Q elements share a scale.
 """
 
-from ...errors import ShapeError
+from ... import errors
 from ...runtime import formats
 
 SCALE_BYTES = 4
@@ -18,11 +18,10 @@ def check_cache(check, kv_cache, head_size, scales):
     check.shape("kv_cache", kv_cache, "num_blocks block_size _")
     expected = head_size + SCALE_BYTES * scales
     if kv_cache.shape[2] != expected:
-        raise ShapeError(
-            f"{check.op}: Invalid shape of kv_cache: expected entries of {head_size} + "
-            f"{SCALE_BYTES} * {scales} bytes, the head size and its scales, got "
-            f"{list(kv_cache.shape)}"
+        expected = (
+            f"entries of {head_size} + {SCALE_BYTES} * {scales} bytes, the head size and its scales"
         )
+        raise errors.wrong("shape", f"{check.op}: kv_cache", expected, list(kv_cache.shape))
     check.positive("block_size", kv_cache.shape[1])
     check.dtype("kv_cache", kv_cache, *formats.BYTES)
     check.device("kv_cache", kv_cache)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...errors import ArgumentError
+from ... import errors
 
 # Up to so many pairs are checked as Python's integers: NumPy's calls take 9 us however few there
 # are, as long as these take for 48.
@@ -91,16 +91,12 @@ def _refuse(op, sources, destinations, source_blocks, destination_blocks, words)
     ):
         for row, number in enumerate(numbers):
             if not 0 <= number < limit:
-                raise ArgumentError(
-                    f"{op}: Invalid value of {words.argument}: expected {side} {words.item}s in "
-                    f"0..{limit - 1}, got {number} in row {row}"
-                )
+                expected, got = f"{side} {words.item}s in 0..{limit - 1}", f"{number} in row {row}"
+                raise errors.wrong("value", f"{op}: {words.argument}", expected, got)
     seen = set()
     repeated = next(b for b in destinations if b in seen or seen.add(b))
-    raise ArgumentError(
-        f"{op}: Invalid value of {words.argument}: expected distinct destinations, got "
-        f"{words.item} {repeated} twice"
-    )
+    got = f"{words.item} {repeated} twice"
+    raise errors.wrong("value", f"{op}: {words.argument}", "distinct destinations", got)
 
 
 def check_disjoint(op, pairs, num_blocks, words=BLOCKS):
@@ -113,10 +109,9 @@ def check_disjoint(op, pairs, num_blocks, words=BLOCKS):
         good = _disjoint(*pairs, num_blocks)
     if not good:
         both = np.intersect1d(*pairs)
-        raise ArgumentError(
-            f"{op}: Invalid value of {words.argument}: expected {words.item}s to be either source "
-            f"or destination, got {words.item} {both[0]} as both; {words.way_out}"
-        )
+        expected = f"{words.item}s to be either source or destination"
+        got = f"{words.item} {both[0]} as both"
+        raise errors.wrong("value", f"{op}: {words.argument}", expected, got, words.way_out)
 
 
 def _disjoint(sources, destinations, num_blocks):
@@ -159,11 +154,12 @@ def check_apart(op, pairs, source, destination, sources, destinations):
         at = np.searchsorted(ends, of[layer] + reads, side="right")
         hit = np.append(starts, np.iinfo(np.int64).max)[at] < of[layer] + reads + read_size
         if hit.any():
-            raise ArgumentError(
-                f"{op}: Invalid value of block_mapping: expected blocks to be either source or "
-                f"destination, got source block {pairs[0][int(np.argmax(hit))]} of layer "
-                f"{layer} in memory that a destination block shares"
+            expected = "blocks to be either source or destination"
+            got = (
+                f"source block {pairs[0][int(np.argmax(hit))]} of layer {layer} in memory that a "
+                "destination block shares"
             )
+            raise errors.wrong("value", f"{op}: block_mapping", expected, got)
 
 
 def _places(array, numbers):

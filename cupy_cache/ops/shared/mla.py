@@ -5,7 +5,7 @@
 Shared by the operations that write one layer and many.
 """
 
-from ...errors import ShapeError
+from ... import errors
 from ...runtime import contract, formats, modules, params, spelling
 
 MAX_LAYERS = 128  # kMaxLayers of the kernel
@@ -37,10 +37,8 @@ def check_entries(check, described, storage):
     cache_name = list(described)[2]
     entry = kv_c.shape[-1] + k_pe.shape[-1]
     if kv_cache.shape[-1] != entry:
-        raise ShapeError(
-            f"{check.op}: Invalid shape of {cache_name}: expected entries of {kv_c.shape[-1]} + "
-            f"{k_pe.shape[-1]} elements like kv_c and k_pe, got {list(kv_cache.shape)}"
-        )
+        expected = f"entries of {kv_c.shape[-1]} + {k_pe.shape[-1]} elements like kv_c and k_pe"
+        raise errors.wrong("shape", f"{check.op}: {cache_name}", expected, list(kv_cache.shape))
     check.dtype("kv_c", kv_c, *formats.FLOATS)
     way_out = "" if storage else formats.way_to_convert(formats.RAW_FORMAT, kv_cache.dtype)
     check.dtype(cache_name, kv_cache, *(storage or (kv_c.dtype,)), way_out=way_out)

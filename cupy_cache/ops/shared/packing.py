@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ...errors import ArgumentError, ShapeError
+from ... import errors
 from ...runtime import (
     arrays,
     contract,
@@ -147,11 +147,20 @@ def tensor_lists(op, caches):
     for index, layer in enumerate(caches):
         if not isinstance(layer, (list, tuple)) or not 1 <= len(layer) == len(first) <= 2:
             got = f"{len(layer)}" if isinstance(layer, (list, tuple)) else type(layer).__name__
-            raise ShapeError(
-                f"{op}: Invalid length of caches[{index}]: expected an array, or one or two of "
-                f"them like caches[0], got {got}"
-            )
+            expected = "an array, or one or two of them like caches[0]"
+            raise errors.wrong("length", f"{op}: caches[{index}]", expected, got)
     return list(zip(*caches))
+
+
+_WHOLE_BLOCKS = "of a cache whose blocks are x-packed pack whole blocks"
+
+
+def check_tokens(check, name, cache, way_out=""):
+    """Require a cache in which a slot is one place."""
+    check.shape(name, cache, "num_blocks block_size ...")
+    if len(cache.shape) > MAX_TOKEN_DIMS:
+        expected = f"[num_blocks, block_size, ...] of at most {MAX_TOKEN_DIMS} dimensions"
+        raise errors.wrong("shape", f"{check.op}: {name}", expected, list(cache.shape), way_out)
 
 
 class Places(NamedTuple):
@@ -195,17 +204,13 @@ class Plan:
         self.tensors, (chosen, *buffer) = described[:count], described[count:]
         self.argument, *self.buffer_name = (arg.name for arg in op.args[count:])
         check = contract.Contract(op.name)
-        pattern = "num_blocks block_size ..." if by_slot else "num_blocks ..."
         names = [arg.item(0) if count > 1 else arg.name for arg in op.args[:count]]
         for name, tensor in zip(names, self.tensors):
-            check.shape(name, tensor, pattern)
+            if by_slot:
+                check_tokens(check, name, tensor, _WHOLE_BLOCKS)
+            else:
+                check.shape(name, tensor, "num_blocks ...")
             check.device(name, tensor)
-            if by_slot and len(tensor.shape) > MAX_TOKEN_DIMS:
-                raise ShapeError(
-                    f"{op.name}: Invalid shape of {name}: expected [num_blocks, block_size, ...] "
-                    f"of at most {MAX_TOKEN_DIMS} dimensions, got {list(tensor.shape)}; of a cache "
-                    "whose blocks are x-packed pack whole blocks"
-                )
             if direction.writes_cache:
                 check.writable(name, tensor)
         self.device = self.tensors[0].device
@@ -237,10 +242,8 @@ class Plan:
             check.writable(name, buffer)
         if buffer.device.kind != "cpu" or self.device.kind == "cpu":
             contract.same_device(self.op, name, buffer.device, "caches", self.device)
-        elif self.direction is UNPACK:
-            self.max_blocks = blocks.FROM_HOST_BLOCKS
-        else:
-            self.max_blocks = blocks.TO_HOST_BLOCKS
+        sides = self.device, buffer.device
+        self.max_blocks = blocks.most_blocks(*(sides if self.direction is PACK else sides[::-1]))
 
     def _make_kernel(self):
         dense = self.by_slot and all(
@@ -263,10 +266,8 @@ class Plan:
         nested = any(g.outer > 1 for g in self.geometries)
         self.vectors = max(vectors)
         if self.vectors > _MAX_WORKS:
-            raise ShapeError(
-                f"{self.op}: Invalid size of items of caches: expected at most "
-                f"{_MAX_WORKS * vector} bytes at this alignment, got {max(self.sizes)}"
-            )
+            expected = f"at most {_MAX_WORKS * vector} bytes at this alignment"
+            raise errors.wrong("size", f"{self.op}: items of caches", expected, max(self.sizes))
         kernel = modules.Kernel(
             self.op,
             "pack_blocks",
@@ -290,15 +291,15 @@ class Plan:
 
     def tables(self, values):
         """The `_Caches` at these addresses."""
-        places, tensors = values[: len(self.tensors)], len(self.tensors)
-        addresses, layers = blocks.interleaved(places), len(places[0])
+        by_tensor, tensors = values[: len(self.tensors)], len(self.tensors)
+        addresses, layers = blocks.interleaved(by_tensor), len(by_tensor[0])
         strides = [layers * self.layer_bytes] * tensors if self.page_first else self.sizes
         ends = [
             None if span is None else (min(each) + span[0], max(each) + span[1])
-            for span, each in zip(self._spans, places)
+            for span, each in zip(self._spans, by_tensor)
         ]
         return _Caches(
-            places, ends, layers, layers * self.layer_bytes, tuple(strides * 2)[:2], addresses,
+            by_tensor, ends, layers, layers * self.layer_bytes, tuple(strides * 2)[:2], addresses,
             blocks.pointer_tables(addresses, tensors),
         )  # fmt: skip
 
@@ -318,10 +319,10 @@ class Plan:
             self._run_cpu(work, buffer)
             return
         if self.chosen is None and self.limit > _MAX_PACKED_INDEX:
-            raise ShapeError(
-                f"{self.op}: Invalid device of {self.argument}: expected the caches' GPU, since "
-                f"there are more than {_MAX_PACKED_INDEX} blocks or slots, got host memory"
+            expected = (
+                f"the caches' GPU, since there are more than {_MAX_PACKED_INDEX} blocks or slots"
             )
+            raise errors.wrong("device", f"{self.op}: {self.argument}", expected, "host memory")
         if self.buffer is None:
             self._enqueue(work, caches.pointers, _NO_BUFFER, 0, items)
             return
@@ -340,21 +341,22 @@ class Plan:
         room, caches = rows * self._row_bytes, work.caches
         size = work.items * caches.item_bytes
         if size > room:
-            raise ShapeError(
-                f"{self.op}: Invalid size of {self.buffer_name[0]}: expected at least {size} bytes "
-                f"for {work.items} items of {caches.item_bytes} bytes in all layers, got {room}"
+            expected = (
+                f"at least {size} bytes for {work.items} items of {caches.item_bytes} bytes in all "
+                "layers"
             )
+            raise errors.wrong("size", f"{self.op}: {self.buffer_name[0]}", expected, room)
         if not size or self.buffer.device.kind != self.device.kind:
             return
-        for ends, span, places in zip(caches.ends, self._spans, caches.places):
+        for ends, span, addresses in zip(caches.ends, self._spans, caches.by_tensor):
             if ends is None or address + size <= ends[0] or ends[1] <= address:
                 continue
             low, high = span
-            for layer, place in enumerate(places):
-                if place + low < address + size and address < place + high:
-                    raise ArgumentError(
-                        f"{self.op}: Invalid memory of {self.buffer_name[0]}: expected memory of "
-                        f"its own, got some that layer {layer} of caches lies in"
+            for layer, cache in enumerate(addresses):
+                if cache + low < address + size and address < cache + high:
+                    got = f"some that layer {layer} of caches lies in"
+                    raise errors.wrong(
+                        "memory", f"{self.op}: {self.buffer_name[0]}", "memory of its own", got
                     )
 
     def _enqueue(self, work, tables, places, begin, end):
@@ -451,7 +453,7 @@ class Plan:
 class _Caches(NamedTuple):
     """The caches of a call of a `Plan`.
 
-    places : of each tensor of a layer, its addresses in all layers.
+    by_tensor : of each tensor of a layer, its addresses in all layers.
     ends : of each tensor, the first byte and the one behind the last of all layers; None where it
         is empty.
     layers : how many.
@@ -461,7 +463,7 @@ class _Caches(NamedTuple):
     pointers : their `blocks.PointerTable`s.
     """
 
-    places: list
+    by_tensor: list
     ends: list
     layers: int
     item_bytes: int
@@ -516,18 +518,14 @@ def check_range(op, name, chosen, limit, padding, distinct):
     if int(chosen.max()) >= limit or (int(chosen.min()) < 0 and not padding):
         bad = (chosen >= limit) | ((chosen < 0) & (not padding))
         row = int(np.argmax(bad))
-        raise ArgumentError(
-            f"{op}: Invalid value of {name}: expected {'padding or ' if padding else ''}numbers in "
-            f"0..{limit - 1}, got {chosen[row]} in row {row}"
-        )
+        expected = f"{'padding or ' if padding else ''}numbers in 0..{limit - 1}"
+        raise errors.wrong("value", f"{op}: {name}", expected, f"{chosen[row]} in row {row}")
     if distinct:
         used = np.sort(chosen[chosen >= 0]) if padding else np.sort(chosen)
         again = used[1:][used[1:] == used[:-1]]
         if len(again):
-            raise ArgumentError(
-                f"{op}: Invalid value of {name}: expected distinct destinations, got {again[0]} "
-                "twice"
-            )
+            expected = "distinct destinations"
+            raise errors.wrong("value", f"{op}: {name}", expected, f"{again[0]} twice")
 
 
 def _item_geometry(op, name, tensor, by_slot):

@@ -6,7 +6,6 @@ plan and the kernel of the operations that have it."""
 import functools
 
 from ... import cpu, errors
-from ...errors import ArgumentError, ShapeError
 from ...runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
 from . import mla, transposed
 
@@ -40,11 +39,6 @@ ROLES = (
 )  # fmt: skip
 _ROWS = ("query", "key", "value", "slot_mapping", "out")
 _WRITTEN = ("query", "key_cache", "value_cache", "out", "k_scale_cache", "v_scale_cache")
-# The options of a plan.
-_OPTIONS = (
-    "kv_cache_dtype", "out_dtype", "rounding", "is_neox", "offset", "sections", "interleaved",
-    "norm", "inverse", "head_size",
-)  # fmt: skip
 
 
 class Call:
@@ -92,7 +86,7 @@ class Call:
                 plan=functools.partial(_plan, key_in_place=key_in_place, entries=entries),
                 destination=tuple(map(ROLES.index, ("key_cache", "query", "key", "out"))),
                 count=functools.partial(_count, name, called, axes == 3, key_in_place),
-                options=_OPTIONS[:3],
+                options=("kv_cache_dtype", "out_dtype", "rounding"),
             )
             for axes in (1, 3)
         }
@@ -112,7 +106,7 @@ class Call:
             epsilon = contract.number(name, "norm_eps", norm_eps)
             if epsilon != 0 and epsilon < contract.SMALLEST_NORMAL:  # which kernels take for 0
                 expected = "0 or a positive, normal float32"
-                raise ArgumentError(errors.wrong("value", f"{name}: norm_eps", expected, epsilon))
+                raise errors.wrong("value", f"{name}: norm_eps", expected, epsilon)
         options = (
             kv_cache_dtype, out_dtype, rounding, contract.flag(name, "is_neox", is_neox),
             contract.integer(name, "rope_dim_offset", offset, least=0), sections,
@@ -131,11 +125,8 @@ def three_sections(op, sections):
     except TypeError:
         found = ()
     if len(found) != 3:
-        raise ArgumentError(
-            errors.wrong(
-                "value", f"{op}: mrope_section", "three integers", contract.shown(sections)
-            )
-        )
+        got = errors.shown(sections)
+        raise errors.wrong("value", f"{op}: mrope_section", "three integers", got)
     return tuple(contract.integer(op, "mrope_section", size, least=0) for size in found)
 
 
@@ -146,18 +137,14 @@ def _count(op, called, has_axes, key_in_place, extents, options, scalars):
     rows = {"query": query, "out": out, "key": key if key_in_place else None}
     for role, extent in rows.items():
         if extent is not None and extent < tokens:
-            raise ShapeError(
-                f"{op}: Invalid shape of {called.get(role, role)}: expected at least {tokens} "
-                f"rows, as many as positions, got {extent}"
-            )
+            expected = f"at least {tokens} rows, as many as positions"
+            raise errors.wrong("shape", f"{op}: {called.get(role, role)}", expected, extent)
     if slots is not None:
         rows = {"positions": tokens, "key": key, "value": value}
         least = min(rows, key=rows.get)
         if slots > rows[least]:
-            raise ShapeError(
-                f"{op}: Invalid shape of slot_mapping: expected at most {rows[least]} slots, the "
-                f"rows of {called.get(least, least)}, got {slots}"
-            )
+            expected = f"at most {rows[least]} slots, the rows of {called.get(least, least)}"
+            raise errors.wrong("shape", f"{op}: slot_mapping", expected, slots)
     return tokens, (tokens, slots or 0, axis_stride, *scalars, 0)
 
 
@@ -165,17 +152,22 @@ def _count(op, called, has_axes, key_in_place, extents, options, scalars):
 
 
 class _Checked:
-    """The arguments of a signature, after all checks: by their roles as attributes, with the heads
-    of rows [token, head, element] apart; and the options likewise."""
+    """The arguments of a signature, after all checks: an attribute for each of `ROLES`, with the
+    heads of rows [token, head, element] apart; and one for each option."""
 
     def __init__(self, op, described, options, key_in_place, entries):
         self.op, self.key_in_place, self.entries = op.name, key_in_place, entries
         self.names = {role: arg.name for role, arg in zip(ROLES, op.args)}
         self.given = {role: a for role, a in zip(ROLES, described) if a is not None}
-        for role, array in zip(ROLES, described):
-            setattr(self, role, array)
-        for name, option in zip(_OPTIONS, options):
-            setattr(self, name, option)
+        (
+            self.positions, self.query, self.key, self.value, self.cos_sin_cache, self.key_cache,
+            self.value_cache, self.slot_mapping, self.out, self.q_norm_weight, self.k_norm_weight,
+            self.q_scale, self.k_scale, self.v_scale, self.k_scale_cache, self.v_scale_cache,
+        ) = described  # fmt: skip
+        (
+            self.kv_cache_dtype, self.out_dtype, self.rounding, self.is_neox, self.offset,
+            self.sections, self.interleaved, self.norm, self.inverse, self.head_size,
+        ) = options  # fmt: skip
         self.check = contract.Contract(op.name)
         self.cached = self.key_cache is not None
         self.scaled = self.k_scale_cache is not None
@@ -189,21 +181,18 @@ class _Checked:
         if self.scaled or self.norm:
             for size in (self.size, self.value_size if self.scaled else 0):
                 if size > MAX_HEAD_SIZE:
-                    raise ShapeError(
-                        f"{self.op}: Invalid shape of {self.names['query']}: expected a head size "
-                        f"of at most {MAX_HEAD_SIZE}, got {size}"
-                    )
+                    self.refuse("shape", "query", f"a head size of at most {MAX_HEAD_SIZE}", size)
 
-    def refuse(self, kind, role, expected, got, error=ShapeError):
+    def refuse(self, what, role, expected, got):
         """Raise for the argument of ``role``."""
         name = self.names.get(role, role)
-        raise error(errors.wrong(kind, f"{self.op}: {name}", expected, got))
+        raise errors.wrong(what, f"{self.op}: {name}", expected, got)
 
     def _check_options(self):
         contract.choice(self.op, "rounding", self.rounding, ROUNDINGS)
         if self.scaled != (self.v_scale_cache is not None):
             absent = "v_scale_cache" if self.scaled else "k_scale_cache"
-            self.refuse("value", absent, "an array like the other one", "None", ArgumentError)
+            self.refuse("value", absent, "an array like the other one", "None")
 
     def _check_caches(self):
         """Find the sizes of heads, and check whatever is as for the operations that write."""
@@ -267,21 +256,15 @@ class _Checked:
         check.dtype(names["query"], self.query, *formats.FLOATS)
         if self.key is not None:
             check.dtype(names["key"], self.key, self.query.dtype)
-        for role in ("query", "key", "value", "out"):
-            array = self.given.get(role)
-            if array is None:
-                continue
-            check.device(names[role], array)
-            check.aligned(names[role], array)
-            check.contiguous(names[role], array)
-            size = self.value_size if role == "value" else self.size
-            setattr(self, role, self._by_head(role, array, size))
+        self.query, self.key = self._by_head("query", self.size), self._by_head("key", self.size)
+        self.value = self._by_head("value", self.value_size)
+        self.out = self._by_head("out", self.size)
         self.heads = self.query.shape[1]
         self.key_heads = 0 if self.key is None else self.key.shape[1]
         self.check.positive("num_heads", self.heads)
         if not self.entries:
-            for role in ("key", "value") if self.cached else ():
-                array, expected = getattr(self, role), self.check.sizes["num_kv_heads"]
+            for role, array in (("key", self.key), ("value", self.value)) if self.cached else ():
+                expected = self.check.sizes["num_kv_heads"]
                 if array.shape[1] != expected:
                     got = f"{list(self.given[role].shape)}, {array.shape[1]} heads"
                     self.refuse("shape", role, f"{expected} heads like key_cache", got)
@@ -290,8 +273,15 @@ class _Checked:
         if self.key is not None and self.key_in_place:
             self.check.writable(names["key"], self.key, rows=True)
 
-    def _by_head(self, role, array, size):
-        """``array`` as [token, head, element]: the heads may be one dimension with the elements."""
+    def _by_head(self, role, size):
+        """Rows as [token, head, element], after their checks: the heads may be one dimension with
+        the elements. None where they are absent."""
+        name, array = self.names[role], self.given.get(role)
+        if array is None:
+            return None
+        self.check.device(name, array)
+        self.check.aligned(name, array)
+        self.check.contiguous(name, array)
         *_, last = array.shape
         if len(array.shape) == 2 and size and last % size == 0:
             strides = array.strides[0], size * array.dtype.bytes, array.dtype.bytes
@@ -323,7 +313,7 @@ class _Checked:
             self.refuse("shape", "cos_sin_cache", expected, list(table.shape))
         if self.sections is not None and sum(self.sections) != self.rotary // 2:
             expected = f"three sections of {self.rotary // 2} pairs in all"
-            self.refuse("value", "mrope_section", expected, list(self.sections), ArgumentError)
+            self.refuse("value", "mrope_section", expected, list(self.sections))
 
     def _check_norm(self):
         for role in ("q_norm_weight", "k_norm_weight"):
@@ -331,7 +321,7 @@ class _Checked:
             if weight is None:
                 continue
             if not self.norm:
-                self.refuse("value", role, "None without norm_eps", "an array", ArgumentError)
+                self.refuse("value", role, "None without norm_eps", "an array")
             if weight.shape != (self.size,):
                 self.refuse("shape", role, [self.size], list(weight.shape))
             self.check.dtype(role, weight, *dict.fromkeys((self.query.dtype, formats.FLOAT32)))
@@ -347,8 +337,7 @@ class _Checked:
         fmt = formats.cache_format(self.op, self.out_dtype, argument="out_dtype")
         if self.out is None:
             if fmt.stored is not None:
-                self.refuse("value", "out", f"an array for out_dtype={self.out_dtype!r}", "None",
-                            ArgumentError)  # fmt: skip
+                self.refuse("value", "out", f"an array for out_dtype={self.out_dtype!r}", "None")
             return
         self.out_stored = fmt.stored
         self.check.dtype("out", self.out, *(fmt.storage or (self.query.dtype,)))
@@ -384,9 +373,9 @@ def _cpu_plan(op, found, described):
 def _gpu_plan(found):
     query, key, value, table = found.query, found.key, found.value, found.cos_sin_cache
     element = query.dtype.bytes
-    key_places, pack = _key_places(found)
-    value_places, slots, scattered = _value_places(found)
-    elements = _elements(found, key_places, pack)
+    key_strides, pack = _key_strides(found)
+    value_strides, slots, scattered = _value_strides(found)
+    elements = _elements(found, key_strides, pack)
     across = found.is_neox or elements == 1
     items = _items(found, elements, across)
 
@@ -395,13 +384,13 @@ def _gpu_plan(found):
     value_bytes, vector_values = found.value_size * stored.bytes, False
     if found.cached and scattered:
         vector = transposed.vector_bytes(element // stored.bytes, value, value_bytes)
-        block, groups, _, head, step = value_places
+        block, groups, _, head, step = value_strides
         vector_values = transposed.stores_vectors(found.value_cache.ptr, block, groups, head, step)
     elif found.cached:
         vector = contract.converting_vector_bytes(
             element // stored.bytes,
             (value.ptr, *value.strides[:2]),
-            (value_bytes, _value_cache(found).ptr, *value_places),
+            (value_bytes, _value_cache(found).ptr, *value_strides),
         )
         vectors = value_bytes // vector
         width = max(1, LANE_BYTES * stored.bytes // (vector * element))
@@ -441,23 +430,23 @@ def _gpu_plan(found):
     def rows(array):
         return (0, 0) if array is None else array.strides[:2]
 
-    def places(array):
+    def strides(array):
         return (0, 0, 0) if array is None else array.strides
 
     device = query.device.index
     ends = _section_ends(found)
     tokens, heads = zip(*(rows(array) for array in (query, found.out, key, value)))
-    key_block, *key_places = key_places
-    value_block, *value_places = value_places
+    key_block, *key_strides = key_strides
+    value_block, *value_strides = value_strides
     launcher = launch.Launcher(
         kernel,
         device,
         (table.shape[0], found.num_blocks, *tokens, key_block, value_block,
          found.positions.strides[-1],
          0 if found.slot_mapping is None else found.slot_mapping.strides[0], table.strides[0],
-         *heads, *key_places, *value_places,
+         *heads, *key_strides, *value_strides,
          *(found.steps[role] for role in ("q_scale", "k_scale", "v_scale")),
-         *places(found.k_scale_cache), *places(found.v_scale_cache), *ends),
+         *strides(found.k_scale_cache), *strides(found.v_scale_cache), *ends),
     )  # fmt: skip
     queries, keys = found.heads * lanes, found.key_heads * lanes
     values = found.cached * found.key_heads * value_lanes
@@ -494,7 +483,7 @@ def _value_cache(found):
     return found.key_cache if found.entries else found.value_cache
 
 
-def _key_places(found):
+def _key_strides(found):
     """The strides of a key cache: blocks, offsets, heads, packs; and the elements of a pack."""
     if not found.cached:
         return (0, 0, 0, 0), found.size
@@ -506,7 +495,7 @@ def _key_places(found):
     return (*found.key_cache.strides[:3], 0), found.size
 
 
-def _value_places(found):
+def _value_strides(found):
     """The strides of a value cache: blocks, groups of slots, slots in them, heads, elements; the
     slots of a group; and whether elements do not lie together."""
     if not found.cached:
@@ -524,7 +513,7 @@ def _value_places(found):
     return (block, 0, offset, head, 0), found.block_size, False
 
 
-def _elements(found, key_places, pack):
+def _elements(found, key_strides, pack):
     """The elements of a unit: the most, of 16 bytes, that everything is a multiple of."""
     bytes_each, table = found.query.dtype.bytes, found.cos_sin_cache
     elements = 16 // bytes_each
@@ -544,7 +533,7 @@ def _elements(found, key_places, pack):
         if found.cached:
             size = found.key_cache.dtype.bytes
             start = found.value_size * size if found.entries else 0
-            where = found.key_cache.ptr, start, *key_places
+            where = found.key_cache.ptr, start, *key_strides
             fits = fits and not any(n % (elements * size) for n in where)
         read = [(table.dtype.bytes * angles, (table.ptr, table.strides[0],
                  found.rotary // 2 * table.dtype.bytes))]  # fmt: skip

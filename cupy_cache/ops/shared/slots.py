@@ -6,7 +6,7 @@ Under context parallelism an entry stands for one block on each rank, and runs o
 to the ranks in turn.
 """
 
-from ...errors import ArgumentError
+from ... import errors
 
 LARGEST = 2**63 - 1
 # `Table` of slots.cuh, from `stride` on; see `geometry`.
@@ -19,25 +19,19 @@ def check_ranks(check, world, rank, interleave):
     check.positive("cp_world_size", world)
     check.positive("cp_interleave", interleave)
     if not 0 <= rank < world:
-        raise ArgumentError(
-            f"{check.op}: Invalid value of cp_rank: expected an integer in 0..{world - 1}, got "
-            f"{rank!r}"
-        )
+        expected = f"an integer in 0..{world - 1}"
+        raise errors.wrong("value", f"{check.op}: cp_rank", expected, repr(rank))
 
 
 def check_block_size(check, name, block_size, world, interleave):
     """Refuse a block size, the argument ``name``, that the ranks cannot share."""
     check.positive(name, block_size)
     if world > 1 and block_size % interleave:
-        raise ArgumentError(
-            f"{check.op}: Invalid value of cp_interleave: expected a divisor of {name} = "
-            f"{block_size}, got {interleave}"
-        )
+        expected = f"a divisor of {name} = {block_size}"
+        raise errors.wrong("value", f"{check.op}: cp_interleave", expected, interleave)
     if block_size * world > LARGEST:
-        raise ArgumentError(
-            f"{check.op}: Invalid value of {name}: expected {name} * cp_world_size below 2**63, "
-            f"got {block_size} * {world}"
-        )
+        expected = f"{name} * cp_world_size below 2**63"
+        raise errors.wrong("value", f"{check.op}: {name}", expected, f"{block_size} * {world}")
 
 
 def position_limit(width, block_size, world):

@@ -24,6 +24,6 @@ def vector_bytes(ratio, value, value_bytes):
     return contract.converting_vector_bytes(ratio, (value.ptr, *value.strides[:2]), (value_bytes,))
 
 
-def stores_vectors(*places):
+def stores_vectors(address, *strides):
     """Whether an address and strides allow stores of 16 bytes."""
-    return contract.vector_bytes(*places) == 16
+    return contract.vector_bytes(address, *strides) == 16

@@ -5,10 +5,9 @@ Its arguments are called what that calls them."""
 
 import functools
 
-from ... import cpu
-from ...errors import ShapeError
-from ...runtime import contract, dispatch, launch, modules, params, plans, spelling
-from . import gathering
+from .. import cpu, errors
+from ..runtime import contract, dispatch, launch, modules, params, plans, spelling
+from .shared import gathering
 
 NAME = "PagedKVCache.gather"
 STEM = "gather_both"
@@ -59,10 +58,8 @@ def _plan(op, described, options):
         gathering.check_indices(check, INDICES, indices)
     keys, values = moved
     if keys.block_size != values.block_size:
-        raise ShapeError(
-            f"{op.name}: Invalid shape of {CACHES[1]}: expected blocks of {keys.block_size} slots "
-            f"like {CACHES[0]}, got {values.block_size}"
-        )
+        expected = f"blocks of {keys.block_size} slots like {CACHES[0]}"
+        raise errors.wrong("shape", f"{op.name}: {CACHES[1]}", expected, values.block_size)
     if rows[0].device.kind == "cpu":
         run = functools.partial(cpu.gather_both, op=op.name, sides=moved)
         return plans.NumPyPlan(run, op.args, described, (*ROWS, *CACHES))
