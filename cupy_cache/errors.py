@@ -39,6 +39,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def below(limit: int, what: str = "") -> str:
+    """What errors expect of a number of ``what``, of which there are ``limit``."""
+    if limit <= 0:
+        return f"no {what or 'number'}, as there are none"
+    return f"{what} in 0..{limit - 1}" if what else f"0..{limit - 1}"
+
+
 def rename(error: CupyCacheError, name: str, arguments: Mapping[str, str]) -> None:
     """Make an error about an argument of an operation one of ``name``, which called it.
     ``arguments`` has what the operation's are called there. Faults stay the operation's."""
@@ -210,7 +217,7 @@ class Fault:
         return wrong(
             "value",
             f"{self.op}: {self.argument}",
-            f"0..{self.limit - 1}",
+            below(self.limit),
             f"{self.value} in row {self.row} on {self.device}",
             "it was not followed",
         )

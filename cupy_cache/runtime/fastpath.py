@@ -473,7 +473,7 @@ class _Pointers:
             self.written_rows_vary = entry.apart.varies
 
     def check_apart(self, where, addresses, tensors):
-        """Whether tensors that are written share no memory. Where they do, the long way tells it."""
+        """Whether tensors that are written share no memory; where they do, the long way tells."""
         values, shapes = [0] * (self._everything[-1] + 1), None
         for index, address in zip(self._everything, addresses):
             values[index] = address

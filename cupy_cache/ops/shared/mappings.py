@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ... import errors
 from ...errors import ArgumentError
 
 # Up to so many pairs are checked as Python's integers: NumPy's calls take 9 us however few there
@@ -92,8 +93,8 @@ def _refuse(op, sources, destinations, source_blocks, destination_blocks, words)
         for row, number in enumerate(numbers):
             if not 0 <= number < limit:
                 raise ArgumentError(
-                    f"{op}: Invalid value of {words.argument}: expected {side} {words.item}s in "
-                    f"0..{limit - 1}, got {number} in row {row}"
+                    f"{op}: Invalid value of {words.argument}: expected "
+                    f"{errors.below(limit, f'{side} {words.item}s')}, got {number} in row {row}"
                 )
     seen = set()
     repeated = next(b for b in destinations if b in seen or seen.add(b))

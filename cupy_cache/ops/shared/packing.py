@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ... import errors
 from ...errors import ArgumentError, ShapeError
 from ...runtime import (
     arrays,
@@ -517,8 +518,8 @@ def check_range(op, name, chosen, limit, padding, distinct):
         bad = (chosen >= limit) | ((chosen < 0) & (not padding))
         row = int(np.argmax(bad))
         raise ArgumentError(
-            f"{op}: Invalid value of {name}: expected {'padding or ' if padding else ''}numbers in "
-            f"0..{limit - 1}, got {chosen[row]} in row {row}"
+            f"{op}: Invalid value of {name}: expected {'padding or ' if padding else ''}"
+            f"{errors.below(limit, 'numbers')}, got {chosen[row]} in row {row}"
         )
     if distinct:
         used = np.sort(chosen[chosen >= 0]) if padding else np.sort(chosen)
