@@ -593,7 +593,7 @@ class _Extents:
     def _in_bytes(found, unit):
         """A shape, and its strides in bytes."""
         shape, strides = found
-        return tuple(shape), tuple([stride * unit for stride in strides])
+        return tuple(shape), arrays.meant(shape, strides, unit)
 
 
 def _shapes_and_strides(kind, places):

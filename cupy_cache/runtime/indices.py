@@ -104,7 +104,7 @@ def _pairs(op, name, value):
         # Booleans have it too, and are 0 or 1: what is neither need not be looked at.
         for at in (table.view(np.uint64) < 2).nonzero()[0].tolist():
             contract.index(sources[at] if at < len(value) else destinations[at - len(value)])
-    except (ValueError, TypeError, DeprecationWarning) as error:  # NumPy 1 warns of its booleans
+    except Exception as error:  # whatever an `__index__` raises
         raise ShapeError(
             f"{op}: Invalid shape of {name}: expected (source, destination) pairs of integers, got "
             f"{contract.shown(value)}"
