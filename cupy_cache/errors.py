@@ -66,6 +66,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def below(limit: int, what: str = "") -> str:
+    """What errors expect of a number of ``what``, of which there are ``limit``."""
+    if limit <= 0:
+        return f"no {what or 'number'}, as there are none"
+    return f"{what} in 0..{limit - 1}" if what else f"0..{limit - 1}"
+
+
 def rename(error: CupyCacheError, name: str, arguments: Mapping[str, str]) -> None:
     """Make an error about an argument of an operation one of ``name``, which called it.
     ``arguments`` has what the operation's are called there. Faults stay the operation's."""
@@ -252,6 +259,5 @@ class Fault:
         return type(self), fields
 
     def __str__(self) -> str:
-        expected = f"0..{self.limit - 1}"
         got, way_out = f"{self.value} in row {self.row} on {self.device}", "it was not followed"
-        return str(_Wrong(self.op, "value", self.argument, expected, got, way_out))
+        return str(_Wrong(self.op, "value", self.argument, below(self.limit), got, way_out))

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from . import errors
-from .attention.paged_attention import paged_attention
+from .attention.paged_attention import NO_WINDOW, paged_attention
 from .ops.reshape_and_cache_flash import reshape_and_cache_flash
 from .ops.slot_mapping import slot_mapping
 from .runtime import arrays, contract, formats, making
@@ -303,7 +303,7 @@ def _options(op, softmax_scale, causal, window_size, softcap, alibi_slopes, one_
     softcap = None if softcap == 0 else contract.number(op, "softcap", softcap, positive=True)
     return {
         "causal": causal,
-        "sliding_window": None if left < 0 else left + 1,
+        "sliding_window": left + 1 if 0 <= left < NO_WINDOW else None,
         "scale": softmax_scale,
         "soft_cap": softcap,
         "alibi_slopes": alibi_slopes,

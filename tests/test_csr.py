@@ -143,6 +143,15 @@ class Watched(np.ndarray):
     """What can be told when it goes."""
 
 
+@pytest.mark.parametrize("size", [2**31, 2**62, 2**63 - 1])
+def test_blocks_too_large_to_count_their_tokens(size):
+    """Of 2**62 tokens, say, five would have as many as none."""
+    with pytest.raises(cc.ArgumentError, match="block_size: expected 1..2147483647"):
+        cc.csr_to_block_table(np.array([0, 5]), np.arange(5), np.array([7]), size)
+    with pytest.raises(cc.ArgumentError, match="block_size: expected 1..2147483647"):
+        cc.block_table_to_csr(np.array([[1], [2]]), np.array([3, 4]), size)
+
+
 def test_copies_that_are_exported_live_until_they_are_read():
     found = cc.block_table_to_csr(Exporting([[7, 3], [5, 0]]), Exporting([6, 4]), 4)
     assert [one.tolist() for one in found] == [[0, 2, 3], [7, 3, 5], [2, 4]]

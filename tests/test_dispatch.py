@@ -332,7 +332,8 @@ def test_a_bias_whose_every_extent_changes(recorder, monkeypatch):
         call()
         (sent,) = recorder.take()
         words = np.frombuffer(sent[-1], np.int64)
-        assert words[6:11].tolist() == [heads, queries, keys, *(4 * s for s in out.stride()[:2])]
+        steps = [4 * s if n > 1 else 0 for s, n in zip(out.stride()[:2], out.shape)]
+        assert words[6:11].tolist() == [heads, queries, keys, *steps]
         before = recorder.long
         assert long_way(recorder, call, monkeypatch) == [sent]
         recorder.long = before
@@ -676,6 +677,24 @@ def test_bound_beside_what_a_call_writes(recorder, monkeypatch, in_place):
     rows[0 if in_place else 3] = inside
     with pytest.raises(cc.ArgumentError, match="rotary_write: Invalid memory of"):
         write(0, positions, rows, slots)
+
+
+def test_errors_of_known_calls_name_what_was_called(recorder):
+    """They are the same whether a signature came before or not, once and after many calls."""
+    key, value, *caches, slots = tensors()
+    cache = cc.PagedKVCache(*([one] for one in caches))
+    told = set()
+    for calls in (0, *range(1, fastpath.SETTLED + 3)):
+        for write in (functools.partial(cache.write, 0), cache.writer(0)):
+            for _ in range(calls and 1):
+                write(key, value, slots)
+            recorder.take()
+            with pytest.raises(cc.ShapeError) as caught:
+                write(key, value, torch.arange(6))
+            told.add(str(caught.value))
+    (one,) = told
+    assert one.startswith("PagedKVCache.write: Invalid shape of slot_mapping: expected at most 5")
+    assert not recorder.take()
 
 
 def test_bound_with_too_few_or_too_many(recorder):

@@ -204,6 +204,24 @@ def test_what_is_half_read_is_read_again(device):
     assert taken() == [("op", "slots", 5, 15, 8, "cuda:3")]
 
 
+@pytest.mark.parametrize("status, words", [(400, "reset"), (700, "not mapped"), (2, "")])
+def test_a_device_that_cannot_be_asked(device, monkeypatch, status, words):
+    """It was reset, or its context is lost: CUDA says so, and what that mostly means is told."""
+    memory = device()
+    lost = RuntimeError("cudaErrorSomething")
+    lost.status = status
+
+    def fails():
+        raise lost
+
+    monkeypatch.setattr(memory, "deviceSynchronize", fails)
+    with pytest.raises(cc.KernelError) as caught:
+        driver.CudaDriver().take_faults()
+    told = str(caught.value)
+    assert told.startswith("raise_faults on cuda:3: ") and "cudaErrorSomething" in told
+    assert words in told and caught.value.__cause__ is lost
+
+
 def test_what_comes_after_the_clearing_is_kept(device):
     def then(record, step):
         if record.taken == 0 and step < 4:  # free again: the next fault

@@ -178,6 +178,7 @@ def test_with_kvcache(world, rng, queries, added, causal, paged, lse):
         (False, {"window_size": (4, 0)}, {"window": (4, 0)}),
         (False, {"window_size": (-1, 0)}, {"window": (-1, 0)}),
         (True, {"window_size": [0, 0]}, {"window": (0, 0)}),
+        (True, {"window_size": (2**63 - 1, 0)}, {}),
         (True, {"window_size": (np.int64(4), np.int32(0))}, {"window": (4, 0)}),
         (True, {"softcap": 2.0, "softmax_scale": 0.7}, {"softcap": 2.0, "scale": 0.7}),
     ],

@@ -127,6 +127,20 @@ def test_nothing_to_do(world, rng, rows, count):
     )
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize("rows, blocks", [(0, 3), (2, 0), (0, 0)])
+def test_strides_of_what_is_empty_mean_nothing(rows, blocks):
+    """NumPy's are all 0."""
+    inner = (2, 3, 2, 8)
+    dst = np.ones((rows, *inner), np.float32)
+    table, bounds = np.zeros((1, 1), np.int32), np.array([0, rows])
+    for gathered in (cc.gather_cache, functools.partial(cc.cp_gather_cache, batch_size=1)):
+        gathered(np.zeros((blocks, 4, *inner), np.float32), dst, table, bounds)
+        with contextlib.suppress(cc.FaultError):
+            cc.raise_faults()
+    assert (dst == 1).all()
+
+
 @pytest.mark.parametrize("shape", [(0, 4, 8), (4, 4, 0)])
 def test_empty_caches(world, rng, shape):
     """No blocks: every block number is out of range. No bytes in a row: nothing is moved."""

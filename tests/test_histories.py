@@ -364,6 +364,27 @@ def test_chosen_blocks_without_memory():
         cc.zero_blocks(caches, torch.zeros(1, dtype=torch.int64, device="meta"))
 
 
+class Gone:
+    """A number whose memory is gone, as a deleted array of JAX."""
+
+    def __index__(self):
+        raise RuntimeError("it was deleted")
+
+
+@pytest.mark.parametrize("numbers", [[Gone()], [(0, Gone())], [(Gone(), 1)]])
+def test_chosen_numbers_that_cannot_be_read(numbers):
+    caches = [np.zeros((8, 4))]
+    with pytest.raises(cc.CupyCacheError, match=r"expected .*integers") as told:
+        if isinstance(numbers[0], tuple):
+            cc.copy_blocks_mla(caches, numbers)
+        else:
+            cc.zero_blocks(caches, numbers)
+    causes = []
+    while (error := (causes or [told.value])[-1].__cause__) is not None:
+        causes.append(error)
+    assert isinstance(causes[-1], RuntimeError)
+
+
 def test_chosen_blocks_with_the_negative_bit():
     """The right blocks or none."""
     torch = pytest.importorskip("torch")

@@ -332,6 +332,25 @@ def test_every_fault_has_the_form():
     assert found["expected"] == "0..11" and found["got"] == "-7 in row 3 on cuda:1"
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda cache: cc.zero_blocks([cache], [0]),
+        lambda cache: cc.pack_tokens([cache], [-1, 2], np.zeros(64, np.uint8)),
+        lambda cache: cc.copy_blocks([cache], [cache.copy()], [(0, 1)]),
+        lambda cache: cc.swap_blocks(np.zeros((2, 4, 8)), cache, np.array([[1, 0]])),
+        lambda cache: (cc.gather_slots(cache, np.zeros((1, 8)), np.array([0])), cc.raise_faults()),
+    ],
+    ids=["zero_blocks", "pack_tokens", "copy_blocks", "swap_blocks", "gather_slots"],
+)
+def test_numbers_of_what_there_is_none_of(call):
+    """A cache without blocks: nothing is expected in 0..-1."""
+    with pytest.raises(cc.CupyCacheError, match="expected .*no .*, as there are none, got") as told:
+        call(np.zeros((0, 4, 8)))
+    assert "..-1" not in str(told.value)
+
+
 def test_every_message_of_the_sources_has_the_form():
     """Also those that no row above provokes: `errors.wrong` alone makes errors about arguments."""
     kinds = {kind.__name__ for kind in errors._CLASSES.values()}

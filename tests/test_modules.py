@@ -14,7 +14,7 @@ import pytest
 
 import cupy_cache as cc
 from cupy_cache.attention import alibi_slopes as attention
-from cupy_cache.runtime import cuda, driver, modules
+from cupy_cache.runtime import arrays, cuda, driver, launch, modules
 
 pytestmark = pytest.mark.whole
 KERNEL = attention.ALIBI
@@ -293,6 +293,72 @@ def test_torch_for_rocm_is_not_told_to_install_cuda(tmp_path):
     )
     told = run_with("raise ImportError('none')", tmp_path, fake + ON_THE_CPU)
     assert "torch is built for ROCm" in told and "pip" not in told
+
+
+class OfStatus(RuntimeError):
+    """As CuPy raises it."""
+
+    status = 35
+
+
+@pytest.mark.parametrize(
+    "status, hip, error, words",
+    [
+        (
+            35,
+            None,
+            cc.MissingDependencyError,
+            ("sufficient", "pip install -U 'cupy-cache[cuda12x]"),
+        ),
+        (100, None, cc.MissingDependencyError, ("CuPy cannot use CUDA here",)),
+        (35, "7.0", cc.MissingDependencyError, ("torch is built for ROCm",)),
+        (3, None, cc.KernelError, ("forked", "spawn")),
+    ],
+    ids=["old driver", "no GPU", "ROCm", "forked"],
+)
+def test_a_cupy_that_finds_no_cuda(monkeypatch, status, hip, error, words):
+    """torch has arrays on a GPU, and CuPy is for a newer driver, or the GPU is not NVIDIA's."""
+    torch = pytest.importorskip("torch")
+    raised = OfStatus("cudaErrorInsufficientDriver: CUDA driver version is insufficient")
+    raised.status = status
+
+    def count():
+        raise raised
+
+    runtime = types.SimpleNamespace(is_hip=False, getDeviceCount=count)
+    found = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
+    monkeypatch.setitem(sys.modules, "cupy", found)
+    monkeypatch.setattr(cuda, "_cupy", None)
+    monkeypatch.setattr(cuda, "driver_version", lambda: (12, 4))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    launch.processors.cache_clear()
+    describe = arrays.describe
+
+    def on_gpu(metadata, name):
+        return describe(metadata, name)._replace(device=arrays.Device("cuda", 0))
+
+    monkeypatch.setattr(arrays, "describe", on_gpu)
+    monkeypatch.setattr(arrays, "LOWEST", 1)
+    cache = torch.zeros(2, 4, 1, 8)
+    with pytest.raises(error) as caught:
+        cc.reshape_and_cache_flash(
+            cache[0, :1], cache[0, :1], cache, cache.clone(), torch.zeros(1, dtype=torch.int64)
+        )
+    assert type(caught.value) is error and caught.value.__cause__ is raised
+    for word in ("cuda:0: ", *words):
+        assert word in str(caught.value)
+    assert "pip" not in str(caught.value) or hip is None
+
+
+def test_what_is_missing_is_told_of_the_argument(monkeypatch):
+    def none():
+        raise cc.MissingDependencyError("a CUDA device: CuPy is not installed; pip install it")
+
+    monkeypatch.setattr(driver.active, "device_count", none, raising=False)
+    with pytest.raises(cc.MissingDependencyError) as caught:
+        cc.BlockTables(4, 2, max_sequences=1, max_tokens=2, max_length=4, device=2)
+    expected = "BlockTables: device 2: CuPy is not installed; pip install it"
+    assert str(caught.value) == expected
 
 
 @pytest.mark.parametrize(

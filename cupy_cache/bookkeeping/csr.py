@@ -56,7 +56,7 @@ def block_table_to_csr(
     (array([0, 2, 3], dtype=int32), array([7, 3, 5], dtype=int32), array([2, 4], dtype=int32))
     """
     op = "block_table_to_csr"
-    block_size = contract.integer(op, "block_size", block_size, 1)
+    block_size = _block_size(op, block_size)
     check = contract.Contract(op)
     table, like = _host(check, "block_table", block_table, "_ _")
     lens, _ = _host(check, "seq_lens", seq_lens, "_")
@@ -116,7 +116,7 @@ def csr_to_block_table(
            [ 5, -1]], dtype=int32), array([6, 4], dtype=int32))
     """
     op = "csr_to_block_table"
-    block_size = contract.integer(op, "block_size", block_size, 1)
+    block_size = _block_size(op, block_size)
     check = contract.Contract(op)
     bounds, like = _host(check, "indptr", indptr, "_")
     blocks, _ = _host(check, "indices", indices, "_")
@@ -145,6 +145,13 @@ def csr_to_block_table(
     table = np.full((len(pages), width), -1, np.int64)
     table[np.arange(width) < pages[:, None]] = used
     return _as_arrays(like, table, lens)
+
+
+def _block_size(op, block_size):
+    found = contract.integer(op, "block_size", block_size, 1)
+    if found > LARGEST:  # times numbers of blocks it would not fit 64 bits
+        raise errors.wrong("value", f"{op}: block_size", f"1..{LARGEST}", block_size)
+    return found
 
 
 def _host(check, name, array, pattern):

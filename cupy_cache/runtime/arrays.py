@@ -310,7 +310,14 @@ def extent(varies, shape, strides, unit):
     """What an operation's count gets of an array whose strides are counted in ``unit`` bytes."""
     if varies == ROWS:
         return shape[0]
-    return tuple(shape), tuple([stride * unit for stride in strides])
+    return tuple(shape), meant(shape, strides, unit)
+
+
+def meant(shape, strides, unit):
+    """Strides in bytes, 0 where they lead nowhere: those that mean nothing may be of any size."""
+    if 0 in shape:
+        return (0,) * len(shape)
+    return tuple([stride * unit if n > 1 else 0 for n, stride in zip(shape, strides)])
 
 
 def any_bits(numbers):
@@ -333,6 +340,8 @@ def as_numpy(ptr, shape, strides, dtype):
     """A NumPy view of host memory; the caller keeps the memory alive. ``dtype`` is NumPy's."""
     if 0 in shape:
         return np.empty(shape, dtype)
+    if 1 in shape:
+        strides = meant(shape, strides, 1)
     return np.asarray(_HostMemory(ptr, shape, strides, dtype)).view(dtype)
 
 

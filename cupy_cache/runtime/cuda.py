@@ -26,11 +26,23 @@ _ROCM = "{}: CUDA is needed, and {} is built for ROCm, whose GPUs are not served
 
 
 def import_cupy(why):
-    """The cupy module; `MissingDependencyError`, which begins with ``why``, where there is none."""
+    """The cupy module, to use CUDA with; `MissingDependencyError`, which begins with ``why``, where
+    there is none, or one that cannot."""
     global _cupy
     cupy = sys.modules.get("cupy")
     if cupy is not None and cupy is _cupy:
         return cupy
+    cupy = find_cupy(why)
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:
+        raise _without_cuda(why, error) from error
+    _cupy = cupy
+    return cupy
+
+
+def find_cupy(why):
+    """The cupy module, whether it can use CUDA or not."""
     if _lost_by_fork:
         raise KernelError(f"{why}: {FORKED}")
     try:
@@ -39,7 +51,6 @@ def import_cupy(why):
         raise _without_cupy(why, error) from error
     if cupy.cuda.runtime.is_hip:
         raise MissingDependencyError(_ROCM.format(why, "CuPy"))
-    _cupy = cupy
     return cupy
 
 
@@ -56,9 +67,30 @@ def lose():
     _cupy, _lost_by_fork = None, True
 
 
+_NOT_INITIALIZED = 3  # cudaErrorInitializationError
+
+
+def _without_cuda(why, error):
+    """What to raise where CuPy finds no CUDA: the driver is older than what CuPy is built for, say,
+    and torch, which has the arrays, is not."""
+    if getattr(error, "status", None) == _NOT_INITIALIZED:
+        return KernelError(f"{why}: {FORKED}")
+    if torchs_rocm():
+        return MissingDependencyError(_ROCM.format(why, "torch"))
+    return MissingDependencyError(
+        f"{why}: CuPy cannot use CUDA here: {named(error)}; the CuPy that fits this driver comes "
+        f"with {install_hint()}, once the other is uninstalled"
+    )
+
+
+def torchs_rocm():
+    """The version of ROCm that torch is built for, if it is."""
+    return getattr(getattr(sys.modules.get("torch"), "version", None), "hip", None)
+
+
 def _without_cupy(why, error):
     """What to raise where importing CuPy raised ``error``."""
-    if getattr(getattr(sys.modules.get("torch"), "version", None), "hip", None):
+    if torchs_rocm():
         return MissingDependencyError(_ROCM.format(why, "torch"))
     if isinstance(error, OSError):  # it makes the folder of its kernel cache when it is imported
         return MissingDependencyError(

@@ -18,7 +18,19 @@ import numpy as np
 
 from .. import errors
 from ..errors import ArgumentError, CupyCacheError, DTypeError, ShapeError
-from . import apart, arrays, contract, driver, fastpath, faults, indices, lists, plans, streams
+from . import (
+    apart,
+    arrays,
+    contract,
+    dlpack,
+    driver,
+    fastpath,
+    faults,
+    indices,
+    lists,
+    plans,
+    streams,
+)
 
 
 class Arg(NamedTuple):
@@ -357,6 +369,8 @@ class Op:
                 continue
             array = arrays.describe(meta, f"{self.name}: {name}")
             strides = arrays.regular(array.shape, array.strides, array.dtype.bytes)
+            if 0 in array.shape:  # they mean nothing, and NumPy's are all 0
+                strides = dlpack.contiguous_strides(array.shape, array.dtype.bytes)
             described.append(array._replace(strides=strides))
         return described
 

@@ -61,7 +61,7 @@ def read_cuda_interface(array, stream=None):
     shape = tuple(interface["shape"])
     strides = interface.get("strides")
     if strides is None:
-        strides = _contiguous(shape, dtype.itemsize)
+        strides = contiguous_strides(shape, dtype.itemsize)
     index = interface_device(array)
     producer = interface.get("stream")
     if producer is not None and stream != LOOK:
@@ -123,14 +123,17 @@ def _parse(capsule, framework):
     else:
         tensor = _Tensor.from_address(_capsule_pointer(capsule, b"dltensor"))
     shape = tuple(tensor.shape[: tensor.ndim])
-    strides = tuple(tensor.strides[: tensor.ndim]) if tensor.strides else _contiguous(shape, 1)
+    strides = (
+        tuple(tensor.strides[: tensor.ndim]) if tensor.strides else contiguous_strides(shape, 1)
+    )
     place = Place(tensor.device_type, tensor.device_id, read_only, framework)
     dtype = (tensor.code, tensor.bits, tensor.lanes)
     ptr = tensor.data + tensor.byte_offset if tensor.data else 0
     return ptr, shape, strides, dtype, place, capsule
 
 
-def _contiguous(shape, itemsize):
+def contiguous_strides(shape, itemsize):
+    """The strides of an array of this shape without gaps; extents of 0 count as 1."""
     strides, step = [], itemsize
     for extent in reversed(shape):
         strides.append(step)

@@ -168,7 +168,7 @@ class CudaDriver:
 
     def device_count(self):
         """How many GPUs there are; `MissingDependencyError` without CuPy."""
-        cupy = cuda.import_cupy("a CUDA device")
+        cupy = cuda.find_cupy("a CUDA device")
         return cupy.cuda.runtime.getDeviceCount() if cupy.cuda.is_available() else 0
 
     def current_device(self):
@@ -317,8 +317,20 @@ class CudaDriver:
             fault
             for index in sorted({m.device for m in guarded})
             if device in (None, index)
-            for fault in self._take_faults(index, [m for m in guarded if m.device == index])
+            for fault in self._told_by(index, [m for m in guarded if m.device == index])
         ]
+
+    def _told_by(self, index, guarded):
+        try:
+            return self._take_faults(index, guarded)
+        except Exception as error:  # CUDA's, of the runtime or of the driver
+            if not hasattr(error, "status"):
+                raise
+            meaning = _MEANINGS.get(error.status)
+            raise KernelError(
+                f"raise_faults on cuda:{index}: the records could not be read: {error}"
+                f"{'' if meaning is None else f'; {meaning}'}"
+            ) from error
 
     def _take_faults(self, index, guarded):
         runtime, taken = cuda.import_cupy("raise_faults").cuda.runtime, []
@@ -408,7 +420,11 @@ def device_named(device, name):
         raise errors.wrong("value", name, expected, errors.shown(device), error=DeviceError)
     if found[1] == "cpu":
         return CPU
-    count = active.device_count()
+    try:
+        count = active.device_count()
+    except MissingDependencyError as error:  # of which it says nothing but what is missing
+        why = str(error).partition(": ")[2]
+        raise MissingDependencyError(f"{name} {errors.shown(device)}: {why}") from error
     index = int(found[2] or active.current_device()) if count else 0
     if index >= count:
         there = f"a GPU below {count}" if count else "cpu, since CuPy sees no CUDA GPU"

@@ -15,6 +15,7 @@ import math
 import operator
 import struct
 
+from ..errors import CupyCacheError
 from . import arrays, faults, guards, indices, lists, overlap, plans, streams
 
 MAX_PATHS = 8  # signatures of calls of one form
@@ -140,7 +141,10 @@ class _Calls(abc.ABC):
         found = self._known.get(key)
         if found is None:
             extents = self._extents.find(sizes, freed)
-            found = None if extents is None else self.make(extents, scalars, sizes + freed)
+            try:
+                found = None if extents is None else self.make(extents, scalars, sizes + freed)
+            except CupyCacheError:  # the long way tells it, by the name that was called
+                found = None
             if found is None:
                 return None
             if len(self._known) >= MAX_COUNTS:
@@ -311,8 +315,8 @@ def _kernel_path(op, entry, objects, options, given):
         enqueue, failed, shape, scratch, fields, number = launch
         if written is not None:
             where = (*written(addresses), number) if varies else written(addresses)
-            if where not in apart:
-                check_apart(where, addresses, tensors)
+            if where not in apart and not check_apart(where, addresses, tensors):
+                return False
         try:
             record = records.pop()
         except IndexError:
@@ -469,7 +473,7 @@ class _Pointers:
             self.written_rows_vary = entry.apart.varies
 
     def check_apart(self, where, addresses, tensors):
-        """Raise where tensors that are written share memory."""
+        """Whether tensors that are written share no memory; where they do, the long way tells."""
         values, shapes = [0] * (self._everything[-1] + 1), None
         for index, address in zip(self._everything, addresses):
             values[index] = address
@@ -477,18 +481,21 @@ class _Pointers:
             shapes = [self._bound_shapes.get(index, ()) for index in range(len(values))]
             for index, tensor in zip(self._unique, tensors):
                 shapes[index] = tensor.shape
-        self._entry.apart.check(values, shapes)
+        try:
+            self._entry.apart.check(values, shapes)
+        except CupyCacheError:
+            return False
         if len(self.apart) >= MAX_APART:
             self.apart.clear()
         self.apart.add(where)
+        return True
 
     def admits(self, caches):
         """Whether a write's caches at these two addresses are placed as those that the plan was
-        made for; raises where they share memory."""
+        made for, and share no memory."""
         if min(caches) < arrays.LOWEST or arrays.any_bits(caches) & 15:
             return False
-        self.check_apart(caches, (0, 0, *caches, 0), ())
-        return True
+        return self.check_apart(caches, (0, 0, *caches, 0), ())
 
     def _low_bits(self, addresses):
         return [address & mask for address, mask in zip(addresses, self._masks)]
@@ -586,7 +593,7 @@ class _Extents:
     def _in_bytes(found, unit):
         """A shape, and its strides in bytes."""
         shape, strides = found
-        return tuple(shape), tuple([stride * unit for stride in strides])
+        return tuple(shape), arrays.meant(shape, strides, unit)
 
 
 def _shapes_and_strides(kind, places):

@@ -103,7 +103,7 @@ def _pairs(op, name, value):
         # Booleans have it too, and are 0 or 1: what is neither need not be looked at.
         for at in (table.view(np.uint64) < 2).nonzero()[0].tolist():
             contract.index(sources[at] if at < len(value) else destinations[at - len(value)])
-    except (ValueError, TypeError, DeprecationWarning) as error:  # NumPy 1 warns of its booleans
+    except Exception as error:  # whatever an `__index__` raises
         expected = "(source, destination) pairs of integers"
         raise errors.wrong("shape", f"{op}: {name}", expected, errors.shown(value)) from error
     return table.reshape(2, -1)

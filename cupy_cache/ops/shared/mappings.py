@@ -91,7 +91,8 @@ def _refuse(op, sources, destinations, source_blocks, destination_blocks, words)
     ):
         for row, number in enumerate(numbers):
             if not 0 <= number < limit:
-                expected, got = f"{side} {words.item}s in 0..{limit - 1}", f"{number} in row {row}"
+                expected = errors.below(limit, f"{side} {words.item}s")
+                got = f"{number} in row {row}"
                 raise errors.wrong("value", f"{op}: {words.argument}", expected, got)
     seen = set()
     repeated = next(b for b in destinations if b in seen or seen.add(b))

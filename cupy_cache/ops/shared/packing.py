@@ -518,7 +518,7 @@ def check_range(op, name, chosen, limit, padding, distinct):
     if int(chosen.max()) >= limit or (int(chosen.min()) < 0 and not padding):
         bad = (chosen >= limit) | ((chosen < 0) & (not padding))
         row = int(np.argmax(bad))
-        expected = f"{'padding or ' if padding else ''}numbers in 0..{limit - 1}"
+        expected = f"{'padding or ' if padding else ''}{errors.below(limit, 'numbers')}"
         raise errors.wrong("value", f"{op}: {name}", expected, f"{chosen[row]} in row {row}")
     if distinct:
         used = np.sort(chosen[chosen >= 0]) if padding else np.sort(chosen)
