@@ -1804,6 +1804,17 @@ __device__ __forceinline__ void run(const Params& p) {
   } while (kCluster == 0 && share.more());
 }
 
+// Thread blocks that a multiprocessor is to have registers for, at least. Of small heads fewer than four at
+// once read memory more slowly, and a compiler that is not told gives a block now more, now less than a
+// quarter. kBoth: scores have a cap and slopes, for which that is too little.
+template <typename Query, typename Cached, int kKeySize, int kValueSize, int kRows, bool kBoth, int kCluster,
+          int kTeams>
+constexpr int kResident = kTeams > 1 || kKeySize + kValueSize > 256 ? 1
+                          : kKeySize + kValueSize <= 128 && kRows == 8 && kCluster == 1 && !kBoth &&
+                                  HasProducts<typename Operands<Query, Cached>::Type>::value
+                              ? 4
+                              : 2;
+
 // Query is F16 or BF16, of queries and output; Cached is Query, one of the 8-bit types, or TokenScaled of
 // one of these: then the scales of keys multiply scores, and those of values multiply weights. kRows: a
 // unit has at most 8 rows, 16, or kWide. kTurned: of at most 8, rows are columns of the products, whose rows
@@ -1817,7 +1828,9 @@ template <typename Query, typename Cached, int kKeySize, int kValueSize, int kKe
           int kRows, bool kTurned, int kRun, bool kByToken, bool kCapped, bool kSloped, int kStages,
           int kShared, int kCluster, bool kTall, int kTeams, typename Block, typename Length,
           typename Start>
-__global__ void __launch_bounds__(kTeams * kWarps * 32, kTeams > 1 || kKeySize + kValueSize > 256 ? 1 : 2)
+__global__ void __launch_bounds__(kTeams * kWarps * 32,
+                                  (kResident<Query, Cached, kKeySize, kValueSize, kRows,
+                                             kCapped && kSloped, kCluster, kTeams>))
     paged_attention(const __grid_constant__ Params p) {
   await_earlier_launches();
   release_next_launch();

@@ -181,6 +181,31 @@ def test_a_kernel_source_that_is_missing(tmp_path, monkeypatch):
         modules.expanded_source("alibi_slopes")
 
 
+@pytest.mark.parametrize(
+    "size, all_shared, asked",
+    [
+        (0, False, {}),
+        (70_000, False, {"max_dynamic_shared_size_bytes": 70_000}),
+        (
+            30_000,
+            True,
+            {"max_dynamic_shared_size_bytes": 30_000, "preferred_shared_memory_carveout": 100},
+        ),
+    ],
+)
+def test_room_for_shared_memory_is_asked_for(cupy, size, all_shared, asked):
+    function = types.SimpleNamespace(kernel=types.SimpleNamespace(ptr=1))
+    cupy.RawModule = lambda **options: types.SimpleNamespace(
+        get_function=lambda expression: function
+    )
+    kernel = modules.Kernel(
+        KERNEL.op, KERNEL.stem, KERNEL.expression, KERNEL.params, shared_bytes=size,
+        all_shared=all_shared,
+    )  # fmt: skip
+    assert modules.load(kernel, 0).function is function
+    assert vars(function) == {"kernel": function.kernel, **asked}
+
+
 def test_an_old_cupy_is_refused(cupy):
     cupy.__version__ = "14.1.3"
     with pytest.raises(cc.MissingDependencyError, match=r"14\.2.*14\.1\.3"):

@@ -718,6 +718,27 @@ def test_which_heads_are_paired(paired, named):
     assert teams == ({"1", "2"} if paired else {"1"})
 
 
+@pytest.mark.parametrize(
+    "size, kv_cache_dtype, small",
+    [
+        (64, "auto", True),
+        (32, "fp8", True),
+        (64, "fp8_per_token_head", False),
+        (72, "auto", False),
+        (52, "auto", False),
+    ],
+)
+def test_which_heads_have_no_l1(size, kv_cache_dtype, small):
+    """Small ones that are copied in 16-byte vectors alone, where a thread block takes a unit."""
+    kernels = specialisations(
+        8, size, 16, "bfloat16", layouts=["NHD"], num_heads=32, kv_cache_dtype=kv_cache_dtype,
+        ops=["paged_attention"],
+    )  # fmt: skip
+    found = [k.expression for k in kernels if k.all_shared]
+    assert bool(found) == small
+    assert all(re.search(r", 1, false, 1, [\w ]+, [\w ]+, void>$", name) for name in found)
+
+
 def test_many_tokens_are_for_another_kernel(monkeypatch):
     monkeypatch.setattr(launch, "processors", lambda device: 132)
     plan = plan_of(8, "plain", "tall", "clustered", tall_tokens=1280)

@@ -385,6 +385,7 @@ SMALL_ROW = 128  # bytes
 # At most so many stages, and bytes on their way to a multiprocessor, are best for them.
 PIECE, STAGES_OF_PAIRS, ON_THEIR_WAY = 256, 3, 100 << 10
 LARGE_HEAD, LARGEST_HEAD = 256, 512
+SMALL_HEADS = 128  # elements of a key and a value
 HALF_TURNED = 192  # larger heads of 16-bit elements have the rows of a unit as columns
 LARGEST_TALL = 128  # of values, of units that are taken two at a time
 
@@ -590,6 +591,10 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     indices = [named[name] for name in ("block_table", "seq_lens", "query_start_loc")]
     flags = (values.by_token, capped, named["alibi_slopes"] is not None)
 
+    # Of these four thread blocks at once are to fit; copies of 16 bytes pass the L1 by.
+    small_heads = rows == FEW_ROWS and size["head_size"] + size["head_size_v"] <= SMALL_HEADS
+    small_heads = small_heads and keys.vector == values.vector == 16 and k_scales is None
+
     ahead = ON_THEIR_WAY // (2 * WARPS * stage)
     stages_of_pairs = max(2, min(STAGES_OF_PAIRS, ahead + 1))
 
@@ -607,6 +612,7 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
             check.op, NAME, f"{entry}<{', '.join(map(str, arguments))}>", PARAMS,
             guarded=("block_table", "seq_lens", "query_start_loc"),
             shared_bytes=shared if teams == 1 else teams * launch.ceil_div(shared, 128) * 128,
+            all_shared=small_heads and cluster == teams == 1,
         )  # fmt: skip
         return launch.Launcher(kernel, device, constants)
 

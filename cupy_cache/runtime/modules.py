@@ -48,22 +48,28 @@ class Kernel:
         It needs the element types (elements.cuh).
     shared_bytes : int
         Of the shared memory whose size the launch gives.
+    all_shared : bool
+        It has no use for an L1 cache: as much of that as can be is to be shared memory, so that as
+        many thread blocks run at once as can. Else the driver chooses, and may choose less.
     only : int, optional
         The one compute capability, such as 90, that it is for: it has instructions that no newer
         one has.
     """
 
     __slots__ = (
-        "converts", "expression", "guarded", "only", "op", "params", "shared_bytes", "stem"
+        "all_shared", "converts", "expression", "guarded", "only", "op", "params", "shared_bytes",
+        "stem",
     )  # fmt: skip
 
     def __init__(
-        self, op, stem, expression, params, guarded=(), converts=False, shared_bytes=0, only=None
-    ):
+        self, op, stem, expression, params, guarded=(), converts=False, shared_bytes=0,
+        all_shared=False, only=None,
+    ):  # fmt: skip
         self.op, self.stem, self.params = op, stem, params
         self.guarded = tuple((op, arg) if isinstance(arg, str) else arg for arg in guarded)
         self.expression = f"cupy_cache::{expression}"
-        self.converts, self.shared_bytes, self.only = converts, shared_bytes, only
+        self.converts, self.only = converts, only
+        self.shared_bytes, self.all_shared = shared_bytes, all_shared
 
     def runs_on(self, capability):
         """Whether it runs on GPUs of this compute capability, such as 90."""
@@ -256,6 +262,8 @@ def _load(kernel, device):
             function = module.get_function(kernel.expression)
             if kernel.shared_bytes:  # more than 48 KiB must be asked for
                 function.max_dynamic_shared_size_bytes = kernel.shared_bytes
+            if kernel.all_shared:
+                function.preferred_shared_memory_carveout = 100  # per cent
             return Loaded(kernel, device, function, module)
         except Exception as error:
             raise _explain(error, kernel, why) from error
