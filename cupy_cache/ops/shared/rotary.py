@@ -402,13 +402,13 @@ def _gpu_plan(found):
     index = spelling.INDEX_NAMES
     largest = formats.LARGEST[stored.name] if found.scaled else 0
     slot_dtype = "int64" if found.slot_mapping is None else found.slot_mapping.dtype.name
-    values = spelling.quantiser(query.dtype, found.stored, vector)
+    quantiser = spelling.quantiser(query.dtype, found.stored, vector)
     kernel = modules.Kernel(
         found.op,
         STEM,
         f"rotary<{name(query.dtype.name)}, {name(table.dtype.name)}, "
         f"{name(found.weight_dtype.name)}, {name((found.out_stored or query.dtype).name)}, "
-        f"{name(stored.name)}, {values}, {elements * element}, {vector}, {lanes}, "
+        f"{name(stored.name)}, {quantiser}, {elements * element}, {vector}, {lanes}, "
         f"{value_lanes}, {found.heads}, {found.key_heads}, {found.size}, "
         f"{found.value_size}, {found.rotary}, {found.offset}, {pack}, {slots}, "
         f"{found.block_size}, {flag(scattered)}, {flag(vector_values)}, {largest}, "
