@@ -339,8 +339,7 @@ def _checked(op, named):
             expected = "an array of torch, CuPy or NumPy, all of one of these"
             raise errors.wrong("type", f"{op}: {name}", expected, type(array).__name__)
         check.shape(name, view, pattern)
-        check.device(name, view)
-        check.aligned(name, view)
+        check.readable(name, view)
         if name == "alibi_slopes":
             check.dtype(name, view, formats.FLOAT32)
         elif len(pattern.split()) > 2:

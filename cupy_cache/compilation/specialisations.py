@@ -393,6 +393,14 @@ def _biases(model):
                 yield functools.partial(compute, **named), *step
 
 
+def _attended(model):
+    """Block table, lengths, and bounds: none, of one query for each sequence, or given."""
+    return itertools.product(
+        model.numbers("tables", ROWS, ROWS), model.numbers("requests", ROWS),
+        (None, *model.numbers("bounds", ROWS + 1)),
+    )  # fmt: skip
+
+
 def _attention(model):
     """Of one query for each sequence, and of several."""
     if model.dtype == formats.FLOAT32:
@@ -403,11 +411,7 @@ def _attention(model):
     every_scale = [model.token_scales()] if model.by_token else model.scales()
     for caches in itertools.chain(model.pairs(), (pair for *pair, _ in packed)):
         query = described((ROWS, model.query_heads, model.key_size), model.dtype)
-        indices = itertools.product(
-            model.numbers("tables", ROWS, ROWS), model.numbers("requests", ROWS),
-            (None, *model.numbers("bounds", ROWS + 1)),
-        )  # fmt: skip
-        for (table, lens, starts), scales in itertools.product(indices, every_scale):
+        for (table, lens, starts), scales in itertools.product(_attended(model), every_scale):
             named = {"query_start_loc": starts, **dict(zip(names, scales))}
             yield functools.partial(attend, **named), query, *caches, table, lens
 
@@ -422,11 +426,7 @@ def _latent_attention(model):
         return
     for cache in model.rows():
         query = described((ROWS, model.query_heads, model.key_size), model.dtype)
-        indices = itertools.product(
-            model.numbers("tables", ROWS, ROWS), model.numbers("requests", ROWS),
-            (None, *model.numbers("bounds", ROWS + 1)),
-        )  # fmt: skip
-        for table, lens, starts in indices:
+        for table, lens, starts in _attended(model):
             yield functools.partial(attend, query_start_loc=starts), query, cache, table, lens
 
 

@@ -81,28 +81,10 @@ NOT_REGISTERED = {
 # Of the functions whose signature does not say all; `_schema_of` has the others'. Numbers that are
 # read off shapes are SymInt: compiled code stays valid where they change.
 SCHEMAS = (
-    'rotary_and_cache(Tensor positions, Tensor(a!) query, Tensor key, Tensor value, '
-    'Tensor cos_sin_cache, Tensor(b!) key_cache, Tensor(c!) value_cache, Tensor slot_mapping, '
-    'bool is_neox=True, str kv_cache_dtype="auto", Tensor? k_scale=None, Tensor? v_scale=None, *, '
-    'SymInt rope_dim_offset=0, SymInt[]? mrope_section=None, bool mrope_interleaved=False, '
-    'float? norm_eps=None, Tensor? q_norm_weight=None, Tensor? k_norm_weight=None, '
-    'float norm_weight_bias=0., Tensor(d!)? out=None, str out_dtype="auto", Tensor? q_scale=None, '
-    'Tensor(e!)? k_scale_cache=None, Tensor(f!)? v_scale_cache=None, str rounding="once") -> ()',
-
-    'rotary_embedding(Tensor positions, Tensor(a!) query, Tensor(b!)? key, SymInt head_size, '
-    'Tensor cos_sin_cache, bool is_neox=True, SymInt rope_dim_offset=0, bool inverse=False, *, '
-    'SymInt[]? mrope_section=None, bool mrope_interleaved=False) -> ()',
-
-    'concat_and_cache_mla_rope_fused(Tensor positions, Tensor(a!) q_pe, Tensor(b!) k_pe, '
-    'Tensor kv_c, Tensor cos_sin_cache, bool is_neox, Tensor slot_mapping, Tensor(c!) kv_cache, '
-    'str kv_cache_dtype="auto", Tensor? kv_cache_scale=None) -> ()',
-
     'concat_and_cache_mla_grouped(Tensor kv_c, Tensor k_pe, Tensor(a!)[] kv_cache_ptrs, '
     'Tensor slot_mapping, SymInt? block_size=None, SymInt? block_stride=None, '
     'SymInt? entry_stride=None, Tensor? kv_scales=None, str kv_cache_dtype="auto", *, '
     'SymInt? num_blocks=None) -> ()',
-
-    'copy_tokens(Tensor(a!)[] caches, Tensor pairs, *, bool with_values=False) -> ()',
 
     'swap_blocks(Tensor src, Tensor(a!) dst, Tensor block_mapping) -> ()',
 
@@ -111,46 +93,16 @@ SCHEMAS = (
 
     'swap_blocks.layers(Tensor[] src, Tensor(a!)[] dst, Tensor block_mapping) -> ()',
 
-    'pack_blocks(Tensor[] caches, Tensor block_ids, Tensor(a!) out, *, '
-    'str layout="layer_first", bool with_values=False) -> ()',
-
-    'unpack_blocks(Tensor packed, Tensor(a!)[] caches, Tensor block_ids, *, '
-    'str layout="layer_first", bool with_values=False) -> ()',
-
-    'pack_tokens(Tensor[] caches, Tensor slot_mapping, Tensor(a!) out, *, '
-    'str layout="layer_first", bool with_values=False) -> ()',
-
-    'unpack_tokens(Tensor packed, Tensor(a!)[] caches, Tensor slot_mapping, *, '
-    'str layout="layer_first", bool with_values=False) -> ()',
-
-    'zero_blocks(Tensor(a!)[] caches, Tensor block_ids, *, bool with_values=False) -> ()',
-
-    'gather_and_maybe_dequant_cache(Tensor src_cache, Tensor(a!) dst, Tensor block_table, '
-    'Tensor cu_seq_lens, Tensor? token_to_seq, SymInt num_tokens, str kv_cache_dtype, '
-    'Tensor? scale, Tensor? seq_starts=None, *, Tensor? scale_cache=None, str layout="NHD") -> ()',
-
     'slot_mapping(Tensor block_table, Tensor positions, Tensor query_start_loc, '
     'SymInt block_size, *, int cp_world_size=1, int cp_rank=0, int cp_interleave=1) -> Tensor',
-
-    'slot_mapping.out(Tensor block_table, Tensor positions, Tensor query_start_loc, '
-    'SymInt block_size, Tensor(a!) out, *, int cp_world_size=1, int cp_rank=0, '
-    'int cp_interleave=1) -> ()',
 
     'slot_mapping_groups(Tensor[] block_tables, Tensor? idx_mapping, Tensor positions, '
     'Tensor query_start_loc, SymInt[] block_sizes, *, bool[]? enabled=None, '
     'bool[]? sharded=None, int cp_world_size=1, int cp_rank=0, int cp_interleave=1) -> Tensor',
 
-    'slot_mapping_groups.out(Tensor[] block_tables, Tensor? idx_mapping, Tensor positions, '
-    'Tensor query_start_loc, SymInt[] block_sizes, Tensor(a!) out, *, bool[]? enabled=None, '
-    'bool[]? sharded=None, int cp_world_size=1, int cp_rank=0, int cp_interleave=1) -> ()',
-
     'alibi_bias(Tensor slopes, Tensor query_positions, Tensor key_positions, *, '
     'str? dtype=None, bool sqrt=False, bool causal=False, Tensor? query_start_loc=None, '
     'Tensor? cu_seq_lens=None) -> Tensor',
-
-    'alibi_bias.out(Tensor slopes, Tensor query_positions, Tensor key_positions, Tensor(a!) out, '
-    '*, str? dtype=None, bool sqrt=False, bool causal=False, Tensor? query_start_loc=None, '
-    'Tensor? cu_seq_lens=None) -> ()',
 
     'paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, '
     'Tensor seq_lens, *, Tensor? query_start_loc=None, float? scale=None, '
@@ -159,28 +111,18 @@ SCHEMAS = (
     'Tensor? v_scale=None, Tensor? k_scale_cache=None, Tensor? v_scale_cache=None, '
     'Tensor(a!)? lse=None) -> Tensor',
 
-    'paged_attention.out(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, '
-    'Tensor seq_lens, Tensor(a!) out, *, Tensor? query_start_loc=None, float? scale=None, '
-    'Tensor? alibi_slopes=None, int? sliding_window=None, float? soft_cap=None, '
-    'Tensor? sinks=None, bool causal=True, str kv_cache_dtype="auto", Tensor? k_scale=None, '
-    'Tensor? v_scale=None, Tensor? k_scale_cache=None, Tensor? v_scale_cache=None, '
-    'Tensor(b!)? lse=None) -> ()',
-
     'paged_attention_mla(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, *, '
     'float scale, SymInt kv_lora_rank=512, Tensor? query_start_loc=None, bool causal=True, '
     'str kv_cache_dtype="auto", Tensor? kv_scale=None, Tensor(a!)? lse=None) -> Tensor',
-
-    'paged_attention_mla.out(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, '
-    'Tensor(a!) out, *, float scale, SymInt kv_lora_rank=512, Tensor? query_start_loc=None, '
-    'bool causal=True, str kv_cache_dtype="auto", Tensor? kv_scale=None, '
-    'Tensor(b!)? lse=None) -> ()',
 )  # fmt: skip
 
 
-# What torch calls an argument of an annotation.
+# What torch calls an argument of an annotation; an object is what is ignored.
 _TYPES = {
-    "ArrayLike": "Tensor", "Layers": "Tensor[]", "Indices": "Tensor", "Pairs": "Tensor",
-    "Scale": "Tensor?", "int": "SymInt", "bool": "bool", "str": "str",
+    "ArrayLike": "Tensor", "Layers": "Tensor[]", "LayersOrPairs": "Tensor[]", "Indices": "Tensor",
+    "Pairs": "Tensor", "Scale": "Tensor?", "object": "Tensor?", "int": "SymInt",
+    "SupportsIndex": "SymInt", "Sequence[SupportsIndex]": "SymInt[]", "float": "float",
+    "bool": "bool", "str": "str", "PackedLayout": "str",
 }  # fmt: skip
 
 
@@ -188,7 +130,8 @@ def _schema_of(name):
     """The schema of a public function that returns nothing, from its signature and from what its
     operation writes."""
     written, marks, words = dispatch.written_by(name), iter("abcdefgh"), []
-    for parameter in inspect.signature(getattr(cupy_cache, name)).parameters.values():
+    parameters = inspect.signature(getattr(cupy_cache, name)).parameters.values()
+    for parameter in parameters:
         if parameter.name == "stream":
             continue
         annotation = re.sub(r"^Literal\[[^\[\]]*\]", "str", parameter.annotation)
@@ -209,11 +152,19 @@ def _schema_of(name):
             default = None
         shown = f'"{default}"' if isinstance(default, str) else default
         words.append(f"{kind} {parameter.name}={shown}")
+    if any(parameter.annotation == "LayersOrPairs" for parameter in parameters):
+        words += ["bool with_values=False"] if "*" in words else ["*", "bool with_values=False"]
     return f"{name}({', '.join(words)}) -> ()"
 
 
 def _derived():
-    """The schemas of all other public functions."""
+    """The schemas with ``out`` of functions that return a tensor, and those of all other public
+    functions."""
+    for schema in SCHEMAS:
+        if schema.endswith("-> Tensor"):
+            name, _, rest = schema.partition("(")
+            rest = rest.replace("(a!)", "(b!)").replace(", *,", ", Tensor(a!) out, *,")
+            yield f"{name}.out({rest.removesuffix('Tensor')}()"
     written_out = {re.match(r"\w+", schema)[0] for schema in SCHEMAS}
     for name in dir(cupy_cache):  # the public ones
         function = getattr(cupy_cache, name)

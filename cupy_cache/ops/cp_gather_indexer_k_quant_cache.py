@@ -16,7 +16,7 @@ from ..runtime import (
     spelling,
 )
 from ..types import ArrayLike, StreamLike
-from .shared import indexer
+from .shared import gathering, indexer
 
 NAME = "cp_gather_indexer_k_quant_cache"
 PARAMS = params.Struct(
@@ -24,6 +24,7 @@ PARAMS = params.Struct(
     "rows:i64 sequences:i64 table_width:i64 table_stride:i64 even.segments:f32 even.rows:f32",
     constant="num_blocks:i64 block_stride:i64 k_stride:i64 scale_stride:i64",
 )
+INDICES = "block_table", "cu_seq_lens", None  # there are no starts
 VECTORS = 2  # of a key and of its scales that a thread moves: they pay for its search
 
 
@@ -84,8 +85,6 @@ def _plan(op, described, options):
     check = contract.Contract(op.name)
     check.shape("dst_k", dst_k, "_ head_size")
     check.shape("dst_scale", dst_scale, "_ _")
-    check.shape("block_table", table, "_ _")
-    check.shape("cu_seq_lens", lengths, "_")
     check.dtype("dst_k", dst_k, *formats.BYTES)
     check.dtype("dst_scale", dst_scale, *formats.BYTES, formats.FLOAT32)
     head_size, scale_bytes = dst_k.shape[1], dst_scale.shape[1] * dst_scale.dtype.bytes
@@ -100,16 +99,9 @@ def _plan(op, described, options):
         raise errors.wrong("shape", f"{op.name}: dst_scale", expected, got)
     indexer.check_cache(check, kv_cache, head_size, scales)
     for name, array in (("dst_k", dst_k), ("dst_scale", dst_scale)):
-        check.device(name, array)
-        check.contiguous(name, array)
+        gathering.check_rows(check, array, name)
         check.aligned(name, array)
-        check.writable(name, array, rows=True)
-    for name, array in (("block_table", table), ("cu_seq_lens", lengths)):
-        check.device(name, array)
-        check.dtype(name, array, *formats.INDICES)
-        check.aligned(name, array)
-    check.contiguous("block_table", table)
-    check.contiguous_rows("cu_seq_lens", lengths)
+    gathering.check_indices(check, INDICES, (table, lengths, None))
 
     if kv_cache.device.kind == "cpu":
         run, bits = cpu.cp_gather_indexer_k_quant_cache, ("kv_cache", "dst_k", "dst_scale")

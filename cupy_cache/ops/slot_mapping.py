@@ -126,8 +126,7 @@ def _plan(op, described, options):
     check.dtype("out", out, formats.INT64)
     for name, array in named.items():
         check.dtype(name, array, *formats.INDICES)
-        check.device(name, array)
-        check.aligned(name, array)
+        check.readable(name, array)
     check.contiguous("block_table", table)
     check.contiguous_rows("query_start_loc", starts)
     check.contiguous_rows("out", out)

@@ -95,6 +95,11 @@ class Contract:
             self._first = (name, array.device)
         same_device(self.op, name, array.device, *self._first)
 
+    def readable(self, name, array):
+        """Require what kernels can read: of the same device, and aligned."""
+        self.device(name, array)
+        self.aligned(name, array)
+
     def writable(self, name, array, rows=False):
         """Require memory that can be written in place, where no two elements share an address.
 
@@ -130,9 +135,8 @@ class Contract:
     def indices(self, name, array):
         """Require indices of one dimension that the kernels can read, without gaps."""
         self.shape(name, array, "_")
-        self.device(name, array)
         self.dtype(name, array, *formats.INDICES)
-        self.aligned(name, array)
+        self.readable(name, array)
         self.contiguous_rows(name, array)
 
     def aligned(self, name, array):
@@ -178,8 +182,7 @@ class Contract:
         for size in ("block_size", "head_size", "head_size_v"):
             self.positive(size, self.sizes[size])
         for name, array in described.items():
-            self.device(name, array)
-            self.aligned(name, array)
+            self.readable(name, array)
         for name in (*sources, *caches):
             self.contiguous(name, described[name])
         for name in caches:
@@ -192,8 +195,7 @@ class Contract:
         if array.shape != (count,) and (count != 1 or array.shape):
             raise errors.wrong("shape", f"{self.op}: {name}", f"[{count}]", list(array.shape))
         self.dtype(name, array, formats.FLOAT32)
-        self.device(name, array)
-        self.aligned(name, array)
+        self.readable(name, array)
         if array.shape:
             self.contiguous(name, array)
 
@@ -211,8 +213,7 @@ class Contract:
             expected = f"[1], or [{heads}] for one scale a head"
             raise errors.wrong("shape", f"{self.op}: {name}", expected, list(array.shape))
         self.dtype(name, array, formats.FLOAT32)
-        self.device(name, array)
-        self.aligned(name, array)
+        self.readable(name, array)
         return array.strides[0] if array.shape == (heads,) and heads > 1 else 0
 
     def x_packed_caches(self, key_cache, value_cache, interleaved):

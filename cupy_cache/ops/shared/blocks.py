@@ -138,6 +138,24 @@ class Geometry(NamedTuple):
         return self.outer == self.middle == 1
 
 
+def merge(dims, sizes):
+    """Dimensions (extent, stride, stride on the other side), from the innermost out, merged where
+    they are adjacent on both sides.
+
+    The first one is a run without gaps, of elements of these sizes; it may be a single one.
+    """
+    merged = [(1, *sizes)]
+    for extent, *strides in dims:
+        count, *inner = merged[-1]
+        if extent == 1:
+            continue
+        if strides == [count * stride for stride in inner]:
+            merged[-1] = (count * extent, *inner)
+        else:
+            merged.append((extent, *strides))
+    return merged
+
+
 def geometry(op, name, source, destination):
     """The `Geometry` of the blocks (everything below dimension 0) of two `arrays.Array`.
 
@@ -145,35 +163,22 @@ def geometry(op, name, source, destination):
     both sides. At most two dimensions may remain around the contiguous run.
     """
     size = source.dtype.bytes
-    dims = [
-        (extent, s, d)
-        for extent, s, d in zip(source.shape[1:], source.strides[1:], destination.strides[1:])
-        if extent != 1
-    ]
-    dims.sort(key=lambda dim: -abs(dim[2]))
-    merged = []
-    for extent, s, d in dims:
-        if merged and merged[-1][1] == s * extent and merged[-1][2] == d * extent:
-            merged[-1] = (merged[-1][0] * extent, s, d)
-        else:
-            merged.append((extent, s, d))
-    run = size
-    if merged and merged[-1][1:] == (size, size):
-        run *= merged.pop()[0]
-    if len(merged) > 2:
+    dims = [*zip(source.shape[1:], source.strides[1:], destination.strides[1:])]
+    merged = merge(sorted(reversed(dims), key=lambda dim: abs(dim[2])), (size, size))
+    if len(merged) > 3:
         expected = "blocks of at most two dimensions around a contiguous run"
         got = (
             f"byte strides {list(source.strides)} and {list(destination.strides)} for shape "
             f"{list(source.shape)}"
         )
         raise errors.wrong("strides", f"{op}: {name}", expected, got)
-    (outer, *outer_strides), (middle, *middle_strides) = [(1, 0, 0)] * (2 - len(merged)) + merged
+    (run, _, _), middle, outer = (*merged, (1, 0, 0), (1, 0, 0))[:3]
     return Geometry(
-        run,
-        outer,
-        middle,
-        (source.strides[0], outer_strides[0], middle_strides[0]),
-        (destination.strides[0], outer_strides[1], middle_strides[1]),
+        run * size,
+        outer[0],
+        middle[0],
+        (source.strides[0], outer[1], middle[1]),
+        (destination.strides[0], outer[2], middle[2]),
     )
 
 

@@ -20,6 +20,7 @@ from ...runtime import (
     plans,
     spelling,
 )
+from . import blocks
 
 STEM = "gather_cache"
 
@@ -111,9 +112,8 @@ def check_indices(check, names, indices):
         check.shape(names[2], starts, "_")
     for name, array in ((names[0], table), (names[2], starts)):
         if array is not None:
-            check.device(name, array)
             check.dtype(name, array, *formats.INDICES)
-            check.aligned(name, array)
+            check.readable(name, array)
     check.contiguous(names[0], table)
 
 
@@ -313,8 +313,7 @@ def _scales(check, src, axes, block_size, scale, by_token, names):
         name = names.scale_cache
         check.shape(name, scale, f"{src.shape[0]} {block_size} {heads}")
         check.dtype(name, scale, formats.FLOAT32)
-        check.device(name, scale)
-        check.aligned(name, scale)
+        check.readable(name, scale)
         return heads, scale.strides
     if scale is None:
         return 0, (0, 0, 0)
@@ -350,16 +349,8 @@ def _row_shape(check, src, dst, axes, names):
     src_strides, dst_strides = [src.strides[axis] for axis in axes.token], [*dst.strides[1:]]
     if len(dst_strides) < len(extents):  # the cache splits the rows' last dimension
         dst_strides.insert(-1, extents[-1] * dst_strides[-1])
-    # (extent, stride in src, stride in dst), elements first
-    merged = [(1, src.dtype.bytes, dst.dtype.bytes)]
-    for extent, s, d in zip(*(reversed(x) for x in (extents, src_strides, dst_strides))):
-        count, s_inner, d_inner = merged[-1]
-        if extent == 1:
-            continue
-        if (s, d) == (s_inner * count, d_inner * count):
-            merged[-1] = (count * extent, s_inner, d_inner)
-        else:
-            merged.append((extent, s, d))
+    dims = zip(*map(reversed, (extents, src_strides, dst_strides)))
+    merged = blocks.merge(dims, (src.dtype.bytes, dst.dtype.bytes))
     if len(merged) > 3:
         expected = "at most two inner dimensions around a contiguous run"
         got = (

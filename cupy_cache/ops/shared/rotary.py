@@ -232,8 +232,7 @@ class _Checked:
         for role in ("k_scale_cache", "v_scale_cache") if self.scaled else ():
             check.shape(role, given[role], "num_blocks block_size num_kv_heads")
             check.dtype(role, given[role], formats.FLOAT32)
-            check.device(role, given[role])
-            check.aligned(role, given[role])
+            check.readable(role, given[role])
             check.writable(role, given[role])
 
     def _check_entries(self, fmt):
@@ -279,8 +278,7 @@ class _Checked:
         name, array = self.names[role], self.given.get(role)
         if array is None:
             return None
-        self.check.device(name, array)
-        self.check.aligned(name, array)
+        self.check.readable(name, array)
         self.check.contiguous(name, array)
         *_, last = array.shape
         if len(array.shape) == 2 and size and last % size == 0:
@@ -296,13 +294,11 @@ class _Checked:
         name, positions = self.names["positions"], self.positions
         check.shape(name, positions, "_" if self.sections is None else "3 _")
         check.dtype(name, positions, *formats.INDICES)
-        check.device(name, positions)
-        check.aligned(name, positions)
+        check.readable(name, positions)
         name = self.names["cos_sin_cache"]
         check.shape(name, table, "max_position rotary_dim")
         check.dtype(name, table, *dict.fromkeys((self.query.dtype, formats.FLOAT32)))
-        check.device(name, table)
-        check.aligned(name, table)
+        check.readable(name, table)
         check.contiguous(name, table)
         self.rotary = table.shape[1]
         room = self.size - self.offset
@@ -325,8 +321,7 @@ class _Checked:
             if weight.shape != (self.size,):
                 self.refuse("shape", role, [self.size], list(weight.shape))
             self.check.dtype(role, weight, *dict.fromkeys((self.query.dtype, formats.FLOAT32)))
-            self.check.device(role, weight)
-            self.check.aligned(role, weight)
+            self.check.readable(role, weight)
             self.check.contiguous(role, weight)
         weights = [w for w in (self.q_norm_weight, self.k_norm_weight) if w is not None]
         if len(weights) == 2:
@@ -407,13 +402,13 @@ def _gpu_plan(found):
     index = spelling.INDEX_NAMES
     largest = formats.LARGEST[stored.name] if found.scaled else 0
     slot_dtype = "int64" if found.slot_mapping is None else found.slot_mapping.dtype.name
-    values = spelling.quantiser(query.dtype, found.stored, vector)
+    quantiser = spelling.quantiser(query.dtype, found.stored, vector)
     kernel = modules.Kernel(
         found.op,
         STEM,
         f"rotary<{name(query.dtype.name)}, {name(table.dtype.name)}, "
         f"{name(found.weight_dtype.name)}, {name((found.out_stored or query.dtype).name)}, "
-        f"{name(stored.name)}, {values}, {elements * element}, {vector}, {lanes}, "
+        f"{name(stored.name)}, {quantiser}, {elements * element}, {vector}, {lanes}, "
         f"{value_lanes}, {found.heads}, {found.key_heads}, {found.size}, "
         f"{found.value_size}, {found.rotary}, {found.offset}, {pack}, {slots}, "
         f"{found.block_size}, {flag(scattered)}, {flag(vector_values)}, {largest}, "
