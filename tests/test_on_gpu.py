@@ -404,3 +404,49 @@ def test_no_compile_refuses_new_shapes(monkeypatch, cupy):
     cache = cupy.zeros((1, 5, 3, 18), np.float32)
     with pytest.raises(cc.KernelError, match="warmup"):
         cc.reshape_and_cache_flash(key, key, cache, cache.copy(), cupy.zeros(1, np.int64))
+
+
+AFTER_A_RESET = """
+import sys
+import cupy
+import cupy_cache as cc
+
+def rows(count):
+    return cupy.zeros((count, 2, 16), "float16")
+
+caches = [cupy.zeros((4, 4, 2, 16), "float16") for _ in range(2)]
+given = rows(5), rows(5), *caches, cupy.arange(5)
+for _ in range(7):  # so many that it is known
+    cc.reshape_and_cache_flash(*given)
+cc.raise_faults()
+cupy.cuda.runtime.deviceReset()
+calls = (
+    lambda: cc.reshape_and_cache_flash(*given),
+    lambda: cc.reshape_and_cache_flash(given[0][:3], given[1][:3], *caches, given[4][:3]),
+    lambda: cc.copy_blocks(caches[:1], caches[1:], [(0, 1)]),
+    cc.raise_faults,
+)
+for at, call in enumerate(calls):
+    try:
+        call()
+        print(at, "no error")
+    except cc.CupyCacheError as error:
+        print(at, "told:", error)
+    except BaseException as error:
+        print(at, "raw:", type(error).__name__, error)
+sys.stdout.flush()
+import os
+os._exit(0)  # CuPy's own arrays cannot be freed any more
+"""
+
+
+def test_after_a_device_reset():
+    """What was loaded is gone: each use is told as what it is, or works; none is CUDA's own error
+    or the process's end."""
+    done = subprocess.run(
+        [sys.executable, "-c", AFTER_A_RESET], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 4 and "raw:" not in done.stdout, done.stdout
+    assert "reset" in lines[0], done.stdout
