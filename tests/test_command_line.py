@@ -198,6 +198,17 @@ def test_clear_cache(capsys, monkeypatch, tmp_path):
     assert status == command_line.CANNOT_RUN and "cannot clear" in errors
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes with names")
+def test_clear_cache_leaves_what_is_no_file(tmp_path):
+    """A pipe of a kernel's name, which nobody writes to, and a folder."""
+    os.mkfifo(tmp_path / "a.cubin")
+    (tmp_path / "b.cubin").mkdir()
+    (tmp_path / "c.cubin").symlink_to("nowhere")
+    (tmp_path / "d.cubin").write_bytes(b"\x7fELF .text._ZN10cupy_cache11copy_blocksILi1EEEvv")
+    status, out, _ = shell("cupy-cache clear-cache", CUPY_CACHE_DIR=str(tmp_path))
+    assert status == 0 and out.startswith("deleted 1 kernels") and out.endswith("3 files stay\n")
+
+
 @pytest.mark.gpu
 def test_kernels_are_warmed_up_and_cleared(tmp_path):
     line = "warmup --num-kv-heads 2 --head-size 64 --op copy_blocks --op slot_mapping --json"

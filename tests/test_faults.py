@@ -204,6 +204,7 @@ def test_what_is_half_read_is_read_again(device):
     assert taken() == [("op", "slots", 5, 15, 8, "cuda:3")]
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("status, words", [(400, "reset"), (700, "not mapped"), (2, "")])
 def test_a_device_that_cannot_be_asked(device, monkeypatch, status, words):
     """It was reset, or its context is lost: CUDA says so, and what that mostly means is told."""

@@ -352,6 +352,25 @@ def test_options_that_equal_known_ones(rng, option):
         cache.rotary_write(1, *step, **named | {option: True})
 
 
+@pytest.mark.parametrize("biases", [(0.0, -0.0), (-0.0, 0.0)])
+def test_a_bias_that_equals_a_known_one(rng, biases):
+    """Of weights that are -0.0 the sign of a bias of 0 could be told."""
+    cache = cc.PagedKVCache(*put(worlds.NumPyWorld(), caches(rng, "flash", "float32")))
+    step = [spec.on(spec.buffer.bytes) for spec in rotary_case(rng, "flash")]
+    size = step[1].shape[2]
+    named = {"norm_eps": 1.0, "q_norm_weight": np.full(size, -0.0, np.float32)}
+    written = []
+    for bias in biases:
+        query = step[1].copy()
+        cache.rotary_write(1, step[0], query, *step[2:], norm_weight_bias=bias, **named)
+        written.append(query.tobytes())
+    cc.rotary_and_cache(
+        *step[:5], cache.key_caches[1], cache.value_caches[1], step[5], norm_weight_bias=0.0,
+        **named,
+    )  # fmt: skip
+    assert written == [step[1].tobytes()] * 2
+
+
 def moved(tensor, values, how):
     """Have a tensor of torch hold these values, in other memory."""
     if how == "data":

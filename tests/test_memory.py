@@ -419,6 +419,15 @@ class Interface:
         ({"data": None}, ""),
         ({"typestr": "no type"}, ""),
         ({"shape": None}, ""),
+        ({"shape": (3.0,)}, "interpreted as an integer"),
+        ({"shape": (-3,)}, "shape is [-3]"),
+        ({"strides": (8, 8)}, "2 strides for 1 dimensions"),
+        ({"strides": "8"}, "interpreted as an integer"),
+        ({"strides": (2**63,)}, "no place in memory"),
+        ({"data": ("x", False)}, "interpreted as an integer"),
+        ({"data": (-8, False)}, "no place in memory"),
+        ({"data": (2**64, False)}, "no place in memory"),
+        ({"stream": -5}, "stream is -5"),
     ],
 )
 def test_cuda_array_interface(recorder, wrong, word):
@@ -445,9 +454,13 @@ def test_masked_arrays():
 class Capsules:
     """Exports that are made by hand, of float32 [2, 3]."""
 
-    def __init__(self, version=(1, 0), code=2, bits=32, lanes=1, data=True, name=None, ndim=2):
+    def __init__(
+        self, version=(1, 0), code=2, bits=32, lanes=1, data=True, name=None, ndim=2, shape=(2, 3),
+        strides=(3, 1),
+    ):  # fmt: skip
         self.content = np.arange(6, dtype=np.float32)
-        self._extents = (ctypes.c_int64 * 2)(2, 3)
+        self._extents = (ctypes.c_int64 * 2)(*shape)
+        self._strides = (ctypes.c_int64 * 2)(*strides)
         managed = dlpack._ManagedTensorVersioned()
         managed.major, managed.minor = version
         tensor = managed.tensor
@@ -455,6 +468,7 @@ class Capsules:
         tensor.device_type, tensor.ndim = 1, ndim
         tensor.code, tensor.bits, tensor.lanes = code, bits, lanes
         tensor.shape = ctypes.cast(self._extents, ctypes.POINTER(ctypes.c_int64))
+        tensor.strides = ctypes.cast(self._strides, ctypes.POINTER(ctypes.c_int64))
         self._managed, self._name = managed, name or b"dltensor_versioned"
 
     def __dlpack_device__(self):
@@ -467,9 +481,14 @@ class Capsules:
         return new(ctypes.addressof(self._managed), self._name, None)
 
 
-def test_a_capsule_made_by_hand():
+@pytest.mark.parametrize("strides", [(3, 1), None])
+def test_a_capsule_made_by_hand(strides):
+    """Also one that leaves out its strides, which are those without gaps."""
     converted = np.zeros((2, 3), np.uint8)
-    cc.convert_fp8(converted, Capsules())
+    made = Capsules()
+    if strides is None:
+        made._managed.tensor.strides = None
+    cc.convert_fp8(converted, made)
     assert converted[0, 1] == 0x38  # 1.0 in E4M3
 
 
@@ -484,6 +503,12 @@ def test_a_capsule_made_by_hand():
         ({"lanes": 4}, "4 lanes"),
         ({"data": False}, "address 0"),
         ({"name": b"used_dltensor"}, ""),
+        ({"ndim": -1}, ""),
+        ({"shape": (-2, 3)}, "shape is [-2, 3]"),
+        ({"shape": (2, -3)}, "shape is [2, -3]"),
+        ({"shape": (2**62, 3)}, "no place in memory"),
+        ({"strides": (2**62, 1)}, "no place in memory"),
+        ({"strides": (-(2**63), 1)}, "no place in memory"),
     ],
 )
 def test_exports_that_cannot_be_read(wrong, word):

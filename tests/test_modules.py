@@ -213,6 +213,70 @@ def test_an_old_cupy_is_refused(cupy):
     modules._require_cupy_version("test", types.SimpleNamespace(__version__="15.0.0a1"))
 
 
+# --- the current GPU ------------------------------------------------------------------------------
+
+
+class GPUs:
+    """CUDA of two GPUs, for one thread: which have a context, and which one is current."""
+
+    def __init__(self):
+        self.with_context, self.stack = set(), []
+
+    def current(self):
+        return self.getDevice, lambda: self.stack[-1] + 1 if self.stack else 0, self.setDevice
+
+    def getDevice(self):
+        return self.stack[-1] if self.stack else 0
+
+    def setDevice(self, index):
+        self.with_context.add(index)
+        self.stack[-1:] = [index]
+
+    def cuDeviceGet(self, device, index):
+        device._obj.value = index
+        return 0
+
+    def cuDevicePrimaryCtxRetain(self, context, device):
+        self.with_context.add(device.value)
+        context._obj.value = device.value + 1
+        return 0
+
+    def cuCtxPushCurrent_v2(self, context):
+        self.stack.append(context.value - 1)
+        return 0
+
+    def cuCtxPopCurrent_v2(self, context):
+        context._obj.value = self.stack.pop() + 1
+        return 0
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    made = GPUs()
+    monkeypatch.setattr(cuda, "_current", made.current)
+    monkeypatch.setattr(cuda, "_library", lambda: made)
+    cuda._primary_context.cache_clear()
+    yield made
+    cuda._primary_context.cache_clear()
+
+
+@pytest.mark.parametrize("before, wanted", [([], 0), ([], 1), ([1], 1), ([1], 0), ([0], 1)])
+def test_no_gpu_gets_a_context_that_nobody_asked_for(gpus, before, wanted):
+    """In a thread that has used no GPU, or one, which stays the current one."""
+    gpus.stack[:], gpus.with_context = before, set(before)
+    for _ in range(2):
+        with cuda.on_device(wanted):
+            assert gpus.getDevice() == wanted and wanted in gpus.with_context
+    assert gpus.with_context == {*before, wanted}
+    assert gpus.stack == (before or ([0] if wanted == 0 else []))
+
+
+def test_a_guard_is_left_where_what_is_in_it_fails(gpus):
+    with pytest.raises(KeyError), cuda.on_device(1):
+        raise KeyError
+    assert gpus.stack == [] and gpus.with_context == {1}
+
+
 # --- launching ------------------------------------------------------------------------------------
 
 

@@ -404,3 +404,45 @@ def test_no_compile_refuses_new_shapes(monkeypatch, cupy):
     cache = cupy.zeros((1, 5, 3, 18), np.float32)
     with pytest.raises(cc.KernelError, match="warmup"):
         cc.reshape_and_cache_flash(key, key, cache, cache.copy(), cupy.zeros(1, np.int64))
+
+
+AFTER_A_RESET = """
+import ctypes
+import os
+import sys
+import cupy
+import cupy_cache as cc
+
+def rows(count):
+    return cupy.zeros((count, 2, 16), "float16")
+
+caches = [cupy.zeros((4, 4, 2, 16), "float16") for _ in range(2)]
+given = rows(5), rows(5), *caches, cupy.arange(5)
+for _ in range(7):  # so many that it is known
+    cc.reshape_and_cache_flash(*given)
+cc.raise_faults()
+assert ctypes.CDLL("libcuda.so.1").cuDevicePrimaryCtxReset_v2(0) == 0
+fewer = [array[:3] if at in (0, 1, 4) else array for at, array in enumerate(given)]
+calls = (
+    lambda: cc.reshape_and_cache_flash(*given),
+    cc.raise_faults,
+    lambda: cc.reshape_and_cache_flash(*fewer),
+)
+for call in calls:
+    try:
+        call()
+    except cc.KernelError as error:
+        print(error)
+sys.stdout.flush()
+os._exit(0)  # CuPy's own arrays cannot be freed any more
+"""
+
+
+def test_after_a_device_reset():
+    """What was loaded is gone, and each use of it says so."""
+    done = subprocess.run(
+        [sys.executable, "-c", AFTER_A_RESET], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    told = done.stdout.splitlines()
+    assert len(told) == 3 and all("if the device was reset" in line for line in told), told

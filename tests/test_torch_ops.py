@@ -276,6 +276,24 @@ def test_tracing_checks_what_eager_checks(world, row, rng, monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("gone", ["key", "key_cache", "slot_mapping"])
+def test_some_tensors_without_memory(gone):
+    """torch takes a call with one of "meta" for one without memory: nothing would be written, in
+    silence. Where all are, there is nothing to write."""
+    key, cache = torch.ones(1, 2, 8), torch.zeros(2, 4, 2, 8)
+    given = {
+        "key": key, "value": key, "key_cache": cache, "value_cache": cache.clone(),
+        "slot_mapping": torch.tensor([3]),
+    }  # fmt: skip
+    write = torch.ops.cupy_cache.reshape_and_cache_flash
+    message = f"reshape_and_cache_flash: Invalid device of {gone}: expected cpu like the others"
+    with pytest.raises(cc.DeviceError, match=message):
+        write(**given | {gone: given[gone].to("meta")})
+    with pytest.raises(cc.DeviceError, match=r"zero_blocks: Invalid device of caches"):
+        torch.ops.cupy_cache.zero_blocks([cache, cache.to("meta")], torch.tensor([0]))
+    write(**{name: tensor.to("meta") for name, tensor in given.items()})
+
+
 def test_devices_are_checked(monkeypatch):
     """Of GPUs too that are not there."""
     module = torch._subclasses.fake_tensor  # looks at them, where there is one

@@ -16,6 +16,8 @@ def clear(folder):
     that is not there holds nothing; other errors are `OSError`."""
     count = size = 0
     for path in sorted(Path(folder).glob("*.cubin")):
+        if not path.is_file():  # a pipe would never be read to its end
+            continue
         with contextlib.suppress(FileNotFoundError):  # another process may clear, too
             if OURS not in path.read_bytes():
                 continue

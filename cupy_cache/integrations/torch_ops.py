@@ -53,6 +53,7 @@ import numpy as np
 
 import cupy_cache
 
+from .. import errors
 from ..errors import CupyCacheError, MissingDependencyError
 from ..runtime import devices, dispatch, formats, launch
 from ..runtime.descriptions import ABSENT_GPU, Described
@@ -367,6 +368,7 @@ def _checking(run, function, arguments, result):
     def fake(*args, **options):
         given = dict(zip(names, args)) | options
         describe = _Describe(given, chosen)
+        _refuse_some_meta(function.__name__, given)
         try:
             shown = {name: describe(name, value) for name, value in given.items()}
             run(*list(shown.values())[: len(args)], **{name: shown[name] for name in options})
@@ -379,6 +381,21 @@ def _checking(run, function, arguments, result):
         return result(*args, **options)
 
     return fake
+
+
+def _refuse_some_meta(op, given):
+    """Refuse tensors of "meta" beside others: torch takes the call for one without memory, and what
+    has some would stay as it is, in silence."""
+    types = {tensor.device.type for tensor in _flat(given.values())}
+    if "meta" not in types or len(types) == 1:
+        return
+    name = next(
+        name
+        for name, value in given.items()
+        if any(t.device.type == "meta" for t in _flat((value,)))
+    )
+    expected = " or ".join(sorted(types - {"meta"})) + " like the others"
+    raise errors.wrong("device", f"{op}: {name}", expected, "meta")
 
 
 def _no_result(*args, **options):

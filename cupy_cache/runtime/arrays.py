@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .. import errors
-from ..errors import CupyCacheError
+from ..errors import CupyCacheError, MissingDependencyError
 from . import dlpack, formats
 from .devices import CPU, Device
 
@@ -215,6 +215,8 @@ def read(value, name, stream=None):
 
 def _unreadable(value, name, error):
     """What to raise where reading an array failed."""
+    if type(error) is MissingDependencyError:  # of which it says nothing but what is missing
+        return MissingDependencyError(f"{name}, {error}")
     if isinstance(error, CupyCacheError):
         return error
     got = f"{_type_name(value)} that cannot: {error or type(error).__name__}"

@@ -344,13 +344,14 @@ def slot_count(op, *arrays, scales):
 
 
 def number(op, name, value, positive=False, kind="None or "):
-    """``value`` as a float that float32 can hold. ``kind``: what else is taken, for the error."""
+    """``value`` as a float that float32 can hold; -0.0, which equals 0.0 where it is remembered, is
+    that. ``kind``: what else is taken, for the error."""
     real = type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))
     least = SMALLEST_NORMAL if positive else -LARGEST_SCALE
     if not real or not least <= value <= LARGEST_SCALE:
         kind += "a positive, normal float32" if positive else "a finite float32"
         raise errors.wrong("value", f"{op}: {name}", kind, errors.shown(value))
-    return float(value)
+    return float(value) + 0.0
 
 
 def split_scale(op, name, scale):

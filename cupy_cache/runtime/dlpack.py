@@ -10,6 +10,8 @@ Layout of the structs: https://dmlc.github.io/dlpack/latest/c_api.html (DLPack 1
 """
 
 import ctypes
+import math
+import operator
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from . import driver
 
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
 MAJOR = 1  # version of the protocol
+LARGEST = 2**64 - 1  # address
 LOOK = -1  # in place of a stream: nothing will be enqueued
 _READ_ONLY, _IS_COPIED = 1, 2  # flags
 
@@ -62,13 +65,16 @@ def read_cuda_interface(array, stream=None):
     strides = interface.get("strides")
     if strides is None:
         strides = contiguous_strides(shape, dtype.itemsize)
+    ptr, shape, strides = _sound(ptr, shape, strides, dtype.itemsize)
     index = interface_device(array)
     producer = interface.get("stream")
+    if producer is not None and not 0 <= operator.index(producer) <= LARGEST:
+        raise ValueError(f"its stream is {producer}")
     if producer is not None and stream != LOOK:
         driver.active.order(producer, stream or 1, index)
     framework = type(array).__module__.partition(".")[0]
     place = Place(CUDA, index, bool(read_only), framework)
-    return ptr, shape, tuple(strides), dtype, place, None
+    return ptr, shape, strides, dtype, place, None
 
 
 def interface_device(array):
@@ -129,7 +135,29 @@ def _parse(capsule, framework):
     place = Place(tensor.device_type, tensor.device_id, read_only, framework)
     dtype = (tensor.code, tensor.bits, tensor.lanes)
     ptr = tensor.data + tensor.byte_offset if tensor.data else 0
+    ptr, shape, strides = _sound(ptr, shape, strides, max(1, tensor.bits * tensor.lanes // 8))
     return ptr, shape, strides, dtype, place, capsule
+
+
+def _sound(ptr, shape, strides, size):
+    """Address, shape and strides as integers; `ValueError` where no array can have them. ``size``
+    is an element's; strides may be counted in elements."""
+    ptr, shape, strides = operator.index(ptr), _integers(shape), _integers(strides)
+    if len(strides) != len(shape):
+        raise ValueError(f"it has {len(strides)} strides for {len(shape)} dimensions")
+    if min(shape, default=0) < 0:
+        raise ValueError(f"its shape is {list(shape)}")
+    span = sum([abs(step) * (n - 1) for n, step in zip(shape, strides) if n > 1])
+    reach = 0 if 0 in shape else max(span, math.prod(shape)) * size
+    if not 0 <= ptr <= LARGEST or reach >= 2**63:
+        raise ValueError(
+            f"shape {list(shape)} with strides {list(strides)} at {ptr} is no place in memory"
+        )
+    return ptr, shape, strides
+
+
+def _integers(values):
+    return tuple(map(operator.index, values))
 
 
 def contiguous_strides(shape, itemsize):
