@@ -508,6 +508,28 @@ def test_no_tokens_and_streams(recorder):
     assert [sent[3] for sent in recorder.take()] == [77, 5]
 
 
+def test_no_tokens_and_scales(recorder):
+    """Caches that share memory are refused then too."""
+    key, value, *caches, slots = tensors(size=16)
+    caches = [cache.view(torch.uint8)[..., :16] for cache in caches]
+    scales = torch.ones(1), torch.ones(1)
+    for end in (5, 5, 5, 0, 0):
+        cc.reshape_and_cache_flash(key, value, *caches, slots[:end], "fp8", *scales)
+        assert len(recorder.take()) == (end > 0)
+    known = recorder.long
+    for _ in range(fastpath.SETTLED + 2):
+        for end in (0, 5):
+            with pytest.raises(cc.ArgumentError, match="memory of value_cache"):
+                cc.reshape_and_cache_flash(
+                    key, value, caches[0], caches[0][:], slots[:end], "fp8", *scales
+                )  # fmt: skip
+    assert recorder.long == known == KNOWN and not recorder.take()
+    for cache in caches:  # without memory, what they share is not what is wrong
+        cache.untyped_storage().resize_(0)
+    with pytest.raises(cc.CupyCacheError, match="expected an array with memory"):
+        cc.reshape_and_cache_flash(key, value, *caches, slots, "fp8", *scales)
+
+
 class Allocator:
     """Scratch memory: how much there is, and was."""
 

@@ -167,7 +167,7 @@ _UNSETTLED = None, None, None
 
 class _Launches(_Calls):
     """The launches of a signature. What a call comes to is (enqueue, errors, what to launch the
-    long way at these errors, scratch, fields, a number that no other extents have), or () where
+    long way at these errors, scratch, fields, what tells its extents); ``enqueue`` is None where
     there is nothing to do.
 
     records : parameters, each with the fields that it was filled with last. One in use by a thread
@@ -182,7 +182,6 @@ class _Launches(_Calls):
         self._pack = struct.Struct("<" + "".join(letters)).pack_into
         self._fields_at = 8 * len(op.args)
         self._grids = {}  # {rows: (enqueue, errors, what to launch at these, scratch)}
-        self._numbers, self._count = {}, itertools.count()  # {what tells the extents: their number}
         self.records = []
         overlap.prepared.add(self)
 
@@ -194,23 +193,17 @@ class _Launches(_Calls):
     def make(self, extents, scalars, told):
         """The launch of a call; None where the kernel is not loaded yet."""
         rows, fields = self._op.work(extents, self._options, scalars)
-        if not rows:
-            return ()
-        launch = self._grids.get(rows) or self._of_grid(rows)
-        return (*launch, fields, self._number_of(told)) if launch else launch
-
-    def _number_of(self, told):
-        number = self._numbers.get(told)
-        if number is None:
-            if len(self._numbers) >= MAX_COUNTS:
-                self._numbers.clear()
-            number = self._numbers[told] = next(self._count)
-        return number
+        launch = _NOTHING
+        if rows:
+            launch = self._grids.get(rows) or self._of_grid(rows)
+            if launch is None:
+                return None
+        return *launch, fields, told
 
     def _of_grid(self, rows):
         launcher, grid, threads = self._plan.launch_for(rows)
         if not launcher.has_work(grid, threads):
-            return ()
+            return _NOTHING
         if not launcher.loaded:  # the calls before had no work: the long way loads it
             return None
         enqueue, failed = launcher.prepare(grid, threads)
@@ -229,6 +222,9 @@ class _Launches(_Calls):
         self._pack(record.buffer, self._fields_at, *fields)
         record.fields = fields
         return record
+
+
+_NOTHING = None, None, None, None
 
 
 def _again(shape, stream, record):
@@ -294,13 +290,20 @@ def _kernel_path(op, entry, objects, options, given):
             launch = find(tensors, scalars)
             if launch is None:
                 return False
-        if not launch:
+        enqueue, failed, shape, scratch, fields, told = launch
+        if enqueue is None and written is None:
             return True
         addresses = list(map(address, tensors))
         if insert_at:
             addresses[insert_at:insert_at] = more.addresses
         if arrange is not None:
             addresses = arrange(addresses)
+        if written is not None:
+            where = (*written(addresses), told) if varies else written(addresses)
+            if where not in apart:
+                check_apart(where, addresses, tensors)
+            if enqueue is None:  # what is empty has no address
+                return True
         bits = odd
         for number in addresses:
             if number < lowest:
@@ -308,11 +311,6 @@ def _kernel_path(op, entry, objects, options, given):
             bits |= number
         if bits & 15 and misaligned(addresses):
             return False
-        enqueue, failed, shape, scratch, fields, number = launch
-        if written is not None:
-            where = (*written(addresses), number) if varies else written(addresses)
-            if where not in apart:
-                check_apart(where, addresses, tensors)
         try:
             record = records.pop()
         except IndexError:
@@ -369,14 +367,14 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
             c, d = address(key_cache), address(value_cache)
             if (c, d) not in apart and not admits((c, d)):
                 return False
-        if not launch:
+        enqueue, failed, shape, _, fields, _ = launch
+        if enqueue is None:
             return True
         a, b, e = address(key), address(value), address(slots)
         if a < lowest or b < lowest or e < lowest:
             return False
         if (a | b | e) & 15 and misaligned((a, b, c, d, e)):
             return False
-        enqueue, failed, shape, _, fields, _ = launch
         try:
             record = records.pop()
         except IndexError:
@@ -439,7 +437,7 @@ class _Pointers:
     odd : 1 where the plan was made for addresses that are not all multiples of 16, else 0.
     written : addresses -> those of the arrays that are written; None where there is at most one.
     apart : results of ``written`` that were found to share no memory. Where
-        ``written_rows_vary`` they end in the number of the call's extents.
+        ``written_rows_vary`` they end in what tells the call's extents.
     """
 
     def __init__(self, op, entry, kind, objects, unique, twins, bound):
