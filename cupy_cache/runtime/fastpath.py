@@ -543,26 +543,22 @@ class _Extents:
         places = [at for _, at in sized]
         self.sized = None if places == list(range(len(tensors))) else _getter(places)
         self.free = _shapes_and_strides(kind, [at for _, at in free]) if free else None
-        # Of what `free` gives: strides in bytes, and their alignment, where a plan cares.
         self._units = [kind.unit(tensors[at]) for _, at in free]
-        self._steps = [kind.step(tensors[at]) for _, at in free]
-        self._varies = [arg.varies for arg, _ in free]
-        freed = () if self.free is None else self.free(tensors)
-        self._low = [
-            (at, self._low_bits(at, freed)) for at, (arg, _) in enumerate(free) if not arg.index
-        ]
-
-    def _low_bits(self, at, freed):
-        """What the alignment of the strides that vary means to a plan."""
-        shape, strides = freed[at]
-        strides = arrays.regular(shape, strides, self._steps[at])[: max(self._varies[at])]
-        return arrays.any_bits(strides) * self._units[at] & 15
+        # Where a plan cares for the alignment of strides that vary: which of `free`, the bytes from
+        # element to element, how many of its strides, and their low bits.
+        self._low = []
+        freed = () if self.free is None else self._in_bytes(self.free(tensors))
+        for at, (arg, place) in enumerate(free):
+            if not arg.index:
+                step, last = kind.step(tensors[place]) * self._units[at], max(arg.varies)
+                self._low.append((at, step, last, _low_bits(*freed[at], step, last)))
 
     def find(self, sizes, freed):
         """What the operation's count gets, of the numbers of elements of `sized` and of what `free`
         gives; None where strides are aligned otherwise than the plan wants."""
-        for at, low in self._low:
-            if self._low_bits(at, freed) != low:
+        freed = freed and self._in_bytes(freed)
+        for at, step, last, low in self._low:
+            if _low_bits(*freed[at], step, last) != low:
                 return None
         extents = []
         for at, count, elements in self._parts:
@@ -574,17 +570,22 @@ class _Extents:
                 else:
                     extents.append([size // elements for size in sizes[at : at + count]])
             elif count is None:
-                extents.append(self._in_bytes(freed[at], self._units[at]))
+                extents.append(freed[at])
             else:
-                places = slice(at, at + count)
-                extents.append(list(map(self._in_bytes, freed[places], self._units[places])))
+                extents.append(freed[at : at + count])
         return extents
 
-    @staticmethod
-    def _in_bytes(found, unit):
-        """A shape, and its strides in bytes."""
-        shape, strides = found
-        return tuple(shape), tuple([stride * unit for stride in strides])
+    def _in_bytes(self, freed):
+        """What `free` gives as tuples, with strides in bytes."""
+        return [
+            (tuple(shape), tuple([stride * unit for stride in strides]))
+            for (shape, strides), unit in zip(freed, self._units)
+        ]
+
+
+def _low_bits(shape, strides, step, last):
+    """What the alignment of the first ``last`` strides means to a plan."""
+    return arrays.any_bits(arrays.regular(shape, strides, step)[:last]) & 15
 
 
 def _shapes_and_strides(kind, places):
