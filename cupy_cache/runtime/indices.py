@@ -101,8 +101,8 @@ def _pairs(op, name, value):
             sides = [list(map(contract.index, side)) for side in (sources, destinations)]
             return np.array(sides, object)
         table = np.frombuffer(flat, np.int64)
-        # Booleans have it too, and are 0 or 1: what is neither need not be looked at.
-        for at in (table.view(np.uint64) < 2).nonzero()[0].tolist():
+        # Booleans have it too, and are 0 or 1: what is more need not be looked at.
+        for at in (table < 2).nonzero()[0].tolist():
             contract.index(sources[at] if at < len(value) else destinations[at - len(value)])
     except (ValueError, TypeError, DeprecationWarning) as error:  # NumPy 1 warns of its booleans
         raise ShapeError(

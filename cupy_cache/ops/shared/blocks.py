@@ -5,6 +5,8 @@
 import struct
 from typing import NamedTuple
 
+import numpy as np
+
 from ...errors import ShapeError, StrideError
 from ...runtime import contract, driver, launch, modules, params, spelling
 
@@ -276,7 +278,8 @@ class CopyPlan:
                 f"{self.op}: Invalid value of {self.argument}: expected numbers below {2**32} in "
                 f"host memory, got {pairs.max()}"
             )
-        packed = pairs.T.astype("<u4").tobytes()  # source, destination, 32 bits each
+        # Source, destination, 32 bits each.
+        packed = pairs.T.astype(np.uint32, order="C").tobytes()
         for _, layers, pointers, room in tables:
             room = min(room, _MAX_WORKS // self._usual.chunks)
             for first in range(0, len(packed), 8 * room):
