@@ -338,10 +338,10 @@ def test_a_bias_whose_every_extent_changes(recorder, monkeypatch):
         assert long_way(recorder, call, monkeypatch) == [sent]
         recorder.long = before
     assert recorder.long == KNOWN
-    # Of another alignment: another kernel.
-    odd = torch.zeros((3, 2, 17))
-    cc.alibi_bias(torch.zeros(3), torch.arange(2), torch.arange(17), out=odd)
-    assert recorder.take()[0][0] != sent[0]
+    for keys in (17, 18):  # of another alignment: another kernel
+        odd = torch.zeros((3, 2, keys))
+        cc.alibi_bias(torch.zeros(3), torch.arange(2), torch.arange(keys), out=odd)
+        assert recorder.take()[0][0] != sent[0]
     with pytest.raises(cc.StrideError, match="out"):
         shared = torch.zeros(64).as_strided((3, 2, 16), (0, 16, 1))
         cc.alibi_bias(torch.zeros(3), torch.arange(2), torch.arange(16), out=shared)
@@ -507,6 +507,28 @@ def test_no_tokens_and_streams(recorder):
     cc.reshape_and_cache_flash(*given)
     cc.reshape_and_cache_flash(*given, stream=5)
     assert [sent[3] for sent in recorder.take()] == [77, 5]
+
+
+def test_no_tokens_and_scales(recorder):
+    """Caches that share memory are refused then too."""
+    key, value, *caches, slots = tensors(size=16)
+    caches = [cache.view(torch.uint8)[..., :16] for cache in caches]
+    scales = torch.ones(1), torch.ones(1)
+    for end in (5, 5, 5, 0, 0):
+        cc.reshape_and_cache_flash(key, value, *caches, slots[:end], "fp8", *scales)
+        assert len(recorder.take()) == (end > 0)
+    assert recorder.long == KNOWN
+    for _ in range(fastpath.SETTLED + 2):
+        for end in (0, 5):
+            with pytest.raises(cc.ArgumentError, match="memory of value_cache"):
+                cc.reshape_and_cache_flash(
+                    key, value, caches[0], caches[0][:], slots[:end], "fp8", *scales
+                )  # fmt: skip
+    assert not recorder.take()
+    for cache in caches:  # without memory, what they share is not what is wrong
+        cache.untyped_storage().resize_(0)
+    with pytest.raises(cc.CupyCacheError, match="expected an array with memory"):
+        cc.reshape_and_cache_flash(key, value, *caches, slots, "fp8", *scales)
 
 
 class Allocator:

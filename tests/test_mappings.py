@@ -170,8 +170,8 @@ def test_more_bits_than_int64(rng, way, count, side, number):
 @pytest.mark.parametrize(
     "bad",
     [
-        (1, 2.0), (np.float32(1), 2), (1, "2"), (1, None), (np.bool_(True), 2), (1,), (1, 2, 3), (),
-        5, "abc", (1, (2,)),
+        (1, 2.0), (np.float32(1), 2), (1, "2"), (1, None), (np.bool_(True), 2), (True, 2),
+        (1, False), (1,), (1, 2, 3), (), 5, "abc", (1, (2,)),
     ],
     ids=repr,
 )  # fmt: skip

@@ -190,10 +190,11 @@ def _plan(op, described, options):
     )
     strides = slopes.strides[0], queries.strides[0], keys.strides[0]
     launcher = launch.Launcher(kernel, device, (*strides, causal, sqrt))
+    of_vector = vector // out.dtype.bytes
 
     def shape(work):
         heads, rows, columns = work
-        vectors = launch.ceil_div(columns * out.dtype.bytes, vector)
+        vectors = launch.ceil_div(columns, of_vector)
         threads = min(MAX_THREADS, launch.ceil_div(vectors, launch.WARP) * launch.WARP)
         x, y = launch.ceil_div(vectors, threads), min(rows, launch.MAX_GRID_YZ)
         enough = BLOCKS_PER_PROCESSOR * launch.processors(device)

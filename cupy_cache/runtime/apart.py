@@ -99,7 +99,8 @@ class Apart:
             last = layout.step * (rows - 1)
             low, high = layout.low + min(last, 0), layout.high + max(last, 0)
             if isinstance(given, int):
-                yield _Placed(given + low, given + high, index, 0, given, rows)
+                if given >= arrays.LOWEST:  # what has no memory is refused elsewhere
+                    yield _Placed(given + low, given + high, index, 0, given, rows)
                 continue
             for layer, address in enumerate(given):
                 yield _Placed(address + low, address + high, index, layer, address, rows)

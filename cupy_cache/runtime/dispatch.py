@@ -476,6 +476,7 @@ class Bound:
             if names[index] not in fixed and (not arg.optional or arg.name in also)
         )
         self._count, self._args = len(self.given), [op.args[index] for index in self.given]
+        self._form_in_host_memory = (options, *[indices.Chosen] * self._count)
         # Of calls with what is chosen in host memory: (entry, values, tables), () where the lists
         # are empty; None before `check`.
         self._in_host_memory = None
@@ -559,7 +560,7 @@ class Bound:
         for index, value in zip(self.given, given):
             objects[index] = value
         if op.has_lists:
-            if not tensors and all(type(value) is indices.Chosen for value in given):
+            if form == self._form_in_host_memory:
                 self._run_chosen(objects, stream, scalars)
                 return
             paths = self._paths_of.get(form)

@@ -171,7 +171,7 @@ _UNSETTLED = None, None, None
 
 class _Launches(_Calls):
     """The launches of a signature. What a call comes to is (enqueue, errors, what to launch the
-    long way at these errors, scratch, fields, a number that no other extents have), or () where
+    long way at these errors, scratch, fields, what tells its extents); ``enqueue`` is None where
     there is nothing to do.
 
     records : parameters, each with the fields that it was filled with last. One in use by a thread
@@ -186,7 +186,6 @@ class _Launches(_Calls):
         self._pack = struct.Struct("<" + "".join(letters)).pack_into
         self._fields_at = 8 * len(op.args)
         self._grids = {}  # {rows: (enqueue, errors, what to launch at these, scratch)}
-        self._numbers, self._count = {}, itertools.count()  # {what tells the extents: their number}
         self.records = []
         overlap.prepared.add(self)
 
@@ -198,23 +197,17 @@ class _Launches(_Calls):
     def make(self, extents, scalars, told):
         """The launch of a call; None where the kernel is not loaded yet."""
         rows, fields = self._op.work(extents, self._options, scalars)
-        if not rows:
-            return ()
-        launch = self._grids.get(rows) or self._of_grid(rows)
-        return (*launch, fields, self._number_of(told)) if launch else launch
-
-    def _number_of(self, told):
-        number = self._numbers.get(told)
-        if number is None:
-            if len(self._numbers) >= MAX_COUNTS:
-                self._numbers.clear()
-            number = self._numbers[told] = next(self._count)
-        return number
+        launch = _NOTHING
+        if rows:
+            launch = self._grids.get(rows) or self._of_grid(rows)
+            if launch is None:
+                return None
+        return *launch, fields, told
 
     def _of_grid(self, rows):
         launcher, grid, threads = self._plan.launch_for(rows)
         if not launcher.has_work(grid, threads):
-            return ()
+            return _NOTHING
         if not launcher.loaded:  # the calls before had no work: the long way loads it
             return None
         enqueue, failed = launcher.prepare(grid, threads)
@@ -233,6 +226,9 @@ class _Launches(_Calls):
         self._pack(record.buffer, self._fields_at, *fields)
         record.fields = fields
         return record
+
+
+_NOTHING = None, None, None, None
 
 
 def _again(shape, stream, record):
@@ -298,13 +294,20 @@ def _kernel_path(op, entry, objects, options, given):
             launch = find(tensors, scalars)
             if launch is None:
                 return False
-        if not launch:
+        enqueue, failed, shape, scratch, fields, told = launch
+        if enqueue is None and written is None:
             return True
         addresses = list(map(address, tensors))
         if insert_at:
             addresses[insert_at:insert_at] = more.addresses
         if arrange is not None:
             addresses = arrange(addresses)
+        if written is not None:
+            where = (*written(addresses), told) if varies else written(addresses)
+            if where not in apart and not check_apart(where, addresses, tensors):
+                return False
+            if enqueue is None:  # what is empty has no address
+                return True
         bits = odd
         for number in addresses:
             if number < lowest:
@@ -312,11 +315,6 @@ def _kernel_path(op, entry, objects, options, given):
             bits |= number
         if bits & 15 and misaligned(addresses):
             return False
-        enqueue, failed, shape, scratch, fields, number = launch
-        if written is not None:
-            where = (*written(addresses), number) if varies else written(addresses)
-            if where not in apart and not check_apart(where, addresses, tensors):
-                return False
         try:
             record = records.pop()
         except IndexError:
@@ -373,14 +371,14 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
             c, d = address(key_cache), address(value_cache)
             if (c, d) not in apart and not admits((c, d)):
                 return False
-        if not launch:
+        enqueue, failed, shape, _, fields, _ = launch
+        if enqueue is None:
             return True
         a, b, e = address(key), address(value), address(slots)
         if a < lowest or b < lowest or e < lowest:
             return False
         if (a | b | e) & 15 and misaligned((a, b, c, d, e)):
             return False
-        enqueue, failed, shape, _, fields, _ = launch
         try:
             record = records.pop()
         except IndexError:
@@ -443,7 +441,7 @@ class _Pointers:
     odd : 1 where the plan was made for addresses that are not all multiples of 16, else 0.
     written : addresses -> those of the arrays that are written; None where there is at most one.
     apart : results of ``written`` that were found to share no memory. Where
-        ``written_rows_vary`` they end in the number of the call's extents.
+        ``written_rows_vary`` they end in what tells the call's extents.
     """
 
     def __init__(self, op, entry, kind, objects, unique, twins, bound):
@@ -552,26 +550,22 @@ class _Extents:
         places = [at for _, at in sized]
         self.sized = None if places == list(range(len(tensors))) else _getter(places)
         self.free = _shapes_and_strides(kind, [at for _, at in free]) if free else None
-        # Of what `free` gives: strides in bytes, and their alignment, where a plan cares.
         self._units = [kind.unit(tensors[at]) for _, at in free]
-        self._steps = [kind.step(tensors[at]) for _, at in free]
-        self._varies = [arg.varies for arg, _ in free]
-        freed = () if self.free is None else self.free(tensors)
-        self._low = [
-            (at, self._low_bits(at, freed)) for at, (arg, _) in enumerate(free) if not arg.index
-        ]
-
-    def _low_bits(self, at, freed):
-        """What the alignment of the strides that vary means to a plan."""
-        shape, strides = freed[at]
-        strides = arrays.regular(shape, strides, self._steps[at])[: max(self._varies[at])]
-        return arrays.any_bits(strides) * self._units[at] & 15
+        # Where a plan cares for the alignment of strides that vary: which of `free`, the bytes from
+        # element to element, how many of its strides, and their low bits.
+        self._low = []
+        freed = () if self.free is None else self._in_bytes(self.free(tensors))
+        for at, (arg, place) in enumerate(free):
+            if not arg.index:
+                step, last = kind.step(tensors[place]) * self._units[at], max(arg.varies)
+                self._low.append((at, step, last, _low_bits(*freed[at], step, last)))
 
     def find(self, sizes, freed):
         """What the operation's count gets, of the numbers of elements of `sized` and of what `free`
         gives; None where strides are aligned otherwise than the plan wants."""
-        for at, low in self._low:
-            if self._low_bits(at, freed) != low:
+        freed = freed and self._in_bytes(freed)
+        for at, step, last, low in self._low:
+            if _low_bits(*freed[at], step, last) != low:
                 return None
         extents = []
         for at, count, elements in self._parts:
@@ -583,17 +577,22 @@ class _Extents:
                 else:
                     extents.append([size // elements for size in sizes[at : at + count]])
             elif count is None:
-                extents.append(self._in_bytes(freed[at], self._units[at]))
+                extents.append(freed[at])
             else:
-                places = slice(at, at + count)
-                extents.append(list(map(self._in_bytes, freed[places], self._units[places])))
+                extents.append(freed[at : at + count])
         return extents
 
-    @staticmethod
-    def _in_bytes(found, unit):
-        """A shape, and its strides in bytes."""
-        shape, strides = found
-        return tuple(shape), arrays.meant(shape, strides, unit)
+    def _in_bytes(self, freed):
+        """What `free` gives as tuples, with strides in bytes."""
+        return [
+            (tuple(shape), arrays.meant(shape, strides, unit))
+            for (shape, strides), unit in zip(freed, self._units)
+        ]
+
+
+def _low_bits(shape, strides, step, last):
+    """What the alignment of the first ``last`` strides means to a plan."""
+    return arrays.any_bits(arrays.regular(shape, strides, step)[:last]) & 15
 
 
 def _shapes_and_strides(kind, places):

@@ -100,8 +100,8 @@ def _pairs(op, name, value):
             sides = [list(map(contract.index, side)) for side in (sources, destinations)]
             return np.array(sides, object)
         table = np.frombuffer(flat, np.int64)
-        # Booleans have it too, and are 0 or 1: what is neither need not be looked at.
-        for at in (table.view(np.uint64) < 2).nonzero()[0].tolist():
+        # Booleans have it too, and are 0 or 1: what is more need not be looked at.
+        for at in (table < 2).nonzero()[0].tolist():
             contract.index(sources[at] if at < len(value) else destinations[at - len(value)])
     except Exception as error:  # whatever an `__index__` raises
         expected = "(source, destination) pairs of integers"

@@ -5,6 +5,8 @@
 import struct
 from typing import NamedTuple
 
+import numpy as np
+
 from ... import errors
 from ...runtime import contract, driver, launch, modules, params, spelling
 
@@ -286,7 +288,8 @@ class CopyPlan:
         if self._most_blocks > 2**32 <= pairs.max(initial=0):
             expected = f"numbers below {2**32} in host memory"
             raise errors.wrong("value", f"{self.op}: {self.argument}", expected, pairs.max())
-        packed = pairs.T.astype("<u4").tobytes()  # source, destination, 32 bits each
+        # Source, destination, 32 bits each.
+        packed = pairs.T.astype(np.uint32, order="C").tobytes()
         for _, layers, pointers, room in tables:
             room = min(room, _MAX_WORKS // self._usual.chunks)
             for first in range(0, len(packed), 8 * room):
