@@ -12,7 +12,6 @@ semicolon.
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -76,19 +75,12 @@ def below(limit: int, what: str = "") -> str:
 def rename(error: CupyCacheError, name: str, arguments: Mapping[str, str]) -> None:
     """Make an error about an argument of an operation one of ``name``, which called it.
     ``arguments`` has what the operation's are called there. Faults stay the operation's."""
-    found = error._wrong or _parsed(error)
+    found = error._wrong
     if found is not None:
         argument, bracket, index = found.argument.partition("[")
         argument = f"{arguments.get(argument, argument)}{bracket}{index}"
         error._wrong = found._replace(op=name, argument=argument)
         error.args = (str(error._wrong),)
-
-
-def _parsed(error: CupyCacheError) -> _Wrong | None:
-    """What the message of an error says that `wrong` did not make."""
-    form = r"([\w.]+): Invalid ([\w ]+) of (.+?): expected (.+), got (.+)"
-    found = None if isinstance(error, FaultError) else re.fullmatch(form, str(error))
-    return None if found is None else _Wrong._make((*found.groups(), ""))
 
 
 @contextlib.contextmanager

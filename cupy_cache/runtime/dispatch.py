@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import errors
-from ..errors import ArgumentError, CupyCacheError, DTypeError, ShapeError
+from ..errors import CupyCacheError
 from . import (
     apart,
     arrays,
@@ -164,10 +164,8 @@ class Op:
             try:
                 hash(option)
             except TypeError:
-                return ArgumentError(
-                    f"{self.name}: Invalid value of {name}: expected a string, got a "
-                    f"{type(option).__name__}"
-                )
+                got = f"a {type(option).__name__}"
+                return errors.wrong("value", f"{self.name}: {name}", "a string", got)
         raise AssertionError(f"{self.name} has no options {options}")
 
     # --- reading
@@ -328,19 +326,15 @@ class Op:
     def _refuse_rank(self, arg, shape, last):
         if len(shape) > last:
             return
-        expected = f"{last + 1} dimensions" if last else "one dimension"
-        raise ShapeError(
-            f"{self.name}: Invalid shape of {arg.name}: expected at least {expected}, got "
-            f"{list(shape)} ({len(shape)} dimensions)"
-        )
+        expected = f"at least {f'{last + 1} dimensions' if last else 'one dimension'}"
+        got = f"{list(shape)} ({len(shape)} dimensions)"
+        raise errors.wrong("shape", f"{self.name}: {arg.name}", expected, got)
 
     def _refuse_lengths(self, lengths):
         (first, expected), *others = lengths.items()
         name, got = next(item for item in others if item[1] != expected)
-        raise ShapeError(
-            f"{self.name}: Invalid length of {name}: expected as many layers as {first}, "
-            f"{expected}, got {got}"
-        )
+        expected = f"as many layers as {first}, {expected}"
+        raise errors.wrong("length", f"{self.name}: {name}", expected, got)
 
     def _has_more_rows(self, entry, found):
         return any(found[index].shape[0] > rows for index, rows in entry.most_rows)
@@ -592,4 +586,4 @@ class Bound:
 def require_array(op, name, value):
     """Refuse None where an array is needed."""
     if value is None:
-        raise DTypeError(f"{op}: Invalid type of {name}: expected an array, got None")
+        raise errors.wrong("type", f"{op}: {name}", "an array", "None")
