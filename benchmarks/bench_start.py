@@ -44,6 +44,52 @@ first, second = arguments(3), arguments(5)
 print(json.dumps({"first": timed(*first), "second": timed(*second), "again": timed(*second)}))
 """
 
+# The same of attention, whose kernels take longest to compile; each call has its own. Latent
+# attention over long tables has two, of which the second joins what the first has left.
+ATTENTION = """
+import json, time
+import torch, cupy
+import cupy_cache as cc
+cupy.RawKernel('extern "C" __global__ void started() {}', "started")((1,), (1,), ())
+def numbers(*values):
+    return torch.tensor(values, device="cuda", dtype=torch.int32)
+def random(*shape):
+    return torch.randn(shape, device="cuda", dtype=torch.bfloat16)
+def attend(tokens, **more):
+    sequences, length = 8, 4096
+    caches = random(8, 16, 8, 128), random(8, 16, 8, 128)
+    table = torch.zeros((sequences, length // 16), device="cuda", dtype=torch.int32)
+    query, lengths = random(sequences * tokens, 32, 128), numbers(*[length] * sequences)
+    if tokens > 1:
+        more["query_start_loc"] = numbers(*range(0, sequences * tokens + 1, tokens))
+    return lambda: cc.paged_attention(query, *caches, table, lengths, **more)
+def attend_latent(sequences, length, heads):
+    cache, query = random(8, 16, 576), random(sequences, heads, 576)
+    table = torch.zeros((sequences, length // 16), device="cuda", dtype=torch.int32)
+    lengths = numbers(*[length] * sequences)
+    return lambda: cc.paged_attention_mla(query, cache, table, lengths, scale=0.1)
+calls = {
+    "paged_attention, one token each": attend(1),
+    "paged_attention, 4 tokens each": attend(4),
+    "paged_attention, 1,024 tokens each": attend(1024),
+    "paged_attention_mla, 16 heads": attend_latent(128, 4096, 16),
+    "paged_attention_mla, 128 heads, a long table": attend_latent(1, 32768, 128),
+}
+found = {}
+for name, call in calls.items():
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    found[name] = (time.perf_counter() - start) * 1e6
+print(json.dumps(found))
+"""
+ATTENDING = (
+    "paged_attention, one token each", "paged_attention, 4 tokens each",
+    "paged_attention, 1,024 tokens each", "paged_attention_mla, 16 heads",
+    "paged_attention_mla, 128 heads, a long table",
+)  # fmt: skip
+
 
 def _run(code, **environment):
     environment = {
@@ -71,14 +117,23 @@ def test_import(benchmark):
     assert not any(found["torch"] or found["cupy"] for found in loaded)
 
 
-@pytest.fixture(scope="module")
-def first_calls(tmp_path_factory):
+def _cold_and_warm(code, tmp_path_factory):
     """Figures with an empty kernel cache, then with the one that was filled."""
     suite.gpu_only()
     folder = str(tmp_path_factory.mktemp("kernel_cache"))
-    cold = _run(FIRST_CALLS, CUPY_CACHE_DIR=folder)
-    warm = _run(FIRST_CALLS, CUPY_CACHE_DIR=folder)
+    cold = _run(code, CUPY_CACHE_DIR=folder)
+    warm = _run(code, CUPY_CACHE_DIR=folder)
     return {"cold": cold, "warm": warm}
+
+
+@pytest.fixture(scope="module")
+def first_calls(tmp_path_factory):
+    return _cold_and_warm(FIRST_CALLS, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def first_attentions(tmp_path_factory):
+    return _cold_and_warm(ATTENTION, tmp_path_factory)
 
 
 @pytest.mark.parametrize("which", ("first", "second", "again"))
@@ -88,6 +143,15 @@ def test_first_call(benchmark, first_calls, state, which):
              "again": "the same call again"}  # fmt: skip
     us = first_calls[state][which]
     case = f"{names[which]}, {state} kernel cache"
+    suite.measure_plain(benchmark, "start", case, "host", lambda: us, 1)
+
+
+@pytest.mark.parametrize("name", ATTENDING)
+@pytest.mark.parametrize("state", ("cold", "warm"))
+def test_first_attention(benchmark, first_attentions, state, name):
+    """The first call of a specialisation of attention."""
+    us = first_attentions[state][name]
+    case = f"first call of {name}, {state} kernel cache"
     suite.measure_plain(benchmark, "start", case, "host", lambda: us, 1)
 
 

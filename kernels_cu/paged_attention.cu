@@ -167,6 +167,7 @@ template <typename Start>
 __device__ __forceinline__ Span find_span_of_odd(const Params& p, i64 index) {
   Span span;
   i64 before = 0;
+#pragma unroll 1
   for (i64 s = 0; s <= p.sequences; ++s) {
     const i64 found = load_number<Start>(p.query_start_loc + s * static_cast<i64>(sizeof(Start)));
     const i64 start = found < before ? before : found > p.tokens ? p.tokens : found;
@@ -726,17 +727,32 @@ __device__ __forceinline__ float end_row(const Params& p, const Row& row, Joined
   return any ? weight / sum : 0.0f;
 }
 
-// Writes two columns of a row's output: sums and their weight, which is 0 where there are no keys.
-template <typename Query, int kValueSize>
-__device__ __forceinline__ void write_pair(const Params& p, const Row& row, int column, float2 sums,
-                                           float weight) {
+// Two columns of a row's output: sums and their weight, which is 0 where there are no keys.
+template <typename Query>
+__device__ __forceinline__ u32 weighted(float2 sums, float weight) {
+  return weight != 0.0f ? pack_pair<Query>(sums.x * weight, sums.y * weight) : 0u;
+}
+
+// Writes kCount pairs of columns of a row's output, the first at `column`, and each kApart columns behind
+// the one before; of the last not all may be there. Whether pairs can be written is asked once: a branch
+// for each of many pairs takes long to compile.
+template <int kValueSize, int kApart, int kCount>
+__device__ __forceinline__ void write_pairs(const Params& p, const Row& row, int column,
+                                            const u32 (&pairs)[kCount]) {
   char* const at = p.out + row.token * p.out_stride + row.head * p.out_head_stride + column * 2;
-  const u32 bits = weight != 0.0f ? pack_pair<Query>(sums.x * weight, sums.y * weight) : 0u;
-  if (p.pairs_out && column + 1 < kValueSize) {
-    *reinterpret_cast<u32*>(at) = bits;
+  if (kValueSize % 2 == 0 && p.pairs_out) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (column + i * kApart < kValueSize) *reinterpret_cast<u32*>(at + i * kApart * 2) = pairs[i];
+    }
   } else {
-    if (column < kValueSize) *reinterpret_cast<u16*>(at) = static_cast<u16>(bits);
-    if (column + 1 < kValueSize) reinterpret_cast<u16*>(at)[1] = static_cast<u16>(bits >> 16);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      u16* const both = reinterpret_cast<u16*>(at + i * kApart * 2);
+      const int first = column + i * kApart;
+      if (first < kValueSize) both[0] = static_cast<u16>(pairs[i]);
+      if (first + 1 < kValueSize) both[1] = static_cast<u16>(pairs[i] >> 16);
+    }
   }
 }
 
@@ -1139,17 +1155,18 @@ __device__ __forceinline__ void attend_tall(const Params& p, char* shared, const
     joined.largest = largest[half];
     const float weight = end_row<Query>(p, row, joined, sum, v_scale, pair == 0);
     const int j = 2 * (half % 2);
+    // Columns next to each other: of one product, or of two that have every second one.
+    constexpr bool kAlternate = In::kNarrow && !kByToken;
+    u32 here[kColumns / 2], there[kColumns / 2];
 #pragma unroll
     for (int i = 0; i < kColumns; i += 2) {
-      // Columns next to each other: of one product, or of two that have every second one.
-      constexpr bool kAlternate = In::kNarrow && !kByToken;
       const float(&first)[4] = out[half / 2][i], (&second)[4] = out[half / 2][i + 1];
-      const int column = i * 8 + (kAlternate ? 4 : 2) * pair;
-      const float2 here = {first[j], kAlternate ? second[j] : first[j + 1]};
-      const float2 there = {kAlternate ? first[j + 1] : second[j], second[j + 1]};
-      write_pair<Query, kValueSize>(p, row, column, here, weight);
-      write_pair<Query, kValueSize>(p, row, column + (kAlternate ? 2 : 8), there, weight);
+      here[i / 2] = weighted<Query>({first[j], kAlternate ? second[j] : first[j + 1]}, weight);
+      there[i / 2] = weighted<Query>({kAlternate ? first[j + 1] : second[j], second[j + 1]}, weight);
     }
+    const int column = (kAlternate ? 4 : 2) * pair;
+    write_pairs<kValueSize, 16>(p, row, column, here);
+    write_pairs<kValueSize, 16>(p, row, column + (kAlternate ? 2 : 8), there);
   }
 }
 
@@ -1582,7 +1599,8 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, const Unit
   const auto write = [&](int row, int column, const Sums& sums) {
     const Row its = find_row<kOne>(p, unit, head, head_part, row);
     const float weight = end_row<Query>(p, its, sums.joined, sums.sum, v_scale, column == 0);
-    write_pair<Query, kValueSize>(p, its, 2 * column, {sums.first, sums.second}, weight);
+    const u32 pair[1] = {weighted<Query>({sums.first, sums.second}, weight)};
+    write_pairs<kValueSize, 1>(p, its, 2 * column, pair);
   };
   if constexpr (kCluster == 0) {
     if (shares) {
@@ -1664,14 +1682,13 @@ __device__ __forceinline__ void attend(const Params& p, char* shared, const Unit
         write(row, column, joined);
       }
     } else if (its_row < used) {
+      const Results<kOwn>& all = folded.all;
+      const Row its = find_row<kOne>(p, unit, head, head_part, its_row);
+      const float weight = end_row<Query>(p, its, all.joined, all.sum, v_scale, its_column == 0);
+      u32 pairs[kOwn];
 #pragma unroll
-      for (int own = 0; own < kOwn; ++own) {
-        const float2 sums = folded.all.pairs[own];
-        if (has(own)) {
-          write(its_row, its_column + own * kOfRow,
-                {folded.all.joined, folded.all.sum, sums.x, sums.y});
-        }
-      }
+      for (int own = 0; own < kOwn; ++own) pairs[own] = weighted<Query>(all.pairs[own], weight);
+      write_pairs<kValueSize, 2 * kOfRow>(p, its, 2 * its_column, pairs);
     }
   } else if constexpr (kSends) {
     const u32 senders = static_cast<u32>((cut.parts + cut.group - 1) / cut.group);

@@ -61,29 +61,35 @@ __device__ __forceinline__ void add(const Joined& joined, float4* sums, const fl
            joined.sum(sums->w, more.w)};
 }
 
-// Writes a lane's four columns of a row, and with the first ones its log-sum-exp.
-template <typename Query, int kLatent>
-__device__ __forceinline__ void write_four(const Params& p, const Row& row, int column, float2 total,
-                                           const float4& sums) {
+// Writes kCount times four columns of a row, kSpan columns behind one another, and with the first ones
+// its log-sum-exp. What is the same for all is asked once: branches of each take long to compile.
+template <typename Query, int kLatent, int kCount>
+__device__ __forceinline__ void write_fours(const Params& p, const Row& row, int column, float2 total,
+                                            const float4 (&sums)[kCount]) {
   if (!row.valid) return;
   const bool any = total.y != 0.0f;  // tokens; of logits that are no numbers the sum is none
   const float weight = any ? 1.0f / total.y : 0.0f;
-  u32 bits[2] = {0, 0};
-  if (any) {
-    bits[0] = pack_pair<Query>(sums.x * weight, sums.y * weight);
-    bits[1] = pack_pair<Query>(sums.z * weight, sums.w * weight);
+  u32 pairs[kCount][2];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) {
+    pairs[i][0] = any ? pack_pair<Query>(sums[i].x * weight, sums[i].y * weight) : 0u;
+    pairs[i][1] = any ? pack_pair<Query>(sums[i].z * weight, sums[i].w * weight) : 0u;
   }
   char* const at = p.out + row.token * p.out_stride + row.head * p.out_head_stride + column * 2;
   if ((p.aligned & 2) && kLatent % 4 == 0) {
-    if (column < kLatent) {
-      reinterpret_cast<u32*>(at)[0] = bits[0];
-      reinterpret_cast<u32*>(at)[1] = bits[1];
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if (column + i * kSpan >= kLatent) continue;
+      u32* const its = reinterpret_cast<u32*>(at + i * kSpan * 2);
+      its[0] = pairs[i][0];
+      its[1] = pairs[i][1];
     }
   } else {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (column + i >= kLatent) continue;
-      reinterpret_cast<u16*>(at)[i] = static_cast<u16>(bits[i / 2] >> i % 2 * 16);
+    for (int i = 0; i < kCount * 4; ++i) {
+      const int its = i / 4 * kSpan + i % 4;
+      if (column + its >= kLatent) continue;
+      reinterpret_cast<u16*>(at)[its] = static_cast<u16>(pairs[i / 4][i % 4 / 2] >> i % 2 * 16);
     }
   }
   if (p.lse && column == 0) {
@@ -156,7 +162,8 @@ __global__ void __launch_bounds__(kJoiningThreads) join_rows(const __grid_consta
     if (totals[i].x != totals[i].x) continue;
     add(join_total(&total, totals[i]), &sum, numbers[i][lane]);
   }
-  write_four<Query, kLatent>(p, Row(p, unit, row), column, total, sum);
+  const float4 fours[1] = {sum};
+  write_fours<Query, kLatent>(p, Row(p, unit, row), column, total, fours);
 }
 
 // Combines numbers of a warp's lanes: each lane has some of eight lanes' columns, of each of which four
@@ -411,20 +418,24 @@ __global__ void __launch_bounds__(kWarpgroups * kWarpgroup, 1)
         }
       }
     };
-    // Where one of the thread's numbers is in rows of `stride` columns.
-    const auto in_rows = [&](int panel, int i, int stride) {
-      return (group * kMyPanels + panel) * kPanel + quarter * 16 + row8 + i / 2 % 2 * 8 +
-             (pair + i / 4 * 8 + i % 2) * stride;
+    // Where the first of the thread's numbers is in rows of `stride` columns, and how far behind it
+    // another is: apart, as only so all have one address and constants.
+    const auto in_rows = [&](int stride) {
+      return group * (kMyPanels * kPanel) + quarter * 16 + row8 + pair * stride;
+    };
+    const auto behind_first = [](int panel, int i, int stride) {
+      return panel * kPanel + i / 2 % 2 * 8 + (i / 4 * 8 + i % 2) * stride;
     };
     const auto is_mine_too = [&](int panel) {  // not behind the last one
       return kMyPanels * kWarpgroups == kOutPanels || group * kMyPanels + panel < kOutPanels;
     };
     const auto store_rows = [&](float* rows, int stride) {
+      float* const mine = rows + in_rows(stride);
 #pragma unroll
       for (int panel = 0; panel < kMyPanels; ++panel) {
         if (!is_mine_too(panel)) continue;
 #pragma unroll
-        for (int i = 0; i < kRows / 2; ++i) rows[in_rows(panel, i, stride)] = kept_out[panel][i];
+        for (int i = 0; i < kRows / 2; ++i) mine[behind_first(panel, i, stride)] = kept_out[panel][i];
       }
     };
     const auto store = [&](i32 slot, const float2 (&totals)[kAll]) {
@@ -435,12 +446,11 @@ __global__ void __launch_bounds__(kWarpgroups * kWarpgroup, 1)
         if (tells) Slots::totals(at)[row_of(i)] = totals[i];
       }
     };
-    // Joins the group to those of its unit before, which are in a slot; all are then in kept_out if it
-    // is the last of the unit.
+    // Joins the group to those of its unit before, which are in a slot; all are then in kept_out.
     const i32 state = static_cast<i32>(p.slots) - 2;
-    const auto end_group = [&](float2 (&totals)[kAll], bool is_first, bool is_last) {
+    const auto end_group = [&](float2 (&totals)[kAll], bool is_first) {
       char* const at = slot_at(my_block, state);
-      float* const rows = Slots::columns(at, 0);
+      const float* const mine = Slots::columns(at, 0) + in_rows(Slots::kColumns);
       Joined joined[kAll];
       join_totals(joined_totals, totals, joined);
 #pragma unroll
@@ -448,11 +458,10 @@ __global__ void __launch_bounds__(kWarpgroups * kWarpgroup, 1)
         if (!is_mine_too(panel)) continue;
 #pragma unroll
         for (int i = 0; i < kRows / 2; ++i) {
-          const float before = is_first ? 0.0f : rows[in_rows(panel, i, Slots::kColumns)];
+          const float before = is_first ? 0.0f : mine[behind_first(panel, i, Slots::kColumns)];
           kept_out[panel][i] = joined[i / 4 * 2 + i % 2].sum(before, kept_out[panel][i]);
         }
       }
-      if (!is_last) store(state, totals);
     };
 #pragma unroll
     for (int i = 0; i < kAll; ++i) {
@@ -613,15 +622,16 @@ __global__ void __launch_bounds__(kWarpgroups * kWarpgroup, 1)
       end_part(totals);
       const i32 part = is_last ? to : from + (index + 1) / of_part;  // the next
       if (Result<Shares>::ends_at(cut, from, to, part)) {
-        if (from > 0) {
-          store(slot++, totals);
-          begin_group();
-        } else if (part == parts || part % cut.group == 0) {
-          end_group(totals, part <= cut.group, part == parts);
-          if (!is_last) begin_group();
-        } else {  // the last, and of the group there is more
-          store(state + 1, totals);
+        i32 its_slot = state + 1;  // of the last, if of its group there is more
+        const bool ends = from == 0 && (part == parts || part % cut.group == 0);
+        if (ends) {
+          its_slot = state;
+          end_group(totals, part <= cut.group);
+        } else if (from > 0) {
+          its_slot = slot++;
         }
+        if (!ends || part != parts) store(its_slot, totals);
+        if (!is_last) begin_group();
       }
       if (!is_last) begin_part();
     }
@@ -647,12 +657,13 @@ __global__ void __launch_bounds__(kWarpgroups * kWarpgroup, 1)
       __syncthreads();
 #pragma unroll 1
       for (int row = warp * kOfWarp; row < (warp + 1) * kOfWarp; ++row) {
-        const Row its_row(p, unit, row);
+        float4 fours[Slots::kSpans];
 #pragma unroll
-        for (int column = lane * 4; column < Slots::kColumns; column += kSpan) {
-          write_four<Query, kLatent>(p, its_row, column, joined_totals[row],
-                                     *reinterpret_cast<const float4*>(rows + row * kStride + column));
+        for (int span = 0; span < Slots::kSpans; ++span) {
+          fours[span] =
+              *reinterpret_cast<const float4*>(rows + row * kStride + span * kSpan + lane * 4);
         }
+        write_fours<Query, kLatent>(p, Row(p, unit, row), lane * 4, joined_totals[row], fours);
       }
     } else if (is_mine) {
       // All results are there. They are listed first, in order: each thread looks at one of the parts,
@@ -734,7 +745,10 @@ __global__ void __launch_bounds__(kWarpgroups * kWarpgroup, 1)
             for (int i = row * kSpansAtOnce; i < (row + 1) * kSpansAtOnce; ++i) {
               add(joined, group_out + i, *reinterpret_cast<const float4*>(at + i * 512 + lane * 16));
             }
-            if (ends_group) {
+          }
+          if (ends_group) {
+#pragma unroll
+            for (int row = 0; row < kOfWarp; ++row) {
               const Joined both = join_total(totals + row, group_totals[row]);
               group_totals[row] = {kNone, 0.0f};
 #pragma unroll
@@ -747,15 +761,31 @@ __global__ void __launch_bounds__(kWarpgroups * kWarpgroup, 1)
           __syncwarp();
         }
         wait_for_copies<0>();
-        // Where the rows stand is found again: there are no registers to keep it.
-        const Unit<kRows> same(p, share.sequence, share.unit);
+        // By way of a result's place, so that rows are written by one piece of code.
+        float2* const its_totals = reinterpret_cast<float2*>(mine + kFours * 512);
 #pragma unroll
         for (int i = 0; i < kFours; ++i) {
-          const int row = i / kSpansAtOnce, span = first + i % kSpansAtOnce;
-          if (Slots::kSpans % kSpansAtOnce != 0 && span >= Slots::kSpans) continue;
-          write_four<Query, kLatent>(p, Row(p, same, warp * kOfWarp + row), span * kSpan + lane * 4,
-                                     totals[row], joined_out[i]);
+          *reinterpret_cast<float4*>(mine + i * 512 + lane * 16) = joined_out[i];
         }
+#pragma unroll
+        for (int i = 0; i < kOfWarp; ++i) {
+          if (lane == 0) its_totals[i] = totals[i];
+        }
+        __syncwarp();
+        // Where the rows stand is found again: there are no registers to keep it.
+        const Unit<kRows> same(p, share.sequence, share.unit);
+#pragma unroll 1
+        for (int row = 0; row < kOfWarp; ++row) {
+          float4 fours[kSpansAtOnce];  // what is behind kLatent is not written
+#pragma unroll
+          for (int i = 0; i < kSpansAtOnce; ++i) {
+            fours[i] = *reinterpret_cast<const float4*>(mine + (row * kSpansAtOnce + i) * 512 +
+                                                        lane * 16);
+          }
+          write_fours<Query, kLatent>(p, Row(p, same, warp * kOfWarp + row), first * kSpan + lane * 4,
+                                      its_totals[row], fours);
+        }
+        __syncwarp();
       }
     }
     more = next_unit(&kept_share, p);

@@ -159,6 +159,19 @@ def test_an_architecture_that_nvrtc_serves(cupy, capability):
     assert isinstance(failure(cupy, ValueError("got there")), cc.KernelError)
 
 
+@pytest.mark.parametrize("seconds, told", [(0.1, False), (2.4, True)])
+def test_a_call_that_waits_for_a_compiler_says_so(cupy, monkeypatch, caplog, seconds, told):
+    cupy.RawModule = lambda **options: types.SimpleNamespace(
+        get_function=lambda expression: types.SimpleNamespace(kernel=types.SimpleNamespace(ptr=1))
+    )
+    clock = iter((5.0, 5.0 + seconds))
+    monkeypatch.setattr(modules, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
+    with caplog.at_level("INFO", "cupy_cache"):
+        modules.load(KERNEL, 1)
+    assert ["waited 2.4 s" in message for message in caplog.messages] == [True] * told
+    assert all("warmup()" in message for message in caplog.messages)
+
+
 def test_the_architectures_are_nvrtcs_own():
     """Those that it refuses are those that it does not name."""
     pytest.importorskip("cupy")

@@ -1,6 +1,8 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
 import itertools
+import threading
+import types
 from pathlib import Path
 
 import attending
@@ -661,3 +663,26 @@ def test_every_storage_of_a_format_is_taken():
                 np.ones(1, np.int32), scale=1.0, kv_lora_rank=6, kv_cache_dtype=name,
             )  # fmt: skip
             assert made.shape == (1, 1, 6) and not made.any()
+
+
+def test_both_kernels_of_a_first_call_are_loaded_at_the_same_time():
+    """Each may take long to compile."""
+    meeting = threading.Barrier(2, timeout=60)
+
+    def fake():
+        made = types.SimpleNamespace(loaded=False, streams=[])
+
+        def load(stream):
+            meeting.wait()
+            made.loaded = True
+            made.streams.append(stream)
+
+        made.load = load
+        return made
+
+    first, second = fake(), fake()
+    two = module._Two(first, second, (1, 1, 1), 32)
+    for _ in range(2):
+        two.load(7)
+    assert two.loaded
+    assert first.streams == second.streams == [7]

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import functools
 import struct
 from typing import Any, NamedTuple
@@ -366,9 +367,13 @@ class _Two:
         return self._first.loaded and self._second.loaded
 
     def load(self, stream):
-        """Load both kernels."""
-        self._first.load(stream)
-        self._second.load(stream)
+        """Load both kernels, at the same time: each may take long to compile."""
+        if self.loaded:
+            return
+        with concurrent.futures.ThreadPoolExecutor(1, "cupy_cache load") as pool:
+            second = pool.submit(self._second.load, stream)
+            self._first.load(stream)
+            second.result()
 
     def has_work(self, grid, threads):
         """Whether there is anything to launch."""

@@ -15,6 +15,7 @@ import functools
 import os
 import re
 import threading
+import time
 from pathlib import Path
 
 from ..errors import Fault, KernelError, MissingDependencyError, UnsupportedArchitectureError
@@ -24,6 +25,7 @@ from .log import logger
 # Options of every compile. CuPy adds the architecture, its own include paths and -ftz=true.
 OPTIONS = ("-std=c++17",)
 FAULT_SYMBOL = "cupy_cache_fault"
+LONG = 0.3  # seconds: a kernel that took longer to load was compiled
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"(cupy_cache/[\w./]+)"')
 
@@ -252,6 +254,7 @@ def _load(kernel, device):
     supported = _nvrtc_architectures(why)
     options = OPTIONS + kernel.options() + (("-lineinfo",) if env.flag(env.LINEINFO) else ())
     logger.debug("loading %s on cuda:%d", kernel, device)
+    start = time.monotonic()
     with cuda.on_device(device):
         _require_architecture(why, int(cupy.cuda.Device(device).compute_capability), supported)
         source = kernel.source()
@@ -264,6 +267,12 @@ def _load(kernel, device):
                 function.max_dynamic_shared_size_bytes = kernel.shared_bytes
             if kernel.all_shared:
                 function.preferred_shared_memory_carveout = 100  # per cent
+            took = time.monotonic() - start
+            if took > LONG and not getattr(_warming, "on", False):
+                logger.info(
+                    "%s waited %.1f s for %s to be compiled; warmup() compiles ahead and in "
+                    "parallel", kernel.op, took, kernel,
+                )  # fmt: skip
             return Loaded(kernel, device, function, module)
         except Exception as error:
             raise _explain(error, kernel, why) from error
