@@ -9,7 +9,7 @@
 // of 64 tokens lies as it is multiplied, as keys and, transposed, as values.
 //
 // A thread block has a multiprocessor of its own, and two tiles: one arrives while the other is
-// multiplied. Units of 16 rows have one warpgroup; those of 32 have two.
+// multiplied. It has two warpgroups, or one for few values.
 #include "cupy_cache/async.cuh"
 #include "cupy_cache/cluster.cuh"
 #include "cupy_cache/elements.cuh"
@@ -167,7 +167,8 @@ __global__ void __launch_bounds__(kJoiningThreads) join_rows(const __grid_consta
 }
 
 // Combines numbers of a warp's lanes: each lane has some of eight lanes' columns, of each of which four
-// lanes hold neighbours. A lane gets the result of one of them, whose index is returned.
+// lanes hold neighbours. A lane gets the result of one of them, whose index is returned; lanes from 4 *
+// kValues on get what others have too.
 template <int kValues, typename Combine>
 __device__ __forceinline__ int combine_rows(float (&values)[kValues], int lane, Combine combine) {
   int index = 0;
@@ -399,7 +400,7 @@ __global__ void __launch_bounds__(kWarpgroups * kWarpgroup, 1)
     // Joins the part to those of its group before, whose totals it gives.
     const auto end_part = [&](float2 (&totals)[kAll]) {
       const int index = combine_rows(sums, lane, Sum());
-      if (kMine > 4 || lane < 16) {
+      if (lane < 4 * kMine) {
         reinterpret_cast<float*>(of_warps + first_score + row_of(index))[quarter] = sums[0];
       }
       __syncthreads();
@@ -544,7 +545,7 @@ __global__ void __launch_bounds__(kWarpgroups * kWarpgroup, 1)
           most[i] = fmaxf(scores[i / 2 * 4 + i % 2], scores[i / 2 * 4 + 2 + i % 2]);
         }
         const int its_index = combine_rows(most, lane, Larger());
-        if (kMine > 4 || lane < 16) {
+        if (lane < 4 * kMine) {
           reinterpret_cast<float*>(of_warps + first_score + row_of(its_index))[quarter] = most[0];
         }
         __syncthreads();

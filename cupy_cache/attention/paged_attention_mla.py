@@ -527,10 +527,10 @@ def _shape(op, device, entry_size, rank, element_bytes, entries):
 
 
 def _warpgroups_shape(heads, entry_size, rank):
-    """The `_Shape` of the thread blocks that multiply by warpgroups. Of many heads two have twice
+    """The `_Shape` of the thread blocks that multiply by warpgroups. Of many heads units have twice
     as many rows, so that tokens are read half as often."""
-    groups = 2 if heads >= 2 * ROWS and rank > 256 else 1
-    rows, stages = groups * ROWS, 2
+    groups = 2 if rank > 256 else 1
+    rows, stages = ROWS * (2 if groups == 2 and heads >= 2 * ROWS else 1), 2
     panels = launch.ceil_div(launch.ceil_div(entry_size, 16) * 16, PANEL)
     # Tiles, the queries, and a tile's weights.
     shared = PANEL * 2 * (panels * (stages * TURN + rows) + rows)
