@@ -85,6 +85,20 @@ def _hand_over(made, framework, device, stream):
             streams.lend([made], stream, device)
 
 
+def empty_of_stream(framework, device, shape, dtype, stream):
+    """`empty`, on a GPU, of memory that belongs to ``stream``: it waits for no other, and whoever
+    uses the array on another must keep it until that is done."""
+    if framework in arrays.FRAMEWORKS:
+        return empty(framework, device, shape, dtype, stream)
+    if framework == "torch":
+        cuda_of_torch = sys.modules["torch"].cuda
+        current = cuda_of_torch.stream(cuda_of_torch.ExternalStream(stream, device=device.index))
+    else:
+        current = cuda.import_cupy(f"an array on {device}").cuda.ExternalStream(stream)
+    with cuda.on_device(device.index), current:
+        return empty(framework, device, shape, dtype)
+
+
 def empty_beside(tensor, shape, stream=None):
     """`empty`, of the dtype and on the device of a torch tensor."""
     made = tensor.new_empty(shape)
