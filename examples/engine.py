@@ -2,12 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """A small engine with continuous batching, for stock models of Hugging Face's transformers.
 
-Keys and values live in a `PagedKVCache`, and `BlockTables` says who has which blocks. Prompts are
-read in chunks beside the decoding of others, and those that begin alike share blocks; so do the
-beams of a search, until they write. When blocks run out, sequences move to host memory, while the
-others go on. On a GPU, steps that only decode are captured graphs. `engine_requests.py` says how a
-request goes on, and `engine_models.py` has the models: Llama, BLOOM and DeepSeek-V3. Here they are
-small, their weights are random, and the tokens are those of ``generate``:
+Prompts are read in chunks beside the decoding of others, and those that begin alike share blocks;
+so do the beams of a search, until they write. When blocks run out, sequences move to host memory,
+while the others go on. On a GPU, steps that only decode are captured graphs. `engine_requests.py`
+says how a request goes on; `engine_models.py` has the models: Llama, BLOOM and DeepSeek-V3. Here
+they are small, their weights are random, and the tokens are those of ``generate``:
 
     python examples/engine.py
 """
@@ -25,18 +24,8 @@ from cupy_cache.integrations.torch_graphs import StepGraphs
 
 
 class Engine:
-    """Feeds requests to a model, as many at a time as there is room for.
-
-    Parameters
-    ----------
-    model : engine_models.Model
-    num_blocks, host_blocks, block_size
-        Of the cache, and of host memory.
-    max_sequences, max_tokens, max_length
-        See `BlockTables`. ``max_tokens`` is at least ``max_sequences``.
-    bytes_per_step
-        What moves beside a step: see `SwapSpace`.
-    """
+    """Feeds requests to an `engine_models.Model`, as many at a time as there is room for. What it
+    takes is as of `BlockTables` and `SwapSpace`; max_tokens is at least max_sequences."""
 
     def __init__(
         self, model, num_blocks, host_blocks, *, block_size=16, max_sequences=16, max_tokens=256,
@@ -97,18 +86,17 @@ class Engine:
         """{sequence: how many of its tokens are fed}, and the step: those that decode, and then
         parts of prompts, as far as they fit."""
         while True:
-            counts = self.tables.schedule(
-                sequence for request in self.running for sequence in request.sequences
-            )
+            sequences = [one for request in self.running for one in request.sequences]
+            counts = self.tables.schedule(sequences)
             names, numbers, size = list(counts), list(counts.values()), None
             if max(numbers, default=0) == 1:
                 size = self.graphs.padded(len(names))
             try:
                 return counts, self.tables.step(names, numbers, num_sequences=size, num_tokens=size)
             except cc.OutOfBlocksError:
-                if len(self.running) == 1 and not self.leaving:
-                    raise  # one request alone is too long
                 if not self.leaving:
+                    if len(self.running) == 1:
+                        raise  # one request alone is too long
                     self.leaving.append(self.running.pop())  # who came last
                 self.move_out()
 
@@ -191,10 +179,11 @@ class Engine:
 
     def has_room(self, request, blocks):
         """Whether a request may run: with so many blocks, and two for each sequence to go on."""
+        if not self.running and not self.leaving:
+            return True
         sequences = request.num_beams + sum(one.num_beams for one in self.running)
-        fits = blocks + 2 * sequences <= self.tables.pool.num_free
-        fits = fits and sequences <= self.tables.max_sequences
-        return fits or not (self.running or self.leaving)
+        needed = blocks + 2 * sequences
+        return sequences <= self.tables.max_sequences and needed <= self.tables.pool.num_free
 
 
 def main():
