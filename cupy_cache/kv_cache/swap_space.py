@@ -67,8 +67,8 @@ class SwapSpace:
     num_blocks : int
         Blocks in host memory, which is pinned for caches on a GPU.
     bytes_per_step : int
-        What `advance` has copied each way, up to a block more: less than the bus carries while a
-        step is computed.
+        What `advance` has copied each way, up to a quarter or a block more: less than the bus
+        carries while a step is computed.
 
     Attributes
     ----------
