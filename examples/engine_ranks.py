@@ -44,6 +44,11 @@ def served(model, requests):
     return [found[number] for number in range(len(requests))], dict(engine.counts)
 
 
+def as_many(some, others):
+    """For how many requests the tokens are the same."""
+    return sum(tokens == expected for tokens, expected in zip(some, others))
+
+
 def process(rank, size, meeting, requests, results):
     """What each process does."""
     on_gpus = torch.cuda.device_count() >= size
@@ -61,10 +66,10 @@ def process(rank, size, meeting, requests, results):
         torch.manual_seed(1)  # the same weights in every process
         model = transformers.AutoModelForCausalLM.from_config(config).eval()
         model = model.to(device, torch.bfloat16) if on_gpus else model
-        ways = {"whole": {}, "halves": {"shards": range(size), "num_shards": size},
-                "ranks": {"shards": [rank], "num_shards": size}}  # fmt: skip
-        made = {way: served(paged(model, 256, **shards), requests) for way, shards in ways.items()}
-        results.put((name, made))
+        whole, _ = served(paged(model, 256), requests)
+        halves, _ = served(paged(model, 256, shards=range(size), num_shards=size), requests)
+        ranks, counts = served(paged(model, 256, shards=[rank], num_shards=size), requests)
+        results.put((name, as_many(ranks, halves), as_many(ranks, whole), counts))
     cc.raise_faults()
     dist.destroy_process_group()
 
@@ -78,17 +83,12 @@ def main(size=2):
         torch.multiprocessing.spawn(process, given, nprocs=size)
     on_gpus, right = torch.cuda.device_count() >= size, True
     for _ in range(size * len(small_models())):
-        name, made = results.get()
-        tokens = {way: found for way, (found, _) in made.items()}
-        alike = {
-            way: sum(map(list.__eq__, tokens["ranks"], tokens[way])) for way in ("halves", "whole")
-        }
+        name, as_halves, as_whole, counts = results.get()
         print(
-            f"{name}: of {len(requests)} requests {alike['halves']} as by one process with both "
-            f"halves, {alike['whole']} as by one with all heads at once; {made['ranks'][1]}"
+            f"{name}: of {len(requests)} requests {as_halves} as by one process with both halves, "
+            f"{as_whole} as by one with all heads at once; {counts}"
         )
-        right &= tokens["ranks"] == tokens["halves"]
-        right &= on_gpus or tokens["ranks"] == tokens["whole"]
+        right &= as_halves == len(requests) and (on_gpus or as_whole == len(requests))
     if not right:
         raise SystemExit("the tokens differ")
 
