@@ -125,10 +125,10 @@ def test_two_processes():
         [sys.executable, example], capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("of 9 requests 9 as by one process with both halves") == 6
-    assert done.stdout.count("blocks moved") == 6
+    assert done.stdout.count("of 6 requests 6 as by one process with both halves") == 3
+    assert done.stdout.count("blocks moved") == 3
     if torch.cuda.device_count() < 2:
-        assert done.stdout.count("9 as by one with all heads at once") == 6
+        assert done.stdout.count("6 as by one with all heads at once") == 3
 
 
 @pytest.mark.gpu
