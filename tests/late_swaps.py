@@ -21,8 +21,8 @@ class Late(swap_space._Memory):
         memory[...] = POISON
         return memory
 
-    def empty(self, framework, device, shape, dtype, stream):
-        memory = swap_space.making.empty(framework, device, shape, dtype, stream)
+    def empty(self, framework, device, shape, dtype):
+        memory = super().empty(framework, device, shape, dtype)
         memory[...] = POISON
         return memory
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import collections
 import ctypes
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -153,7 +154,8 @@ class SwapSpace:
             return
         steps = self._stream_of_steps(op, stream)
         blocks, places = pairs[:, pairs[1].argsort()]
-        packed = [self._buffer(making.empty, len(places), cache, steps) for cache in self._caches]
+        make = functools.partial(making.empty, stream=steps)
+        packed = [self._buffer(make, len(places), cache) for cache in self._caches]
         for cache, buffer in zip(self._caches, packed):
             cache.pack_blocks(blocks, buffer, layout="page_first", stream=stream)
         self._moves.append(_Move(self, True, places.tolist(), packed, self._bus.point(steps)))
@@ -177,8 +179,7 @@ class SwapSpace:
                     errors.wrong("value", f"{op}: host_blocks", expected, str(place))
                 )
         self._stream_of_steps(op, None)
-        make, stream = self._bus.empty, self._bus.stream
-        packed = [self._buffer(make, len(places), cache, stream) for cache in self._caches]
+        packed = [self._buffer(self._bus.empty, len(places), cache) for cache in self._caches]
         self._moves.append(_Move(self, False, places, packed))
         return Prefetch(self, self._moves[-1])
 
@@ -210,10 +211,10 @@ class SwapSpace:
                 break
         self._let_go()
 
-    def _buffer(self, make, count, cache, stream):
-        """Memory beside a cache for packed blocks, to be written on ``stream``."""
+    def _buffer(self, make, count, cache):
+        """Memory beside a cache for packed blocks."""
         shape = count, cache.bytes_per_block
-        return make(self._framework, self._device, shape, formats.UINT8, stream)
+        return make(self._framework, self._device, shape, formats.UINT8)
 
     def _stream_of_steps(self, op, stream):
         """Its address; None on the CPU."""
@@ -338,7 +339,9 @@ class _CopyEngines:
     def copy(self, destination, source, size):
         driver.active.copy(destination, source, size, self.stream, self._device)
 
-    empty = staticmethod(making.empty_of_stream)
+    def empty(self, framework, device, shape, dtype):
+        """An array that is written by these copies alone."""
+        return making.empty_of_stream(framework, device, shape, dtype, self._owner)
 
     def keep(self, objects, stream):
         """Have memory live until what ``stream`` holds is done, also if the space is dropped."""
@@ -360,7 +363,8 @@ class _Memory:
     def copy(self, destination, source, size):
         ctypes.memmove(destination, source, size)
 
-    empty = staticmethod(making.empty)
+    def empty(self, framework, device, shape, dtype):
+        return making.empty(framework, device, shape, dtype)
 
     def keep(self, objects, stream):
         del objects, stream

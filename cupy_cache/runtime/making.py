@@ -86,15 +86,14 @@ def _hand_over(made, framework, device, stream):
 
 
 def empty_of_stream(framework, device, shape, dtype, stream):
-    """`empty`, on a GPU, of memory that belongs to ``stream``: it waits for no other, and whoever
-    uses the array on another must keep it until that is done."""
+    """`empty`, on a GPU, of memory that belongs to ``stream``, an object of CuPy: it waits for no
+    other stream, and whoever uses the array on another must keep it until that is done."""
     if framework in arrays.FRAMEWORKS:
-        return empty(framework, device, shape, dtype, stream)
+        return empty(framework, device, shape, dtype, stream.ptr)
+    current = stream
     if framework == "torch":
-        cuda_of_torch = sys.modules["torch"].cuda
-        current = cuda_of_torch.stream(cuda_of_torch.ExternalStream(stream, device=device.index))
-    else:
-        current = cuda.import_cupy(f"an array on {device}").cuda.ExternalStream(stream)
+        of_torch = sys.modules["torch"].cuda
+        current = of_torch.stream(of_torch.ExternalStream(stream.ptr, device=device.index))
     with cuda.on_device(device.index), current:
         return empty(framework, device, shape, dtype)
 
