@@ -24,6 +24,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 from engine import Engine
+from engine_models import paged
 
 from benchmarks import timing
 
@@ -45,10 +46,6 @@ def llama(layers, vocabulary):
     return made.eval()
 
 
-def no_fusion(function):
-    return function
-
-
 class Watched(Engine):
     """An engine that notes how long after a step's tokens were there the next step was ready."""
 
@@ -56,13 +53,15 @@ class Watched(Engine):
         super().__init__(*given, **options)
         self.back, self.between, self.back_in = time.perf_counter(), [], False
 
-    def admit(self):
-        if self.waiting or self.back_in:
-            super().admit()  # who was swapped out comes back when told
+        self.replay, self.graphs.replay = self.graphs.replay, self.noted
 
-    def replay(self, step):
+    def move_in(self, wait):
+        if self.back_in:
+            super().move_in(wait)  # who was swapped out comes back when told
+
+    def noted(self, size):
         self.between.append(time.perf_counter() - self.back)
-        return super().replay(step)
+        return self.replay(size)
 
     def read(self, *given):
         made = super().read(*given)
@@ -84,10 +83,11 @@ def filled(model, sequences, context, more, host_blocks=0):
     """An engine whose sequences have so many tokens, and may get as many more."""
     length = context + more
     blocks = sequences * (-(-length // BLOCK_SIZE) + 3)
+    most = length + BLOCK_SIZE
     engine = Watched(
-        model, blocks, host_blocks, max_sequences=sequences, max_tokens=4096,
-        max_length=length + BLOCK_SIZE, block_size=BLOCK_SIZE,
-        fuse=functools.partial(torch.compile, dynamic=True) if timing.on_gpu() else no_fusion,
+        paged(model, most, fuse=functools.partial(torch.compile, dynamic=True)), blocks,
+        host_blocks, max_sequences=sequences, max_tokens=4096, max_length=most,
+        block_size=BLOCK_SIZE,
     )  # fmt: skip
     vocabulary = model.config.vocab_size
     for name, prompt in enumerate(torch.randint(vocabulary, (sequences, context)).tolist()):
@@ -99,7 +99,7 @@ def filled(model, sequences, context, more, host_blocks=0):
 
 def on_device(engine):
     """Milliseconds of a replay alone, one right after the other."""
-    ((graph, _),) = engine.graphs.values()
+    ((graph, _),) = engine.graphs.graphs.values()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(STEPS):
@@ -111,10 +111,10 @@ def on_device(engine):
 
 def to_read(engine):
     """Bytes of the weights, but for the table of embeddings, and of the pages."""
-    embedded, tables = engine.model.model.embed_tokens.weight, engine.tables
-    weights = sum(one.nbytes for one in engine.model.parameters()) - embedded.nbytes
+    model, tables = engine.model.model, engine.tables
+    weights = sum(one.nbytes for one in model.parameters()) - model.model.embed_tokens.weight.nbytes
     tokens = sum(tables.length(one) for one in tables)
-    return weights + tokens * engine.cache.bytes_per_block // BLOCK_SIZE
+    return weights + tokens * engine.space.bytes_per_block // BLOCK_SIZE
 
 
 def decoding(model, sequences, context, bandwidth):
@@ -129,8 +129,7 @@ def decoding(model, sequences, context, bandwidth):
         "least_ms": least, "step_over_least": step / least,
         "tokens_per_second": sequences / step * 1e3,
     }  # fmt: skip
-    if engine.on_gpu:
-        record["replay_ms"] = on_device(engine)
+    record["replay_ms"] = on_device(engine)
     return record
 
 
@@ -144,7 +143,7 @@ def swapping(model, sequences, context):
     for _ in range(2):  # the first time kernels are loaded, and a graph captured
         engine.timed(WARM)
         all_there = statistics.median(engine.timed(STEPS)[0])
-        engine.leaving = engine.running[:quarter]
+        engine.leaving.extend(engine.running[:quarter])
         del engine.running[:quarter]
         out = moving(engine)
         for pool in pools:  # as if others had had the blocks, so that all are copied
@@ -167,7 +166,12 @@ def swapping(model, sequences, context):
 def moving(engine):
     """(Sequences, milliseconds) of the steps while others move, the first one included."""
     steps = []
-    while not steps or engine.moves or engine.leaving or (engine.back_in and engine.swapped):
+    while (
+        not steps
+        or engine.space.num_moving
+        or engine.leaving
+        or (engine.back_in and engine.swapped)
+    ):
         count = len(engine.running)
         steps.append((count, engine.timed(1)[0][0]))
     return steps

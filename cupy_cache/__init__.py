@@ -25,7 +25,8 @@ Attention under other names
 What a step needs besides
     `slot_mapping`, `slot_mapping_groups`, `alibi_slopes`, `place_slopes`, `alibi_bias`
 The caches of all layers as one object, for the cheapest calls
-    `PagedKVCache`, and `PagedKVCache.allocate` which makes them
+    `PagedKVCache`, and `PagedKVCache.allocate` which makes them; `SwapSpace`, to which blocks go
+    when others need theirs
 Who has which blocks: sequences, prefixes that are shared, swaps, and the arrays of each step
     `BlockTables`, `BlockPool`; tables in FlashInfer's form: `block_table_to_csr`,
     `csr_to_block_table`
@@ -72,7 +73,7 @@ from .errors import (
     StrideError,
     UnsupportedArchitectureError,
 )
-from .kv_cache import PagedKVCache
+from .kv_cache import PagedKVCache, Prefetch, SwapSpace
 from .ops.concat_and_cache_mla import concat_and_cache_mla
 from .ops.concat_and_cache_mla_grouped import concat_and_cache_mla_grouped
 from .ops.concat_and_cache_mla_rope_fused import concat_and_cache_mla_rope_fused
@@ -118,9 +119,11 @@ __all__ = [
     "NotWritableError",
     "OutOfBlocksError",
     "PagedKVCache",
+    "Prefetch",
     "ShapeError",
     "Step",
     "StrideError",
+    "SwapSpace",
     "UnsupportedArchitectureError",
     "__version__",
     "alibi_bias",

@@ -169,11 +169,25 @@ class History:
         self.caches.write(0, values, -values, np.asarray(step.slot_mapping))
 
     def fork(self, number):
-        parent = self.pick(number, swapped=False)
+        parent = self.pick(number)
         if parent is not None:
             name, of = next(self.names), self.sequences[parent]
             self.tables.fork(parent, name)
             self.sequences[name] = Modelled(of.salt, of.tokens[:], of.told, of.written)
+
+    def reorder(self, numbers, parents, new):
+        """Some of those that there are, and ``new`` others, become what others are."""
+        names = list(dict.fromkeys(map(self.pick, numbers)))
+        parents = [self.pick(number) for number in parents]
+        if None in names or None in parents:
+            return
+        names += [next(self.names) for _ in range(new)]
+        count = min(len(names), len(parents))
+        names, parents = names[:count], parents[:count]
+        self.tables.reorder(names, parents)
+        old = [copy.deepcopy(self.sequences[parent]) for parent in parents]
+        self.sequences.update(zip(names, old))
+        self.seen["reordered"] += names != parents
 
     def truncate(self, number, by):
         name = self.pick(number, swapped=False)
@@ -190,23 +204,23 @@ class History:
             self.tables.free(name)
             del self.sequences[name]
 
-    def swap(self, number, out):
-        name = self.pick(number, swapped=not out)
-        if name is None:
+    def swap(self, numbers, out):
+        names = list(dict.fromkeys(self.pick(number, swapped=not out) for number in numbers))
+        if None in names:
             return
-        before, old = self.state(), self.tables.blocks(name)
+        before, old = self.state(), [block for name in names for block in self.tables.blocks(name)]
         try:
-            pairs = (self.tables.swap_out if out else self.tables.swap_in)(name)
+            pairs = (self.tables.swap_out if out else self.tables.swap_in)(*names)
         except cc.OutOfBlocksError as error:
             assert error.needed > error.free and self.state() == before
             self.seen["out of blocks"] += 1
             return
         of, to = (self.caches, self.host) if out else (self.host, self.caches)
         of.swap_blocks(to, pairs)
-        new = self.tables.blocks(name)
-        assert {block for block, _ in pairs} <= set(old)
-        assert {block for _, block in pairs} <= set(new) and len(old) == len(new)
-        assert self.tables.is_swapped_out(name) == out
+        new = [block for name in names for block in self.tables.blocks(name)]
+        assert {block for block, _ in pairs} <= set(old) and len(old) == len(new)
+        assert {block for _, block in pairs} <= set(new) and len(set(new)) <= len(set(old))
+        assert all(self.tables.is_swapped_out(name) == out for name in names)
         self.seen["swaps"] += 1
         self.seen["shared instead of swapped"] += len(old) - len(pairs)
 
@@ -265,6 +279,13 @@ class Tables(RuleBasedStateMachine):
     def fork(self, number):
         self.history.fork(number)
 
+    @rule(
+        numbers=st.lists(NUMBER, max_size=3), parents=st.lists(NUMBER, max_size=4),
+        new=st.integers(0, 2),
+    )  # fmt: skip
+    def reorder(self, numbers, parents, new):
+        self.history.reorder(numbers, parents, new)
+
     @rule(number=NUMBER, by=st.integers(0, 5))
     def truncate(self, number, by):
         self.history.truncate(number, by)
@@ -273,9 +294,9 @@ class Tables(RuleBasedStateMachine):
     def free(self, number):
         self.history.free(number)
 
-    @rule(number=NUMBER, out=st.booleans())
-    def swap(self, number, out):
-        self.history.swap(number, out)
+    @rule(numbers=st.lists(NUMBER, max_size=3), out=st.booleans())
+    def swap(self, numbers, out):
+        self.history.swap(numbers, out)
 
     @invariant()
     def check(self):
@@ -301,7 +322,7 @@ def test_long_histories(rng, size, framework):
 
     for _ in range(400):
         number, other = numbers(0, 99, 2)
-        match int(rng.integers(0, 12)):
+        match int(rng.integers(0, 13)):
             case 0 | 1 if len(history.sequences) < 6:
                 history.add(tokens(9), b"" if number % 4 else b"x")
             case 0 | 1 | 2:
@@ -313,12 +334,15 @@ def test_long_histories(rng, size, framework):
             case 5:
                 history.truncate(number, other % 6)
             case 7:
-                history.swap(number, out=other % 2 == 0)
+                history.swap(numbers(0, 99, 1 + other % 3), out=number % 2 == 0)
+            case 8 if len(history.sequences) < 7:
+                history.reorder(numbers(0, 99, 3), numbers(0, 99, 4), other % 2)
             case _:
                 padding = [None if n < 0 else n for n in numbers(-2, 3, 2)]
                 history.step(numbers(0, 99, 3), numbers(0, 3, 3), *padding)
         history.check()
-    assert history.seen["swaps"] and history.seen["out of blocks"], history.seen
+    for what in ("swaps", "out of blocks", "reordered"):
+        assert history.seen[what], history.seen
     for _ in range(len(history.sequences)):
         history.free(0)
         history.check()
@@ -327,6 +351,27 @@ def test_long_histories(rng, size, framework):
 
 
 # --- prefixes -------------------------------------------------------------------------------------
+
+
+def test_beams_that_go_on_as_others():
+    """Nothing is taken or given back for those that stay, and names stay."""
+    tables = tables_of()
+    tables.add("a", range(6))
+    tables.step(["a"], [6])
+    tables.reorder(["a", "b", "c"], ["a", "a", "a"])
+    assert [tables.blocks(name) for name in "abc"] == [[0, 1]] * 3
+    for name, token in zip("abc", (10, 11, 12)):
+        tables.append(name, token)
+    assert tables.step(list("abc"), [1, 1, 1]).copies == [(1, 2), (1, 3)]
+    kept = {name: tables.blocks(name) for name in "abc"}
+    tables.reorder(["a", "b", "c"], ["b", "c", "b"])
+    assert list(tables) == ["a", "b", "c"]
+    assert [tables.blocks(name) for name in "abc"] == [kept["b"], kept["c"], kept["b"]]
+    assert [tables.tokens(name)[-1] for name in "abc"] == [11, 12, 11]
+    assert tables.pool.num_free == 8 - 3  # that of a has gone
+    tables.reorder([], [])
+    tables.reorder(["d"], ["a"])
+    assert tables.blocks("d") == tables.blocks("a")
 
 
 def test_prompts_that_begin_alike_share_blocks():
@@ -433,6 +478,45 @@ def test_what_the_cache_still_has_is_not_swapped_in():
     assert tables.blocks("a") == [0, 1] and tables.length("a") == 6
     assert tables.swap_in("a") == [(1, 2)]  # the first is full, and nobody took it
     assert tables.blocks("a") == [0, 2] and tables.host_pool.num_free == 4
+
+
+def test_who_is_fed_in_a_step():
+    """Those that decode first, then prompts as far as they fit, in order."""
+    tables = tables_of(num_blocks=40, max_sequences=8, max_tokens=10)
+    for name, length in (("a", 7), ("b", 1), ("c", 9), ("d", 0), ("e", 1), ("f", 2)):
+        tables.add(name, range(length))
+    assert tables.schedule(tables) == {"b": 1, "e": 1, "a": 7, "c": 1}
+    assert list(tables.schedule("fabe")) == ["b", "e", "f", "a"]
+    assert tables.schedule(iter("ca"), max_tokens=4) == {"c": 4}
+    assert tables.schedule("be", max_tokens=1) == {"b": 1}
+    assert tables.schedule("d") == tables.schedule([]) == tables.schedule("a", max_tokens=0) == {}
+    counts = tables.schedule("abe")
+    tables.step(list(counts), list(counts.values()))
+    assert tables.schedule(tables) == {"c": 9, "f": 1}
+    tables.append("b", 5)
+    assert tables.schedule(tables) == {"b": 1, "c": 9}
+
+
+def test_beams_are_swapped_together():
+    """What they share is moved once, and shared again; all go, or none."""
+    tables = tables_of(host_blocks=3)
+    tables.add("a", range(6))
+    tables.step(["a"], [6])
+    tables.reorder(["a", "b"], ["a", "a"])
+    assert tables.swap_out("a", "b") == [(0, 0), (1, 1)]
+    assert tables.blocks("a") == tables.blocks("b") == [0, 1] and tables.pool.num_free == 8
+    tables.reorder(["a", "b", "c"], ["b", "b", "a"])
+    assert tables.host_pool.num_free == 1
+    assert tables.swap_in("c") == [(0, 2), (1, 3)]
+    assert tables.swap_in("a", "b") == [(0, 4), (1, 5)]
+    assert tables.host_pool.num_free == 3
+    tables.append("a", 10)
+    tables.append("b", 11)
+    tables.step(["a", "b"], [1, 1])
+    with pytest.raises(cc.OutOfBlocksError, match="5 are needed, and 3 of 3") as raised:
+        tables.swap_out("a", "b", "c")
+    assert (raised.value.needed, tables.pool.num_free) == (5, 3)
+    assert tables.swap_out() == []
 
 
 def test_what_host_memory_has_is_not_swapped_out_again():
@@ -591,13 +675,26 @@ REFUSALS = [
     (lambda t: t.blocks_needed(["a"], None), "blocks_needed", "type", "counts"),
     (lambda t: t.fork("x", "y"), "fork", "value", "parent"),
     (lambda t: t.fork("a", "out"), "fork", "value", "child"),
-    (lambda t: t.fork("out", "y"), "fork", "value", "parent"),
+    (lambda t: t.reorder(["a"], ["x"]), "reorder", "value", "parents"),
+    (lambda t: t.reorder(["x", "x"], ["a", "told"]), "reorder", "value", "sequences"),
+    (lambda t: t.reorder(["x", ["y"]], ["a", "a"]), "reorder", "type", "sequences"),
+    (lambda t: t.reorder(["a", "told"], ["a"]), "reorder", "length", "parents"),
+    (lambda t: t.reorder(["a"], None), "reorder", "type", "parents"),
+    (lambda t: t.schedule(["x"]), "schedule", "value", "sequences"),
+    (lambda t: t.schedule(["out"]), "schedule", "value", "sequences"),
+    (lambda t: t.schedule(["a", []]), "schedule", "type", "sequences"),
+    (lambda t: t.schedule(["a"], max_tokens=-1), "schedule", "value", "max_tokens"),
+    (lambda t: t.schedule(["a"], max_tokens=1000), "schedule", "value", "max_tokens"),
+    (lambda t: t.schedule(None), "schedule", "type", "sequences"),
     (lambda t: t.free("x"), "free", "value", "sequence"),
     (lambda t: t.truncate("a", 4), "truncate", "value", "length"),
     (lambda t: t.truncate("a", -1), "truncate", "value", "length"),
     (lambda t: t.truncate("out", 0), "truncate", "value", "sequence"),
     (lambda t: t.swap_out("out"), "swap_out", "value", "sequence"),
     (lambda t: t.swap_in("a"), "swap_in", "value", "sequence"),
+    (lambda t: t.swap_in("out", "a"), "swap_in", "value", "sequence"),
+    (lambda t: t.swap_in("out", "out"), "swap_in", "value", "sequences"),
+    (lambda t: t.swap_out("a", "a"), "swap_out", "value", "sequences"),
     (lambda t: t.step(["a"], [1, 1]), "step", "length", "counts"),
     (lambda t: t.step(["a"], [-1]), "step", "value", "counts"),
     (lambda t: t.step(["a"], [1.0]), "step", "value", "counts"),

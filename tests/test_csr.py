@@ -159,6 +159,13 @@ def test_copies_that_are_exported_live_until_they_are_read():
     assert [one.tolist() for one in found] == [[[7, 3], [5, -1]], [6, 4]]
 
 
+def test_the_row_of_a_wrong_block_is_told():
+    table = np.array([[1, 7], [2, -1], [3, -1]])
+    assert cc.block_table_to_csr(table, np.array([8, 4, 3]), 4)[1].tolist() == [1, 7, 2, 3]
+    with pytest.raises(cc.ArgumentError, match="got -1 in row 2"):
+        cc.block_table_to_csr(table, np.array([8, 4, 5]), 4)
+
+
 @pytest.mark.gpu
 def test_arrays_on_a_gpu_are_refused():
     cupy = pytest.importorskip("cupy")

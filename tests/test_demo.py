@@ -515,8 +515,8 @@ def test_progress_is_one_line_on_a_terminal_and_lines_elsewhere():
 # --- the examples run -----------------------------------------------------------------------------
 
 FOLDER = Path(__file__).resolve().parent.parent / "examples"
-# `engine_models.py` is a part of `engine.py`.
-EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem != "engine_models")
+PARTS = "engine_models", "engine_requests"  # of `engine.py`
+EXAMPLES = sorted(path for path in FOLDER.glob("*.py") if path.stem not in PARTS)
 
 
 def test_there_are_examples():

@@ -3,13 +3,13 @@
 """The engine of `examples/`: its tokens are those of transformers' ``generate``, whatever room
 there is."""
 
-import contextlib
 import copy
 import importlib
 import subprocess
 import sys
 from pathlib import Path
 
+import late_swaps
 import pytest
 
 import cupy_cache as cc
@@ -53,7 +53,9 @@ def requests(rng):
 
 
 def served(example, model, requests, num_blocks, host_blocks, **room):
-    engine = example.Engine(model, num_blocks, host_blocks, **(ROOM | room))
+    room = ROOM | room
+    model = example.paged(model, room["max_length"])
+    engine = example.Engine(model, num_blocks, host_blocks, **room)
     for number, request in enumerate(requests):
         engine.submit(number, *request)
     found = engine.run()
@@ -68,7 +70,7 @@ def test_tokens_are_those_of_generate(example, model, requests, num_blocks, host
     expected = [example.generated(model, *request) for request in requests]
     found, counts = served(example, model, requests, num_blocks, host_blocks)
     assert found == expected
-    assert counts["steps"] and not counts["replays"]
+    assert counts["steps with prompts"] and counts["steps that decode"]
     if num_blocks == 300:
         assert counts["tokens shared"] >= 40 and not counts["blocks moved"]
     elif host_blocks == 60:
@@ -77,71 +79,20 @@ def test_tokens_are_those_of_generate(example, model, requests, num_blocks, host
         assert counts["begun anew"]
 
 
-class Late:
-    """An event that takes its time: the copies before it are made when it is there."""
+@pytest.mark.parametrize("bytes_per_step", [1 << 20, 1])
+def test_moves_that_take_their_time(example, model, requests, monkeypatch, rng, bytes_per_step):
+    """Whole requests at once, and a block at each step; copies are done later than begun."""
+    spaces = []
 
-    def __init__(self, bus):
-        self.bus, self.until, self.asked_for = bus, len(bus.copies), bus.rng.integers(12)
+    def late(*given, **options):
+        spaces.append(late_swaps.LateSpace(rng, *given, **options))
+        return spaces[-1]
 
-    def query(self):
-        self.asked_for -= 1
-        if self.asked_for < 0:
-            self.synchronize()
-            return True
-        return False
-
-    def synchronize(self):
-        self.asked_for = 0
-        for to, of in self.bus.copies[self.bus.made : self.until]:
-            to.copy_(of)
-        self.bus.made = max(self.bus.made, self.until)
-
-
-class Bus:
-    """A stream whose copies are made late, in order."""
-
-    def __init__(self, rng):
-        self.rng, self.copies, self.made = rng, [], 0
-
-    def record_event(self):
-        return Late(self)
-
-
-class There:
-    """Where a piece goes, on a `Bus`."""
-
-    def __init__(self, bus, to):
-        self.bus, self.to, self.nbytes = bus, to, to.nbytes
-
-    def copy_(self, of, non_blocking):
-        assert non_blocking
-        self.bus.copies.append((self.to, of))
-
-
-@pytest.mark.parametrize("bus_bytes", [1 << 20, 1])
-def test_moves_that_take_their_time(example, model, requests, rng, monkeypatch, bus_bytes):
-    """Whole requests at once, and a block at each step."""
-    move, new_rows, bus = example.Engine.move, example.Engine.new_rows, Bus(rng)
-
-    def late(engine, *given):
-        engine.bus = bus
-        move(engine, *given)
-        moved = engine.moves[-1]
-        moved.pieces = type(moved.pieces)((There(bus, to), of) for to, of in moved.pieces)
-        moved.ready = moved.ready or (None if moved.request else Late(bus))
-
-    def poisoned(engine, count, **where):
-        return new_rows(engine, count, **where).fill_(0xFF)
-
-    monkeypatch.setattr(example.Engine, "move", late)
-    monkeypatch.setattr(example.Engine, "new_rows", poisoned)
-    monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: None)
+    monkeypatch.setattr(cc, "SwapSpace", late)
     requests = [(prompt, new + 20, beams) for prompt, new, beams in requests]
     expected = [example.generated(model, *request) for request in requests]
-    found, counts = served(example, model, requests, 40, 60, bus_bytes=bus_bytes)
-    assert found == expected and counts["blocks moved"] and bus.made
+    found, counts = served(example, model, requests, 40, 60, bytes_per_step=bytes_per_step)
+    assert found == expected and counts["blocks moved"] and spaces[0].late.made
 
 
 def test_sequences_end_early(example, model, requests):
@@ -157,7 +108,7 @@ def test_sequences_end_early(example, model, requests):
 
 
 def test_one_request_that_is_too_long(example, model):
-    engine = example.Engine(model, 4, 8, **ROOM)
+    engine = example.Engine(example.paged(model, 128), 4, 8, **ROOM)
     engine.submit("a", range(3, 19), 4)
     with pytest.raises(cc.OutOfBlocksError, match=r"step: out of blocks: 1 are needed, and 0 of 4"):
         engine.run()
@@ -165,7 +116,8 @@ def test_one_request_that_is_too_long(example, model):
 
 @pytest.mark.extra
 def test_two_processes():
-    """Each with half of the heads: by Gloo on the CPU; by NCCL where there are two GPUs."""
+    """Each with half of the heads: by Gloo on the CPU; by NCCL in 16 bits where there are two GPUs.
+    The tokens are those of both halves in one process."""
     if not torch.distributed.is_available():
         pytest.skip("without torch.distributed")
     example = str(EXAMPLES / "engine_ranks.py")
@@ -173,9 +125,10 @@ def test_two_processes():
         [sys.executable, example], capture_output=True, text=True, check=False, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("requests as by one process") == 3
+    assert done.stdout.count("of 6 requests 6 as by one process with both halves") == 3
+    assert done.stdout.count("blocks moved") == 3
     if torch.cuda.device_count() < 2:
-        assert done.stdout.count("6 of 6") == 3 and done.stdout.count("blocks moved") == 3
+        assert done.stdout.count("6 as by one with all heads at once") == 3
 
 
 @pytest.mark.gpu
@@ -188,7 +141,7 @@ def test_on_a_gpu(example, model, requests):
     requests = [(prompt, new + 20, 1) for prompt, new, _ in requests]
     found, counts = served(example, model.to("cuda", torch.bfloat16), requests, 40, 60)
     cc.raise_faults()
-    assert counts["replays"] and counts["blocks moved"]
+    assert counts["steps that decode"] and counts["blocks moved"]
     for (prompt, *_), tokens in zip(requests, found):
         tokens = torch.tensor([tokens])
         with torch.no_grad():

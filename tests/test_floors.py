@@ -35,6 +35,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # `attention` it is the modules.
 FACES = ("cpu", "kv_cache", "bookkeeping", "compilation", "cli")
 MAY_IMPORT_TORCH = {
+    "integrations.torch_graphs",
     "integrations.torch_ops",
     "integrations.transformers.__init__",
     "integrations.transformers.attention",

@@ -8,7 +8,7 @@ What it calls with arrays is checked, and run, once for each kind of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -274,6 +274,18 @@ def bookkeeping(make: Make[Array]) -> None:
     pairs: list[tuple[int, int]] = tables.swap_out("a") + tables.swap_in("a")
     print(copies, pairs, needed + step.num_tokens + step.num_sequences + step.max_seq_len)
     print(step.block_table, step.seq_lens, step.query_start_loc, step.max_query_len)
+    space = cc.SwapSpace([cc.PagedKVCache.allocate(1, 8, BLOCK_SIZE, 1, 8, framework="numpy")], 4)
+    space.swap_out(tables.swap_out("a", ("b", 1)), stream=None)
+    coming: cc.Prefetch = space.prefetch(tables.blocks("a") + tables.blocks(("b", 1)))
+    while not coming.is_done():
+        space.advance()
+    coming.wait()
+    coming.swap_in(tables.swap_in("a", ("b", 1)))
+    print(space.num_moving, space.num_blocks, space.bytes_per_block, space.bytes_per_step)
+    tables.reorder(["a", "c"], ("a", ("b", 1)))
+    tables.free("c")
+    fed: dict[Hashable, int] = tables.schedule(["a", ("b", 1)], max_tokens=3)
+    print(list(fed))
     tables.truncate("a", 2)
     assert tables.length("a") == 2 and len(tables.blocks("a")) == 1
     assert not tables.is_swapped_out("a") and "a" in tables and len(list(tables)) == len(tables)

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import array
 import hashlib
-from collections.abc import Hashable, Iterator, Sequence
+import itertools
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -255,23 +256,58 @@ class BlockTables:
             raise
 
     def fork(self, parent: Hashable, child: Hashable) -> None:
-        """Begin a sequence as ``parent`` is now. They share all blocks; whoever writes into a block
-        that others share gets a copy of it, from `step`."""
-        found = self._resident("fork", parent, "parent")
+        """Begin a sequence as ``parent`` is now, swapped out or not. They share all blocks; whoever
+        writes into a block that others share gets a copy of it, from `step`."""
+        found = self._found("fork", parent, "parent")
         self._require_new("fork", child, "child")
-        made = _Sequence(self._new_row(), found.tokens[:], found.salt)
+        self._sequences[child] = self._shared(found)
+
+    def reorder(self, sequences: Sequence[Hashable], parents: Sequence[Hashable]) -> None:
+        """Have each sequence be what its parent is now: a step of a beam search.
+
+        Parameters
+        ----------
+        sequences : sequence of names
+            Each once. Those that there are end as what they were; others begin.
+        parents : sequence of names
+            One for each sequence, of sequences that there are. Who has the same parent shares
+            blocks, as after `fork`. A parent that is not among ``sequences`` stays as it is.
+        """
+        name = f"{NAME}.reorder"
+        self._require_alike(name, sequences, "parents", parents)
+        found = [self._found("reorder", parent, "parents") for parent in parents]
+        old = {}  # of these names; a child takes its parent over, where it is one of them
+        for sequence in sequences:
+            if self._is_there("reorder", sequence, "sequences"):
+                one = self._sequences[sequence]
+                old[id(one)] = one
+        if len(set(sequences)) < len(sequences):
+            self._refuse_twice(name, sequences)
+        new = [old.pop(id(one), None) or self._shared(one) for one in found]
+        for one in old.values():
+            self._end(one)
+        self._sequences.update(zip(sequences, new))
+
+    def _shared(self, found):
+        """A sequence like ``found``, with the same blocks."""
+        made = _Sequence(NO_ROW, found.tokens[:], found.salt)
         made.blocks, made.contents = found.blocks.copy(), found.contents.copy()
-        made.length = found.length
+        made.length, pool = found.length, self.host_pool
+        if found.row != NO_ROW:
+            made.row, pool = self._new_row(), self.pool
+            self._table[made.row] = self._table[found.row]
         for block in made.blocks:
-            self.pool.share(block)
-        self._table[made.row] = self._table[found.row]
-        self._sequences[child] = made
+            pool.share(block)
+        return made
 
     def free(self, sequence: Hashable) -> None:
         """End a sequence. Blocks that nobody else shares are free; those that `add` can find are
         found until they are taken."""
         found = self._found("free", sequence)
         del self._sequences[sequence]
+        self._end(found)
+
+    def _end(self, found):
         if found.row == NO_ROW:
             self._drop(self.host_pool, found.blocks)
         else:
@@ -295,6 +331,51 @@ class BlockTables:
         found.length = length
 
     # --- room for tokens
+
+    def schedule(
+        self, sequences: Iterable[Hashable], *, max_tokens: int | None = None
+    ) -> dict[Hashable, int]:
+        """How many of their pending tokens sequences can be fed in one step: those first that have
+        one, which decode, and then prompts, as much of them as fits.
+
+        Parameters
+        ----------
+        sequences : iterable of names
+            Who is to take part. Of those that have as little to be fed, the first ones go first.
+        max_tokens : int, optional
+            Of the step; at most, and by default, that of the tables.
+
+        Returns
+        -------
+        dict
+            {name: how many}, in the order of the step; without those that have to wait.
+        """
+        name, left = f"{NAME}.schedule: max_tokens", self.max_tokens
+        if max_tokens is not None:
+            left = contract.integer(f"{NAME}.schedule", "max_tokens", max_tokens, 0)
+            if left > self.max_tokens:
+                expected = f"at most {self.max_tokens}, those of the tables"
+                raise errors.wrong("value", name, expected, str(left))
+        try:
+            sequences = list(sequences)
+        except TypeError:
+            got = errors.shown(sequences)
+            name = f"{NAME}.schedule: sequences"
+            raise errors.wrong("type", name, "names", got) from None
+        counts, prompts = {}, []
+        for sequence in sequences:
+            found = self._resident("schedule", sequence, "sequences")
+            pending = len(found.tokens) - found.length
+            if pending > 1:
+                prompts.append((sequence, pending))
+            elif pending > 0 and left:
+                counts[sequence] = 1
+                left -= 1
+        for sequence, pending in prompts:
+            if left:
+                counts[sequence] = min(pending, left)
+                left -= counts[sequence]
+        return counts
 
     def blocks_needed(self, sequences: Sequence[Hashable], counts: Sequence[SupportsIndex]) -> int:
         """How many free blocks `step` would take for these sequences and counts of new tokens."""
@@ -394,12 +475,7 @@ class BlockTables:
     def _planned(self, method, sequences, counts):
         """(The sequences, the counts as integers, how many blocks that takes)."""
         name = f"{NAME}.{method}"
-        try:
-            alike = len(sequences) == len(counts)
-        except TypeError:
-            alike = False
-        if not alike:
-            self._refuse_lists(name, sequences, counts)
+        self._require_alike(name, sequences, "counts", counts)
         try:
             distinct = len(set(sequences)) == len(sequences)
         except TypeError:
@@ -434,15 +510,24 @@ class BlockTables:
             all_found.append(found)
             numbers.append(count)
         if not distinct:
-            again = next(s for at, s in enumerate(sequences) if s in sequences[:at])
-            got = f"{errors.shown(again)} twice"
-            raise errors.wrong("value", f"{name}: sequences", "each sequence once", got)
+            self._refuse_twice(name, sequences)
         return all_found, numbers, needed
 
     @staticmethod
-    def _refuse_lists(name, sequences, counts):
-        """Say what is wrong with what is no list of names and as many counts."""
-        for argument, given in (("sequences", sequences), ("counts", counts)):
+    def _refuse_twice(name, sequences):
+        again = next(s for at, s in enumerate(sequences) if s in sequences[:at])
+        got = f"{errors.shown(again)} twice"
+        raise errors.wrong("value", f"{name}: sequences", "each sequence once", got)
+
+    @staticmethod
+    def _require_alike(name, sequences, argument, others):
+        """Refuse what is no list of names and as many of what ``argument`` calls."""
+        try:
+            if len(sequences) == len(others):
+                return
+        except TypeError:
+            pass
+        for called, given in (("sequences", sequences), (argument, others)):
             try:
                 len(given)  # which an array without dimensions has not, though it has the method
                 is_list = not isinstance(given, (str, bytes))
@@ -450,9 +535,9 @@ class BlockTables:
                 is_list = False
             if not is_list:
                 got = errors.shown(given)
-                raise errors.wrong("type", f"{name}: {argument}", "a list", got)
-        expected = f"one count for each of {len(sequences)} sequences"
-        raise errors.wrong("length", f"{name}: counts", expected, len(counts))
+                raise errors.wrong("type", f"{name}: {called}", "a list", got)
+        expected = f"one {argument[:-1]} for each of {len(sequences)} sequences"
+        raise errors.wrong("length", f"{name}: {argument}", expected, len(others))
 
     def _require_free(self, method, needed, pool):
         if needed > pool.num_free:
@@ -491,66 +576,82 @@ class BlockTables:
 
     # --- to the host and back
 
-    def swap_out(self, sequence: Hashable) -> list[tuple[int, int]]:
-        """Move a sequence to host memory, so that others can have its blocks. Full blocks that host
-        memory has already, of a sequence that began alike, are shared, and not copied.
+    def swap_out(self, *sequences: Hashable) -> list[tuple[int, int]]:
+        """Move sequences to host memory, so that others can have their blocks. Full blocks that
+        host memory has already, of a sequence that began alike, are shared, and not copied; what
+        the sequences share, such as beams do, they share there.
 
         Returns
         -------
         list of (block of the cache, block in host memory)
-            For ``cache.swap_blocks(host_cache, pairs)``.
+            For ``cache.swap_blocks(host_cache, pairs)`` or `SwapSpace.swap_out`.
 
         Raises
         ------
         OutOfBlocksError
-            Where too few blocks are free in host memory; then nothing was changed.
+            Where too few blocks are free in host memory for all of them; then nothing was changed.
         """
-        found = self._resident("swap_out", sequence)
-        blocks, pairs = self._moved("swap_out, in host memory", found, self.host_pool)
-        self._drop(self.pool, found.blocks)
-        self._give_row_back(found)
-        found.row, found.blocks = NO_ROW, blocks
+        group = [self._resident("swap_out", sequence) for sequence in sequences]
+        pairs, blocks = self._moved("swap_out", sequences, group, self.pool, self.host_pool)
+        for found, there in zip(group, blocks):
+            self._give_row_back(found)
+            found.row, found.blocks = NO_ROW, there
         return pairs
 
-    def swap_in(self, sequence: Hashable) -> list[tuple[int, int]]:
-        """Bring a sequence back, into whatever blocks are free. Full blocks that the cache still
-        has are shared, and not copied.
+    def swap_in(self, *sequences: Hashable) -> list[tuple[int, int]]:
+        """Bring sequences back, into whatever blocks are free. Full blocks that the cache still has
+        are shared, and not copied.
 
         Returns
         -------
         list of (block in host memory, block of the cache)
-            For ``host_cache.swap_blocks(cache, pairs)``.
+            For ``host_cache.swap_blocks(cache, pairs)`` or `Prefetch.swap_in`.
 
         Raises
         ------
         OutOfBlocksError
-            Where too few blocks are free; then nothing was changed.
+            Where too few blocks are free for all of them; then nothing was changed.
         """
-        found = self._found("swap_in", sequence)
-        if found.row != NO_ROW:
-            self._refuse("swap_in", sequence, "a sequence that is swapped out", "is not")
-        blocks, pairs = self._moved("swap_in", found, self.pool)
-        self._drop(self.host_pool, found.blocks)
-        found.row, found.blocks = self._new_row(), blocks
-        self._table[found.row, : len(blocks)] = blocks
+        group = [self._found("swap_in", sequence) for sequence in sequences]
+        for sequence, found in zip(sequences, group):
+            if found.row != NO_ROW:
+                self._refuse("swap_in", sequence, "a sequence that is swapped out", "is not")
+        pairs, blocks = self._moved("swap_in", sequences, group, self.host_pool, self.pool)
+        for found, there in zip(group, blocks):
+            found.row, found.blocks = self._new_row(), there
+            self._table[found.row, : len(there)] = there
         return pairs
 
-    def _moved(self, method, found, pool):
-        """(Blocks of ``pool`` for a sequence of the other one, the pairs to be copied)."""
-        there = [pool.find(content) for content in found.contents] if self._reuse else []
-        there += [None] * (len(found.blocks) - len(there))
-        missing = there.count(None)
-        idle = sum(block is not None and not pool.users(block) for block in there)
-        self._require_free(method, missing + idle, pool)
-        for block in there:
-            if block is not None:
-                pool.share(block)
-        taken = iter(pool.take(missing))
-        blocks = [next(taken) if block is None else block for block in there]
-        for block, content in zip(blocks, found.contents):
-            pool.hold(block, content)
-        moved = zip(found.blocks, blocks, there)
-        return blocks, [(old, new) for old, new, shared in moved if shared is None]
+    def _moved(self, method, names, group, here, there):
+        """(Pairs to be copied, each sequence's blocks of the pool ``there``) of sequences with
+        blocks of the pool ``here``."""
+        if len(set(names)) < len(names):
+            self._refuse_twice(f"{NAME}.{method}", names)
+        known: dict[int, int | None] = {}  # block here -> the one there that has its content
+        for found in group:
+            for block, content in itertools.zip_longest(found.blocks, found.contents):
+                known[block] = None if content is None else there.find(content)
+        missing = [block for block, other in known.items() if other is None]
+        idle = {other for other in known.values() if other is not None and not there.users(other)}
+        where = ", in host memory" if there is self.host_pool else ""
+        self._require_free(method + where, len(missing) + len(idle), there)
+        for found in group:
+            for block in found.blocks:
+                if known[block] is not None:
+                    there.share(known[block])
+        pairs = list(zip(missing, there.take(len(missing))))
+        new, all_blocks = dict(pairs), []
+        for found in group:
+            for block in found.blocks:
+                if block in new:
+                    there.share(new[block])
+            all_blocks.append([new.get(block, known[block]) for block in found.blocks])
+            for block, content in zip(all_blocks[-1], found.contents):
+                there.hold(block, content)
+            self._drop(here, found.blocks)
+        for block in new.values():
+            there.drop(block)
+        return pairs, all_blocks
 
     # --- what blocks hold
 
@@ -610,12 +711,14 @@ class BlockTables:
             self._refuse(method, sequence, "a sequence that is not swapped out", "is", argument)
         return found
 
-    def _require_new(self, method, sequence, argument="sequence"):
+    def _is_there(self, method, sequence, argument):
         try:
-            there = sequence in self._sequences
+            return sequence in self._sequences
         except TypeError:
-            there = self._found(method, sequence, argument)
-        if there:
+            return self._found(method, sequence, argument)  # refuses what cannot be hashed
+
+    def _require_new(self, method, sequence, argument="sequence"):
+        if self._is_there(method, sequence, argument):
             self._refuse(method, sequence, "a new name", "is taken", argument)
 
     def _refuse(self, method, sequence, expected, verb, argument="sequence"):

@@ -69,8 +69,8 @@ def block_table_to_csr(
     indptr = np.concatenate([[0], np.cumsum(pages)])
     _in_range(op, "seq_lens", indptr[-1:] * block_size, 0, LARGEST * block_size)
     used = np.arange(width) < pages[:, None]
+    _in_range(op, "block_table", np.where(used, table, 0), 0, LARGEST)
     indices = table[used]
-    _in_range(op, "block_table", indices, 0, LARGEST)
     last = np.where(lens > 0, (lens - 1) % block_size + 1, 0)
     return _as_arrays(like, indptr, indices, last)
 

@@ -224,6 +224,11 @@ class CudaDriver:
         """The address of CuPy's current stream on a GPU."""
         return cuda.import_cupy(f"cuda:{device}").cuda.get_current_stream(device).ptr
 
+    def new_stream(self, device):
+        """A stream of GPU ``device`` that waits for no other: CuPy's object, which owns it."""
+        with cuda.on_device(device):
+            return cuda.import_cupy("a stream").cuda.Stream(non_blocking=True)
+
     def capturing(self, stream, device):
         """Whether ``stream`` of GPU ``device`` is being captured into a CUDA graph."""
         if stream in _LEGACY:
@@ -385,6 +390,11 @@ class Event:
         """Whether the GPU has got there."""
         with cuda.on_device(self._device), cuda.during_captures():
             return self._runtime.eventQuery(self._event) == 0
+
+    def wait(self):
+        """Wait until the GPU has got there."""
+        with cuda.on_device(self._device):
+            self._runtime.eventSynchronize(self._event)
 
     def hold(self, stream):
         """Make what is enqueued on ``stream`` of the same GPU from now on wait for it, without

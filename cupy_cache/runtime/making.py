@@ -83,6 +83,19 @@ def _hand_over(made, framework, device, stream):
             streams.lend([made], stream, device)
 
 
+def empty_of_stream(framework, device, shape, dtype, stream):
+    """`empty`, on a GPU, of memory that belongs to ``stream``, an object of CuPy: it waits for no
+    other stream, and whoever uses the array on another must keep it until that is done."""
+    if framework in arrays.FRAMEWORKS:
+        return empty(framework, device, shape, dtype, stream.ptr)
+    current = stream
+    if framework == "torch":
+        of_torch = sys.modules["torch"].cuda
+        current = of_torch.stream(of_torch.ExternalStream(stream.ptr, device=device.index))
+    with cuda.on_device(device.index), current:
+        return empty(framework, device, shape, dtype)
+
+
 def empty_beside(tensor, shape, stream=None):
     """`empty`, of the dtype and on the device of a torch tensor."""
     made = tensor.new_empty(shape)

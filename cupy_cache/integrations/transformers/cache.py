@@ -172,15 +172,10 @@ class PagedCache(Cache):
     def _select(self, chosen):
         if not self._length or chosen == list(range(len(self.rows))):
             return
-        names, given = [], set()
-        for row in chosen:
-            name = self.rows[row]
-            if name in given:
-                name = self._new_name()
-                self.tables.fork(self.rows[row], name)
-            given.add(name)
-            names.append(name)
-        for name in set(self.rows) - given:
+        names = self.rows[: len(chosen)]
+        names += [self._new_name() for _ in range(len(chosen) - len(names))]
+        self.tables.reorder(names, [self.rows[row] for row in chosen])
+        for name in self.rows[len(chosen) :]:
             self.tables.free(name)
         self.rows, self._step = names, None
         self._padding = [

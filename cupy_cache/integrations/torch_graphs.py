@@ -1,0 +1,108 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Steps that decode, as CUDA graphs of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+
+from .. import Step, errors
+from ..runtime import contract
+
+NAME = "StepGraphs"
+
+
+class StepGraphs:
+    """What a model does with a step in which each sequence has one new token, captured once for
+    each of some numbers of sequences and then replayed.
+
+    A step's arrays are padded to the next of these numbers by ``num_sequences`` and ``num_tokens``
+    of `BlockTables.step`, and of one number they are always in the same place::
+
+        graphs = StepGraphs(decode, 64)
+        size = graphs.padded(len(names))
+        step = tables.step(names, [1] * len(names), num_sequences=size, num_tokens=size)
+        cache.copy_blocks(step.copies)
+        made = graphs(step)
+
+    Of CPU tensors nothing is captured: the function is called.
+
+    Parameters
+    ----------
+    function : callable
+        Takes a `Step`; returns what is to be read after each replay: tensors, which stay in their
+        place, and are overwritten by the next replay of any of the graphs.
+    max_sequences : int
+        The largest number.
+    sizes : sequence of int, optional
+        All numbers; by default 1, 2, 4, 8, multiples of 16, and the largest.
+
+    Attributes
+    ----------
+    sizes : list of int
+        Ascending.
+    graphs : dict
+        {number of sequences: (torch.cuda.CUDAGraph, what the function returned)} of those that were
+        captured. They share memory, so they are replayed one after the other.
+
+    Raises
+    ------
+    CupyCacheError
+        One of its kinds.
+    """
+
+    sizes: list[int]
+    graphs: dict[int, tuple[torch.cuda.CUDAGraph, Any]]
+
+    def __init__(
+        self,
+        function: Callable[[Step], Any],
+        max_sequences: int,
+        sizes: Iterable[int] | None = None,
+    ) -> None:
+        most = contract.integer(NAME, "max_sequences", max_sequences, 1)
+        given = (1, 2, 4, 8, *range(16, most, 16), most) if sizes is None else sizes
+        found = {contract.integer(NAME, "sizes", size, 1) for size in given}
+        self.sizes = sorted(size for size in found if size <= most)
+        if not self.sizes or self.sizes[-1] < most:
+            self.sizes.append(most)
+        self.graphs, self._function, self._pool = {}, function, None
+
+    def padded(self, num_sequences: int) -> int:
+        """The number of sequences that a step of so many is padded to."""
+        for size in self.sizes:
+            if num_sequences <= size:
+                return size
+        expected, name = f"at most {self.sizes[-1]}", f"{NAME}.padded: num_sequences"
+        raise errors.wrong("value", name, expected, str(num_sequences))
+
+    def __call__(self, step: Step) -> Any:
+        """What the function makes of a step, whose arrays are for one of ``sizes``."""
+        size = len(step.seq_lens)
+        if len(step.positions) != size:
+            expected, got = f"as many as sequences, {size}", str(len(step.positions))
+            raise errors.wrong("length", f"{NAME}: step.positions", expected, got)
+        if not step.seq_lens.is_cuda:
+            return self._function(step)
+        if size not in self.graphs:
+            self._capture(step, size)
+        return self.replay(size)
+
+    def replay(self, size: int) -> Any:
+        """What the graph for so many sequences makes of what is in a step's arrays now."""
+        graph, results = self.graphs[size]
+        graph.replay()
+        return results
+
+    def _capture(self, step, size):
+        self._function(step)  # loads kernels, of which none may be met first inside the capture
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads, such as those of torch.distributed, may go on meanwhile.
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            results = self._function(step)
+        self.graphs[size] = graph, results

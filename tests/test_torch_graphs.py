@@ -1,0 +1,77 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""`StepGraphs`: a graph for each of some numbers of sequences."""
+
+import pytest
+
+import cupy_cache as cc
+
+torch = pytest.importorskip("torch")
+torch_graphs = pytest.importorskip("cupy_cache.integrations.torch_graphs")
+
+
+def ignored(step):
+    return step
+
+
+@pytest.mark.parametrize(
+    "options, sizes",
+    [
+        ((1,), [1]), ((6,), [1, 2, 4, 6]), ((40,), [1, 2, 4, 8, 16, 32, 40]),
+        ((64,), [1, 2, 4, 8, 16, 32, 48, 64]), ((8, [3, 3, 12]), [3, 8]), ((8, [8, 2]), [2, 8]),
+    ],
+)  # fmt: skip
+def test_sizes(options, sizes):
+    graphs = torch_graphs.StepGraphs(ignored, *options)
+    assert graphs.sizes == sizes and not graphs.graphs
+    padded = [graphs.padded(count) for count in range(1, sizes[-1] + 1)]
+    assert padded == [min(s for s in sizes if s >= n) for n in range(1, sizes[-1] + 1)]
+    with pytest.raises(cc.ArgumentError, match="StepGraphs.padded: Invalid value of num_seq"):
+        graphs.padded(sizes[-1] + 1)
+
+
+def test_refusals():
+    for options in ((0,), (4, [0]), (4, [1.5])):
+        with pytest.raises(cc.ArgumentError, match="^StepGraphs: Invalid value of"):
+            torch_graphs.StepGraphs(ignored, *options)
+    tables = cc.BlockTables(
+        8, 4, max_sequences=2, max_tokens=4, max_length=8, framework="torch", device="cpu"
+    )
+    tables.add("a", range(3))
+    graphs = torch_graphs.StepGraphs(ignored, 2)
+    with pytest.raises(cc.ArgumentError, match="StepGraphs: Invalid length of step.positions"):
+        graphs(tables.step(["a"], [3]))
+    tables.append("a", 5)
+    step = tables.step(["a"], [1], num_sequences=2, num_tokens=2)
+    assert graphs(step) is step and not graphs.graphs  # on the CPU
+
+
+@pytest.mark.gpu
+def test_replays():
+    """Each step's own numbers, in graphs that were captured once."""
+    if not torch.cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    tables = cc.BlockTables(
+        64, 4, max_sequences=4, max_tokens=64, max_length=40, framework="torch", device="cuda"
+    )
+    calls = []
+
+    def function(step):
+        calls.append(len(step.seq_lens))
+        return step.seq_lens * 2, step.token_ids + step.positions
+
+    graphs = torch_graphs.StepGraphs(function, 4)
+    for name, length in zip("abc", (5, 9, 2)):
+        tables.add(name, range(length))
+        tables.step([name], [length])
+    for token in range(8):
+        names = list("abc"[: 1 + token % 3])
+        for name in names:
+            tables.append(name, token)
+        size = graphs.padded(len(names))
+        step = tables.step(names, [1] * len(names), num_sequences=size, num_tokens=size)
+        lengths, places = graphs(step)
+        expected = [tables.length(name) for name in names]
+        assert lengths.tolist() == [2 * n for n in expected] + [0] * (size - len(names))
+        assert places.tolist()[: len(names)] == [token + n - 1 for n in expected]
+    assert sorted(calls) == [1, 1, 2, 2, 4, 4] and sorted(graphs.graphs) == [1, 2, 4]
