@@ -61,33 +61,37 @@ __global__ void __launch_bounds__(kMaxThreads)
   const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   const i64 token = static_cast<i64>(index / kItems);
   const int item = static_cast<int>(index % kItems);
+  const int key_head = item / kKeyVectors, value_head = item / kValueVectors;
+  const char* const slot_at = computed_here(p.slot_mapping + token * p.slot_stride);
+  const char* const key_at =
+      computed_here(p.key + token * p.key_token_stride + key_head * p.key_head_stride +
+                    (item % kKeyVectors) * Converter::kSourceBytes);
+  const char* const value_at =
+      computed_here(p.value + token * p.value_token_stride + value_head * p.value_head_stride +
+                    (item % kValueVectors) * Converter::kSourceBytes);
   if (token >= p.tokens) return;
 
-  const i64 slot = load_number<Slot>(p.slot_mapping + token * p.slot_stride);
+  const i64 slot = load_number<Slot>(slot_at);
   const bool has_key = kKeyItems == kItems || item < kKeyItems;
   const bool has_value = kValueItems == kItems || item < kValueItems;
   typename Converter::Source key, value;
   float k_scale, v_scale;
   if (has_key) {
-    const int head = item / kKeyVectors;
-    key = Converter::load(p.key + token * p.key_token_stride + head * p.key_head_stride +
-                          (item % kKeyVectors) * Converter::kSourceBytes);
-    k_scale = scale_of(p.k_scale, p.k_scale_stride, head, p.k_scale_value);
+    key = Converter::load(key_at);
+    k_scale = scale_of(p.k_scale, p.k_scale_stride, key_head, p.k_scale_value);
   }
   if (has_value) {
-    const int head = item / kValueVectors;
-    value = Converter::load(p.value + token * p.value_token_stride + head * p.value_head_stride +
-                            (item % kValueVectors) * Converter::kSourceBytes);
-    v_scale = scale_of(p.v_scale, p.v_scale_stride, head, p.v_scale_value);
+    value = Converter::load(value_at);
+    v_scale = scale_of(p.v_scale, p.v_scale_stride, value_head, p.v_scale_value);
   }
   const Target<kBlockSize> target(slot, p.num_blocks);
   const Place<kBlockSize> place = target.place();
   char* const key_to = p.key_cache + place.block * p.key_block_stride +
                        place.offset * p.key_offset_stride +
-                       (item / kKeyVectors) * p.key_cache_head_stride + (item % kKeyVectors) * kVec;
+                       key_head * p.key_cache_head_stride + (item % kKeyVectors) * kVec;
   char* const value_to = p.value_cache + place.block * p.value_block_stride +
                          place.offset * p.value_offset_stride +
-                         (item / kValueVectors) * p.value_cache_head_stride +
+                         value_head * p.value_cache_head_stride +
                          (item % kValueVectors) * kVec;
   // Not behind the stores: 64 tokens and more are written up to 4 % quicker if stores begin a
   // little later.

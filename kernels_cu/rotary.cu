@@ -678,6 +678,109 @@ __global__ void __launch_bounds__(kMaxThreads) rotary(const __grid_constant__ Pa
   release_next_launch();
 }
 
+// What a head is of.
+struct Role {
+  bool is_query, is_value;
+
+  // All three are parameters, and read: of reads under conditions the compiler would make branches.
+  template <typename T>
+  __device__ __forceinline__ T of(T query, T key, T value) const {
+    return is_query ? query : is_value ? value : key;
+  }
+};
+
+// The same of few tokens, whose heads are stored as they come. One of them takes little more than its
+// two loads, of the position and then of the row; so queries, keys and values go one way, without a
+// branch, and in small units, which take fewer instructions.
+template <typename Element, typename Table, int kVec, int kHeads, int kKeyHeads, int kSize,
+          int kRotary, int kOffset, int kBlockSize, bool kNeox, Sections kSections, bool kToOut,
+          bool kDense, typename Position, typename Slot, int kMaxThreads>
+__global__ void __launch_bounds__(kMaxThreads) rotary_few(const __grid_constant__ Params p) {
+  await_earlier_launches();
+  assume_launched_with<kMaxThreads>();
+  constexpr int kElement = sizeof(typename Element::Bits);
+  constexpr int kElements = kVec / kElement;
+  using Dealt = Deal<kSize, kRotary, kOffset, kElements, kNeox, true>;
+  constexpr u32 kLanes = Dealt::kItems, kItems = (kHeads + 2 * kKeyHeads) * kLanes;
+  constexpr int kTurns = Dealt::kAcross ? 1 : 2;  // of an item
+  constexpr i64 kHead = kSize * kElement, kSlot = kKeyHeads * kHead;
+  using AnglesOf = Angles<Table, Position, kSections, kRotary, kDense>;
+
+  const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
+  if (index / kItems >= static_cast<u32>(p.tokens)) return;
+  const i64 token = static_cast<i64>(index / kItems);
+  const u32 item = index % kItems, lane = item % kLanes, row = item / kLanes;
+  const Role role = {row < kHeads, row >= kHeads + kKeyHeads};
+  const u32 head = row - role.of<u32>(0, kHeads, kHeads + kKeyHeads);
+  const Dealt dealt(lane);
+
+  const AnglesOf angles(p, token);
+  const char* const slot_at =
+      p.slot_mapping + token * (kDense ? static_cast<i64>(sizeof(Slot)) : p.slot_stride);
+  i64 slot = -1;
+  if (static_cast<u32>(token) < static_cast<u32>(p.slots)) slot = load_number<Slot>(slot_at);
+  const char* const from =
+      role.of<const char*>(p.query, p.key, p.value) +
+      token * role.of(p.query_token_stride, p.key_token_stride, p.value_token_stride) +
+      head * (kDense ? kHead : role.of(p.query_head_stride, p.key_head_stride, p.value_head_stride));
+  Vec<kVec> loaded[2];
+  const u64 policy = l2_policy((6 << 10) * (16 / kVec));  // a thread moves less than elsewhere
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    if (dealt.there[i]) loaded[i] = load_vector<kVec>(from + dealt.at[i] * kElement, policy);
+  }
+  Turn<AnglesOf, kElements / kTurns> turns[kTurns];
+  if (!role.is_value) {
+#pragma unroll
+    for (int i = 0; i < kTurns; ++i) {
+      const u32 first = kTurns == 1 ? lane * kElements : (dealt.at[i] - kOffset) / 2;
+      turns[i].load(p, angles, dealt.there[i] && dealt.turns(i) ? first : 0);
+    }
+  }
+
+  const Target<kBlockSize> target(slot, p.num_blocks);
+  const Place<kBlockSize> place = target.place();
+  const i64 query_token_stride = kToOut ? p.out_token_stride : p.query_token_stride;
+  const i64 query_head_stride = kToOut ? p.out_head_stride : p.query_head_stride;
+  char* const to =
+      role.of(kToOut ? p.out : p.query, p.key_cache, p.value_cache) +
+      (role.is_query ? token : place.block) *
+          role.of(query_token_stride, p.key_block_stride, p.value_block_stride) +
+      place.offset * (kDense ? (role.is_query ? 0 : kSlot)
+                             : role.of<i64>(0, p.key_offset_stride, p.value_offset_stride)) +
+      head * (kDense ? kHead
+                     : role.of(query_head_stride, p.key_cache_head_stride, p.value_cache_head_stride));
+  const bool when = angles.valid(p) && (role.is_query || target.valid);
+
+  float values[2][kElements];
+#pragma unroll
+  for (int i = 0; i < 2; ++i) decode_all<Element>(loaded[i], values[i]);
+#pragma unroll
+  for (int i = 0; i < kTurns; ++i) {
+    if (!dealt.there[i] || !dealt.turns(i)) continue;
+    float cosine[kElements / kTurns], sine[kElements / kTurns];
+    turns[i].get(cosine, sine);
+#pragma unroll
+    for (int e = 0; e < kElements / kTurns; ++e) {
+      if constexpr (Dealt::kAcross) {
+        turn<false>(values[0][e], values[1][e], cosine[e], sine[e]);
+      } else {
+        turn<false>(values[i][2 * e], values[i][2 * e + 1], cosine[e], sine[e]);
+      }
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    Vec<kVec> turned;
+    encode_all<Element>(values[i], turned);
+    store_vector<kVec>(to + dealt.at[i] * kElement, role.is_value ? loaded[i] : turned,
+                       when && dealt.there[i] && (kToOut || !role.is_query || dealt.turns(i)));
+  }
+  if (item == 0) angles.report(p, token);
+  if (item == (kHeads + kKeyHeads) * kLanes) target.report(kSlotMapping, token);
+  release_next_launch();
+}
+
 #endif  // CUPY_CACHE_CONVERTS
 
 }  // namespace cupy_cache

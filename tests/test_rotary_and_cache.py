@@ -9,6 +9,7 @@ import rotating
 import worlds
 
 import cupy_cache as cc
+from cupy_cache.ops.shared import rotary
 from cupy_cache.runtime import formats
 
 NAME = "rotary_and_cache"
@@ -247,19 +248,46 @@ KINDS = {
 }
 
 
+# Few tokens may go another way than more.
+few_and_more = pytest.mark.parametrize("tokens", [rotary.FEW_TOKENS, rotary.FEW_TOKENS + 3])
+
+
+@few_and_more
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind(world, rng, kind):
+def test_every_kind(world, rng, kind, tokens):
     model = KINDS[kind]
-    check(world, model, *model.case(rng))
+    check(world, model, *model.case(rng, tokens))
 
 
+@pytest.mark.parametrize("tokens", [1, 2, rotary.FEW_TOKENS, rotary.FEW_TOKENS + 1])
+def test_numbers_of_tokens(world, rng, tokens):
+    model = Model(heads=7, kv_heads=1, size=80, rotary=32, offset=16, out="auto")
+    step, named = model.case(rng, max(tokens, 2))
+    step[0], step[7] = step[0][:tokens], step[7][:tokens]
+    check(world, model, step, named)
+
+
+def test_few_tokens_have_a_kernel_of_their_own(recorder, nothing_remembered):
+    """In each call of a signature, whichever numbers of tokens came before."""
+    torch = pytest.importorskip("torch")
+    table = torch.zeros(9, 64)
+    caches = [torch.zeros(9, 16, 2, 64) for _ in "kv"]
+    for tokens in (20, 1, 20, rotary.FEW_TOKENS, rotary.FEW_TOKENS + 1, 3):
+        positions, slots = torch.zeros(2, tokens, dtype=torch.int64)
+        query, key, value = (torch.zeros(tokens, heads, 64) for heads in (4, 2, 2))
+        cc.rotary_and_cache(positions, query, key, value, table, *caches, slots)
+        ((expression, *_),) = recorder.take()
+        assert ("rotary_few<" in expression) == (tokens <= rotary.FEW_TOKENS)
+
+
+@few_and_more
 @pytest.mark.parametrize("kind", ["ordinary", "normalised", "scales of heads", "x-packed"])
-def test_tokens_beyond_the_slots(world, rng, kind):
+def test_tokens_beyond_the_slots(world, rng, kind, tokens):
     """As in a captured graph: their queries are rotated, and of their keys there may be no rows."""
     model = KINDS[kind]
-    step, named = model.case(rng, tokens=6)
-    step[2:4] = step[2][:4], step[3][:4]
-    step[7] = step[7][:4]
+    step, named = model.case(rng, tokens)
+    step[2:4] = step[2][:-2], step[3][:-2]
+    step[7] = step[7][:-2]
     check(world, model, step, named)
 
 
@@ -314,6 +342,7 @@ def test_several_parts_of_heads_in_x_packed_caches(world, rng, layout, kv_cache_
     check(world, model, step, named)
 
 
+@few_and_more
 @pytest.mark.parametrize(
     "bad, sections, layout",
     [
@@ -323,10 +352,10 @@ def test_several_parts_of_heads_in_x_packed_caches(world, rng, layout, kv_cache_
         (-1, (8, 12, 12), "x-packed"),
     ],
 )
-def test_positions_outside_the_table(world, rng, bad, sections, layout):
+def test_positions_outside_the_table(world, rng, bad, sections, layout, tokens):
     """The token is skipped, in every array, and recorded."""
     model = Model(sections=sections, layout=layout)
-    step, named = model.case(rng)
+    step, named = model.case(rng, tokens)
     step[0].on(step[0].buffer.bytes)[..., 2] = bad if sections is None else [3, bad, 5]
     check(world, model, step, named)
     with pytest.raises(cc.FaultError) as caught:
@@ -336,10 +365,11 @@ def test_positions_outside_the_table(world, rng, bad, sections, layout):
     } == {(NAME, "positions", 2, bad, rotating.POSITIONS)}  # fmt: skip
 
 
+@few_and_more
 @pytest.mark.parametrize("kind", ["ordinary", "x-packed"])
-def test_slots_past_the_cache(world, rng, kind):
+def test_slots_past_the_cache(world, rng, kind, tokens):
     model = KINDS[kind]
-    step, named = model.case(rng)
+    step, named = model.case(rng, tokens)
     step[7].on(step[7].buffer.bytes)[3] = 20
     check(world, model, step, named)
     with pytest.raises(cc.FaultError) as caught:
@@ -437,11 +467,12 @@ def test_the_same_as_one_after_the_other(world, rng, kind, kv_cache_dtype):
     np.testing.assert_array_equal(*(q.view(np.uint16) for q in queries))
 
 
-def test_special_numbers_go_through(world, rng):
+@few_and_more
+def test_special_numbers_go_through(world, rng, tokens):
     """Infinities, NaN, subnormals and zeros of either sign in queries, keys and tables are the same
     on every backend."""
     model = Model(dtype="float32", out="auto", size=64)
-    step, named = model.case(rng)
+    step, named = model.case(rng, tokens)
     for spec in step[1:5]:
         view = spec.on(spec.buffer.bytes)
         bits = rng.integers(0, 2**32, view.shape, np.uint32).view(np.float32)

@@ -251,7 +251,7 @@ def function_of(kernel):
 def test_every_operation_can_be_warmed(emulated_world, rng, op):
     """What its ordinary calls launch is among what it needs for the one or the other model."""
     assert op in OPERATIONS, "write its calls in cupy_cache/compilation/specialisations.py"
-    size = 128 if op == "paged_attention" else 576  # of latent attention
+    size = 128 if op in ("paged_attention", "rotary_and_cache") else 576  # of latent attention
     warm = {
         function_of(kernel)
         for kv_cache_dtype, layouts in (

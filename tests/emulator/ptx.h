@@ -131,6 +131,7 @@ template <typename T>
 __forceinline__ const T& at(unsigned long long address) {
   return *reinterpret_cast<const T*>(address);
 }
+__forceinline__ void mov_s64(unsigned long long& to, unsigned long long from) { to = from; }
 __forceinline__ void ld_s64(long long& to, unsigned long long from) { to = at<long long>(from); }
 __forceinline__ void ld_s32(int& to, unsigned long long from) { to = at<int>(from); }
 

@@ -62,6 +62,7 @@ def _warpgroup_product(columns, kind, machine):
 
 INSTRUCTIONS = {
     "ld.global.s64 %0, [%1];": Instruction("ld_s64", "=l l", r"LDG\.E\.64 R\d+, desc", stays=True),
+    "mov.s64 %0, %1;": Instruction("mov_s64", "=l l", r"LDG\.E\.64 .* STG\.E\.64", stays=True),
     "ld.global.s32 %0, [%1];": Instruction("ld_s32", "=r l", r"LDG\.E R\d+, desc", stays=True),
     **dict(
         (

@@ -7,6 +7,7 @@ import functools
 
 from ... import cpu, errors
 from ...runtime import contract, dispatch, formats, launch, modules, params, plans, spelling
+from ...runtime.devices import NOWHERE
 from . import mla, transposed
 
 STEM = "rotary"
@@ -28,6 +29,7 @@ PARAMS = params.Struct(
 MAX_THREADS = 128
 MAX_HEAD_SIZE = 2048  # that one warp holds in its registers
 LANE_BYTES = 32  # of values, that a lane moves at least
+FEW_TOKENS = 4  # that go one way, where there is one: `rotary_few`
 TOGETHER = 4  # the kernel's kTogether: tokens whose keys are written side by side
 ROUNDINGS = ("once", "steps")
 
@@ -433,22 +435,26 @@ def _gpu_plan(found):
     tokens, heads = zip(*(rows(array) for array in (query, found.out, key, value)))
     key_block, *key_strides = key_strides
     value_block, *value_strides = value_strides
-    launcher = launch.Launcher(
-        kernel,
-        device,
-        (table.shape[0], found.num_blocks, *tokens, key_block, value_block,
-         found.positions.strides[-1],
-         0 if found.slot_mapping is None else found.slot_mapping.strides[0], table.strides[0],
-         *heads, *key_strides, *value_strides,
-         *(found.steps[role] for role in ("q_scale", "k_scale", "v_scale")),
-         *strides(found.k_scale_cache), *strides(found.v_scale_cache), *ends),
+    constants = (
+        table.shape[0], found.num_blocks, *tokens, key_block, value_block,
+        found.positions.strides[-1],
+        0 if found.slot_mapping is None else found.slot_mapping.strides[0], table.strides[0],
+        *heads, *key_strides, *value_strides,
+        *(found.steps[role] for role in ("q_scale", "k_scale", "v_scale")),
+        *strides(found.k_scale_cache), *strides(found.v_scale_cache), *ends,
     )  # fmt: skip
+    launcher = launch.Launcher(kernel, device, constants)
     queries, keys = found.heads * lanes, found.key_heads * lanes
     values = found.cached * found.key_heads * value_lanes
     parts = transposed.parts(found.key_heads, value_bytes)
 
     if not scattered:
-        return plans.KernelPlan(launcher, launch.FullShape(queries + keys + values, MAX_THREADS))
+        many = plans.KernelPlan(launcher, launch.FullShape(queries + keys + values, MAX_THREADS))
+        few = _few(found, min(elements, 2), vector, dense)
+        if few is None:
+            return many
+        kernel, items = few
+        return _FewOrMany(plans.full(kernel, device, constants, items, MAX_THREADS), many)
 
     def shape(tokens):
         rotated = tokens * queries + launch.ceil_div(tokens, TOGETHER) * TOGETHER * keys
@@ -456,6 +462,58 @@ def _gpu_plan(found):
         return (blocks + transposed.tiles(tokens) * parts, 1, 1), MAX_THREADS
 
     return plans.KernelPlan(launcher, shape)
+
+
+class _FewOrMany(plans.KernelPlan):
+    """A launch by one of two plans: up to `FEW_TOKENS`, and more. The first call loads the kernels
+    of both: a step's tokens may be few for the first time where a graph is captured."""
+
+    __slots__ = ("_few",)
+
+    def __init__(self, few, many):
+        super().__init__(many.launcher, many.shape)
+        self._few = few
+
+    def launch_for(self, rows):
+        return self._few.launch_for(rows) if rows <= FEW_TOKENS else super().launch_for(rows)
+
+    def launchers(self):
+        return (*self._few.launchers(), *super().launchers())
+
+    def run(self, call):
+        if self.launcher.device != NOWHERE:
+            for launcher in self.launchers():
+                launcher.load(call.stream)
+        super().run(call)
+
+
+def _few(found, elements, value_vector, dense):
+    """(The kernel of few tokens, the items of one), in units of so many elements; None where heads
+    are not stored as they come."""
+    bytes_each = found.query.dtype.bytes
+    if (
+        not found.cached or found.entries or found.scaled or found.norm or found.key_in_place
+        or found.stored or found.out_stored or found.value_size != found.size
+        or elements < 2 or value_vector % (elements * bytes_each)
+    ):  # fmt: skip
+        return None
+    name, flag, index = spelling.ELEMENT_NAMES.get, spelling.boolean, spelling.INDEX_NAMES
+    kernel = modules.Kernel(
+        found.op,
+        STEM,
+        f"rotary_few<{name(found.query.dtype.name)}, {name(found.cos_sin_cache.dtype.name)}, "
+        f"{elements * bytes_each}, {found.heads}, {found.key_heads}, {found.size}, "
+        f"{found.rotary}, {found.offset}, {found.block_size}, {flag(found.is_neox)}, "
+        f"cupy_cache::Sections::{_sections_kind(found, elements, found.is_neox)}, "
+        f"{flag(found.out is not None)}, {flag(dense)}, "
+        f"{index[found.positions.dtype.name]}, {index[found.slot_mapping.dtype.name]}, "
+        f"{MAX_THREADS}>",
+        PARAMS,
+        guarded=(found.names["positions"], found.names["slot_mapping"]),
+        converts=True,
+    )
+    heads = found.heads + 2 * found.key_heads
+    return kernel, heads * _items(found, elements, found.is_neox)
 
 
 def _is_dense(found):

@@ -77,6 +77,20 @@ __device__ __forceinline__ void assume_launched_with() {
   __builtin_assume(gridDim.y == 1);
 }
 
+// The same address, computed where this stands: the compiler would compute it behind the next branch.
+// Before it, the parameters that it is made of are read at once, and by a launch that began early
+// while it waits: 256 tokens that overlap are written in 0.05 us less on an H100. (Not where loads are
+// C++'s: of such an address the compiler does not know that it is one of global memory.)
+__device__ __forceinline__ const char* computed_here(const char* address) {
+#ifdef CUPY_CACHE_L2_POLICY
+  u64 here;
+  asm volatile("mov.s64 %0, %1;" : "=l"(here) : "l"(reinterpret_cast<u64>(address)));
+  return reinterpret_cast<const char*>(here);
+#else
+  return address;
+#endif
+}
+
 // Loads and stores of vectors in global memory. The policy is an operand: of two loads under
 // opposite conditions the compiler would move the second behind the check of the slot.
 template <int kBytes>
