@@ -689,12 +689,12 @@ struct Role {
   }
 };
 
-// The same of few tokens, whose heads are stored as they come. One of them takes little more than its
+// The same of few tokens of one position each, whose heads are stored as they come. One of them takes little more than its
 // two loads, of the position and then of the row; so queries, keys and values go one way, without a
 // branch, and in small units, which take fewer instructions.
 template <typename Element, typename Table, int kVec, int kHeads, int kKeyHeads, int kSize,
-          int kRotary, int kOffset, int kBlockSize, bool kNeox, Sections kSections, bool kToOut,
-          bool kDense, typename Position, typename Slot, int kMaxThreads>
+          int kRotary, int kOffset, int kBlockSize, bool kNeox, bool kToOut, bool kDense,
+          typename Position, typename Slot, int kMaxThreads>
 __global__ void __launch_bounds__(kMaxThreads) rotary_few(const __grid_constant__ Params p) {
   await_earlier_launches();
   assume_launched_with<kMaxThreads>();
@@ -704,7 +704,7 @@ __global__ void __launch_bounds__(kMaxThreads) rotary_few(const __grid_constant_
   constexpr u32 kLanes = Dealt::kItems, kItems = (kHeads + 2 * kKeyHeads) * kLanes;
   constexpr int kTurns = Dealt::kAcross ? 1 : 2;  // of an item
   constexpr i64 kHead = kSize * kElement, kSlot = kKeyHeads * kHead;
-  using AnglesOf = Angles<Table, Position, kSections, kRotary, kDense>;
+  using AnglesOf = Angles<Table, Position, Sections::kNone, kRotary, kDense>;
 
   const u32 index = blockIdx.x * blockDim.x + threadIdx.x;
   if (index / kItems >= static_cast<u32>(p.tokens)) return;

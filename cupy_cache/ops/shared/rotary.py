@@ -489,11 +489,11 @@ class _FewOrMany(plans.KernelPlan):
 
 def _few(found, elements, value_vector, dense):
     """(The kernel of few tokens, the items of one), in units of so many elements; None where heads
-    are not stored as they come."""
+    are not stored as they come, and where positions have sections, which gains nothing."""
     bytes_each = found.query.dtype.bytes
     if (
         not found.cached or found.entries or found.scaled or found.norm or found.key_in_place
-        or found.stored or found.out_stored or found.value_size != found.size
+        or found.stored or found.out_stored or found.sections or found.value_size != found.size
         or elements < 2 or value_vector % (elements * bytes_each)
     ):  # fmt: skip
         return None
@@ -504,7 +504,6 @@ def _few(found, elements, value_vector, dense):
         f"rotary_few<{name(found.query.dtype.name)}, {name(found.cos_sin_cache.dtype.name)}, "
         f"{elements * bytes_each}, {found.heads}, {found.key_heads}, {found.size}, "
         f"{found.rotary}, {found.offset}, {found.block_size}, {flag(found.is_neox)}, "
-        f"cupy_cache::Sections::{_sections_kind(found, elements, found.is_neox)}, "
         f"{flag(found.out is not None)}, {flag(dense)}, "
         f"{index[found.positions.dtype.name]}, {index[found.slot_mapping.dtype.name]}, "
         f"{MAX_THREADS}>",
