@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import cupy_cache as cc
-from cupy_cache.compilation import specialisations
+from cupy_cache.compilation import model, specialisations
 from cupy_cache.runtime import arrays, descriptions
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,8 +129,9 @@ def run_all(table, marked, monkeypatch, memory, dtypes_of):
     monkeypatch.setattr(arrays, "FRAMEWORKS", dict(arrays.FRAMEWORKS))
     arrays.register_framework("real", Real, framework)
     monkeypatch.setattr(descriptions, "Described", Real)
-    monkeypatch.setattr(specialisations, "BLOCKS", 8)
-    monkeypatch.setattr(specialisations, "ROWS", 2)
+    for module in (model, specialisations):
+        monkeypatch.setattr(module, "BLOCKS", 8)
+        monkeypatch.setattr(module, "ROWS", 2)
     keys = itertools.count()
     called = set()
 
