@@ -345,7 +345,6 @@ class TestRefusals:
             ("softmax_scale", "1"),
             ("cache_seqlens", True),
             ("cache_seqlens", 2**31),
-            ("window_size", (2**63 - 1, 0)),
             ("causal", np.array([True, False])),
             ("softcap", np.array([1.0, 2.0])),
             ("softcap", 1e-60),

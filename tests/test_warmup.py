@@ -362,7 +362,8 @@ def test_rotations(rng, emulated_world, rotation, stored):
     }  # fmt: skip
     needed = needed_by(emulated_world, functools.partial(rotate, rng, rotation, stored))
     found = {kernel.key for kernel in needed}
-    assert len(found) == 2 and found <= ready
+    plain = stored == "auto" and not {"norm_eps", "mrope_section"} & set(rotation)
+    assert len(found) == 2 + plain and found <= ready  # few tokens may have a kernel of their own
     if {"is_neox", "cos_sin_dtype"} <= set(rotation) and stored != "auto":
         assert found == ready  # and nothing else
 
