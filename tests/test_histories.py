@@ -13,7 +13,7 @@ import worlds
 
 import cupy_cache as cc
 from cupy_cache.ops import copy_blocks, reshape_and_cache_flash
-from cupy_cache.runtime import dispatch, driver, streams
+from cupy_cache.runtime import dispatch, driver, env, streams
 
 PAIRS = [(0, 1)]
 
@@ -535,3 +535,31 @@ def test_torchs_allocator_is_told_of_no_capture_but_its_own(monkeypatch, capture
     assert made == [(64, OTHER, 0)] * by_torch and asked.given == [(64, OTHER, 0)] * (not by_torch)
     with streams.scratch("torch", 0, 64, CURRENT) as address:
         assert address == 64
+
+
+@pytest.mark.parametrize(
+    "uncached, snapshot, known",
+    [
+        (False, [{"address": 0, "total_size": 512, "segment_pool_id": (3, 0)}], True),
+        (False, [{"address": 0, "total_size": 512, "segment_pool_id": (0, 0)}], False),
+        (False, [{"address": 512, "total_size": 512, "segment_pool_id": (3, 0)}], False),
+        (False, [], False),
+        (True, [{"address": 0, "total_size": 512, "segment_pool_id": (3, 0)}], False),
+    ],
+)
+def test_torchs_allocator_serves_captures_whose_memory_it_keeps(
+    monkeypatch, nothing_remembered, uncached, snapshot, known
+):
+    """Memory that it does not hold for the graph is another's when the graph is replayed."""
+    torch = pytest.importorskip("torch")
+    streams._torch_knows.cache_clear()
+    monkeypatch.delenv(env.TORCH_UNCACHED, raising=False)
+    if uncached:
+        monkeypatch.setenv(env.TORCH_UNCACHED, "1")
+    made = []
+    allocator = lambda *asked: made.append(asked) or 64, lambda address: None
+    monkeypatch.setattr(streams, "_torch_allocator", lambda: allocator)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: snapshot)
+    assert streams._torch_knows(1, OTHER, 0) is known
+    assert len(made) == (not uncached)  # nothing is allocated that would end the capture
+    streams._torch_knows.cache_clear()

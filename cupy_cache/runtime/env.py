@@ -41,7 +41,15 @@ REQUIRE_GPU = Variable(
     "CUPYCACHE_REQUIRE_GPU", "0", "1: tests marked gpu run, and fail, where there is no GPU"
 )
 
+# torch's own: its allocator keeps no memory, where it is set at all.
+TORCH_UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING"
+
 TABLE = (DEBUG, KERNEL_DIR, LINEINFO, NO_COMPILE, OVERLAP, LOGLEVEL, REQUIRE_GPU)
+
+
+def torch_is_uncached():
+    """Whether what torch's allocator is given back goes back to the device at once."""
+    return TORCH_UNCACHED in os.environ
 
 
 def text(variable):

@@ -26,7 +26,7 @@ import sys
 import threading
 
 from .. import errors
-from . import arrays, contract, driver, locks
+from . import arrays, contract, driver, env, locks
 
 LARGEST = 2**64 - 1  # address
 
@@ -170,6 +170,8 @@ def _torch_knows(capture, stream, device):
     Then, and only then, what it gives is of a pool of the graph's own; nothing else tells. It takes
     a millisecond."""
     del capture
+    if env.torch_is_uncached():  # what a graph goes on to use would be freed at once
+        return False
     with _TorchScratch(1, stream, device) as address:
         try:
             segments = sys.modules["torch"].cuda.memory_snapshot()
@@ -178,7 +180,7 @@ def _torch_knows(capture, stream, device):
     for segment in segments:
         if 0 <= address - segment["address"] < segment["total_size"]:
             return tuple(segment.get("segment_pool_id", ())) != (0, 0)
-    return True
+    return False
 
 
 class _TorchScratch:
