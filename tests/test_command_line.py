@@ -36,6 +36,7 @@ BUFFERING = pytest.mark.parametrize("unbuffered", ["", "1"])
 needs_dev_full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
 
 
+@pytest.mark.extra
 @BUFFERING
 @pytest.mark.parametrize("command", [DEMO, "info", "clear-cache", "--help"])
 def test_a_reader_that_goes(command, unbuffered):
@@ -48,6 +49,7 @@ def test_a_reader_that_goes(command, unbuffered):
         assert text.count("\n") == 1 and not errors
 
 
+@pytest.mark.extra
 @needs_dev_full
 @BUFFERING
 @pytest.mark.parametrize("command", [DEMO, "info --json", "--help"])
@@ -59,6 +61,7 @@ def test_a_full_disk(command, unbuffered):
     assert "Traceback" not in errors
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize(
     "where",
     ["2>&-", "2>/dev/full" if os.path.exists("/dev/full") else "2>&-", ">&-", ">&- 2>&-"],
@@ -71,11 +74,13 @@ def test_standard_error_or_output_that_is_not_there(where):
         assert "OK: " in text
 
 
+@pytest.mark.extra
 def test_a_refusal_nobody_can_read():
     for command, status in (("demo none/there", 2), ("nonsense", 2)):
         assert shell(f"cupy-cache {command} 2>&-")[0] == status
 
 
+@pytest.mark.extra
 def test_a_name_that_the_terminal_cannot_show(tmp_path):
     path = os.fsencode(tmp_path) + b"/na\xff\xefve-\xc3\xa4\xe2\x82\xac"
     with open(path, "wb") as file:

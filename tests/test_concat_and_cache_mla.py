@@ -406,6 +406,7 @@ class TestFp8DsMla:
         assert entry[130] == 0x7F and len(set(np.delete(entry[128:256], 2))) == 1
         assert set(entry[256:384]) == {0x7F}
 
+    @pytest.mark.extra
     @pytest.mark.parametrize("rule", RULES)
     @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
     def test_every_largest_value(self, world, rng, dtype, rule):

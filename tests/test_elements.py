@@ -186,6 +186,7 @@ def test_division_of_short_values_where_it_is_hardest(integers):
     assert wrong_for_short_values(integers, close_to_multiples(17)) == 0
 
 
+@pytest.mark.extra
 @pytest.mark.slow
 def test_division_of_every_short_value(integers):
     """With the exponents, which only shift, this is every scale and every 16-bit value."""

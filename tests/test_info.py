@@ -117,6 +117,7 @@ def command(code=None, **variables):
 MAIN = "import sys\nfrom cupy_cache.cli import main\n{}\nsys.exit(main(sys.argv[1:]))"
 
 
+@pytest.mark.extra
 def test_a_home_that_nobody_knows():
     """No variable names it, and the user has no entry."""
     patch = "import pwd; pwd.getpwuid = lambda uid: {}[uid]"
@@ -145,6 +146,7 @@ def scandir(path):
 os.scandir = scandir"""
 
 
+@pytest.mark.extra
 def test_a_folder_that_may_not_be_listed():
     shown, facts = command(code=MAIN.format(DENIED))
     assert "PermissionError" in facts["kernel_cache"]["problem"]
@@ -170,11 +172,13 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
     )
 
 
+@pytest.mark.extra
 def test_a_python_that_does_not_know_its_path():
     _, facts = command(code=MAIN.format("sys.executable = ''"))
     assert facts["cupy"]["installed"] == [] or "its own path" in facts["cupy"]["problem"]
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("raised", ["OSError(5, 'torn')", "RuntimeError()", "SystemExit(3)"])
 def test_a_cupy_that_raises_anything(tmp_path, raised):
     (tmp_path / "cupy.py").write_text(f"print('hello')\nraise {raised}")
@@ -187,6 +191,7 @@ def test_a_cupy_that_raises_anything(tmp_path, raised):
         assert (cache is not None) == raised.startswith("OSError")
 
 
+@pytest.mark.extra
 def test_a_cupy_that_ends_the_process(tmp_path):
     (tmp_path / "cupy.py").write_text("import os\nos._exit(9)")
     _, facts = command(PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
@@ -213,6 +218,7 @@ def test_a_part_that_fails(monkeypatch, capsys, part):
     assert set(told) == KEYS and told["packages"] == dict.fromkeys(told["packages"])
 
 
+@pytest.mark.extra
 def test_what_a_call_would_use_is_tried_and_nothing_left(tmp_path):
     pytest.importorskip("cupy")
     folder = tmp_path / "one" / "two"

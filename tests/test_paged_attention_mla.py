@@ -173,6 +173,7 @@ def test_long_sequences(world, rng, kv_cache_dtype):
     Latent(rng, lengths, kv_cache_dtype=kv_cache_dtype, **CUT).solve(world)
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("processors", [1, 3, 132])
 @pytest.mark.parametrize("queries", [None, [1, 0, 9]])
 def test_however_the_work_is_shared(emulated_world, rng, processors, queries):
@@ -184,6 +185,7 @@ def test_however_the_work_is_shared(emulated_world, rng, processors, queries):
         world.close()
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("processors", [3, 20])
 def test_sequences_of_one_query_and_of_many(emulated_world, rng, processors):
     """Then some lanes of thread blocks have more to do than others."""
@@ -216,6 +218,7 @@ def test_room_for_results(turns, longer, begin, parts):
 MANY_ROWS = {"sizes": (264, 264), "block_size": 16}
 
 
+@pytest.mark.extra
 @pytest.mark.each("heads", "warpgroups")
 @pytest.mark.parametrize("warpgroups", [True, False])
 @pytest.mark.parametrize("processors", [1, 132])

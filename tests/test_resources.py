@@ -15,7 +15,7 @@ from cupy_cache.runtime import modules
 
 STEMS = sorted(path.stem for path in modules.kernel_dir().glob("*.cu"))
 # Sources whose kernels take long, and those that a default run leaves out.
-EXTRA = ("paged_attention", "gather_both")
+EXTRA = ("paged_attention", "gather_both", "gather_cache")
 PARTS = {
     "paged_attention": 8, "paged_attention_mla": 3, "rotary": 4, "gather_cache": 3, "pack_blocks": 2
 }  # fmt: skip

@@ -59,6 +59,7 @@ def far(spec):
     return shown.as_strided(spec.shape, strides)
 
 
+@pytest.mark.extra
 @pytest.mark.whole
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("on_gpu", [False, True])
@@ -119,6 +120,7 @@ def contents(arrays):
     return found
 
 
+@pytest.mark.extra
 @pytest.mark.whole
 @pytest.mark.filterwarnings("ignore")
 def test_random_calls_of_methods_and_other_names(request, seed):
@@ -155,6 +157,7 @@ def test_random_calls_of_methods_and_other_names(request, seed):
         assert taken[True] > total // 3 and taken[False] > total // 20, taken
 
 
+@pytest.mark.extra
 @pytest.mark.whole
 @pytest.mark.filterwarnings("ignore")
 def test_random_calls_for_a_gpu(request, seed, monkeypatch):
