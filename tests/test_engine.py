@@ -148,4 +148,4 @@ def test_on_a_gpu(example, model, requests):
             logits = stock(tokens[:, :-1]).logits[0, len(prompt) - 1 :]
         chosen = logits.gather(1, tokens[0, len(prompt) :, None])
         short = (logits.max(1, keepdim=True).values - chosen) / logits.std(1, keepdim=True)
-        assert short.mean() < 0.5, short  # of any other token about 3; 0.35 was seen
+        assert short.mean() < 0.3, short  # of any other token about 3

@@ -25,6 +25,16 @@ def calls_of(config, part):
     return range(part, config.getoption("--surface-calls"), PARTS)
 
 
+@contextlib.contextmanager
+def told_of(seed, number, call):
+    """What fails says which call it was."""
+    try:
+        yield
+    except AssertionError as error:
+        shown = f"CUPYCACHE_TEST_SEED={seed}, call {number}: {call!r}\n{error}"
+        raise AssertionError(shown) from error
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_calls(part, request, seed):
@@ -37,13 +47,9 @@ def test_random_calls(part, request, seed):
             dispatch.forget_everything()
         rng = np.random.default_rng([seed, number])
         call = surface.call(rng)
-        shown = None
-        try:
+        with told_of(seed, number, call):
             made[call.name] += 1
             taken[call.name] += surface.judge(call, rng)
-        except AssertionError as error:
-            shown = f"CUPYCACHE_TEST_SEED={seed}, call {number} (part {part}): {call!r}\n{error}"
-            raise AssertionError(shown) from error
     dispatch.forget_everything()
     # Else the test would hold of nothing. Of few calls all may be refused by chance.
     if sum(made.values()) >= 1000:
@@ -77,15 +83,12 @@ def test_strides_that_mean_nothing(request, seed, monkeypatch, on_gpu):
         for spec in specs:
             if call.forms[id(spec)] in ORDINARY_FORMS:
                 call.forms[id(spec)] = far
-        try:
+        with told_of(seed, number, call):
             if not on_gpu:
                 taken[surface.judge(call, rng)] += 1
                 continue
             for _ in range(3):
                 taken[surface.judge_recorded(call, rng, recorder)] += 1
-        except AssertionError as error:
-            shown = f"CUPYCACHE_TEST_SEED={seed}, call {number}: {call!r}\n{error}"
-            raise AssertionError(shown) from error
     dispatch.forget_everything()
     launch.processors.cache_clear()
     assert taken[True] > sum(taken.values()) // 2
@@ -172,12 +175,9 @@ def test_random_calls_for_a_gpu(request, seed, monkeypatch):
             dispatch.forget_everything()
         rng = np.random.default_rng([seed, 1, number])
         call = surface.call(rng)
-        try:
+        with told_of(seed, number, call):
             for _ in range(3):  # the third time on a fast path, if there is one
                 taken[surface.judge_recorded(call, rng, recorder)] += 1
-        except AssertionError as error:
-            shown = f"CUPYCACHE_TEST_SEED={seed}, call {number}: {call!r}\n{error}"
-            raise AssertionError(shown) from error
     dispatch.forget_everything()
     launch.processors.cache_clear()
     if total >= 1000:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import struct
 from typing import Any, NamedTuple
@@ -367,13 +366,8 @@ class _Two:
         return self._first.loaded and self._second.loaded
 
     def load(self, stream):
-        """Load both kernels, at the same time: each may take long to compile."""
-        if self.loaded:
-            return
-        with concurrent.futures.ThreadPoolExecutor(1, "cupy_cache load") as pool:
-            second = pool.submit(self._second.load, stream)
-            self._first.load(stream)
-            second.result()
+        """Load both kernels."""
+        launch.load_together((self._first, self._second), stream)
 
     def has_work(self, grid, threads):
         """Whether there is anything to launch."""

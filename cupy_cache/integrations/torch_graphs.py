@@ -77,13 +77,13 @@ class StepGraphs:
             if num_sequences <= size:
                 return size
         expected, name = f"at most {self.sizes[-1]}", f"{NAME}.padded: num_sequences"
-        raise errors.wrong("value", name, expected, str(num_sequences))
+        raise errors.wrong("value", name, expected, num_sequences)
 
     def __call__(self, step: Step) -> Any:
         """What the function makes of a step, whose arrays are for one of ``sizes``."""
         size = len(step.seq_lens)
         if len(step.positions) != size:
-            expected, got = f"as many as sequences, {size}", str(len(step.positions))
+            expected, got = f"as many as sequences, {size}", len(step.positions)
             raise errors.wrong("length", f"{NAME}: step.positions", expected, got)
         if not step.seq_lens.is_cuda:
             return self._function(step)

@@ -268,7 +268,7 @@ class Prefetch:
         for place in places:
             if place not in known:
                 name, expected = f"{op}: block_mapping", "blocks that were asked for"
-                raise errors.wrong("value", name, expected, str(place))
+                raise errors.wrong("value", name, expected, place)
         for at, row, count in _runs([known[place] for place in places], len(places)):
             ids = blocks[at : at + count]
             for cache, packed in zip(space._caches, self._move.packed):
@@ -387,7 +387,7 @@ def _first_of(caches):
         contract.same_device(NAME, f"caches[{at}]", one.device, "caches[0]", first.device)
         if cache.num_blocks != caches[0].num_blocks:
             expected, got = f"{caches[0].num_blocks} blocks, as caches[0] has", cache.num_blocks
-            raise errors.wrong("value", name, expected, str(got))
+            raise errors.wrong("value", name, expected, got)
     return first
 
 

@@ -7,6 +7,7 @@ fills a prepared record of the kernel's parameter struct and launches it on the 
 the array's device; it never synchronises and never allocates on the device.
 """
 
+import concurrent.futures
 import ctypes
 import functools
 
@@ -116,6 +117,21 @@ class KernelNeeded(Exception):
     def __init__(self, *kernels):
         super().__init__(*kernels)
         self.kernels = kernels
+
+
+def load_together(launchers, stream):
+    """Load what is not loaded, at the same time: each kernel may take long to compile."""
+    missing = [launcher for launcher in launchers if not launcher.loaded]
+    if len(missing) < 2:
+        for launcher in missing:
+            launcher.load(stream)
+        return
+    first, *others = missing
+    with concurrent.futures.ThreadPoolExecutor(len(others), "cupy_cache load") as pool:
+        futures = [pool.submit(other.load, stream) for other in others]
+        first.load(stream)
+        for future in futures:
+            future.result()
 
 
 class Launcher:

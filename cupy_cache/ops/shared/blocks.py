@@ -142,9 +142,8 @@ class Geometry(NamedTuple):
 
 def merge(dims, sizes):
     """Dimensions (extent, stride, stride on the other side), from the innermost out, merged where
-    they are adjacent on both sides.
-
-    The first one is a run without gaps, of elements of these sizes; it may be a single one.
+    they are adjacent on both sides: a run without gaps, of elements of these sizes, which may be a
+    single one, and two around it, of one element where there are fewer; None where more remain.
     """
     merged = [(1, *sizes)]
     for extent, *strides in dims:
@@ -155,7 +154,9 @@ def merge(dims, sizes):
             merged[-1] = (count * extent, *inner)
         else:
             merged.append((extent, *strides))
-    return merged
+    if len(merged) > 3:
+        return None
+    return (*merged, (1, 0, 0), (1, 0, 0))[:3]
 
 
 def geometry(op, name, source, destination):
@@ -167,14 +168,14 @@ def geometry(op, name, source, destination):
     size = source.dtype.bytes
     dims = [*zip(source.shape[1:], source.strides[1:], destination.strides[1:])]
     merged = merge(sorted(reversed(dims), key=lambda dim: abs(dim[2])), (size, size))
-    if len(merged) > 3:
+    if merged is None:
         expected = "blocks of at most two dimensions around a contiguous run"
         got = (
             f"byte strides {list(source.strides)} and {list(destination.strides)} for shape "
             f"{list(source.shape)}"
         )
         raise errors.wrong("strides", f"{op}: {name}", expected, got)
-    (run, _, _), middle, outer = (*merged, (1, 0, 0), (1, 0, 0))[:3]
+    (run, _, _), middle, outer = merged
     return Geometry(
         run * size,
         outer[0],

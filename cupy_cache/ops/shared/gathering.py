@@ -351,14 +351,14 @@ def _row_shape(check, src, dst, axes, names):
         dst_strides.insert(-1, extents[-1] * dst_strides[-1])
     dims = zip(*map(reversed, (extents, src_strides, dst_strides)))
     merged = blocks.merge(dims, (src.dtype.bytes, dst.dtype.bytes))
-    if len(merged) > 3:
+    if merged is None:
         expected = "at most two inner dimensions around a contiguous run"
         got = (
             f"byte strides {list(src.strides)} of {names.cache} and {list(dst.strides)} for shape "
             f"{list(dst.shape)}"
         )
         raise errors.wrong("strides", f"{check.op}: {names.rows}", expected, got)
-    (length, _, _), heads, outer = (*merged, (1, 0, 0), (1, 0, 0))[:3]
+    (length, _, _), heads, outer = merged
     return _RowShape(outer[0], heads[0], length, (outer[1], heads[1]), (outer[2], heads[2]))
 
 

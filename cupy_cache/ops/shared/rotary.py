@@ -405,9 +405,8 @@ def _gpu_plan(found):
     largest = formats.LARGEST[stored.name] if found.scaled else 0
     slot_dtype = "int64" if found.slot_mapping is None else found.slot_mapping.dtype.name
     quantiser = spelling.quantiser(query.dtype, found.stored, vector)
-    kernel = modules.Kernel(
-        found.op,
-        STEM,
+    kernel = _kernel(
+        found,
         f"rotary<{name(query.dtype.name)}, {name(table.dtype.name)}, "
         f"{name(found.weight_dtype.name)}, {name((found.out_stored or query.dtype).name)}, "
         f"{name(stored.name)}, {quantiser}, {elements * element}, {vector}, {lanes}, "
@@ -419,9 +418,6 @@ def _gpu_plan(found):
         f"{flag(found.norm)}, {flag(found.rounding == 'steps')}, {flag(found.out is not None)}, "
         f"{flag(found.key_in_place)}, {flag(found.cached)}, {flag(found.entries)}, {flag(dense)}, "
         f"{index[found.positions.dtype.name]}, {index[slot_dtype]}, {MAX_THREADS}>",
-        PARAMS,
-        guarded=(found.names["positions"], found.names["slot_mapping"]),
-        converts=True,
     )
 
     def rows(array):
@@ -464,6 +460,12 @@ def _gpu_plan(found):
     return plans.KernelPlan(launcher, shape)
 
 
+def _kernel(found, expression):
+    """A kernel of rotary.cu."""
+    guarded = found.names["positions"], found.names["slot_mapping"]
+    return modules.Kernel(found.op, STEM, expression, PARAMS, guarded=guarded, converts=True)
+
+
 class _FewOrMany(plans.KernelPlan):
     """A launch by one of two plans: up to `FEW_TOKENS`, and more. The first call loads the kernels
     of both: a step's tokens may be few for the first time where a graph is captured."""
@@ -482,8 +484,7 @@ class _FewOrMany(plans.KernelPlan):
 
     def run(self, call):
         if self.launcher.device != NOWHERE:
-            for launcher in self.launchers():
-                launcher.load(call.stream)
+            launch.load_together(self.launchers(), call.stream)
         super().run(call)
 
 
@@ -498,18 +499,14 @@ def _few(found, elements, value_vector, dense):
     ):  # fmt: skip
         return None
     name, flag, index = spelling.ELEMENT_NAMES.get, spelling.boolean, spelling.INDEX_NAMES
-    kernel = modules.Kernel(
-        found.op,
-        STEM,
+    kernel = _kernel(
+        found,
         f"rotary_few<{name(found.query.dtype.name)}, {name(found.cos_sin_cache.dtype.name)}, "
         f"{elements * bytes_each}, {found.heads}, {found.key_heads}, {found.size}, "
         f"{found.rotary}, {found.offset}, {found.block_size}, {flag(found.is_neox)}, "
         f"{flag(found.out is not None)}, {flag(dense)}, "
         f"{index[found.positions.dtype.name]}, {index[found.slot_mapping.dtype.name]}, "
         f"{MAX_THREADS}>",
-        PARAMS,
-        guarded=(found.names["positions"], found.names["slot_mapping"]),
-        converts=True,
     )
     heads = found.heads + 2 * found.key_heads
     return kernel, heads * _items(found, elements, found.is_neox)
