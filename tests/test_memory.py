@@ -693,6 +693,60 @@ def test_rows_of_an_indexer_that_share_bytes():
                 cc.cp_gather_indexer_k_quant_cache(*given)
 
 
+@pytest.fixture(params=["numpy", "fast path"])
+def framework(request):
+    """What makes an array of NumPy's memory: nothing, or torch, whose tensors are taken for a
+    GPU's."""
+    if request.param == "numpy":
+        return lambda array: array
+    torch = request.getfixturevalue("torch")
+    request.getfixturevalue("recorder")
+    return torch.from_numpy
+
+
+@pytest.mark.whole
+@pytest.mark.usefixtures("nothing_remembered")
+@pytest.mark.parametrize("named", ["output", "prefix_lse", None])
+def test_states_whose_numbers_of_tokens_change(framework, named, rng):
+    """merge_attn_states: against the bytes themselves, whatever the calls before were. Of what is
+    merged in place, one of both is an input too."""
+    memory = np.zeros(250, np.float32)
+    counted = {True: 0, False: 0}
+    while min(counted.values()) < 15:
+        tokens = int(rng.integers(1, 10))
+        at, behind = (int(n) for n in rng.integers(100, size=2))
+        output = memory[behind : behind + 12 * tokens].reshape(tokens, 3, 4)
+        width = tokens + int(rng.integers(5))  # of the memory that each head's logarithms are in
+        logarithms = memory[at : at + 3 * width].reshape(3, width)[:, :tokens]
+        states = [np.zeros((tokens, 3, 4), np.float32) for _ in range(2)]
+        lses = [np.zeros((3, tokens), np.float32) for _ in range(2)]
+        if named == "output":
+            states[0] = output
+        if named == "prefix_lse":
+            lses[0] = logarithms
+        given = output, states[0], lses[0], states[1], lses[1], logarithms
+        made = {id(array): framework(array) for array in given}
+        given = [made[id(array)] for array in given]
+        shared = np.shares_memory(output, logarithms)
+        counted[shared] += 1
+        for _ in range(3):
+            if not shared:
+                cc.merge_attn_states(*given)
+                continue
+            with refused("merge_attn_states", "output_lse", "output has too"):
+                cc.merge_attn_states(*given)
+
+
+def test_shared_memory_at_low_addresses_is_found(monkeypatch):
+    """Where Python's own memory lies decides nothing."""
+    cache = np.zeros((6, 4, 2, 8), np.float32)
+    token = np.ones((1, 2, 8), np.float32)
+    monkeypatch.setattr(arrays, "LOWEST", 1 << 62)
+    with refused("reshape_and_cache_flash", "value_cache", "key_cache"):
+        cc.reshape_and_cache_flash(token, token, cache, cache[:], np.array([3]))
+    assert not cache.any()
+
+
 def test_known_signatures_do_not_vouch_for_other_caches(torch, recorder):
     """On every fast path."""
     given = step(torch)

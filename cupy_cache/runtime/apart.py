@@ -22,14 +22,16 @@ _BASE = 1 << 40  # an address that an array can have; nothing is read there
 class _Layout:
     """Where the elements of an array lie, from its address on.
 
-    rows, step : the extent and the stride of the first dimension. low, high : a row's
-    `arrays.Array.row_span`.
+    rows, step : the extent and the stride of the first dimension.
+    low, high : the first byte of one row, and the byte behind its last.
     """
 
-    def __init__(self, array):
-        self.shape, self.strides, self.bits = array.shape, array.strides, array.dtype.bits
-        self.rows, self.step = (*array.shape, 1)[0], (*array.strides, 0)[0]
-        self.low, self.high = array.row_span
+    def __init__(self, shape, strides, dtype):
+        self.elements = shape, strides, dtype.bits
+        self.rows, self.step = (*shape, 1)[0], (*strides, 0)[0]
+        ends = [stride * (count - 1) for stride, count in zip(strides[1:], shape[1:])]
+        self.low = sum(min(end, 0) for end in ends)
+        self.high = sum(max(end, 0) for end in ends) + dtype.bytes
 
 
 class _Placed(NamedTuple):
@@ -40,7 +42,7 @@ class _Placed(NamedTuple):
     argument: int
     layer: int
     address: int
-    rows: int
+    layout: _Layout
 
 
 class Apart:
@@ -57,7 +59,7 @@ class Apart:
     needed : bool
         Whether there are several.
     varies : bool
-        Whether their numbers of rows change from call to call.
+        Whether their shapes change from call to call, and strides with them.
     """
 
     def __init__(self, op, described):
@@ -68,69 +70,54 @@ class Apart:
             if arg.written and array is not None
         }
         self.varies = any(op.args[index].varies for index in given)
+        self._dtypes = {index: array.dtype for index, array in given.items()}
+        # Of those whose shapes stay as they are.
         self._layouts = {
-            index: _Layout(array)
+            index: _Layout(array.shape, array.strides, array.dtype)
             for index, array in given.items()
-            if 0 not in array.shape[self.varies :]
+            if not op.args[index].varies and 0 not in array.shape
         }
-        self.needed = len(self._layouts) > 1 or any(op.args[i].layers for i in self._layouts)
+        varying = [index for index in given if op.args[index].varies]
+        self._places = sorted((*self._layouts, *varying))
+        self.needed = len(self._places) > 1 or any(op.args[i].layers for i in self._places)
         self._known = set()
 
-    def check(self, values, shapes=None):
-        """Refuse addresses, the ``values`` of a call, at which arrays share memory. ``shapes``: of
-        each argument, where the rows vary."""
-        addresses = tuple([values[index] for index in self._layouts])
+    def check(self, values, shapes=None, strides=None):
+        """Refuse addresses, the ``values`` of a call, at which arrays share memory. ``shapes`` and
+        ``strides``, in bytes: of each argument, where they vary."""
+        addresses = tuple([values[index] for index in self._places])
         if addresses in self._known:
             return
-        placed = list(self._places(addresses, shapes))
+        placed = list(self._placed(addresses, shapes, strides))
         placed.sort()
-        if not _one_behind_the_other(placed) and not self._in_turn(placed):
+        if not _one_behind_the_other(placed) and not _in_turn(placed):
             self._compare(placed)
         if shapes is None:
             if len(self._known) >= MAX_KNOWN:
                 self._known.clear()
             self._known.add(addresses)
 
-    def _places(self, addresses, shapes):
-        for (index, layout), given in zip(self._layouts.items(), addresses):
-            rows = layout.rows if shapes is None else shapes[index][0]
-            if not rows:
-                continue
-            last = layout.step * (rows - 1)
+    def _placed(self, addresses, shapes, strides):
+        for index, given in zip(self._places, addresses):
+            layout = self._layouts.get(index)
+            if layout is None:
+                if 0 in shapes[index]:
+                    continue
+                layout = _Layout(shapes[index], strides[index], self._dtypes[index])
+            last = layout.step * (layout.rows - 1)
             low, high = layout.low + min(last, 0), layout.high + max(last, 0)
-            if isinstance(given, int):
-                if given >= arrays.LOWEST:  # what has no memory is refused elsewhere
-                    yield _Placed(given + low, given + high, index, 0, given, rows)
-                continue
-            for layer, address in enumerate(given):
-                yield _Placed(address + low, address + high, index, layer, address, rows)
-
-    def _in_turn(self, placed):
-        """Whether blocks, one every so many bytes, surely lie between those of the other arrays, as
-        in a pool of layers."""
-        layouts = [self._layouts[one.argument] for one in placed]
-        step = layouts[0].step
-        if step <= 0 or any(layout.step != step for layout in layouts):
-            return False
-        inside = sorted(
-            ((one.address + layout.low) % step, layout.high - layout.low)
-            for one, layout in zip(placed, layouts)
-        )
-        behind = itertools.chain(inside[1:], [(inside[0][0] + step, 0)])
-        return all(at + size <= next_at for (at, size), (next_at, _) in zip(inside, behind))
+            for layer, address in enumerate((given,) if isinstance(given, int) else given):
+                if address:  # what has no memory is refused elsewhere
+                    yield _Placed(address + low, address + high, index, layer, address, layout)
 
     def _compare(self, placed):
         for at, one in enumerate(placed):
             for other in itertools.islice(placed, at + 1, None):
                 if other.begin >= one.end:
                     break
-                if _share(*map(self._elements, (one, other)), other.address - one.address):
+                distance = other.address - one.address
+                if _share(one.layout.elements, other.layout.elements, distance):
                     self._refuse(*sorted((one, other), key=lambda placed: placed[2:4]))
-
-    def _elements(self, placed):
-        layout = self._layouts[placed.argument]
-        shape = (placed.rows, *layout.shape[1:]) if layout.shape else ()
-        return shape, layout.strides, layout.bits
 
     def _refuse(self, first, second):
         names = [
@@ -143,6 +130,19 @@ class Apart:
 
 def _one_behind_the_other(placed):
     return all(one.end <= other.begin for one, other in itertools.pairwise(placed))
+
+
+def _in_turn(placed):
+    """Whether blocks, one every so many bytes, surely lie between those of the other arrays, as in
+    a pool of layers."""
+    step = placed[0].layout.step
+    if step <= 0 or any(one.layout.step != step for one in placed):
+        return False
+    inside = sorted(
+        ((one.address + one.layout.low) % step, one.layout.high - one.layout.low) for one in placed
+    )
+    behind = itertools.chain(inside[1:], [(inside[0][0] + step, 0)])
+    return all(at + size <= next_at for (at, size), (next_at, _) in zip(inside, behind))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -234,7 +234,8 @@ class Op:
         if entry is None or self._has_more_rows(entry, read.found):
             entry = self.remember(signature, read.found, options)
         if entry.apart is not None:
-            entry.apart.check(values, _shapes(read.found) if entry.apart.varies else None)
+            laid = self._views(read.found, entry) if entry.apart.varies else ()
+            entry.apart.check(values, *laid)
         views = _NO_VIEWS if entry.device is not None else self._views(read.found, entry)
         work = self.work(extents, options, scalars)
         self.finish(entry, values, None, stream, work, objects, views)
@@ -340,14 +341,15 @@ class Op:
         return any(found[index].shape[0] > rows for index, rows in entry.most_rows)
 
     def _views(self, found, entry):
-        """Shapes and byte strides of all arrays, for NumPy."""
+        """Shapes, None of what is no array, and strides in bytes."""
         strides = []
         for arg, meta, known in zip(self.args, found, entry.strides):
             if arg.varies and type(meta) is arrays.Metadata:
                 unit = arrays.stride_unit(meta)
                 known = tuple(s * unit for s in meta.strides)
             strides.append(known)
-        return _shapes(found), strides
+        shapes = [meta.shape if type(meta) is arrays.Metadata else None for meta in found]
+        return shapes, strides
 
     # --- plans
 
@@ -423,11 +425,6 @@ class Op:
         given = [described[i] for i in self.destination if described[i] is not None]
         on_gpu = [array for array in given if array.device.kind == "cuda"]
         return (on_gpu or given or [None])[0]
-
-
-def _shapes(found):
-    """The shapes of what was read; None of what is no array."""
-    return [meta.shape if type(meta) is arrays.Metadata else None for meta in found]
 
 
 class Read(NamedTuple):

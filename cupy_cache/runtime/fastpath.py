@@ -277,7 +277,7 @@ def _kernel_path(op, entry, objects, options, given):
     picks, pick = pick.needed, pick.pick
     insert_at, arrange, pack = pointers.insert_at, pointers.arrange, pointers.pack
     misaligned, odd, lowest = pointers.misaligned, pointers.odd, arrays.LOWEST
-    written, varies = pointers.written, pointers.written_rows_vary
+    written, varies = pointers.written, pointers.written_varies
     apart, check_apart = pointers.apart, pointers.check_apart
     find, records, fill = launches.find, launches.records, launches.fill
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
@@ -441,7 +441,7 @@ class _Pointers:
     odd : 1 where the plan was made for addresses that are not all multiples of 16, else 0.
     written : addresses -> those of the arrays that are written; None where there is at most one.
     apart : results of ``written`` that were found to share no memory. Where
-        ``written_rows_vary`` they end in what tells the call's extents.
+        ``written_varies`` they end in what tells the call's extents.
     """
 
     def __init__(self, op, entry, kind, objects, unique, twins, bound):
@@ -460,27 +460,29 @@ class _Pointers:
         self._masks = [op.args[index].mask for index in everything]
         self._low = self._low_bits([kind.address(objects[index]) for index in everything])
         self.odd = int(any(self._low))
-        self._entry, self._everything, self._unique = entry, everything, unique
-        self._bound_shapes = {index: objects[index].shape for index in bound}
-        self.apart, self.written, self.written_rows_vary = set(), None, False
+        self._entry, self._everything = entry, everything
+        self._unique, self._twins = unique, twins
+        self._laid_out = kind.laid_out
+        self._bound = {index: kind.laid_out(objects[index]) for index in bound}
+        self.apart, self.written, self.written_varies = set(), None, False
         # What is bound was found to lie apart before.
         if entry.apart is not None and not all(
             i in bound for i in everything if op.args[i].written
         ):
             self.written = _getter([at for at, i in enumerate(everything) if op.args[i].written])
-            self.written_rows_vary = entry.apart.varies
+            self.written_varies = entry.apart.varies
 
     def check_apart(self, where, addresses, tensors):
         """Whether tensors that are written share no memory; where they do, the long way tells."""
-        values, shapes = [0] * (self._everything[-1] + 1), None
+        values, laid = [0] * (self._everything[-1] + 1), ()
         for index, address in zip(self._everything, addresses):
             values[index] = address
-        if self.written_rows_vary:
-            shapes = [self._bound_shapes.get(index, ()) for index in range(len(values))]
-            for index, tensor in zip(self._unique, tensors):
-                shapes[index] = tensor.shape
+        if self.written_varies:
+            known = self._bound | dict(zip(self._unique, map(self._laid_out, tensors)))
+            known |= {index: known[self._unique[at]] for index, at in self._twins}
+            laid = zip(*(known.get(index, ((), ())) for index in range(len(values))))
         try:
-            self._entry.apart.check(values, shapes)
+            self._entry.apart.check(values, *laid)
         except CupyCacheError:
             return False
         if len(self.apart) >= MAX_APART:

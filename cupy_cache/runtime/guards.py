@@ -35,6 +35,11 @@ class Kind(NamedTuple):
             return array.shape[0]
         return arrays.extent(arg.varies, array.shape, self.strides(array), self.unit(array))
 
+    def laid_out(self, array):
+        """(Shape, strides in bytes)."""
+        unit = self.unit(array)
+        return array.shape, tuple([stride * unit for stride in self.strides(array)])
+
 
 def kind_of(objects):
     """The `Kind` of GPU arrays that are all of one framework, or of none at all; None of others."""
