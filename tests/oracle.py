@@ -460,10 +460,13 @@ def fp8_ds_mla_scale(largest, rule):
 
 
 def concat_and_cache_fp8_ds_mla(kv_c, k_pe, kv_cache, slot_mapping, rule):
-    """``kv_cache`` is uint8."""
+    """``kv_cache`` is uint8. Returns faults, as `concat_and_cache_mla`."""
     num_blocks, block_size = kv_cache.shape[:2]
+    faults = []
     for token in range(slot_mapping.shape[0]):
         slot = int(slot_mapping[token])
+        if slot >= num_blocks * block_size:
+            faults.append((token, slot))
         if not 0 <= slot < num_blocks * block_size:
             continue
         entry = kv_cache[slot // block_size, slot % block_size]
@@ -475,6 +478,7 @@ def concat_and_cache_fp8_ds_mla(kv_c, k_pe, kv_cache, slot_mapping, rule):
             entry[512 + 4 * tile : 516 + 4 * tile] = list(struct.pack("<f", scale))
         raw = k_pe[token].tobytes()
         entry[528:656] = list(raw) if raw else [0] * 128
+    return faults
 
 
 def packed_order(num_layers, num_tensors, count, layout):

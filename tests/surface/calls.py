@@ -192,11 +192,12 @@ def fp8_ds_mla(rng):
     }
 
     def expected(a):
-        oracle.concat_and_cache_fp8_ds_mla(
+        made.faults = oracle.concat_and_cache_fp8_ds_mla(
             a["kv_c"], a["k_pe"], bits(a["kv_cache"]), a["slot_mapping"], a["scale_rule"]
         )
 
-    return Call("concat_and_cache_mla", args, expected, ("kv_cache",))
+    made = Call("concat_and_cache_mla", args, expected, ("kv_cache",))
+    return made
 
 
 def grouped(rng):
@@ -220,16 +221,18 @@ def grouped(rng):
         args |= {"kv_cache_dtype": "fp8"}
 
     def expected(a):
+        made.faults = []
         for layer, cache in enumerate(a["kv_cache_ptrs"]):
             moved = [a["kv_c"][layer], a["k_pe"][layer]]
             moved = moved if fp8 else [bits(m) for m in moved]
             scale = a["kv_scales"][layer] if fp8 else 1.0
-            oracle.concat_and_cache_mla(
+            made.faults += oracle.concat_and_cache_mla(
                 *moved, bits(cache), a["slot_mapping"][layer][: len(moved[0])], scale,
                 "float8_e4m3fn" if fp8 else None,
             )  # fmt: skip
 
-    return Call("concat_and_cache_mla_grouped", args, expected, ("kv_cache_ptrs",))
+    made = Call("concat_and_cache_mla_grouped", args, expected, ("kv_cache_ptrs",))
+    return made
 
 
 def _like(rng, spec):
