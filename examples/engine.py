@@ -37,6 +37,8 @@ class Engine:
             max_length=max_length, host_blocks=host_blocks, framework="torch", device=model.device,
         )  # fmt: skip
         self.space = cc.SwapSpace(self.caches, host_blocks, bytes_per_step=bytes_per_step)
+        # Not a method: graphs that held the engine would stay until Python looks for such circles.
+        self.forward = functools.partial(forward, model, self.caches)
         self.graphs = StepGraphs(functools.partial(self.forward, starts=None), max_sequences)
         # A request waits, runs, and may leave, be in host memory, and run again.
         self.waiting, self.running, self.leaving = collections.deque(), [], collections.deque()
@@ -99,15 +101,6 @@ class Engine:
                         raise  # one request alone is too long
                     self.leaving.append(self.running.pop())  # who came last
                 self.move_out()
-
-    @torch.no_grad()
-    def forward(self, step, starts):
-        """The likeliest token behind each sequence, and the logits of all."""
-        hidden = self.model.forward(self.caches, step, starts)
-        if starts is not None:
-            hidden = hidden[starts[1:].long() - 1]
-        logits = self.model.head(hidden)
-        return logits.argmax(-1), logits
 
     def read(self, best, there):
         """Tokens as integers, once they are there."""
@@ -184,6 +177,16 @@ class Engine:
         sequences = request.num_beams + sum(one.num_beams for one in self.running)
         needed = blocks + 2 * sequences
         return sequences <= self.tables.max_sequences and needed <= self.tables.pool.num_free
+
+
+@torch.no_grad()
+def forward(model, caches, step, starts):
+    """The likeliest token behind each sequence, and the logits of all."""
+    hidden = model.forward(caches, step, starts)
+    if starts is not None:
+        hidden = hidden[starts[1:].long() - 1]
+    logits = model.head(hidden)
+    return logits.argmax(-1), logits
 
 
 def main():

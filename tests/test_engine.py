@@ -4,9 +4,11 @@
 there is."""
 
 import copy
+import gc
 import importlib
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import late_swaps
@@ -112,6 +114,21 @@ def test_one_request_that_is_too_long(example, model):
     engine.submit("a", range(3, 19), 4)
     with pytest.raises(cc.OutOfBlocksError, match=r"step: out of blocks: 1 are needed, and 0 of 4"):
         engine.run()
+
+
+def test_it_goes_when_nobody_has_it(example):
+    """Its graphs too, at once: NCCL waits for those that it is part of."""
+    model = transformers.AutoModelForCausalLM.from_config(example.small_models()["llama"]).eval()
+    engine = example.Engine(example.paged(model, 128), 20, 0, **ROOM)
+    engine.submit("a", range(3, 9), 3)
+    gc.disable()
+    try:
+        assert len(engine.run()["a"]) in range(7, 10)
+        there = [weakref.ref(one) for one in (engine, engine.graphs, engine.space, engine.tables)]
+        del engine
+        assert [one() for one in there] == [None] * 4
+    finally:
+        gc.enable()
 
 
 @pytest.mark.extra

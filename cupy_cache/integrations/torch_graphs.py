@@ -30,6 +30,9 @@ class StepGraphs:
 
     Of CPU tensors nothing is captured: the function is called.
 
+    Collectives of NCCL may be part of it, in the same order in all processes. Let the graphs go by
+    ``graphs.graphs.clear()`` before ``torch.distributed.destroy_process_group``: it waits for that.
+
     Parameters
     ----------
     function : callable
