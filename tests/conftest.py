@@ -125,9 +125,40 @@ def _leave_out(config, items, left_out):
         items[:] = [item for item in items if item not in gone]
 
 
+class Combination:
+    """Of a test's parameters, before pytest makes an item of it: what `_sample` asks of items."""
+
+    def __init__(self, definition, callspec):
+        self._definition, self.callspec = definition, callspec
+        self.nodeid = f"{definition.nodeid}[{callspec.id}]"
+
+    def get_closest_marker(self, name):
+        own = (mark for mark in self.callspec.marks if mark.name == name)
+        return next(own, None) or self._definition.get_closest_marker(name)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_generate_tests(metafunc):
+    """Combinations that are not in the sample are not even made: there are five times as many. For
+    --rest all are, and it is `pytest_collection_modifyitems` that leaves the sample out."""
+    yield
+    asked = metafunc.config.getoption
+    if not (asked("--everything") or asked("--rest") or _named(metafunc.config)):
+        made = [Combination(metafunc.definition, call) for call in metafunc._calls]
+        sample = _sample(made)
+        # One at least, to be left out later: a test without any would be made without parameters.
+        kept = [one for one in made if one in sample] or made[:1]
+        metafunc._calls = [one.callspec for one in kept]
+
+
+def _named(config):
+    """Whether tests are named: they run whole."""
+    return any("::" in argument for argument in config.args)
+
+
 def _keep(config, items, rest):
-    """Leave the sample, or what is not in it. A test that is named runs whole."""
-    if any("::" in argument for argument in config.args):
+    """Leave the sample, or what is not in it."""
+    if _named(config):
         return
     sample = _sample(items)
     _leave_out(config, items, [item for item in items if (item in sample) == rest])

@@ -304,10 +304,9 @@ class Tables(RuleBasedStateMachine):
             self.history.check()
 
 
-test_any_history = Tables.TestCase
+test_any_history = pytest.mark.extra(Tables.TestCase)
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("size, framework", [(1, "numpy"), (2, "numpy"), (3, "torch")])
 def test_long_histories(rng, size, framework):
     """In which everything happens often, until there is nothing left."""

@@ -42,7 +42,6 @@ class Index:
         return self._value
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("name", cases.CASES)
 @pytest.mark.parametrize("kind", [np.int64, np.uint8, np.array, Index], ids=lambda k: k.__name__)
 def test_options_have_one_form(name, kind, monkeypatch):

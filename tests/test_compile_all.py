@@ -231,7 +231,7 @@ def check(kernels, architecture, path, few=False):
 
 
 def work():
-    """Parameters of the test: by default a few kernels of one source for each architecture; the
+    """Parameters of the test: by default a few kernels of one source for one architecture; the
     others, and attention's, with --rest."""
     for architecture, stem in itertools.product(ARCHITECTURES, STEMS):
         if architecture != ONLY.get(stem, architecture):
@@ -243,7 +243,6 @@ def work():
         yield pytest.param(COMPLETE, stem, "every_shape", marks=pytest.mark.extra)
 
 
-@pytest.mark.each("architecture")
 @pytest.mark.parametrize("architecture, stem, extent", [*work()])
 def test_every_instantiation(architecture, stem, extent, tmp_path):
     """Compiles, uses neither stack nor local memory, and moves 16 bytes where it says so."""

@@ -133,7 +133,6 @@ def tensors(rng, *shape):
     return [torch.from_numpy(rng.normal(size=shape).astype(np.float32)) for _ in range(2)]
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_paged_kv_cache(rng, backend):
     """Made outside or inside, bound or not."""
@@ -195,7 +194,6 @@ UNDER_OTHER_NAMES = {
 }
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS, *UNDER_OTHER_NAMES])
 def test_fullgraph_says_what_to_call(name):
     pages, others = ([torch.zeros(2, 4, 2, 8)] for _ in range(2))

@@ -111,6 +111,7 @@ def test_more_pairs_and_layers_than_one_launch_takes(world, rng, monkeypatch):
     expect_copied(world, keys + values, pairs)
 
 
+@pytest.mark.extra
 @pytest.mark.parametrize("where", ["host", "device-int32"])
 def test_more_than_65535_pairs(emulated_world, rng, where):
     """D14: a peer has the pairs in a grid dimension that ends at 65535."""

@@ -536,6 +536,7 @@ def test_example(path, tmp_path):
     assert done.stdout
 
 
+@pytest.mark.extra
 def test_the_code_of_the_page_about_engines(tmp_path):
     pytest.importorskip("torch")
     page = FOLDER.parent / "docs" / "engine.md"

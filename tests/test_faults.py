@@ -569,7 +569,6 @@ def run(made, case):
     return [made.bytes_of(spec) for spec in case.written], told + taken()
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("name", sorted(set(cases.CASES) - _WITHOUT_BOUNDS))
 def test_debug_mode_writes_the_same(world, rng, monkeypatch, name):
     case, other = cases.CASES[name](rng), type(world)()

@@ -120,7 +120,6 @@ def check(pairs, disjoint):
         mappings.check_disjoint("an_op", pairs, max(SOURCES, DESTINATIONS))
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("count", [1, 2, 30, mappings.FEW + 1, 400])
 @pytest.mark.parametrize("kind", ["tuples", "int64"])
 @pytest.mark.parametrize("disjoint", [False, True])
@@ -151,7 +150,6 @@ def test_what_is_wrong_is_found(rng, way, kind, count, disjoint):
     assert len(found) > 1
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("count", [1, 400])
 @pytest.mark.parametrize("side", [0, 1])
 @pytest.mark.parametrize("number", [2**63, -(2**63) - 1, 2**64, 2**64 + 3, 10**30])

@@ -546,6 +546,7 @@ def cases(draw):
     }  # fmt: skip
 
 
+@pytest.mark.extra
 @given(case=cases())
 def test_any_case_emulated(emulated_world, case):
     """Memory orders, gaps, alignments, splits into launches and numbers, good and bad."""

@@ -486,12 +486,12 @@ POOL = (
 )  # fmt: skip
 
 
-# Of the indices, by default: every further combination is two kernels more.
+# Of the indices, where not all: every further combination is two kernels more.
 TYPES = (("int64", "int32", "int64"), ("int32", "int64", "int32"))
 
 
-@pytest.mark.each("types")
-@pytest.mark.parametrize("types", ["one", pytest.param("all", marks=pytest.mark.extra)])
+@pytest.mark.extra
+@pytest.mark.parametrize("types", ["one", "all"])
 @pytest.mark.parametrize("number", range(len(POOL)))
 def test_any_problem_on_the_kernels(emulated_world, number, types):
     fixed = {"types": TYPES[number]} if types == "one" else {}

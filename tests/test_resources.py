@@ -14,13 +14,12 @@ from machine_code import NOT_READ, cuobjdump
 from cupy_cache.runtime import modules
 
 STEMS = sorted(path.stem for path in modules.kernel_dir().glob("*.cu"))
-# Sources whose kernels take long, and those that a default run leaves out.
-EXTRA = ("paged_attention", "gather_both", "gather_cache")
+# Sources whose kernels take long.
 PARTS = {
     "paged_attention": 8, "paged_attention_mla": 3, "rotary": 4, "gather_cache": 3, "pack_blocks": 2
 }  # fmt: skip
 TABLES = [
-    pytest.param(stem, architecture, part, marks=[pytest.mark.extra] * (stem in EXTRA))
+    (stem, architecture, part)
     for stem in STEMS
     for architecture in make_resources.architectures(stem)
     for part in range(PARTS.get(stem, 1))
@@ -44,10 +43,9 @@ def require_the_compiler_of_resources(stem=STEMS[0]):
         skip(f"{file.name} is of NVRTC {made_with}; {installed}, which is in use, differs")
 
 
-@pytest.mark.each("architecture")
+@pytest.mark.extra
 @pytest.mark.parametrize("stem, architecture, part", TABLES)
 def test_the_file_is_up_to_date(stem, architecture, part):
-    """Of one source for each architecture by default, but of EXTRA."""
     require_the_compiler_of_resources(stem)
     if cuobjdump() is None:
         skip(NOT_READ)

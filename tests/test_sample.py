@@ -98,3 +98,45 @@ def test_what_is_named_runs_whole():
     items = items_of("test_a", size=range(9))
     conftest._keep(Config("tests/test_x.py::test_a"), items, rest=False)
     assert len(items) == 9
+
+
+class Metafunc(types.SimpleNamespace):
+    """What pytest asks for a test's combinations, when it has them all."""
+
+    def __init__(self, items, *args, options=()):
+        super().__init__(config=Config(*args), definition=Item(nodeid="tests/test_x.py::test_a"))
+        self.definition.get_closest_marker = items[0].get_closest_marker
+        self.config.getoption = options.__contains__
+        self._calls = [item.callspec for item in items]
+        for item, call in zip(items, self._calls):
+            call.id, call.marks = item.nodeid.partition("[")[2].rstrip("]"), []
+
+    def left(self):
+        """Those that become items."""
+        steps = conftest.pytest_generate_tests(self)
+        next(steps)
+        assert next(steps, None) is None
+        return self._calls
+
+
+@pytest.mark.parametrize("marks", [(), [pytest.mark.each("size")], [pytest.mark.whole]])
+def test_only_the_sample_is_made(marks):
+    items = items_of("test_a", marks, **WORLDS, size=range(9))
+    sample = conftest._sample(items)
+    assert Metafunc(items).left() == [item.callspec for item in items if item in sample]
+
+
+def test_one_is_made_of_what_is_never_in_the_sample():
+    items = items_of("test_a", size=range(9))
+    metafunc = Metafunc(items)
+    for call in metafunc._calls:
+        call.marks = [pytest.mark.extra.mark]
+    assert metafunc.left() == [items[0].callspec]
+
+
+@pytest.mark.parametrize(
+    "args, options", [((), ["--rest"]), ((), ["--everything"]), (("test_x.py::test_a",), [])]
+)
+def test_all_are_made_where_they_may_run(args, options):
+    items = items_of("test_a", size=range(9))
+    assert len(Metafunc(items, *args, options=options).left()) == 9

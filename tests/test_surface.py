@@ -35,6 +35,7 @@ def told_of(seed, number, call):
         raise AssertionError(shown) from error
 
 
+@pytest.mark.extra
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("part", range(PARTS))
 def test_random_calls(part, request, seed):
@@ -105,7 +106,7 @@ NOT_CALLED = {
 }
 
 
-@pytest.mark.whole
+@pytest.mark.extra
 def test_every_function_is_called():
     made = {surface.call(np.random.default_rng([0, number])).name for number in range(3000)}
     functions = {name for name in cc.__all__ if inspect.isfunction(getattr(cc, name))}

@@ -116,7 +116,6 @@ def skip_unless_compiled(operation):
         pytest.skip("torch 2.4 does not compile this operation")
 
 
-@pytest.mark.whole
 @only_torch
 def test_compiled(world, call_of):
     def run(operation, args, options):
@@ -253,7 +252,6 @@ def refusal(operation, args, options):
     return None
 
 
-@pytest.mark.whole
 @only_torch
 @every_row
 def test_tracing_checks_what_eager_checks(world, row, rng, monkeypatch):

@@ -91,6 +91,7 @@ def test_caches_that_share_memory_with_themselves_are_refused(world, rng):
     refused(world, [spec], lambda: cc.zero_blocks(put, [1]), cc.StrideError, "caches", "share")
 
 
+@pytest.mark.extra
 @given(
     kind=st.sampled_from(["packed-NHD", "some-heads", "odd", "rows"]),
     seed=st.integers(0, 2**32 - 1),
