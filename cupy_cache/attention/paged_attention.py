@@ -560,7 +560,7 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     value_size = launch.ceil_div(size["head_size_v"], 16) * 16
     stage = KEYS * (key_bytes + value_size * stored.bytes)
     k_scales, v_scales = named["k_scale_cache"], named["v_scale_cache"]
-    cached, of_tile = spelling.ELEMENT_NAMES[stored.name], 4
+    cached, of_tile = spelling.element(stored), 4
     if k_scales is not None:
         cached = f"cupy_cache::TokenScaled<{cached}>"
         of_tile += 2 * KEYS * formats.FLOAT32.bytes
@@ -602,14 +602,14 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         its_stages = stages if teams == 1 else stages_of_pairs
         shared = max(shared_with(its_stages), sent if cluster > 1 else 0)
         arguments = (
-            spelling.ELEMENT_NAMES[query.dtype.name], cached,
+            spelling.element(query.dtype), cached,
             size["head_size"], size["head_size_v"], keys.vector, values.vector, rows,
-            spelling.boolean(turned), run, *map(spelling.boolean, flags), its_stages, shared,
-            cluster, spelling.boolean(tall), teams, spelling.indices(*indices),
+            turned, run, *flags, its_stages, shared, cluster, tall, teams,
+            spelling.indices(*indices),
         )  # fmt: skip
         entry = NAME if cluster <= 1 else f"{NAME}_clustered"
         kernel = modules.Kernel(
-            check.op, NAME, f"{entry}<{', '.join(map(str, arguments))}>", PARAMS,
+            check.op, NAME, spelling.instance(entry, *arguments), PARAMS,
             guarded=("block_table", "seq_lens", "query_start_loc"),
             shared_bytes=shared if teams == 1 else teams * launch.ceil_div(shared, 128) * 128,
             all_shared=small_heads and cluster == teams == 1,

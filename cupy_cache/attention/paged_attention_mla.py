@@ -437,7 +437,7 @@ def _gpu_plan(check, named, stored, rank, causal, entries):
     )
     indices = [named[name] for name in ("block_table", "seq_lens", "query_start_loc")]
     index, of_lengths = spelling.indices(*indices), spelling.indices(*indices[1:])
-    elements = [spelling.ELEMENT_NAMES[dtype.name] for dtype in (query.dtype, stored)]
+    elements = [spelling.element(dtype) for dtype in (query.dtype, stored)]
     lse = named["lse"]
     constants = (
         cache.shape[0], *query.strides[:2], *out.strides[:2],
@@ -454,7 +454,7 @@ def _gpu_plan(check, named, stored, rank, causal, entries):
         launchers = [
             launch.Launcher(
                 modules.Kernel(
-                    check.op, stem, f"{name}<{', '.join(map(str, its))}>", PARAMS,
+                    check.op, stem, spelling.instance(name, *its), PARAMS,
                     guarded=("block_table", "seq_lens", "query_start_loc"), shared_bytes=shared,
                     only=only,
                 ),
@@ -481,9 +481,8 @@ def _gpu_plan(check, named, stored, rank, causal, entries):
     flags = stored.bytes == 1, stored.bytes == 1 and not entries
     return made(
         NAME, shape,
-        (*elements, rank, rope, spelling.boolean(entries), vector, shape.teams, shape.stages,
-         shape.shared, index),
-        "join_parts", (elements[0], rank, *map(spelling.boolean, flags), shape.teams, of_lengths),
+        (*elements, rank, rope, entries, vector, shape.teams, shape.stages, shape.shared, index),
+        "join_parts", (elements[0], rank, *flags, shape.teams, of_lengths),
         instead=instead,
     )  # fmt: skip
 

@@ -45,6 +45,16 @@ class Struct:
         self.call_letters = tuple(f.letters for f in self._call)
         self.constant = struct.Struct("<" + "".join(f.letters for f in self._constant))
 
+    def constants(self, values):
+        """The constant fields' ``values``, given by name, in order; that of an array is a tuple."""
+        if values.keys() != {field.name for field in self._constant}:
+            raise ValueError(f"not the constant fields: {sorted(values)}")
+        ordered = []
+        for field in self._constant:
+            value = values[field.name]
+            ordered += value if isinstance(value, tuple) else (value,)
+        return tuple(ordered)
+
     def record(self, *constants):
         """A zeroed record of ``size`` bytes with the constant fields filled in."""
         record = bytearray(self.size)

@@ -21,9 +21,18 @@ def indices(*arrays):
     return ", ".join("void" if a is None else INDEX_NAMES[a.dtype.name] for a in arrays)
 
 
-def boolean(value):
-    """``value`` as ``true`` or ``false``."""
-    return "true" if value else "false"
+def element(dtype):
+    """The element type of a `formats.DType`."""
+    return ELEMENT_NAMES[dtype.name]
+
+
+def instance(name, *arguments):
+    """An instance of the template ``name``, with numbers, bools, and C++ text as arguments."""
+    return f"{name}<{', '.join(map(_argument, arguments))}>"
+
+
+def _argument(value):
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def quantiser(source, stored, vector_bytes):

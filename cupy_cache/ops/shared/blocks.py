@@ -253,13 +253,14 @@ class CopyPlan:
         def variant(items):
             threads = launch.block_threads(launch.ceil_div(max(vectors), items), 1, MAX_THREADS)
             chunks = launch.ceil_div(max(vectors), threads * items)
+            arguments = (
+                "copy_blocks", len(tensors), in_place, vector, runs[0], second, nested, items,
+                block_size, spelling.indices(mapping), MAX_THREADS,
+            )  # fmt: skip
             kernel = modules.Kernel(
                 op,
                 "copy_blocks",
-                f"copy_blocks<{len(tensors)}, {spelling.boolean(in_place)}, {vector}, {runs[0]}, "
-                f"{second}, {spelling.boolean(nested)}, {items}, {block_size}, "
-                f"{spelling.indices(mapping)}, "
-                f"{MAX_THREADS}>",
+                spelling.instance(*arguments),
                 PARAMS,
                 guarded=() if mapping is None else (argument,),
             )

@@ -268,13 +268,15 @@ class Plan:
         if self.vectors > _MAX_WORKS:
             expected = f"at most {_MAX_WORKS * vector} bytes at this alignment"
             raise errors.wrong("size", f"{self.op}: items of caches", expected, max(self.sizes))
+        arguments = (
+            "pack_blocks", f"cupy_cache::Direction::{self.direction.name}", len(vectors), vector,
+            runs[0], runs[-1], nested, block_size, ITEMS, spelling.indices(self.chosen),
+            MAX_THREADS,
+        )  # fmt: skip
         kernel = modules.Kernel(
             self.op,
             "pack_blocks",
-            f"pack_blocks<cupy_cache::Direction::{self.direction.name}, {len(vectors)}, {vector}, "
-            f"{runs[0]}, {runs[-1]}, {spelling.boolean(nested)}, {block_size}, {ITEMS}, "
-            f"{spelling.indices(self.chosen)}, "
-            f"{MAX_THREADS}>",
+            spelling.instance(*arguments),
             PARAMS,
             guarded=() if self.chosen is None else (self.argument,),
         )
