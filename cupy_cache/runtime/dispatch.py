@@ -31,6 +31,7 @@ from . import (
     plans,
     streams,
 )
+from .fastpath.layers import flattened
 
 
 class Arg(NamedTuple):
@@ -146,7 +147,7 @@ class Op:
         # From here to the launch every statement runs at every call: a microsecond is ten of them.
         tensors, form = objects, (options, len(objects))
         if self.has_lists:
-            objects, tensors, form = fastpath.flattened(self, self.args, objects, options)
+            objects, tensors, form = flattened(self, self.args, objects, options)
         try:
             paths = self.fast_paths.forms.get(form, ())
         except TypeError as error:
@@ -547,7 +548,7 @@ class Bound:
     def _run(self, given, stream, scalars):
         op, objects, paths = self.op, self._objects.copy(), self.fast_paths
         if op.has_lists:
-            given, tensors, form = fastpath.flattened(op, self._args, given, self.options)
+            given, tensors, form = flattened(op, self._args, given, self.options)
         for index, value in zip(self.given, given):
             objects[index] = value
         if op.has_lists:
