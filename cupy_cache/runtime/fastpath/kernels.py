@@ -58,14 +58,15 @@ def path_of(op, entry, objects, options, given):
             tensors = pick(objects)
             if tensors is None:
                 return False
-        alike, of, launch = launches.settled
-        if alike is None or scalars != of or not alike(*tensors):
+        alike, settled_scalars, launch = launches.settled
+        if alike is None or scalars != settled_scalars or not alike(*tensors):
             launch = find(tensors, scalars)
             if launch is None:
                 return False
         enqueue, failed, shape, scratch, fields, sizes = launch
         if enqueue is None and written is None:
             return True
+        # The addresses, in order, and their checks.
         addresses = list(map(address, tensors))
         if insert_at:
             addresses[insert_at:insert_at] = caller.addresses
@@ -84,6 +85,7 @@ def path_of(op, entry, objects, options, given):
             bits |= number
         if bits & 15 and misaligned(addresses):
             return False
+        # The parameters, the stream, the launch.
         try:
             record = records.pop()
         except IndexError:
@@ -137,8 +139,8 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
     address = kind.address
 
     def run(objects, scalars, stream, caller):
-        alike, of, launch = launches.settled
-        if alike is None or scalars != of or not alike(*objects):
+        alike, settled_scalars, launch = launches.settled
+        if alike is None or scalars != settled_scalars or not alike(*objects):
             launch = find(objects, scalars)
             if launch is None:
                 return False

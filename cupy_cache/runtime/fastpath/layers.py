@@ -98,8 +98,8 @@ def path_of(op, entry, objects, options, given):
     find = works.find
 
     def run(tensors, scalars, stream, objects, fixed=()):
-        alike, of, found = works.settled
-        if alike is None or scalars != of or not alike(*tensors):
+        alike, settled_scalars, found = works.settled
+        if alike is None or scalars != settled_scalars or not alike(*tensors):
             found = find(tensors, scalars)
             if found is None:
                 return False
