@@ -22,7 +22,7 @@ from . import kernels, layers
 
 MAX_PATHS = 8  # signatures of calls of one form
 MAX_FORMS = 256
-# Once a form has so many paths, only each 64th new signature gets one: making it takes long.
+# Making a path takes long. Once a form has so many, only each 64th slow call makes a new one.
 PATIENCE = 64
 
 
