@@ -29,41 +29,40 @@ PARAMS = params.Struct(
     "v_scale_head_stride:i64 section_ends:u32[2]",
 )
 MAX_THREADS = 128
-LANE_BYTES = 32  # of values, that a lane moves at least
-FEW_TOKENS = 4  # that `rotary_few` takes, where it can
-FEW_ELEMENTS = 2  # of its units
+LANE_BYTES = 32  # a lane moves at least so many bytes of values
+FEW_TOKENS = 4  # the most for which `rotary_few` runs, where there is one
+FEW_ELEMENTS = 2  # a unit of `rotary_few`
 TOGETHER = 4  # the kernel's kTogether: tokens whose keys are written side by side
 _ROWS = ("query", "key", "value", "slot_mapping", "out")
 _WRITTEN = ("query", "key_cache", "value_cache", "out", "k_scale_cache", "v_scale_cache")
 
 
 class Call:
-    """One of the operations, of arrays in the order of `ROLES`.
+    """One of the operations. Its arrays are in the order of `ROLES`.
 
     Parameters
     ----------
     name : str
-        Of the public function.
+        The public function's.
     needed : tuple
-        The roles of what may not be absent.
+        The roles that must be given.
     key_in_place : bool
         Keys are rotated where they are.
     entries : bool
-        There is one cache, the role key_cache, whose entries are [value | key].
+        There is one cache, in the role key_cache, whose entries are [value | key].
     called : dict, optional
-        What roles are called that are not called so.
+        {role: name of the argument}, where they differ.
 
     Attributes
     ----------
     ops : dict
-        {1, or 3 where positions have axes: `dispatch.Op`}.
+        The `dispatch.Op`, by the number of axes of positions, 1 or 3.
     """
 
     def __init__(self, name, needed, key_in_place=False, entries=False, called=None):
         called = called or {}
         written = (*_WRITTEN, "key") if key_in_place else _WRITTEN
-        # Positions of several axes vary along another dimension: that is another operation to the
-        # machinery of calls.
+        # An `Op` fixes the dimension in which positions vary: the first, or behind axes the second.
         self.ops = {
             axes: dispatch.Op(
                 name,
@@ -93,14 +92,14 @@ class Call:
         sections=None, interleaved=False, norm_eps=None, norm_weight_bias=0.0, inverse=False,
         head_size=None, q_scale=1.0, k_scale=1.0, v_scale=1.0,
     ):  # fmt: skip
-        """(The `dispatch.Op`, the options and the scalars of a call.) The scales are floats."""
+        """(`dispatch.Op`, options, scalars) of a call. The scales are floats."""
         name = self.name
         axes, epsilon = 1, 0.0
         if sections is not None:
             axes, sections = 3, three_sections(name, sections)
         if norm_eps is not None:
             epsilon = contract.number(name, "norm_eps", norm_eps)
-            if epsilon != 0 and epsilon < contract.SMALLEST_NORMAL:  # which kernels take for 0
+            if epsilon != 0 and epsilon < contract.SMALLEST_NORMAL:  # kernels take it for 0
                 expected = "0 or a positive, normal float32"
                 raise errors.wrong("value", f"{name}: norm_eps", expected, epsilon)
         options = (
@@ -176,19 +175,19 @@ class TemplateArguments(NamedTuple):
     """The template arguments of `rotary`, by their names there: kValueVec is ``value_vec``.
     rotary.cu says what they mean. Types and enumerators are C++ text."""
 
-    # What elements are, and how values become what is stored.
+    # Element types, and the converter of values.
     element: str
     table: str
     weight: str
     out: str
     stored: str
     values: str
-    # How heads are dealt to lanes.
+    # Bytes of a vector, and lanes of a head.
     vec: int
     value_vec: int
     lanes: int
     value_lanes: int
-    # Rows and heads.
+    # Heads of a token, and elements of a head.
     heads: int
     key_heads: int
     size: int
@@ -201,7 +200,7 @@ class TemplateArguments(NamedTuple):
     block_size: int
     scattered: bool
     vector_values: bool
-    # What is done.
+    # What the kernel does.
     largest: int
     neox: bool
     inverse: bool
@@ -212,7 +211,7 @@ class TemplateArguments(NamedTuple):
     keys: bool
     cached: bool
     entries: bool
-    # What loads and launches look like.
+    # How it loads and is launched.
     dense: bool
     position: str
     slot: str
@@ -274,9 +273,8 @@ def _template_arguments(args, keys, values):
 
 
 def _of_few(args, many):
-    """The `TemplateArguments` of few tokens, with smaller units; None where they have no kernel of
-    their own: where heads are not stored as they come, and where positions have sections, which
-    gains nothing."""
+    """The `TemplateArguments` for few tokens: with smaller units. None where there is no such
+    kernel: it stores heads as they come, and gains nothing where positions have sections."""
     vec = FEW_ELEMENTS * args.query.dtype.bytes
     if (
         not args.cached or args.entries or args.scaled or args.norm or args.key_in_place
@@ -288,7 +286,7 @@ def _of_few(args, many):
 
 
 def _kernel(args, name, arguments):
-    """The instance of a template of rotary.cu."""
+    """An instance of template ``name`` of rotary.cu."""
     return modules.Kernel(
         args.op, STEM, spelling.instance(name, *arguments), PARAMS,
         guarded=(args.names["positions"], args.names["slot_mapping"]), converts=True,
@@ -296,7 +294,7 @@ def _kernel(args, name, arguments):
 
 
 def _constants(args, keys, values):
-    """The constant fields of `PARAMS`."""
+    """The values of the constant fields of `PARAMS`."""
     table, slots = args.cos_sin_cache, args.slot_mapping
     fields = {
         "max_position": table.shape[0],
@@ -330,7 +328,7 @@ def _constants(args, keys, values):
 
 def _shape_of_tiles(args, many):
     """The launch shape where values have thread blocks of their own, behind those of queries and
-    of keys; the latter are dealt in tiles of `TOGETHER` tokens."""
+    keys. Keys are dealt to threads in tiles of `TOGETHER` tokens."""
     queries, keys = many.heads * many.lanes, many.key_heads * many.lanes
     parts = transposed.parts(many.key_heads, args.value_size * args.value_cache.dtype.bytes)
 
@@ -343,8 +341,8 @@ def _shape_of_tiles(args, many):
 
 
 class _FewOrMany(plans.KernelPlan):
-    """A launch by one of two plans: up to `FEW_TOKENS`, and more. The first call loads the kernels
-    of both: a step's tokens may be few for the first time where a graph is captured."""
+    """One of two launches: for up to `FEW_TOKENS` tokens, and for more. The first call loads both
+    kernels: the first step with few tokens may be one that is being captured."""
 
     __slots__ = ("_few",)
 
@@ -365,7 +363,7 @@ class _FewOrMany(plans.KernelPlan):
 
 
 def _is_dense(args):
-    """The kernel's kDense: whether nothing is converted, and what is usually contiguous is."""
+    """The kernel's kDense: whether nothing is converted, and nothing has unusual gaps."""
     if not args.cached or args.entries or args.scaled or args.stored or args.out_stored:
         return False
     given = args.query, args.out, args.key, args.value
@@ -381,7 +379,7 @@ def _is_dense(args):
 
 
 class _KeyLayout(NamedTuple):
-    """A key cache: strides in bytes, and how many elements of a key lie together."""
+    """The strides of a key cache in bytes, and how many elements of a key are contiguous."""
 
     pack: int
     block: int = 0
@@ -403,13 +401,13 @@ def _key_layout(args):
 
 
 class _ValueLayout(NamedTuple):
-    """A value cache: strides in bytes, and how many slots of a block lie together. Where it is
-    scattered, the elements of one value do not."""
+    """The strides of a value cache in bytes, how many slots of a block are a group, and whether the
+    elements of one value are scattered."""
 
     slots: int = 1
     scattered: bool = False
     block: int = 0
-    group: int = 0  # of so many slots
+    group: int = 0
     offset: int = 0
     head: int = 0
     element: int = 0
@@ -433,7 +431,7 @@ def _value_layout(args):
 
 
 def _value_vector(args, values, stored):
-    """The bytes that a lane stores of values at a time; 1 where there is no cache."""
+    """The bytes of values that a lane stores at a time; 1 where there is no cache."""
     if not args.cached:
         return 1
     ratio, head_bytes = args.query.dtype.bytes // stored.bytes, args.value_size * stored.bytes
@@ -453,7 +451,7 @@ def _stores_vectors(args, values):
 
 
 def _elements(args, keys):
-    """The elements of a unit: the most, of 16 bytes, that everything is a multiple of."""
+    """The elements of a unit: as many of 16 bytes as all sizes, addresses and strides allow."""
     elements = 16 // args.query.dtype.bytes
     while elements > 1 and not _fit(args, keys, elements):
         elements //= 2
@@ -461,14 +459,14 @@ def _elements(args, keys):
 
 
 def _fit(args, keys, elements):
-    """Whether heads, and what turns of them, are whole units of so many elements, all aligned."""
+    """Whether heads, and their rotated parts, are whole units of ``elements``, all aligned."""
     turning = args.rotary // 2 if args.is_neox else args.rotary
     if any(size % elements for size in (args.size, args.offset, turning, keys.pack)):
         return False
     table, cache = args.cos_sin_cache, args.key_cache
     angles = elements if args.is_neox else elements // 2
     sines = args.rotary // 2 * table.dtype.bytes
-    # Bytes of an access, and the addresses and strides that must be multiples of them, or of 16.
+    # (Bytes of an access, addresses and strides that must be multiples of these, or of 16.)
     accesses = [(angles * table.dtype.bytes, (table.ptr, table.strides[0], sines))]
     for rows in (args.query, args.key, args.out):
         if rows is not None:
@@ -498,13 +496,13 @@ def _turns_across(args, elements):
 
 
 def _lanes(args, values, elements, value_vec, stored):
-    """(The lanes of a head of queries or keys, those of a head of values.)"""
+    """(Lanes of a head of queries or keys, lanes of a head of values)."""
     lanes, vectors, value_lanes = _items(args, elements), 0, 1
     if args.cached and not values.scattered:
         vectors = args.value_size * stored.bytes // value_vec
-        read = value_vec * args.query.dtype.bytes // stored.bytes  # bytes, for a vector
+        read = value_vec * args.query.dtype.bytes // stored.bytes  # bytes of its source
         value_lanes = launch.ceil_div(vectors, max(1, LANE_BYTES // read))
-    # What is computed of a whole head is shared by neighbouring lanes of one warp.
+    # Sums and maxima of a head are taken over neighbouring lanes of one warp.
     if args.norm or args.scaled:
         lanes = launch.lanes(max(lanes, vectors if args.scaled else 0))
         if args.scaled or (not values.scattered and args.key_heads * value_lanes % lanes):

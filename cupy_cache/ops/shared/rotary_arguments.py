@@ -61,7 +61,7 @@ class Arguments:
             self.refuse("value", absent, "an array like the other one", "None")
 
     def _check_caches(self):
-        """Find the sizes of heads, and check whatever is as for the operations that write."""
+        """Find the sizes of heads, and make the checks of operations that write caches."""
         check, given = self.check, self.given
         self.value_size, self.block_size, self.num_blocks = 0, 0, 0
         self.steps = {"k_scale": 0, "v_scale": 0, "q_scale": 0}
@@ -139,8 +139,8 @@ class Arguments:
             self.check.writable(names["key"], self.key, rows=True)
 
     def _by_head(self, role, size):
-        """Rows as [token, head, element], after their checks: the heads may be one dimension with
-        the elements. None where they are absent."""
+        """The checked rows of ``role`` as [token, head, element]; the argument may have heads and
+        elements in one dimension. None where it is absent."""
         name, array = self.names[role], self.given.get(role)
         if array is None:
             return None
