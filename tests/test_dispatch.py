@@ -83,10 +83,10 @@ def counting(patch):
     return recorder
 
 
-@pytest.fixture(params=[1, fastpath.SETTLED], ids=["settled at once", "settled later"])
+@pytest.fixture(params=[1, fastpath.calls.SETTLED], ids=["settled at once", "settled later"])
 def recorder(monkeypatch, request):
     """What sizes are compared with may be known from the first call with them that comes again."""
-    monkeypatch.setattr(fastpath, "SETTLED", request.param)
+    monkeypatch.setattr(fastpath.calls, "SETTLED", request.param)
     yield counting(monkeypatch)
     launch.processors.cache_clear()
 
@@ -181,11 +181,11 @@ def test_caches_that_are_bound(recorder):
 def settled(patch, call):
     """Repeat ``call`` until one comparison serves it. Returns a list that grows at each later call
     that it does not serve."""
-    searched, find = [], fastpath._Calls.find
-    patch.setattr(fastpath._Calls, "find", lambda *a: searched.append(a) or find(*a))
-    for _ in range(KNOWN + fastpath.SETTLED + 1):
+    searched, find = [], fastpath.calls.Results.find
+    patch.setattr(fastpath.calls.Results, "find", lambda *a: searched.append(a) or find(*a))
+    for _ in range(KNOWN + fastpath.calls.SETTLED + 1):
         call()
-    assert len(searched) == fastpath.SETTLED + 1
+    assert len(searched) == fastpath.calls.SETTLED + 1
     searched.clear()
     call()
     assert not searched
@@ -216,7 +216,7 @@ def test_calls_that_are_settled(recorder, monkeypatch, bound):
     wide = torch.zeros((5, 3, 16), dtype=torch.float16)[..., :8]
     short = torch.arange(10)[::2]
     for at, other in ((0, wide), (1, wide), (4, short), (4, torch.arange(5).int()), (0, given[1])):
-        for _ in range(fastpath.SETTLED + 1):
+        for _ in range(fastpath.calls.SETTLED + 1):
             call(given)
         recorder.take()
         now = list(given)
@@ -227,7 +227,7 @@ def test_calls_that_are_settled(recorder, monkeypatch, bound):
         assert long_way(recorder, lambda n=now: cc.reshape_and_cache_flash(*n), monkeypatch) == [
             sent
         ]
-    for _ in range(fastpath.SETTLED + 1):
+    for _ in range(fastpath.calls.SETTLED + 1):
         call(given)
     recorder.take()
     with pytest.raises(cc.ShapeError, match="slot_mapping"):
@@ -253,7 +253,7 @@ def test_settled_launches_are_prepared_anew(recorder, monkeypatch):
     for now in range(1, 4):
         assert len(prepared) == now
         overlap.forget_prepared()
-        for _ in range(fastpath.SETTLED + 2):
+        for _ in range(fastpath.calls.SETTLED + 2):
             cc.reshape_and_cache_flash(*given)
 
 
@@ -273,7 +273,7 @@ def test_calls_in_turns_are_not_settled(recorder, monkeypatch):
 
 
 def test_more_counts_than_are_remembered(recorder, monkeypatch):
-    monkeypatch.setattr(fastpath, "MAX_COUNTS", 3)
+    monkeypatch.setattr(fastpath.calls, "MAX_COUNTS", 3)
     for _ in range(3):
         for tokens in range(1, 9):
             given = tensors(tokens)
@@ -501,7 +501,7 @@ def test_no_tokens_and_streams(recorder):
     recorder.take()
     cc.reshape_and_cache_flash(*given[:4], torch.arange(0))
     assert not recorder.take()
-    for _ in range(fastpath.SETTLED + 2):  # what is wrong is refused all the same
+    for _ in range(fastpath.calls.SETTLED + 2):  # what is wrong is refused all the same
         with pytest.raises(cc.ArgumentError, match="memory of value_cache"):
             cc.reshape_and_cache_flash(*given[:3], given[2][:], torch.arange(0))
     cc.reshape_and_cache_flash(*given)
@@ -518,7 +518,7 @@ def test_no_tokens_and_scales(recorder):
         cc.reshape_and_cache_flash(key, value, *caches, slots[:end], "fp8", *scales)
         assert len(recorder.take()) == (end > 0)
     assert recorder.long == KNOWN
-    for _ in range(fastpath.SETTLED + 2):
+    for _ in range(fastpath.calls.SETTLED + 2):
         for end in (0, 5):
             with pytest.raises(cc.ArgumentError, match="memory of value_cache"):
                 cc.reshape_and_cache_flash(
@@ -706,7 +706,7 @@ def test_errors_of_known_calls_name_what_was_called(recorder):
     key, value, *caches, slots = tensors()
     cache = cc.PagedKVCache(*([one] for one in caches))
     told = set()
-    for calls in (0, *range(1, fastpath.SETTLED + 3)):
+    for calls in (0, *range(1, fastpath.calls.SETTLED + 3)):
         for write in (functools.partial(cache.write, 0), cache.writer(0)):
             for _ in range(calls and 1):
                 write(key, value, slots)

@@ -39,10 +39,10 @@ class Array:
         self.data = types.SimpleNamespace(ptr=tensor.data_ptr(), device_id=device)
 
 
-@pytest.fixture(params=[1, fastpath.SETTLED], ids=["settled at once", "settled later"])
+@pytest.fixture(params=[1, fastpath.calls.SETTLED], ids=["settled at once", "settled later"])
 def recorder(monkeypatch, request):
     """`counting`'s; `Array` is CuPy's."""
-    monkeypatch.setattr(fastpath, "SETTLED", request.param)
+    monkeypatch.setattr(fastpath.calls, "SETTLED", request.param)
     recorder = counting(monkeypatch)
     monkeypatch.setattr(cupy, "ndarray", Array)
     monkeypatch.setattr(arrays, "_READERS", dict(arrays._REGISTERED))

@@ -1,7 +1,9 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
 import itertools
+import re
 
+import machine_code
 import numpy as np
 import oracle
 import pytest
@@ -10,7 +12,7 @@ import worlds
 
 import cupy_cache as cc
 from cupy_cache.ops.shared import rotary
-from cupy_cache.runtime import formats
+from cupy_cache.runtime import formats, modules
 
 NAME = "rotary_and_cache"
 PER_TOKEN_HEAD = {"int8_per_token_head": "int8", "fp8_per_token_head": "float8_e4m3fn"}
@@ -265,6 +267,15 @@ def test_numbers_of_tokens(world, rng, tokens):
     step, named = model.case(rng, max(tokens, 2))
     step[0], step[7] = step[0][:tokens], step[7][:tokens]
     check(world, model, step, named)
+
+
+def test_arguments_are_in_the_order_of_the_template():
+    given = {"rotary": rotary.TemplateArguments._fields, "rotary_few": rotary.OF_FEW}
+    for name, fields in given.items():
+        kernel = modules.Kernel("any", rotary.STEM, f"{name}<>", rotary.PARAMS)
+        _, parameters = machine_code.template_parameters(kernel)
+        words = [re.findall("[A-Z][a-z]*", parameter) for parameter in parameters]
+        assert ["_".join(word).lower() for word in words] == list(fields)
 
 
 def test_few_tokens_have_a_kernel_of_their_own(recorder, nothing_remembered):

@@ -180,7 +180,7 @@ def _plan(op, described, options):
     wide = contract.vector_bytes(out.ptr, *out.strides[:2]) == VECTOR
     vector = VECTOR if wide else out.dtype.bytes
     types = spelling.indices(queries, keys, *starts)
-    element = spelling.ELEMENT_NAMES[out.dtype.name]
+    element = spelling.element(out.dtype)
     kernel = modules.Kernel(
         NAME,
         NAME,

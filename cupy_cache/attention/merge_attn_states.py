@@ -106,7 +106,7 @@ def _plan(op, described, options):
     kernel = modules.Kernel(
         op.name,
         op.name,
-        f"{NAME}<{spelling.ELEMENT_NAMES[output.dtype.name]}, {vector}, {vectors}, {lanes}, "
+        f"{NAME}<{spelling.element(output.dtype)}, {vector}, {vectors}, {lanes}, "
         f"{heads}, {MAX_THREADS}>",
         PARAMS,
     )

@@ -47,7 +47,7 @@ PARAMS = params.Struct(
     tail="scratch:ptr slots_at:u64 slots:u32",
 )
 NO_WINDOW = 1 << 62  # more tokens than there are
-# The arguments that belong to a layer; of its slopes, those of all sequences or of each.
+# The arguments that belong to a layer. Slopes are one of two: for all sequences, or for each.
 LAYERS = (
     "key_cache", "value_cache", "alibi_slopes", "sinks", "k_scale", "v_scale", "k_scale_cache",
     "v_scale_cache", "sequence_slopes",
@@ -200,7 +200,7 @@ def paged_attention(
     )  # fmt: skip
     if out is None:
         out = new_out(NAME, query, key_cache, value_cache, stream)
-    # What is rarely given comes last, and costs other calls nothing.
+    # Arguments that are rarely given come last, where they cost other calls nothing.
     objects = (
         query, key_cache, value_cache, block_table, seq_lens, query_start_loc, *heads, out, lse,
         *others,
@@ -213,8 +213,8 @@ def arguments(
     op, scale, alibi_slopes, sliding_window, soft_cap, sinks, causal, kv_cache_dtype, k_scale,
     v_scale, k_scale_cache=None, v_scale_cache=None,
 ):  # fmt: skip
-    """What of a call a layer decides, beside its caches: (arrays, in the order of `LAYERS`; the
-    rest of them, if any; options; scalars). ``op`` is the caller, for errors."""
+    """A layer's arguments beside its caches, checked: (arrays, in the order of `LAYERS`; the rest
+    of these, if any is given; options; scalars). ``op``: the caller, for errors."""
     window, scaled_by, cap = NO_WINDOW, 1.0, 0.0
     if sliding_window is not None:
         window = min(contract.integer(op, "sliding_window", sliding_window, 1), NO_WINDOW)
@@ -246,13 +246,13 @@ def _is_of_sequences(op, slopes):
     """Whether each sequence has slopes of its own."""
     try:
         shape = slopes.shape
-    except Exception:  # of what is no array, or one without a shape: describing it says so
+    except Exception:  # no array, or one without a shape: `arrays.view` refuses it
         shape = arrays.view(slopes, f"{op}: alibi_slopes").shape
     return len(shape) == 2
 
 
 def _check_scales(op, k_scale, v_scale, k_scale_cache, v_scale_cache):
-    """Refuse one cache of scales without the other, or with other scales."""
+    """Refuse one cache of scales without the other, or beside ``k_scale`` or ``v_scale``."""
     for name, cache in (("k_scale_cache", k_scale_cache), ("v_scale_cache", v_scale_cache)):
         if cache is None:
             other = "both k_scale_cache and v_scale_cache, or neither"
@@ -266,13 +266,13 @@ def _check_scales(op, k_scale, v_scale, k_scale_cache, v_scale_cache):
 def new_out(op, query, key_cache, value_cache, stream):
     """A new array for the result."""
     if all(map(arrays.is_torch, (query, key_cache, value_cache))):
-        # What an engine gives at every layer. The plan checks it; describing it takes 30 us.
+        # As an engine calls it at every layer. The plan checks them; `arrays.view` takes 30 us.
         try:
             axis, shape = _VALUE_AXES.get((key_cache.dim(), value_cache.dim())), query.shape
             if axis is not None and len(shape) == 3:
                 shape = *shape[:2], value_cache.shape[axis]
                 return making.empty_beside(query, shape, stream)
-        except Exception:  # of tensors that have no shape, or no memory: describing them says so
+        except Exception:  # tensors without a shape, or without memory: `arrays.view` refuses them
             pass
     like = arrays.view(query, f"{op}: query")
     keys = arrays.view(key_cache, f"{op}: key_cache")
@@ -285,12 +285,12 @@ def new_out(op, query, key_cache, value_cache, stream):
     return making.empty(like.framework, like.device, shape, like.dtype, stream)
 
 
-# Where head_size_v is in a value cache, by the numbers of dimensions of both caches.
+# The axis of head_size_v in a value cache, by the numbers of dimensions of both caches.
 _VALUE_AXES = {(4, 4): 3, (5, 4): 2, (5, 5): 3}
 
 
 def _check_caches(check, key_cache, value_cache):
-    """Check their shapes; x-packed ones have five dimensions."""
+    """Check the shapes of both caches. An x-packed key cache has five dimensions."""
     if len(key_cache.shape) != 5:
         check.shape("key_cache", key_cache, "num_blocks block_size num_kv_heads head_size")
         check.shape("value_cache", value_cache, "num_blocks block_size num_kv_heads head_size_v")
@@ -342,7 +342,7 @@ def _plan(op, described, options):
         check.head_scale(name, scale, size["num_kv_heads"])
         for name, scale in zip(("k_scale", "v_scale"), scales)
     ]
-    # What `scale` is multiplied with: the plan knows the head size, and its caller does not.
+    # A factor of `scale`: the default, which needs the head size, is decided here.
     base_scale = 1 / math.sqrt(size["head_size"]) if default_scale else 1.0
 
     if out.device.kind == "cpu":
@@ -370,30 +370,30 @@ def _format(op, kv_cache_dtype, by_token):
 
 KEYS = 16  # of a tile
 WARPS = 4
-TILE_ROWS = 16  # of a unit: query heads of a token that share a KV head
-MOST_ROWS = 64  # and of neighbouring tokens, where a sequence has several
-FEW_ROWS = 8  # of which registers hold more elements of a head
-CLUSTER = 8  # thread blocks that share a unit, where there are few
-MANY_UNITS = 640  # of a sequence: more than run at once, and enough if they are taken in pairs
-COST_OF_SHARING = 1300  # as measured on an H100
-MOST_SHARED = 1024  # sequences whose parts thread blocks share equally: each looks at all of them
+TILE_ROWS = 16  # rows of a unit: query heads of a token that share a KV head
+MOST_ROWS = 64  # where a sequence has several tokens: also those of neighbouring tokens
+FEW_ROWS = 8  # where heads are large: registers then hold more elements of each
+CLUSTER = 8  # thread blocks that share a unit, where there are few units
+MANY_UNITS = 640  # of a sequence: more than run at once, and enough even if taken in pairs
+COST_OF_SHARING = 1300  # see `_Plan._sharing_pays`; measured on an H100
+MOST_SHARED = 1024  # the most sequences for equal shares: each thread block reads all lengths
 # Bytes of a multiprocessor of sm_90, for one thread block or for two.
 ALL_OF_SHARED, HALF_OF_SHARED = 227 << 10, 113 << 10
 MOST_STAGES = 4
 SMALL_ROW = 128  # bytes
-# Heads are taken in pairs where a row fills no pieces of so many bytes: memory is faster then.
+# Where rows are no multiple of so many bytes, thread blocks take pairs of heads: that is faster.
 # At most so many stages, and bytes on their way to a multiprocessor, are best for them.
 PIECE, STAGES_OF_PAIRS, ON_THEIR_WAY = 256, 3, 100 << 10
 LARGE_HEAD, LARGEST_HEAD = 256, 512
 SMALL_HEADS = 128  # elements of a key and a value
-HALF_TURNED = 192  # larger heads of 16-bit elements have the rows of a unit as columns
-LARGEST_TALL = 128  # of values, of units that are taken two at a time
+HALF_TURNED = 192  # of larger heads of 16-bit elements, products are transposed
+LARGEST_TALL = 128  # the largest heads of values whose units are taken two at a time
 
 
 class _Caches(NamedTuple):
-    """How the kernel finds keys or values: strides in bytes of blocks, heads, slots (of elements
-    where neighbouring slots are side by side, ``by_token``) and packs, bytes of a pack, and of what
-    can be read at a time."""
+    """A cache of keys or values, for the kernel: strides in bytes of blocks, heads, slots and
+    packs; the bytes of a pack, and of a vector that can be read. ``by_token``: neighbouring slots
+    are side by side, and ``slot`` is the stride of elements."""
 
     block: int
     head: int
@@ -431,29 +431,29 @@ def _value_layout(cache, packed, block_size):
 
 
 class _Plan(plans.KernelPlan):
-    """Thread blocks take units of work: a unit each; or those of two neighbouring KV heads; or
-    equal shares of the parts of all, through scratch memory; or a cluster of them one, where there
-    are few. The result is the same.
+    """One launch, of one of several kernels. A thread block takes one unit of work, or those of two
+    neighbouring KV heads, or an equal share of all units, through scratch memory; or a cluster of
+    thread blocks takes one unit. The result is the same.
 
     Parameters
     ----------
     launchers : {"plain", "paired", "tall", "shared" or "clustered": launch.Launcher}
-        "paired" where that is quicker, "shared" where a sequence is a unit, "clustered" where the
-        GPU has clusters. "tall": the same as "plain", but for sequences of ``tall_tokens`` or more
-        of the call's.
+        "paired" where pairs are quicker, "shared" where each sequence has one token, "clustered"
+        where the GPU has clusters. "tall": like "plain", for calls of ``tall_tokens`` tokens or
+        more.
     framework : str
         That of the results.
     heads : int
-        Units of a sequence, or of a number of its tokens.
+        Units of a sequence; where it has several tokens, of ``row_tokens`` of them.
     row_tokens : int or None
-        That number, where a sequence has several.
+        None where each sequence has one token.
     tall_tokens : int or None
         None where there is no "tall".
     block_size : int
     resident : int
         Thread blocks that a multiprocessor runs at once.
     slot_bytes : int
-        Of a part's results.
+        Bytes of a part's results.
     """
 
     __slots__ = (
@@ -483,8 +483,8 @@ class _Plan(plans.KernelPlan):
         if how != "shared":
             return None
         _, sequences, width = rows
-        # A word for each sequence and head; then of each block as many slots as it can have parts
-        # of a unit that it does not begin, and two.
+        # A word for each sequence and head. Then slots for each thread block: two, and as many as
+        # it may have parts of a unit that another one begins.
         words = launch.ceil_div(8 * sequences * self._heads, 16) * 16
         tokens = width * self._block_size
         turns = max(launch.ceil_div(tokens, WARPS * KEYS), 1)  # of a sequence
@@ -494,7 +494,7 @@ class _Plan(plans.KernelPlan):
         return plans.Scratch(self._framework, size, struct.pack("<QI", words, slots))
 
     def _choose(self, tokens, sequences, width):
-        """(How thread blocks take units, how many there are)."""
+        """(Key of the launcher, thread blocks)."""
         units = sequences
         if self._row_tokens is not None:
             units = tokens // self._row_tokens + sequences
@@ -511,21 +511,21 @@ class _Plan(plans.KernelPlan):
             return "clustered", units * CLUSTER
         if self._sharing_pays(sequences, units, turns, at_once // 3):
             return "shared", everyone
-        # Nearly every multiprocessor has a pair then.
+        # Then nearly every multiprocessor has a pair.
         if "paired" in self._launchers and 8 * units >= 15 * processors:
             return "paired", units // 2
         return "plain", units
 
     def _sharing_pays(self, sequences, units, turns, units_that_fill_memory):
-        """Whether equal shares are quicker. A turn of few thread blocks takes as long as one of as
-        many as `units_that_fill_memory` need. Joining parts through scratch memory takes as long as
-        `COST_OF_SHARING` of these turns of one unit."""
+        """Whether equal shares are quicker. A turn takes the same time for any number of units
+        below ``units_that_fill_memory``, so equal shares gain the missing units at each turn.
+        Joining parts through scratch memory costs as much as `COST_OF_SHARING` turns of one."""
         gained = turns * (units_that_fill_memory - units)
         return "shared" in self._launchers and sequences <= MOST_SHARED and gained > COST_OF_SHARING
 
 
 def _most_parts(tokens):
-    """How many parts a sequence of at most so many tokens may have: `Cut` of paged_attention.cu."""
+    """The most parts of a sequence of up to ``tokens`` tokens: `Cut` of paged_attention.cu."""
     tiles = launch.ceil_div(tokens, KEYS)
     most = next((most for most, least in ((8, 256), (16, 512), (32, 2048)) if tiles <= least), 64)
     return max(min(most, launch.ceil_div(tiles, WARPS)), 1)
@@ -546,8 +546,8 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     group = size["num_heads"] // size["num_kv_heads"]
     several = named["query_start_loc"] is not None
     largest = max(size["head_size"], size["head_size_v"])
-    # Of one token, query heads that one tile has no rows for are units of their own, so that more
-    # thread blocks read the keys at the same time.
+    # With one token, query heads beyond a tile's rows are units of their own: more thread blocks
+    # then read keys at the same time.
     part_rows = MOST_ROWS if several else TILE_ROWS
     if largest > LARGE_HEAD:
         part_rows = FEW_ROWS
@@ -560,7 +560,7 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     value_size = launch.ceil_div(size["head_size_v"], 16) * 16
     stage = KEYS * (key_bytes + value_size * stored.bytes)
     k_scales, v_scales = named["k_scale_cache"], named["v_scale_cache"]
-    cached, of_tile = spelling.ELEMENT_NAMES[stored.name], 4
+    cached, of_tile = spelling.element(stored), 4
     if k_scales is not None:
         cached = f"cupy_cache::TokenScaled<{cached}>"
         of_tile += 2 * KEYS * formats.FLOAT32.bytes
@@ -568,9 +568,9 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     turned = rows == FEW_ROWS and largest > (HALF_TURNED if stored.bytes == 2 else LARGE_HEAD)
     results = tile_rows * (value_size // 2 + (0 if turned else 4)) * 8  # of a warp
     if rows < MOST_ROWS and tile_rows * value_size // 2 * 8 <= stage:
-        results = 0  # in the place of a tile
+        results = 0  # they take the place of a tile
     results += tile_rows * 8
-    # What a cluster's blocks send to each of them, where tiles were: pairs of columns, and totals.
+    # Results that a cluster's blocks send each other, into the tiles' place: column pairs, totals.
     in_turn = CLUSTER * WARPS * launch.WARP
     sent = launch.ceil_div(tile_rows * value_size // 2, in_turn) * in_turn + CLUSTER * tile_rows
     sent = 8 * sent if rows < MOST_ROWS else 0
@@ -578,7 +578,7 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     def shared_with(stages):
         return WARPS * (stages * (stage + of_tile) + results)
 
-    # Of small rows two tiles ahead are more than memory likes.
+    # With small rows, two tiles ahead is slower than one.
     stages = 2 if key_bytes <= SMALL_ROW else MOST_STAGES
     while stages > 2 and shared_with(stages) > HALF_OF_SHARED:
         stages -= 1
@@ -586,12 +586,12 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         stages = 1
 
     device = out.device.index
-    # Keys of a tile that are in one block, whatever the tile.
+    # Keys of a tile that are surely in one block.
     run = next(keys for keys in (KEYS, KEYS // 2, 1) if size["block_size"] % keys == 0)
     indices = [named[name] for name in ("block_table", "seq_lens", "query_start_loc")]
     flags = (values.by_token, capped, named["alibi_slopes"] is not None)
 
-    # Of these four thread blocks at once are to fit; copies of 16 bytes pass the L1 by.
+    # Four of these thread blocks are to fit on a multiprocessor; 16-byte copies bypass the L1.
     small_heads = rows == FEW_ROWS and size["head_size"] + size["head_size_v"] <= SMALL_HEADS
     small_heads = small_heads and keys.vector == values.vector == 16 and k_scales is None
 
@@ -602,14 +602,14 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         its_stages = stages if teams == 1 else stages_of_pairs
         shared = max(shared_with(its_stages), sent if cluster > 1 else 0)
         arguments = (
-            spelling.ELEMENT_NAMES[query.dtype.name], cached,
+            spelling.element(query.dtype), cached,
             size["head_size"], size["head_size_v"], keys.vector, values.vector, rows,
-            spelling.boolean(turned), run, *map(spelling.boolean, flags), its_stages, shared,
-            cluster, spelling.boolean(tall), teams, spelling.indices(*indices),
+            turned, run, *flags, its_stages, shared, cluster, tall, teams,
+            spelling.indices(*indices),
         )  # fmt: skip
         entry = NAME if cluster <= 1 else f"{NAME}_clustered"
         kernel = modules.Kernel(
-            check.op, NAME, f"{entry}<{', '.join(map(str, arguments))}>", PARAMS,
+            check.op, NAME, spelling.instance(entry, *arguments), PARAMS,
             guarded=("block_table", "seq_lens", "query_start_loc"),
             shared_bytes=shared if teams == 1 else teams * launch.ceil_div(shared, 128) * 128,
             all_shared=small_heads and cluster == teams == 1,
@@ -620,7 +620,7 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     if several and head_parts == 1 and size["head_size"] <= size["head_size_v"] <= LARGEST_TALL:
         tall_tokens = launch.ceil_div(MANY_UNITS, size["num_kv_heads"]) * row_tokens
     lse, sinks, slopes = named["lse"], named["sinks"], named["alibi_slopes"]
-    # Of a part's results: float32 pairs of columns, and a maximum and a sum, of each row.
+    # The results of a part: for each row float32 pairs of columns, a maximum and a sum.
     slot_bytes = launch.ceil_div(min(group, part_rows) * (value_size // 2 + 1) * 8, 16) * 16
     constants = (
         key_cache.shape[0], *query.strides[:2], *out.strides[:2],
@@ -644,7 +644,7 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     if not several:
         launchers["shared"] = launcher(0)
         caches = (keys, size["head_size"]), (values, size["head_size_v"])
-        # Of one head after the other, in 16-byte vectors.
+        # Whether heads are side by side, in 16-byte vectors.
         side_by_side = all(
             cache.vector == 16 and cache.head == elements * stored.bytes and elements % 16 == 0
             for cache, elements in caches
@@ -653,7 +653,7 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         pairs = rows == FEW_ROWS and head_parts == 1 and size["num_kv_heads"] % 2 == 0
         room = min(ALL_OF_SHARED, launch.shared_memory(device))
         pairs = pairs and not turned and 2 * shared_with(stages_of_pairs) < room
-        # Of small rows, ragged and short sequences lose more than others gain.
+        # With small rows, ragged and short sequences lose more than others gain.
         pairs = pairs and min(keys.head, values.head) > SMALL_ROW
         if pairs and side_by_side and not (in_pieces or values.by_token) and run > 1:
             launchers["paired"] = launcher(1, teams=2)

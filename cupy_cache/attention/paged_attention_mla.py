@@ -27,7 +27,7 @@ from ..runtime.formats import DS_ENTRY_BYTES, DS_LATENT, DS_ROPE, FP8_DS_MLA
 from ..types import ArrayLike, Scale, StreamLike
 from .shared import steps
 
-NAME, WARPGROUPS = "paged_attention_mla", "paged_attention_mla_warpgroups"  # and stems of kernels
+NAME, WARPGROUPS = "paged_attention_mla", "paged_attention_mla_warpgroups"  # stems of the kernels
 PARAMS = params.Struct(
     per_call="query:ptr kv_cache:ptr block_table:ptr seq_lens:ptr query_start_loc:ptr "
     "kv_scale:ptr out:ptr lse:ptr tokens:i64 sequences:i64 table_width:i64 table_stride:i64 "
@@ -169,10 +169,10 @@ def _new_out(query, rank, stream):
     """A new array for the result."""
     if arrays.is_torch(query):
         try:
-            shape = query.shape  # which the plan checks; describing the query takes 10 us
+            shape = query.shape  # the plan checks it; `arrays.view` takes 10 us
             if len(shape) == 3 and rank <= shape[2]:
                 return making.empty_beside(query, (*shape[:2], rank), stream)
-        except Exception:  # of a tensor that has no shape, or no memory: describing it says so
+        except Exception:  # a tensor without a shape, or without memory: `arrays.view` refuses it
             pass
     like = arrays.view(query, f"{NAME}: query")
     check = contract.Contract(NAME)
@@ -218,7 +218,7 @@ def _plan(op, described, options):
 
 
 def _check_sizes(op, entry_size, kv_cache, out, rank, entries):
-    """Whether entries, queries and results are of sizes that belong together."""
+    """Refuse sizes of entries, queries and results that do not fit each other."""
     if entries and (entry_size, rank) != (DS_LATENT + DS_ROPE, DS_LATENT):
         expected = (
             f"{DS_LATENT + DS_ROPE} elements, of them kv_lora_rank = {DS_LATENT}, for {FP8_DS_MLA}"
@@ -241,13 +241,13 @@ ROWS = 16  # of a unit: query heads of neighbouring tokens of a sequence
 TEAM = 4  # warps
 LARGEST_RANK, LARGEST_ENTRY = 512, 640
 LEAST_STAGES, MOST_STAGES = 3, 5
-# Bytes of shared memory of a thread block, where a multiprocessor of sm_90 has two; and what its
-# arrays of fixed sizes take of it, at most.
+# Bytes of shared memory of a thread block where a multiprocessor of sm_90 runs two, and the most
+# that its arrays of fixed sizes take of them.
 HALF_OF_SHARED, FIXED_SHARED = 112 << 10, 1 << 10
-TURN = 64  # tokens, in which work is measured
-PANEL, SPAN = 64, 128  # elements of a row that are together: of what is multiplied, of a result
+TURN = 64  # tokens: the unit of work
+PANEL, SPAN = 64, 128  # contiguous elements of a row: of a factor, of a result
 JOINING_THREADS = 256
-MOST_JOINED = 16  # thread blocks whose results one of them joins; those of more a second launch
+MOST_JOINED = 16  # thread blocks whose results one of them joins; of more, a second launch does
 
 
 class _Plan(plans.KernelPlan):
@@ -263,7 +263,7 @@ class _Plan(plans.KernelPlan):
         Whether a sequence has several tokens.
     shape : _Shape
     instead : _Plan, optional
-        For a GPU that is not there: what runs on others.
+        For the GPU that does not exist: the plan for another compute capability.
     """
 
     __slots__ = (
@@ -294,8 +294,8 @@ class _Plan(plans.KernelPlan):
     def scratch_for(self, rows):
         tokens, sequences, width = rows
         blocks, lanes, joins = self._blocks(rows)
-        # A word for each unit; then of each block as many slots as it can have results of a unit
-        # that it does not begin, and two.
+        # A word for each unit. Then slots for each thread block: two, and as many as it may have
+        # results of a unit that another one begins.
         units = self._units(tokens, sequences)
         words = launch.ceil_div(8 * units, 16) * 16
         longest = max(launch.ceil_div(width * self._block_size, TURN), 1)  # turns
@@ -310,8 +310,8 @@ class _Plan(plans.KernelPlan):
         )
 
     def _blocks(self, rows):
-        """(Thread blocks, lanes of them that a sequence's units are dealt out to, whether they join
-        what they share of a unit themselves)."""
+        """(Thread blocks, lanes of them to which a sequence's units are dealt, whether they join
+        the parts of a unit themselves)."""
         tokens, sequences, width = rows
         most = self._shape.resident * launch.processors(self.launcher.device)
         rows = self._shape.rows
@@ -320,19 +320,19 @@ class _Plan(plans.KernelPlan):
             units = launch.ceil_div(self._heads, rows)
         lanes = min(max(units, 1), most)
         blocks = most // lanes * lanes
-        # At most so many thread blocks share a unit, about.
+        # About the most thread blocks that share a unit.
         parts = launch.ceil_div(width * self._block_size, TURN)
         shared_by = min(parts, launch.ceil_div(blocks, self._units(tokens, sequences)))
         return blocks, lanes, shared_by <= MOST_JOINED
 
     def _units(self, tokens, sequences):
-        """At most so many units."""
+        """The most units."""
         if self._several:
             return tokens * self._heads // self._shape.rows + sequences
         return sequences * launch.ceil_div(self._heads, self._shape.rows)
 
     def _of_lane(self, tokens, sequences, lanes):
-        """At most so many units of a lane."""
+        """The most units of a lane."""
         if self._several:
             return tokens * self._heads // (self._shape.rows * lanes) + sequences
         units = launch.ceil_div(self._heads, self._shape.rows)
@@ -340,15 +340,15 @@ class _Plan(plans.KernelPlan):
 
 
 def _most_results(turns):
-    """How many results of a sequence of at most so many turns a thread block may have: single parts
-    of one group, and groups. `Cut` of paged_attention_mla.cu."""
+    """The most results that a thread block may have of a sequence of up to ``turns`` turns: single
+    parts of one group, and groups. `Cut` of paged_attention_mla.cu."""
     parts = min(launch.ceil_div(turns, 4), 128)
     return max(16, launch.ceil_div(parts, 8) + 8)
 
 
 class _Two:
-    """A launch and one behind it, of the same parameters: a `launch.Launcher` of which the second's
-    grid and threads are known."""
+    """Two launches with the same parameters, one behind the other, with the interface of a
+    `launch.Launcher`. ``grid`` and ``threads`` are the second one's."""
 
     __slots__ = ("_first", "_grid", "_second", "_threads")
 
@@ -362,7 +362,7 @@ class _Two:
 
     @property
     def loaded(self):
-        """Whether both kernels are."""
+        """Whether both kernels are loaded."""
         return self._first.loaded and self._second.loaded
 
     def load(self, stream):
@@ -370,7 +370,7 @@ class _Two:
         launch.load_together((self._first, self._second), stream)
 
     def has_work(self, grid, threads):
-        """Whether there is anything to launch."""
+        """Whether the first grid has blocks."""
         return self._first.has_work(grid, threads) and self._second.has_work(
             self._grid, self._threads
         )
@@ -392,15 +392,15 @@ class _Two:
         return enqueue, failed
 
     def launch(self, grid, threads, stream, record):
-        """Launch both with a record that is filled."""
+        """Launch both with a filled record."""
         self._first.launch(grid, threads, stream, record)
         self._second.launch(self._grid, self._threads, stream, record)
 
 
 class _Shape(NamedTuple):
-    """Of thread blocks: warps are ``teams`` of `TEAM`; ``stages`` tiles are in ``shared`` bytes of
-    shared memory; a multiprocessor has ``resident`` blocks; units have ``rows``, and their results
-    take ``slot_bytes``."""
+    """Thread blocks: each has ``teams`` of `TEAM` warps, and ``stages`` tiles in ``shared`` bytes
+    of shared memory; a multiprocessor runs ``resident`` of them; a unit has ``rows`` rows, and its
+    results take ``slot_bytes``."""
 
     teams: int
     stages: int
@@ -415,8 +415,8 @@ class _Shape(NamedTuple):
 
     @property
     def of_lanes(self):
-        """How often a warp's lanes have four numbers each of a result, which has two more of each
-        row."""
+        """How many times four numbers each of a warp's lanes holds of a result, which has two
+        further numbers for each row."""
         return (self.slot_bytes - self.rows * 8) // (launch.WARP * 16)
 
 
@@ -437,7 +437,7 @@ def _gpu_plan(check, named, stored, rank, causal, entries):
     )
     indices = [named[name] for name in ("block_table", "seq_lens", "query_start_loc")]
     index, of_lengths = spelling.indices(*indices), spelling.indices(*indices[1:])
-    elements = [spelling.ELEMENT_NAMES[dtype.name] for dtype in (query.dtype, stored)]
+    elements = [spelling.element(dtype) for dtype in (query.dtype, stored)]
     lse = named["lse"]
     constants = (
         cache.shape[0], *query.strides[:2], *out.strides[:2],
@@ -450,11 +450,11 @@ def _gpu_plan(check, named, stored, rank, causal, entries):
     rope = size["entry_size"] - rank
 
     def made(stem, shape, arguments, join, join_arguments, only=None, **also):
-        """A `_Plan` of a kernel of this stem and name, and of one that joins."""
+        """A `_Plan` of the kernel ``stem``, and of the kernel ``join``, which joins its results."""
         launchers = [
             launch.Launcher(
                 modules.Kernel(
-                    check.op, stem, f"{name}<{', '.join(map(str, its))}>", PARAMS,
+                    check.op, stem, spelling.instance(name, *its), PARAMS,
                     guarded=("block_table", "seq_lens", "query_start_loc"), shared_bytes=shared,
                     only=only,
                 ),
@@ -481,17 +481,16 @@ def _gpu_plan(check, named, stored, rank, causal, entries):
     flags = stored.bytes == 1, stored.bytes == 1 and not entries
     return made(
         NAME, shape,
-        (*elements, rank, rope, spelling.boolean(entries), vector, shape.teams, shape.stages,
-         shape.shared, index),
-        "join_parts", (elements[0], rank, *map(spelling.boolean, flags), shape.teams, of_lengths),
+        (*elements, rank, rope, entries, vector, shape.teams, shape.stages, shape.shared, index),
+        "join_parts", (elements[0], rank, *flags, shape.teams, of_lengths),
         instead=instead,
     )  # fmt: skip
 
 
 def _shape(op, device, entry_size, rank, element_bytes, entries):
-    """The `_Shape` of the thread blocks that take such entries."""
+    """The `_Shape` of thread blocks for entries of this size."""
     shared = launch.shared_memory(device)
-    # Two teams have a multiprocessor of their own.
+    # A thread block of two teams has a multiprocessor to itself.
     teams = 2 if shared >= 2 * HALF_OF_SHARED and element_bytes == 2 and rank > 256 else 1
     warps = teams * TEAM
     columns = launch.ceil_div(rank, 16 * warps) * 16 * warps
@@ -501,9 +500,9 @@ def _shape(op, device, entry_size, rank, element_bytes, entries):
     else:
         steps = launch.ceil_div(entry_size, 16 * TEAM) * TEAM
         chunks = max(steps, columns // 16) * element_bytes
-    # Which of its tokens are missing, and where its copies arrive.
+    # And flags of the tile's missing tokens, and the barrier of its copies.
     tile = keys * (chunks | 1) * 16 + 16
-    # Scores of each of a team's warps for two tiles, and two totals of each thread.
+    # For each of a team's warps the scores of two tiles, and for each thread two totals.
     rest = 2 * TEAM * ROWS * keys * 4 + 2 * warps * launch.WARP * 16
     halves = shared >= 2 * HALF_OF_SHARED and teams == 1
     room = HALF_OF_SHARED if halves else shared - FIXED_SHARED
@@ -521,14 +520,14 @@ def _shape(op, device, entry_size, rank, element_bytes, entries):
 
 
 def _warpgroups_shape(heads, entry_size, rank):
-    """The `_Shape` of the thread blocks that multiply by warpgroups. Of many heads units have twice
+    """The `_Shape` of thread blocks that multiply by warpgroups. With many heads, units have twice
     as many rows, so that tokens are read half as often."""
     groups = 2 if rank > 256 else 1
     rows, stages = ROWS * (2 if groups == 2 and heads >= 2 * ROWS else 1), 2
     panels = launch.ceil_div(launch.ceil_div(entry_size, 16) * 16, PANEL)
     # Tiles, the queries, and a tile's weights.
     shared = PANEL * 2 * (panels * (stages * TURN + rows) + rows)
-    if groups == 2:  # and what they exchange of their scores
+    if groups == 2:  # and the scores that the groups exchange
         shared += TEAM * launch.WARP * rows * 2
     slot_bytes = rows * (launch.ceil_div(rank, SPAN) * SPAN + 2) * 4
     return _Shape(groups, stages, shared, 1, rows, slot_bytes)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a model's calls are like: the arrays that its engine gives, which are only described."""
+"""The arrays of a model's calls, without memory, as its engine would give them."""
 
 from typing import NamedTuple
 
@@ -8,8 +8,8 @@ from .. import errors
 from ..runtime import contract, formats
 from ..runtime.descriptions import described
 
-# The element types that engines use, by what the indices are: slots and positions are computed in
-# torch, whose integers have 64 bits; tables, and what counts sequences, are made on the host.
+# The element types of indices in engines, by their role. Slots and positions are computed in torch,
+# whose integers have 64 bits; tables and numbers of sequences are made on the host.
 ENGINES = {
     "slots": ("int64",),
     "positions": ("int64",),
@@ -19,13 +19,13 @@ ENGINES = {
     "requests": ("int32",),
     "blocks": ("int64",),  # chosen on the GPU: pairs too
 }
-# Extents that no kernel depends on: blocks of a cache, rows of everything else.
+# Extents on which no kernel depends: blocks of caches, rows of all other arrays.
 BLOCKS, ROWS = 1024, 64
 QUANT_BLOCK = 128  # elements of an indexer's key that share a scale, where it divides them
 
 
 class Rotation(NamedTuple):
-    """What `warmup` takes of a rotation, and what it is by default; None: every kind, or none."""
+    """The items of `warmup`'s ``rotary``, and their defaults; None: every kind, or none."""
 
     rotary_dim: int | None = None
     rope_dim_offset: int = 0
@@ -41,7 +41,7 @@ class Rotation(NamedTuple):
 
 
 def rotation_of(given):
-    """The `Rotation` of what ``warmup`` is given."""
+    """The `Rotation` from `warmup`'s ``rotary``."""
     unknown = [name for name in given if name not in Rotation._fields]
     if unknown:
         expected = f"some of {', '.join(Rotation._fields)}"
@@ -58,8 +58,8 @@ def rotation_of(given):
 
 
 class Model(NamedTuple):
-    """What a model's calls are like. Caches are of the element type ``stored``, indices of those
-    that ``indices`` has for their role."""
+    """The shapes and dtypes of a model's calls. Caches have the element type ``stored``; indices
+    have each type that ``indices`` lists for their role."""
 
     heads: int
     key_size: int
@@ -75,11 +75,11 @@ class Model(NamedTuple):
 
     @property
     def by_token(self):
-        """Whether caches are of a format in which each token and head has a scale."""
+        """Whether each token and head has a scale in the caches."""
         return self.kv_cache_dtype not in (*formats.CACHE_FORMATS, formats.FP8_DS_MLA)
 
     def numbers(self, role, *shape):
-        """Indices of each type that those of this role, see `ENGINES`, have."""
+        """Indices of this role, see `ENGINES`, one array of each type."""
         return [described(shape, dtype) for dtype in self.indices[role]]
 
     def tokens(self):
@@ -93,17 +93,17 @@ class Model(NamedTuple):
         return [described((*layers, ROWS, size), self.dtype) for size in sizes]
 
     def scales(self):
-        """Scales of keys and of values: for all heads, and for each."""
+        """Scales of keys and of values: one for all heads, and one for each head."""
         if formats.is_scaled(self.kv_cache_dtype):
             return (1.0, 1.0), [described((self.heads,), formats.FLOAT32) for _ in "kv"]
         return ((None, None),)
 
     def token_scales(self):
-        """The scales of keys and of values, of each token and head."""
+        """Scales of keys and of values for each token and head."""
         return [described((BLOCKS, self.block_size, self.heads), formats.FLOAT32) for _ in "kv"]
 
     def cache(self, *block):
-        """A contiguous cache of blocks like this."""
+        """A contiguous cache with blocks of this shape."""
         return described((BLOCKS, *block), self.stored)
 
     def pairs(self):
@@ -140,23 +140,23 @@ class Model(NamedTuple):
             yield self.cache(self.block_size, size)
 
     def indexer(self):
-        """A cache of quantised keys and their scales, and the elements that share one."""
+        """A cache of quantised keys and their scales, and how many elements share a scale."""
         if "indexer" in self.layouts:
             quant = QUANT_BLOCK if self.key_size % QUANT_BLOCK == 0 else self.key_size
             size = self.key_size + 4 * self.key_size // quant
             yield described((BLOCKS, self.block_size, size), formats.UINT8), quant
 
     def pages(self):
-        """A cache whose blocks hold K|V, taken as one."""
+        """A cache whose blocks hold K|V, as one array."""
         if "packed" in self.layouts:
             yield self.cache(self.block_size, self.heads * (self.key_size + self.value_size))
 
     def single(self):
-        """Caches of which a layer has only one."""
+        """Caches for layouts with one cache in each layer."""
         yield from (*self.rows(), *self.pages(), *(cache for cache, _ in self.indexer()))
 
     def layers(self, by_slot=False):
-        """A layer's caches, in every layout; or in those where a slot has a place of its own."""
+        """A layer's caches in every layout; with ``by_slot``, in those that scatter no slot."""
         yield from self.pairs()
         yield from ([cache] for cache in (*self.rows(), *self.pages()))
         if not by_slot:

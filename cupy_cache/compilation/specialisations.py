@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The kernels that a model's shape needs.
 
-Which kernel a call needs is decided by its operation alone. So the operations are called here as
-the model's engine would call them, with arrays that are only described, on a GPU that is not there,
-where a launch tells its kernel instead. To add an operation, write its calls beside the others and
-name them in `OPERATIONS`.
+Only an operation itself knows which kernel a call needs. So this module calls the operations as the
+model's engine would, with arrays without memory, on a GPU that does not exist: there a launch
+raises its kernel (`launch.KernelNeeded`). To add an operation, write its calls beside the others
+and name them in `OPERATIONS`.
 """
 
 import functools
@@ -58,8 +58,8 @@ def specialisations(
 ):  # fmt: skip
     """The kernels that `warmup` loads for the same arguments, each once, as `modules.Kernel`\\ s.
 
-    Needs no GPU. ``index_dtypes`` None: those of `ENGINES`. ``refused``: a list that gets the
-    errors of operations that refuse the shape, of each the first; without it they are raised.
+    Needs no GPU. ``index_dtypes`` None: those of `ENGINES`. ``refused``: a list, to which the first
+    error of each operation that refuses the shape is added; without it the error is raised.
     """
     for name, given, allowed in (
         ("layouts", layouts, formats.LAYOUTS),
@@ -67,7 +67,7 @@ def specialisations(
         ("ops", OPERATIONS if ops is None else ops, OPERATIONS),
         ("kv_cache_dtype", [kv_cache_dtype], [*FORMATS, formats.FP8_DS_MLA]),
     ):
-        whole = isinstance(given, str)  # its items would be letters
+        whole = isinstance(given, str)  # a string's items would be letters
         unknown = [given] if whole else [item for item in given if item not in allowed]
         if unknown:
             got = f"{unknown[0]!r}{' instead of a sequence' if whole else ''}"
@@ -138,8 +138,8 @@ def _x_packed(model):
 
 
 def _tables(model, size):
-    """Cosines and sines, of the type of the keys and of float32 where none is named, for rows of so
-    many elements of a head that rotate; and whether in NeoX's style."""
+    """(Table of cosines and sines, whether in NeoX's style), for each table dtype and style that
+    `warmup` names, by default all. ``size`` elements of a head rotate."""
     if model.dtype in formats.FLOATS and size > 0 and size % 2 == 0:
         dtype, style = model.rotation.cos_sin_dtype, model.rotation.is_neox
         dtypes = dict.fromkeys((model.dtype, formats.FLOAT32)) if dtype is None else (dtype,)
@@ -148,13 +148,13 @@ def _tables(model, size):
 
 
 def _positions(model):
-    """Of a step; of each of three axes where there are sections."""
+    """A step's positions, of three axes where there are sections."""
     axes = () if model.rotation.mrope_section is None else (3,)
     return model.numbers("positions", *axes, ROWS)
 
 
 def _turns(model, *names):
-    """What the rotating operations take by name."""
+    """The keyword arguments of the rotating operations."""
     names = "rope_dim_offset", "mrope_section", "mrope_interleaved", *names
     return {name: getattr(model.rotation, name) for name in names}
 
@@ -232,25 +232,25 @@ def _mla_grouped(model):
 
 
 def _sequences(model):
-    """Block table and bounds, of all combinations of their types."""
+    """Block table and bounds, in all combinations of their types."""
     return itertools.product(model.numbers("tables", ROWS, ROWS), model.numbers("bounds", ROWS + 1))
 
 
 def _read_sequences(model):
-    """The same, and the tokens from which sequences are read: none, so all of them, or given."""
+    """The same with starts: None, to read whole sequences, or given."""
     for table, bounds in _sequences(model):
         for starts in (None, *model.numbers("starts", ROWS)):
             yield table, bounds, starts
 
 
 def _gathers(model):
-    """Caches of which a row is a token's elements, and such rows."""
+    """Caches whose tokens are rows of elements, and such rows."""
     for cache in (*itertools.chain(*model.pairs()), *model.rows()):
         yield cache, described((ROWS, *cache.shape[2:]), model.stored)
 
 
 def _packed_gathers(model):
-    """The same of x-packed caches, and what gathering calls their layouts."""
+    """The same of x-packed caches, with gathering's names for their layouts."""
     for keys, values, interleaved in model.x_packed():
         value_layout = "interleaved-value" if interleaved else "x-packed-value"
         for cache, size, layout in (
@@ -293,7 +293,7 @@ def _slot_gather(model):
 
 
 def _dequantised(model):
-    """Caches, rows of the model's numbers, and what gathering takes by name."""
+    """Caches, rows of the model's dtype, and gathering's keyword arguments."""
     if model.by_token:
         name, every_scale = "scale_cache", model.token_scales()[:1]
         caches = [(cache, rows, "NHD") for cache, rows in _gathers(model) if len(rows.shape) == 3]
@@ -343,7 +343,7 @@ def _upconvert(model):
 
 
 def _converts(model):
-    """Of whole caches without gaps, there and back."""
+    """Conversions of whole caches without gaps, there and back."""
     if model.stored.name.startswith("float8") and not model.by_token:
         values, stored = (described((ROWS, 16), dtype) for dtype in (model.dtype, model.stored))
         yield convert_fp8, stored, values, 1.0, model.kv_cache_dtype
@@ -394,7 +394,7 @@ def _biases(model):
 
 
 def _attended(model):
-    """Block table, lengths, and bounds: none, of one query for each sequence, or given."""
+    """Block table, lengths, and query starts: None, for one query of each sequence, or given."""
     return itertools.product(
         model.numbers("tables", ROWS, ROWS), model.numbers("requests", ROWS),
         (None, *model.numbers("bounds", ROWS + 1)),
@@ -402,7 +402,7 @@ def _attended(model):
 
 
 def _attention(model):
-    """Of one query for each sequence, and of several."""
+    """Calls with one query for each sequence, and with several."""
     if model.dtype == formats.FLOAT32:
         return
     names = ("k_scale_cache", "v_scale_cache") if model.by_token else ("k_scale", "v_scale")
@@ -417,7 +417,7 @@ def _attention(model):
 
 
 def _latent_attention(model):
-    """Of one query for each sequence, and of several."""
+    """Calls with one query for each sequence, and with several."""
     attend = functools.partial(
         paged_attention_mla, scale=1.0, kv_lora_rank=model.value_size,
         kv_cache_dtype=model.kv_cache_dtype,
@@ -438,7 +438,7 @@ def _merges(model):
 
 
 def _pairs():
-    """Mappings of several lengths: how much there is to copy decides between two kernels."""
+    """Mappings of several lengths: the amount to copy decides between two kernels."""
     half = BLOCKS // 2
     return [[(n, half + n) for n in range(min(count, half))] for count in (1, 16, 256)]
 
@@ -469,8 +469,8 @@ def _token_copies(model):
 
 
 def _swaps(model):
-    """To host memory and back, and within the GPU, it is the same kernel. The other side has no
-    gaps, and its dimensions in the cache's order or as they are written."""
+    """Swaps. To host memory and back, and within the GPU, the kernel is the same. The other side
+    has no gaps, and its dimensions in the cache's memory order or as written."""
     for cache in itertools.chain(*model.layers()):
         for other in (cache.dense(), described(cache.shape, cache.dtype)):
             yield from ((swap_blocks, cache, other, pairs) for pairs in _pairs())
@@ -495,7 +495,7 @@ def _moves(function, by_slot=False):
 
 
 def _launches(*kernels):
-    """The calls of what needs the same kernels always."""
+    """The calls of an operation that always needs the same kernels."""
 
     def note(kernel):
         raise launch.KernelNeeded(kernel)

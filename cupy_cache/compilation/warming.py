@@ -162,13 +162,13 @@ def _load(kernel, device):
 
 
 class _Progress:
-    """One line on standard error; ``shown`` says whether."""
+    """A line on standard error, if ``shown``."""
 
     WIDTH = 30
 
     def __init__(self, count, shown):
         self._count, self._done = count, 0
-        self._stream = sys.stderr if shown else None  # None, too, where there is none
+        self._stream = sys.stderr if shown else None  # it may be None itself
         self._redraw = self._stream is not None and self._stream.isatty()
 
     def __enter__(self):
@@ -186,7 +186,7 @@ class _Progress:
         filled = self.WIDTH * self._done // max(self._count, 1)
         bar = "#" * filled + "." * (self.WIDTH - filled)
         done, seconds = f"{self._done}/{self._count}", time.monotonic() - self._start
-        with contextlib.suppress(OSError):  # nobody to tell is no reason to stop
+        with contextlib.suppress(OSError):  # a broken standard error is no reason to stop
             self._stream.write(f"{start}cupy_cache: kernels [{bar}] {done} {seconds:.1f} s{end}")
             self._stream.flush()
 

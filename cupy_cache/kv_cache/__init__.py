@@ -1,7 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""What an engine owns: the caches of all layers as one object, and host memory for
-what is swapped out."""
+"""The caches of all layers as one object, and host memory for blocks that are swapped out."""
 
 from .paged_kv_cache import PagedKVCache
 from .swap_space import Prefetch, SwapSpace

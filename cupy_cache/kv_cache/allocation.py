@@ -12,19 +12,19 @@ from .. import errors
 from ..errors import DeviceError
 from ..runtime import contract, driver, formats, making
 
-# The dimensions of caches that can be allocated: the names that `PagedKVCache.allocate` takes.
+# Sizes of a cache, by the names of `PagedKVCache.allocate`'s arguments.
 LAYOUTS = ("NHD", "HND", "packed", "x-packed", "rows")
 PAGED = ("NHD", "HND")  # of these, with scales for each token and head
-PACK_BYTES = 16  # of the elements that an x-packed cache keeps together
+PACK_BYTES = 16  # of a pack in an x-packed cache
 SIZES = ("num_layers", "num_blocks", "block_size", "num_kv_heads", "head_size")
 
 
 def caches(
     op, sizes, head_size_v, dtype, kv_cache_dtype, layout, framework, device, pinned
 ):  # fmt: skip
-    """(Key caches, value caches or None, pages or None) of zeros; ``sizes`` are those called
-    `SIZES`. Pages are there where tokens and heads have scales of their own: `Pages` of keys and of
-    values."""
+    """(Key caches, value caches or None, pages or None), all zeros. ``sizes``: in the order of
+    `SIZES`. Where tokens and heads have scales of their own, pages are `Pages` of the keys and of
+    the values."""
     layers, *sizes = (
         contract.integer(op, name, size, 0 if name in ("num_layers", "num_blocks") else 1)
         for name, size in zip(SIZES, sizes)
@@ -67,15 +67,15 @@ def caches(
 
 
 class Pages(NamedTuple):
-    """Of each layer: the scales, and the array of whole pages, which is what is moved."""
+    """For each layer the scales, and the array of whole pages, as which blocks are moved."""
 
     scales: list
     whole: list
 
 
 def _page(framework, device, pinned, layout, stored, num_blocks, block_size, heads, head_size):
-    """A layer's cache, its scales, and the pages that hold both: of each block all elements, then
-    all scales, with a gap between them where a scale would not be aligned."""
+    """A layer's cache, its scales, and the pages that hold both. A page has all elements of a
+    block, then all its scales, aligned."""
     elements, scales = block_size * heads * head_size, block_size * heads
     first = -(-elements // formats.FLOAT32.bytes) * formats.FLOAT32.bytes
     size = -(-(first + scales * formats.FLOAT32.bytes) // PACK_BYTES) * PACK_BYTES
@@ -92,7 +92,7 @@ def _page(framework, device, pinned, layout, stored, num_blocks, block_size, hea
 
 
 def _home(op, dtype, framework, device, pinned):
-    """Whose arrays, and where."""
+    """(Framework, device) of the arrays."""
     if framework is None and type(dtype).__module__ == "torch":
         framework = "torch"
     if pinned and device is None:
@@ -128,7 +128,7 @@ def storage(op, dtype, kv_cache_dtype, layout):
 
 
 def _shapes(op, layout, num_blocks, block_size, heads, head_size, head_size_v, dtype):
-    """Of each tensor of a layer, as it lies in memory."""
+    """The shape of each tensor of a layer, in memory order."""
     if layout == "rows":
         if heads != 1:
             way_out = "entries of latent attention have no heads"

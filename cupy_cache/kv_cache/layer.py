@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""A layer's caches, and the operations of which they are arguments."""
+"""One layer's caches, bound to the operations that take them."""
 
 import inspect
 
@@ -25,8 +25,8 @@ ATTEND, GATHER = "PagedKVCache.attend", gather_both.NAME
 
 
 class Layer:
-    """A layer of a `PagedKVCache`. Its methods return a `dispatch.Bound`: an operation that is
-    given the caches, their scales and options once.
+    """A layer of a `PagedKVCache`. Each method returns a `dispatch.Bound`: an operation to which
+    the caches, their scales and options are bound.
 
     Parameters
     ----------
@@ -36,7 +36,7 @@ class Layer:
     key_cache, value_cache : array, or None
     k_scale, v_scale : float or array, or None
     k_scale_cache, v_scale_cache : array, or None
-        Of each token and head.
+        With a scale of each token and head.
     """
 
     def __init__(
@@ -140,8 +140,8 @@ class Layer:
         return dispatch.Bound(op, _given(fixed.items()), options, scalars, GATHER, also)
 
     def _fixed(self, **others):
-        """The caches as operations that write call them, and ``others``, but for those that are
-        None."""
+        """The caches, by the names that writing operations have for them, and ``others``; without
+        those that are None."""
         caches = {"kv_cache": self.key_cache}
         if self.value_cache is not None:
             caches = {"key_cache": self.key_cache, "value_cache": self.value_cache}
@@ -154,7 +154,7 @@ def _given(named):
 
 
 def _refuse_unusual(**options):
-    """Refuse options of `PagedKVCache.rotary_write` that latent caches have no use for."""
+    """Refuse options of `PagedKVCache.rotary_write` that the operation on latent caches lacks."""
     usually = inspect.signature(rotary_and_cache.rotary_and_cache).parameters
     for name, option in options.items():
         usual = usually[name].default

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Which layout the arrays of a layer have."""
+"""The layout of a layer's arrays, from their dimensions and strides."""
 
 import math
 
@@ -8,8 +8,8 @@ from ..runtime import formats
 
 
 def of_arrays(described, addresses):
-    """The layout of a layer's arrays, as `PagedKVCache.layout` says it. ``addresses`` are those of
-    all layers' keys, and of their values."""
+    """The layout of a layer's arrays, in the words of `PagedKVCache.layout`. ``addresses``: of all
+    layers' keys, and of their values."""
     dims = [len(one.shape) for one in described]
     if dims == [3]:
         return "rows"
@@ -26,7 +26,7 @@ def of_arrays(described, addresses):
 
 
 def of_rows(described):
-    """What gathering calls the layouts of a layer's caches."""
+    """The layouts of a layer's caches, by gathering's names for them."""
     if len(described[0].shape) != 5:
         return ["NHD"] * len(described)
     values = "interleaved-value" if len(described[1].shape) == 5 else "x-packed-value"

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""The caches of a model's layers as one object, which decides once what depends on them alone."""
+"""The caches of all layers as one object, which reads and checks them once."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ class PagedKVCache:
             given = {"key_caches": key_caches, "value_caches": value_caches}
         self.k_scale_caches = self.v_scale_caches = None
         self._moved = key_caches, value_caches
-        if pages is not None:  # then whole blocks are moved, scales too
+        if pages is not None:  # then blocks are moved as whole pages, with their scales
             self.k_scale_caches, self.v_scale_caches = (side.scales for side in pages)
             self._moved = tuple(side.whole for side in pages)
             given = dict(zip(given, self._moved))
@@ -227,7 +227,7 @@ class PagedKVCache:
         self._copy.check()
         self.key_caches = list(key_caches)
         self.value_caches = None if value_caches is None else list(value_caches)
-        # Of the first layer's arrays; none where there are no layers.
+        # The first layer's arrays; empty without layers.
         self._described = [one for one in op.describe(self._copy.found) if one is not None]
         self.num_blocks = self._described[0].shape[0] if key_caches else 0
         self.bytes_per_block = len(self) * sum(
@@ -240,7 +240,7 @@ class PagedKVCache:
         elif key_caches:
             sides = zip(given, (key_caches[0], value_caches[0]))
             self._described = [arrays.view(one, f"PagedKVCache: {name}") for name, one in sides]
-        # Of what `gather` makes. Caches of 8 bits do not tell what was written.
+        # The dtype of `gather`'s new rows. Caches of 8 bits do not tell what was written.
         self._dtype = None
         if key_caches and pages is None and not formats.is_scaled(kv_cache_dtype):
             self._dtype = self._described[0].dtype
@@ -256,7 +256,7 @@ class PagedKVCache:
         ]
         # Not a list: that has layers of negative numbers, too.
         self._writers = {at: layer.writer() for at, layer in enumerate(self._layers)}
-        # Of all other methods, by all that is given once.
+        # The `dispatch.Bound`s of all other methods, by what is bound to them.
         self._bound: dict[tuple, dispatch.Bound] = {}
 
     def __len__(self) -> int:
@@ -291,7 +291,7 @@ class PagedKVCache:
         return self._writers[self._index("writer", layer)]
 
     def _index(self, method, layer):
-        """``layer``, which must be one: lists have layers of negative numbers, too."""
+        """``layer``, if there is such a layer. Lists would take negative numbers, too."""
         name = f"PagedKVCache.{method}"
         if type(layer) is not int:  # True would be layer 1
             layer = contract.integer(name, "layer", layer)
@@ -323,7 +323,7 @@ class PagedKVCache:
         bound = self._writers.get(layer) if type(layer) is int else None
         if bound is None:
             bound = self._writers[self._index("write", layer)]
-        if stream is None:  # what the call of ``bound`` begins with: an engine's every layer
+        if stream is None:  # the beginning of ``bound``'s call, inlined for an engine's every layer
             given = key, value, slot_mapping
             for path in bound.fast_paths:
                 if path(given, bound.scalars, None, bound):
@@ -408,7 +408,7 @@ class PagedKVCache:
             raise
 
     def _remember(self, key, bound):
-        """What is bound, and found by this key from now on; None is no key."""
+        """``bound``, remembered by ``key`` unless that is None."""
         if key is not None:
             if len(self._bound) >= MAX_BOUND * len(self):
                 self._bound.clear()
@@ -579,7 +579,7 @@ class PagedKVCache:
         return out[0] if self.value_caches is None else tuple(out)
 
     def _new_rows(self, num_tokens, dtype, stream):
-        """What `gather` returns, uninitialised."""
+        """New rows for `gather`, uninitialised."""
         if num_tokens is None:
             expected, way_out = "how many rows there are, or out", "it is not read on the device"
             name = f"{GATHER}: num_tokens"
@@ -628,7 +628,7 @@ class PagedKVCache:
         if mine != theirs:
             raise errors.wrong("kind", f"{name}: other", mine, theirs, error=ShapeError)
         by_token = self.k_scale_caches is not None and other.k_scale_caches is not None
-        if by_token and self.layout != other.layout:  # whole pages, as they lie in memory
+        if by_token and self.layout != other.layout:  # whole pages are copied as they are
             raise errors.wrong("layout", f"{name}: other", self.layout, other.layout)
         (keys, values), (other_keys, other_values) = self._moved, other._moved
         caches = keys, other_keys, values, other_values
@@ -667,8 +667,8 @@ class PagedKVCache:
         mover(block_ids, packed, stream=stream)
 
     def _mover(self, method, operation, layout=None):
-        """An operation on chosen blocks, with the caches given."""
-        known = layout is None or isinstance(layout, str)  # else it may have no hash
+        """The `dispatch.Bound` of an operation on chosen blocks."""
+        known = layout is None or isinstance(layout, str)  # anything else may have no hash
         key = (method, layout) if known else None
         mover = self._bound.get(key)
         if mover is None:
@@ -680,15 +680,15 @@ class PagedKVCache:
         return mover
 
 
-# What the arguments of operations that rotate are called here.
+# {name of an argument of the rotating operations: its name here}.
 _ROTATED = {
     "q_pe": "query", "k_pe": "key", "kv_c": "value", "kv_cache": "key_caches",
     "key_cache": "key_caches", "value_cache": "value_caches", "kv_cache_scale": "k_scales",
     "k_scale": "k_scales", "v_scale": "v_scales",
 }  # fmt: skip
-# What the arguments of a gather without values are called here.
+# The same of a gather without values.
 _GATHERED = {"src_cache": "key_caches", "dst": "out", "scale": "k_scales"}
-# What the arguments of a swap are called here.
+# The same of a swap.
 _SWAPPED = {
     "src": "key_caches", "dst": "other.key_caches", "src_values": "value_caches",
     "dst_values": "other.value_caches",
@@ -696,13 +696,14 @@ _SWAPPED = {
 
 
 def _identity(array):
-    """What an array that is kept is known by. ``set_`` and ``.data = `` put torch's elsewhere."""
+    """What identifies a kept array. torch's ``set_`` and ``.data =`` move a tensor to other
+    memory, so its address is part of it."""
     if array is None:
         return None
     if arrays.is_torch(array):
         try:
             return id(array), array.data_ptr(), array.shape, array.stride(), array.dtype
-        except Exception:  # it has no memory: whoever reads it says so
+        except Exception:  # it has no memory: the operation refuses it
             return id(array)
     return id(array)
 

@@ -1,7 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Host memory to which blocks are swapped out, and from where they come back, beside an engine's
-steps."""
+"""Swapping blocks to host memory and back while an engine's steps go on."""
 
 from __future__ import annotations
 
@@ -31,22 +30,22 @@ from ..types import Indices, Pairs, StreamLike
 from .paged_kv_cache import PagedKVCache
 
 NAME = "SwapSpace"
-PARTS = 4  # that what moves beside a step has at least, so that it is not much too much
+PARTS = 4  # the copies of a step are cut into at least so many, and so exceed the limit by less
 PAIRS = dispatch.Arg("block_mapping", chosen=True, pairs=True)
 PLACES = dispatch.Arg("host_blocks", chosen=True)
 
 
 class SwapSpace:
-    """Host memory for blocks that are swapped out, and the copies to it and from it beside the
-    steps of those that stay.
+    """Host memory for blocks that are swapped out, and the copies to it and from it, beside an
+    engine's steps.
 
     `PagedKVCache.swap_blocks` is in the order of the steps, which wait for the bus meanwhile. Here
-    blocks are packed into a buffer on the GPU, in that order, which takes microseconds; between the
-    buffer and host memory the GPU's copy engines work on a stream of their own, which need no
-    multiprocessors. Beside a step begin no more copies than the bus carries meanwhile, because the
-    few numbers that a step sends and reads would wait behind them.
+    blocks are packed, in that order, into a buffer on the GPU, which takes microseconds. Between
+    the buffer and host memory the GPU's copy engines work on a stream of their own; they need no
+    multiprocessors. Beside a step no more copies begin than the bus carries meanwhile: the few
+    numbers that a step sends and reads would wait behind them.
 
-    Which blocks go where is what `BlockTables` says, made with as many ``host_blocks``::
+    `BlockTables` with as many ``host_blocks`` says which blocks go where::
 
         space.swap_out(tables.swap_out("a"))  # its blocks are free for the next step
         ...
@@ -55,8 +54,8 @@ class SwapSpace:
         if coming.is_done():
             coming.swap_in(tables.swap_in("a"))
 
-    with `advance` once beside each step. Copies are made in the order of these calls, so blocks may
-    come back that are still on their way out, and places in host memory may be used again at once.
+    Call `advance` once beside each step. Copies are made in the order of these calls, so blocks may
+    be fetched that are still on their way out, and blocks of host memory may be used again at once.
     On the CPU it is the same, but the copies are done when `advance` returns.
 
     It is not thread-safe, and cannot be copied or pickled.
@@ -64,12 +63,12 @@ class SwapSpace:
     Parameters
     ----------
     caches : PagedKVCache, or list of them
-        All of which have the same blocks; several, where layers differ. On one device.
+        Several where layers differ; all have the same number of blocks, on one device.
     num_blocks : int
         Blocks in host memory, which is pinned for caches on a GPU.
     bytes_per_step : int
-        What `advance` has copied each way, up to a quarter or a block more: less than the bus
-        carries while a step is computed.
+        The bytes that `advance` copies each way, or up to a quarter or a block more. Give less than
+        the bus carries during a step.
 
     Attributes
     ----------
@@ -137,8 +136,8 @@ class SwapSpace:
         return sum(len(move.places) for move in self._moves)
 
     def swap_out(self, block_mapping: Pairs, *, stream: StreamLike | None = None) -> None:
-        """Begin to move blocks to host memory. What is enqueued on the stream of the steps from now
-        on may write them.
+        """Begin to move blocks to host memory. Work that is enqueued on the steps' stream from now
+        on may overwrite them.
 
         Parameters
         ----------
@@ -168,7 +167,7 @@ class SwapSpace:
         ----------
         host_blocks : sequence of int, or array [n]
             Blocks in host memory, in any order: `BlockTables.blocks` of sequences that are swapped
-            out. What is there twice is copied once.
+            out. One that is given twice is copied once.
         """
         op = f"{NAME}.prefetch"
         places = np.unique(_in_host_memory(op, PLACES, host_blocks)).tolist()
@@ -182,17 +181,17 @@ class SwapSpace:
         return Prefetch(self, self._moves[-1])
 
     def advance(self) -> None:
-        """Begin the next copies, of at most `bytes_per_step` each way: to be called once beside
-        each step, when the step's own copies are enqueued. Nothing waits."""
+        """Begin the next copies, of about `bytes_per_step` each way. Call it once beside each step,
+        when the step's own copies are enqueued. Nothing waits."""
         self._let_go()
-        left = {True: self.bytes_per_step, False: self.bytes_per_step}  # out, and in
+        left = {True: self.bytes_per_step, False: self.bytes_per_step}  # bytes out, and in
         for move in self._moves:
             if not move.may_begin():
                 break
             while move.pieces and left[move.out] > 0:
                 left[move.out] -= move.copy_next()
             if move.pieces:
-                break  # in order: what comes back may still be on its way out
+                break  # in order: blocks that are fetched may still be on their way out
         if self._moves:
             self._bus.keep((self._host, self._moves), self._bus.stream)
 
@@ -210,12 +209,12 @@ class SwapSpace:
         self._let_go()
 
     def _buffer(self, make, count, cache):
-        """Memory beside a cache for packed blocks."""
+        """Memory for packed blocks, on a cache's device."""
         shape = count, cache.bytes_per_block
         return make(self._framework, self._device, shape, formats.UINT8)
 
     def _stream_of_steps(self, op, stream):
-        """Its address; None on the CPU."""
+        """The address of the steps' stream; None on the CPU."""
         if stream is not None:
             stream = streams.pointer(op, stream)
         if self._device.kind == "cpu":
@@ -238,20 +237,20 @@ class Prefetch:
         self._space, self._move = space, move
 
     def is_done(self) -> bool:
-        """Whether they are there. They come by `SwapSpace.advance`."""
+        """Whether the blocks have arrived. `SwapSpace.advance` brings them."""
         return self._move.is_done()
 
     def wait(self) -> None:
-        """Wait until they are there, without regard for steps."""
+        """Copy at once, without regard for steps, and wait until the blocks have arrived."""
         self._space._finish(self._move)
 
     def swap_in(self, block_mapping: Pairs, *, stream: StreamLike | None = None) -> None:
-        """Write them into blocks of the caches, in the order of the steps, once they are there.
+        """Write the arrived blocks into blocks of the caches, in the order of the steps.
 
         Parameters
         ----------
         block_mapping : sequence of (block in host memory, block of the caches), or array [n, 2]
-            What `BlockTables.swap_in` returns: some of the blocks that were asked for, or all.
+            What `BlockTables.swap_in` returns: some or all of the prefetched blocks.
         stream : optional
             Of the steps; by default the current one of the caches' framework.
         """
@@ -278,13 +277,13 @@ class Prefetch:
 
 
 class _Move:
-    """Packed blocks, and the copies between them and their places in host memory.
+    """Packed blocks, and the copies between them and host memory.
 
-    out : whether to host memory, or from there.
-    places : blocks in host memory, ascending; row i of each buffer in ``packed`` is that of place
-        i.
-    pieces : copies that are still to be begun, (destination, source, bytes).
-    ready : the point behind the packing; None where there is nothing to wait for.
+    out : whether they go to host memory, or come from there.
+    places : the blocks in host memory, ascending; row i of each buffer in ``packed`` belongs to
+        ``places[i]``.
+    pieces : copies that have not begun, (destination, source, bytes).
+    ready : an event behind the packing; None where there is nothing to wait for.
     """
 
     def __init__(self, space, out, places, packed, ready=None):
@@ -299,7 +298,7 @@ class _Move:
                 self.pieces.append((*(ends if out else ends[::-1]), count * size))
 
     def may_begin(self):
-        """Not before all is packed: the copy would begin in the middle of a step."""
+        """Whether all is packed. A copy that began earlier would begin in the middle of a step."""
         return self._ready is None or self._ready.done()
 
     def copy_next(self):
@@ -314,7 +313,7 @@ class _Move:
         return not self.pieces and (self._done is None or self._done.done())
 
     def finish(self):
-        """Do it all, and wait."""
+        """Make all copies, and wait for them."""
         if self._ready is not None:
             self._ready.wait()
         while self.pieces:
@@ -324,7 +323,7 @@ class _Move:
 
 
 class _CopyEngines:
-    """What copies beside a GPU's steps: a stream of its own, and pinned memory."""
+    """Copies beside a GPU's steps: on a stream of their own, with pinned memory."""
 
     def __init__(self, device):
         self._device, self._owner = device, driver.active.new_stream(device)
@@ -338,20 +337,20 @@ class _CopyEngines:
         driver.active.copy(destination, source, size, self.stream, self._device)
 
     def empty(self, framework, device, shape, dtype):
-        """An array that is written by these copies alone."""
+        """A new array, which only these copies write."""
         return making.empty_of_stream(framework, device, shape, dtype, self._owner)
 
     def keep(self, objects, stream):
-        """Have memory live until what ``stream`` holds is done, also if the space is dropped."""
+        """Keep objects until the work now on ``stream`` is done, even if the space is dropped."""
         streams.keep_until_done(objects, stream, self._device)
 
     def point(self, stream):
-        """An event behind what ``stream`` holds now."""
+        """An event behind the work now on ``stream``."""
         return driver.active.event(stream, self._device)
 
 
 class _Memory:
-    """Likewise where the caches are in host memory: copies are done at once."""
+    """The same for caches in host memory: copies are made at once."""
 
     stream = None
 
@@ -372,7 +371,8 @@ class _Memory:
 
 
 def _first_of(caches):
-    """What describes the first cache; all must have as many blocks on the same device."""
+    """The first cache's description. Refuses caches with other numbers of blocks, or on another
+    device."""
     if not isinstance(caches, (list, tuple)) or not caches:
         expected, got = "a PagedKVCache, or a list of them", errors.shown(caches)
         raise errors.wrong("type", f"{NAME}: caches", expected, got)
@@ -392,7 +392,7 @@ def _first_of(caches):
 
 
 def _in_host_memory(op, arg, chosen):
-    """What was chosen, as an int64 NumPy array [n] or, of pairs, [2, n]."""
+    """Chosen numbers as an int64 NumPy array [n] or, for pairs, [2, n]."""
     numbers, _ = indices.read(op, arg, chosen, None)
     if numbers is None:
         raise errors.wrong("device", f"{op}: {arg.name}", "host memory", "a GPU")
@@ -400,7 +400,7 @@ def _in_host_memory(op, arg, chosen):
 
 
 def _runs(numbers, most):
-    """(Index, number, count) of each run of consecutive numbers, of at most so many."""
+    """(Index, number, count) of each run of at most ``most`` consecutive numbers."""
     at = 0
     while at < len(numbers):
         end = at + 1

@@ -148,13 +148,14 @@ def _plan_fp8_ds_mla(check, described, scale_rule):
         *(n for a in ((kv_c, k_pe) if rope else (kv_c,)) for n in (a.ptr, a.strides[0]))
     )
     cache_vector = contract.vector_bytes(kv_cache.ptr, *kv_cache.strides[:2])
+    arguments = (
+        "concat_and_cache_fp8_ds_mla", spelling.element(kv_c.dtype), power_of_two, source_vector,
+        cache_vector, rope, kv_cache.shape[1], spelling.indices(slot_mapping), mla.MAX_THREADS,
+    )  # fmt: skip
     kernel = modules.Kernel(
         check.op,
         mla.STEM,
-        f"concat_and_cache_fp8_ds_mla<{spelling.ELEMENT_NAMES[kv_c.dtype.name]}, "
-        f"{spelling.boolean(power_of_two)}, {source_vector}, {cache_vector}, "
-        f"{spelling.boolean(rope)}, {kv_cache.shape[1]}, "
-        f"{spelling.indices(slot_mapping)}, {mla.MAX_THREADS}>",
+        spelling.instance(*arguments),
         mla.ONE_LAYER,
         guarded=("slot_mapping",),
         converts=True,

@@ -131,7 +131,7 @@ def _plan(op, described, options):
     kernel = modules.Kernel(
         op.name,
         op.name,
-        f"{NAME}<{spelling.ELEMENT_NAMES[k.dtype.name]}, "
+        f"{NAME}<{spelling.element(k.dtype)}, "
         f"cupy_cache::Scales::{scales}, {vector}, {scale_vector}, {quant_block_size}, "
         f"{quant_blocks}, {lanes}, {block_size}, {spelling.indices(slot_mapping)}, "
         f"{indexer.MAX_THREADS}>",

@@ -140,13 +140,16 @@ def _plan(op, described, options):
     )
     threads = launch.block_threads(vectors, 1, MAX_THREADS)
     parts = transposed.parts(heads, max(key_bytes, value_bytes))
+    arguments = (
+        "reshape_and_cache", spelling.quantiser(key.dtype, stored, key_vector),
+        spelling.quantiser(key.dtype, stored, value_vector), element, pack, key_vector,
+        value_vector, key_bytes, value_bytes, size["block_size"], slots, vector_values,
+        spelling.indices(slot_mapping), threads,
+    )  # fmt: skip
     kernel = modules.Kernel(
         op.name,
         op.name,
-        f"reshape_and_cache<{spelling.quantiser(key.dtype, stored, key_vector)}, "
-        f"{spelling.quantiser(key.dtype, stored, value_vector)}, {element}, {pack}, {key_vector}, "
-        f"{value_vector}, {key_bytes}, {value_bytes}, {size['block_size']}, {slots}, "
-        f"{spelling.boolean(vector_values)}, {spelling.indices(slot_mapping)}, {threads}>",
+        spelling.instance(*arguments),
         PARAMS,
         guarded=("slot_mapping",),
         converts=stored is not None,

@@ -125,7 +125,7 @@ def _plan(op, described, options):
     )
     lanes = launch.lanes(max(sizes) // vector)
     heads = size["num_kv_heads"]
-    source, stored = (spelling.ELEMENT_NAMES[d.name] for d in (key.dtype, fmt.stored))
+    source, stored = (spelling.element(d) for d in (key.dtype, fmt.stored))
     kernel = modules.Kernel(
         op.name,
         op.name,

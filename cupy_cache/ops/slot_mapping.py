@@ -142,7 +142,7 @@ def _plan(op, described, options):
     kernel = modules.Kernel(
         op.name,
         op.name,
-        f"{NAME}<{spelling.boolean(world > 1)}, {index}, {MAX_THREADS}>",
+        spelling.instance(NAME, world > 1, index, MAX_THREADS),
         PARAMS,
         guarded=("positions", "block_table"),
     )

@@ -184,7 +184,7 @@ class _Plan:
         kernel = modules.Kernel(
             NAME,
             NAME,
-            f"{NAME}<{spelling.boolean(parallel)}, {types}, {MAX_THREADS}>",
+            spelling.instance(NAME, parallel, types, MAX_THREADS),
             PARAMS,
             guarded=("positions", "block_tables", "idx_mapping"),
         )

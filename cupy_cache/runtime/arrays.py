@@ -2,15 +2,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Any framework's array -> pointer, shape, strides, dtype, device, whether it can be written.
 
-In two steps, because the first one runs at every call that has no fast path:
+In two steps, because the first one runs at every call without a fast path:
 
-* a *reader* (`reader_for`) tells an array's `Metadata` in the framework's own terms, as cheaply as
-  that framework allows; without the pointer these are hashable, and part of a signature;
-* `describe` turns them into an `Array`, once for each signature.
+* a *reader* (`reader_for`) gives an array's `Metadata` in the framework's own types, as cheaply as
+  that framework allows. Without the pointer these are hashable, and part of a signature;
+* `describe` makes an `Array` of them, once for each signature.
 
 torch, CuPy and NumPy arrays are read through their attributes (a few tenths of a microsecond each,
-against 19 for ``cupy.from_dlpack``). Everything else comes through DLPack (dlpack.py) or
-``__cuda_array_interface__``. Nothing is ever copied.
+against 19 for ``cupy.from_dlpack``), all others through DLPack (dlpack.py) or
+``__cuda_array_interface__``. Nothing is copied.
+
+A ``name`` is "operation: argument" throughout, for errors.
 """
 
 import functools
@@ -26,13 +28,13 @@ from ..errors import CupyCacheError, MissingDependencyError
 from . import dlpack, formats
 from .devices import CPU, Device
 
-# The way out for who would have JAX's arrays written.
+# The way out where a call would write an array of JAX.
 OF_JAX = "JAX arrays are immutable: keep the cache in CuPy or torch and give JAX a view of it"
 
 
 class Metadata(NamedTuple):
-    """What a reader tells, in the framework's own units; see `describe`. ``keep`` owns the memory
-    of an export: it must live until the work is enqueued."""
+    """An array as its reader gives it, in the framework's own types and units; see `describe`.
+    ``keep`` owns the memory of an export: it must live until the work is enqueued."""
 
     ptr: int
     shape: tuple
@@ -72,7 +74,7 @@ class Array(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where an array of a registered framework is; see `register_framework`."""
+    """The location of a registered framework's array; see `register_framework`."""
 
     framework: str
     device: Device
@@ -80,7 +82,7 @@ class Place(NamedTuple):
 
 
 class Framework(NamedTuple):
-    """What a further framework with arrays on a GPU brings along.
+    """What `register_framework` needs of a further framework with arrays on a GPU.
 
     read : ``read(array)`` -> the fields of `Metadata`: tuples, strides in bytes, a dtype's name, a
         `Place`.
@@ -95,8 +97,8 @@ class Framework(NamedTuple):
 
 FRAMEWORKS: dict[str, Framework] = {}
 MAX_READERS = 256  # types of arrays that are remembered
-# No GPU's memory is below. An array without memory tells its offset as its address, which is; so
-# one that is below is looked at, and may be in host memory.
+# No GPU's memory is below this address, but addresses of arrays without memory are: such an array
+# gives its offset. Arrays below take the slow path, which tells these from arrays in host memory.
 LOWEST = 1 << 33
 
 
@@ -130,14 +132,14 @@ def _read_numpy(array):
 
 
 _REGISTERED: dict[type, Callable] = {np.ndarray: _read_numpy}
-_READERS: dict[type, Callable] = dict(_REGISTERED)  # and those that were found
+_READERS: dict[type, Callable] = dict(_REGISTERED)  # and those of types that were met
 _NAMES = {_read_torch: "torch", _read_cupy: "cupy", _read_numpy: "numpy"}
-# Readers that must know the stream the data will be used on.
+# Readers of protocols. They must know the stream that the data will be used on.
 _FOREIGN = (dlpack.read, dlpack.read_cuda_interface)
 
 
 def reader_for(value, name):
-    """The reader for ``value``'s type, remembered; ``name`` is the argument's, for the error."""
+    """The reader for ``value``'s type, which is remembered."""
     kind = type(value)
     reader = _READERS.get(kind)
     if reader is None:
@@ -150,7 +152,7 @@ def reader_for(value, name):
 
 
 def register_framework(name, kind, framework):
-    """Serve arrays of type ``kind`` as ``framework`` (a `Framework` called ``name``) says."""
+    """Have ``framework``, a `Framework`, serve arrays of type ``kind``, under ``name``."""
     _READERS[kind] = _REGISTERED[kind] = framework.read
     FRAMEWORKS[name] = framework
 
@@ -185,7 +187,7 @@ def _find_reader(value, name):
 
 
 def is_foreign(value, name):
-    """Whether ``value`` is read through a protocol, which must know the stream."""
+    """Whether ``value`` is read through a protocol, whose reader must know the stream."""
     return reader_for(value, name) in _FOREIGN
 
 
@@ -199,23 +201,23 @@ def is_torch(value):
 
 
 def read(value, name, stream=None):
-    """``value``'s `Metadata`. What comes through a protocol is exported for use on ``stream``,
-    behind what its producer has enqueued. What has elements but no memory is refused."""
+    """``value``'s `Metadata`. A protocol exports it for use on ``stream``, behind its producer's
+    work. An array with elements but without memory is refused."""
     reader = reader_for(value, name)
     try:
         found = Metadata(*(reader(value, stream) if reader in _FOREIGN else reader(value)))
     except Exception as error:
         raise _unreadable(value, name, error) from error
     if not found.ptr and 0 not in found.shape:
-        describe(found, name)  # what is on no device that counts is told so
+        describe(found, name)  # refuses an array on another kind of device by that name
         got = f"{_type_name(value)} of shape {list(found.shape)} at address 0"
         raise errors.wrong("memory", name, "an array with memory", got)
     return found
 
 
 def _unreadable(value, name, error):
-    """What to raise where reading an array failed."""
-    if type(error) is MissingDependencyError:  # of which it says nothing but what is missing
+    """The error to raise where reading an array failed."""
+    if type(error) is MissingDependencyError:  # it says only what is missing
         return MissingDependencyError(f"{name}, {error}")
     if isinstance(error, CupyCacheError):
         return error
@@ -224,14 +226,14 @@ def _unreadable(value, name, error):
 
 
 def _type_name(value):
-    """``value``'s type as errors show it; of torch's sparse tensors and the like, the layout."""
+    """``value``'s type as errors show it, with the layout of torch's sparse tensors."""
     layout = getattr(value, "layout", None)
     kind = f"{type(value).__module__.partition('.')[0]}.{type(value).__name__}"
     return f"{kind} ({layout})" if "torch" in str(layout) and "strided" not in str(layout) else kind
 
 
 def device_of(value, name):
-    """The `Device` of an array, without an export."""
+    """The `Device` of an array. Nothing is exported."""
     reader = reader_for(value, name)
     try:
         if reader is dlpack.read:
@@ -246,7 +248,7 @@ def device_of(value, name):
 
 
 def describe(metadata, name):
-    """Turn `Metadata` into an `Array`; ``name`` is the argument's, for errors."""
+    """Turn `Metadata` into an `Array`."""
     ptr, shape, strides, dtype, place, _ = metadata
     if isinstance(place, dlpack.Place):
         framework = place.framework
@@ -274,7 +276,7 @@ def describe(metadata, name):
 
 
 def stride_unit(metadata):
-    """The bytes that the strides are counted in: an element's, as by torch and DLPack, or 1."""
+    """The bytes that the strides count in: an element's for torch and DLPack, else 1."""
     place, dtype = metadata.place, metadata.dtype
     if isinstance(place, (Place, int, str)):
         return 1
@@ -284,7 +286,7 @@ def stride_unit(metadata):
 
 
 def element_step(metadata):
-    """The stride from one element to the next without gaps, as the strides are counted."""
+    """The stride of elements without gaps, in the units of the strides."""
     place, dtype = metadata.place, metadata.dtype
     if isinstance(place, Place):
         return formats.DTYPES[dtype].bytes if dtype in formats.DTYPES else 1
@@ -292,8 +294,8 @@ def element_step(metadata):
 
 
 def regular(shape, strides, size):
-    """``strides``, in which ``size`` is that of an element, where extents of 1 have the stride that
-    more would need without gaps: theirs means nothing."""
+    """``strides``, but for dimensions of extent 1, whose strides mean nothing: these get the stride
+    that a larger extent would have without gaps. ``size``: the stride of elements without gaps."""
     if 1 not in shape:
         return strides
     strides = list(strides)
@@ -305,18 +307,18 @@ def regular(shape, strides, size):
     return tuple(strides)
 
 
-ROWS = (0,)  # what varies where the first dimension is the tokens of a step
+ROWS = (0,)  # an `Arg`'s ``varies`` where the first dimension is the tokens of a step
 
 
 def extent(varies, shape, strides, unit):
-    """What an operation's count gets of an array whose strides are counted in ``unit`` bytes."""
+    """An array's extent, for an operation's count. Its strides count in ``unit`` bytes."""
     if varies == ROWS:
         return shape[0]
     return tuple(shape), meant(shape, strides, unit)
 
 
 def meant(shape, strides, unit):
-    """Strides in bytes, 0 where they lead nowhere: those that mean nothing may be of any size."""
+    """Strides in bytes, and 0 for each that means nothing, as of an extent of 1."""
     if 0 in shape:
         return (0,) * len(shape)
     return tuple([stride * unit if n > 1 else 0 for n, stride in zip(shape, strides)])
@@ -334,7 +336,7 @@ def framework_of(value, name):
 
 
 def view(value, name):
-    """``value`` as an `Array`, to look at: nothing is ordered for its sake."""
+    """``value`` as an `Array`, to look at its shape and the like: no stream waits for it."""
     return describe(read(value, name, dlpack.LOOK), name)
 
 

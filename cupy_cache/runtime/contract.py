@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checks of one call's arrays against named sizes, with errors that say what to mend.
 
-A `Contract` is made for one new signature, filled argument by argument, and dropped: its cost is
-paid once, so it may be thorough.
+A `Contract` checks the arguments of one new signature, one after the other, and is dropped. That
+happens once for a signature, so it may be thorough.
 """
 
 import math
@@ -126,8 +126,8 @@ class Contract:
 
     def contiguous_rows(self, name, array):
         """Require an argument of one dimension, whose extent varies from call to call, to have no
-        gaps. Its stride is part of the signature and its extent is not, so even a single element
-        must have the stride that more would need."""
+        gaps. The stride is in the signature but the extent is not, so a single element must have
+        this stride too."""
         if 0 not in array.shape and array.strides != (array.dtype.bytes,):
             got = f"byte strides {list(array.strides)} of {array.dtype.bytes}-byte elements"
             raise errors.wrong("strides", f"{self.op}: {name}", "a contiguous array", got)
@@ -155,15 +155,15 @@ class Contract:
         Parameters
         ----------
         described : dict
-            key, value, key_cache, value_cache and slot_mapping by their names, in this order; their
-            shapes are right already.
+            key, value, key_cache, value_cache and slot_mapping by their names, in this order, with
+            shapes that were checked.
         fmt : formats.CacheFormat
             Of the caches.
 
         Returns
         -------
         formats.DType or None
-            What elements are converted to; None where bytes are copied.
+            The type that elements are converted to; None where they are copied.
         """
         names = list(described)
         sources, caches, slots = names[:2], names[2:4], names[4]
@@ -190,8 +190,7 @@ class Contract:
         return stored
 
     def scale(self, name, array, count=1):
-        """Require ``count`` float32 scales, without gaps; one may also be an array of no
-        dimensions."""
+        """Require ``count`` float32 scales, without gaps. A single one may have no dimensions."""
         if array.shape != (count,) and (count != 1 or array.shape):
             raise errors.wrong("shape", f"{self.op}: {name}", f"[{count}]", list(array.shape))
         self.dtype(name, array, formats.FLOAT32)
@@ -205,7 +204,7 @@ class Contract:
         Returns
         -------
         int
-            The bytes from one head's scale to the next one's; 0 where one is for all, and for None.
+            The bytes from one head's scale to the next; 0 for one scale for all heads, and None.
         """
         if array is None:
             return 0
@@ -217,7 +216,7 @@ class Contract:
         return array.strides[0] if array.shape == (heads,) and heads > 1 else 0
 
     def x_packed_caches(self, key_cache, value_cache, interleaved):
-        """Match the shapes of x-packed caches of the head_size that is known already."""
+        """Match the shapes of x-packed caches; the size ``head_size`` is bound already."""
         self.shape("key_cache", key_cache, "num_blocks num_kv_heads _ block_size x")
         self._packs("key_cache", key_cache, "head_size")
         if interleaved:
@@ -228,7 +227,7 @@ class Contract:
             self.shape("value_cache", value_cache, pattern)
 
     def _packs(self, name, cache, whole):
-        """Require dimension 2 of an x-packed cache to hold all packs of x of the size ``whole``."""
+        """Require dimension 2 of an x-packed cache to be the size ``whole`` divided by x."""
         size, x = self.sizes[whole], self.sizes["x"]
         if cache.shape[2] * x != size:
             expected = f"{whole} / x = {size} / {x} in dimension 2"
@@ -241,8 +240,8 @@ class Contract:
 
 
 def index(value):
-    """``value`` as a Python integer. Anything with ``__index__`` is one, NumPy's integers and
-    arrays of a single one too; a boolean is none, and raises `TypeError`."""
+    """``value`` as a Python integer. It may be anything with ``__index__``, such as an integer of
+    NumPy or an array of one; `TypeError` for booleans and all else."""
     if type(value) is int:
         return value
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
@@ -251,7 +250,7 @@ def index(value):
 
 
 def integer(op, name, value, least=None):
-    """``value`` as `index` takes it, of at least ``least``."""
+    """``value`` as a Python integer, see `index`; at least ``least``."""
     found = value
     if type(value) is not int:
         try:
@@ -269,8 +268,8 @@ def integer(op, name, value, least=None):
 
 
 def integers(op, names, values):
-    """``values``, those of the arguments ``names``, as Python integers. Options have one form
-    before anything is remembered of them: True and 1.0 equal 1."""
+    """``values``, those of the arguments ``names``, as Python integers. Options must have this form
+    before a plan is remembered by them, because True and 1.0 equal 1."""
     for value in values:
         if type(value) is not int or not -(2**63) <= value < 2**63:
             break
@@ -300,9 +299,9 @@ def flag(op, name, value):
 
 
 def check_elements_apart(op, name, shape, strides, size):
-    """Refuse an array of which two elements, of ``size`` bytes, may share memory: exact for layouts
-    that nest (each stride covers the whole span below it), which all permuted, sliced and packed
-    views do; others count as overlapping."""
+    """Refuse an array whose elements, of ``size`` bytes, may share memory. Exact for strides that
+    nest, where each covers the whole span of the smaller ones, as in all permuted, sliced and
+    packed views; all other strides are refused."""
     span = size
     for stride, extent in sorted(zip(map(abs, strides), shape)):
         if extent < 2:
@@ -326,9 +325,9 @@ def check_sequence_count(op, name, count):
 
 
 def slot_count(op, *arrays, scales):
-    """The count of operations on tokens: of slots, of which there may not be more than rows of each
-    of the ``arrays``, by their names, that stand before them. The fields are the slots and so many
-    ``scales`` that are floats."""
+    """The count of an operation on tokens, for `dispatch.Op`: one row for each slot. There may not
+    be more slots than rows of each of ``arrays``, names of the arguments before ``slot_mapping``.
+    The fields are the number of slots and ``scales`` floats."""
     no_scalars = (0.0,) * scales
 
     def count(extents, options, scalars):
@@ -344,8 +343,8 @@ def slot_count(op, *arrays, scales):
 
 
 def number(op, name, value, positive=False, kind="None or "):
-    """``value`` as a float that float32 can hold; -0.0, which equals 0.0 where it is remembered, is
-    that. ``kind``: what else is taken, for the error."""
+    """``value`` as a float that float32 can hold; -0.0 becomes 0.0, as the two are equal where they
+    are remembered. ``kind``: what else the argument may be, for the error."""
     real = type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))
     least = SMALLEST_NORMAL if positive else -LARGEST_SCALE
     if not real or not least <= value <= LARGEST_SCALE:
@@ -355,11 +354,11 @@ def number(op, name, value, positive=False, kind="None or "):
 
 
 def split_scale(op, name, scale):
-    """A scale, of which None means 1.0, as (array or None, number that counts where it is None)."""
+    """A scale as (array, float); the float counts where the array is None. None means 1.0."""
     if scale is None:
         return None, 1.0
     if type(scale) is not float:
-        if arrays.is_torch(scale):  # numbers.Real takes a microsecond to tell
+        if arrays.is_torch(scale):  # isinstance(scale, numbers.Real) takes a microsecond
             return scale, 0.0
         if isinstance(scale, bool):
             raise errors.wrong("value", f"{op}: {name}", "a number or a float32 array", scale)
@@ -371,8 +370,8 @@ def split_scale(op, name, scale):
 
 
 def split_scales(op, kv_cache_dtype, k_scale, v_scale):
-    """The scales of keys and values as (arrays, floats); an array is None where the float counts,
-    and where both do there is none. A raw copy has neither."""
+    """The scales of keys and values as (arrays, floats). An array is None where its float counts;
+    ``arrays`` is empty where both floats do. Both are empty for a raw copy, which has no scales."""
     if not formats.is_scaled(kv_cache_dtype):
         return (), ()
     k_array, k_number = split_scale(op, "k_scale", k_scale)
@@ -394,20 +393,21 @@ def contiguous_dims(array):
 
 
 def rows_interleave(array):
-    """Whether rows, along the first dimension, lie between one another's parts: then it depends on
-    their number whether they overlap."""
+    """Whether a row, along the first dimension, begins inside the span of the one before. Then it
+    depends on their number whether they overlap."""
     span = sum((n - 1) * abs(s) for n, s in zip(array.shape[1:], array.strides[1:]))
     return abs(array.strides[0]) <= span
 
 
 def vector_bytes(*numbers):
-    """The widest vector, 16 bytes at most, that divides every address, stride and length given."""
+    """The bytes of the widest vector, at most 16, that divides all these addresses, strides and
+    lengths."""
     return math.gcd(16, *numbers)
 
 
 def converting_vector_bytes(ratio, source_numbers, destination_numbers):
-    """`vector_bytes` of the destination where each of its bytes is made of ``ratio`` source bytes,
-    read in vectors of up to 16 bytes. ``ratio`` may be a fraction (1/2: one byte makes two)."""
+    """`vector_bytes` of a destination whose bytes are each made of ``ratio`` source bytes, read in
+    vectors of up to 16 bytes. ``ratio`` may be a fraction (1/2: one byte makes two)."""
     width = vector_bytes(*destination_numbers)
     source = vector_bytes(*source_numbers)
     while width > 1 and min(16, width * ratio) > source:

@@ -1,7 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""CuPy, found when it is needed, and what the CUDA driver tells and does that CuPy has no binding
-for."""
+"""CuPy, imported when it is needed, and calls of the CUDA driver for which it has no binding."""
 
 import contextlib
 import ctypes
@@ -21,13 +20,13 @@ from .devices import CPU, Device
 CUPY_NEEDED = "14.2"  # the first whose disk cache serves name expressions
 OLDEST, NEWEST = 12, 13  # CUDA versions of the package's extras, cuda12x and cuda13x
 
-_cupy = None  # once it was found to serve
+_cupy = None  # the module, once it was found to work
 _ROCM = "{}: CUDA is needed, and {} is built for ROCm, whose GPUs are not served"
 
 
 def import_cupy(why):
-    """The cupy module, to use CUDA with; `MissingDependencyError`, which begins with ``why``, where
-    there is none, or one that cannot."""
+    """The cupy module. `MissingDependencyError`, beginning with ``why``, where it is missing or
+    cannot use CUDA."""
     global _cupy
     cupy = sys.modules.get("cupy")
     if cupy is not None and cupy is _cupy:
@@ -42,7 +41,7 @@ def import_cupy(why):
 
 
 def find_cupy(why):
-    """The cupy module, whether it can use CUDA or not."""
+    """The cupy module, even if it cannot use CUDA."""
     if _lost_by_fork:
         raise KernelError(f"{why}: {FORKED}")
     try:
@@ -71,8 +70,8 @@ _NOT_INITIALIZED = 3  # cudaErrorInitializationError
 
 
 def _without_cuda(why, error):
-    """What to raise where CuPy finds no CUDA: the driver is older than what CuPy is built for, say,
-    and torch, which has the arrays, is not."""
+    """The error where CuPy finds no CUDA. The driver may be older than CuPy needs, and new enough
+    for torch, which has the arrays."""
     if getattr(error, "status", None) == _NOT_INITIALIZED:
         return KernelError(f"{why}: {FORKED}")
     if torchs_rocm():
@@ -84,15 +83,15 @@ def _without_cuda(why, error):
 
 
 def torchs_rocm():
-    """The version of ROCm that torch is built for, if it is."""
+    """The version of ROCm that torch is built for; None if it is not."""
     return getattr(getattr(sys.modules.get("torch"), "version", None), "hip", None)
 
 
 def _without_cupy(why, error):
-    """What to raise where importing CuPy raised ``error``."""
+    """The error where importing CuPy raised ``error``."""
     if torchs_rocm():
         return MissingDependencyError(_ROCM.format(why, "torch"))
-    if isinstance(error, OSError):  # it makes the folder of its kernel cache when it is imported
+    if isinstance(error, OSError):  # its import makes the folder of its kernel cache
         return MissingDependencyError(
             f"{why}: CuPy is installed, but importing it failed: {named(error)}; {cache_hint()}"
         )
@@ -112,19 +111,19 @@ def is_too_old(version):
 
 
 def named(error):
-    """An error with its class, in one line."""
+    """The text of an error with its class, in one line."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def cache_folder():
-    """The folder of CuPy's kernel cache, as CuPy finds it: it need not exist."""
+    """The folder that CuPy uses for its kernel cache. It need not exist."""
     chosen = env.other("CUPY_CACHE_DIR")
     return os.path.expanduser("~/.cupy/kernel_cache") if chosen is None else chosen
 
 
 def cache_hint():
-    """What to do where CuPy's kernel cache cannot be used."""
+    """The way out where CuPy's kernel cache cannot be used, for errors."""
     return (
         f"CuPy keeps compiled kernels in {cache_folder()}: name a folder that this user can write "
         "in CUPY_CACHE_DIR"
@@ -132,7 +131,7 @@ def cache_hint():
 
 
 def install_hint():
-    """The command that brings CuPy and what it needs, for this driver."""
+    """The command that installs CuPy and what it needs, for this driver."""
     version = driver_version()
     if version is None:
         extra = f"cuda{NEWEST}x"
@@ -172,8 +171,7 @@ def _check(status, what):
 
 
 def capture_of(stream):
-    """The number of the capture of a stream of the current GPU; 0 where there is none. CuPy has no
-    binding for it."""
+    """The unique number of the capture of a stream of the current GPU; 0 where there is none."""
     status, number = ctypes.c_int(), ctypes.c_uint64()
     found = ctypes.byref(status), ctypes.byref(number), None, None, None
     name = "cuStreamGetCaptureInfo_v2"
@@ -193,10 +191,10 @@ def _primary_context(index):
 
 def on_device(index):
     """A context manager, to be entered at once: inside, GPU ``index`` is current in this thread;
-    afterwards the one that was before.
+    afterwards the earlier one is.
 
-    CuPy's ``Device`` sets the GPU that was current again, and setting a GPU makes a context there,
-    of half a gigabyte, also where nobody has used it. Pushing a context and popping it makes none.
+    CuPy's ``Device`` goes back by setting the earlier GPU, and setting a GPU makes a context there,
+    of half a gigabyte, even if nobody uses that GPU. Pushing a context and popping it makes none.
     """
     get_device, get_context, set_device = _current()
     if get_device() != index:
@@ -207,7 +205,7 @@ def on_device(index):
 
 
 class _Here:
-    """The GPU is current as it is. A generator would take six times as long."""
+    """Nothing: the GPU is current already. As a generator it would take six times as long."""
 
     __slots__ = ()
 
@@ -222,7 +220,7 @@ _HERE = _Here()
 
 
 class _Pushed:
-    """GPU ``index`` is current where this is entered."""
+    """GPU ``index`` is current inside."""
 
     __slots__ = ("_index",)
 
@@ -239,21 +237,21 @@ class _Pushed:
 
 @functools.cache
 def _current():
-    """What tells this thread's current GPU, its context, and sets the GPU."""
+    """Functions that get this thread's current GPU, get its context, and set the GPU."""
     cuda = import_cupy("a CUDA device").cuda
     return cuda.runtime.getDevice, cuda.driver.ctxGetCurrent, cuda.runtime.setDevice
 
 
 def pinned(size):
-    """``size`` bytes of CuPy's pool of host memory that GPUs reach by themselves, as a NumPy array.
-    They go back to the pool with the array."""
+    """``size`` bytes of CuPy's pool of pinned memory, as a NumPy array. They go back to the pool
+    when the array is dropped."""
     memory = import_cupy("pinned host memory").cuda.alloc_pinned_memory(size)
     return np.frombuffer(memory, np.uint8, size)
 
 
 def pinned_zeros(shape, dtype):
-    """A NumPy array of zeros in host memory that GPUs reach by themselves. It is exactly as large
-    as it must be: CuPy's pool would round it up to a power of two."""
+    """A NumPy array of zeros in pinned memory, allocated at its size: CuPy's pool would round that
+    up to a power of two."""
     cuda, size = import_cupy("pinned host memory").cuda, math.prod(shape) * dtype.itemsize
     if not size:
         return np.zeros(shape, dtype)
@@ -265,7 +263,8 @@ def pinned_zeros(shape, dtype):
 
 @contextlib.contextmanager
 def during_captures():
-    """Where this is entered, the thread may ask what a capture of any thread would forbid."""
+    """A context manager: inside, this thread may make calls that a capture in any thread would
+    otherwise forbid."""
     mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
     _library().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
     try:
@@ -275,9 +274,9 @@ def during_captures():
 
 
 def in_a_context():
-    """A context manager, to be entered at once: inside, the thread has a context, without which the
-    driver does not answer. Any GPU's will do, so one that is in use serves, and no GPU gets one
-    that nobody else asked for."""
+    """A context manager, to be entered at once: inside, the thread has a CUDA context, which the
+    driver's queries need. Any GPU's context will do: one that is in use is taken, so that no GPU
+    gets a context that nobody else asked for."""
     _, get_context, _ = _current()
     if get_context():
         return _HERE
@@ -309,8 +308,8 @@ def allocation_at(address):
 
 class Allocation(NamedTuple):
     """Memory that CUDA knows, ``start <= address < end``: on a GPU, or pinned where ``device`` is
-    the CPU. A GPU reaches it at the address plus ``shift``. Where CUDA does not tell how much
-    memory there is, both ends are the address that was asked for."""
+    the CPU. A GPU reaches it at the address plus ``shift``. Where CUDA does not know its size, both
+    ends are the address in question."""
 
     start: int
     end: int
@@ -319,8 +318,8 @@ class Allocation(NamedTuple):
 
 
 class _PointerAttributes(ctypes.Structure):
-    """What ``cuPointerGetAttributes`` tells, by the numbers of ``CUpointer_attribute``. CuPy has no
-    binding that tells where an allocation ends."""
+    """The results of ``cuPointerGetAttributes``, by the numbers of ``CUpointer_attribute``. No
+    binding of CuPy's gives the end of an allocation."""
 
     _fields_ = [
         ("memory_type", ctypes.c_uint32),

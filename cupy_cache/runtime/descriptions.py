@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Arrays of which there is only a description, on the GPU that is not there: a call with them is
-checked as any other, and raises `launch.KernelNeeded` where it would launch."""
+"""Arrays without memory, on a GPU that does not exist, for `warmup`: a call with them is checked as
+any other, and raises `launch.KernelNeeded` instead of launching."""
 
 import itertools
 import math
@@ -9,12 +9,12 @@ import math
 from . import arrays, devices
 
 ABSENT_GPU = devices.Device("cuda", devices.NOWHERE)
-# Far apart, aligned as an allocator's are, and behind those that are chosen.
+# Far apart, aligned as an allocator's are, and above all addresses that callers give.
 _addresses = itertools.count(1 << 60, 1 << 40)
 
 
 class Described:
-    """A described array. ``dtype`` is a `formats.DType`, or a name, which may be none of these."""
+    """Shape, strides, dtype and device of an array. ``dtype`` is a `formats.DType` or any name."""
 
     def __init__(self, shape, strides, dtype, device=ABSENT_GPU, address=None):
         self.shape, self.strides, self.dtype = tuple(shape), tuple(strides), dtype
@@ -45,7 +45,7 @@ class Described:
 
 
 def described(shape, dtype, device=ABSENT_GPU):
-    """A contiguous one."""
+    """A contiguous `Described`."""
     strides = [dtype.bytes * math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     return Described(shape, strides, dtype, device)
 

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Where memory is."""
+"""Devices: the CPU, and GPUs by their indices."""
 
 from typing import NamedTuple
 
@@ -16,6 +16,6 @@ class Device(NamedTuple):
 
 
 CPU = Device("cpu", 0)
-# The index of a GPU that is not there: arrays on it are only described, launches raise
-# `launch.KernelNeeded`.
+# The index of a GPU that does not exist. Arrays on it have no memory (descriptions.py); launches
+# raise `launch.KernelNeeded`.
 NOWHERE = -1

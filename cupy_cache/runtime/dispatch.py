@@ -1,12 +1,14 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""From a call to its plan: the one way of every operation, on the GPU and on the CPU.
+"""From a call to its plan: every operation comes this way, on the GPU and on the CPU.
 
-Everything about a call that depends only on its *signature* (shapes, strides, dtypes, devices,
-alignment, options) is decided once, in the operation's plan function, and remembered. What changes
-from call to call is no part of it: addresses, the extents that an argument declares to vary (the
-tokens of a step, the width of a block table), scales that are floats, chosen blocks in host
-memory, how many layers there are.
+A call's *signature* is what stays the same from step to step: shapes, strides, dtypes, devices,
+alignment, options. Everything that depends on it alone is decided once, in the operation's plan
+function, and remembered. What changes from call to call is not in the signature: addresses, the
+extents that an `Arg` says vary (the tokens of a step, the width of a block table), scales that are
+floats, blocks chosen in host memory, the number of layers.
+
+A call first tries the fast paths of its form (fastpath/). `Op.run` is the slow path.
 """
 
 import itertools
@@ -31,22 +33,23 @@ from . import (
     plans,
     streams,
 )
+from .fastpath.layers import flattened
 
 
 class Arg(NamedTuple):
-    """An argument of an operation.
+    """An argument of an operation that is an array, or several.
 
-    varies : the dimensions whose extents change from call to call; the strides of the dimensions
-        before the last of them then change too.
+    varies : the dimensions whose extents change from call to call. The strides of the dimensions
+        before the last of these may change too.
     optional : may be None.
-    index : holds indices, which kernels read one at a time: whether it is aligned to more than one
-        of them makes no other plan.
-    layers : a list of arrays that are alike, but for what varies; all such lists of an operation
-        are equally long. Errors call an item ``name[i]`` and the ``suffix``.
-    chosen : blocks or slots, in host memory or in an array on the GPU, with any number of `ROWS`.
-        ``pairs``: of pairs [n, 2].
-    written : the operation writes it. No two arrays that are written may share memory.
-    called : what errors call it, if that is not its name.
+    index : an array of indices. Kernels read them one at a time, so alignment beyond 8 bytes is not
+        part of the signature.
+    layers : a list of arrays that differ in nothing but what varies. All such lists of an operation
+        are equally long. Errors call its items ``name[i]``, followed by ``suffix``.
+    chosen : block or slot numbers, any number of them, in host memory or in an array on the GPU.
+        ``pairs``: pairs of them, [n, 2].
+    written : the operation writes it. No two written arrays may share memory.
+    called : its name in errors, if that differs from ``name``.
     """
 
     name: str
@@ -62,11 +65,11 @@ class Arg(NamedTuple):
 
     @property
     def mask(self):
-        """The low bits of an address that mean something to a plan."""
+        """The low bits of an address that are part of the signature: its alignment."""
         return 7 if self.index or self.chosen else 15
 
     def item(self, index):
-        """What errors call array ``index`` of a list."""
+        """The name of array ``index`` of a list, in errors."""
         return f"{self.name}[{index}]{self.suffix}"
 
 
@@ -75,7 +78,7 @@ _bound: weakref.WeakSet = weakref.WeakSet()
 
 
 def forget_everything():
-    """Have all operations forget their plans: the kernels that these have loaded are gone."""
+    """Forget the plans of all operations: their loaded kernels are gone."""
     for op in _ops:
         op.memory.clear()
         op.fast_paths.clear()
@@ -84,7 +87,7 @@ def forget_everything():
 
 
 def written_by(name):
-    """The names of the arguments that the operations of this name write."""
+    """The names of the arguments that operation ``name`` writes."""
     return {arg.name for op in _ops if op.name == name for arg in op.args if arg.written}
 
 
@@ -102,22 +105,23 @@ class Op:
     args : sequence of Arg
         Its arguments that are arrays, in the order of the kernel's pointers.
     plan : callable
-        ``plan(op, described, options)`` -> an object with ``run(plans.Call)``, and, if it wants,
-        ``tables(values)``, see there. ``described`` has an `arrays.Array` for each argument: of a
-        list the first one, whose address is replaced by the alignment common to all; None for what
-        is absent or in host memory. Checks everything that the signature decides, and raises before
-        anything is written.
+        ``plan(op, described, options)`` -> an object with ``run(plans.Call)`` and, optionally,
+        ``tables(values)``, see `plans.Call`. It checks everything that the signature decides, and
+        raises before anything is written. ``described`` has an `arrays.Array` for each argument:
+        for a list, its first array, with the alignment common to all as its address; None for an
+        argument that is absent or in host memory.
     options : tuple of str
-        The names of the function's arguments that a call's first options are, for errors.
+        The names, for errors, of the function's arguments that stand first in a call's options.
     destination : int or tuple of int
-        Indices of arguments; the first of them that is on a GPU decides device and stream. All
-        arguments that are written and have rows that vary must be among them.
+        Indices of arguments; the first of them that is on a GPU decides device and stream. Among
+        them must be all written arguments whose number of rows varies.
     count : callable, optional
-        ``count(extents, options, scalars)`` -> (rows, fields): how much there is to do, nothing if
-        0, and the kernel's fields that change at every call. ``extents`` has an entry for each
-        argument that varies or is chosen, None where absent: the first extent where that alone
-        varies, else (shape, byte strides); of a list, a list of these; of what is chosen, how many.
-        Raises where they do not fit each other. Without it there is one row and no field.
+        ``count(extents, options, scalars)`` -> (rows, fields): how much work there is, 0 for none,
+        and the kernel's fields that change at every call. It raises where extents do not fit each
+        other. ``extents`` has an entry for each argument that varies or is chosen: the first extent
+        where that alone varies, else (shape, byte strides); for a list, a list of these; for chosen
+        numbers, how many; None for an absent argument. Without ``count`` there is one row and no
+        field.
     """
 
     def __init__(
@@ -139,14 +143,14 @@ class Op:
 
     def __call__(self, objects, options=(), stream=None, scalars=()):
         """Run on ``objects``, one for each `Arg`; optional ones at the end may be left out.
-        ``options`` is hashable and goes to the plan, ``scalars`` change from call to call and go to
-        ``count``."""
+        ``options``, all hashable, go to the plan; ``scalars``, which may change from call to call,
+        go to ``count``."""
         if stream is not None and not (type(stream) is int and 0 <= stream <= streams.LARGEST):
             stream = streams.pointer(self.name, stream)
-        # From here to the launch every statement runs at every call: a microsecond is ten of them.
+        # Every statement from here to the launch runs at every call. Ten take a microsecond.
         tensors, form = objects, (options, len(objects))
         if self.has_lists:
-            objects, tensors, form = fastpath.flattened(self, self.args, objects, options)
+            objects, tensors, form = flattened(self, self.args, objects, options)
         try:
             paths = self.fast_paths.forms.get(form, ())
         except TypeError as error:
@@ -159,7 +163,7 @@ class Op:
             self.fast_paths.learn(self.fast_paths.of(form), entry, objects, options)
 
     def unhashable(self, options):
-        """The error for options of which one cannot be hashed, so can be no name."""
+        """The error for the option that cannot be hashed, and so is no name."""
         for name, option in zip(self.options, options):
             try:
                 hash(option)
@@ -171,13 +175,11 @@ class Op:
     # --- reading
 
     def read(self, objects, stream, only=None):
-        """Read the arguments, or only those at the indices ``only``. Of each there is an
-        `arrays.Metadata`, a `lists.Layers`, a NumPy array of what is chosen in host memory, or
-        None."""
+        """`Read` the arguments, or only those at the indices ``only``."""
         wanted = range(len(objects)) if only is None else only
         if stream is None and any(
             arrays.is_foreign(array, name) for name, array in self._leaves(objects, wanted)
-        ):  # then a protocol must know the stream
+        ):  # DLPack wants the stream before it exports
             stream = self._stream_before_reading(objects)
         found, keep = [], []
         for index, (arg, value) in enumerate(zip(self.args, objects)):
@@ -200,7 +202,8 @@ class Op:
         return Read(found, keep)
 
     def _leaves(self, objects, wanted):
-        """(Name, array) of each array of the arguments at these indices; a list's have its name."""
+        """(Name, array) of each array of the arguments at these indices. Those of a list have the
+        list's name."""
         for index in wanted:
             value, arg = (objects[index] if index < len(objects) else None), self.args[index]
             name = f"{self.name}: {arg.name}"
@@ -211,8 +214,8 @@ class Op:
                 yield name, value
 
     def _stream_before_reading(self, objects):
-        """The stream that the work will go to, which producers of exports must know: the current
-        one of the destination's framework; None on the CPU."""
+        """The stream of the coming launch, for producers of exports: the current one of the
+        destination's framework; None on the CPU."""
         for index in self.destination:
             for name, array in itertools.islice(self._leaves(objects, (index,)), 1):
                 device = arrays.device_of(array, name)
@@ -225,8 +228,8 @@ class Op:
     # --- running
 
     def run(self, read, objects, options, scalars, stream):
-        """Find or make the plan for what was read, and run it; ``objects`` are what was read.
-        Returns the `plans.Entry` of a signature that was known already; else None."""
+        """Find or make the plan for what was ``read`` of ``objects``, and run it. Returns the
+        `plans.Entry` of a signature that was known already; else None."""
         signature, values, extents = self.signature(read.found, options)
         if signature is None:  # a list is empty: there is nothing to do
             return None
@@ -242,12 +245,12 @@ class Op:
         return entry if entry is known else None
 
     def work(self, extents, options, scalars):
-        """(Rows, fields) of a call, as ``count`` tells them."""
+        """(Rows, fields) of a call; see ``count``."""
         return (1, ()) if self.count is None else self.count(extents, options, scalars)
 
     def finish(self, entry, values, tables, stream, work, objects, views=_NO_VIEWS):
-        """Run a plan on its stream, behind all that it must wait for. ``tables`` and ``stream`` are
-        found here where they are None; ``views`` are shapes and strides, for NumPy."""
+        """Run a plan on its stream, behind the streams that it must wait for. ``tables`` and
+        ``stream`` are found here where they are None. ``views``: shapes and strides, for NumPy."""
         rows, fields = work
         if not rows:
             return
@@ -263,7 +266,7 @@ class Op:
             tables = entry.tables(values)
         entry.plan.run(plans.Call(values, rows, fields, tables, stream, *views))
         if entry.hosted:
-            kept = []  # not the callers' lists, which may be others by the time that it is done
+            kept = []  # not the caller's lists, which may change before the work is done
             for index in entry.hosted:
                 value = objects[index]
                 kept += value if isinstance(value, (list, tuple)) else (value,)
@@ -272,8 +275,8 @@ class Op:
             faults.after_call(stream, entry.device)
 
     def signature(self, found, options):
-        """(The signature, None where a list is empty; the values of `plans.Call`; the extents for
-        ``count``)."""
+        """(Signature, values of `plans.Call`, extents for ``count``). The signature is None where a
+        list is empty."""
         signature, values, extents = [options], [], []
         lengths, empty = {}, False
         for arg, meta in zip(self.args, found):
@@ -354,7 +357,7 @@ class Op:
     # --- plans
 
     def describe(self, found):
-        """`arrays.Array`\\ s of what was read; None for what is absent or in host memory."""
+        """The arguments as `arrays.Array`; None for one that is absent or in host memory."""
         described = []
         for arg, meta in zip(self.args, found):
             name = arg.called or arg.name
@@ -365,7 +368,7 @@ class Op:
                 continue
             array = arrays.describe(meta, f"{self.name}: {name}")
             strides = arrays.regular(array.shape, array.strides, array.dtype.bytes)
-            if 0 in array.shape:  # they mean nothing, and NumPy's are all 0
+            if 0 in array.shape:  # an empty array's strides mean nothing, and NumPy's are all 0
                 strides = dlpack.contiguous_strides(array.shape, array.dtype.bytes)
             described.append(array._replace(strides=strides))
         return described
@@ -377,8 +380,8 @@ class Op:
             if arg.chosen and array is not None:
                 indices.check(self.name, arg, array)
         entry = self._entry(self.make_plan(self, described, options), described)
-        # The strides of an empty array were not checked, and one with rows has the same signature:
-        # what is empty is not remembered.
+        # An empty array's strides were not checked, and an array with rows may have the same
+        # signature: so no plan for empty arrays is remembered.
         given = [pair for pair in zip(self.args, described) if pair[1] is not None]
         if not any(array.shape[dim] == 0 for arg, array in given for dim in arg.varies):
             self.memory.add(signature, entry)
@@ -389,7 +392,7 @@ class Op:
         separate = apart.Apart(self, described)
         separate = separate if separate.needed else None
         strides = [None if array is None else array.strides for array in described]
-        # More rows than were checked may run into one another.
+        # Rows that interleave were checked up to this number; more might overlap.
         most_rows = tuple(
             (index, described[index].shape[0])
             for index in self.destination
@@ -421,24 +424,29 @@ class Op:
         return whole and arg.varies == ROWS and contract.rows_interleave(array)
 
     def _destination(self, described):
-        """The description of the array that decides device and stream; None where there is none."""
+        """The array that decides device and stream; None where no destination is given."""
         given = [described[i] for i in self.destination if described[i] is not None]
         on_gpu = [array for array in given if array.device.kind == "cuda"]
         return (on_gpu or given or [None])[0]
 
 
 class Read(NamedTuple):
-    """What `Op.read` found. ``keep`` owns the memory of exports in lists."""
+    """What `Op.read` found.
+
+    found : for each argument an `arrays.Metadata`, a `lists.Layers`, a NumPy array of numbers
+        chosen in host memory, or None.
+    keep : owners of the memory of exported arrays in lists.
+    """
 
     found: list
     keep: list
 
 
 class Bound:
-    """An operation with some arguments and its options given once: an engine's caches.
+    """An operation with some arguments fixed, such as an engine's caches, and its options.
 
-    The arrays, but not the lists, are kept, alive, and not read again. Their memory must stay where
-    it is, and their shapes as they are.
+    The fixed arrays are read once and kept alive; of lists a copy is kept. Their memory must stay
+    where it is, and their shapes as they are.
 
     Parameters
     ----------
@@ -448,9 +456,9 @@ class Bound:
     options, scalars : tuple
         As for a call of ``op``.
     name : str, optional
-        What errors of calls name, instead of the operation.
+        The name in errors, instead of the operation's.
     also : sequence of str
-        Names of optional arguments that each call gives too.
+        Names of the optional arguments that each call gives.
     """
 
     def __init__(self, op, fixed, options=(), scalars=(), name=None, also=()):
@@ -468,8 +476,8 @@ class Bound:
         )
         self._count, self._args = len(self.given), [op.args[index] for index in self.given]
         self._form_in_host_memory = (options, *[indices.Chosen] * self._count)
-        # Of calls with what is chosen in host memory: (entry, values, tables), () where the lists
-        # are empty; None before `check`.
+        # For calls whose arguments are all chosen in host memory: (entry, values, tables); () where
+        # the lists are empty; None before `check`.
         self._in_host_memory = None
         others = [index for index, value in enumerate(self._objects) if value is not None]
         with errors.renamed(self.name, {}):
@@ -479,8 +487,9 @@ class Bound:
                 self.fast_paths = op.fast_paths.of(self._form)
             except TypeError as error:
                 raise op.unhashable(options) from error
-        self._paths_of: dict[tuple, fastpath.Recent] = {}  # of lists, by the form of the rest
-        # What fast paths ask for.
+        # Fast paths of operations on lists, by the form of the arguments that calls give.
+        self._paths_of: dict[tuple, fastpath.Recent] = {}
+        # The two attributes that fast paths read.
         self.addresses = tuple(
             found.addresses if type(found) is lists.Layers else found.ptr
             for found in map(self.found.__getitem__, others)
@@ -489,7 +498,7 @@ class Bound:
         _bound.add(self)
 
     def _signature(self):
-        """What a plan depends on in the fixed arguments, and which of them there are."""
+        """The fixed arguments' part of the signature."""
         signature = []
         for arg, meta in zip(self.op.args, self.found):
             meta = meta.metadata if type(meta) is lists.Layers else meta
@@ -499,15 +508,15 @@ class Bound:
         return tuple(signature)
 
     def forget(self):
-        """Forget what is remembered for calls."""
+        """Forget fast paths and plans."""
         self.fast_paths.clear()
         for paths in self._paths_of.values():
             paths.clear()
         self._in_host_memory = None
 
     def check(self):
-        """Raise what is wrong with the fixed arguments alone, as for a call with what is chosen in
-        host memory."""
+        """Raise what is wrong with the fixed arguments alone: make the plan for calls whose other
+        arguments are in host memory."""
         if self._in_host_memory is not None:
             return
         found = self.found.copy()
@@ -524,8 +533,8 @@ class Bound:
         self._in_host_memory = entry, values, tables
 
     def __call__(self, *given, stream=None, scalars=None):
-        """Run on the other arguments, in the order of the operation's; ``scalars`` are this call's,
-        instead of those given once."""
+        """Run on the other arguments, in the operation's order. ``scalars``: for this call, instead
+        of the fixed ones."""
         if len(given) != self._count:
             names = ", ".join(self.op.args[index].name for index in self.given)
             raise TypeError(  # as of a function
@@ -547,7 +556,7 @@ class Bound:
     def _run(self, given, stream, scalars):
         op, objects, paths = self.op, self._objects.copy(), self.fast_paths
         if op.has_lists:
-            given, tensors, form = fastpath.flattened(op, self._args, given, self.options)
+            given, tensors, form = flattened(op, self._args, given, self.options)
         for index, value in zip(self.given, given):
             objects[index] = value
         if op.has_lists:
@@ -567,7 +576,7 @@ class Bound:
             op.fast_paths.learn(paths, entry, objects, self.options, self.given)
 
     def _run_chosen(self, objects, stream, scalars):
-        """Run where all that is given is in host memory: nothing else is left to find out."""
+        """Run a call whose arguments are all chosen in host memory: its plan is known."""
         self.check()
         if not self._in_host_memory:
             return

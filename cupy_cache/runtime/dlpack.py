@@ -2,9 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading arrays through DLPack and ``__cuda_array_interface__``.
 
-CuPy's importer refuses fp8 and forgets the read-only flag, so the capsule is read here. It is only
-looked into, never consumed: it stays the owner, and its destructor returns the tensor to the
-producer when the caller drops it.
+CuPy's importer refuses fp8 and drops the read-only flag, so the capsule is read here. It is not
+consumed: it stays the owner, and its destructor returns the tensor to the producer when the caller
+drops it.
 
 Layout of the structs: https://dmlc.github.io/dlpack/latest/c_api.html (DLPack 1.0).
 """
@@ -26,7 +26,7 @@ _READ_ONLY, _IS_COPIED = 1, 2  # flags
 
 
 class Place(NamedTuple):
-    """Where an exported array is, in DLPack's terms, and the package of its type."""
+    """The location of an exported array, in DLPack's terms, and the package of its type."""
 
     device_type: int
     device_id: int
@@ -42,7 +42,7 @@ def device_of(array):
 
 def read(array, stream=None):
     """The fields of `arrays.Metadata`; strides in elements, the dtype as DLPack's triple. The
-    producer makes ``stream`` wait for what it has enqueued, but not if that is `LOOK`."""
+    producer has ``stream`` wait for its own work, unless ``stream`` is `LOOK`."""
     options = {}
     if device_of(array)[0] in (CUDA, CUDA_MANAGED):
         # 0 would be ambiguous in the protocol: 1 names the legacy default stream.
@@ -122,7 +122,7 @@ def _parse(capsule, framework):
         managed = _ManagedTensorVersioned.from_address(
             _capsule_pointer(capsule, b"dltensor_versioned")
         )
-        if managed.major != MAJOR:  # then what follows may lie elsewhere
+        if managed.major != MAJOR:  # the fields may lie elsewhere
             raise ValueError(f"its DLPack version is {managed.major}.{managed.minor}, not {MAJOR}")
         tensor = managed.tensor
         read_only = bool(managed.flags & (_READ_ONLY | _IS_COPIED))
@@ -140,8 +140,8 @@ def _parse(capsule, framework):
 
 
 def _sound(ptr, shape, strides, size):
-    """Address, shape and strides as integers; `ValueError` where no array can have them. ``size``
-    is an element's; strides may be counted in elements."""
+    """Address, shape and strides as integers; `ValueError` where no array can have them. ``size``:
+    the bytes of an element. Strides may be in elements or bytes."""
     ptr, shape, strides = operator.index(ptr), _integers(shape), _integers(strides)
     if len(strides) != len(shape):
         raise ValueError(f"it has {len(strides)} strides for {len(shape)} dimensions")

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""The GPUs: loading kernels, launching, copying, events. All that is enqueued goes through here."""
+"""The GPUs: loading kernels, launches, copies, events. Everything is enqueued through here."""
 
 import contextlib
 import ctypes
@@ -25,7 +25,7 @@ _CAPABILITY = (75, 76)
 _UNPINNED = "host memory that is not pinned cannot be copied while a CUDA graph is captured; pin it"
 
 
-# What the driver says (CUresult), and what that mostly means.
+# The driver's statuses (CUresult), and their usual causes.
 _NOT_INITIALIZED, _INVALID_CONTEXT = 3, 201
 _RESET = (
     "if the device was reset, the kernels loaded before are gone, and all arrays: start a new "
@@ -59,7 +59,7 @@ class _AnotherGPU(Exception):
 
 
 class CudaDriver:
-    """What CUDA does for us, through CuPy. The tests have one that runs kernels on the CPU."""
+    """CUDA, through CuPy. The tests have another driver, which runs kernels on the CPU."""
 
     def __init__(self):
         self._launch = None
@@ -98,7 +98,7 @@ class CudaDriver:
         try:
             if overlap.on:
                 self._enqueue(loaded, grid, threads, stream, record)
-            else:  # `_enqueue`, without a call more
+            else:  # `_enqueue`, inlined
                 shared = loaded.kernel.shared_bytes
                 self._launch(loaded.handle, *grid, threads, 1, 1, shared, stream, record.address, 0)
         except self._driver_error as error:
@@ -117,7 +117,7 @@ class CudaDriver:
             try:
                 overlap.prepare(loaded.handle, grid, threads, shared)(stream, record.address, 0)
                 return
-            except overlap.Refused as error:  # an ordinary launch works, or tells why it does not
+            except overlap.Refused as error:  # an ordinary launch works, or raises the cause
                 refused = error.status != _INVALID_CONTEXT
         # The driver binding takes the prepared pointer array as it is: 4.0 to 4.5 us, against 5.1
         # for RawKernel.__call__ with a struct (and 7 to 8 with loose arguments).
@@ -134,8 +134,8 @@ class CudaDriver:
         return known
 
     def prepare(self, loaded, grid, threads):
-        """`launch` for these, in 0.6 us less, as a function of the stream, the record's address and
-        0; and the errors at which `launch` itself must be called."""
+        """(``enqueue(stream, record's address, 0)``, errors): a launch that takes 0.6 us less than
+        `launch`, and the errors at which `launch` must be called instead."""
         if self._launch is None:
             self._find_entries()
         shared = loaded.kernel.shared_bytes
@@ -192,7 +192,8 @@ class CudaDriver:
         return self.capability(device) >= 90
 
     def has_warpgroups(self, device):
-        """Whether a GPU has products of warpgroups: newer ones have others in their place."""
+        """Whether a GPU has the matrix instructions of warpgroups (wgmma). Newer GPUs have others
+        instead."""
         return self.capability(device) == 90
 
     def shared_memory(self, device):
@@ -213,7 +214,8 @@ class CudaDriver:
         return cuda.allocation_at(address)
 
     def mapped_addresses(self, addresses, device):
-        """Where GPU ``device`` reaches addresses in host memory; None where it is not pinned."""
+        """The addresses at which GPU ``device`` reaches host memory; None for one that is not
+        pinned."""
         ask = self._runtime.pointerGetAttributes
         with cuda.on_device(device):
             return [ask(address).devicePointer or None for address in addresses]
@@ -225,7 +227,8 @@ class CudaDriver:
         return cuda.import_cupy(f"cuda:{device}").cuda.get_current_stream(device).ptr
 
     def new_stream(self, device):
-        """A stream of GPU ``device`` that waits for no other: CuPy's object, which owns it."""
+        """A new stream object of CuPy on GPU ``device``, which does not wait for the default
+        stream."""
         with cuda.on_device(device):
             return cuda.import_cupy("a stream").cuda.Stream(non_blocking=True)
 
@@ -237,13 +240,13 @@ class CudaDriver:
             return bool(self._runtime.streamIsCapturing(stream))
 
     def capture(self, stream, device):
-        """The number of the capture of ``stream`` of GPU ``device``; no other has it. 0 where there
-        is none."""
+        """The unique number of the capture of ``stream`` of GPU ``device``; 0 where there is
+        none."""
         with cuda.on_device(device):
             return cuda.capture_of(stream)
 
     def _capture_is_in_the_way(self, stream, device):
-        """Whether ``stream`` is being captured, or one that it would wait for."""
+        """Whether ``stream``, or a stream that it would wait for, is being captured."""
         with cuda.on_device(device):
             try:
                 return bool(self._runtime.streamIsCapturing(stream))
@@ -255,8 +258,8 @@ class CudaDriver:
         return Event(stream, device)
 
     def order(self, before, after, device):
-        """Make what is enqueued on stream ``after`` from now on wait for what ``before`` holds, on
-        GPU ``device``. Nothing is done for a stream that is being captured."""
+        """Have stream ``after`` wait, from now on, for the work now on stream ``before``, both of
+        GPU ``device``. Does nothing if either is being captured."""
         if before == after or self.capturing(before, device) or self.capturing(after, device):
             return
         self.event(before, device).hold(after)
@@ -264,7 +267,7 @@ class CudaDriver:
     # --- copies
 
     def copy(self, destination, source, size, stream, device):
-        """Enqueue a copy by the driver: one of the copy engines, if the host memory is pinned."""
+        """Enqueue a copy by the driver; a copy engine does it if the host memory is pinned."""
         runtime = cuda.import_cupy("a copy").cuda.runtime
         try:
             with cuda.on_device(device):
@@ -284,11 +287,11 @@ class CudaDriver:
 
     @contextlib.contextmanager
     def scratch(self, size, stream, device):
-        """`_memory`; but of CuPy's memory pool if ``stream`` is CuPy's current stream and not being
-        captured. In a stream that is captured it belongs to the graph."""
+        """`_memory`, from CuPy's memory pool if ``stream`` is CuPy's current stream and not being
+        captured. In a capture it belongs to the graph."""
         cupy = cuda.import_cupy("scratch memory")
         with cuda.on_device(device):
-            # What the pool gave for its current stream, it gives again for that stream alone.
+            # The pool gives freed memory again to the same stream only.
             if stream == self.current_stream(device) and not self.capturing(stream, device):
                 memory = cupy.cuda.alloc(size)
                 yield memory.ptr
@@ -298,8 +301,8 @@ class CudaDriver:
 
     @contextlib.contextmanager
     def _memory(self, what, size, stream, device):
-        """The address of ``size`` bytes on GPU ``device`` for the work enqueued on ``stream`` while
-        this is entered: they are freed behind it, in the stream's order."""
+        """The address of ``size`` bytes on GPU ``device``, for the work enqueued on ``stream``
+        while this is entered. They are freed behind that work, in the stream's order."""
         runtime = cuda.import_cupy(what).cuda.runtime
         with cuda.on_device(device):
             try:
@@ -315,8 +318,8 @@ class CudaDriver:
     # --- faults
 
     def take_faults(self, device=None):
-        """The faults recorded on ``device`` (all GPUs by default) since the last time, after
-        waiting for it; clears them."""
+        """Wait for ``device``, by default for all GPUs, and take the faults recorded since the last
+        time: they are cleared."""
         guarded = [m for m in modules.loaded() if m.kernel.guarded]
         return [
             fault
@@ -339,15 +342,16 @@ class CudaDriver:
 
     def _take_faults(self, index, guarded):
         runtime, taken = cuda.import_cupy("raise_faults").cuda.runtime, []
-        # Of two threads that clear a record the second would clear what came after the first.
+        # One thread at a time: a second one could clear a record made after the first one's read.
         with _taking, cuda.on_device(index):
             runtime.deviceSynchronize()
             for loaded in guarded:
                 address = loaded.module.get_global(modules.FAULT_SYMBOL).ptr
                 if not self._fault_at(address, runtime).is_published:
                     continue  # none, or one that another thread's kernel is still filling in
-                record = self._fault_at(address, runtime)  # what was read before may be half of it
-                # The first word alone: from then on a kernel may fill in the others.
+                # Again: the first read may have seen half of it.
+                record = self._fault_at(address, runtime)
+                # Clear the first word alone: a kernel may fill in the others at once.
                 runtime.memset(address, 0, ctypes.sizeof(ctypes.c_uint32))
                 runtime.deviceSynchronize()
                 taken.append(record.fault(loaded.kernel, f"cuda:{index}"))
@@ -363,8 +367,8 @@ class CudaDriver:
 class Event:
     """A point in the work of a stream of GPU ``device``. Not for a stream that is being captured.
 
-    Its GPU is made current for all that is asked of it: a default stream is that of the current
-    GPU, and a thread that has none would get a context on the first one.
+    Each method makes that GPU current: a default stream is the current GPU's, and a thread that has
+    no current GPU would get a context on the first one.
     """
 
     _event = None
@@ -376,8 +380,8 @@ class Event:
             self._runtime.eventRecord(self._event, stream)
 
     def move(self, stream):
-        """Be the point behind everything enqueued so far on ``stream``, of the same GPU: a third of
-        the time of a new event."""
+        """Move behind everything enqueued so far on ``stream``, of the same GPU. That takes a third
+        of the time of a new event."""
         with cuda.on_device(self._device):
             self._runtime.eventRecord(self._event, stream)
 
@@ -387,23 +391,22 @@ class Event:
                 self._runtime.eventDestroy(self._event)
 
     def done(self):
-        """Whether the GPU has got there."""
+        """Whether the GPU has reached it."""
         with cuda.on_device(self._device), cuda.during_captures():
             return self._runtime.eventQuery(self._event) == 0
 
     def wait(self):
-        """Wait until the GPU has got there."""
+        """Wait until the GPU has reached it."""
         with cuda.on_device(self._device):
             self._runtime.eventSynchronize(self._event)
 
     def hold(self, stream):
-        """Make what is enqueued on ``stream`` of the same GPU from now on wait for it, without
-        waiting here."""
+        """Have ``stream``, of the same GPU, wait for it from now on. Does not wait here."""
         with cuda.on_device(self._device):
             self._runtime.streamWaitEvent(stream, self._event)
 
 
-# What loads and launches. The tests put an emulator here that runs the same sources on the CPU.
+# The driver in use. The tests put an emulator here, which runs the same sources on the CPU.
 active = CudaDriver()
 
 
@@ -419,8 +422,8 @@ def device_named(device, name):
     """``device`` as a `Device` that exists.
 
     An index of a GPU, "cpu", "cuda", "cuda:1", or torch's or CuPy's device object. "cuda" and None
-    mean the current GPU; None where there is no GPU, or no CuPy, means the CPU. ``name`` is the
-    argument's, after its operation, for errors.
+    mean the current GPU; None where there is no GPU, or no CuPy, means the CPU. ``name``:
+    "operation: argument", for errors.
     """
     if device is None:
         device = "cuda" if gpus() else "cpu"
@@ -432,7 +435,7 @@ def device_named(device, name):
         return CPU
     try:
         count = active.device_count()
-    except MissingDependencyError as error:  # of which it says nothing but what is missing
+    except MissingDependencyError as error:  # it says only what is missing
         why = str(error).partition(": ")[2]
         raise MissingDependencyError(f"{name} {errors.shown(device)}: {why}") from error
     index = int(found[2] or active.current_device()) if count else 0
@@ -456,5 +459,5 @@ def _spelled(device):
         return ""
     try:
         return f"cuda:{operator.index(device)}"
-    except Exception:  # no device, whatever it is
+    except Exception:  # it is no device
         return ""

@@ -41,14 +41,14 @@ REQUIRE_GPU = Variable(
     "CUPYCACHE_REQUIRE_GPU", "0", "1: tests marked gpu run, and fail, where there is no GPU"
 )
 
-# torch's own: its allocator keeps no memory, where it is set at all.
+# torch's own variable. If it is set, to whatever, torch's allocator caches no memory.
 TORCH_UNCACHED = "PYTORCH_NO_CUDA_MEMORY_CACHING"
 
 TABLE = (DEBUG, KERNEL_DIR, LINEINFO, NO_COMPILE, OVERLAP, LOGLEVEL, REQUIRE_GPU)
 
 
 def torch_is_uncached():
-    """Whether what torch's allocator is given back goes back to the device at once."""
+    """Whether torch's allocator returns freed memory to the device at once."""
     return TORCH_UNCACHED in os.environ
 
 
@@ -58,8 +58,8 @@ def text(variable):
 
 
 def flag(variable):
-    """Whether the variable is on: true, yes, on, or a number that is not 0. Off are the opposites
-    of these and, with a warning, anything else."""
+    """Whether the variable is on: true, yes, on, or a number other than 0. It is off for the
+    opposites of these, and, with a warning, for anything else."""
     value = text(variable).strip().lower()
     if value in ("1", "true", "yes", "on"):
         return True
@@ -75,12 +75,12 @@ _said = set()
 
 
 def say_once(what):
-    """Warn of a variable's value, the first time: nobody could catch an error."""
+    """Warn of a variable's value, once. At import nobody could catch an error."""
     if what not in _said:
         _said.add(what)
         warnings.warn(what, RuntimeWarning, stacklevel=3)
 
 
 def other(name):
-    """A variable that belongs to somebody else (CuPy, CUDA), for reports; None where unset."""
+    """Another library's variable (CuPy's, CUDA's), for reports; None where unset."""
     return os.environ.get(name)

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Slots, block numbers and table entries that kernels, or NumPy, found out of bounds."""
+"""Records of slots, block numbers and table entries that kernels, or NumPy, found out of bounds."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from ..types import DeviceLike
 from . import driver, env, locks
 from .devices import CPU
 
-# Whether to wait and raise after every call; asking the environment each time would cost 0.5 us.
+# Whether to wait and raise after every call. Reading the environment each time would take 0.5 us.
 debug = env.flag(env.DEBUG)
 
-_on_host: dict[str, Fault] = {}  # by the operation
+_on_host: dict[str, Fault] = {}  # by operation
 _lock = locks.Lock()
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_on_host.clear)  # the parent tells what it met
+    os.register_at_fork(after_in_child=_on_host.clear)  # the parent reports its own
 
 
 def record(op, argument, row, value, limit):
-    """Record a violation met by the CPU backend; of each operation the first one wins."""
+    """Record a violation on the CPU, unless one of this operation is recorded."""
     fault = Fault(op, argument, int(row), int(value), int(limit), "cpu")
     with _lock:
         _on_host.setdefault(op, fault)
@@ -35,9 +35,9 @@ def _take_from_host():
 
 
 def after_call(stream, device):
-    """What CUPYCACHE_DEBUG=1 asks for when a call has done all its work: raise what was recorded on
-    GPU ``device``, or on the CPU, where that is None. Nothing is raised while ``stream`` is being
-    captured: there nothing runs, and nothing may wait."""
+    """At the end of a call with CUPYCACHE_DEBUG=1: raise what was recorded on GPU ``device``, or on
+    the CPU if that is None. Nothing is raised while ``stream`` is being captured: nothing runs
+    then, and nothing may wait."""
     if device is None:
         _raise(_take_from_host())
     elif not driver.active.capturing(stream, device):

@@ -59,7 +59,7 @@ FLOAT32, INT32, INT64 = (DTYPES[n] for n in ("float32", "int32", "int64"))
 UINT8, E4M3 = DTYPES["uint8"], DTYPES["float8_e4m3fn"]
 FLOATS = tuple(DTYPES[n] for n in ("float16", "bfloat16", "float32"))
 INDICES = tuple(DTYPES[n] for n in ("int32", "int64"))
-# What caches that hold more than elements of one type may be declared as.
+# The dtypes of caches that hold bytes of several types.
 BYTES = tuple(d for d in DTYPES.values() if d.bytes == 1 and d.name != "bool")
 
 
@@ -100,9 +100,8 @@ LAYOUTS = {
 
 
 class CacheAxes(NamedTuple):
-    """Where the tokens of a single cache are: the names of its dimensions, the axes that together
-    run over the slots of a block, and those of a token's elements (None: all that follow). The
-    first axis is the blocks."""
+    """The axes of one cache: the names of its dimensions, the axes that together run over the slots
+    of a block, and those of a token's elements (None: all others). The first axis is the blocks."""
 
     dims: str
     slots: tuple
@@ -121,14 +120,15 @@ CACHE_AXES = {
 }
 
 
-# Entries of "fp8_ds_mla": elements of the two parts, bytes of all, and where the rope part is.
+# Entries of "fp8_ds_mla": elements of the latent and the rope part, bytes of an entry, and the byte
+# where the rope part begins.
 FP8_DS_MLA = "fp8_ds_mla"
 DS_LATENT, DS_ROPE, DS_ENTRY_BYTES, DS_ROPE_AT = 512, 64, 656, 528
 
 
 class CacheFormat(NamedTuple):
-    """What a ``kv_cache_dtype`` string means: the element type stored (None: the bytes as they
-    are) and the dtypes a cache array of it may have."""
+    """What a ``kv_cache_dtype`` string means: the element type that is stored (None: elements are
+    copied as they are), and the dtypes that such a cache may have."""
 
     stored: DType | None
     storage: tuple
@@ -151,8 +151,8 @@ CACHE_FORMATS = {
     "fp8_e5m2": _stored("float8_e5m2"),
     "int8": _stored("int8"),
 }
-# The same where scales are found for each token and head and kept beside the cache; first our
-# names, then vLLM's.
+# The same for caches with a scale of each token and head, kept beside the cache: first our names,
+# then vLLM's.
 PER_TOKEN_HEAD_FORMATS = {
     "int8": _stored("int8"),
     "fp8": _stored("float8_e4m3fn"),
@@ -160,15 +160,15 @@ PER_TOKEN_HEAD_FORMATS = {
     "int8_per_token_head": _stored("int8"),
     "fp8_per_token_head": _stored("float8_e4m3fn"),
 }
-# Which of these names say by themselves that it is so.
+# The names that mean nothing but these.
 BY_TOKEN = ("int8_per_token_head", "fp8_per_token_head")
-# Where a scale is found from the elements: what the largest magnitude of them becomes.
+# Where a scale is computed from the elements: what the largest magnitude becomes.
 LARGEST = {"int8": 127, "float8_e4m3fn": 448}
 
 
 def dtype_named(name, argument="dtype"):
-    """The `DType` called ``name`` (a string, NumPy dtype or torch dtype). ``argument`` is what
-    gives it, after its operation, for the error."""
+    """The `DType` called ``name`` (a string, NumPy dtype or torch dtype). ``argument``: "operation:
+    argument", for the error."""
     try:
         text = str(name).removeprefix("torch.")
     except Exception:  # it cannot show itself
@@ -188,8 +188,8 @@ def dtype_named(name, argument="dtype"):
 def cache_format(
     op, kv_cache_dtype, names=None, argument="kv_cache_dtype", table=CACHE_FORMATS
 ):  # fmt: skip
-    """The `CacheFormat` called ``kv_cache_dtype`` in ``table``, which must be one of ``names`` (by
-    default all of them); ``argument`` is what the caller calls it."""
+    """The `CacheFormat` called ``kv_cache_dtype`` in ``table``. The name must be among ``names``,
+    by default all of the table's. ``argument``: the argument's name, for the error."""
     names = tuple(table) if names is None else names
     if not isinstance(kv_cache_dtype, str) or kv_cache_dtype not in names:
         expected = f"one of {', '.join(names)}"
@@ -198,13 +198,13 @@ def cache_format(
 
 
 def conversion(fmt, source):
-    """What becomes of ``source`` elements in a cache of format ``fmt``.
+    """How ``source`` elements go into a cache of format ``fmt``.
 
     Returns
     -------
     stored : DType or None
-        What they are converted to; None where their bytes are copied, as elements that are of the
-        stored type already are.
+        The type that they are converted to; None where they are copied, as elements of the stored
+        type are too.
     storage : tuple of DType
         The dtypes that the cache may have.
     """
@@ -216,8 +216,8 @@ def conversion(fmt, source):
 
 
 def way_to_convert(fmt, dtype):
-    """For an error: what to do where ``fmt`` is a raw copy and the cache is of another ``dtype``
-    than what is written; "" where there is no usual way."""
+    """For an error: the way out where ``fmt`` is a raw copy and the cache's ``dtype`` is not that
+    of the elements; "" where there is no usual one."""
     names = [name for name, other in CACHE_FORMATS.items() if other.stored == dtype]
     if fmt.stored is not None:
         return ""

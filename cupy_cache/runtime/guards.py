@@ -12,11 +12,11 @@ from . import arrays
 
 
 class Kind(NamedTuple):
-    """How a framework's arrays tell what changes from call to call.
+    """How to ask one framework's arrays for what changes from call to call.
 
-    address, elements, strides : ``f(array)``: where it is, how many elements it has, its strides.
-    unit : ``unit(array)`` -> the bytes that these strides are counted in.
-    step : ``step(array)`` -> the stride, counted so, from one element to the next without gaps.
+    address, elements, strides : ``f(array)``: its address, number of elements and strides.
+    unit : ``unit(array)`` -> the bytes that these strides count in.
+    step : ``step(array)`` -> the stride, in these units, of elements without gaps.
     same_as : ``same_as(arrays, varies)``, as `same_as`.
     exactly : ``exactly(arrays)``, as `exactly`.
     """
@@ -42,7 +42,7 @@ class Kind(NamedTuple):
 
 
 def kind_of(objects):
-    """The `Kind` of GPU arrays that are all of one framework, or of none at all; None of others."""
+    """The `Kind` of GPU arrays that all belong to one framework, or of no arrays; else None."""
     if not objects:
         return _NO_ARRAYS
     if all(map(arrays.is_torch, objects)):
@@ -63,7 +63,7 @@ def _torch():
 
 
 def _same_cupy(given, varies):
-    """`same_as` of CuPy's arrays; None where what varies is not the first dimensions."""
+    """`same_as` of CuPy's arrays; None where other dimensions than the first ones vary."""
     expected = []
     for array, dims in zip(given, varies):
         if tuple(dims) != tuple(range(len(dims))):
@@ -105,14 +105,14 @@ _NO_ARRAYS = _CUPY._replace(
 
 
 def same_as(tensors, varies):
-    """A function that tells whether as many objects are torch tensors of the same types, dtypes,
-    devices, shapes and strides as ``tensors``, but for the dimensions that each of ``varies``
-    names, and the strides of those before the last of them; None where this torch has no such
-    comparison.
+    """A function ``same(*objects)``: whether these are torch tensors of the same types, dtypes,
+    devices, shapes and strides as ``tensors``. It leaves out the extents of the dimensions that
+    ``varies`` has for each tensor, and the strides of all dimensions before the last of these. None
+    where this torch has no such comparison.
 
-    It is what guards the results of torch.compile: one call into C++, 0.1 us a tensor, where asking
-    each tensor for its attributes takes four times as long. It keeps no tensor alive. It refuses
-    every call that gives one object twice: None for such ``tensors``.
+    It is the guard of torch.compile: one call into C++, 0.1 us a tensor; reading each tensor's
+    attributes takes four times as long. It keeps no tensor alive. It refuses an object that is
+    given twice: None for such ``tensors``.
     """
     guards = _tensor_guards()
     if guards is None or len(set(map(id, tensors))) < len(tensors):
@@ -120,8 +120,8 @@ def same_as(tensors, varies):
     shapes, strides = [], []
     for tensor, dims in zip(tensors, varies):
         shape = list(tensor.shape)
-        # The stride of an extent of 1 means nothing. Where the extent varies, the plan was made for
-        # the stride that more would need without gaps.
+        # The stride of an extent of 1 means nothing. Where the extent varies, the plan assumed the
+        # stride that a larger extent would have without gaps.
         steps = list(arrays.regular(shape, tensor.stride(), 1))
         for dim, extent in enumerate(shape):
             if extent == 1 and dim not in dims:
@@ -136,7 +136,7 @@ def same_as(tensors, varies):
 
 
 def exactly(tensors):
-    """`same_as` of tensors of which nothing varies; strides of an extent of 1 are compared too."""
+    """`same_as` where nothing varies. Strides of an extent of 1 are compared too."""
     shapes = [list(tensor.shape) for tensor in tensors]
     strides = [list(tensor.stride()) for tensor in tensors]
     return _guard_or_none(_tensor_guards(), tensors, shapes, strides)
@@ -145,7 +145,7 @@ def exactly(tensors):
 def _guard_or_none(guards, tensors, shapes, strides):
     try:
         return _guard_of(guards, tensors, shapes, strides)
-    except Exception:  # of a kind of tensor that cannot be guarded
+    except Exception:  # some kinds of tensors cannot be guarded
         return None
 
 
@@ -155,8 +155,8 @@ def _guard_of(guards, tensors, shapes, strides):
 
 @functools.cache
 def _tensor_guards():
-    """torch's class of such comparisons. It is not documented, so it is tried before it is trusted:
-    None where it is missing, or answers otherwise than it should."""
+    """torch's class of such comparisons; None where it is missing or answers wrongly. It is not
+    documented, so it is tried before it is used."""
     torch = sys.modules["torch"]
     try:
         guards = torch._C._dynamo.guards.TensorGuards

@@ -1,8 +1,9 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks, slots or pairs of blocks that a caller chose: in host memory, or in an array on a GPU.
+"""Numbers of blocks or slots, or pairs of blocks, that a caller chooses: in host memory, or in an
+array on a GPU.
 
-Those in host memory may be thousands: nothing here loops over them in Python.
+There may be thousands in host memory, so nothing here loops over them in Python.
 """
 
 import struct
@@ -16,7 +17,7 @@ _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
 
 
 class Chosen:
-    """What was chosen in host memory, read: int64 [n] or, of pairs, [2, n]."""
+    """Numbers chosen in host memory: int64 [n] or, for pairs, [2, n]."""
 
     __slots__ = ("numbers",)
 
@@ -25,8 +26,8 @@ class Chosen:
 
 
 def read_host(op, arg, value):
-    """``value`` as `Chosen` if it is in host memory; itself if it is not, or if it takes an export
-    to tell."""
+    """``value`` as `Chosen` if it is in host memory; ``value`` itself if it is not, or if that is
+    not known without an export."""
     if isinstance(value, (list, tuple, range)):
         return Chosen((_pairs if arg.pairs else _numbers)(op, arg.name, value))
     if arrays.is_torch(value):
@@ -34,7 +35,7 @@ def read_host(op, arg, value):
             if value.is_cuda or value.is_floating_point() or not arrays.torch_address(value):
                 return value
             value = value.numpy()
-        except Exception:  # on another device, say, or sparse: whoever reads it says so
+        except Exception:  # on another device, say, or sparse: `arrays.read` refuses it later
             return value
     if isinstance(value, np.ndarray):
         if type(value) is not np.ndarray:
@@ -46,7 +47,7 @@ def read_host(op, arg, value):
         ):
             name = f"{op}: {arg.name}"
             check(op, arg, arrays.describe(arrays.read(value, name), name))  # says what is wrong
-        # A copy: what has been checked must not change before it is used.
+        # A copy, so that the numbers cannot change between their check and their use.
         return Chosen((value.T if arg.pairs else value).astype(np.int64, order="C"))
     if isinstance(value, (dict, set)):
         items = "(source, destination) pairs" if arg.pairs else "integers"
@@ -57,8 +58,8 @@ def read_host(op, arg, value):
 
 
 def read(op, arg, value, stream):
-    """(int64 NumPy array, None) of what is in host memory, [n] or, of pairs, [2, n]; (None,
-    `arrays.Metadata`) of an array on a GPU."""
+    """(int64 NumPy array, None) for numbers in host memory, [n] or, for pairs, [2, n]; (None,
+    `arrays.Metadata`) for an array on a GPU."""
     value = read_host(op, arg, value)
     if type(value) is Chosen:
         return value.numbers, None
@@ -71,7 +72,7 @@ def _read_array(op, arg, value, stream):
     if array.device.kind != "cpu":
         return None, metadata
     check(op, arg, array)
-    # A copy: what has been checked must not change before it is used.
+    # A copy, so that the numbers cannot change between their check and their use.
     view = arrays.as_numpy(array.ptr, array.shape, array.strides, array.dtype.numpy)
     return (view.T if arg.pairs else view).astype(np.int64, order="C"), None
 

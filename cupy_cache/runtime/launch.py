@@ -31,8 +31,8 @@ def lanes(items):
 
 
 def evenly(segments, rows):
-    """A kernel's ``even`` (sequences.cuh): (segments of a row, rows of a segment) if all were
-    equally long. There a search for a row's segment begins."""
+    """A kernel's ``even`` (sequences.cuh): (segments for each row, rows of a segment) if all
+    segments were equally long. A search for a row's segment begins at this guess."""
     return (segments / rows, rows / segments) if segments and rows else (0.0, 0.0)
 
 
@@ -45,9 +45,8 @@ def divisor(number):
 def block_threads(items, processors, most=256):
     """Threads of a block for ``items`` independent work items: whole warps, at most ``most``.
 
-    Few items are spread over all multiprocessors rather than packed into few blocks; many fill
-    blocks of ``most`` threads. Never fewer than one warp, never a partial one: a partial warp costs
-    a full warp's issue slots.
+    Few items are spread over all multiprocessors; many fill blocks of ``most`` threads. A partial
+    warp would take as many issue slots as a whole one.
     """
     if items >= most * processors:
         return most
@@ -73,8 +72,8 @@ class FlatShape:
 class FullShape:
     """`FlatShape` with ``threads`` in every block, however few items there are.
 
-    Up to 128 tokens are so written in up to 0.1 us less on an H100 than spread over all
-    multiprocessors: fewer of them have to be done before the launch is.
+    On an H100 this writes up to 128 tokens in up to 0.1 us less than a spread over all
+    multiprocessors: a launch with fewer blocks ends sooner.
     """
 
     __slots__ = ("items", "threads")
@@ -93,14 +92,14 @@ def processors(device):
 
 
 def has_clusters(device):
-    """Whether thread blocks of GPU ``device`` can read each other's shared memory. Not remembered:
-    plans ask, and what is remembered by a GPU's number outlives another driver in its place."""
+    """Whether thread blocks of GPU ``device`` can read each other's shared memory. Not remembered,
+    as another driver may take the place of this one, and only plans ask."""
     return device == NOWHERE or driver.active.has_clusters(device)
 
 
 def has_warpgroups(device):
-    """Whether GPU ``device`` has products of warpgroups, and so is of compute capability 9.0. Not
-    remembered, as `has_clusters`."""
+    """Whether GPU ``device`` has the matrix instructions of warpgroups: compute capability 9.0 has.
+    Not remembered, as `has_clusters`."""
     return device == NOWHERE or driver.active.has_warpgroups(device)
 
 
@@ -111,8 +110,8 @@ def shared_memory(device):
 
 
 class KernelNeeded(Exception):
-    """A launch on the GPU that is not there: ``kernels`` are those that it needs, and the launches
-    behind it."""
+    """A launch on the GPU that does not exist. It, and the call's later launches, need
+    ``kernels``."""
 
     def __init__(self, *kernels):
         super().__init__(*kernels)
@@ -120,7 +119,7 @@ class KernelNeeded(Exception):
 
 
 def load_together(launchers, stream):
-    """Load what is not loaded, at the same time: each kernel may take long to compile."""
+    """Load the kernels that are not loaded, at the same time: each may take long to compile."""
     missing = [launcher for launcher in launchers if not launcher.loaded]
     if len(missing) < 2:
         for launcher in missing:
@@ -135,7 +134,7 @@ def load_together(launchers, stream):
 
 
 class Launcher:
-    """A kernel with its constant parameters packed: what a plan keeps, ready to enqueue.
+    """A kernel with its constant parameters packed, ready to enqueue. Plans keep it.
 
     Parameters
     ----------
@@ -154,11 +153,11 @@ class Launcher:
 
     def enqueue(self, grid, threads, stream, *values, tail=b""):
         """Launch with the per-call fields ``values`` and the bytes ``tail`` at the start of the
-        struct's tail; zero work launches nothing."""
+        struct's tail. An empty grid launches nothing."""
         if self.has_work(grid, threads):
             self.load(stream)
-            # One in use by a thread must not be repacked by another: each takes one and puts it
-            # back. The driver copies it before launching returns.
+            # Each thread takes a record of its own and puts it back. The driver has copied it when
+            # the launch returns.
             try:
                 record = self._free.pop()
             except IndexError:
@@ -170,7 +169,7 @@ class Launcher:
             self._free.append(record)
 
     def has_work(self, grid, threads):
-        """Whether there is anything to launch; raises where it is more than one launch takes."""
+        """Whether the grid has blocks; raises where it has more than one launch takes."""
         x, y, z = grid
         if x * threads > MAX_THREADS_X or y > MAX_GRID_YZ or z > MAX_GRID_YZ:
             expected = (
@@ -184,17 +183,17 @@ class Launcher:
 
     @property
     def loaded(self):
-        """Whether the kernel is."""
+        """Whether the kernel is loaded."""
         return self._loaded is not None
 
     def prepare(self, grid, threads):
-        """A launch of this shape once the kernel is loaded, as a function of the stream, a record's
-        address and 0; and the errors at which `launch` must be called instead: in a thread without
-        a context, or with another current GPU."""
+        """(``enqueue(stream, record's address, 0)``, errors) for launches of this shape; the kernel
+        must be loaded. At these errors `launch` must be called instead: the thread has no context,
+        or another current GPU."""
         return driver.active.prepare(self._loaded, grid, threads)
 
     def launch(self, grid, threads, stream, record):
-        """Launch with a record that is filled."""
+        """Launch with a filled record."""
         driver.active.launch(self._loaded, grid, threads, stream, record)
 
     def load(self, stream):
@@ -211,8 +210,8 @@ class Launcher:
 
 
 class Record:
-    """A parameter struct's bytes and the array of one pointer that the driver wants. ``fields`` is
-    for whoever fills it."""
+    """The bytes of a parameter struct, and the array of one pointer to them that the driver wants.
+    Whoever fills it may note in ``fields`` with what."""
 
     __slots__ = ("_pointers", "address", "buffer", "fields", "tail")
 

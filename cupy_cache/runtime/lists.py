@@ -9,12 +9,12 @@ from . import arrays
 
 
 class Layers(NamedTuple):
-    """Arrays that are alike, but for the dimensions that may vary.
+    """A list of arrays that differ only in the dimensions that vary.
 
-    metadata : of the first array that is not empty, whose address is replaced by the alignment
-        common to all, at most 16; None for an empty list.
-    addresses : of each.
-    shapes, strides : of each, where dimensions vary, strides in bytes; else None.
+    metadata : of the first array that has elements; its address is the alignment common to all, at
+        most 16. None for an empty list.
+    addresses : one for each array.
+    shapes, strides : one for each array, where dimensions vary, strides in bytes; else None.
     """
 
     metadata: arrays.Metadata | None
@@ -31,8 +31,7 @@ def require_list(op, name, value):
 
 
 def read(op, arg, values, stream):
-    """A list of arrays as `Layers`, and what must be kept alive. For errors, array i is called by
-    ``arg.item``."""
+    """(`Layers`, owners of exported memory) of a list of arrays."""
     if not values:
         return Layers(None, (), (), ()), ()
     metadata = [
@@ -45,7 +44,7 @@ def read(op, arg, values, stream):
             _compare(op, arg, index, meta, first)
     addresses = tuple(meta.ptr for meta in metadata)
     common = 16 | arrays.any_bits(addresses)
-    if arg.varies:  # then strides of which those of one array say nothing count too
+    if arg.varies:  # each array has strides of its own, whose alignment counts too
         bits = (
             arrays.any_bits(_varying(arg, meta)) * arrays.stride_unit(meta) for meta in metadata
         )
@@ -63,13 +62,13 @@ def read(op, arg, values, stream):
 
 
 def _alike(arg, meta):
-    """What arrays of a list have in common."""
+    """What must be equal for all arrays of a list."""
     _, shape, strides, dtype, place, _ = meta
     return *_fixed(arg, shape, strides, arrays.element_step(meta)), dtype, place
 
 
 def _varying(arg, meta):
-    """The strides that vary, as a plan takes them."""
+    """The strides that vary, but for those that mean nothing."""
     if len(meta.shape) <= max(arg.varies):
         return ()
     step = arrays.element_step(meta)
@@ -77,7 +76,7 @@ def _varying(arg, meta):
 
 
 def _fixed(arg, shape, strides, size):
-    """Extents and strides, None where they vary; ``size`` is an element's, as strides count."""
+    """(Shape, strides), None where they vary. ``size``: the stride of elements without gaps."""
     strides = arrays.regular(shape, strides, size)
     if not arg.varies:
         return tuple(shape), strides
@@ -87,8 +86,8 @@ def _fixed(arg, shape, strides, size):
 
 
 def _compare(op, arg, index, meta, first):
-    """Refuse an array that is not like the first one. One of another framework is in another
-    stream's order."""
+    """Refuse an array that is not like the first one. That includes its framework: another one's
+    arrays are ordered by another stream."""
     name, first_name = arg.item(index), arg.item(0)
     got, wanted = (arrays.describe(f, f"{op}: {n}") for f, n in ((meta, name), (first, first_name)))
     unlike = [
@@ -109,7 +108,7 @@ _COMPARED = "shape", "dtype", "device", "strides"
 
 
 def _shown(arg, array):
-    """What arrays of a list have in common, as errors show it."""
+    """What must be equal for all arrays of a list, as errors show it."""
     if len(array.shape) <= max(arg.varies, default=-1):
         return f"{list(array.shape)} ({len(array.shape)} dimensions)", None, None, None
     fixed = _fixed(arg, array.shape, array.strides, array.dtype.bytes)

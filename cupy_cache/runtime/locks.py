@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Locks that a forked child finds free: another thread of the parent, which the child has not, may
-have held them."""
+"""Locks that are free in a forked child. A plain lock may stay locked there for ever: the thread of
+the parent that held it does not exist in the child."""
 
 import os
 import threading
@@ -9,14 +9,14 @@ import weakref
 
 
 class Lock:
-    """What ``threading.Lock`` is, as a context manager."""
+    """``threading.Lock``, as a context manager."""
 
     def __init__(self):
         self.renew()
         _locks.add(self)
 
     def renew(self):
-        """Be free, whoever held it."""
+        """Become free, whichever thread held it."""
         self._lock = threading.Lock()
 
     def __enter__(self):

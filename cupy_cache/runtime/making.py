@@ -12,12 +12,12 @@ from .. import errors
 from ..errors import DeviceError, MissingDependencyError
 from . import arrays, cuda, devices, driver, streams
 
-HOST_ALIGNMENT = 64  # of NumPy's zeros: JAX has a view of no other memory on the CPU
+HOST_ALIGNMENT = 64  # of NumPy's zeros: without it JAX makes no view of memory on the CPU
 
 
 def home(op, framework, device):
-    """The framework and the `devices.Device` of a new array, of which ``op`` was told either, both
-    or neither."""
+    """The framework and the `devices.Device` of a new array, for a caller of ``op`` who may give
+    either, both or neither."""
     if framework is None and type(device).__module__.partition(".")[0] == "torch":
         framework = "torch"
     if not (framework is None or isinstance(framework, str)):
@@ -49,9 +49,9 @@ def _no_framework(op, framework):
 
 
 def empty(framework, device, shape, dtype, stream=None):
-    """An uninitialised, contiguous array of ``framework`` ("torch", "cupy", "numpy" or a registered
-    one; anything else means CuPy on a GPU and NumPy elsewhere), to be written on ``stream``, by
-    default the framework's current one."""
+    """An uninitialised, contiguous array of ``framework``: "torch", "cupy", "numpy" or a registered
+    one; for any other name, CuPy's on a GPU and NumPy's elsewhere. It may be written on ``stream``,
+    by default the framework's current one."""
     if framework in arrays.FRAMEWORKS:
         made = arrays.FRAMEWORKS[framework].empty(device, shape, dtype)
     elif framework == "torch":
@@ -68,7 +68,7 @@ def empty(framework, device, shape, dtype, stream=None):
 
 @functools.lru_cache(maxsize=64)
 def _torch_empty(device, dtype):
-    """torch's maker of arrays on a `devices.Device`, as a function of their shape."""
+    """A function that makes torch tensors of a shape on a `devices.Device`."""
     torch = sys.modules["torch"]
     place = torch.device(str(device))
     return functools.partial(torch.empty, dtype=getattr(torch, dtype), device=place)
@@ -84,8 +84,8 @@ def _hand_over(made, framework, device, stream):
 
 
 def empty_of_stream(framework, device, shape, dtype, stream):
-    """`empty`, on a GPU, of memory that belongs to ``stream``, an object of CuPy: it waits for no
-    other stream, and whoever uses the array on another must keep it until that is done."""
+    """`empty` on a GPU, with memory allocated on ``stream``, a stream object of CuPy. It waits for
+    no other stream; while another stream uses the array, the caller must keep it."""
     if framework in arrays.FRAMEWORKS:
         return empty(framework, device, shape, dtype, stream.ptr)
     current = stream
@@ -105,8 +105,8 @@ def empty_beside(tensor, shape, stream=None):
 
 
 def zeros(framework, device, shape, dtype, pinned=False):
-    """A contiguous array of zeros of "torch", "cupy" or "numpy", enqueued on the framework's
-    current stream. ``pinned``: in host memory that GPUs reach by themselves."""
+    """A contiguous array of zeros of "torch", "cupy" or "numpy", written on the framework's current
+    stream. ``pinned``: in pinned host memory."""
     if framework == "torch":
         torch = sys.modules["torch"]
         dtype = getattr(torch, dtype.name)

@@ -2,10 +2,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a ``.cu`` file and a name expression to a loaded kernel.
 
-CuPy's disk cache is keyed on the source text and the options, not on what ``-I`` reaches: with our
-headers on an include path, an edited header would keep serving the old binary. So our own includes
-are expanded into the source, once each, with ``#line`` directives. Every byte of our text is then
-in the key, no absolute path is, and compile errors still name ``kernels_cu/X.cu:LINE``.
+The key of CuPy's disk cache is the source text and the options, without the files that ``-I``
+reaches: after an edit of a header on an include path, the old binary would still be served. So our
+own includes are expanded into the source, once each, with ``#line`` directives. The key then has
+all of our text and no absolute path, and compile errors still name ``kernels_cu/X.cu:LINE``.
 
 One name expression per module: about 35 ms to a first kernel, against half a second for 32.
 """
@@ -36,7 +36,7 @@ class Kernel:
     Parameters
     ----------
     op : str
-        The operation it serves, for fault reports.
+        The operation it belongs to, for fault reports.
     stem : str
         ``kernels_cu/<stem>.cu``.
     expression : str
@@ -44,18 +44,17 @@ class Kernel:
     params : params.Struct
         Its ``Params``.
     guarded : tuple
-        The arguments whose values the kernel checks, in the order of its fault numbers; each a
-        name, or an (operation, name) where several operations share the kernel.
+        The arguments whose values the kernel checks, in the order of its fault numbers: names, or
+        (operation, name) where several operations share the kernel.
     converts : bool
-        It needs the element types (elements.cuh).
+        Whether it needs the element types (elements.cuh).
     shared_bytes : int
-        Of the shared memory whose size the launch gives.
+        Bytes of dynamic shared memory.
     all_shared : bool
-        It has no use for an L1 cache: as much of that as can be is to be shared memory, so that as
-        many thread blocks run at once as can. Else the driver chooses, and may choose less.
+        Whether to make shared memory of as much of the L1 cache as possible, so that more thread
+        blocks fit: the kernel does not use that cache. Else the driver chooses.
     only : int, optional
-        The one compute capability, such as 90, that it is for: it has instructions that no newer
-        one has.
+        The one compute capability, such as 90, that has the kernel's instructions.
     """
 
     __slots__ = (
@@ -74,12 +73,12 @@ class Kernel:
         self.shared_bytes, self.all_shared = shared_bytes, all_shared
 
     def runs_on(self, capability):
-        """Whether it runs on GPUs of this compute capability, such as 90."""
+        """Whether GPUs of this compute capability, such as 90, run it."""
         return self.only in (None, capability)
 
     def options(self):
-        """What its compile needs beside `OPTIONS` and the architecture. NVRTC takes what is for one
-        compute capability alone, such as sm_90a, beside CuPy's own option, which is for sm_90."""
+        """Compile options beside `OPTIONS` and CuPy's own for the architecture. NVRTC lets
+        ``-arch=sm_90a`` override CuPy's sm_90."""
         return () if self.only is None else (f"-arch=sm_{self.only}a",)
 
     def source(self):
@@ -101,7 +100,7 @@ class Kernel:
 
 
 class FaultRecord(ctypes.Structure):
-    """`Fault` of paging.cuh: what the module of a guarded kernel holds under `FAULT_SYMBOL`."""
+    """`Fault` of paging.cuh: the global `FAULT_SYMBOL` in the module of a guarded kernel."""
 
     _fields_ = [
         ("taken", ctypes.c_uint32),
@@ -113,11 +112,11 @@ class FaultRecord(ctypes.Structure):
 
     @property
     def is_published(self):
-        """Whether it tells of a fault: kPublished of paging.cuh."""
+        """Whether a fault is recorded: kPublished of paging.cuh."""
         return self.taken == 2
 
     def fault(self, kernel, device):
-        """The `Fault` that it tells of."""
+        """The recorded `Fault`."""
         op, argument = kernel.guarded[self.argument - 1]
         return Fault(op, argument, self.row, self.value, self.limit, device)
 
@@ -227,7 +226,7 @@ def load(kernel, device):
 
 
 def _after_fork():
-    """In a forked child the kernels that the parent has loaded are none."""
+    """Forget, in a forked child, the parent's kernels: they cannot be used there."""
     if _loaded:
         _loaded.clear()
         cuda.lose()
@@ -238,7 +237,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
 
 
 class warming:
-    """While this is entered, the thread may load kernels whatever CUPYCACHE_NO_COMPILE says."""
+    """A context manager: inside, this thread loads kernels even with CUPYCACHE_NO_COMPILE=1."""
 
     def __enter__(self):
         _warming.on = True
@@ -287,7 +286,7 @@ def _require_cupy_version(why, cupy):
 
 
 def _nvrtc_architectures(why):
-    """What NVRTC compiles for, such as 90."""
+    """The compute capabilities, such as 90, that NVRTC compiles for."""
     try:
         from cupy_backends.cuda.libs import nvrtc
 
@@ -299,9 +298,9 @@ def _nvrtc_architectures(why):
 
 
 def compiles_for(capability, supported):
-    """Whether an NVRTC that knows the architectures ``supported`` compiles what runs on a GPU of
-    this compute capability, such as 90. CuPy asks for the newest where the GPU is newer; such code
-    runs where the first digits are those of the GPU."""
+    """Whether code from an NVRTC that knows the compute capabilities ``supported`` runs on a GPU of
+    ``capability``, such as 90. For a newer GPU CuPy has it compile for the newest that it knows;
+    such code runs if the major version is the GPU's."""
     asked = min(capability, max(supported))
     return asked in supported and asked // 10 == capability // 10
 
@@ -319,13 +318,13 @@ def _require_architecture(why, capability, supported):
     )
 
 
-# What the driver says of machine code that it cannot take (CUresult).
+# The driver's statuses for machine code that it cannot load (CUresult).
 _INVALID_IMAGE, _NO_BINARY_FOR_GPU, _UNSUPPORTED_PTX = 200, 209, 222
 
 
 def _explain(error, kernel, why):
-    """The named error that fits what CuPy raised while compiling or loading, by its class and its
-    code. Its text may quote anything, such as the names of folders."""
+    """Our error for what CuPy raised while compiling or loading. Its class and status decide; its
+    text may quote anything, such as names of folders."""
     from cupy.cuda.compiler import CompileException
     from cupy_backends.cuda.api.driver import CUDADriverError
 

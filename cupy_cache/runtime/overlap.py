@@ -1,9 +1,9 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Launches that begin before the work in front of them in their stream is done: programmatic
-dependent launch, of which this module is the one owner. CuPy has no binding for it.
+"""Launches that begin before the earlier work of their stream is done (programmatic dependent
+launch). This module alone makes them; CuPy has no binding.
 
-What makes it safe is in the kernels: each waits first for all earlier work (overlap.cuh).
+It is safe because each kernel first waits for all earlier work (overlap.cuh).
 """
 
 import ctypes
@@ -16,23 +16,25 @@ from . import cuda, env
 OLDEST_DRIVER = (12, 3)  # the first whose graphs keep such launches apart from others
 OLDEST_CAPABILITY = 90
 
-on = env.flag(env.OVERLAP)  # asking the environment at each launch would take 0.5 us
-# What has prepared launches, which are for `on` as it was: each has a method ``forget``.
+on = env.flag(env.OVERLAP)  # reading the environment at each launch would take 0.5 us
+# Objects with launches that were prepared for the present value of `on`. Each has a method
+# ``forget``.
 prepared: weakref.WeakSet = weakref.WeakSet()
 
 
 class overlap:
     """Let launches overlap, or no longer: a setting of the whole process.
 
-    A kernel of this library is then begun while the kernel in front of it in its stream still runs,
-    if that is this library's too. It is on its processors when that is done, and loses no time to
-    being launched. It waits for all that is in front of it before it reads or writes anything, so
-    results are the same. Work of others in the stream waits for the whole of ours, as ever.
+    A kernel of this library then begins while the kernel before it in its stream still runs, if
+    that is this library's too: when the earlier one is done, the next is on the multiprocessors
+    already, and no time is lost to its launch. It waits for all earlier work before it reads or
+    writes anything, so results are the same. Other libraries' work in the stream waits for ours as
+    ever.
 
     Nothing overlaps on GPUs older than compute capability 9.0 and with drivers older than CUDA
-    12.3. A captured graph keeps what was set during its capture. Off by default;
-    ``CUPYCACHE_OVERLAP=1`` turns it on from the start. To be set once, or around a capture, rather
-    than at each call: the calls after a change take longer.
+    12.3. A captured graph keeps the setting of its capture. Off by default;
+    ``CUPYCACHE_OVERLAP=1`` turns it on from the start. Set it once, or around a capture, not at
+    each call: the calls after a change take longer.
 
     Parameters
     ----------
@@ -67,7 +69,7 @@ class overlap:
 
 
 def _set(wanted):
-    """Set `on`; what it was before."""
+    """Set `on`, and return what it was."""
     global on
     before, on = on, wanted
     if before != wanted:
@@ -137,8 +139,8 @@ MAX_STREAMS = 64
 
 @functools.lru_cache(maxsize=512)
 def prepare(handle, grid, threads, shared_bytes):
-    """A launch of a kernel that may overlap, as a function of the stream, the address of the
-    parameters' and 0; it raises `Refused`."""
+    """A launch that may overlap, ``enqueue(stream, address of the parameters' address, 0)``, which
+    raises `Refused`."""
     # {stream: (address, configuration)}. None is changed: another thread may be using it.
     launch, known = _entry(), {}
 

@@ -3,8 +3,8 @@
 """Parameter structs: Python's side of the one ``struct Params`` that each kernel takes by value.
 
 The driver copies exactly ``sizeof(Params)`` bytes from the host record at launch, without a check.
-So `Struct.asserts` is compiled with every kernel: a size or an offset that differs between here and
-the ``.cu`` file stops the compile, on any machine.
+So `Struct.asserts` is compiled with every kernel: where a size or an offset here differs from that
+in the ``.cu`` file, the compile fails, on any machine.
 """
 
 import struct
@@ -29,10 +29,10 @@ class Struct:
     per_call : str
         Fields written at every call, as ``"name:type name:type[count] …"``; they come first.
     constant : str
-        Fields that a plan fixes once, in the same form.
+        Fields with the same values in all calls of a plan, in the same form.
     tail : str
-        The last fields, of which each call writes as much as it needs: an array, or what only some
-        calls give.
+        The last fields. Each call writes as many of their bytes as it needs: of an array, or of
+        fields that only some calls have.
     """
 
     def __init__(self, per_call, constant="", tail=""):
@@ -44,6 +44,16 @@ class Struct:
         # `struct`'s letters of each of the fields of a call.
         self.call_letters = tuple(f.letters for f in self._call)
         self.constant = struct.Struct("<" + "".join(f.letters for f in self._constant))
+
+    def constants(self, values):
+        """The constant fields' ``values``, given by name, in order; that of an array is a tuple."""
+        if values.keys() != {field.name for field in self._constant}:
+            raise ValueError(f"not the constant fields: {sorted(values)}")
+        ordered = []
+        for field in self._constant:
+            value = values[field.name]
+            ordered += value if isinstance(value, tuple) else (value,)
+        return tuple(ordered)
 
     def record(self, *constants):
         """A zeroed record of ``size`` bytes with the constant fields filled in."""

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Plans: how calls of one signature run, and the memory of them."""
+"""Plans, each of which runs the calls of one signature, and the memory that keeps them."""
 
 import secrets
 from collections import OrderedDict
@@ -11,17 +11,17 @@ from . import arrays, launch, locks, streams
 from .devices import NOWHERE
 
 MAX_PLANS = 1024  # of one operation
-# Tells counts in scratch memory, which holds anything before, from what was there: `arrive` of
-# scratch.cuh.
+# In scratch memory, which comes with any bytes in it, a word is a count only if its upper bits are
+# this tag; see scratch.cuh.
 SCRATCH_TAG = (secrets.randbits(47) << 1 | 1) << 16
 
 
 class Scratch(NamedTuple):
-    """What a launch needs of scratch memory.
+    """The scratch memory of a launch.
 
     framework : whose allocator gives it.
     size : in bytes.
-    rest : what follows its address in the tail of the kernel's parameters.
+    rest : the bytes behind its address in the tail of the kernel's parameters.
     """
 
     framework: str
@@ -29,20 +29,21 @@ class Scratch(NamedTuple):
     rest: bytes
 
     def tail(self, address):
-        """The tail of the parameters."""
+        """The tail of the parameters, for scratch memory at ``address``."""
         return address.to_bytes(8, "little") + self.rest
 
 
 class Call(NamedTuple):
-    """What a plan gets of one call.
+    """One call, as a plan gets it.
 
-    values : for each argument of the operation its address, 0 where it is absent; the addresses of
-        a list of layers; or what is chosen in host memory, as NumPy's int64.
-    rows, fields : what the operation's count gave.
-    tables : what the plan's own ``tables(values)`` made of the addresses in lists, which is kept
-        for as long as they stay the same; None where the plan has no such method.
+    values : for each argument of the operation: its address, 0 where it is absent; a list's
+        addresses; or the numbers chosen in host memory, an int64 array.
+    rows, fields : the results of the operation's count.
+    tables : the result of the plan's method ``tables(values)``, which depends on nothing but the
+        addresses in lists and is kept while these stay the same; None where the plan has no such
+        method.
     stream : the address of a stream; None on the CPU.
-    shapes, strides : of each array, where the plan is for NumPy; strides in bytes.
+    shapes, strides : of each array, for plans on NumPy; strides in bytes.
     """
 
     values: list
@@ -60,8 +61,8 @@ class KernelPlan:
     Parameters
     ----------
     launcher : launch.Launcher
-        Its per-call fields are the addresses of all arguments, in order, then the fields that the
-        operation's count gave.
+        Its per-call fields are the addresses of all arguments, in order, then the fields from the
+        operation's count.
     shape : callable
         rows -> (grid, threads).
     """
@@ -72,16 +73,16 @@ class KernelPlan:
         self.launcher, self.shape = launcher, shape
 
     def launch_for(self, rows):
-        """(Launcher, grid, threads) for so much to do. All launchers of one plan take the same
+        """(Launcher, grid, threads) for so many rows. All launchers of a plan take the same
         parameters."""
         return self.launcher, *self.shape(rows)
 
     def scratch_for(self, rows):
-        """The `Scratch` of the launch for so much to do; None where it needs none."""
+        """The `Scratch` of the launch for so many rows; None where it needs none."""
         del rows
 
     def launchers(self):
-        """All launchers that calls may come to."""
+        """All launchers that calls may use."""
         return (self.launcher,)
 
     def run(self, call):
@@ -101,14 +102,14 @@ class KernelPlan:
 
 
 def flat(kernel, device, constants, items, threads):
-    """The `KernelPlan` of a `launch.Launcher` whose work is so many independent ``items`` for each
-    row, in blocks of at most so many ``threads``."""
+    """A `KernelPlan` whose work is ``items`` independent items for each row, in blocks of at most
+    ``threads`` threads."""
     launcher = launch.Launcher(kernel, device, constants)
     return KernelPlan(launcher, launch.FlatShape(items, device, threads))
 
 
 def full(kernel, device, constants, items, threads):
-    """`flat`, in blocks of just so many ``threads``."""
+    """`flat`, in blocks of exactly ``threads`` threads."""
     return KernelPlan(launch.Launcher(kernel, device, constants), launch.FullShape(items, threads))
 
 
@@ -118,12 +119,12 @@ class NumPyPlan:
     Parameters
     ----------
     function : callable
-        ``function(*views, *fields)``; the view of a missing argument is None.
+        ``function(*views, *fields)``; the view of an absent argument is None.
     args, described
-        Those of the operation, and the arrays, as for its plan.
+        The operation's `Arg`\\ s, and its arrays, as a plan function gets them.
     bits : sequence of str
-        The names of the arguments that are viewed as bits: whose elements are only moved, or are of
-        types that NumPy has not. The others are viewed as the numbers that they are.
+        The names of arguments that are viewed as unsigned integers: their elements are only moved,
+        or have types that NumPy lacks. The others are viewed in their own dtype.
     """
 
     __slots__ = ("dtypes", "function")
@@ -136,7 +137,7 @@ class NumPyPlan:
         )
 
     def run(self, call):
-        """Run it, here and now."""
+        """Run the function."""
         views = [
             None if shape is None else arrays.as_numpy(address, shape, strides, dtype)
             for address, shape, strides, dtype in zip(
@@ -147,18 +148,18 @@ class NumPyPlan:
 
 
 class Entry(NamedTuple):
-    """What is remembered of a signature.
+    """A signature's plan, and what else its calls need.
 
     plan : an object with ``run(call)``. tables : its method of that name, or None.
-    apart : the `apart.Apart` of the arrays that are written, where there are several; else None.
+    apart : the `apart.Apart` of the written arrays, where there are several; else None.
     device : index of the GPU it runs on; None for the CPU.
     current_stream : a function that gives the current stream of the destination's framework.
-    others : the like of other frameworks that own arguments.
-    torchs : the like of torch, if any argument on the GPU is torch's; else None.
+    others : the same function of each other framework that owns arguments.
+    torchs : the same function of torch, if any argument on the GPU is torch's; else None.
     hosted : the indices of arrays in host memory, if the plan runs on a GPU.
     strides : of each argument, in bytes.
-    most_rows : (index, the most rows that were checked) of each destination of which not any number
-        will do.
+    most_rows : (index, rows that were checked) of each destination whose rows interleave: more rows
+        may overlap, and need a new check.
     """
 
     plan: Any
@@ -174,7 +175,7 @@ class Entry(NamedTuple):
 
 
 class Memory:
-    """Entries by their signatures; the oldest goes where a new one finds no room."""
+    """Entries by their signatures, `MAX_PLANS` at most; a new one replaces the oldest."""
 
     def __init__(self):
         self._entries: OrderedDict[tuple, Entry] = OrderedDict()

@@ -1,6 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""How C++ says what Python has decided: template arguments of the kernels."""
+"""C++ spelling of dtypes and other template arguments of the kernels."""
 
 # Index types.
 INDEX_NAMES = {"int32": "int", "int64": "long long"}
@@ -17,18 +17,27 @@ ELEMENT_NAMES = {
 
 
 def indices(*arrays):
-    """The types of arrays of indices, as template arguments; ``void`` of those that are None."""
+    """The types of index arrays, as template arguments; ``void`` for None."""
     return ", ".join("void" if a is None else INDEX_NAMES[a.dtype.name] for a in arrays)
 
 
-def boolean(value):
-    """``value`` as ``true`` or ``false``."""
-    return "true" if value else "false"
+def element(dtype):
+    """The element type of a `formats.DType`."""
+    return ELEMENT_NAMES[dtype.name]
+
+
+def instance(name, *arguments):
+    """An instance of the template ``name``, with numbers, bools, and C++ text as arguments."""
+    return f"{name}<{', '.join(map(_argument, arguments))}>"
+
+
+def _argument(value):
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def quantiser(source, stored, vector_bytes):
-    """The converter (convert.cuh) of ``source`` elements to vectors, of ``vector_bytes``, of
-    ``stored`` ones; where that is None the one that copies."""
+    """The converter (convert.cuh) from ``source`` elements to vectors of ``vector_bytes`` with
+    ``stored`` elements; the one that copies, where ``stored`` is None."""
     if stored is None:
         return f"cupy_cache::Copy<{vector_bytes}>"
     types = f"{ELEMENT_NAMES[source.name]}, {ELEMENT_NAMES[stored.name]}"
@@ -36,8 +45,8 @@ def quantiser(source, stored, vector_bytes):
 
 
 def dequantiser(stored, target, vector_bytes):
-    """The converter of ``stored`` elements to vectors, of ``vector_bytes``, of ``target`` ones;
-    where ``stored`` is None the one that copies."""
+    """The converter from ``stored`` elements to vectors of ``vector_bytes`` with ``target``
+    elements; the one that copies, where ``stored`` is None."""
     if stored is None:
         return f"cupy_cache::Copy<{vector_bytes}>"
     types = f"{ELEMENT_NAMES[stored.name]}, {ELEMENT_NAMES[target.name]}"

@@ -6,18 +6,17 @@ The rules, of which this module is the one owner:
 
 * Work goes to the current stream of the framework that owns the destination, on its device, or to
   the stream that the caller names.
-* Arrays of that framework are in that stream's order. What another framework owns may have been
-  written on that framework's current stream, so the work waits for it, on the device.
-  Arrays behind a protocol are ordered by their producer, which is told the stream.
+* Arrays of that framework are in that stream's order. Another framework may have written its arrays
+  on its own current stream, so the work waits for that stream, on the device. Arrays that come
+  through a protocol are ordered by their producer, which gets the stream's address.
 * A result is made by its framework, on the framework's current stream. Work on another stream waits
-  for that one first: the memory may have been freed under work that is still to come (making.py).
-* Scratch memory that a kernel needs beside its arguments is free again behind it, in its stream's
-  order (`scratch`).
-* torch tensors used on another stream than torch's current one are told to torch's allocator
-  (`lend`), so that dropping them early does no harm. Host memory under a copy that is enqueued is
-  kept until the copy is done (`keep_until_done`).
+  for that one first: the memory may have been freed while enqueued work still uses it (making.py).
+* Scratch memory of a kernel is freed behind it, in its stream's order (`scratch`).
+* torch's allocator learns of torch tensors that are used on another stream than torch's current one
+  (`lend`), so that they may be dropped early. Host memory of an enqueued copy is kept until the
+  copy is done (`keep_until_done`).
 * A stream that is being captured into a graph can neither wait for work outside the graph nor be
-  asked. There the caller orders the streams, and what the graph uses must live as long as it.
+  queried. There the caller orders the streams, and arrays must live as long as the graph.
 """
 
 import functools
@@ -61,7 +60,7 @@ def _no_stream(op, stream):
 
 def current(framework, device):
     """A function that returns the address of a framework's current stream on GPU ``device``, an
-    index. Of a framework that is not known it is CuPy's."""
+    index. An unknown framework's is taken to be CuPy's."""
     if framework in arrays.FRAMEWORKS:
         return functools.partial(arrays.FRAMEWORKS[framework].current_stream, device)
     torch = sys.modules["torch"] if framework == "torch" else None
@@ -74,14 +73,16 @@ def current(framework, device):
 
 
 def knows(framework):
-    """Whether `current` tells the stream of ``framework`` itself."""
+    """Whether `current` knows the stream of ``framework`` itself."""
     return framework in ("torch", "cupy") or framework in arrays.FRAMEWORKS
 
 
 def lend(tensors, stream, device):
-    """Tell torch's allocator that those of ``tensors`` that are torch's on a GPU are used on
-    ``stream``, which is not torch's current one there. It is not told of a capture that it does not
-    know: it would record events there when they are dropped, and could not ask for them."""
+    """Tell torch's allocator that the torch tensors on a GPU among ``tensors`` are used on
+    ``stream``, which is not torch's current one.
+
+    Not in a capture that torch did not begin: when such a tensor is dropped, the allocator would
+    record an event in the capture, and could not query it."""
     if _is_captured_by_others(stream, device):
         return
     torch = sys.modules["torch"]
@@ -92,21 +93,21 @@ def lend(tensors, stream, device):
 
 
 def _is_captured_by_others(stream, device):
-    """Whether a stream is being captured, and torch's current one is not: then torch's allocator
+    """Whether a stream is being captured, but torch's current one is not, so that torch's allocator
     knows of no capture."""
     capturing = driver.active.capturing
     return capturing(stream, device) and not capturing(current("torch", device)(), device)
 
 
-_PER_THREAD = 2  # the handle that is another stream in each thread
+_PER_THREAD = 2  # the handle cudaStreamPerThread, a different stream in each thread
 # {(stream, GPU, thread): [(event, objects)]}, in the order of that stream.
 _kept: dict[tuple, list] = {}
 _keeping = locks.Lock()
 
 
 def keep_until_done(objects, stream, device):
-    """Keep ``objects``, which own host memory, until what ``stream`` holds now is done. After that
-    the next call of this, or of `let_go`, lets them go."""
+    """Keep ``objects``, which own host memory, until the work now on ``stream`` is done. The next
+    call of this function, or of `let_go`, after that drops them."""
     if driver.active.capturing(stream, device):
         return
     place = stream, device, threading.get_ident() if stream == _PER_THREAD else None
@@ -114,7 +115,7 @@ def keep_until_done(objects, stream, device):
         known = _kept.get(place)
         if known is not None and len(_kept) == len(known) == 1:
             ((event, latest),) = known
-            if _same(latest, objects):  # as mostly: swaps go to and from one host cache
+            if _same(latest, objects):  # most swaps go to and from one host cache
                 event.move(stream)
                 return
     let_go()
@@ -124,7 +125,7 @@ def keep_until_done(objects, stream, device):
 
 
 def _same(some, others):
-    """Whether two lists have the very same objects."""
+    """Whether two lists hold the same objects."""
     return len(some) == len(others) and all(map(operator.is_, some, others))
 
 
@@ -137,28 +138,30 @@ def let_go():
                 dropped.append(kept.pop(0))
             if not kept:
                 del _kept[place]
-    # Outside the lock: whoever owned the memory may have code that runs when it goes.
+    # Outside the lock: objects that are dropped may run code of their own.
     dropped.clear()
 
 
 def scratch(framework, device, size, stream):
-    """A context manager for ``size`` bytes on GPU ``device``, whose address, a multiple of 16, it
-    gives: for what is enqueued on ``stream`` while it is entered. They are free again behind that,
-    in the stream's order, and hold anything. torch's allocator gives them where ``framework`` is
-    "torch", otherwise, and in a capture that it does not know, `driver.CudaDriver.scratch`. In a
-    stream that is captured they belong to the graph."""
+    """A context manager that gives the address, a multiple of 16, of ``size`` uninitialised bytes
+    on GPU ``device``, for the work that is enqueued on ``stream`` while it is entered.
+
+    They are freed behind that work, in the stream's order; in a capture they belong to the graph.
+    They come from torch's allocator where ``framework`` is "torch", unless it does not know of the
+    capture; else from `driver.CudaDriver.scratch`."""
     if framework == "torch" and _torch_allocates(stream, device):
         return _TorchScratch(size, stream, device)
     return driver.active.scratch(size, stream, device)
 
 
 def _torch_allocates(stream, device):
-    """Whether torch's allocator is to give memory for a stream: not while others than torch capture
-    it, since that memory would be another tensor's at the next replay."""
+    """Whether torch's allocator may give scratch memory for a stream. Not while another library
+    captures it: at the next replay that memory would belong to another tensor."""
     capturing = driver.active.capturing
     if not capturing(stream, device):
         return True
-    # Where torch's own stream is not captured, its allocator may do what breaks the capture.
+    # Where torch's current stream is not captured, its allocator may make calls that break the
+    # capture.
     if not capturing(current("torch", device)(), device):
         return False
     return _torch_knows(driver.active.capture(stream, device), stream, device)
@@ -166,16 +169,16 @@ def _torch_allocates(stream, device):
 
 @functools.lru_cache(maxsize=16)
 def _torch_knows(capture, stream, device):
-    """Whether torch's allocator knows of a capture of ``stream``, which CUDA numbers ``capture``.
-    Then, and only then, what it gives is of a pool of the graph's own; nothing else tells. It takes
-    a millisecond."""
+    """Whether torch's allocator knows of a capture of ``stream``, CUDA's number ``capture``. If so,
+    its memory is from a pool of the graph's own; there is no other way to find out. It takes a
+    millisecond."""
     del capture
-    if env.torch_is_uncached():  # what a graph goes on to use would be freed at once
+    if env.torch_is_uncached():  # it would free at once what the graph goes on to use
         return False
     with _TorchScratch(1, stream, device) as address:
         try:
             segments = sys.modules["torch"].cuda.memory_snapshot()
-        except RuntimeError:  # of an allocator whose memory is the graph's by itself
+        except RuntimeError:  # an allocator without snapshots, whose memory the graph owns anyway
             return True
     for segment in segments:
         if 0 <= address - segment["address"] < segment["total_size"]:
@@ -184,8 +187,8 @@ def _torch_knows(capture, stream, device):
 
 
 class _TorchScratch:
-    """`scratch` as ``torch.cuda.caching_allocator_alloc`` gives it, for one stream. The functions
-    behind that take a third of the time of a new tensor."""
+    """`scratch` from torch's caching allocator, as ``torch.cuda.caching_allocator_alloc`` gives it.
+    The private functions below that take a third of the time of a new tensor."""
 
     __slots__ = ("_address",)
 
@@ -218,7 +221,7 @@ def _torch_allocator():
     def allocate(size, stream, device):
         if current_device() == device:  # a microsecond less
             return allocate_here(size, stream)
-        # torch has a current GPU of its own where CUDA's would need a context that nobody uses.
+        # torch.cuda.device goes back to the earlier GPU without making a context there.
         with torch.cuda.device(device):
             return allocate_here(size, stream)
 

@@ -1,12 +1,12 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Keeps torch.compile from tracing what it cannot trace: this library reads addresses.
+"""Keeps torch.compile out of this library: it cannot trace code that reads addresses.
 
-Dynamo, its front end, steps into every Python function that a compiled function calls, and takes
-our addresses, NumPy views and CuPy kernels for computations on tensors. It has a list of folders
-that it leaves alone: there a compiled function is interrupted (a "graph break"), and the call runs
-as it does outside. `keep_out` puts this library on it, as soon as Dynamo is imported; that may be
-never, and is not to be brought about here. Nothing is added to the call itself.
+Dynamo, its front end, steps into every Python function that a compiled function calls, and would
+take our addresses, NumPy views and CuPy kernels for computations on tensors. It keeps a list of
+folders that it does not trace: a call into them interrupts the compiled function (a "graph break")
+and runs as outside. `keep_out` puts this library on that list when the program imports Dynamo; this
+module does not import it. A call itself gets no slower.
 """
 
 import importlib.abc
@@ -16,12 +16,12 @@ import types
 import warnings
 
 _RULES = "torch._dynamo.trace_rules"  # where the list is
-# What it calls has Python functions around compiled code, which cannot be traced either.
+# And the packages that it calls: Python functions around compiled code.
 _SKIPPED = ("cupy_cache", "cupy", "cupyx", "cupy_backends", "ml_dtypes")
 
 
 def keep_out(public):
-    """Have Dynamo leave this library alone, with `hint` for what is in ``public``."""
+    """Keep Dynamo out of this library, with a `hint` for the functions in ``public``."""
     hint(public)
     rules = sys.modules.get(_RULES)
     if rules is None:
@@ -31,8 +31,8 @@ def keep_out(public):
 
 
 def hint(public):
-    """Under ``fullgraph=True`` Dynamo's error says what to call instead of the functions, those of
-    modules, and methods of classes, in ``public``, {name: object}."""
+    """Have Dynamo's error under ``fullgraph=True`` say what to call instead of the functions, those
+    of modules, and methods of classes, in ``public``, {name: object}."""
     for function in _functions(public):
         function._torchdynamo_disable = True
         function._torchdynamo_disable_msg = _HINT
@@ -42,7 +42,7 @@ _HINT = "it is not traced; for fullgraph=True see cupy_cache.integrations.torch_
 
 
 def _functions(named):
-    """All functions of ``named``, of what its modules offer, and of classes in it."""
+    """All functions in ``named``, in its modules' ``__all__``, and in its classes."""
     for value in named.values():
         if isinstance(value, types.FunctionType):
             yield value
@@ -53,7 +53,7 @@ def _functions(named):
 
 
 def skip(rules):
-    """Put this library on the list that the module ``rules`` keeps."""
+    """Put this library on the list of the module ``rules``."""
     add = getattr(rules, "add", None)
     if add is None:  # it is not documented
         warnings.warn(_NO_LIST, RuntimeWarning, stacklevel=2)
@@ -72,7 +72,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Waits for Dynamo's rules to be imported."""
 
     def find_spec(self, name, path=None, target=None):
-        """Leave all imports to others, but one: that one too, and then add to what it made."""
+        """None for all modules but Dynamo's rules. For these, wrap the loader that others find."""
         del path, target
         if name != _RULES:
             return None

@@ -1,14 +1,14 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""What attention requires of the arrays of a step, whatever its caches hold."""
+"""Checks of a step's arrays, common to all attention."""
 
 from ... import errors
 from ...runtime import contract, formats
 
 
 def check_shapes(check, named, value_size):
-    """Match the shapes of all but query and caches. ``check``: the call's `contract.Contract`;
-    ``named``: {argument: array or None}; ``value_size``: what the last dimension of out is."""
+    """Match the shapes of all but query and caches. ``check``: the call's `contract.Contract`.
+    ``named``: {argument: array or None}. ``value_size``: the last extent of out."""
     for name, pattern in (
         ("block_table", "_ _"), ("seq_lens", "_"), ("out", f"_ num_heads {value_size}"),
         ("query_start_loc", "_"), ("lse", "_ num_heads"),
@@ -18,8 +18,8 @@ def check_shapes(check, named, value_size):
 
 
 def check_arrays(check, named, caches):
-    """Refuse dtypes, devices and strides that attention cannot read or write; those of queries and
-    of ``caches``, names of arguments, have the dtypes that they must have."""
+    """Refuse dtypes, devices and strides that attention cannot read or write. The dtypes of the
+    query and of the arguments ``caches`` were checked."""
     for name in ("block_table", "seq_lens", "query_start_loc"):
         if named[name] is not None:
             check.dtype(name, named[name], *formats.INDICES)
@@ -40,7 +40,7 @@ def check_arrays(check, named, caches):
 
 
 def check_query_on_gpu(check, query):
-    """Refuse queries of dtypes that the kernels have no products for."""
+    """Refuse queries of a dtype that the kernels cannot multiply."""
     check.dtype(
         "query", query, *formats.FLOATS[:2],
         way_out="for float32 on a GPU use gather_cache and the framework's attention",
@@ -48,7 +48,7 @@ def check_query_on_gpu(check, query):
 
 
 def check_counts(op, tokens, sequences, table_rows, starts, written):
-    """Refuse counts of a step's queries that do not belong together. ``starts``: those of
+    """Refuse counts of a step's arrays that do not fit each other. ``starts``: the length of
     query_start_loc, or None. ``written``: {name: rows or None} of results."""
     contract.check_sequence_count(op, "seq_lens", sequences)
     if table_rows < sequences:

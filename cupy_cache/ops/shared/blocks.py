@@ -10,7 +10,7 @@ import numpy as np
 from ... import errors
 from ...runtime import contract, driver, launch, modules, params, spelling
 
-TABLE_WORDS = 480  # with the fields before, what the 4 KiB of kernel parameters hold
+TABLE_WORDS = 480  # of 8 bytes: what 4 KiB of kernel parameters hold beside the other fields
 MAX_THREADS = 256
 # Thread blocks of a copy over the bus: enough to fill it (8 to 16 writing, more reading, because
 # reads wait), few enough to leave the GPU to others. Within one GPU blocks are copied at the
@@ -48,20 +48,20 @@ PARAMS = params.Struct(
 
 
 def most_blocks(source, destination):
-    """How many thread blocks at most a copy between these devices has; None: any number."""
+    """The most thread blocks of a copy between these devices; None: any number."""
     if source.kind == destination.kind:
         return None
     return _TO_HOST_BLOCKS if destination.kind == "cpu" else _FROM_HOST_BLOCKS
 
 
 def interleaved(lists):
-    """The addresses of lists of arrays, layer by layer, a layer's tensors together."""
+    """The addresses in several lists, in one: layer by layer, a layer's tensors together."""
     return [address for layer in zip(*lists) for address in layer]
 
 
 class PointerTable(NamedTuple):
-    """Layers of one launch: the first one, how many, the addresses of their tensors as the kernel
-    wants them, and how many words fit beside these."""
+    """The layers of one launch: the first one, how many, the addresses of their tensors as bytes
+    for the kernel's table, and the words that are left in it."""
 
     first: int
     layers: int
@@ -70,10 +70,10 @@ class PointerTable(NamedTuple):
 
 
 def pointer_tables(addresses, tensors):
-    """Addresses, layer by layer, each of so many ``tensors``, cut into what one launch takes: a
-    list of `PointerTable`."""
+    """A list of `PointerTable`, one for each launch, of addresses as `interleaved` gives them, with
+    ``tensors`` for each layer."""
     tables, layers = [], len(addresses) // tensors
-    # Room for at least half a table of numbers; more layers than that take another launch.
+    # At least half of a table is left for block numbers; further layers take another launch.
     size = max(1, min(layers, TABLE_WORDS // 2 // tensors))
     for first in range(0, layers, size):
         part = addresses[first * tensors : (first + size) * tensors]
@@ -83,8 +83,8 @@ def pointer_tables(addresses, tensors):
 
 
 def mapped_range(address, size):
-    """The address at which GPUs reach these bytes of host memory; None if they are not pinned from
-    the first to the last, though in several pieces, or not reached in one."""
+    """The address at which GPUs reach ``size`` bytes of host memory. They may be several pinned
+    pieces. None if any byte is not pinned, or if GPUs do not reach the pieces as one range."""
     shift, at = None, address
     while at < address + size:
         found = driver.active.allocation(at)
@@ -95,9 +95,9 @@ def mapped_range(address, size):
 
 
 def pieces(address, size, block):
-    """Cuts bytes of host memory, of blocks of so many, where pinned memory begins or ends: yields
-    (offset, length). A copy by the driver must not cross such an edge. Asked about are the first
-    and the last byte of what is left of a block."""
+    """Cut ``size`` bytes of host memory, blocks of ``block`` bytes, where pinned memory begins or
+    ends: a copy by the driver must not cross such an edge. Yields (offset, length). The first and
+    the last byte of each block, or of its rest, are looked up."""
     begin = at = address
     while at < address + size:
         found = driver.active.allocation(at)
@@ -141,9 +141,10 @@ class Geometry(NamedTuple):
 
 
 def merge(dims, sizes):
-    """Dimensions (extent, stride, stride on the other side), from the innermost out, merged where
-    they are adjacent on both sides: a run without gaps, of elements of these sizes, which may be a
-    single one, and two around it, of one element where there are fewer; None where more remain.
+    """Merge dimensions (extent, stride, stride on the other side), given from the innermost out,
+    where they are adjacent on both sides. ``sizes``: the bytes of an element on each side. Returns
+    a run without gaps, which may be a single element, and two dimensions around it, with an extent
+    of 1 where there are fewer; None where more remain.
     """
     merged = [(1, *sizes)]
     for extent, *strides in dims:
@@ -189,8 +190,8 @@ def geometry(op, name, source, destination):
 
 
 class _Variant(NamedTuple):
-    """A specialisation: threads of a thread block, how many of these a block of a cache takes, and
-    the kernel."""
+    """A kernel, the threads of its thread blocks, and how many thread blocks copy one block of a
+    cache."""
 
     threads: int
     chunks: int
@@ -198,7 +199,7 @@ class _Variant(NamedTuple):
 
 
 class CopyPlan:
-    """How blocks of one or two tensors per layer are copied by the kernel on one GPU.
+    """Copies blocks of one or two tensors per layer, by the kernel on one GPU.
 
     Parameters
     ----------
@@ -209,18 +210,19 @@ class CopyPlan:
         Source and destination are the same tensors.
     source_blocks, destination_blocks : int
     mapping : arrays.Array or None
-        None: pairs travel in the parameters. Else they are read on the device.
+        None: pairs are in the kernel's parameters. Else the kernel reads them from this array.
     device : int
     max_blocks : int or None
-        At most this many thread blocks (for copies that the bus limits, so that the other
-        multiprocessors stay free).
+        At most this many thread blocks, for copies that the bus limits: the other multiprocessors
+        stay free.
     argument : str
-        What the operation calls the pairs.
+        The operation's name for the pairs.
     block_size : int
-        0; or pairs are of slots, as many as there are ``source_blocks``, in blocks of so many, and
-        a Geometry is of a slot, but for the stride from block to block.
+        0 for pairs of blocks. Else pairs are of slots, in blocks of so many: ``source_blocks`` is
+        the number of slots, and a Geometry describes one slot, but for its stride from block to
+        block.
     slot_strides : tuple
-        From slot to slot in a block of each tensor.
+        The bytes from slot to slot in a block, for each tensor.
     """
 
     def __init__(
@@ -253,13 +255,14 @@ class CopyPlan:
         def variant(items):
             threads = launch.block_threads(launch.ceil_div(max(vectors), items), 1, MAX_THREADS)
             chunks = launch.ceil_div(max(vectors), threads * items)
+            arguments = (
+                "copy_blocks", len(tensors), in_place, vector, runs[0], second, nested, items,
+                block_size, spelling.indices(mapping), MAX_THREADS,
+            )  # fmt: skip
             kernel = modules.Kernel(
                 op,
                 "copy_blocks",
-                f"copy_blocks<{len(tensors)}, {spelling.boolean(in_place)}, {vector}, {runs[0]}, "
-                f"{second}, {spelling.boolean(nested)}, {items}, {block_size}, "
-                f"{spelling.indices(mapping)}, "
-                f"{MAX_THREADS}>",
+                spelling.instance(*arguments),
                 PARAMS,
                 guarded=() if mapping is None else (argument,),
             )
@@ -272,8 +275,8 @@ class CopyPlan:
         self._wave = self._usual if on_bus else variant(WAVE_ITEMS)
 
     def tables(self, sources, destinations):
-        """`pointer_tables` of addresses as `interleaved` gives them; in the kernel's, a layer's
-        destinations are behind its sources."""
+        """`pointer_tables` of addresses as `interleaved` gives them. In the kernel's tables a layer
+        has its sources, then its destinations."""
         if self.in_place:
             return pointer_tables(sources, self.count)
         addresses = []

@@ -9,7 +9,7 @@ from . import blocks
 
 
 class InPlace:
-    """How what pairs name is copied within caches of one signature.
+    """Copies blocks or slots, by pairs of numbers, within caches of one signature.
 
     Parameters
     ----------
@@ -18,9 +18,9 @@ class InPlace:
     copy : blocks.CopyPlan or None
         None on the CPU.
     check : callable
-        Pairs in host memory, int64 [2, n], -> those that are copied; refuses what is wrong.
+        Pairs in host memory, int64 [2, n] -> the pairs to copy; raises for wrong ones.
     index : callable
-        On the CPU: numbers, an array, -> what NumPy takes as the index of a cache.
+        For the CPU: an array of numbers -> NumPy's index into a cache.
     """
 
     def __init__(self, tensors, copy, check, index):
@@ -35,7 +35,7 @@ class InPlace:
         return self._copy.tables(addresses, addresses)
 
     def run(self, call):
-        """Check the pairs that are in host memory, and copy."""
+        """Check pairs in host memory, and copy."""
         pairs = call.values[-1]
         if not isinstance(pairs, np.ndarray):
             self._copy.enqueue_mapping(call.stream, call.tables, pairs, call.rows)

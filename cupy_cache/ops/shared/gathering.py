@@ -1,8 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Reading the pages of sequences back into rows: the checks, the kernel and the counts.
-
-Shared by the operations that differ in their arguments and in what a row is made of.
+"""Reading the pages of sequences back into rows: the checks, the kernel and the counts of all
+operations that gather.
 """
 
 import functools
@@ -26,7 +25,7 @@ STEM = "gather_cache"
 
 
 def sides(name):
-    """`Sides` of gathered.cuh, called ``name`` in a struct of parameters."""
+    """The fields of `Sides` of gathered.cuh, whose member of a parameter struct is ``name``."""
     fields = (
         "src_block_stride", "src_group_stride", "src_offset_stride", "src_outer_stride",
         "src_head_stride", "dst_row_stride", "dst_outer_stride", "dst_head_stride",
@@ -42,8 +41,8 @@ PARAMS = params.Struct(
     "even.segments:f32 even.rows:f32",
     constant=f"num_blocks:i64 start_stride:i64 {sides('sides')}",
 )
-GUARDED = ("seq_starts", "block_table")  # and the bounds, whatever they are called
-# A raw copy is one kernel for all of these, so faults tell which it was.
+GUARDED = ("seq_starts", "block_table")  # and the bounds, by the operation's name for them
+# Several operations share the kernel of a raw copy, so faults name the operation.
 SHARING = ("gather_cache", "cp_gather_cache", "gather_and_maybe_dequant_cache")
 MAX_THREADS = 128
 
@@ -58,10 +57,10 @@ def op(name, plan, count, bounds="cu_seq_lens", options=()):
         As of `dispatch.Op`.
     count : callable
         ``count(counts, *scalars)`` -> (rows to process, sequences). ``counts`` are the rows of dst,
-        block_table, the bounds and seq_starts; ``scalars`` those of the call but for the scale,
-        which is the first.
+        block_table, the bounds and seq_starts; ``scalars`` those of the call, without the first,
+        the scale.
     bounds : str
-        What the sequences' first rows are called.
+        The name of the argument with each sequence's first row.
     options : tuple of str
         As of `dispatch.Op`.
     """
@@ -97,14 +96,14 @@ def op(name, plan, count, bounds="cu_seq_lens", options=()):
 
 
 def check_rows(check, dst, name="dst"):
-    """What holds for the rows of every operation."""
+    """The checks of dst, for every operation."""
     check.device(name, dst)
     check.contiguous(name, dst)
     check.writable(name, dst, rows=True)
 
 
 def check_indices(check, names, indices):
-    """What holds for block table, bounds and starts, whatever they are called."""
+    """The checks of block table, bounds and starts, by the operation's names for them."""
     table, bounds, starts = indices
     check.shape(names[0], table, "_ _")
     check.indices(names[1], bounds)
@@ -125,8 +124,8 @@ def check_block_size(check, src, block_size, name="src_cache"):
 
 
 def count_rows(op, rows, num_tokens, bounds, table_rows, starts, name):
-    """(Rows to process, sequences): of ``num_tokens`` that are asked for, None for all ``rows`` of
-    the argument ``name``; ``bounds`` is how many cu_seq_lens has."""
+    """(Rows to process, sequences). ``num_tokens``: the rows that the caller wants; None for all
+    ``rows`` of the argument ``name``. ``bounds``: the length of cu_seq_lens."""
     if not bounds:
         raise errors.wrong("shape", f"{op}: cu_seq_lens", "at least the end of the rows", "[0]")
     if num_tokens is None:
@@ -139,7 +138,7 @@ def count_rows(op, rows, num_tokens, bounds, table_rows, starts, name):
 
 
 def check_sequences(op, sequences, table_rows, starts):
-    """Require a row of block_table and a start (where there are any) for each sequence."""
+    """Require a row of block_table for each sequence, and a start if starts are given."""
     contract.check_sequence_count(op, "block_table", table_rows)
     for name, got in (("block_table", table_rows), ("seq_starts", starts)):
         if got is not None and got < sequences:
@@ -147,7 +146,7 @@ def check_sequences(op, sequences, table_rows, starts):
 
 
 def _check_layout(check, src, dst, layout, names):
-    """The `formats.CacheAxes` of ``layout``, which the shapes of cache and rows agree with."""
+    """The `formats.CacheAxes` of ``layout``. Checks that the shapes of cache and rows fit it."""
     axes = formats.CACHE_AXES[contract.choice(check.op, "layout", layout, formats.CACHE_AXES)]
     if axes.token is None:
         check.shape(names.cache, src, "num_blocks block_size _ ...")
@@ -170,7 +169,7 @@ def _check_layout(check, src, dst, layout, names):
 
 
 def scales(op, kv_cache_dtype, scale, scale_cache):
-    """What elements are multiplied with: an array or None, and the number that counts then."""
+    """The scale of the elements as (array or None, float); the float counts where it is None."""
     if scale_cache is not None:
         if scale is not None:
             raise errors.wrong("value", f"{op}: scale", "None beside scale_cache", "another")
@@ -181,7 +180,7 @@ def scales(op, kv_cache_dtype, scale, scale_cache):
 
 
 class Names(NamedTuple):
-    """What an operation calls a cache, the rows that it is read into, and its scales."""
+    """An operation's names for a cache, for the rows that it is read into, and for its scales."""
 
     cache: str = "src_cache"
     rows: str = "dst"
@@ -193,7 +192,7 @@ NAMES = Names()
 
 
 class Movement(NamedTuple):
-    """How tokens of a cache become rows.
+    """How a cache's tokens become rows.
 
     axes, stored, target : for `cpu`.
     block_size : slots of a block.
@@ -228,8 +227,8 @@ class Movement(NamedTuple):
 
 
 def movement(check, src, dst, scale, layout, kv_cache_dtype, by_token, names=NAMES):
-    """The `Movement` of a cache's tokens to rows: as they are, or their elements times a scale,
-    which is ``by_token`` one for each token and head. Checks all that concerns the two alone."""
+    """The `Movement` of a cache's tokens to rows, after all checks of these two arrays. Elements
+    are copied, or multiplied by a scale; with ``by_token`` each token and head has its own."""
     table = formats.PER_TOKEN_HEAD_FORMATS if by_token else formats.CACHE_FORMATS
     fmt = formats.cache_format(check.op, kv_cache_dtype, table=table)
     axes = _check_layout(check, src, dst, layout, names)
@@ -253,7 +252,7 @@ def movement(check, src, dst, scale, layout, kv_cache_dtype, by_token, names=NAM
     group_stride, offset_stride = (src.strides[axes.slots[0]], src.strides[axes.slots[-1]])
     if len(axes.slots) == 1:
         group_stride = 0
-    # A vector is of one head where these have scales of their own.
+    # Where heads have scales of their own, a vector must not span two heads.
     piece, scale_heads = shape.length, scale_heads if shape.length else 0
     if scale_heads:
         piece = math.gcd(piece, shape.outer * shape.heads * shape.length // scale_heads)
@@ -300,8 +299,8 @@ def plan(op, described, layout="NHD", kv_cache_dtype="auto", by_token=False):
 
 
 def _scales(check, src, axes, block_size, scale, by_token, names):
-    """How many heads have a scale of their own (0 where one is for all), and the byte strides of
-    these scales: of blocks, slots and heads."""
+    """(Heads with a scale of their own, 0 for one scale for all; the scales' byte strides of
+    blocks, slots and heads)."""
     has_heads = len(axes.token) > 1
     heads = src.shape[axes.token[0]] if has_heads else 1
     if by_token:
@@ -325,14 +324,14 @@ def _scales(check, src, axes, block_size, scale, by_token, names):
 
 
 def vectors_of_thread(row_vectors):
-    """How many of a row's vectors a thread moves: they pay for its search of the sequence. Three
-    where that divides the row, else two."""
+    """The vectors of a row that each thread moves: three where that divides the row, else two.
+    Several share the cost of finding the row's sequence."""
     return 3 if row_vectors % 3 == 0 else min(2, row_vectors)
 
 
 class _RowShape(NamedTuple):
-    """A row as ``outer * heads`` segments of ``length`` elements without gaps; the byte strides of
-    the first two on both sides."""
+    """A row as ``outer * heads`` segments of ``length`` elements without gaps, and the byte strides
+    of these two dimensions on both sides."""
 
     outer: int
     heads: int
@@ -366,8 +365,8 @@ def _row_shape(check, src, dst, axes, names):
 
 
 def gpu_plan(kernel, items, described, strides):
-    """The plan of a kernel with ``items`` threads for each row; ``strides`` are the struct's, from
-    src_block_stride on."""
+    """The plan of a kernel with ``items`` threads for each row. ``strides``: the struct's fields
+    from src_block_stride on."""
     src, dst, _, _, starts, _ = described
     constants = src.shape[0], starts.strides[0] if starts else 0, *strides
     return plans.flat(kernel, dst.device.index, constants, items, MAX_THREADS)

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The cache of a sparse-attention indexer: quantised keys and their scales.
 
-It is declared as [NB, BS, D + 4 D/Q], for the size of a block alone. A block's bytes are
-[BS, D] of e4m3, then [BS, D/Q] scales of four bytes, where Q elements share a scale.
+Its shape is [NB, BS, D + 4 D/Q], which gives only the size of a block. A block's bytes are [BS, D]
+of e4m3, then [BS, D/Q] scales of four bytes, where Q elements share a scale.
 """
 
 from ... import errors

@@ -1,10 +1,9 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Block mappings in host memory, int64 [2, n] of (sources, destinations): checked, and
-cut into runs.
+"""Block mappings in host memory, int64 [2, n] of (sources, destinations): their checks, and their
+runs.
 
-They may be thousands: nothing here loops over them in Python, except to say what is wrong with
-them.
+There may be thousands of pairs, so nothing here loops over them in Python, but for errors.
 """
 
 from typing import NamedTuple
@@ -13,8 +12,8 @@ import numpy as np
 
 from ... import errors
 
-# Up to so many pairs are checked as Python's integers: NumPy's calls take 9 us however few there
-# are, as long as these take for 48.
+# Up to so many pairs are checked as Python's integers. NumPy's calls take 9 us however few pairs
+# there are, as long as the integers of 48.
 FEW = 48
 # A table of more blocks (8 MiB) may have to be mapped anew at every call, page by page: half a
 # millisecond for one of 32 MiB, where sorting a thousand pairs takes 0.2.
@@ -43,8 +42,8 @@ def may_have_runs(pairs, least):
 
 
 class Words(NamedTuple):
-    """What an operation calls the pairs and what they are of, and what to do where one is source
-    and destination."""
+    """An operation's words for errors: the pairs, what they are pairs of, and the way out where one
+    is both source and destination."""
 
     argument: str
     item: str

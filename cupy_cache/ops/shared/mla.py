@@ -21,17 +21,17 @@ _CONSTANTS = (
     "offset_stride:i64"
 )
 _CACHES = f"caches:u64[{MAX_LAYERS}]"
-# One struct of the kernel's: only calls for many layers say which one is the first, and how far
-# they lie apart.
+# Both structs are the kernel's Params. Only calls for many layers have the first layer and the
+# distance between layers.
 ONE_LAYER = params.Struct(_EACH_CALL, f"{_LAYERS} {_CONSTANTS}", _CACHES)
 MANY_LAYERS = params.Struct(f"{_EACH_CALL} {_LAYERS}", _CONSTANTS, _CACHES)
 
 
 def check_entries(check, described, storage):
-    """The checks of a write's arrays, whose dimensions are right already.
+    """The checks of a write's arrays, whose shapes were checked.
 
     ``described`` has kv_c, k_pe, the cache and slot_mapping by their names, in this order.
-    ``storage`` are the dtypes that the cache may have; empty: that of ``kv_c``.
+    ``storage``: the dtypes that the cache may have; empty for that of ``kv_c``.
     """
     kv_c, k_pe, kv_cache, _ = described.values()
     cache_name = list(described)[2]
@@ -46,7 +46,7 @@ def check_entries(check, described, storage):
 
 
 def check_arrays(check, described):
-    """What holds for every entry format: devices, and how the memory is laid out."""
+    """The checks of every entry format: devices and memory layout."""
     kv_c, k_pe, kv_cache, slot_mapping = described.values()
     *_, cache_name, slots_name = described
     check.positive("block_size", kv_cache.shape[-2])
@@ -60,10 +60,10 @@ def check_arrays(check, described):
 
 
 def entry_kernel(op, caches, kv_c, k_pe, kv_cache, stored, slots, params_struct):
-    """The kernel that writes entries, and its work items for each of them.
+    """(The kernel that writes entries, its work items for each entry.)
 
-    ``caches`` names an enumerator of the kernel's ``Caches``; ``stored`` is the cache's element
-    type, None where bytes are copied.
+    ``caches``: an enumerator of the kernel's ``Caches``. ``stored``: the cache's element type, None
+    where elements are copied.
     """
     size = kv_cache.dtype.bytes
     latent, rope = kv_c.shape[-1] * size, k_pe.shape[-1] * size

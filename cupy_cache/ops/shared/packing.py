@@ -1,9 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Chosen items, whole blocks or the tokens of single slots, of all layers: where each lies in one
-contiguous buffer, and the plan that moves them.
-
-Shared by the operations that pack, unpack and zero.
+"""Packing chosen items of all layers, whole blocks or the tokens of single slots, into one
+contiguous buffer; unpacking and zeroing them. The operations share one plan.
 """
 
 import math
@@ -30,12 +28,12 @@ from . import blocks, mappings
 # A packed buffer in host memory that is not pinned goes through a buffer of this size on the GPU.
 STAGE_BYTES = 32 << 20
 LAYOUTS = ("layer_first", "page_first")
-# More have caches in which a slot is not one place: [num_blocks, heads, head_size / x, slots, x].
+# Caches with more dimensions scatter a slot: [num_blocks, heads, head_size / x, slots, x].
 MAX_TOKEN_DIMS = 4
 MAX_THREADS = 256
 ITEMS = 2  # vectors of each tensor that a thread has in flight
 _MAX_WORKS = 2**31 - 1  # work indices are 32-bit in the kernel
-_MAX_PACKED_INDEX = 2**31  # those in the parameters are 32-bit, negative ones padding
+_MAX_PACKED_INDEX = 2**31  # indices in the parameters are 32-bit; negative ones are padding
 
 _TENSOR = "cache.block:i64 cache.outer:i64 cache.middle:i64 slot:i64 vectors:u32 middle_count:u32"
 PARAMS = params.Struct(
@@ -48,8 +46,8 @@ PARAMS = params.Struct(
 
 
 class Direction(NamedTuple):
-    """What is done with the items: its spelling in the kernel, whether it writes the caches, and
-    what the operation's argument for the buffer is called (None: there is no buffer)."""
+    """What an operation does with the items: its name in the kernel, whether it writes the caches,
+    and the name of its argument for the buffer (None: it has none)."""
 
     name: str
     writes_cache: bool
@@ -59,7 +57,7 @@ class Direction(NamedTuple):
 PACK = Direction("kPack", False, "out")
 UNPACK = Direction("kUnpack", True, "packed")
 ZERO = Direction("kZero", True, None)
-SIZE = Direction("kPack", False, None)  # nothing is done, only measured
+SIZE = Direction("kPack", False, None)  # for `Operation.item_bytes`: nothing is moved
 
 
 class Operation:
@@ -79,7 +77,7 @@ class Operation:
         self._ops = {tensors: self._op(tensors) for tensors in (1, 2)}
 
     def _op(self, tensors):
-        """The `dispatch.Op` for layers of so many tensors."""
+        """The `dispatch.Op` for layers of ``tensors`` tensors each."""
         suffixes = ("",) if tensors == 1 else ("[0]", "[1]")
         index = "slot_mapping" if self.by_slot else "block_ids"
         written = self.direction.writes_cache
@@ -109,14 +107,14 @@ class Operation:
         return count, tuple(rows)
 
     def __call__(self, caches, chosen, stream, *buffer, layout=None):
-        """Check everything, then do it; ``layout`` is that of ``buffer``, where there is one."""
+        """Check everything, then run. ``layout``: that of ``buffer``, if there is one."""
         tensors = tensor_lists(self.name, caches)
         objects = (*tensors, chosen, *buffer)
         self._ops[len(tensors)](objects, (layout,) if buffer else (), stream)
 
     def bound(self, name, tensors, layout=None):
-        """The operation on ``tensors``, all layers' arrays for each tensor of a layer, as a
-        `dispatch.Bound` that errors call ``name``; ``layout`` is that of the buffer, if any."""
+        """The operation as a `dispatch.Bound`, whose name in errors is ``name``. ``tensors``: for
+        each tensor of a layer, all layers' arrays. ``layout``: that of the buffer, if any."""
         op = self._ops[len(tensors)]
         fixed = {arg.name + arg.suffix: caches for arg, caches in zip(op.args, tensors)}
         options = (layout,) if self.direction.buffer is not None else ()
@@ -156,7 +154,7 @@ _WHOLE_BLOCKS = "of a cache whose blocks are x-packed pack whole blocks"
 
 
 def check_tokens(check, name, cache, way_out=""):
-    """Require a cache in which a slot is one place."""
+    """Require a cache in which a slot's elements are not scattered."""
     check.shape(name, cache, "num_blocks block_size ...")
     if len(cache.shape) > MAX_TOKEN_DIMS:
         expected = f"[num_blocks, block_size, ...] of at most {MAX_TOKEN_DIMS} dimensions"
@@ -164,8 +162,8 @@ def check_tokens(check, name, cache, way_out=""):
 
 
 class Places(NamedTuple):
-    """Where the items are in a buffer: the address of item 0 of layer 0 of each tensor, and the
-    bytes from layer to layer. Those from item to item are the ``strides`` of `_Caches`."""
+    """Where items are in a buffer: for each tensor the address of item 0 of layer 0, and the bytes
+    from layer to layer. The bytes from item to item are the ``strides`` of `_Caches`."""
 
     starts: tuple
     layer: int
@@ -182,7 +180,7 @@ _NO_BUFFER = Places((0, 0), 0)
 
 
 class Plan:
-    """How chosen items of caches of one signature are moved.
+    """Moves chosen items of caches of one signature.
 
     Parameters
     ----------
@@ -191,8 +189,8 @@ class Plan:
     by_slot : bool
         See `Operation`.
     described : list of arrays.Array
-        The tensors of a layer, each at the alignment common to all layers; what is chosen, None
-        where that is in host memory; and the buffer, if there is one.
+        The tensors of a layer, each with the alignment common to all layers as its address; the
+        chosen numbers, None where they are in host memory; and the buffer, if there is one.
     layout : str
         Of the buffer, one of `LAYOUTS`.
     """
@@ -249,7 +247,8 @@ class Plan:
         dense = self.by_slot and all(
             tensor.strides[0] == self.block_size * tensor.strides[1] for tensor in self.tensors
         )
-        # Of (block, slot). Slots at one stride throughout are blocks of one slot.
+        # (Block stride, slot stride). Where slots have one stride through all blocks, they count as
+        # blocks of one slot.
         strides = [
             (tensor.strides[dense], tensor.strides[1] if self.by_slot else 0)
             for tensor in self.tensors
@@ -268,13 +267,15 @@ class Plan:
         if self.vectors > _MAX_WORKS:
             expected = f"at most {_MAX_WORKS * vector} bytes at this alignment"
             raise errors.wrong("size", f"{self.op}: items of caches", expected, max(self.sizes))
+        arguments = (
+            "pack_blocks", f"cupy_cache::Direction::{self.direction.name}", len(vectors), vector,
+            runs[0], runs[-1], nested, block_size, ITEMS, spelling.indices(self.chosen),
+            MAX_THREADS,
+        )  # fmt: skip
         kernel = modules.Kernel(
             self.op,
             "pack_blocks",
-            f"pack_blocks<cupy_cache::Direction::{self.direction.name}, {len(vectors)}, {vector}, "
-            f"{runs[0]}, {runs[-1]}, {spelling.boolean(nested)}, {block_size}, {ITEMS}, "
-            f"{spelling.indices(self.chosen)}, "
-            f"{MAX_THREADS}>",
+            spelling.instance(*arguments),
             PARAMS,
             guarded=() if self.chosen is None else (self.argument,),
         )
@@ -304,7 +305,7 @@ class Plan:
         )  # fmt: skip
 
     def run(self, call):
-        """Check what depends on the call, then move."""
+        """Check what the signature does not decide, then move."""
         chosen, *buffer = call.values[len(self.tensors) :]
         caches, items = call.tables, call.rows
         if self.chosen is None:
@@ -360,7 +361,7 @@ class Plan:
                     )
 
     def _enqueue(self, work, tables, places, begin, end):
-        """Launch for items ``begin`` to ``end`` of the list; the first of them is at ``places``."""
+        """Launch for items ``begin`` to ``end`` of the list. ``places``: of item ``begin``."""
         strides = work.caches.strides
         for table in tables:
             room = _MAX_WORKS // self.vectors
@@ -401,7 +402,7 @@ class Plan:
         pieces = list(work.pieces())
         largest = max(layers * items * self.layer_bytes for _, layers, _, items in pieces)
         device, stream = self.device.index, work.stream
-        # What is skipped keeps its bytes, so they have to make the round trip.
+        # Skipped items keep their bytes in the buffer, so these are copied to the GPU and back.
         skips = self.direction is PACK and (self.chosen is not None or (work.chosen < 0).any())
         with driver.active.staging(largest, stream, device) as address:
             for layer, layers, first, items in pieces:
@@ -454,8 +455,8 @@ class _Caches(NamedTuple):
     """The caches of a call of a `Plan`.
 
     by_tensor : of each tensor of a layer, its addresses in all layers.
-    ends : of each tensor, the first byte and the one behind the last of all layers; None where it
-        is empty.
+    ends : of each tensor, the address of the first byte, and of the byte behind the last, of all
+        layers; None where it is empty.
     layers : how many.
     item_bytes : of an item in all layers.
     strides : of each tensor, the bytes from item to item in the buffer.
@@ -473,9 +474,9 @@ class _Caches(NamedTuple):
 
 
 class _Work(NamedTuple):
-    """What there is to do in one call of a `Plan`.
+    """The work of one call of a `Plan`.
 
-    ``chosen`` are int64 indices in host memory, or the address of those on the device.
+    ``chosen``: int64 indices in host memory, or the address of indices on the device.
     """
 
     plan: Plan
@@ -492,8 +493,8 @@ class _Work(NamedTuple):
         return Places((address, address + count * first), count * layer)
 
     def pieces(self):
-        """Cuts the work into parts of at most `STAGE_BYTES`, if an item of a layer has no more:
-        yields (first layer, layers, first item, items)."""
+        """Cut the work into parts of at most `STAGE_BYTES`, or of one item of one layer if that is
+        larger. Yields (first layer, layers, first item, items)."""
         row, all_layers = self.plan.layer_bytes, self.caches.layers
         if self.plan.page_first:
             group, items = all_layers, max(1, STAGE_BYTES // self.caches.item_bytes)
@@ -529,8 +530,8 @@ def check_range(op, name, chosen, limit, padding, distinct):
 
 
 def _item_geometry(op, name, tensor, by_slot):
-    """The `blocks.Geometry` from the cache's items to the buffer's, whose bytes are in the order of
-    the dimensions."""
+    """The `blocks.Geometry` from the cache's items to the buffer's, whose elements are in the order
+    of the dimensions."""
     lead = 1 + by_slot
     item = tensor._replace(
         shape=(tensor.shape[0], *tensor.shape[lead:]),

@@ -1,8 +1,8 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""What a block table's entries stand for: shared by the operations that turn positions into slots.
+"""Block tables for the operations that turn positions into slots.
 
-Under context parallelism an entry stands for one block on each rank, and runs of tokens are dealt
+Under context parallelism a table's entry stands for one block on each rank, and runs of tokens go
 to the ranks in turn.
 """
 
@@ -35,7 +35,7 @@ def check_block_size(check, name, block_size, world, interleave):
 
 
 def position_limit(width, block_size, world):
-    """The positions that a table of so many columns has entries for."""
+    """The number of positions for which a table of ``width`` columns has entries."""
     return min(width * block_size * world, LARGEST)
 
 

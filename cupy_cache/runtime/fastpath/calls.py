@@ -1,0 +1,196 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Of the calls of one signature: their extents, and what was made of these, which is remembered."""
+
+import abc
+import math
+import operator
+
+from ...errors import CupyCacheError
+from .. import arrays
+
+MAX_COUNTS = 256  # combinations of extents and scalars, of one signature
+# Calls with the same extents in a row, after which one comparison recognises them: it takes 6 us to
+# make, and saves a write 0.4.
+SETTLED = 4
+
+
+class Results(abc.ABC):
+    """Of one signature, what `make` gave for each combination of extents and scalars.
+
+    settled : (alike, scalars, result) of a call that came many times in a row, as at every layer of
+        a step. ``alike(*tensors)`` tells whether tensors have this call's shapes and strides: one
+        comparison, instead of the signature's and a question to each tensor. ``alike`` is None
+        where no call is settled.
+
+    Parameters
+    ----------
+    kind : guards.Kind
+    same : callable
+        ``same(*tensors)``: whether they have the signature; made by `guards.same_as`.
+    extents : Extents
+    """
+
+    def __init__(self, kind, same, extents):
+        self._same, self._exactly, self._elements = same, kind.exactly, kind.elements
+        self._extents, self._sized, self._free = extents, extents.sized, extents.free
+        # By numbers of elements, scalars, shapes and strides: the result; the function ``alike``.
+        self._known, self._alike = {}, {}
+        self._latest, self._repeats = None, 0
+        self.settled = _NOT_SETTLED
+
+    @abc.abstractmethod
+    def make(self, extents, scalars, sizes):
+        """The result for a call; None where it must take the slow path. ``sizes``: the numbers of
+        elements, shapes and strides that the extents were computed from."""
+
+    def forget(self):
+        """Forget all results."""
+        self._known.clear()
+        self._alike.clear()
+        self._latest, self.settled = None, _NOT_SETTLED
+
+    def find(self, tensors, scalars):
+        """The result for a call; None where it has no fast path, as with another signature."""
+        if not self._same(*tensors):
+            return None
+        sized, free, freed = self._sized, self._free, ()
+        key = sizes = tuple(map(self._elements, tensors if sized is None else sized(tensors)))
+        if scalars:
+            key += scalars
+        if free is not None:
+            freed = free(tensors)
+            key += freed
+        found = self._known.get(key)
+        if found is None:
+            extents = self._extents.find(sizes, freed)
+            try:
+                found = None if extents is None else self.make(extents, scalars, sizes + freed)
+            except CupyCacheError:  # the slow path raises it, with the name that was called
+                found = None
+            if found is None:
+                return None
+            if len(self._known) >= MAX_COUNTS:
+                self._known.clear()
+                self._alike.clear()
+            self._known[key] = found
+        if found is not self._latest:  # two calls that take turns are never settled
+            self._latest, self._repeats, self.settled = found, 0, _NOT_SETTLED
+            return found
+        self._repeats += 1
+        alike = self._alike.get(key)
+        if alike is None and self._repeats == SETTLED:
+            alike = self._alike[key] = self._exactly(tensors)
+        if alike is not None:
+            self.settled = alike, scalars, found
+        return found
+
+
+_NOT_SETTLED = None, None, None
+
+
+def getter(places):
+    """A function that gives a sequence's items at ``places``, as a tuple."""
+    if len(places) == 1:
+        return lambda items: (items[places[0]],)
+    return operator.itemgetter(*places) if places else lambda items: ()
+
+
+class Extents:
+    """Computes a call's extents: of tensors whose first dimension alone varies, from their numbers
+    of elements; of the others from shapes and strides.
+
+    Parameters
+    ----------
+    kind : guards.Kind
+    parts : list of (dispatch.Arg, at, count)
+        Of each argument, where its first tensor is among ``tensors``, and how many it has, None
+        where it is no list. Of an argument that calls do not give, None and its extent, if any.
+    tensors : list
+        Those of a call.
+
+    Attributes
+    ----------
+    sized : callable
+        tensors -> those that are asked for their number of elements; None where all are.
+    free : callable
+        tensors -> (shape, strides) of each whose other dimensions vary; None where there are none.
+    """
+
+    def __init__(self, kind, parts, tensors):
+        # (at, count, row elements) of each argument that varies: where its first tensor is among
+        # those of `sized` or of `free`, or None; how many it has; and how many elements one row
+        # has, 0 where it is of `free`.
+        self._parts = []
+        sized, free = [], []
+        for arg, at, count in parts:
+            if not arg.varies:
+                continue
+            if at is None:
+                self._parts.append((None, count, 0))
+                continue
+            rows = arg.varies == arrays.ROWS
+            into = sized if rows else free
+            self._parts.append((len(into), count, math.prod(tensors[at].shape[1:]) if rows else 0))
+            into += [(arg, place) for place in range(at, at + (1 if count is None else count))]
+        places = [at for _, at in sized]
+        self.sized = None if places == list(range(len(tensors))) else getter(places)
+        self.free = _shapes_and_strides(kind, [at for _, at in free]) if free else None
+        self._units = [kind.unit(tensors[at]) for _, at in free]
+        # (at, step, last, low bits) of each of `free` whose strides' alignment matters to the plan:
+        # the bytes from element to element, how many strides vary, and what they were aligned to.
+        self._low = []
+        freed = () if self.free is None else self._in_bytes(self.free(tensors))
+        for at, (arg, place) in enumerate(free):
+            if not arg.index:
+                step, last = kind.step(tensors[place]) * self._units[at], max(arg.varies)
+                self._low.append((at, step, last, _low_bits(*freed[at], step, last)))
+
+    def find(self, sizes, freed):
+        """The extents that the operation's count gets, from the numbers of elements of `sized` and
+        from what `free` gives; None where strides have another alignment than the plan was made
+        for."""
+        freed = freed and self._in_bytes(freed)
+        for at, step, last, low in self._low:
+            if _low_bits(*freed[at], step, last) != low:
+                return None
+        extents = []
+        for at, count, elements in self._parts:
+            if at is None:
+                extents.append(count)
+            elif elements:
+                if count is None:
+                    extents.append(sizes[at] // elements)
+                else:
+                    extents.append([size // elements for size in sizes[at : at + count]])
+            elif count is None:
+                extents.append(freed[at])
+            else:
+                extents.append(freed[at : at + count])
+        return extents
+
+    def _in_bytes(self, freed):
+        """What `free` gives, as tuples and with strides in bytes."""
+        return [
+            (tuple(shape), arrays.meant(shape, strides, unit))
+            for (shape, strides), unit in zip(freed, self._units)
+        ]
+
+
+def _low_bits(shape, strides, step, last):
+    """The low bits of the first ``last`` strides, which tell their alignment."""
+    return arrays.any_bits(arrays.regular(shape, strides, step)[:last]) & 15
+
+
+def _shapes_and_strides(kind, places):
+    """A function that gives (shape, strides) of each of the tensors at ``places``."""
+    strides = kind.strides
+    if len(places) > 1:
+        return lambda tensors: tuple([(tensors[at].shape, strides(tensors[at])) for at in places])
+    (one,) = places  # most often: a block table
+
+    def shape_and_strides(tensors):
+        tensor = tensors[one]
+        return ((tensor.shape, strides(tensor)),)
+
+    return shape_and_strides

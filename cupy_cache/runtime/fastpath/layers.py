@@ -1,0 +1,137 @@
+# SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
+# SPDX-License-Identifier: Apache-2.0
+"""Fast paths of operations whose arguments are lists of arrays, or chosen blocks and slots."""
+
+from .. import arrays, guards, indices, lists
+from . import calls
+
+
+def flattened(op, args, objects, options):
+    """(Objects, tensors, form) of a call of ``op`` that gives ``args``: the ``objects``, of which
+    those in host memory are read; all their tensors in one list; the form of the call."""
+    read, tensors, form = [], [], [options]
+    for arg, value in zip(args, objects):
+        if value is None:
+            form.append(type(value))
+        elif arg.layers:
+            lists.require_list(op.name, arg.name, value)
+            tensors += value
+            form.append(len(value))
+        elif arg.chosen and type(value := indices.read_host(op.name, arg, value)) is indices.Chosen:
+            form.append(indices.Chosen)
+        else:
+            tensors.append(value)
+            form.append(True)
+        read.append(value)
+    return read, tensors, tuple(form)
+
+
+def path_of(op, entry, objects, options, given):
+    """The fast path of an operation on lists; None where there is none. See `FastPaths.learn`.
+
+    Only lists may be bound. The path's last argument, ``fixed``, is their addresses.
+    """
+    bound = []
+    if given is None:
+        given = range(len(objects))
+    else:
+        bound = [i for i, value in enumerate(objects) if value is not None and i not in given]
+    if entry.others or not all(op.args[index].layers for index in bound):
+        return None
+    given_args = [op.args[index] for index in given]
+    _, tensors, form = flattened(op, given_args, [objects[index] for index in given], options)
+    kind = guards.kind_of(tensors)
+    if kind is None:
+        return None
+    # (index, at, count) of each argument: where its first tensor is among ``tensors``, and how many
+    # it lists; None where it has no tensor, or is no list.
+    parts, args = [], []
+    for index, arg, length in zip(given, given_args, form[1:]):
+        if type(length) is type:  # absent, or in host memory
+            parts.append((index, None, None))
+        else:
+            parts.append((index, len(args), None if length is True else length))
+            args += [arg] * int(length)
+    address = kind.address
+    same = kind.same_as(tensors, [arg.varies for arg in args])
+    if same is None or arrays.any_bits(map(address, tensors)) & 15:
+        return None
+    extents = calls.Extents(
+        kind, [(op.args[index], at, count) for index, at, count in parts], tensors
+    )
+    sized = extents.sized
+    if any(0 in tensor.shape[1:] for tensor in (tensors if sized is None else sized(tensors))):
+        return None  # no rows can be computed from 0 elements
+    varying = [index for index, _, _ in parts if op.args[index].varies]
+    # (index of the argument, place of its extent) of each that is chosen in host memory.
+    chosen = [
+        (index, varying.index(index))
+        for index, length in zip(given, form[1:])
+        if length is indices.Chosen
+    ]
+    layered = [index for index, arg in enumerate(op.args) if arg.layers]
+    # The latest call's addresses, those of bound lists, and the values and tables made of them.
+    latest = [None, None, None, None]
+
+    def values_of(addresses, fixed):
+        """(Values, tables) of `plans.Call`, without what is chosen in host memory."""
+        if arrays.any_bits(addresses) & 15 or min(addresses, default=arrays.LOWEST) < arrays.LOWEST:
+            return None, None
+        values = [0] * len(op.args)
+        for index, at, count in parts:
+            if count is not None:
+                values[index] = tuple(addresses[at : at + count])
+            elif at is not None:
+                values[index] = addresses[at]
+        for index, kept in zip(bound, fixed):
+            values[index] = kept
+        if entry.apart is not None:
+            entry.apart.check(values)
+        _, _, known, tables = latest
+        if entry.tables is None:
+            return values, None
+        if known is None or any(known[index] != values[index] for index in layered):
+            tables = entry.tables(values)
+        return values, tables
+
+    works = _Works(kind, same, extents, op, options, bool(chosen))
+    find = works.find
+
+    def run(tensors, scalars, stream, objects, fixed=()):
+        alike, settled_scalars, found = works.settled
+        if alike is None or scalars != settled_scalars or not alike(*tensors):
+            found = find(tensors, scalars)
+            if found is None:
+                return False
+        addresses = list(map(address, tensors))
+        known, known_fixed, values, tables = latest
+        if addresses != known or fixed != known_fixed:
+            values, tables = values_of(addresses, fixed)
+            if values is None:
+                return False
+            latest[:] = addresses, fixed, values, tables
+        extents, work = found
+        if chosen:
+            values, extents = values.copy(), extents.copy()
+            for index, at in chosen:
+                values[index] = objects[index].numbers
+                extents[at] = values[index].shape[-1]
+            work = op.work(extents, options, scalars)
+        op.finish(entry, values, tables, stream, work, objects)
+        return True
+
+    return run
+
+
+class _Works(calls.Results):
+    """A result is (extents, work): what `dispatch.Op.work` made of the extents, None where that
+    also depends on what is chosen in host memory."""
+
+    def __init__(self, kind, same, extents, op, options, chosen):
+        super().__init__(kind, same, extents)
+        self._op, self._options, self._chosen = op, options, chosen
+
+    def make(self, extents, scalars, sizes):
+        """(Extents, work) of a call."""
+        work = None if self._chosen else self._op.work(extents, self._options, scalars)
+        return extents, work
