@@ -353,7 +353,8 @@ class BlockTables:
         ----------
         sequences : iterable of names
             Who is to take part; there may be more than a step takes. Of those that have one token
-            to be fed the first ones go first, and so of the others.
+            to be fed the first ones go first, and so of the others. Beams of one search are not
+            kept together: let no more sequences run than ``max_sequences`` and ``max_tokens``.
         max_tokens : int, optional
             Of the step; at most, and by default, that of the tables.
 

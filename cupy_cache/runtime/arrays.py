@@ -27,7 +27,7 @@ from . import dlpack, formats
 from .devices import CPU, Device
 
 # The way out for who would have JAX's arrays written.
-OF_JAX = "JAX arrays are immutable: keep the cache in CuPy or torch and give JAX a view of it"
+OF_JAX = "JAX arrays are immutable: keep the cache in torch, CuPy or NumPy, and give JAX a view"
 
 
 class Metadata(NamedTuple):
