@@ -76,7 +76,7 @@ def flash_attn_with_kvcache(
     k, v : array [batch, seqlen_new, num_kv_heads, head_size or head_size_v], optional
         Both or neither: what is added to each sequence after its ``cache_seqlens`` tokens.
     rotary_cos, rotary_sin : None
-        Rotary embedding is not applied here.
+        Rotary embedding is not applied here: call `rotary_embedding` before.
     cache_seqlens : int, or int32 or int64 array [batch], optional
         The tokens of each sequence in the cache, without those that are added; a number is that of
         all sequences. By default, where nothing is added, all that the cache or the table holds.
@@ -121,11 +121,10 @@ def flash_attn_with_kvcache(
     """
     del rotary_interleaved, num_splits
     op = "flash_attn_with_kvcache"
-    given = {
-        "rotary_cos": rotary_cos, "rotary_sin": rotary_sin, "cache_leftpad": cache_leftpad
-    }  # fmt: skip
-    for name, value in given.items():
-        _refuse(op, name, value is not None, "None", value)
+    for name, value in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
+        way_out = "rotate queries and keys before, with rotary_embedding"
+        _refuse(op, name, value is not None, "None", value, way_out)
+    _refuse(op, "cache_leftpad", cache_leftpad is not None, "None", cache_leftpad)
     both = block_table is not None and cache_batch_idx is not None
     _refuse(op, "cache_batch_idx", both, "None with a block_table", cache_batch_idx)
     _refuse(op, "v", (k is None) != (v is None), "both k and v, or neither", v)
@@ -316,10 +315,10 @@ def _of_slopes(op, slopes, batch):
     return f"{batch} num_heads" if two else "num_heads"
 
 
-def _refuse(op, name, when, expected, got):
+def _refuse(op, name, when, expected, got, way_out=""):
     if when:
         shown = got if isinstance(got, (int, float, tuple, list)) else type(got).__name__
-        raise errors.wrong("value", f"{op}: {name}", expected, f"{shown!s:.80}")
+        raise errors.wrong("value", f"{op}: {name}", expected, f"{shown!s:.80}", way_out)
 
 
 def _checked(op, named):

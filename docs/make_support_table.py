@@ -108,9 +108,9 @@ makes every marked call with real arrays.
 {layouts}
 
 A cell names the dtypes of the model's keys and values with which the operation takes the caches;
-"any" is every dtype of `cupy_cache.runtime.formats.DTYPES`. Every marked call runs in a test by
-NumPy on the CPU; on machines with a GPU, also by the CUDA kernel there, with a dtype of each size
-for "any".
+"any" is every dtype of `cupy_cache.runtime.formats.DTYPES`: booleans, and integers and floats of 8
+to 64 bits. On the CPU attention takes float32, too. Every marked call runs in a test by NumPy on
+the CPU; on machines with a GPU, also by the CUDA kernel there, with a dtype of each size for "any".
 
 ### Operations that have to know the kv_cache_dtype
 

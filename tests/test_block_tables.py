@@ -496,6 +496,16 @@ def test_who_is_fed_in_a_step():
     assert tables.schedule(tables) == {"b": 1, "c": 9}
 
 
+def test_who_is_fed_where_there_are_more_than_a_step_takes():
+    tables = tables_of(num_blocks=40, max_sequences=2)
+    for name, length in (("a", 7), ("b", 1), ("c", 9), ("d", 1), ("e", 1)):
+        tables.add(name, range(length))
+    assert tables.schedule(tables) == {"b": 1, "d": 1}
+    assert tables.schedule("abc") == {"b": 1, "a": 7}
+    counts = tables.schedule("ca")
+    assert tables.step(list(counts), list(counts.values())).num_tokens == 16
+
+
 def test_beams_are_swapped_together():
     """What they share is moved once, and shared again; all go, or none."""
     tables = tables_of(host_blocks=3)
@@ -664,6 +674,7 @@ REFUSALS = [
     (lambda t: t.add("x", [0, 1, True]), "add", "value", "tokens"),
     (lambda t: t.add("x", (n > 0 for n in range(2))), "add", "value", "tokens"),
     (lambda t: t.add("x", np.array([True])), "add", "value", "tokens"),
+    (lambda t: t.add("x", range(33)), "add", "length", "tokens"),
     (lambda t: t.step(iter("a"), [1]), "step", "type", "sequences"),
     (lambda t: t.step(None, [1]), "step", "type", "sequences"),
     (lambda t: t.step(np.array("a"), [1]), "step", "type", "sequences"),

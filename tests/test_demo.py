@@ -1,5 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
+import builtins
 import contextlib
 import ctypes
 import importlib.metadata
@@ -426,7 +427,18 @@ def test_auto_without_cupy_is_numpy(file):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     first = done.stdout.partition("\n")[0]
-    assert "backend numpy on CPU" in first and "CuPy cannot be imported" in first
+    assert "backend numpy on CPU" in first and "; CuPy is not installed" in first
+
+
+def test_a_broken_cupy_is_told(file, capsys, monkeypatch):
+    def torn(name, *args, **more):
+        if name == "cupy":
+            raise ImportError("its library is torn")
+        return real(name, *args, **more)
+
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", torn)
+    assert "CuPy cannot be imported: its library is torn" in refused(capsys, file, backend="cupy")
 
 
 def test_without_a_checkout_the_metadata_has_the_readme(tmp_path, capsys, monkeypatch):

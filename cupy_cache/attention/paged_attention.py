@@ -127,7 +127,7 @@ def paged_attention(
         A further logit of each head, whose value is 0. float32 or of the dtype of ``query``; any
         stride.
     causal : bool
-        False: every query of a sequence sees all its tokens, but for what ``sliding_window`` hides.
+        False: every query of a sequence sees all its tokens, except what ``sliding_window`` hides.
     kv_cache_dtype : str
         "auto", "float16", "bfloat16" or "float32": raw caches. "fp8" or "fp8_e4m3", "fp8_e5m2",
         "int8": a key or value is what is stored, times its scale. With ``k_scale_cache`` and
@@ -188,7 +188,7 @@ def paged_attention(
     and are no multiples of 256. Where these are too few thread blocks for the GPU, a cluster of
     eight shares the work of one, on sm_90 and newer. Without ``query_start_loc``, where tables are
     wide or there are no clusters, all thread blocks share all of the work through scratch memory.
-    That is some MiB of the allocator of the result's framework, free again behind the kernel in the
+    That is some MiB of the allocator of the result's framework, free again after the kernel, in the
     stream's order; during a capture it is the graph's. Caches whose addresses and strides are
     multiples of 16 bytes are read fastest.
     """

@@ -146,7 +146,7 @@ def paged_attention_mla(
     On a GPU there are as many thread blocks as run at once. A sequence is cut into parts by its own
     length alone, and all blocks share all parts equally. What several have of a sequence is joined
     through scratch memory. That is some MiB of the allocator of the result's framework, at most
-    about 120 for 512 values, or 240 of 32 heads and more. It is free again behind the kernel in the
+    about 120 for 512 values, or 240 of 32 heads and more. It is free again after the kernel, in the
     stream's order; during a capture it is the graph's. Where many share one, a second launch joins.
     Caches whose addresses and strides are multiples of 16 bytes are read fastest.
     """

@@ -68,7 +68,8 @@ class BlockTables:
     max_sequences, max_tokens : int
         Sequences, and tokens, of a step at most.
     max_length : int
-        Tokens of a sequence at most: the tables are as wide as it needs.
+        Tokens of a sequence at most, its prompt and what follows: the tables are as wide as it
+        needs.
     host_blocks : int
         Blocks of the cache in host memory that sequences are swapped out to.
     reuse_prefixes : bool
@@ -200,8 +201,8 @@ class BlockTables:
         sequence : hashable
             Its name, which no other has.
         tokens : sequence of int
-            Of its prompt, as far as it is known. Full blocks that hold the same tokens after the
-            same tokens are shared.
+            Of its prompt, as far as it is known; at most ``max_length``. Full blocks that hold the
+            same tokens after the same tokens are shared.
         salt : bytes
             Blocks are shared only among sequences of the same salt: what else decides keys and
             values, such as an adapter's name or a picture's digest, or whose prompt it is.
@@ -217,6 +218,9 @@ class BlockTables:
             got = errors.shown(salt)
             raise errors.wrong("type", f"{NAME}.add: salt", "bytes", got)
         known = _numbers("add", tokens)
+        if len(known) > self.max_length:  # no step could feed the last ones
+            expected = f"at most max_length = {self.max_length} tokens"
+            raise errors.wrong("length", f"{NAME}.add: tokens", expected, len(known))
         found = _Sequence(self._new_row(), known, salt)
         full = (len(known) - 1) // self.block_size if self._reuse else 0
         while len(found.blocks) < full:
@@ -239,6 +243,13 @@ class BlockTables:
         Full blocks of known tokens are found by `add` when their sequence goes on, by this or by
         another step: only then is it sure that a step's work was done. So append the last token of
         a sequence, too, before it is freed.
+
+        Parameters
+        ----------
+        sequence : hashable
+            Its name.
+        tokens : int, or sequence of int
+            Arrays count as one or the other: of no dimensions, or of one.
         """
         found = self._found("append", sequence)
         known = (tokens,) if type(tokens) is int else _numbers("append", tokens)
@@ -341,16 +352,19 @@ class BlockTables:
         Parameters
         ----------
         sequences : iterable of names
-            Who is to take part. Of those that have as little to be fed, the first ones go first.
+            Who is to take part; there may be more than a step takes. Of those that have one token
+            to be fed the first ones go first, and so of the others. Beams of one search are not
+            kept together: let no more sequences run than ``max_sequences`` and ``max_tokens``.
         max_tokens : int, optional
             Of the step; at most, and by default, that of the tables.
 
         Returns
         -------
         dict
-            {name: how many}, in the order of the step; without those that have to wait.
+            {name: how many}, in the order of the step, of at most ``max_sequences`` names; without
+            those that have to wait.
         """
-        name, left = f"{NAME}.schedule: max_tokens", self.max_tokens
+        name, left, places = f"{NAME}.schedule: max_tokens", self.max_tokens, self.max_sequences
         if max_tokens is not None:
             left = contract.integer(f"{NAME}.schedule", "max_tokens", max_tokens, 0)
             if left > self.max_tokens:
@@ -368,17 +382,19 @@ class BlockTables:
             pending = len(found.tokens) - found.length
             if pending > 1:
                 prompts.append((sequence, pending))
-            elif pending > 0 and left:
+            elif pending > 0 and left and len(counts) < places:
                 counts[sequence] = 1
                 left -= 1
         for sequence, pending in prompts:
-            if left:
+            if left and len(counts) < places:
                 counts[sequence] = min(pending, left)
                 left -= counts[sequence]
         return counts
 
     def blocks_needed(self, sequences: Sequence[Hashable], counts: Sequence[SupportsIndex]) -> int:
-        """How many free blocks `step` would take for these sequences and counts of new tokens."""
+        """How many free blocks `step` would take for these sequences and counts of new tokens. None
+        of them is swapped out: to come back, sequences take as many as there are different numbers
+        in their `blocks`, or fewer."""
         return self._planned("blocks_needed", sequences, counts)[2]
 
     def extend(
@@ -768,4 +784,4 @@ def _numbers(method, tokens):
         return numbers
     except Exception as error:  # also whatever an object raises that is to be a number
         name, got = f"{NAME}.{method}: tokens", errors.shown(tokens)
-        raise errors.wrong("value", name, "integers", f"{got} ({error})") from error
+        raise errors.wrong("value", name, "integers in one list", f"{got} ({error})") from error

@@ -100,7 +100,7 @@ def csr_to_block_table(
     Returns
     -------
     block_table : int32 array [B, width]
-        -1 behind a sequence's last block.
+        -1 after a sequence's last block.
     seq_lens : int32 array [B]
         New arrays, as those of `block_table_to_csr`.
 

@@ -288,6 +288,8 @@ def _machine(backend):
         problem = None if cupy.cuda.is_available() else "CuPy sees no CUDA GPU"
     except Exception as error:  # a broken installation raises whatever it likes
         problem = f"CuPy cannot be imported: {error}"
+        if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
+            problem = "CuPy is not installed"
     if problem is None:
         index = cupy.cuda.runtime.getDevice()
         gpu = cupy.cuda.runtime.getDeviceProperties(index)

@@ -71,7 +71,7 @@ def cp_gather_and_upconvert_fp8_kv_cache(
     A row that would be read from outside the table or the cache is skipped and recorded (see
     `raise_faults`) as by `gather_cache`, and so are numbers of ``workspace_starts`` that descend.
 
-    Names, order and meaning are those of vLLM's cache operation of the same name, but for its
+    Names, order and meaning are those of vLLM's cache operation of the same name, except its
     reading of rows from host memory (the arguments ``host_cache``, ``host_row_ids`` and
     ``device_row_ids``), which is not offered.
     """

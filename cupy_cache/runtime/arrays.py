@@ -29,7 +29,7 @@ from . import dlpack, formats
 from .devices import CPU, Device
 
 # The way out where a call would write an array of JAX.
-OF_JAX = "JAX arrays are immutable: keep the cache in CuPy or torch and give JAX a view of it"
+OF_JAX = "JAX arrays are immutable: keep the cache in torch, CuPy or NumPy, and give JAX a view"
 
 
 class Metadata(NamedTuple):
