@@ -268,9 +268,11 @@ def _users():
                         for module in (ROOT / name).glob("*.py"):
                             if called & _functions(module):
                                 users[module.relative_to(ROOT).as_posix()].add(file)
-        # A kernel's file is named as the module that launches it is, or as a template in it.
+        # A kernel's file is named as the module that launches it is, or as a template in it, or is
+        # what it calls by name.
         for stem, kernel in stems.items():
-            if "modules.Kernel(" in text and (Path(file).stem == stem or f'"{stem}<' in text):
+            named = Path(file).stem == stem or f'"{stem}<' in text or f'"{stem}"' in text
+            if "modules.Kernel(" in text and named:
                 users[kernel].add(file)
     return users
 

@@ -627,6 +627,23 @@ def test_sequences_of_a_larger_number_than_a_step_has():
     assert tables.step([29, 0], [1, 1]).block_table[:, 0].tolist() == [29, 0]
 
 
+def test_rows_of_the_table_are_used_again():
+    """Whoever ends, is swapped out, or becomes another gives its row back."""
+    tables = tables_of(num_blocks=40, host_blocks=8, max_sequences=8)
+    tables.add("a", range(3))
+    rows = len(tables._table)
+    for _ in range(10):
+        tables.swap_out("a")
+        tables.swap_in("a")
+        tables.fork("a", "b")
+        tables.fork("a", "c")
+        tables.reorder(["b", "c"], ["a", "a"])
+        tables.free("b")
+        tables.swap_out("c")
+        tables.free("c")
+    assert len(tables._table) == rows
+
+
 def test_views_of_many_sizes():
     tables = cc.BlockTables(
         8, 4, max_sequences=1, max_tokens=600, max_length=32, framework="numpy", device="cpu"
@@ -757,6 +774,33 @@ def test_refusals(call, method, what, argument):
     ):
         call(tables)
     assert before == [(name, tables.blocks(name), tables.length(name)) for name in tables]
+
+
+def test_texts_of_refusals():
+    tables = tables_of(num_blocks=40, host_blocks=2)
+    for name in ("a", "b", "out"):
+        tables.add(name)
+    tables.swap_out("out")
+    calls = [
+        (lambda t: t.add("a"), "add", "value", "sequence", "a new name", "'a', which is taken"),
+        (lambda t: t.blocks("x"), "blocks", "value", "sequence", "a sequence that was added",
+         "'x', which was not"),
+        (lambda t: t.swap_out("out"), "swap_out", "value", "sequence",
+         "a sequence that is not swapped out", "'out', which is"),
+        (lambda t: t.swap_in("a"), "swap_in", "value", "sequence", "a sequence that is swapped out",
+         "'a', which is not"),
+        (lambda t: t.reorder(["a", "b", "a"], ["a", "a", "b"]), "reorder", "value", "sequences",
+         "each sequence once", "'a' twice"),
+        (lambda t: t.reorder(["a"], ["a", "b"]), "reorder", "length", "parents",
+         "one parent for each of 1 sequences", 2),
+        (lambda t: t.step(["a", "b"], [1]), "step", "length", "counts",
+         "one count for each of 2 sequences", 1),
+    ]  # fmt: skip
+    for call, method, what, argument, expected, got in calls:
+        with pytest.raises(cc.CupyCacheError) as raised:
+            call(tables)
+        text = f"BlockTables.{method}: Invalid {what} of {argument}: expected {expected}, got {got}"
+        assert str(raised.value) == text
 
 
 @pytest.mark.parametrize("framework", ["numpy", "torch"])

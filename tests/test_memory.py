@@ -518,6 +518,32 @@ def test_exports_that_cannot_be_read(wrong, word):
     assert not converted.any()
 
 
+def test_how_far_exports_reach():
+    """Less than half of the addresses, counted in bytes; what leads nowhere may be of any size."""
+    sound = dlpack._sound
+    for shape, strides, size in (
+        ((2, 3), (2**61 - 3, 1), 4), ((2, 3), (3 - 2**61, 1), 4), ((2**61 - 1,), (0,), 4),
+        ((1, 3), (2**63 - 1, 1), 8), ((0, 3), (2**63 - 1, 1), 8), ((2, 1), (2**60 - 1, 2**62), 8),
+        ((0, 2**63 - 1), (1, 1), 8), ((), (), 8),
+    ):  # fmt: skip
+        assert sound(2**64 - 1, shape, strides, size) == (2**64 - 1, shape, strides)
+        assert sound(0, shape, strides, size) == (0, shape, strides)
+        for ptr in (-1, 2**64):
+            with pytest.raises(ValueError, match="no place in memory"):
+                sound(ptr, shape, strides, size)
+    for shape, strides, size in (
+        ((2, 3), (2**61 - 2, 1), 4), ((2, 3), (2 - 2**61, -1), 4), ((2**61,), (0,), 4),
+        ((2**31, 2**30), (0, 0), 4), ((3, 1), (2**59, 0), 8),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="no place in memory"):
+            sound(64, shape, strides, size)
+    for bits, lanes, most in ((32, 1, 2**61), (16, 4, 2**60), (4, 1, 2**63), (16, 1, 2**62)):
+        reaches = {"bits": bits, "lanes": lanes, "ndim": 1, "shape": (2, 0)}
+        dlpack.read(Capsules(strides=(most - 1, 1), **reaches))
+        with pytest.raises(ValueError, match="no place in memory"):
+            dlpack.read(Capsules(strides=(-most, 1), **reaches))
+
+
 class Failing:
     """A producer that refuses, as JAX does for sharded and deleted arrays."""
 

@@ -278,6 +278,27 @@ def test_arguments_are_in_the_order_of_the_template():
         assert ["_".join(word).lower() for word in words] == list(fields)
 
 
+@few_and_more
+def test_strides_of_their_own(world, rng, tokens):
+    """No array has the strides of another: of tokens, blocks, slots or heads."""
+    model = Model(heads=3, kv_heads=2, size=32, dtype="float16", out="auto")
+    step, named = model.case(rng, tokens)
+    pads = iter(range(8, 80, 8))
+
+    def spaced(spec):
+        """The same shape, with elements behind each of its heads and so many rows of them."""
+        *outer, heads, size = spec.shape
+        pad = next(pads)
+        shape = *(n + 1 for n in outer), heads + pad // 8, size + pad
+        values = worlds.of_values(rotating.numbers(rng, shape, spec.dtype))
+        return values[(*map(slice, outer), slice(heads), slice(size))]
+
+    for at in (1, 2, 3, 5, 6):
+        step[at] = spaced(step[at])
+    named["out"] = spaced(named["out"])
+    check(world, model, step, named)
+
+
 def test_few_tokens_have_a_kernel_of_their_own(recorder, nothing_remembered):
     """In each call of a signature, whichever numbers of tokens came before."""
     torch = pytest.importorskip("torch")

@@ -2,16 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """`SwapSpace`: what was swapped out comes back, whatever moves meanwhile."""
 
+import contextlib
 import copy
 import gc
 import itertools
 import pickle
+import types
 
 import late_swaps
 import numpy as np
 import pytest
+import recording
+import worlds
 
 import cupy_cache as cc
+from cupy_cache.runtime import cuda, making, streams
 
 BLOCKS, PLACES, BLOCK_SIZE = 12, 9, 4
 
@@ -136,6 +141,74 @@ def test_dropped_while_blocks_move(framework):
     taken = [cupy.full(64 * cache.bytes_per_block, 7, cupy.uint8) for _ in range(3)]
     cupy.cuda.runtime.deviceSynchronize()
     assert all((one == 7).all() for one in taken)
+
+
+def test_what_cuda_is_told(nothing_remembered, recorder, monkeypatch):
+    """Blocks are packed on the stream of the steps, and copied on another one once they are; memory
+    is kept for both. A stream that is captured is told nothing."""
+    torch = pytest.importorskip("torch")
+    steps, beside = 5, types.SimpleNamespace(ptr=9)
+    host, copies, events, kept, captured = [], [], [], [], []
+
+    def pinned_zeros(shape, dtype):
+        host.append(np.zeros(shape, dtype))
+        return host[-1]
+
+    def empty(framework, device, shape, dtype, stream):
+        made.append((framework, device.index, shape, dtype.name, stream))
+        return torch.empty(shape, dtype=torch.uint8)
+
+    made = []
+    recorder.new_stream = lambda device: beside
+    recorder.copy = lambda *given: copies.append(given)
+    recorder.event = lambda *given: events.append(given) or recorder.event_made
+    recorder.capturing = lambda stream, device: (stream, device) in captured
+    monkeypatch.setattr(cuda, "on_device", contextlib.nullcontext)
+    monkeypatch.setattr(cuda, "pinned_zeros", pinned_zeros)
+    monkeypatch.setattr(making, "empty", empty)
+    monkeypatch.setattr(making, "empty_of_stream", empty)
+    monkeypatch.setattr(streams, "keep_until_done", lambda *given: kept.append(given))
+    cache = cc.PagedKVCache(*([torch.zeros(6, 4, 1, 8)] for _ in "kv"))
+    size = cache.bytes_per_block
+    space = cc.SwapSpace(cache, 4)
+    (places,) = host
+    assert places.shape == (4, size) and places.dtype == np.uint8
+
+    space.swap_out([(2, 2), (3, 1)], stream=steps)
+    assert made == [("torch", 0, (2, size), "uint8", steps)] and events == [(steps, 0)]
+    assert [stream for *_, stream, _ in recorder.take()] == [steps]
+    space.advance()
+    assert not copies  # they are being packed
+    recorder.event_made.is_done = True
+    space.advance()
+    ((to, _, count, *where),) = copies
+    assert (to, count, where) == (places.ctypes.data + size, 2 * size, [9, 0])
+    assert events.pop() == (9, 0)
+    assert [(objects[0][0] is places, *of) for objects, *of in kept] == [(True, 9, 0)] * 2
+
+    coming = space.prefetch([3, 2])
+    assert made.pop() == ("torch", 0, (2, size), "uint8", beside)
+    copies.clear()
+    space.advance()
+    ((_, source, count, *where),) = copies
+    assert (source, count, where) == (places.ctypes.data + 2 * size, 2 * size, [9, 0])
+    kept.clear()
+    coming.swap_in([(3, 0), (2, 1)], stream=steps)  # one launch, as they are neighbours
+    coming.swap_in([(3, 1)])
+    assert [stream for *_, stream, _ in recorder.take()] == [steps, recording.STREAM]
+    assert [of for _, *of in kept] == [[steps, 0], [recording.STREAM, 0]]
+
+    captured.append((recording.STREAM, 0))
+    for call in (
+        lambda: space.swap_out([(0, 1)]), lambda: space.prefetch([0]),
+        lambda: coming.swap_in([(3, 1)]),
+    ):  # fmt: skip
+        with pytest.raises(cc.CaptureError, match="a graph would move the same blocks"):
+            call()
+    captured.clear()
+    with pytest.raises(cc.DeviceError, match="Invalid device of host_blocks: expected host memory"):
+        space.prefetch(worlds.Opaque(np.array([0])))
+    assert not recorder.take()
 
 
 @pytest.mark.gpu

@@ -2,6 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`StepGraphs`: a graph for each of some numbers of sequences."""
 
+import contextlib
+import types
+
 import pytest
 
 import cupy_cache as cc
@@ -14,6 +17,7 @@ def ignored(step):
     return step
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "options, sizes",
     [
@@ -44,6 +48,51 @@ def test_refusals():
     tables.append("a", 5)
     step = tables.step(["a"], [1], num_sequences=2, num_tokens=2)
     assert graphs(step) is step and not graphs.graphs  # on the CPU
+
+
+class OnGPU(list):
+    is_cuda = True
+
+
+def test_what_is_captured(monkeypatch):
+    """Each number of sequences once, after a call that loads its kernels; all share memory."""
+    log, pools = [], iter("PQ")
+
+    def function(step):
+        log.append(step)
+        return "results", len(step.seq_lens)
+
+    @contextlib.contextmanager
+    def graph(made, pool, capture_error_mode):
+        log.append(("begin", made.at, pool, capture_error_mode))
+        yield
+        log.append("end")
+
+    class Graph:
+        def __init__(self):
+            self.at = len(log)
+
+        def replay(self):
+            log.append(("replay", self.at))
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    steps = {
+        size: types.SimpleNamespace(seq_lens=OnGPU([7] * size), positions=OnGPU([6] * size))
+        for size in (1, 2)
+    }
+    graphs = torch_graphs.StepGraphs(function, 2)
+    for size in (2, 1, 2):
+        assert graphs(steps[size]) == ("results", size)
+    two, one = steps[2], steps[1]
+    assert log == [
+        two, ("begin", 1, "P", "thread_local"), two, "end", ("replay", 1),
+        one, ("begin", 6, "P", "thread_local"), one, "end", ("replay", 6),
+        ("replay", 1),
+    ]  # fmt: skip
+    assert graphs.replay(1) == ("results", 1) and log[-1] == ("replay", 6)
+    assert list(graphs.graphs) == [2, 1]
 
 
 @pytest.mark.gpu
