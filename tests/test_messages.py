@@ -241,7 +241,7 @@ TABLE = [
     (lambda: cc.alibi_slopes(8, device="gpu"), "alibi_slopes", "value", "device", ""),
     (
         lambda: cc.alibi_slopes(8, framework="jax"),
-        "alibi_slopes", "value", "framework", "JAX a view of it",
+        "alibi_slopes", "value", "framework", "give JAX a view",
     ),
     (lambda: cc.alibi_slopes(8, framework="mlx"), "alibi_slopes", "value", "framework", ""),
     (lambda: cc.place_slopes(["a"]), "place_slopes", "value", "slopes", ""),
