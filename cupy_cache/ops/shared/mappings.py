@@ -69,13 +69,12 @@ def check(op, pairs, source_blocks, destination_blocks, disjoint=False, words=BL
         if good and (not disjoint or written.isdisjoint(sources)):
             return
     else:
-        sources, ordered = pairs[0], np.sort(pairs[1])
+        sources, ordered = pairs.astype(np.uint64)  # in which what is negative is large
+        ordered.sort()
         good = (
-            sources.min() >= 0
-            and sources.max() < source_blocks
-            and ordered[0] >= 0
+            sources.max() < source_blocks
             and ordered[-1] < destination_blocks
-            and not np.count_nonzero(ordered[1:] == ordered[:-1])
+            and not (ordered[1:] == ordered[:-1]).any()
         )
     if not good:
         _refuse(op, *pairs.tolist(), source_blocks, destination_blocks, words)
