@@ -265,14 +265,14 @@ def _check_scales(op, k_scale, v_scale, k_scale_cache, v_scale_cache):
 
 def new_out(op, query, key_cache, value_cache, stream):
     """A new array for the result."""
-    if all(map(arrays.is_torch, (query, key_cache, value_cache))):
+    if arrays.is_torch(query):
         # As an engine calls it at every layer. The plan checks them; `arrays.view` takes 30 us.
         try:
-            axis, shape = _VALUE_AXES.get((key_cache.dim(), value_cache.dim())), query.shape
-            if axis is not None and len(shape) == 3:
-                shape = *shape[:2], value_cache.shape[axis]
-                return making.empty_beside(query, shape, stream)
-        except Exception:  # tensors without a shape, or without memory: `arrays.view` refuses them
+            tokens, heads, _ = query.shape
+            of_values = value_cache.shape
+            size = of_values[_VALUE_AXES[len(key_cache.shape), len(of_values)]]
+            return making.empty_beside(query, (tokens, heads, size), stream)
+        except Exception:  # arrays without such shapes, or without memory: `arrays.view` refuses them
             pass
     like = arrays.view(query, f"{op}: query")
     keys = arrays.view(key_cache, f"{op}: key_cache")

@@ -169,10 +169,10 @@ def _new_out(query, rank, stream):
     """A new array for the result."""
     if arrays.is_torch(query):
         try:
-            shape = query.shape  # the plan checks it; `arrays.view` takes 10 us
-            if len(shape) == 3 and rank <= shape[2]:
-                return making.empty_beside(query, (*shape[:2], rank), stream)
-        except Exception:  # a tensor without a shape, or without memory: `arrays.view` refuses it
+            tokens, heads, size = query.shape  # the plan checks it; `arrays.view` takes 10 us
+            if rank <= size:
+                return making.empty_beside(query, (tokens, heads, rank), stream)
+        except Exception:  # without such a shape, or without memory: `arrays.view` refuses it
             pass
     like = arrays.view(query, f"{NAME}: query")
     check = contract.Contract(NAME)

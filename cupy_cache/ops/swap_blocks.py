@@ -247,8 +247,8 @@ class _Plan:
                 pointers = self._copy.tables(*on_gpu)
                 layers.reached = mapped, pointers
             self._copy.enqueue_pairs(stream, pointers, scattered)
-        for at, layer in enumerate(zip(*sides)):
-            for run in runs:
+        for run in runs:
+            for at, layer in enumerate(zip(*sides)):
                 self._copy_run(self._tensors[at % len(self._tensors)], *layer, *run, stream)
 
     def _pinned_as_wholes(self, host, mapped, to_host):

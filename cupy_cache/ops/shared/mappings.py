@@ -18,6 +18,8 @@ FEW = 48
 # A table of more blocks (8 MiB) may have to be mapped anew at every call, page by page: half a
 # millisecond for one of 32 MiB, where sorting a thousand pairs takes 0.2.
 MOST_IN_TABLE = 1 << 20
+# A table that is cleared and looked through takes as long as sorting 256 numbers for so many.
+MOST_IN_CLEAR_TABLE = 1 << 16
 
 
 def runs(pairs):
@@ -69,12 +71,11 @@ def check(op, pairs, source_blocks, destination_blocks, disjoint=False, words=BL
         if good and (not disjoint or written.isdisjoint(sources)):
             return
     else:
-        sources, ordered = pairs.astype(np.uint64)  # in which what is negative is large
-        ordered.sort()
+        sources, destinations = pairs.view(np.uint64)  # in which what is negative is large
         good = (
             sources.max() < source_blocks
-            and ordered[-1] < destination_blocks
-            and not (ordered[1:] == ordered[:-1]).any()
+            and destinations.max() < destination_blocks
+            and _distinct(pairs[1], destination_blocks)
         )
     if not good:
         _refuse(op, *pairs.tolist(), source_blocks, destination_blocks, words)
@@ -96,6 +97,16 @@ def _refuse(op, sources, destinations, source_blocks, destination_blocks, words)
     repeated = next(b for b in destinations if b in seen or seen.add(b))
     got = f"{words.item} {repeated} twice"
     raise errors.wrong("value", f"{op}: {words.argument}", "distinct destinations", got)
+
+
+def _distinct(numbers, num_blocks):
+    """Whether no number, of those below ``num_blocks``, comes twice."""
+    if num_blocks > MOST_IN_CLEAR_TABLE:
+        ordered = np.sort(numbers)
+        return not (ordered[1:] == ordered[:-1]).any()
+    named = np.zeros(num_blocks, bool)
+    named[numbers] = True
+    return np.count_nonzero(named) == len(numbers)
 
 
 def check_disjoint(op, pairs, num_blocks, words=BLOCKS):
