@@ -22,12 +22,12 @@ def read(mapping):
 @pytest.fixture(params=["integers", "table", "sorted", "by-number"])
 def way(request, monkeypatch):
     """How pairs are checked: always as Python's integers, by a table, by sorting; or as usual."""
-    few, most = {
-        "integers": (10**9, 0), "table": (-1, 10**9), "sorted": (-1, 0),
-        "by-number": (mappings.FEW, mappings.MOST_IN_TABLE),
-    }[request.param]  # fmt: skip
+    if request.param == "by-number":
+        return
+    few, most = {"integers": (10**9, 0), "table": (-1, 10**9), "sorted": (-1, 0)}[request.param]
     monkeypatch.setattr(mappings, "FEW", few)
     monkeypatch.setattr(mappings, "MOST_IN_TABLE", most)
+    monkeypatch.setattr(mappings, "MOST_IN_CLEAR_TABLE", most)
 
 
 def random_pairs(rng, count):
@@ -114,8 +114,8 @@ def complaint(pairs, source_blocks, destination_blocks, disjoint):
     return None
 
 
-def check(pairs, disjoint):
-    mappings.check("an_op", pairs, SOURCES, DESTINATIONS)
+def check(pairs, disjoint, together=False):
+    mappings.check("an_op", pairs, SOURCES, DESTINATIONS, disjoint and together)
     if disjoint:
         mappings.check_disjoint("an_op", pairs, max(SOURCES, DESTINATIONS))
 
@@ -140,12 +140,12 @@ def test_what_is_wrong_is_found(rng, way, kind, count, disjoint):
             ][rng.integers(0, 10)]  # fmt: skip
         expected = complaint(pairs, SOURCES, DESTINATIONS, disjoint)
         found.add(expected and expected[:20])
-        found_pairs = read(given_as(pairs, kind))
+        given = read(given_as(pairs, kind)), disjoint, rng.random() < 0.5
         if expected is None:
-            check(found_pairs, disjoint)
+            check(*given)
             continue
         with pytest.raises(cc.ArgumentError) as caught:
-            check(found_pairs, disjoint)
+            check(*given)
         assert f"an_op: Invalid value of block_mapping: {expected}" in str(caught.value)
     assert len(found) > 1
 
@@ -178,6 +178,11 @@ def test_no_pairs_of_integers(rng, count, bad):
     pairs[rng.integers(0, count)] = bad
     with pytest.raises(cc.ShapeError, match="block_mapping: expected .* pairs of integers, got"):
         read(pairs)
+
+
+def test_as_many_tuples_and_integers_as_pairs():
+    with pytest.raises(cc.ShapeError, match="block_mapping: expected .* pairs of integers, got"):
+        read([(1, 2, (3,)), 4])
 
 
 @pytest.mark.parametrize("dtype", [np.bool_, np.uint64, np.float64, np.int16])
