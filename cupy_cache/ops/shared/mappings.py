@@ -73,9 +73,10 @@ def check(op, pairs, source_blocks, destination_blocks, disjoint=False, words=BL
     elif pairs.dtype.hasobject:  # of numbers that have more than 64 bits
         good = False
     else:
-        sources, destinations = pairs.view(np.uint64)  # in which what is negative is large
+        # What is negative is large as an unsigned number.
+        most_source, most_destination = pairs.view(np.uint64).max(axis=1).tolist()
+        good = most_source < source_blocks and most_destination < destination_blocks
         num_blocks = max(source_blocks, destination_blocks)
-        good = sources.max() < source_blocks and destinations.max() < destination_blocks
         if good and num_blocks <= MOST_IN_CLEAR_TABLE:
             written = np.zeros(num_blocks, bool)
             written[pairs[1]] = True
