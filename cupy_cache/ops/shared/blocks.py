@@ -293,7 +293,7 @@ class CopyPlan:
             expected = f"numbers below {2**32} in host memory"
             raise errors.wrong("value", f"{self.op}: {self.argument}", expected, pairs.max())
         # Source, destination, 32 bits each.
-        packed = pairs.astype(np.uint32).tobytes("F")
+        packed = pairs.T.astype(np.uint32, order="C").tobytes()
         for _, layers, pointers, room in tables:
             room = min(room, _MAX_WORKS // self._usual.chunks)
             for first in range(0, len(packed), 8 * room):
