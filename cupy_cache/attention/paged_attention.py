@@ -272,7 +272,7 @@ def new_out(op, query, key_cache, value_cache, stream):
             of_values = value_cache.shape
             size = of_values[_VALUE_AXES[len(key_cache.shape), len(of_values)]]
             return making.empty_beside(query, (tokens, heads, size), stream)
-        except Exception:  # arrays without such shapes, or without memory: `arrays.view` refuses them
+        except Exception:  # without such a shape, or without memory: `arrays.view` refuses it
             pass
     like = arrays.view(query, f"{op}: query")
     keys = arrays.view(key_cache, f"{op}: key_cache")
