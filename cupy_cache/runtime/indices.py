@@ -6,7 +6,6 @@ array on a GPU.
 There may be thousands in host memory, so nothing here loops over them in Python.
 """
 
-import marshal
 import struct
 
 import numpy as np
@@ -89,36 +88,10 @@ def check(op, arg, array):
             contracted.contiguous(arg.name, array, 2)
 
 
-def _plain_pairs(value):
-    """Tuples or lists of two integers of at most 32 bits; None where there is anything else.
-
-    marshal writes all of these in five bytes: a letter, and the number or how many are in it. It
-    takes two thirds of the time of `_pairs`, most of which goes into unpacking the tuples.
-    """
-    try:
-        written = marshal.dumps(value, 2)  # a version in which nothing is abbreviated
-    except ValueError:  # of what it does not know
-        return None
-    count = len(value)
-    if (
-        len(written) == 5 + 15 * count
-        and written[5::15] in (b"(" * count, b"[" * count)
-        # Of at least two each. There are two integers for each tuple, so none has more.
-        and written[6::15] == b"\2" * count
-        # A boolean has another letter.
-        and written[10::15] == written[15::15] == b"i" * count
-    ):
-        return np.ndarray((2, count), "<i4", written, 11, (5, 15)).astype(np.int64)
-    return None
-
-
 def _pairs(op, name, value):
     """A sequence of (source, destination) pairs; of objects where one has more than 64 bits."""
     if not value:
         return np.empty((2, 0), np.int64)
-    plain = _plain_pairs(value)
-    if plain is not None:
-        return plain
     try:
         sources, destinations = zip(*value, strict=True)
         try:
