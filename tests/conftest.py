@@ -74,7 +74,8 @@ GXX = shutil.which("g++")
 # of arrays, and on one of the other kinds: chosen by their names, so always the same. --everything
 # runs all, --rest the others. A single combination is quick, but there are more than ten thousand.
 # Of tests marked whole all run, of those marked each() one for each value of the parameters that
-# are named there. What is marked extra takes long, and is never among them.
+# are named there. What is marked extra takes long, and is never among them; of what is marked
+# kernels_later, no emulated kernels are.
 SAMPLE = 1
 IN_TURNS = dict.fromkeys(("torch-cpu", "dlpack", "emulated"), "other")
 WITHOUT_ARRAYS = 1  # of the tests that are not about kinds of arrays
@@ -174,6 +175,8 @@ def _sample(items):
             continue
         call = getattr(item, "callspec", None)
         world = call and call.params.get("world")
+        if world == "emulated" and item.get_closest_marker("kernels_later"):
+            continue
         each = item.get_closest_marker("each")
         world = IN_TURNS.get(world, world)
         values = tuple(repr(call.params[name]) for name in each.args) if each else ()

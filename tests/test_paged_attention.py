@@ -43,6 +43,7 @@ def test_decode(world, rng, layout, dtype):
     Problem(rng, borders(16), layout=layout, dtype=dtype).solve(world)
 
 
+@pytest.mark.kernels_later
 @pytest.mark.parametrize("block_size", [1, 5, 8, 16, 32, 64])
 def test_block_sizes(world, rng, block_size):
     Problem(rng, [*borders(block_size), 70], block_size=block_size).solve(world)
@@ -95,6 +96,7 @@ def test_scales_of_tokens(world, rng, layout, kv_cache_dtype):
     problem.solve(world)
 
 
+@pytest.mark.kernels_later
 @pytest.mark.parametrize("block_size", [1, 5, 8, 32])
 def test_scales_of_tokens_and_blocks(world, rng, block_size):
     problem = Problem(
@@ -115,6 +117,7 @@ def test_scales_of_tokens_and_everything_else(world, rng, heads, queries):
     problem.solve(world)
 
 
+@pytest.mark.kernels_later
 @pytest.mark.parametrize("largest", [1e-6, 1e-3, 1.0, 1e9, 1e30])
 @pytest.mark.parametrize("smallest", [1.0, 1e-5, 0.0])
 def test_values_of_any_magnitude(world, rng, largest, smallest):
@@ -241,6 +244,7 @@ def test_logarithms_are_optional(world, rng):
     Problem(rng, [9, 0, 20], lse=None).solve(world)
 
 
+@pytest.mark.kernels_later
 def test_new_result(world, rng):
     problem = Problem(rng, [9, 0, 20], sizes=(32, 16), dtype="float16")
     problem.run(world)
@@ -270,6 +274,7 @@ def logits_of(world, rng, logits, **options):
     problem.solve(world)
 
 
+@pytest.mark.kernels_later
 @pytest.mark.parametrize(
     "logits",
     [
@@ -296,6 +301,7 @@ def test_what_is_no_number_stays_none(world, rng, where, number, lengths):
     check_not_finite(problem, world, where, number)
 
 
+@pytest.mark.kernels_later
 @pytest.mark.parametrize("cap", [0.01, 50.0, 1e4, 1e6, 1e9, 3.4e38])
 def test_caps_of_any_size(world, rng, cap):
     """Logits are as near to the exact ones as without a cap: a large one bends none."""
@@ -311,6 +317,7 @@ def test_all_hidden_but_one(world, rng):
     logits_of(world, rng, [60000.0] * 40 + [-60000.0], sliding_window=1)
 
 
+@pytest.mark.kernels_later
 @pytest.mark.parametrize("sinks", [None, "float32"])
 def test_queries_without_tokens(world, rng, sinks):
     Problem(rng, [0, 2, 0], [3, 4, 1], sinks=sinks, slopes=True).solve(world)
@@ -327,6 +334,7 @@ def test_blocks_out_of_range_are_recorded(world, rng, bad):
     problem.solve(world)
 
 
+@pytest.mark.kernels_later
 def test_a_sequence_of_which_no_block_is_there(world, rng):
     Problem(rng, [40, 20], bad={(0, page): 1000 + page for page in range(3)}).solve(world)
 

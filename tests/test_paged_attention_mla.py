@@ -95,6 +95,7 @@ def test_gpus_with_less_shared_memory(
         world.close()
 
 
+@pytest.mark.kernels_later
 @pytest.mark.parametrize("types", list(itertools.product(["int32", "int64"], repeat=3)))
 def test_index_types(world, rng, types):
     Latent(rng, [33, 0, 7], [2, 0, 3], types=types).solve(world)
@@ -147,6 +148,7 @@ def test_what_was_written_is_read(world, rng):
         assert np.abs(got[0] - exact).max() < bound * np.abs(exact).max()
 
 
+@pytest.mark.kernels_later
 def test_strides_and_spare_rows(world, rng):
     """Query and results are cut from wider arrays and have more rows than there are queries."""
     Latent(
@@ -154,6 +156,7 @@ def test_strides_and_spare_rows(world, rng):
     ).solve(world)
 
 
+@pytest.mark.kernels_later
 @pytest.mark.parametrize("pad", [2, 4, 8])
 def test_alignment(world, rng, pad):
     """Caches at addresses that are no multiples of 16."""
@@ -166,6 +169,7 @@ def test_alignment(world, rng, pad):
 CUT = {"heads": 2, "sizes": (64, 16)}
 
 
+@pytest.mark.kernels_later
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "fp8"])
 def test_long_sequences(world, rng, kv_cache_dtype):
     """Of several groups, the last of which is not whole; of one; and around their borders."""
@@ -267,6 +271,7 @@ def test_prefill(world, rng):
     Latent(rng, [130, 64], [130, 40], **CUT).solve(world)
 
 
+@pytest.mark.kernels_later
 def test_logarithms_are_optional(world, rng):
     Latent(rng, [9, 0, 20], lse=None).solve(world)
 
@@ -309,6 +314,7 @@ def test_logits(world, rng, logits):
     problem.solve(world)
 
 
+@pytest.mark.kernels_later
 @pytest.mark.parametrize("where, number", NOT_FINITE)
 @pytest.mark.parametrize("lengths", [[40, 7], [900], [40] * 40])
 def test_what_is_no_number_stays_none(world, rng, where, number, lengths):
@@ -325,6 +331,7 @@ def test_blocks_out_of_range_are_recorded(world, rng, bad):
     ).solve(world)
 
 
+@pytest.mark.kernels_later
 def test_a_sequence_of_which_no_block_is_there(world, rng):
     Latent(rng, [40, 20], bad={(0, page): 1000 + page for page in range(3)}).solve(world)
 
@@ -345,6 +352,7 @@ def test_sequences_without_queries_are_not_looked_at(world, rng):
     Latent(rng, [20, -5, 2**31 - 1], [1, 0, 0], width=2).solve(world)
 
 
+@pytest.mark.kernels_later
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("starts", ODD_STARTS)
 def test_starts_out_of_order(world, rng, starts, causal):

@@ -71,6 +71,13 @@ def test_extra_is_never_there():
     )
 
 
+def test_kernels_that_come_later():
+    kinds = ["numpy", "dlpack", "emulated"]
+    given = items_of("test_a", [pytest.mark.kernels_later], world=kinds, size=range(9))
+    kept = conftest._sample(given)
+    assert sorted(item.callspec.params["world"] for item in kept) == ["dlpack", "numpy"]
+
+
 class Config:
     """What of pytest's is asked for."""
 
