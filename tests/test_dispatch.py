@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
 """What is sent to the driver where a signature of torch tensors comes again: the fast path must
-send what the long way sends, and refuse what it refuses."""
+send what the slow path sends, and refuse what it refuses."""
 
 import contextlib
 import functools
@@ -69,7 +69,7 @@ def forget(patch):
 
 
 def counting(patch):
-    """A recorder whose ``long`` counts the calls that go the long way; nothing is remembered."""
+    """A recorder whose ``long`` counts the calls that take the slow path; nothing is remembered."""
     recorder = recording.recorder(patch)
     forget(patch)
     run = dispatch.Op.run
@@ -146,7 +146,7 @@ def test_other_tensors_of_a_known_signature(recorder, monkeypatch):
 
 def test_caches_that_are_bound(recorder):
     """Each has its own addresses, and each call its buffer and its numbers, though caches that are
-    alike share a fast path; only calls with a buffer that are new go the long way."""
+    alike share a fast path; only calls with a buffer that are new take the slow path."""
     layers = [[tensors()[2:4] for _ in range(2)] for _ in range(2)]
     caches = [cc.PagedKVCache(*map(list, zip(*pairs))) for pairs in layers]
     memory = torch.zeros(1 << 14, dtype=torch.uint8)
@@ -308,7 +308,7 @@ def gather_fields(record):
 @pytest.mark.parametrize("starts", [None, torch.zeros(2, dtype=torch.int32)], ids=["none", "given"])
 def test_tables_that_widen(recorder, monkeypatch, contiguous, starts):
     """Their width is no part of the signature; nor is an argument that is absent in the middle a
-    reason for the long way."""
+    reason for the slow path."""
     src, big = torch.zeros((6, 4, 8), dtype=torch.float16), torch.zeros((2, 99), dtype=torch.int32)
     bounds = torch.tensor([0, 4, 9], dtype=torch.int32)
     for width in (3, 3, 4, 7, 5, 64, 3):

@@ -17,7 +17,8 @@ from ..ops import (
     rotary_and_cache,
 )
 from ..ops.shared import gathering
-from ..runtime import contract, dispatch, formats
+from ..runtime import contract, formats
+from ..runtime.bound import Bound
 from . import layouts
 
 WRITE, ROTARY_WRITE = "PagedKVCache.write", "PagedKVCache.rotary_write"
@@ -25,7 +26,7 @@ ATTEND, GATHER = "PagedKVCache.attend", gather_both.NAME
 
 
 class Layer:
-    """A layer of a `PagedKVCache`. Each method returns a `dispatch.Bound`: an operation to which
+    """A layer of a `PagedKVCache`. Each method returns a `bound.Bound`: an operation to which
     the caches, their scales and options are bound.
 
     Parameters
@@ -67,7 +68,7 @@ class Layer:
                 op, options = reshape_and_cache.OP, (stored, values == 5)
             arrays, scalars = contract.split_scales(op.name, stored, self.k_scale, self._v_scale)
             scales = dict(zip(("k_scale", "v_scale"), arrays))
-        return dispatch.Bound(op, self._fixed(**scales), options, scalars, WRITE)
+        return Bound(op, self._fixed(**scales), options, scalars, WRITE)
 
     def rotator(
         self, is_neox, offset, sections, interleaved, norm_eps, norm_weight_bias, out_dtype,
@@ -104,7 +105,7 @@ class Layer:
                 norm_weight_bias=norm_weight_bias, **numbers,
             )  # fmt: skip
         also = ["out"] * (out is not None)
-        return dispatch.Bound(op, self._fixed(**fixed), options, scalars, ROTARY_WRITE, also)
+        return Bound(op, self._fixed(**fixed), options, scalars, ROTARY_WRITE, also)
 
     def attender(
         self, scale, sliding_window, soft_cap, causal, alibi_slopes, sinks, with_starts, with_lse
@@ -117,7 +118,7 @@ class Layer:
         objects = self.key_cache, self.value_cache, *heads, *others
         fixed = _given(zip(paged_attention.LAYERS, objects))
         also = ["query_start_loc"] * with_starts + ["lse"] * with_lse
-        return dispatch.Bound(paged_attention.OP, fixed, options, scalars, ATTEND, also)
+        return Bound(paged_attention.OP, fixed, options, scalars, ATTEND, also)
 
     def gatherer(self, with_starts):
         """`PagedKVCache.gather`, of sequences from their beginnings on or ``with_starts``."""
@@ -137,7 +138,7 @@ class Layer:
             names = *gather_both.CACHES, *gather_both.SCALES
             fixed = dict(zip(names, (self.key_cache, self.value_cache, *scales)))
         also = ["seq_starts"] * with_starts
-        return dispatch.Bound(op, _given(fixed.items()), options, scalars, GATHER, also)
+        return Bound(op, _given(fixed.items()), options, scalars, GATHER, also)
 
     def _fixed(self, **others):
         """The caches, by the names that writing operations have for them, and ``others``; without

@@ -14,7 +14,8 @@ from ..attention import paged_attention, paged_attention_mla
 from ..errors import CopyError, CupyCacheError, ShapeError
 from ..ops import copy_blocks, pack_blocks, swap_blocks, zero_blocks
 from ..ops.shared import rotary
-from ..runtime import arrays, contract, dispatch, formats, lists, making, streams
+from ..runtime import arrays, contract, formats, lists, making, streams
+from ..runtime.bound import Bound
 from ..types import (
     ArrayLike,
     CacheLayout,
@@ -223,7 +224,7 @@ class PagedKVCache:
                     raise errors.wrong("value", f"PagedKVCache: {name}", expected, got)
         for name, caches in given.items():
             lists.require_list("PagedKVCache", name, caches)
-        self._copy = dispatch.Bound(op, given, name="PagedKVCache.copy_blocks")
+        self._copy = Bound(op, given, name="PagedKVCache.copy_blocks")
         self._copy.check()
         self.key_caches = list(key_caches)
         self.value_caches = None if value_caches is None else list(value_caches)
@@ -256,8 +257,8 @@ class PagedKVCache:
         ]
         # Not a list: that has layers of negative numbers, too.
         self._writers = {at: layer.writer() for at, layer in enumerate(self._layers)}
-        # The `dispatch.Bound`s of all other methods, by what is bound to them.
-        self._bound: dict[tuple, dispatch.Bound] = {}
+        # The `bound.Bound`s of all other methods, by what is bound to them.
+        self._bound: dict[tuple, Bound] = {}
 
     def __len__(self) -> int:
         """How many layers there are."""
@@ -667,7 +668,7 @@ class PagedKVCache:
         mover(block_ids, packed, stream=stream)
 
     def _mover(self, method, operation, layout=None):
-        """The `dispatch.Bound` of an operation on chosen blocks."""
+        """The `bound.Bound` of an operation on chosen blocks."""
         known = layout is None or isinstance(layout, str)  # anything else may have no hash
         key = (method, layout) if known else None
         mover = self._bound.get(key)

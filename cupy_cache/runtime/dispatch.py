@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import errors
-from ..errors import CupyCacheError
 from . import (
     apart,
     arrays,
@@ -74,7 +73,6 @@ class Arg(NamedTuple):
 
 
 _ops: weakref.WeakSet = weakref.WeakSet()
-_bound: weakref.WeakSet = weakref.WeakSet()
 
 
 def forget_everything():
@@ -82,8 +80,8 @@ def forget_everything():
     for op in _ops:
         op.memory.clear()
         op.fast_paths.clear()
-    for bound in _bound:
-        bound.forget()
+        for bound in op.bound:
+            bound.forget()
 
 
 def written_by(name):
@@ -139,6 +137,7 @@ class Op:
         self.has_lists = any(arg.layers or arg.chosen for arg in self.args)
         self.memory = plans.Memory()
         self.fast_paths = fastpath.FastPaths(self)
+        self.bound: weakref.WeakSet = weakref.WeakSet()  # its `bound.Bound`s
         _ops.add(self)
 
     def __call__(self, objects, options=(), stream=None, scalars=()):
@@ -440,153 +439,6 @@ class Read(NamedTuple):
 
     found: list
     keep: list
-
-
-class Bound:
-    """An operation with some arguments fixed, such as an engine's caches, and its options.
-
-    The fixed arrays are read once and kept alive; of lists a copy is kept. Their memory must stay
-    where it is, and their shapes as they are.
-
-    Parameters
-    ----------
-    op : Op
-    fixed : dict
-        {name of an argument, with its suffix: array or list of arrays}.
-    options, scalars : tuple
-        As for a call of ``op``.
-    name : str, optional
-        The name in errors, instead of the operation's.
-    also : sequence of str
-        Names of the optional arguments that each call gives.
-    """
-
-    def __init__(self, op, fixed, options=(), scalars=(), name=None, also=()):
-        self.op, self.options, self.scalars = op, options, scalars
-        self.name = op.name if name is None else name
-        names = [arg.name + arg.suffix for arg in op.args]
-        self._objects = [
-            list(value) if isinstance(value, (list, tuple)) else value
-            for value in map(fixed.get, names)
-        ]
-        self.given = tuple(
-            index
-            for index, arg in enumerate(op.args)
-            if names[index] not in fixed and (not arg.optional or arg.name in also)
-        )
-        self._count, self._args = len(self.given), [op.args[index] for index in self.given]
-        self._form_in_host_memory = (options, *[indices.Chosen] * self._count)
-        # For calls whose arguments are all chosen in host memory: (entry, values, tables); () where
-        # the lists are empty; None before `check`.
-        self._in_host_memory = None
-        others = [index for index, value in enumerate(self._objects) if value is not None]
-        with errors.renamed(self.name, {}):
-            self.found = op.read(self._objects, None, others).found
-            self._form = "bound", options, self.given, self._signature()
-            try:
-                self.fast_paths = op.fast_paths.of(self._form)
-            except TypeError as error:
-                raise op.unhashable(options) from error
-        # Fast paths of operations on lists, by the form of the arguments that calls give.
-        self._paths_of: dict[tuple, fastpath.Recent] = {}
-        # The two attributes that fast paths read.
-        self.addresses = tuple(
-            found.addresses if type(found) is lists.Layers else found.ptr
-            for found in map(self.found.__getitem__, others)
-        )
-        self.tensors = [value for value in self._objects if arrays.is_torch(value)]
-        _bound.add(self)
-
-    def _signature(self):
-        """The fixed arguments' part of the signature."""
-        signature = []
-        for arg, meta in zip(self.op.args, self.found):
-            meta = meta.metadata if type(meta) is lists.Layers else meta
-            if meta is not None:
-                meta = meta._replace(ptr=meta.ptr & arg.mask, keep=None)
-            signature.append(meta)
-        return tuple(signature)
-
-    def forget(self):
-        """Forget fast paths and plans."""
-        self.fast_paths.clear()
-        for paths in self._paths_of.values():
-            paths.clear()
-        self._in_host_memory = None
-
-    def check(self):
-        """Raise what is wrong with the fixed arguments alone: make the plan for calls whose other
-        arguments are in host memory."""
-        if self._in_host_memory is not None:
-            return
-        found = self.found.copy()
-        for index in self.given:
-            found[index] = np.empty((2, 0) if self.op.args[index].pairs else 0, np.int64)
-        signature, values, _ = self.op.signature(found, self.options)
-        if signature is None:
-            self._in_host_memory = ()
-            return
-        entry = self.op.memory.get(signature) or self.op.remember(signature, found, self.options)
-        if entry.apart is not None:
-            entry.apart.check(values)
-        tables = None if entry.tables is None else entry.tables(values)
-        self._in_host_memory = entry, values, tables
-
-    def __call__(self, *given, stream=None, scalars=None):
-        """Run on the other arguments, in the operation's order. ``scalars``: for this call, instead
-        of the fixed ones."""
-        if len(given) != self._count:
-            names = ", ".join(self.op.args[index].name for index in self.given)
-            raise TypeError(  # as of a function
-                f"{self.name}: Invalid number of arguments: expected {names}, got {len(given)}"
-            )
-        if stream is not None and not (type(stream) is int and 0 <= stream <= streams.LARGEST):
-            stream = streams.pointer(self.name, stream)
-        if scalars is None:
-            scalars = self.scalars
-        for path in self.fast_paths:
-            if path(given, scalars, stream, self):
-                return
-        try:
-            self._run(given, stream, scalars)
-        except CupyCacheError as error:
-            errors.rename(error, self.name, {})
-            raise
-
-    def _run(self, given, stream, scalars):
-        op, objects, paths = self.op, self._objects.copy(), self.fast_paths
-        if op.has_lists:
-            given, tensors, form = flattened(op, self._args, given, self.options)
-        for index, value in zip(self.given, given):
-            objects[index] = value
-        if op.has_lists:
-            if form == self._form_in_host_memory:
-                self._run_chosen(objects, stream, scalars)
-                return
-            paths = self._paths_of.get(form)
-            if paths is None:
-                paths = self._paths_of[form] = op.fast_paths.of((self._form, form))
-            for path in paths:
-                if path(tensors, scalars, stream, objects, self.addresses):
-                    return
-        read = op.read(objects, stream, self.given)
-        found = [read.found[i] if i in self.given else meta for i, meta in enumerate(self.found)]
-        entry = op.run(Read(found, read.keep), objects, self.options, scalars, stream)
-        if entry is not None:
-            op.fast_paths.learn(paths, entry, objects, self.options, self.given)
-
-    def _run_chosen(self, objects, stream, scalars):
-        """Run a call whose arguments are all chosen in host memory: its plan is known."""
-        self.check()
-        if not self._in_host_memory:
-            return
-        entry, values, tables = self._in_host_memory
-        values, extents = values.copy(), []
-        for index in self.given:
-            values[index] = objects[index].numbers
-            extents.append(values[index].shape[-1])
-        work = self.op.work(extents, self.options, scalars)
-        self.op.finish(entry, values, tables, stream, work, objects)
 
 
 def require_array(op, name, value):

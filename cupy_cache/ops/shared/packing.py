@@ -21,6 +21,7 @@ from ...runtime import (
     params,
     spelling,
 )
+from ...runtime.bound import Bound
 from ...runtime.devices import NOWHERE
 from ...runtime.log import logger
 from . import blocks, mappings
@@ -113,12 +114,12 @@ class Operation:
         self._ops[len(tensors)](objects, (layout,) if buffer else (), stream)
 
     def bound(self, name, tensors, layout=None):
-        """The operation as a `dispatch.Bound`, whose name in errors is ``name``. ``tensors``: for
+        """The operation as a `bound.Bound`, whose name in errors is ``name``. ``tensors``: for
         each tensor of a layer, all layers' arrays. ``layout``: that of the buffer, if any."""
         op = self._ops[len(tensors)]
         fixed = {arg.name + arg.suffix: caches for arg, caches in zip(op.args, tensors)}
         options = (layout,) if self.direction.buffer is not None else ()
-        return dispatch.Bound(op, fixed, options, name=name)
+        return Bound(op, fixed, options, name=name)
 
     def item_bytes(self, caches):
         """The bytes of one item in all layers together."""

@@ -9,7 +9,7 @@ signature (guards.py), and asks them for nothing but their addresses and numbers
 
 A fast path is a function ``path(tensors, scalars, stream, caller)``. It runs the call and returns
 True; or it does nothing and returns False, and the slow path runs the call or raises. ``caller`` is
-the `dispatch.Bound` that was called, or else the call's objects. A signature has one path, whatever
+the `bound.Bound` that was called, or else the call's objects. A signature has one path, whatever
 the extents; the layers of a `PagedKVCache` share it.
 
 calls.py : what a call's extents come to: computed once, then remembered.
@@ -53,7 +53,7 @@ class FastPaths:
     def learn(self, paths, entry, objects, options, given=None):
         """Make the fast path of these objects' signature, if it can have one, and add it to
         ``paths``. ``given``: the indices of the arguments that a call gives, where a
-        `dispatch.Bound` has the others."""
+        `bound.Bound` has the others."""
         on_cpu = entry.device is None and any(entry.strides)
         if on_cpu or entry.most_rows or not paths.may_learn():
             return
