@@ -580,8 +580,9 @@ def test_scratch_memory(recorder, monkeypatch):
     assert int.from_bytes(sent[0][-1][at : at + 8], "little") == allocator.ADDRESS
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("current", [None, 0, 1])
-@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("private", ["alloc delete", "alloc", "delete", ""])
 def test_scratch_memory_is_torchs_for_the_stream(monkeypatch, private, current):
     """On the GPU that was asked for, by whichever functions this torch has."""
     told = []
@@ -600,9 +601,10 @@ def test_scratch_memory_is_torchs_for_the_stream(monkeypatch, private, current):
         told.append(("free", address))
 
     names = ["caching_allocator_alloc", "caching_allocator_delete"]
-    if private:
-        names = [f"_cuda_cudaCachingAllocator_raw_{name}" for name in ("alloc", "delete")]
-    functions = types.SimpleNamespace(**dict(zip(names, (allocate, free))))
+    private = [f"_cuda_cudaCachingAllocator_raw_{name}" for name in private.split()]
+    functions = types.SimpleNamespace(**dict(zip(private, (None, None))))
+    names = private if len(private) == 2 else names  # of one alone no use is made
+    functions.__dict__.update(zip(names, (allocate, free)))
     fake = types.SimpleNamespace(_C=functions, cuda=functions)
     functions.device = device
     if current is not None:

@@ -537,6 +537,7 @@ def test_torchs_allocator_is_told_of_no_capture_but_its_own(monkeypatch, capture
         assert address == 64
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "uncached, snapshot, known",
     [

@@ -441,6 +441,17 @@ def test_cuda_array_interface(recorder, wrong, word):
     assert not recorder.take()
 
 
+@pytest.mark.parametrize("stream", [0, 1, 2**64 - 1, None])
+def test_streams_of_cuda_array_interface(recorder, stream):
+    recorder.device_at = lambda address: 0
+    given = Interface(np.ones(3), stream=stream)
+    for used, after in ((5, 5), (None, 1), (dlpack.LOOK, None)):
+        assert dlpack.read_cuda_interface(given, used)[0] == given.array.ctypes.data
+        waits = stream is not None and after is not None
+        assert recorder.ordered == [(stream, after, 0)] * waits
+        recorder.ordered.clear()
+
+
 def test_masked_arrays():
     keys = np.ma.masked_array(np.ones((3, 2, 8), np.float32), mask=True)
     caches = [np.zeros((6, 4, 2, 8), np.float32) for _ in range(2)]
