@@ -602,7 +602,7 @@ def test_scratch_memory_is_torchs_for_the_stream(monkeypatch, private, current):
 
     names = ["caching_allocator_alloc", "caching_allocator_delete"]
     private = [f"_cuda_cudaCachingAllocator_raw_{name}" for name in private.split()]
-    functions = types.SimpleNamespace(**dict(zip(private, (None, None))))
+    functions = types.SimpleNamespace(**dict.fromkeys(private, told.append))
     names = private if len(private) == 2 else names  # of one alone no use is made
     functions.__dict__.update(zip(names, (allocate, free)))
     fake = types.SimpleNamespace(_C=functions, cuda=functions)
@@ -622,6 +622,16 @@ def test_scratch_memory_is_torchs_for_the_stream(monkeypatch, private, current):
         assert told == [*expected, ("free", address)]
     finally:
         streams._torch_allocator.cache_clear()
+
+
+@pytest.mark.parametrize("processors", [1, 3, 132])
+def test_threads_of_a_block(processors):
+    """Whole warps, no more than it takes for all multiprocessors to have some."""
+    for items in (0, 1, 31 * processors, 32 * processors, 33 * processors, 100 * processors + 1,
+                  255 * processors, 256 * processors, 9999 * processors):  # fmt: skip
+        found = launch.block_threads(items, processors, 256)
+        enough = [n for n in range(32, 257, 32) if n * processors >= items]
+        assert found == (enough or [256])[0]
 
 
 def test_one_object_given_twice(recorder):
