@@ -6,6 +6,7 @@ send what the long way sends, and refuse what it refuses."""
 import contextlib
 import functools
 import gc
+import itertools
 import struct
 import sys
 import types
@@ -624,14 +625,35 @@ def test_scratch_memory_is_torchs_for_the_stream(monkeypatch, private, current):
         streams._torch_allocator.cache_clear()
 
 
-@pytest.mark.parametrize("processors", [1, 3, 132])
-def test_threads_of_a_block(processors):
+def test_threads_of_a_block():
     """Whole warps, no more than it takes for all multiprocessors to have some."""
-    for items in (0, 1, 31 * processors, 32 * processors, 33 * processors, 100 * processors + 1,
-                  255 * processors, 256 * processors, 9999 * processors):  # fmt: skip
-        found = launch.block_threads(items, processors, 256)
-        enough = [n for n in range(32, 257, 32) if n * processors >= items]
-        assert found == (enough or [256])[0]
+    for processors, each in itertools.product((1, 3, 132), (0, 1, 31, 32, 33, 100, 255, 256, 9999)):
+        for items in (each * processors, each * processors + 1):
+            enough = [n for n in range(32, 257, 32) if n * processors >= items]
+            assert launch.block_threads(items, processors, 256) == (enough or [256])[0]
+
+
+def test_what_is_loaded_together():
+    """All that is missing, one alone too; and an error of any is told."""
+    log = []
+
+    class Launcher:
+        def __init__(self, name, loaded=False):
+            self.name, self.loaded = name, loaded
+
+        def load(self, stream):
+            log.append((self.name, stream))
+            if self.name == "wrong":
+                raise KeyError(self.name)
+
+    for names in ("", "a", "ab", "abc"):
+        made = [Launcher("there", True), *map(Launcher, names), Launcher("there too", True)]
+        launch.load_together(made, 7)
+        assert sorted(log) == [(name, 7) for name in names]
+        log.clear()
+    for names in (["wrong"], ["wrong", "a"], ["a", "wrong"]):
+        with pytest.raises(KeyError, match="wrong"):
+            launch.load_together(list(map(Launcher, names)), 7)
 
 
 def test_one_object_given_twice(recorder):
