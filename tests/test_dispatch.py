@@ -6,6 +6,7 @@ send what the slow path sends, and refuse what it refuses."""
 import contextlib
 import functools
 import gc
+import itertools
 import struct
 import sys
 import types
@@ -580,8 +581,9 @@ def test_scratch_memory(recorder, monkeypatch):
     assert int.from_bytes(sent[0][-1][at : at + 8], "little") == allocator.ADDRESS
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize("current", [None, 0, 1])
-@pytest.mark.parametrize("private", [True, False])
+@pytest.mark.parametrize("private", ["alloc delete", "alloc", "delete", ""])
 def test_scratch_memory_is_torchs_for_the_stream(monkeypatch, private, current):
     """On the GPU that was asked for, by whichever functions this torch has."""
     told = []
@@ -600,9 +602,10 @@ def test_scratch_memory_is_torchs_for_the_stream(monkeypatch, private, current):
         told.append(("free", address))
 
     names = ["caching_allocator_alloc", "caching_allocator_delete"]
-    if private:
-        names = [f"_cuda_cudaCachingAllocator_raw_{name}" for name in ("alloc", "delete")]
-    functions = types.SimpleNamespace(**dict(zip(names, (allocate, free))))
+    private = [f"_cuda_cudaCachingAllocator_raw_{name}" for name in private.split()]
+    functions = types.SimpleNamespace(**dict.fromkeys(private, told.append))
+    names = private if len(private) == 2 else names  # of one alone no use is made
+    functions.__dict__.update(zip(names, (allocate, free)))
     fake = types.SimpleNamespace(_C=functions, cuda=functions)
     functions.device = device
     if current is not None:
@@ -620,6 +623,37 @@ def test_scratch_memory_is_torchs_for_the_stream(monkeypatch, private, current):
         assert told == [*expected, ("free", address)]
     finally:
         streams._torch_allocator.cache_clear()
+
+
+def test_threads_of_a_block():
+    """Whole warps, no more than it takes for all multiprocessors to have some."""
+    for processors, each in itertools.product((1, 3, 132), (0, 1, 31, 32, 33, 100, 255, 256, 9999)):
+        for items in (each * processors, each * processors + 1):
+            enough = [n for n in range(32, 257, 32) if n * processors >= items]
+            assert launch.block_threads(items, processors, 256) == (enough or [256])[0]
+
+
+def test_what_is_loaded_together():
+    """All that is missing, one alone too; and an error of any is told."""
+    log = []
+
+    class Launcher:
+        def __init__(self, name, loaded=False):
+            self.name, self.loaded = name, loaded
+
+        def load(self, stream):
+            log.append((self.name, stream))
+            if self.name == "wrong":
+                raise KeyError(self.name)
+
+    for names in ("", "a", "ab", "abc"):
+        made = [Launcher("there", True), *map(Launcher, names), Launcher("there too", True)]
+        launch.load_together(made, 7)
+        assert sorted(log) == [(name, 7) for name in names]
+        log.clear()
+    for names in (["wrong"], ["wrong", "a"], ["a", "wrong"]):
+        with pytest.raises(KeyError, match="wrong"):
+            launch.load_together(list(map(Launcher, names)), 7)
 
 
 def test_one_object_given_twice(recorder):

@@ -537,13 +537,17 @@ def test_torchs_allocator_is_told_of_no_capture_but_its_own(monkeypatch, capture
         assert address == 64
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "uncached, snapshot, known",
     [
         (False, [{"address": 0, "total_size": 512, "segment_pool_id": (3, 0)}], True),
         (False, [{"address": 0, "total_size": 512, "segment_pool_id": (0, 0)}], False),
         (False, [{"address": 512, "total_size": 512, "segment_pool_id": (3, 0)}], False),
+        (False, [{"address": 64, "total_size": 1, "segment_pool_id": (3, 0)}], True),
+        (False, [{"address": 0, "total_size": 64, "segment_pool_id": (3, 0)}], False),
         (False, [], False),
+        (False, RuntimeError("of another allocator"), True),
         (True, [{"address": 0, "total_size": 512, "segment_pool_id": (3, 0)}], False),
     ],
 )
@@ -559,7 +563,13 @@ def test_torchs_allocator_serves_captures_whose_memory_it_keeps(
     made = []
     allocator = lambda *asked: made.append(asked) or 64, lambda address: None
     monkeypatch.setattr(streams, "_torch_allocator", lambda: allocator)
-    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: snapshot)
+
+    def memory_snapshot():
+        if isinstance(snapshot, Exception):
+            raise snapshot
+        return snapshot
+
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", memory_snapshot)
     assert streams._torch_knows(1, OTHER, 0) is known
-    assert len(made) == (not uncached)  # nothing is allocated that would end the capture
+    assert made == [(1, OTHER, 0)] * (not uncached)  # nothing is that would end the capture
     streams._torch_knows.cache_clear()

@@ -16,7 +16,7 @@ import worlds
 
 import cupy_cache as cc
 from cupy_cache.compilation import specialisations
-from cupy_cache.runtime import arrays, dispatch, dlpack
+from cupy_cache.runtime import arrays, devices, dispatch, dlpack, formats
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
@@ -441,6 +441,17 @@ def test_cuda_array_interface(recorder, wrong, word):
     assert not recorder.take()
 
 
+@pytest.mark.parametrize("stream", [0, 1, 2**64 - 1, None])
+def test_streams_of_cuda_array_interface(recorder, stream):
+    recorder.device_at = lambda address: 0
+    given = Interface(np.ones(3), stream=stream)
+    for used, after in ((5, 5), (None, 1), (dlpack.LOOK, None)):
+        assert dlpack.read_cuda_interface(given, used)[0] == given.array.ctypes.data
+        waits = stream is not None and after is not None
+        assert recorder.ordered == [(stream, after, 0)] * waits
+        recorder.ordered.clear()
+
+
 def test_masked_arrays():
     keys = np.ma.masked_array(np.ones((3, 2, 8), np.float32), mask=True)
     caches = [np.zeros((6, 4, 2, 8), np.float32) for _ in range(2)]
@@ -542,6 +553,25 @@ def test_how_far_exports_reach():
         dlpack.read(Capsules(strides=(most - 1, 1), **reaches))
         with pytest.raises(ValueError, match="no place in memory"):
             dlpack.read(Capsules(strides=(-most, 1), **reaches))
+
+
+@pytest.mark.parametrize("strides", [(40, 12, 2), (-40, 12, -2), (0, -12, 2), (2, 40, 8)])
+def test_bytes_that_an_array_spans(strides):
+    shape, dtype = (3, 2, 4), formats.DTYPES["float16"]
+    made = arrays.Array(64, shape, strides, dtype, devices.CPU, True, "numpy")
+    places = np.array([np.dot(at, strides) for at in np.ndindex(shape)])
+    assert made.span == (places.min(), places.max() + 2)
+    assert made.row_span == (places[:8].min(), places[:8].max() + 2)
+
+
+def test_strides_of_one_row_may_be_of_any_size():
+    """More than 64 bits, in bytes: they lead nowhere."""
+    content = np.arange(3.0)
+    view = arrays.as_numpy(content.ctypes.data, (1, 3), (2**66, 8), content.dtype)
+    np.testing.assert_array_equal(view, content[None])
+    converted = np.zeros((1, 3), np.uint8)
+    cc.convert_fp8(converted, Capsules(shape=(1, 3), strides=(2**62, 1)))
+    assert converted.tolist() == [[0, 0x38, 0x40]]  # 0.0, 1.0 and 2.0 in E4M3
 
 
 class Failing:

@@ -7,6 +7,7 @@ there is a usual one. Nothing is written."""
 import ast
 import inspect
 import re
+import types
 from pathlib import Path
 
 import ml_dtypes
@@ -366,3 +367,32 @@ def test_every_message_of_the_sources_has_the_form():
                 found += 1
                 assert node.args[0].value in errors._CLASSES, f"{path.name}:{node.lineno}"
     assert found > 200 and not others, "\n".join(others)
+
+
+def test_what_is_expected_of_numbers():
+    assert [errors.below(limit) for limit in (2, 1)] == ["0..1", "0..0"]
+    assert [errors.below(limit, "blocks") for limit in (2, 1)] == ["blocks in 0..1", "blocks in 0..0"]
+    assert [errors.below(limit) for limit in (0, -1)] == ["no number, as there are none"] * 2
+    assert errors.below(0, "blocks") == "no blocks, as there are none"
+
+
+def test_without_an_operation():
+    assert str(errors.wrong("value", "axis", 1, 2)) == "Invalid value of axis: expected 1, got 2"
+
+
+def test_what_is_no_stream():
+    with pytest.raises(cc.DTypeError) as raised:
+        write(stream="s")()
+    assert str(raised.value) == (
+        "reshape_and_cache_flash: Invalid type of stream: expected an integer address or an object "
+        "with __cuda_stream__, ptr or cuda_stream, got str"
+    )
+    for stream in (-1, 2**64):
+        with pytest.raises(cc.ArgumentError) as raised:
+            write(stream=stream)()
+        assert str(raised.value) == (
+            "reshape_and_cache_flash: Invalid value of stream: expected the address of a stream, of "
+            f"at most 64 bits, got {stream}"
+        )
+    for stream in (0, 2**64 - 1):
+        write(stream=types.SimpleNamespace(ptr=stream))()
