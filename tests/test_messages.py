@@ -371,7 +371,8 @@ def test_every_message_of_the_sources_has_the_form():
 
 def test_what_is_expected_of_numbers():
     assert [errors.below(limit) for limit in (2, 1)] == ["0..1", "0..0"]
-    assert [errors.below(limit, "blocks") for limit in (2, 1)] == ["blocks in 0..1", "blocks in 0..0"]
+    of_blocks = [errors.below(limit, "blocks") for limit in (2, 1)]
+    assert of_blocks == ["blocks in 0..1", "blocks in 0..0"]
     assert [errors.below(limit) for limit in (0, -1)] == ["no number, as there are none"] * 2
     assert errors.below(0, "blocks") == "no blocks, as there are none"
 
@@ -391,8 +392,8 @@ def test_what_is_no_stream():
         with pytest.raises(cc.ArgumentError) as raised:
             write(stream=stream)()
         assert str(raised.value) == (
-            "reshape_and_cache_flash: Invalid value of stream: expected the address of a stream, of "
-            f"at most 64 bits, got {stream}"
+            "reshape_and_cache_flash: Invalid value of stream: expected the address of a stream, "
+            f"of at most 64 bits, got {stream}"
         )
     for stream in (0, 2**64 - 1):
         write(stream=types.SimpleNamespace(ptr=stream))()
