@@ -80,10 +80,6 @@ class Recorder:
     def order(self, before, after, device):
         self.ordered.append((before, after, device))
 
-    def mapped_addresses(self, addresses, device):
-        del device
-        return [None if self.allocation(address) is None else address for address in addresses]
-
     def allocation(self, address):
         """The piece of pinned memory at an address: all of it is one, or ``pinned`` are."""
         for begin, end in self.pinned:

@@ -3,6 +3,7 @@
 """Memory that is not what it seems: arrays without any, with other bits than they say, or with some
 that another array has too. All of it is refused by name, with nothing written."""
 
+import contextlib
 import ctypes
 import gc
 import itertools
@@ -16,7 +17,7 @@ import worlds
 
 import cupy_cache as cc
 from cupy_cache.compilation import specialisations
-from cupy_cache.runtime import arrays, devices, dispatch, dlpack, formats
+from cupy_cache.runtime import arrays, cuda, devices, dispatch, dlpack, formats
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
@@ -1010,16 +1011,58 @@ def test_swaps_of_memory_that_is_pinned_in_pieces(torch, recorder, rng, to_host,
         assert all(map(torch.equal, destinations, expected))
 
 
-def test_memory_that_is_no_longer_pinned(torch, recorder):
-    """What was found out once is not believed for ever."""
+@pytest.mark.parametrize("left", [(), [(0, 512)], [(0, 256), (512, 1024)], [(256, 1024)]])
+def test_memory_that_is_no_longer_pinned(torch, recorder, left):
+    """Wholly or in part. What was found out once is not believed for ever."""
     recorder.host = ("dst",)
     source, host = torch.ones(4, 64), torch.zeros(4, 64)
+    begin = host.data_ptr()
+    recorder.pinned = [(begin, begin + 1024)]
     for _ in range(3):
         cc.swap_blocks(source, host, [(0, 1)])
         assert recorder.take() and not recorder.copies
-    recorder.pinned = []
+    recorder.pinned = [(begin + first, begin + last) for first, last in left]
     cc.swap_blocks(source, host, [(0, 1)])
     assert not recorder.take() and recorder.copies
+
+
+def test_long_runs_in_memory_that_is_pinned_in_pieces(torch, recorder, monkeypatch):
+    """All of it is reached, but a copy by the driver must not cross an edge."""
+    monkeypatch.setattr("cupy_cache.ops.shared.blocks.RUN_BYTES", 1024)
+    recorder.host = ("dst",)
+    source, host = torch.arange(512.0).view(8, 64), torch.zeros(8, 64)
+    begin = host.data_ptr()
+    recorder.pinned = [(begin, begin + 768), (begin + 768, begin + 2048)]
+    cc.swap_blocks(source, host, [(n, n) for n in range(8)])
+    assert not recorder.take() and len(recorder.copies) > 1
+    run_copies(recorder)
+    assert torch.equal(source, host)
+
+
+@pytest.mark.parametrize("to_host", [True, False])
+@pytest.mark.parametrize("pieces", [[(0, 96), (96, 256)], [(96, 256)]])
+def test_ranges_over_the_edges_of_pinned_memory(torch, recorder, monkeypatch, to_host, pieces):
+    """They are cut there for the driver."""
+    monkeypatch.setattr("cupy_cache.runtime.driver.gpus", lambda: 1)
+    monkeypatch.setattr("cupy_cache.ops.shared.blocks.RUN_BYTES", 64)
+    source = torch.arange(256, dtype=torch.uint8)
+    destination = torch.zeros_like(source)
+    gpu, host = (side.data_ptr() for side in (source, destination)[:: 1 if to_host else -1])
+    recorder.host = ("_ptrs", "sizes")
+    recorder.pinned = [(host + first, host + last) for first, last in pieces]
+    of_host = recorder.allocation
+
+    def allocation(address):
+        if gpu <= address < gpu + 256:
+            return cuda.Allocation(gpu, gpu + 256, devices.Device("cuda", 0), 0)
+        return of_host(address)
+
+    monkeypatch.setattr(recorder, "allocation", allocation)
+    columns = ([tensor.data_ptr()] for tensor in (source, destination))
+    cc.swap_blocks_batch(*map(np.array, (*columns, [256])))
+    assert not recorder.take() and len(recorder.copies) > 1
+    run_copies(recorder)
+    assert torch.equal(source, destination)
 
 
 def test_a_buffer_that_is_pinned_in_pieces(torch, recorder, monkeypatch):
@@ -1042,6 +1085,33 @@ def test_a_buffer_that_is_pinned_in_pieces(torch, recorder, monkeypatch):
         cc.pack_blocks([cache], [1, 3, 5, 7], out)
         assert size == 1024
         assert bool(recorder.take()) == whole and bool(staged) != whole
+
+
+@pytest.mark.parametrize("layout", ["layer_first", "page_first"])
+@pytest.mark.parametrize("unpacks", [False, True])
+def test_a_staged_buffer_of_which_parts_are_pinned(
+    torch, recorder, rng, monkeypatch, layout, unpacks
+):
+    """No copy crosses an edge, and together they are all of the buffer."""
+    recorder.host = ("out", "packed")
+    stage = torch.zeros(2048, dtype=torch.uint8)
+    monkeypatch.setattr(
+        recorder, "staging", lambda *given: contextlib.nullcontext(stage.data_ptr()), raising=False
+    )
+    cache, out = torch.zeros(8, 64), torch.zeros(2 * 4 * 64)
+    begin, size = out.data_ptr(), 2048
+    for _ in range(20):
+        first, last = np.sort(rng.choice(np.arange(1, size), 2, replace=False)).tolist()
+        recorder.pinned = [(begin, begin + first), (begin + last, begin + size)]
+        if unpacks:
+            cc.unpack_blocks(out, [cache, cache.clone()], [1, 3, 5, 7], layout=layout)
+        else:
+            cc.pack_blocks([cache, cache], [1, 3, 5, 7], out, layout=layout)
+        assert recorder.take()
+        covered = sorted((copy[1 if unpacks else 0] - begin, copy[2]) for copy in recorder.copies)
+        assert [at for at, _ in covered] == [0, *np.cumsum([n for _, n in covered])[:-1]]
+        assert sum(n for _, n in covered) == size
+        recorder.copies.clear()
 
 
 # --- what is remembered of types ------------------------------------------------------------------

@@ -10,13 +10,12 @@ from typing import Any, overload
 import numpy as np
 
 from .. import errors
-from ..runtime import arrays, contract, dispatch, driver, formats, launch
+from ..runtime import arrays, contract, dispatch, formats, launch
 from ..runtime.log import logger
 from ..types import ArrayLike, Layers, Pairs, StreamLike
 from .shared import blocks, copying, mappings
 
 NAME = "swap_blocks"
-MAX_PINNED = 1024
 
 
 @overload
@@ -174,7 +173,6 @@ class _Plan:
         self._within = self._from == self._to  # one device
         gpus = [device.index for device in (self._from, self._to) if device.kind == "cuda"]
         self._gpu = gpus[0] if gpus else None
-        self._pinned = set()  # addresses of arrays that were found to be pinned as a whole
         sizes = [tensor.geometry.bytes for tensor in self._tensors]
         self._has_bytes = any(sizes)
         # Blocks of a run for the copy engines; None where they cannot be copied several at a time.
@@ -232,8 +230,8 @@ class _Plan:
     def _over_the_bus(self, layers, pairs, stream):
         sides, to_host = layers.sides, self._to.kind == "cpu"
         host = sides[to_host]
-        mapped = driver.active.mapped_addresses(host, self._gpu)
-        if not self._pinned_as_wholes(host, mapped, to_host):
+        mapped = self._mapped(host, to_host)
+        if mapped is None:
             logger.warning(
                 "%s: host memory is not pinned; the driver stages each copy, and may wait", NAME
             )
@@ -251,27 +249,25 @@ class _Plan:
             for at, layer in enumerate(zip(*sides)):
                 self._copy_run(self._tensors[at % len(self._tensors)], *layer, *run, stream)
 
-    def _pinned_as_wholes(self, host, mapped, to_host):
-        """Whether all arrays in host memory, at these addresses, are pinned, each as a whole; a GPU
-        reaches the first byte of each at ``mapped``. The other bytes are asked about once."""
-        if None in mapped:
-            self._pinned.difference_update(
-                address for address, reached in zip(host, mapped) if reached is None
-            )
-            return False
-        if self._pinned.issuperset(host):
-            return True
-        for at, address in enumerate(host):
-            if address in self._pinned:
+    def _mapped(self, host, to_host):
+        """Where GPUs reach the arrays in host memory at these addresses; None unless all of them
+        are pinned, each as a whole. Asked at each call, once for neighbours in one allocation:
+        memory can be pinned otherwise and stay where it is."""
+        sides = [tensor.destination if to_host else tensor.source for tensor in self._tensors]
+        spans = [None if 0 in side.shape else side.span for side in sides] * len(host)
+        start, end, shift, mapped = 0, 0, 0, []
+        for address, span in zip(host, spans):
+            if span is None:
+                mapped.append(address)
                 continue
-            tensor = self._tensors[at % len(self._tensors)]
-            low, high = (tensor.destination if to_host else tensor.source).span
-            if blocks.mapped_range(address + low, high - low) != mapped[at] + low:
-                return False
-            if len(self._pinned) >= MAX_PINNED:
-                self._pinned.clear()
-            self._pinned.add(address)
-        return True
+            first, behind = address + span[0], address + span[1]
+            if not start <= first or behind > end:
+                found = blocks.mapped(first, behind)
+                if found is None:
+                    return None
+                start, end, shift = found
+            mapped.append(address + shift)
+        return mapped
 
     def _split(self, pairs):
         """Runs (source, destination, blocks) long enough for the copy engines, and the rest."""
@@ -287,15 +283,8 @@ class _Plan:
 
     def _copy_run(self, tensor, source, destination, first, to, count, stream):
         size = tensor.geometry.bytes
-        driver.active.copy(
-            destination + to * size, source + first * size, count * size, stream, self._gpu
-        )
-
-    def _copy_pieces(self, source, destination, size, block, stream):
-        """Copy from or to host memory, of which parts may be pinned."""
-        host = destination if self._to.kind == "cpu" else source
-        for at, length in blocks.pieces(host, size, block):
-            driver.active.copy(destination + at, source + at, length, stream, self._gpu)
+        of, onto = source + first * size, destination + to * size
+        blocks.copy(onto, of, count * size, size, stream, self._gpu)
 
     def _by_driver(self, sources, destinations, pairs, stream):
         for at, layer in enumerate(zip(sources, destinations)):
@@ -305,7 +294,7 @@ class _Plan:
                 size = g.bytes
                 for first, to, count in zip(*(n.tolist() for n in mappings.runs(pairs))):
                     of, onto = layer[0] + first * size, layer[1] + to * size
-                    self._copy_pieces(of, onto, count * size, size, stream)
+                    blocks.copy(onto, of, count * size, size, stream, self._gpu)
                 continue
             for first, to in zip(*pairs.tolist()):
                 for outer in range(g.outer):
@@ -314,7 +303,7 @@ class _Plan:
                             base + block * s[0] + outer * s[1] + middle * s[2]
                             for base, block, s in zip(layer, (first, to), (g.source, g.destination))
                         )
-                        self._copy_pieces(of, onto, g.run, g.run, stream)
+                        blocks.copy(onto, of, g.run, g.run, stream, self._gpu)
 
 
 _NAMES = ("src", "dst"), ("src_values", "dst_values")

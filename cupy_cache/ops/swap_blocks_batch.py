@@ -317,9 +317,8 @@ def _copy_between(launcher, device, stream, source, destination, sources, destin
             blocks.most_blocks(source.device, destination.device), largest > MAX_RANGE_BYTES,
         )  # fmt: skip
     for row in others:
-        driver.active.copy(
-            int(destinations[row]), int(sources[row]), int(sizes[row]), stream, device.index
-        )
+        size = int(sizes[row])
+        blocks.copy(int(destinations[row]), int(sources[row]), size, size, stream, device.index)
 
 
 def _least_for_engines(device, source, destination):

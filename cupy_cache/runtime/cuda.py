@@ -296,14 +296,22 @@ def _has_context(index):
 
 def allocation_at(address):
     """The `Allocation` that holds ``address``; None where CUDA knows of none."""
-    found = _PointerAttributes()
+    try:
+        found = _free.pop()  # another thread must not fill the same
+    except IndexError:
+        found = _PointerAttributes()
     with in_a_context():
         status = _library().cuPointerGetAttributes(
-            len(found.IDS), found.IDS, found.places(), ctypes.c_uint64(address)
+            len(found.IDS), found.IDS, found.places, ctypes.c_uint64(address)
         )
     if status:
         _check(status, f"asking for what is at {address:#x}")
-    return found.allocation(address)
+    allocation = found.allocation(address)
+    _free.append(found)
+    return allocation
+
+
+_free: list = []
 
 
 class Allocation(NamedTuple):
@@ -331,10 +339,11 @@ class _PointerAttributes(ctypes.Structure):
     IDS = (ctypes.c_int * 5)(2, 9, 3, 11, 12)
     _HOST = 1
 
-    def places(self):
-        """The fields' addresses, in the order of the numbers."""
+    def __init__(self):
+        super().__init__()
         at = ctypes.addressof(self)
-        return _FivePointers(*[at + offset for offset in _OFFSETS])
+        # The fields' addresses, in the order of the numbers: made once, which takes a microsecond.
+        self.places = _FivePointers(*[at + offset for offset in _OFFSETS])
 
     def allocation(self, address):
         """The `Allocation`, if there is one."""

@@ -213,13 +213,6 @@ class CudaDriver:
         """The `cuda.Allocation` that holds ``address``; None where CUDA knows of none."""
         return cuda.allocation_at(address)
 
-    def mapped_addresses(self, addresses, device):
-        """The addresses at which GPU ``device`` reaches host memory; None for one that is not
-        pinned."""
-        ask = self._runtime.pointerGetAttributes
-        with cuda.on_device(device):
-            return [ask(address).devicePointer or None for address in addresses]
-
     # --- streams
 
     def current_stream(self, device):

@@ -485,10 +485,6 @@ class EmulatedDriver:
     def order(self, before, after, device):
         pass
 
-    def mapped_addresses(self, addresses, device):
-        """Storages of the emulated device serve as pinned memory too; no other memory is mapped."""
-        return [address if memory().contains(address) else None for address in addresses]
-
     def copy(self, destination, source, size, stream, device):
         """What the copy engines do."""
         for at in (destination, source):

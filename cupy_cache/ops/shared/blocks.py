@@ -82,16 +82,19 @@ def pointer_tables(addresses, tensors):
     return tables
 
 
-def mapped_range(address, size):
-    """The address at which GPUs reach ``size`` bytes of host memory. They may be several pinned
-    pieces. None if any byte is not pinned, or if GPUs do not reach the pieces as one range."""
-    shift, at = None, address
-    while at < address + size:
+def mapped(begin, end):
+    """(start, end, shift) of the pinned memory that these bytes of the host lie in, which GPUs
+    reach at their addresses plus ``shift``; None if they are not pinned from the first to the last,
+    though in several pieces, or not reached in one."""
+    start, shift, at = begin, None, begin
+    while at < end:
         found = driver.active.allocation(at)
         if found is None or found.device.kind != "cpu" or shift not in (None, found.shift):
             return None
+        if at == begin:
+            start = found.start
         shift, at = found.shift, max(found.end, at + 1)
-    return address + (shift or 0)
+    return start, at, shift or 0
 
 
 def pieces(address, size, block):
@@ -108,12 +111,19 @@ def pieces(address, size, block):
             yield begin - address, at - begin
             begin = at
             continue
-        end = at + block - (at - address) % block
+        end = min(at + block - (at - address) % block, address + size)
         while (last := driver.active.allocation(end - 1)) is not None and last.start > at:
             end = last.start
         at = end
     if begin < at:
         yield begin - address, at - begin
+
+
+def copy(destination, source, size, block, stream, device):
+    """Enqueue a copy by the driver, cut on both sides where `pieces` says."""
+    for at, length in pieces(destination, size, block):
+        for more, part in pieces(source + at, length, block):
+            driver.active.copy(destination + at + more, source + at + more, part, stream, device)
 
 
 # --- what a block looks like ----------------------------------------------------------------------

@@ -330,12 +330,11 @@ class Plan:
             return
         (address,) = buffer
         if self.buffer.device.kind == "cpu" and self.device.index != NOWHERE:
-            size = items * caches.item_bytes
-            mapped = blocks.mapped_range(address, size)
+            mapped = blocks.mapped(address, address + items * caches.item_bytes)
             if mapped is None:
                 self._run_staged(work, address)
                 return
-            address = mapped
+            address += mapped[2]
         self._enqueue(work, caches.pointers, work.places(address, items), 0, items)
 
     def _check_room(self, address, rows, work):
@@ -418,11 +417,11 @@ class Plan:
                     spans = list(zip(outside, staged.starts, sizes))
                 if self.direction is UNPACK or skips:
                     for at, inside, size in spans:
-                        driver.active.copy(inside, at, size, stream, device)
+                        blocks.copy(inside, at, size, size, stream, device)
                 self._enqueue(work, part, staged, first, first + items)
                 if self.direction is PACK:
                     for at, inside, size in spans:
-                        driver.active.copy(at, inside, size, stream, device)
+                        blocks.copy(at, inside, size, size, stream, device)
 
     # --- the CPU
 
