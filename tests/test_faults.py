@@ -66,7 +66,7 @@ class TwoDevices:
     def current_device(self):
         return 1
 
-    def take_faults(self, device=None):
+    def take_faults(self, device=None, stream=None):
         found = [index for index in self.there if device in (None, index)]
         self.there = [index for index in self.there if index not in found]
         return (cc.Fault("op", "slots", 0, 9, 8, f"cuda:{index}") for index in found)
@@ -142,6 +142,7 @@ class Memory:
 
     def __init__(self, then):
         self.record, self.then, self.steps = modules.FaultRecord(), then, 0
+        self.used = set()  # streams, "device" where all of them are waited for
         self.ptr = ctypes.addressof(self.record)
 
     def _done(self):
@@ -149,13 +150,18 @@ class Memory:
         self.then(self.record, self.steps)
 
     def deviceSynchronize(self):
-        pass
+        self.used.add("device")
 
-    def memcpy(self, to, at, size, kind):
+    def streamSynchronize(self, stream):
+        self.used.add(stream)
+
+    def memcpyAsync(self, to, at, size, kind, stream):
+        self.used.add(stream)
         ctypes.memmove(to, at, size)
         self._done()
 
-    def memset(self, at, value, size):
+    def memsetAsync(self, at, value, size, stream):
+        self.used.add(stream)
         ctypes.memset(at, value, size)
         self._done()
 
@@ -190,6 +196,22 @@ def test_what_is_only_claimed_is_told_when_it_is_published(device):
     memory.record.taken = 2
     assert taken() == [("op", "slots", 3, 13, 8, "cuda:3")] and memory.record.taken == 0
     assert taken() == []
+
+
+def test_debug_mode_touches_no_stream_but_that_of_the_call(device, monkeypatch):
+    """Others may be captured, which what concerns all streams would break."""
+    modes = []
+    relaxed = contextlib.nullcontext()
+    monkeypatch.setattr(cuda, "during_captures", lambda: modes.append(1) or relaxed)
+    monkeypatch.setattr(driver, "active", driver.CudaDriver())
+    memory = device()
+    monkeypatch.setattr(driver.active, "capturing", lambda stream, device: False)
+    fill(memory.record, 3)
+    memory.record.taken = 2
+    with pytest.raises(cc.FaultError):
+        faults.after_call(7, 3)
+    assert memory.used == {7} and modes
+    faults.after_call(7, 3)
 
 
 def test_what_is_half_read_is_read_again(device):

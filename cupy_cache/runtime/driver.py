@@ -310,20 +310,26 @@ class CudaDriver:
 
     # --- faults
 
-    def take_faults(self, device=None):
+    def take_faults(self, device=None, stream=None):
         """Wait for ``device``, by default for all GPUs, and take the faults recorded since the last
-        time: they are cleared."""
+        time: they are cleared. With ``stream``, one of that GPU that is not being captured, wait
+        for that alone: this is allowed while others are captured."""
         guarded = [m for m in modules.loaded() if m.kernel.guarded]
         return [
             fault
             for index in sorted({m.device for m in guarded})
             if device in (None, index)
-            for fault in self._told_by(index, [m for m in guarded if m.device == index])
+            for fault in self._told_by(index, [m for m in guarded if m.device == index], stream)
         ]
 
-    def _told_by(self, index, guarded):
+    def _told_by(self, index, guarded, stream):
+        runtime = cuda.import_cupy("raise_faults").cuda.runtime
         try:
-            return self._take_faults(index, guarded)
+            if stream is None:
+                return self._take_faults(index, guarded, runtime, 0, runtime.deviceSynchronize)
+            wait = functools.partial(runtime.streamSynchronize, stream)
+            with cuda.on_device(index), cuda.during_captures():
+                return self._take_faults(index, guarded, runtime, stream, wait)
         except Exception as error:  # CUDA's, of the runtime or of the driver
             if not hasattr(error, "status"):
                 raise
@@ -333,27 +339,28 @@ class CudaDriver:
                 f"{'' if meaning is None else f'; {meaning}'}"
             ) from error
 
-    def _take_faults(self, index, guarded):
-        runtime, taken = cuda.import_cupy("raise_faults").cuda.runtime, []
+    def _take_faults(self, index, guarded, runtime, stream, wait):
+        taken = []
         # One thread at a time: a second one could clear a record made after the first one's read.
         with _taking, cuda.on_device(index):
-            runtime.deviceSynchronize()
+            wait()
             for loaded in guarded:
                 address = loaded.module.get_global(modules.FAULT_SYMBOL).ptr
-                if not self._fault_at(address, runtime).is_published:
+                if not self._fault_at(address, runtime, stream, wait).is_published:
                     continue  # none, or one that another thread's kernel is still filling in
                 # Again: the first read may have seen half of it.
-                record = self._fault_at(address, runtime)
+                record = self._fault_at(address, runtime, stream, wait)
                 # Clear the first word alone: a kernel may fill in the others at once.
-                runtime.memset(address, 0, ctypes.sizeof(ctypes.c_uint32))
-                runtime.deviceSynchronize()
+                runtime.memsetAsync(address, 0, ctypes.sizeof(ctypes.c_uint32), stream)
+                wait()
                 taken.append(record.fault(loaded.kernel, f"cuda:{index}"))
         return taken
 
-    def _fault_at(self, address, runtime):
+    def _fault_at(self, address, runtime, stream, wait):
         record = modules.FaultRecord()
-        size = ctypes.sizeof(record)
-        runtime.memcpy(ctypes.addressof(record), address, size, runtime.memcpyDeviceToHost)
+        at, size = ctypes.addressof(record), ctypes.sizeof(record)
+        runtime.memcpyAsync(at, address, size, runtime.memcpyDeviceToHost, stream)
+        wait()
         return record
 
 

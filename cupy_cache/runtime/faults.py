@@ -41,7 +41,7 @@ def after_call(stream, device):
     if device is None:
         _raise(_take_from_host())
     elif not driver.active.capturing(stream, device):
-        _raise(driver.active.take_faults(device))
+        _raise(driver.active.take_faults(device, stream))
 
 
 def _raise(faults):

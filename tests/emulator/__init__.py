@@ -506,7 +506,7 @@ class EmulatedDriver:
                 return cuda.Allocation(storage.ptr, storage.ptr + storage.nbytes, device, 0)
         return None
 
-    def take_faults(self, device=None):
+    def take_faults(self, device=None, stream=None):
         faults, self._faults = self._faults, {}
         return faults.values()
 

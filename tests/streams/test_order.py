@@ -472,3 +472,54 @@ def test_debug_mode_while_a_graph_is_captured(name, rng):
     """The capture works, and so does its replay; outside, faults are raised by the call."""
     framework_named(name)  # or skip
     run(_DEBUG, name, seed(rng), CUPYCACHE_DEBUG="1")
+
+
+_DEBUG_BESIDE = """
+import threading
+
+import torch
+
+import cupy_cache as cc
+
+key = torch.zeros(4, 2, 8, device="cuda", dtype=torch.float16)
+caches = [torch.zeros(5, 16, 2, 8, device="cuda", dtype=torch.float16) for _ in range(2)]
+good, bad = (torch.tensor([0, 1, 2, last], device="cuda") for last in (3, 80))
+
+
+def write(slots):
+    "On a stream of its own. Whether a fault was raised."
+    try:
+        cc.reshape_and_cache_flash(key, key, *caches, slots, stream=beside)
+    except cc.FaultError as error:
+        assert [fault.value for fault in error.faults] == [80]
+        return True
+    return False
+
+
+beside, told = torch.cuda.Stream(), []
+for _ in range(5):
+    assert not write(good) and write(bad)
+for mode in ("global", "thread_local", "relaxed"):
+    for elsewhere in (False, True):
+        graph, out = torch.cuda.CUDAGraph(), torch.zeros(8, device="cuda")
+        told.clear()
+        work = lambda: told.extend([write(good), write(bad), write(good)])
+        with torch.cuda.graph(graph, capture_error_mode=mode):
+            out.add_(1)
+            if elsewhere:
+                thread = threading.Thread(target=work)
+                thread.start()
+                thread.join()
+            else:
+                work()
+        assert told == [False, True, False], (mode, elsewhere, told)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert (out == 1).all()
+"""
+
+
+def test_debug_mode_while_another_stream_is_captured():
+    """By the same thread or by another: faults are raised, and the capture goes on."""
+    framework_named("torch")  # or skip
+    run(_DEBUG_BESIDE, CUPYCACHE_DEBUG="1")
