@@ -134,6 +134,21 @@ def test_tables_that_widen(recorder):
     assert recorder.long == KNOWN
 
 
+def test_a_table_whose_rows_are_not_at_multiples_of_its_numbers(recorder):
+    """Byte strides may be anything: what the long way refuses must not be launched."""
+    src, dst = torch.zeros((6, 4, 8), dtype=torch.float16), torch.zeros((9, 8), dtype=torch.float16)
+    table, bounds = torch.zeros((2, 3), dtype=torch.int32), torch.tensor([0, 4, 9])
+    given = [Array(one) for one in (src, dst, table, bounds)]
+    for _ in range(KNOWN + 1):
+        cc.gather_cache(*given)
+    recorder.take()
+    for stride in (13, 14, 18):
+        given[2].strides = stride, 4
+        with pytest.raises(cc.StrideError, match="block_table"):
+            cc.gather_cache(*given)
+        assert not recorder.take()
+
+
 def test_lists_of_layers(recorder):
     layers = [both()[1][2:4] for _ in range(3)]
     keys, values = map(list, zip(*layers))

@@ -137,22 +137,25 @@ class Extents:
         self.sized = None if places == list(range(len(tensors))) else getter(places)
         self.free = _shapes_and_strides(kind, [at for _, at in free]) if free else None
         self._units = [kind.unit(tensors[at]) for _, at in free]
-        # (at, step, last, low bits) of each of `free` whose strides' alignment matters to the plan:
-        # the bytes from element to element, how many strides vary, and what they were aligned to.
+        # (at, step, last, mask, low bits) of each of `free` whose strides' alignment matters: the
+        # bytes from element to element, how many strides vary, which bits, and what they were.
+        # Indices are read one by one: strides in bytes must only be multiples of their size.
         self._low = []
         freed = () if self.free is None else self._in_bytes(self.free(tensors))
         for at, (arg, place) in enumerate(free):
-            if not arg.index:
-                step, last = kind.step(tensors[place]) * self._units[at], max(arg.varies)
-                self._low.append((at, step, last, _low_bits(*freed[at], step, last)))
+            unit = self._units[at]
+            step, last = kind.step(tensors[place]) * unit, max(arg.varies)
+            if not arg.index or unit == 1:
+                mask = step - 1 if arg.index else 15
+                self._low.append((at, step, last, mask, _low_bits(*freed[at], step, last) & mask))
 
     def find(self, sizes, freed):
         """The extents that the operation's count gets, from the numbers of elements of `sized` and
         from what `free` gives; None where strides have another alignment than the plan was made
         for."""
         freed = freed and self._in_bytes(freed)
-        for at, step, last, low in self._low:
-            if _low_bits(*freed[at], step, last) != low:
+        for at, step, last, mask, low in self._low:
+            if _low_bits(*freed[at], step, last) & mask != low:
                 return None
         extents = []
         for at, count, elements in self._parts:
@@ -178,8 +181,8 @@ class Extents:
 
 
 def _low_bits(shape, strides, step, last):
-    """The low bits of the first ``last`` strides, which tell their alignment."""
-    return arrays.any_bits(arrays.regular(shape, strides, step)[:last]) & 15
+    """All bits of the first ``last`` strides; the low ones tell their alignment."""
+    return arrays.any_bits(arrays.regular(shape, strides, step)[:last])
 
 
 def _shapes_and_strides(kind, places):
