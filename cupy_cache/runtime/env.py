@@ -20,7 +20,7 @@ class Variable(NamedTuple):
 
 
 DEBUG = Variable(
-    "CUPYCACHE_DEBUG", "0", "1: after each call wait for the device and raise recorded faults"
+    "CUPYCACHE_DEBUG", "0", "1: after each call wait for its stream and raise recorded faults"
 )
 KERNEL_DIR = Variable(
     "CUPYCACHE_KERNEL_DIR", "", "folder to load the .cu sources from, instead of the installed one"
