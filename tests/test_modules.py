@@ -379,6 +379,23 @@ def test_the_cpu_needs_no_folder_for_cupys_kernels(tmp_path):
     assert "NotADirectoryError" in done.stdout and "CUPY_CACHE_DIR" in done.stdout
 
 
+def test_the_cpu_does_not_care_for_a_folder_called_cupy(tmp_path):
+    """It counts as a module: CuPy's sources, say, beside the program."""
+    (tmp_path / "cupy").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\nsys.path.insert(0, {str(tmp_path)!r})\n"
+         "class Away:\n"
+         "    def find_spec(name, path=None, target=None):\n"
+         "        if name == 'cupy':\n"
+         "            import importlib.machinery as m\n"
+         "            return m.PathFinder.find_spec(name, [sys.path[0]])\n"
+         f"sys.meta_path.insert(0, Away)\n{ON_THE_CPU}"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "cupy") in done.stdout
+
+
 ROCM = "import types\ncuda = types.SimpleNamespace(runtime=types.SimpleNamespace(is_hip={}))\n"
 
 

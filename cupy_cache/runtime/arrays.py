@@ -157,12 +157,16 @@ def register_framework(name, kind, framework):
     FRAMEWORKS[name] = framework
 
 
+def class_of(module, name):
+    """A module's class of arrays; () where it is not imported, or not yet: another thread may be at
+    it, and a folder of its name counts as a module too."""
+    return getattr(sys.modules.get(module), name, ())
+
+
 def _find_reader(value, name):
-    torch = sys.modules.get("torch")
-    if torch is not None and isinstance(value, torch.Tensor):
+    if isinstance(value, class_of("torch", "Tensor")):
         return _read_torch
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and isinstance(value, cupy.ndarray):
+    if isinstance(value, class_of("cupy", "ndarray")):
         return _read_cupy
     if isinstance(value, np.ma.MaskedArray):
         expected = "an array whose every element counts"
@@ -195,8 +199,7 @@ def is_torch(value):
     """Whether ``value`` is a torch tensor."""
     reader = _READERS.get(type(value))
     if reader is None:
-        torch = sys.modules.get("torch")
-        return torch is not None and isinstance(value, torch.Tensor)
+        return isinstance(value, class_of("torch", "Tensor"))
     return reader is _read_torch
 
 

@@ -46,9 +46,11 @@ def find_cupy(why):
         raise KernelError(f"{why}: {FORKED}")
     try:
         import cupy
+
+        is_hip = cupy.cuda.runtime.is_hip
     except Exception as error:
         raise _without_cupy(why, error) from error
-    if cupy.cuda.runtime.is_hip:
+    if is_hip:
         raise MissingDependencyError(_ROCM.format(why, "CuPy"))
     return cupy
 
@@ -94,6 +96,12 @@ def _without_cupy(why, error):
     if isinstance(error, OSError):  # its import makes the folder of its kernel cache
         return MissingDependencyError(
             f"{why}: CuPy is installed, but importing it failed: {named(error)}; {cache_hint()}"
+        )
+    folders = getattr(sys.modules.get("cupy"), "__path__", None)
+    if folders and getattr(sys.modules["cupy"], "__file__", None) is None:
+        return MissingDependencyError(
+            f"{why}: CuPy is needed, and {folders[0]} is imported in its place: rename that folder, "
+            f"or take it off the path; {install_hint()}"
         )
     if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
         return MissingDependencyError(

@@ -47,8 +47,8 @@ def kind_of(objects):
         return _NO_ARRAYS
     if all(map(arrays.is_torch, objects)):
         return _torch()
-    cupy = sys.modules.get("cupy")
-    if cupy is not None and all(type(array) is cupy.ndarray for array in objects):
+    cupys = arrays.class_of("cupy", "ndarray")
+    if all(type(array) is cupys for array in objects):
         return _CUPY
     return None
 
