@@ -20,7 +20,7 @@ from . import errors
 from .attention.paged_attention import NO_WINDOW, paged_attention
 from .ops.reshape_and_cache_flash import reshape_and_cache_flash
 from .ops.slot_mapping import slot_mapping
-from .runtime import arrays, contract, formats, making
+from .runtime import arrays, contract, faults, formats, making
 from .types import ArrayLike
 
 __all__ = ["flash_attn_varlen_func", "flash_attn_with_kvcache"]
@@ -168,7 +168,7 @@ def flash_attn_with_kvcache(
     starts = None
     if length != 1:
         starts = _made(framework, q, "arange", batch + 1) * length
-    with errors.renamed(op, _CALLED):
+    with errors.renamed(op, _CALLED), faults.together():
         if k is not None:
             # Without sequences everything is checked: nothing is to be written before.
             no_starts = None if starts is None else starts[:1]

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`cupy_cache.flash_attn`, compared with loops over whole sequences without pages."""
 
+import contextlib
 import inspect
 import math
 
@@ -12,6 +13,7 @@ from guards import check_faults
 
 import cupy_cache as cc
 from cupy_cache import flash_attn
+from cupy_cache.runtime import faults
 
 whole_arrays = pytest.mark.parametrize(
     "world",
@@ -398,3 +400,26 @@ class TestRefusals:
         rows, bounds = np.ones((3, 2, 16), np.float32), np.array([0, 3], np.int32)
         with pytest.raises(cc.ArgumentError, match=r"dropout_p: expected 0.0, got 0.1"):
             flash_attn.flash_attn_varlen_func(rows, rows, rows, bounds, bounds, 3, 3, 0.1)
+
+
+def test_debug_mode_writes_the_same(rng, monkeypatch):
+    """One sequence is longer than its table: the other one's token is written before that is
+    raised."""
+    q, k, v = (rng.random((2, 1, 2, 8), np.float32) for _ in range(3))
+    table, lengths = np.array([[3], [1]], np.int32), np.array([9, 2], np.int32)
+
+    def caches_after():
+        caches = np.zeros((2, 4, 4, 2, 8), np.float32)
+        arguments = {"cache_seqlens": lengths, "block_table": table}
+        with pytest.raises(cc.FaultError) as told:
+            flash_attn.flash_attn_with_kvcache(q, *caches, k, v, **arguments)
+            cc.raise_faults()
+        assert {fault.row for fault in told.value.faults} == {0}
+        with contextlib.suppress(cc.FaultError):
+            cc.raise_faults()
+        return caches
+
+    expected = caches_after()
+    assert (expected[:, 1, 2] == np.stack([k[1, 0], v[1, 0]])).all()
+    monkeypatch.setattr(faults, "debug", True)
+    assert (caches_after() == expected).all()

@@ -100,8 +100,8 @@ def _without_cupy(why, error):
     folders = getattr(sys.modules.get("cupy"), "__path__", None)
     if folders and getattr(sys.modules["cupy"], "__file__", None) is None:
         return MissingDependencyError(
-            f"{why}: CuPy is needed, and {folders[0]} is imported in its place: rename that folder, "
-            f"or take it off the path; {install_hint()}"
+            f"{why}: CuPy is needed, and the folder {folders[0]} is imported in its place: rename "
+            f"it, or take it off the path; {install_hint()}"
         )
     if isinstance(error, ModuleNotFoundError) and error.name == "cupy":
         return MissingDependencyError(

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 
 from ..errors import Fault, FaultError
 from ..types import DeviceLike
@@ -16,6 +18,7 @@ debug = env.flag(env.DEBUG)
 
 _on_host: dict[str, Fault] = {}  # by operation
 _lock = locks.Lock()
+_of_thread = threading.local()
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_on_host.clear)  # the parent reports its own
 
@@ -36,12 +39,31 @@ def _take_from_host():
 
 def after_call(stream, device):
     """At the end of a call with CUPYCACHE_DEBUG=1: raise what was recorded on GPU ``device``, or on
-    the CPU if that is None. Nothing is raised while ``stream`` is being captured: nothing runs
-    then, and nothing may wait."""
-    if device is None:
+    the CPU if that is None, after waiting for ``stream``. Nothing is raised while that is being
+    captured: nothing runs then, and nothing may wait."""
+    later = getattr(_of_thread, "later", None)
+    if later is not None:
+        later[stream, device] = None
+    elif device is None:
         _raise(_take_from_host())
     elif not driver.active.capturing(stream, device):
         _raise(driver.active.take_faults(device, stream))
+
+
+@contextlib.contextmanager
+def together():
+    """For operations that are one call to the user: debug mode raises their faults after all of
+    them, so that what they write does not depend on it."""
+    if not debug or getattr(_of_thread, "later", None) is not None:
+        yield
+        return
+    _of_thread.later = later = {}  # (stream, GPU), in order
+    try:
+        yield
+    finally:
+        _of_thread.later = None
+    for stream, device in later:
+        after_call(stream, device)
 
 
 def _raise(faults):

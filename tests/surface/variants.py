@@ -273,8 +273,8 @@ def _shown(result, whole):
     if not whole or kind not in ("ndarray", "Tensor"):
         return f"{kind} {shape} {dtype}"
     if kind == "Tensor":
-        result = result.contiguous().view(torch.uint8) if shape else result.reshape(1)
-        result = result.numpy()
+        flat = torch.empty(result.numel(), dtype=result.dtype).copy_(result.reshape(-1))
+        result = flat.view(torch.uint8).numpy()
     return f"{kind} {shape} {dtype} {result.tobytes()!r}"
 
 
