@@ -97,6 +97,9 @@ def warmup(
 
     Notes
     -----
+    Attention with ``alibi_slopes`` or ``soft_cap`` has kernels of its own, which are not among
+    these: the first call of each loads one.
+
     NVRTC compiles in parallel in the threads of one process. With CUDA 13.5, 20 kernels take 1.31 s
     by one thread, and 0.75 s by two on two cores. So there is a thread for each core, 16 at most.
     """
