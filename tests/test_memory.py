@@ -570,6 +570,8 @@ def test_strides_of_one_row_may_be_of_any_size():
     content = np.arange(3.0)
     view = arrays.as_numpy(content.ctypes.data, (1, 3), (2**66, 8), content.dtype)
     np.testing.assert_array_equal(view, content[None])
+    assert arrays.meant((1, 3), (2**62, 1), 8) == (0, 8)
+    assert arrays.meant((0, 3), (2**62, 1), 8) == (0, 0)
     converted = np.zeros((1, 3), np.uint8)
     cc.convert_fp8(converted, Capsules(shape=(1, 3), strides=(2**62, 1)))
     assert converted.tolist() == [[0, 0x38, 0x40]]  # 0.0, 1.0 and 2.0 in E4M3
