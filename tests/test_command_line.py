@@ -124,13 +124,14 @@ def test_warmup_passes_on_what_it_is_told(capsys, monkeypatch):
     monkeypatch.setattr(command_line, "warmup", lambda *a, **k: given.append((a, k)) or 7)
     line = "warmup --num-kv-heads 8 --head-size 128 --block-size 32 --layout HND --layout packed"
     line += " --dtype float16 --op copy_blocks --num-heads 32 --kv-cache-dtype fp8 --device 1"
+    line += " --alibi"
     status, out, _ = run(capsys, line)
     assert status == 0 and "7 kernels are ready" in out
     shape, named = given.pop()
     assert shape == (8, 128, 32, "float16")
     assert {name: value for name, value in named.items() if value is not None} == {
         "layouts": ["HND", "packed"], "kv_cache_dtype": "fp8", "device": 1, "num_heads": 32,
-        "ops": ["copy_blocks"],
+        "ops": ["copy_blocks"], "alibi": True, "soft_cap": False,
     }  # fmt: skip
     status, out, _ = run(capsys, "warmup --num-kv-heads 8 --head-size 128 --json")
     assert status == 0 and json.loads(out)["kernels"] == 7

@@ -398,7 +398,7 @@ def test_the_page():
     names = {}
     for part in parts:
         exec(compile(part, str(page), "exec"), names)
-    assert len(parts) == 4 and names["cache"].get_seq_length() == 59
+    assert len(parts) == 5 and names["cache"].get_seq_length() == 59
     assert [len(one.generated_tokens) for one in names["results"].values()] == [20, 20, 20]
     model, tables = names["model"], names["tables"]
     model.set_attn_implementation("eager")

@@ -413,6 +413,38 @@ def test_rotations_that_are_refused(rotation, words):
         assert word in str(caught.value)
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize("soft_cap", [False, True])
+@pytest.mark.parametrize("alibi", [False, True])
+def test_attention_with_slopes_and_caps(rng, emulated_world, alibi, soft_cap):
+    """The kernels of a model that attends so, and none of one that does not."""
+
+    def ready(alibi, soft_cap):
+        warm = specialisations(
+            HEADS, SIZE, BLOCK, index_dtypes=None, num_heads=8, ops=["paged_attention"],
+            alibi=alibi, soft_cap=soft_cap,
+        )  # fmt: skip
+        return {kernel.key for kernel in warm}
+
+    def attend(world):
+        query, *caches = (
+            world.put(worlds.array(rng, shape, "bfloat16"))
+            for shape in ((5, 8, SIZE), *[(4, BLOCK, HEADS, SIZE)] * 2)
+        )
+        numbers = np.zeros((5, 2), np.int32), np.ones(5, np.int32), np.arange(6, dtype=np.int32)
+        table, lengths, starts = (world.put(worlds.of_values(array)) for array in numbers)
+        slopes = world.put(worlds.array(rng, (8,), "float32")) if alibi else None
+        for named in ({}, {"query_start_loc": starts}):
+            cc.paged_attention(
+                query, *caches, table, lengths, alibi_slopes=slopes,
+                soft_cap=30.0 if soft_cap else None, **named,
+            )  # fmt: skip
+
+    found = {kernel.key for kernel in needed_by(emulated_world, attend)}
+    assert found and found <= ready(alibi, soft_cap)
+    assert not found & (ready(not alibi, soft_cap) | ready(alibi, not soft_cap))
+
+
 def test_query_heads():
     """By default as many as there are of keys and values."""
     for named, heads in (({}, 8), ({"num_heads": 32}, 32)):

@@ -334,6 +334,8 @@ def _add_warmup(commands):
         "--op", action="append", metavar="NAME", dest="ops",
         help="only this operation; may be given several times (default: all)",
     )  # fmt: skip
+    parser.add_argument("--alibi", action="store_true", help="attention has ALiBi slopes")
+    parser.add_argument("--soft-cap", action="store_true", help="attention's logits are capped")
     parser.add_argument("--device", type=_natural, metavar="N", help="the GPU (default: 0)")
     _add_json(parser)
     parser.set_defaults(command=_warmup)
@@ -346,7 +348,7 @@ def _warmup(args):
             args.num_kv_heads, args.head_size, args.block_size, args.dtype,
             layouts=args.layouts or ["NHD"], head_size_v=args.head_size_v,
             kv_cache_dtype=args.kv_cache_dtype, device=args.device, num_heads=args.num_heads,
-            ops=args.ops,
+            alibi=args.alibi, soft_cap=args.soft_cap, ops=args.ops,
         )  # fmt: skip
     except CupyCacheError as error:
         raise CannotRun(str(error)) from error

@@ -72,6 +72,8 @@ class Model(NamedTuple):
     indices: dict
     query_heads: int
     rotation: Rotation
+    alibi: bool  # whether attention has slopes
+    soft_cap: bool  # and whether its logits are capped
 
     @property
     def by_token(self):

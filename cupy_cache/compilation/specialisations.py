@@ -53,8 +53,8 @@ FORMATS = {**formats.PER_TOKEN_HEAD_FORMATS, **formats.CACHE_FORMATS}
 
 def specialisations(
     num_kv_heads, head_size, block_size, dtype="bfloat16", *, layouts=("NHD",), head_size_v=None,
-    kv_cache_dtype="auto", index_dtypes=("int64",), num_heads=None, rotary=None, ops=None,
-    refused=None,
+    kv_cache_dtype="auto", index_dtypes=("int64",), num_heads=None, rotary=None,
+    alibi=False, soft_cap=False, ops=None, refused=None,
 ):  # fmt: skip
     """The kernels that `warmup` loads for the same arguments, each once, as `modules.Kernel`\\ s.
 
@@ -83,7 +83,8 @@ def specialisations(
             role: tuple(formats.DTYPES[name] for name in (index_dtypes or names))
             for role, names in ENGINES.items()
         },
-        num_kv_heads if num_heads is None else num_heads, rotation_of(rotary or {}),
+        num_kv_heads if num_heads is None else num_heads, rotation_of(rotary or {}), alibi,
+        soft_cap,
     )  # fmt: skip
     seen = set()
     for name in OPERATIONS if ops is None else ops:
@@ -406,7 +407,11 @@ def _attention(model):
     if model.dtype == formats.FLOAT32:
         return
     names = ("k_scale_cache", "v_scale_cache") if model.by_token else ("k_scale", "v_scale")
-    attend = functools.partial(paged_attention, kv_cache_dtype=model.kv_cache_dtype)
+    attend = functools.partial(
+        paged_attention, kv_cache_dtype=model.kv_cache_dtype,
+        alibi_slopes=described((model.query_heads,), formats.FLOAT32) if model.alibi else None,
+        soft_cap=50.0 if model.soft_cap else None,
+    )  # fmt: skip
     packed = () if model.by_token else model.x_packed()
     every_scale = [model.token_scales()] if model.by_token else model.scales()
     for caches in itertools.chain(model.pairs(), (pair for *pair, _ in packed)):

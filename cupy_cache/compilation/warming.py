@@ -34,6 +34,8 @@ def warmup(
     index_dtypes: Sequence[str] | None = None,
     num_heads: int | None = None,
     rotary: Rotation | None = None,
+    alibi: bool = False,
+    soft_cap: bool = False,
     ops: Sequence[str] | None = None,
     progress: bool = True,
 ) -> int:
@@ -74,6 +76,9 @@ def warmup(
         How queries and keys are rotated, see `cupy_cache.types.Rotation`, such as ``{"is_neox":
         True, "rotary_dim": 64, "norm_eps": 1e-6, "out": True}``. By default whole heads, not
         normalised, in both styles, with tables of both dtypes, and queries in place.
+    alibi, soft_cap : bool
+        Whether the model's `paged_attention` has ``alibi_slopes``, as BLOOM's, and a ``soft_cap``,
+        as Gemma 2's: then kernels with these are loaded instead of those without.
     ops : sequence of str, optional
         Only these operations; by default all that the layouts apply to. One that refuses the shape
         does not stop the others: it is logged as a warning or, if it was named here, raised when
@@ -97,9 +102,6 @@ def warmup(
 
     Notes
     -----
-    Attention with ``alibi_slopes`` or ``soft_cap`` has kernels of its own, which are not among
-    these: the first call of each loads one.
-
     NVRTC compiles in parallel in the threads of one process. With CUDA 13.5, 20 kernels take 1.31 s
     by one thread, and 0.75 s by two on two cores. So there is a thread for each core, 16 at most.
     """
@@ -113,6 +115,10 @@ def warmup(
         head_size_v = contract.integer("warmup", "head_size_v", head_size_v, 1)
     if num_heads is not None:
         num_heads = contract.integer("warmup", "num_heads", num_heads, 1)
+    alibi, soft_cap = (
+        contract.flag("warmup", name, value)
+        for name, value in (("alibi", alibi), ("soft_cap", soft_cap))
+    )
     place = driver.device_named(device, "warmup: device")
     if place.kind == "cpu":
         got = "the CPU, where nothing is compiled"
@@ -125,7 +131,7 @@ def warmup(
         for kernel in specialisations(
             num_kv_heads, head_size, block_size, dtype, layouts=layouts, head_size_v=head_size_v,
             kv_cache_dtype=kv_cache_dtype, index_dtypes=index_dtypes, num_heads=num_heads,
-            rotary=rotary, ops=ops, refused=refused,
+            rotary=rotary, alibi=alibi, soft_cap=soft_cap, ops=ops, refused=refused,
         )
         if kernel.runs_on(capability) and kernel.shared_bytes <= shared_bytes
     ]  # fmt: skip

@@ -8,6 +8,7 @@ import functools
 import math
 import os
 import re
+import struct
 import sys
 from typing import NamedTuple
 
@@ -346,6 +347,7 @@ class _PointerAttributes(ctypes.Structure):
     ]
     IDS = (ctypes.c_int * 5)(2, 9, 3, 11, 12)
     _HOST = 1
+    _UNPACK = struct.Struct("=IiQQQ").unpack_from
 
     def __init__(self):
         super().__init__()
@@ -355,14 +357,16 @@ class _PointerAttributes(ctypes.Structure):
 
     def allocation(self, address):
         """The `Allocation`, if there is one."""
-        start, end = self.start, self.start + self.size
+        # Each field by its name would take as long as asking.
+        memory_type, ordinal, device_pointer, start, size = self._UNPACK(self)
+        end = start + size
         if not start <= address < end:
             start = end = address
-        if self.memory_type == self._HOST and self.device_pointer:
-            return Allocation(start, end, CPU, self.device_pointer - address)
-        if self.memory_type in (0, self._HOST):
+        if memory_type == self._HOST and device_pointer:
+            return Allocation(start, end, CPU, device_pointer - address)
+        if memory_type in (0, self._HOST):
             return None
-        return Allocation(start, end, Device("cuda", self.ordinal), 0)
+        return Allocation(start, end, Device("cuda", ordinal), 0)
 
 
 _FivePointers = ctypes.c_void_p * 5
