@@ -16,7 +16,7 @@ from surface.arrays import as_list, opaque, tensor
 from cupy_cache.runtime import arrays, dispatch, launch
 
 FEW, STEPS = 2, 24
-CALLS = 40  # of `--surface-calls` for each history
+CALLS = 1000  # of `--surface-calls` for each history
 
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.usefixtures("nothing_remembered")]
 
