@@ -10,7 +10,7 @@ from typing import Any, overload
 import numpy as np
 
 from .. import errors
-from ..runtime import arrays, contract, dispatch, formats, launch
+from ..runtime import arrays, contract, dispatch, driver, formats, launch
 from ..runtime.log import logger
 from ..types import ArrayLike, Layers, Pairs, StreamLike
 from .shared import blocks, copying, mappings
@@ -230,7 +230,7 @@ class _Plan:
     def _over_the_bus(self, layers, pairs, stream):
         sides, to_host = layers.sides, self._to.kind == "cpu"
         host = sides[to_host]
-        mapped = self._mapped(host, to_host)
+        mapped, pieces = self._mapped(host, to_host)
         if mapped is None:
             logger.warning(
                 "%s: host memory is not pinned; the driver stages each copy, and may wait", NAME
@@ -247,15 +247,16 @@ class _Plan:
             self._copy.enqueue_pairs(stream, pointers, scattered)
         for run in runs:
             for at, layer in enumerate(zip(*sides)):
-                self._copy_run(self._tensors[at % len(self._tensors)], *layer, *run, stream)
+                self._copy_run(self._tensors[at % len(self._tensors)], *layer, *run, pieces, stream)
 
     def _mapped(self, host, to_host):
-        """Where GPUs reach the arrays in host memory at these addresses; None unless all of them
-        are pinned, each as a whole. Asked at each call, once for neighbours in one allocation:
-        memory can be pinned otherwise and stay where it is."""
+        """(Where GPUs reach the arrays in host memory at these addresses, None unless all of them
+        are pinned, each as a whole; in how many pieces one of them is at most). Asked at each call,
+        once for neighbours in one allocation: memory can be pinned otherwise and stay where it
+        is."""
         sides = [tensor.destination if to_host else tensor.source for tensor in self._tensors]
         spans = [None if 0 in side.shape else side.span for side in sides] * len(host)
-        start, end, shift, mapped = 0, 0, 0, []
+        start, end, shift, most, mapped = 0, 0, 0, 0, []
         for address, span in zip(host, spans):
             if span is None:
                 mapped.append(address)
@@ -264,10 +265,11 @@ class _Plan:
             if not start <= first or behind > end:
                 found = blocks.mapped(first, behind)
                 if found is None:
-                    return None
-                start, end, shift = found
+                    return None, 0
+                start, end, shift, pieces = found
+                most = max(most, pieces)
             mapped.append(address + shift)
-        return mapped
+        return mapped, most
 
     def _split(self, pairs):
         """Runs (source, destination, blocks) long enough for the copy engines, and the rest."""
@@ -281,10 +283,13 @@ class _Plan:
         runs = zip(*(numbers[long].tolist() for numbers in (*sides, counts)))
         return list(runs), np.ascontiguousarray(pairs[:, ~np.repeat(long, counts)])
 
-    def _copy_run(self, tensor, source, destination, first, to, count, stream):
+    def _copy_run(self, tensor, source, destination, first, to, count, pieces, stream):
         size = tensor.geometry.bytes
         of, onto = source + first * size, destination + to * size
-        blocks.copy(onto, of, count * size, size, stream, self._gpu)
+        if pieces > 1:
+            blocks.copy(onto, of, count * size, size, stream, self._gpu)
+        else:  # there is no edge to look for
+            driver.active.copy(onto, of, count * size, stream, self._gpu)
 
     def _by_driver(self, sources, destinations, pairs, stream):
         for at, layer in enumerate(zip(sources, destinations)):

@@ -83,18 +83,18 @@ def pointer_tables(addresses, tensors):
 
 
 def mapped(begin, end):
-    """(start, end, shift) of the pinned memory that these bytes of the host lie in, which GPUs
-    reach at their addresses plus ``shift``; None if they are not pinned from the first to the last,
-    though in several pieces, or not reached in one."""
-    start, shift, at = begin, None, begin
+    """(start, end, shift, pieces) of the pinned memory that these bytes of the host lie in, which
+    GPUs reach at their addresses plus ``shift``; it may be in several pieces. None if they are not
+    pinned from the first to the last, or not reached in one range."""
+    start, shift, at, pieces = begin, None, begin, 0
     while at < end:
         found = driver.active.allocation(at)
         if found is None or found.device.kind != "cpu" or shift not in (None, found.shift):
             return None
         if at == begin:
             start = found.start
-        shift, at = found.shift, max(found.end, at + 1)
-    return start, at, shift or 0
+        shift, at, pieces = found.shift, max(found.end, at + 1), pieces + 1
+    return start, at, shift or 0, pieces
 
 
 def pieces(address, size, block):
