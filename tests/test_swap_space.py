@@ -16,7 +16,7 @@ import recording
 import worlds
 
 import cupy_cache as cc
-from cupy_cache.runtime import cuda, making, streams
+from cupy_cache.runtime import cuda, env, making, streams
 
 BLOCKS, PLACES, BLOCK_SIZE = 12, 9, 4
 
@@ -212,6 +212,7 @@ def test_what_cuda_is_told(nothing_remembered, recorder, monkeypatch):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(env.torch_is_uncached(), reason="torch captures nothing without its cache")
 def test_what_a_capture_refuses():
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():

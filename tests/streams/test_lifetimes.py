@@ -27,7 +27,7 @@ from pending import (
 )
 
 import cupy_cache as cc
-from cupy_cache.runtime import streams
+from cupy_cache.runtime import env, streams
 
 # All operations obey the same rules, so by default each of them is tried.
 pytestmark = [pytest.mark.gpu, pytest.mark.whole]
@@ -266,6 +266,7 @@ def test_scratch_of_a_graph_that_torch_does_not_know(torch, stream, rng, kind, i
     problem.judge(world)
 
 
+@pytest.mark.skipif(env.torch_is_uncached(), reason="torch captures nothing without its cache")
 def test_torch_knows_its_own_captures(torch, cupy, stream):
     """Of each it is asked once."""
     device, shown, side = 0, torch.cuda.ExternalStream(stream.ptr), torch.cuda.Stream()
