@@ -199,12 +199,7 @@ def test_what_cuda_is_told(nothing_remembered, recorder, monkeypatch):
     assert [of for _, *of in kept] == [[steps, 0], [recording.STREAM, 0]]
 
     captured.append((recording.STREAM, 0))
-    for call in (
-        lambda: space.swap_out([(0, 1)]), lambda: space.prefetch([0]),
-        lambda: coming.swap_in([(3, 1)]),
-    ):  # fmt: skip
-        with pytest.raises(cc.CaptureError, match="a graph would move the same blocks"):
-            call()
+    refused_in_a_capture(space, coming, 3)
     captured.clear()
     with pytest.raises(cc.DeviceError, match="Invalid device of host_blocks: expected host memory"):
         space.prefetch(worlds.Opaque(np.array([0])))
@@ -224,12 +219,17 @@ def test_what_a_capture_refuses():
     coming.wait()
     with torch.cuda.graph(torch.cuda.CUDAGraph()):
         torch.empty(1, device="cuda").zero_()
-        for call in (
-            lambda: space.swap_out([(0, 1)]), lambda: space.prefetch([0]),
-            lambda: coming.swap_in([(0, 1)]),
-        ):  # fmt: skip
-            with pytest.raises(cc.CaptureError, match="a graph would move the same blocks"):
-                call()
+        refused_in_a_capture(space, coming, 0)
+
+
+def refused_in_a_capture(space, coming, block):
+    """All that moves blocks; ``coming`` has this block."""
+    for call in (
+        lambda: space.swap_out([(0, 1)]), lambda: space.prefetch([0]),
+        lambda: coming.swap_in([(block, 1)]),
+    ):  # fmt: skip
+        with pytest.raises(cc.CaptureError, match="a graph would move the same blocks"):
+            call()
 
 
 def cache_of(blocks=6, **options):

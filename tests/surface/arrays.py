@@ -46,12 +46,12 @@ class Call:
 
     def replace(self, old, new):
         """Have ``new`` where the spec ``old`` is."""
-        self.args = {name: _mapped(value, lambda s: new if s is old else s)
+        self.args = {name: mapped(value, lambda s: new if s is old else s)
                      for name, value in self.args.items()}  # fmt: skip
 
     def objects(self):
         """The arguments as they are given."""
-        return {name: _mapped(value, self._object) for name, value in self.args.items()}
+        return {name: mapped(value, self._object) for name, value in self.args.items()}
 
     def _object(self, spec):
         return self.forms.get(id(spec), numpy_array)(spec)
@@ -59,7 +59,7 @@ class Call:
     def views(self, storages):
         """The arguments with NumPy views of copies, {id of a buffer: bytes}."""
         return {
-            name: _mapped(value, lambda s: s.on(storages[id(s.buffer)]))
+            name: mapped(value, lambda s: s.on(storages[id(s.buffer)]))
             for name, value in self.args.items()
             if name != "stream"
         }
@@ -71,7 +71,7 @@ class Call:
 
     def objects_shown(self):
         """The arguments, to be read."""
-        return {name: _mapped(value, lambda s: _Shown(s, self.forms.get(id(s), numpy_array)))
+        return {name: mapped(value, lambda s: _Shown(s, self.forms.get(id(s), numpy_array)))
                 for name, value in self.args.items()}  # fmt: skip
 
 
@@ -98,11 +98,12 @@ def _leaves(value):
             yield from _leaves(item)
 
 
-def _mapped(value, function):
+def mapped(value, function):
+    """An argument with ``function`` of each `worlds.Spec` in it."""
     if isinstance(value, worlds.Spec):
         return function(value)
     if type(value) in (list, tuple):
-        return type(value)(_mapped(item, function) for item in value)
+        return type(value)(mapped(item, function) for item in value)
     return value
 
 

@@ -21,7 +21,9 @@ import cupy_cache as cc
 from cupy_cache.runtime import arrays, formats
 
 from . import attention, calls
-from .arrays import as_list, fits_torch, numpy_array, opaque, opaque_numpy, pick, tensor
+from .arrays import (
+    as_list, fits_torch, mapped, numpy_array, opaque, opaque_numpy, pick, tensor,
+)  # fmt: skip
 
 ARENA = 1 << 15
 WAYS = "aligned", "aligned", "aligned", "close", "close", "element", "byte", "over"
@@ -220,7 +222,7 @@ class Trial:
                 known[id(spec)] = self.made.forms.get(id(spec), numpy_array)(spec)
             return known[id(spec)]
 
-        made = {name: _mapped(value, given) for name, value in self.made.args.items()}
+        made = {name: mapped(value, given) for name, value in self.made.args.items()}
         self._kept = made
         return dict(made)
 
@@ -249,14 +251,6 @@ class Trial:
         # Rows that nobody has are as they were made.
         told = _shown(result, whole=not faults and "gather" not in self.name)
         return told, faults, [buffer.bytes.tobytes() for buffer, _ in self.content]
-
-
-def _mapped(value, function):
-    if isinstance(value, worlds.Spec):
-        return function(value)
-    if type(value) in (list, tuple):
-        return type(value)(_mapped(item, function) for item in value)
-    return value
 
 
 def _shown(result, whole):

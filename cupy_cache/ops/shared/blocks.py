@@ -82,10 +82,19 @@ def pointer_tables(addresses, tensors):
     return tables
 
 
+class Mapped(NamedTuple):
+    """Pinned memory from ``start`` to ``end``, in so many ``pieces`` one behind the other. GPUs
+    reach it at its addresses plus ``shift``."""
+
+    start: int
+    end: int
+    shift: int
+    pieces: int
+
+
 def mapped(begin, end):
-    """(start, end, shift, pieces) of the pinned memory that these bytes of the host lie in, which
-    GPUs reach at their addresses plus ``shift``; it may be in several pieces. None if they are not
-    pinned from the first to the last, or not reached in one range."""
+    """The `Mapped` memory that these bytes of the host lie in; None if they are not pinned from the
+    first to the last, or not reached in one range."""
     start, shift, at, pieces = begin, None, begin, 0
     while at < end:
         found = driver.active.allocation(at)
@@ -94,7 +103,7 @@ def mapped(begin, end):
         if at == begin:
             start = found.start
         shift, at, pieces = found.shift, max(found.end, at + 1), pieces + 1
-    return start, at, shift or 0, pieces
+    return Mapped(start, at, shift or 0, pieces)
 
 
 def pieces(address, size, block):

@@ -334,7 +334,7 @@ class Plan:
             if mapped is None:
                 self._run_staged(work, address)
                 return
-            address += mapped[2]
+            address += mapped.shift
         self._enqueue(work, caches.pointers, work.places(address, items), 0, items)
 
     def _check_room(self, address, rows, work):
