@@ -22,8 +22,15 @@ from cupy_cache.runtime import arrays, formats
 
 from . import attention, calls
 from .arrays import (
-    as_list, fits_torch, mapped, numpy_array, opaque, opaque_numpy, pick, tensor,
-)  # fmt: skip
+    as_list,
+    fits_torch,
+    mapped,
+    numpy_array,
+    opaque,
+    opaque_numpy,
+    pick,
+    tensor,
+)
 
 ARENA = 1 << 15
 WAYS = "aligned", "aligned", "aligned", "close", "close", "element", "byte", "over"
