@@ -531,80 +531,150 @@ def _most_parts(tokens):
     return max(min(most, launch.ceil_div(tiles, WARPS)), 1)
 
 
-def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
-    _, causal, _, _, capped = options
-    size, query, out = check.sizes, named["query"], named["out"]
-    key_cache, value_cache = named["key_cache"], named["value_cache"]
-    with errors.on_gpus_alone():
-        steps.check_query_on_gpu(check, query)
-        for name, extent in (("query", size["head_size"]), ("value_cache", size["head_size_v"])):
-            if extent > LARGEST_HEAD:
-                expected = f"heads of at most {LARGEST_HEAD} elements on a GPU"
-                raise errors.wrong("shape", f"{check.op}: {name}", expected, extent)
-    keys = _key_layout(key_cache)
-    values = _value_layout(value_cache, len(key_cache.shape) == 5, size["block_size"])
-    group = size["num_heads"] // size["num_kv_heads"]
-    several = named["query_start_loc"] is not None
-    largest = max(size["head_size"], size["head_size_v"])
+class _Units(NamedTuple):
+    """How the query heads of a KV head, its ``group``, are cut into units of work.
+
+    row_tokens : tokens of a sequence whose heads are in one unit.
+    head_parts : units of a token's group.
+    part_rows : the most rows of a unit.
+    used_rows : those that a unit has.
+    rows : those that the kernel computes.
+    """
+
+    row_tokens: int
+    head_parts: int
+    part_rows: int
+    used_rows: int
+    rows: int
+
+
+def _units(group, several, largest):
+    """The `_Units`. ``several``: sequences may have several tokens; ``largest``: elements of the
+    larger of a key and a value."""
     # With one token, query heads beyond a tile's rows are units of their own: more thread blocks
     # then read keys at the same time.
     part_rows = MOST_ROWS if several else TILE_ROWS
     if largest > LARGE_HEAD:
         part_rows = FEW_ROWS
     row_tokens = max(1, part_rows // group) if several else 1
-    head_parts = launch.ceil_div(group, part_rows)
-    used = row_tokens * min(group, part_rows)
-    rows = next(most for most in (FEW_ROWS, TILE_ROWS, MOST_ROWS) if used <= most)
+    used = min(group, part_rows)
+    rows = next(most for most in (FEW_ROWS, TILE_ROWS, MOST_ROWS) if row_tokens * used <= most)
+    return _Units(row_tokens, launch.ceil_div(group, part_rows), part_rows, used, rows)
 
+
+class _Memory(NamedTuple):
+    """What a thread block has in shared memory, in bytes.
+
+    tile : the keys and values of a tile.
+    of_warp : what a warp keeps for each of its tiles.
+    results : the results of a warp.
+    sent : what the thread blocks of a cluster send each other, in the tiles' place.
+    stages : tiles of a warp that are under way.
+    stages_of_pairs : the same where a thread block takes a pair of heads.
+    turned : whether the products of keys and queries are transposed.
+    """
+
+    tile: int
+    of_warp: int
+    results: int
+    sent: int
+    stages: int
+    stages_of_pairs: int
+    turned: bool
+
+    def with_stages(self, stages):
+        """Bytes of a thread block that has so many stages."""
+        return WARPS * (stages * (self.tile + self.of_warp) + self.results)
+
+
+def _memory(size, rows, stored, by_token):
+    """The `_Memory` of units with so many ``rows``. ``size``: of heads; ``by_token``: each token
+    and head has a scale."""
+    largest = max(size["head_size"], size["head_size_v"])
     key_bytes = launch.ceil_div(size["head_size"], 16) * 16 * stored.bytes
     value_size = launch.ceil_div(size["head_size_v"], 16) * 16
-    stage = KEYS * (key_bytes + value_size * stored.bytes)
-    k_scales, v_scales = named["k_scale_cache"], named["v_scale_cache"]
-    cached, of_tile = spelling.element(stored), 4
-    if k_scales is not None:
-        cached = f"cupy_cache::TokenScaled<{cached}>"
-        of_tile += 2 * KEYS * formats.FLOAT32.bytes
+    tile = KEYS * (key_bytes + value_size * stored.bytes)
+    of_warp = 4 + 2 * KEYS * formats.FLOAT32.bytes * by_token
     tile_rows = min(rows, TILE_ROWS)
     turned = rows == FEW_ROWS and largest > (HALF_TURNED if stored.bytes == 2 else LARGE_HEAD)
-    results = tile_rows * (value_size // 2 + (0 if turned else 4)) * 8  # of a warp
-    if rows < MOST_ROWS and tile_rows * value_size // 2 * 8 <= stage:
+    results = tile_rows * (value_size // 2 + (0 if turned else 4)) * 8
+    if rows < MOST_ROWS and tile_rows * value_size // 2 * 8 <= tile:
         results = 0  # they take the place of a tile
     results += tile_rows * 8
-    # Results that a cluster's blocks send each other, into the tiles' place: column pairs, totals.
+    # Column pairs and totals, and only where units have few rows.
     in_turn = CLUSTER * WARPS * launch.WARP
     sent = launch.ceil_div(tile_rows * value_size // 2, in_turn) * in_turn + CLUSTER * tile_rows
     sent = 8 * sent if rows < MOST_ROWS else 0
-
-    def shared_with(stages):
-        return WARPS * (stages * (stage + of_tile) + results)
-
+    ahead = ON_THEIR_WAY // (2 * WARPS * tile)
+    stages_of_pairs = max(2, min(STAGES_OF_PAIRS, ahead + 1))
     # With small rows, two tiles ahead is slower than one.
     stages = 2 if key_bytes <= SMALL_ROW else MOST_STAGES
-    while stages > 2 and shared_with(stages) > HALF_OF_SHARED:
+    made = _Memory(tile, of_warp, results, sent, stages, stages_of_pairs, turned)
+    while stages > 2 and made.with_stages(stages) > HALF_OF_SHARED:
         stages -= 1
-    if shared_with(stages) > ALL_OF_SHARED:
+    if made.with_stages(stages) > ALL_OF_SHARED:
         stages = 1
+    return made._replace(stages=stages)
 
+
+def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
+    _, causal, _, _, capped = options
+    size, query, out = check.sizes, named["query"], named["out"]
+    key_cache, value_cache, sinks = named["key_cache"], named["value_cache"], named["sinks"]
+    _check_on_gpu(check, query)
+    keys = _key_layout(key_cache)
+    values = _value_layout(value_cache, len(key_cache.shape) == 5, size["block_size"])
+    group = size["num_heads"] // size["num_kv_heads"]
+    several, by_token = named["query_start_loc"] is not None, named["k_scale_cache"] is not None
+    units = _units(group, several, max(size["head_size"], size["head_size_v"]))
+    memory = _memory(size, units.rows, stored, by_token)
+    tall_tokens = _tall_tokens(size, units) if several else None
+    # The results of a part: for each row float32 pairs of columns, a maximum and a sum.
+    columns = launch.ceil_div(size["head_size_v"], 16) * 16 // 2
+    slot_bytes = launch.ceil_div(units.used_rows * (columns + 1) * 8, 16) * 16
+    constants = PARAMS.constants(
+        {
+            **_strides(named, keys, values, scale_strides),
+            "num_blocks": key_cache.shape[0],
+            "scratch_tag": plans.SCRATCH_TAG,
+            "tall_tokens": tall_tokens or 0,
+            "base_scale": base_scale,
+            "block_size": size["block_size"],
+            "kv_heads": size["num_kv_heads"],
+            "group": group,
+            "row_tokens": units.row_tokens,
+            "head_parts": units.head_parts,
+            "part_rows": units.part_rows,
+            "causal": causal,
+            "float_sinks": sinks is not None and sinks.dtype == formats.FLOAT32,
+            "key_pack": keys.pack,
+            "slot_bytes": slot_bytes,
+            "value_pack": values.pack,
+            "pairs_in": contract.vector_bytes(query.ptr, *query.strides[:2]) >= 4,
+            "pairs_out": contract.vector_bytes(out.ptr, *out.strides[:2]) >= 4,
+            "by_block_size": launch.divisor(size["block_size"]),
+            "by_heads": launch.divisor(size["num_kv_heads"] * units.head_parts),
+        }
+    )
     device = out.device.index
     # Keys of a tile that are surely in one block.
     run = next(keys for keys in (KEYS, KEYS // 2, 1) if size["block_size"] % keys == 0)
+    cached = spelling.element(stored)
+    if by_token:
+        cached = f"cupy_cache::TokenScaled<{cached}>"
     indices = [named[name] for name in ("block_table", "seq_lens", "query_start_loc")]
     flags = (values.by_token, capped, named["alibi_slopes"] is not None)
-
     # Four of these thread blocks are to fit on a multiprocessor; 16-byte copies bypass the L1.
-    small_heads = rows == FEW_ROWS and size["head_size"] + size["head_size_v"] <= SMALL_HEADS
-    small_heads = small_heads and keys.vector == values.vector == 16 and k_scales is None
-
-    ahead = ON_THEIR_WAY // (2 * WARPS * stage)
-    stages_of_pairs = max(2, min(STAGES_OF_PAIRS, ahead + 1))
+    small_heads = units.rows == FEW_ROWS and size["head_size"] + size["head_size_v"] <= SMALL_HEADS
+    small_heads = small_heads and keys.vector == values.vector == 16 and not by_token
 
     def launcher(cluster, tall=False, teams=1):
-        its_stages = stages if teams == 1 else stages_of_pairs
-        shared = max(shared_with(its_stages), sent if cluster > 1 else 0)
+        stages = memory.stages if teams == 1 else memory.stages_of_pairs
+        shared = max(memory.with_stages(stages), memory.sent if cluster > 1 else 0)
         arguments = (
             spelling.element(query.dtype), cached,
-            size["head_size"], size["head_size_v"], keys.vector, values.vector, rows,
-            turned, run, *flags, its_stages, shared, cluster, tall, teams,
+            size["head_size"], size["head_size_v"], keys.vector, values.vector, units.rows,
+            memory.turned, run, *flags, stages, shared, cluster, tall, teams,
             spelling.indices(*indices),
         )  # fmt: skip
         entry = NAME if cluster <= 1 else f"{NAME}_clustered"
@@ -616,26 +686,6 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         )  # fmt: skip
         return launch.Launcher(kernel, device, constants)
 
-    tall_tokens = None
-    if several and head_parts == 1 and size["head_size"] <= size["head_size_v"] <= LARGEST_TALL:
-        tall_tokens = launch.ceil_div(MANY_UNITS, size["num_kv_heads"]) * row_tokens
-    lse, sinks, slopes = named["lse"], named["sinks"], named["alibi_slopes"]
-    # The results of a part: for each row float32 pairs of columns, a maximum and a sum.
-    slot_bytes = launch.ceil_div(min(group, part_rows) * (value_size // 2 + 1) * 8, 16) * 16
-    constants = (
-        key_cache.shape[0], *query.strides[:2], *out.strides[:2],
-        *((0, 0) if lse is None else lse.strides), keys.block, keys.head, keys.slot,
-        keys.pack_stride, values.block, values.head, values.slot, values.pack_stride,
-        *((0, 0) if slopes is None else (*reversed(slopes.strides), 0)[:2]),
-        0 if sinks is None else sinks.strides[0],
-        *scale_strides,
-        *(n for a in (k_scales, v_scales) for n in ((0, 0, 0) if a is None else a.strides)),
-        plans.SCRATCH_TAG, tall_tokens or 0, base_scale, size["block_size"], size["num_kv_heads"],
-        group, row_tokens, head_parts, part_rows, causal,
-        sinks is not None and sinks.dtype == formats.FLOAT32, keys.pack, slot_bytes, values.pack,
-        *(contract.vector_bytes(a.ptr, *a.strides[:2]) >= 4 for a in (query, out)),
-        *launch.divisor(size["block_size"]), *launch.divisor(size["num_kv_heads"] * head_parts),
-    )  # fmt: skip
     launchers = {"plain": launcher(1)}
     if tall_tokens is not None:
         launchers["tall"] = launcher(1, tall=True)
@@ -643,25 +693,84 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         launchers["clustered"] = launcher(CLUSTER)
     if not several:
         launchers["shared"] = launcher(0)
-        caches = (keys, size["head_size"]), (values, size["head_size_v"])
-        # Whether heads are side by side, in 16-byte vectors.
-        side_by_side = all(
-            cache.vector == 16 and cache.head == elements * stored.bytes and elements % 16 == 0
-            for cache, elements in caches
-        )
-        in_pieces = all(cache.head % PIECE == 0 for cache, _ in caches)
-        pairs = rows == FEW_ROWS and head_parts == 1 and size["num_kv_heads"] % 2 == 0
-        room = min(ALL_OF_SHARED, launch.shared_memory(device))
-        pairs = pairs and not turned and 2 * shared_with(stages_of_pairs) < room
-        # With small rows, ragged and short sequences lose more than others gain.
-        pairs = pairs and min(keys.head, values.head) > SMALL_ROW
-        if pairs and side_by_side and not (in_pieces or values.by_token) and run > 1:
+        if run > 1 and _pairs_are_quicker(size, stored, keys, values, units, memory, device):
             launchers["paired"] = launcher(1, teams=2)
     resident = 1 if size["head_size"] + size["head_size_v"] > LARGE_HEAD else 2
     return _Plan(
-        launchers, out.framework, size["num_kv_heads"] * head_parts,
-        row_tokens if several else None, tall_tokens, size["block_size"], resident, slot_bytes,
+        launchers, out.framework, size["num_kv_heads"] * units.head_parts,
+        units.row_tokens if several else None, tall_tokens, size["block_size"], resident,
+        slot_bytes,
     )  # fmt: skip
+
+
+def _check_on_gpu(check, query):
+    """Refuse what the kernels cannot do."""
+    with errors.on_gpus_alone():
+        steps.check_query_on_gpu(check, query)
+        for name, size in (("query", "head_size"), ("value_cache", "head_size_v")):
+            extent = check.sizes[size]
+            if extent > LARGEST_HEAD:
+                expected = f"heads of at most {LARGEST_HEAD} elements on a GPU"
+                raise errors.wrong("shape", f"{check.op}: {name}", expected, extent)
+
+
+def _strides(named, keys, values, scale_strides):
+    """The strides among the constant fields of `PARAMS`, by their names; 0 of what is absent."""
+    lse, sinks, slopes = named["lse"], named["sinks"], named["alibi_slopes"]
+    fields = {
+        "lse_stride": 0 if lse is None else lse.strides[0],
+        "lse_head_stride": 0 if lse is None else lse.strides[1],
+        "slope_stride": 0 if slopes is None else slopes.strides[-1],
+        "slope_sequence_stride": 0,
+        "sink_stride": 0 if sinks is None else sinks.strides[0],
+        "k_scale_stride": scale_strides[0],
+        "v_scale_stride": scale_strides[1],
+    }
+    if slopes is not None and len(slopes.strides) == 2:
+        fields["slope_sequence_stride"] = slopes.strides[0]
+    for name in ("query", "out"):
+        token, head = named[name].strides[:2]
+        fields |= {f"{name}_stride": token, f"{name}_head_stride": head}
+    for name, cache in (("key", keys), ("value", values)):
+        fields |= {
+            f"{name}_block_stride": cache.block,
+            f"{name}_head_stride": cache.head,
+            f"{name}_slot_stride": cache.slot,
+            f"{name}_pack_stride": cache.pack_stride,
+        }
+    for name in ("k_scale", "v_scale"):
+        cache = named[f"{name}_cache"]
+        strides = (0, 0, 0) if cache is None else cache.strides
+        for axis, stride in zip(("block", "slot", "head"), strides):
+            fields[f"{name}_{axis}_stride"] = stride
+    return fields
+
+
+def _tall_tokens(size, units):
+    """The fewest tokens of calls for which the kernel "tall" is quicker; None where it never is."""
+    if units.head_parts > 1 or not size["head_size"] <= size["head_size_v"] <= LARGEST_TALL:
+        return None
+    return launch.ceil_div(MANY_UNITS, size["num_kv_heads"]) * units.row_tokens
+
+
+def _pairs_are_quicker(size, stored, keys, values, units, memory, device):
+    """Whether thread blocks that take the same unit of two neighbouring KV heads read at a higher
+    rate than those of one. They must have room, and rows of the two that are side by side, in
+    16-byte vectors."""
+    room = min(ALL_OF_SHARED, launch.shared_memory(device))
+    if (
+        units.rows != FEW_ROWS or units.head_parts != 1 or size["num_kv_heads"] % 2
+        or memory.turned or values.by_token
+        or 2 * memory.with_stages(memory.stages_of_pairs) >= room
+    ):  # fmt: skip
+        return False
+    caches = (keys, size["head_size"]), (values, size["head_size_v"])
+    for cache, elements in caches:
+        adjacent = cache.head == elements * stored.bytes and elements % 16 == 0
+        # With small rows, ragged and short sequences lose more than others gain.
+        if cache.vector != 16 or not adjacent or cache.head <= SMALL_ROW:
+            return False
+    return any(cache.head % PIECE for cache, _ in caches)
 
 
 def _on_numpy(*arguments, base_scale, **options):

@@ -42,7 +42,7 @@ def divisor(number):
     return ceil_div(1 << shift, number), shift
 
 
-def block_threads(items, processors, most=256):
+def block_threads(items, processors, most):
     """Threads of a block for ``items`` independent work items: whole warps, at most ``most``.
 
     Few items are spread over all multiprocessors; many fill blocks of ``most`` threads. A partial

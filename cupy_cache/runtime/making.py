@@ -96,7 +96,7 @@ def empty_of_stream(framework, device, shape, dtype, stream):
         return empty(framework, device, shape, dtype)
 
 
-def empty_beside(tensor, shape, stream=None):
+def empty_beside(tensor, shape, stream):
     """`empty`, of the dtype and on the device of a torch tensor."""
     made = tensor.new_empty(shape)
     if stream is not None and made.is_cuda:
