@@ -392,8 +392,8 @@ LARGEST_TALL = 128  # the largest heads of values whose units are taken two at a
 
 class _Caches(NamedTuple):
     """A cache of keys or values, for the kernel: strides in bytes of blocks, heads, slots and
-    packs; the bytes of a pack, and of a vector that can be read. ``by_token``: neighbouring slots
-    are side by side, and ``slot`` is the stride of elements."""
+    packs; the bytes of a pack, and of a vector that can be read. ``slots_adjacent``, the kernel's
+    kByToken: neighbouring slots are side by side, and ``slot`` is the stride of elements."""
 
     block: int
     head: int
@@ -401,7 +401,7 @@ class _Caches(NamedTuple):
     pack_stride: int
     pack: int
     vector: int
-    by_token: bool = False
+    slots_adjacent: bool = False
 
 
 def _key_layout(cache):
@@ -427,7 +427,7 @@ def _value_layout(cache, packed, block_size):
         block, head, slot, _ = cache.strides
         pack_stride, pack = 0, block_size * size
     vector = contract.vector_bytes(cache.ptr, *cache.strides[:-1], pack, KEYS * size)
-    return _Caches(block, head, slot, pack_stride, pack, vector, by_token=True)
+    return _Caches(block, head, slot, pack_stride, pack, vector, slots_adjacent=True)
 
 
 class _Plan(plans.KernelPlan):
@@ -663,7 +663,7 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
     if by_token:
         cached = f"cupy_cache::TokenScaled<{cached}>"
     indices = [named[name] for name in ("block_table", "seq_lens", "query_start_loc")]
-    flags = (values.by_token, capped, named["alibi_slopes"] is not None)
+    flags = (values.slots_adjacent, capped, named["alibi_slopes"] is not None)
     # Four of these thread blocks are to fit on a multiprocessor; 16-byte copies bypass the L1.
     small_heads = units.rows == FEW_ROWS and size["head_size"] + size["head_size_v"] <= SMALL_HEADS
     small_heads = small_heads and keys.vector == values.vector == 16 and not by_token
@@ -760,7 +760,7 @@ def _pairs_are_quicker(size, stored, keys, values, units, memory, device):
     room = min(ALL_OF_SHARED, launch.shared_memory(device))
     if (
         units.rows != FEW_ROWS or units.head_parts != 1 or size["num_kv_heads"] % 2
-        or memory.turned or values.by_token
+        or memory.turned or values.slots_adjacent
         or 2 * memory.with_stages(memory.stages_of_pairs) >= room
     ):  # fmt: skip
         return False

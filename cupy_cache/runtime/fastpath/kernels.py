@@ -31,19 +31,36 @@ def path_of(op, entry, objects, options, given):
     same = kind.same_as(tensors, [op.args[index].varies for index in unique])
     if same is None:
         return None
-    pick = _Unique(given, objects, unique)
-    pointers = _Pointers(op, entry, kind, objects, unique, pick.twins, bound)
+    distinct = _Unique(given, objects, unique)
+    pointers = _Pointers(op, entry, kind, objects, unique, distinct.twins, bound)
     extents = _extents(op, kind, objects, unique, tensors)
     launches = _Launches(kind, same, extents, op, entry, options)
-    sized = [at for at, index in enumerate(unique) if op.args[index].varies == arrays.ROWS]
-    plain = not (pick.needed or extents.free or pointers.arrange or pointers.odd)
-    if plain:
+    if not (distinct.needed or extents.free or pointers.arrange or pointers.odd):
+        sized = [at for at, index in enumerate(unique) if op.args[index].varies == arrays.ROWS]
         if len(unique) == 3 and sized == [0, 1, 2] and pointers.insert_at == len(bound) == 2:
             return _write_path(entry, kind, launches, pointers, caches_bound=True)
         if len(unique) == 5 and sized == [0, 1, 4] and not bound:
             return _write_path(entry, kind, launches, pointers, caches_bound=False)
-    # Each statement of `run` is executed at each call: what it needs is in local variables.
-    picks, pick = pick.needed, pick.pick
+    return _any_path(entry, kind, launches, pointers, distinct)
+
+
+def _extents(op, kind, objects, unique, tensors):
+    """The `calls.Extents` of calls that give ``tensors``, the arguments ``unique``."""
+    places = {id(objects[index]): at for at, index in enumerate(unique)}
+    parts = []
+    for arg, value in itertools.zip_longest(op.args, objects):
+        at = places.get(id(value))
+        is_bound = at is None and value is not None and arg.varies
+        parts.append((arg, at, kind.extent(arg, value) if is_bound else None))
+    return calls.Extents(kind, parts, tensors)
+
+
+def _any_path(entry, kind, launches, pointers, distinct):
+    """The path of any signature.
+
+    Each statement of `run` is executed at each call: what it needs is in local variables, and no
+    step is a function of its own."""
+    picks, pick = distinct.needed, distinct.pick
     insert_at, arrange, pack = pointers.insert_at, pointers.arrange, pointers.pack
     misaligned, odd, lowest = pointers.misaligned, pointers.odd, arrays.LOWEST
     written, varies = pointers.written, pointers.written_varies
@@ -116,22 +133,12 @@ def path_of(op, entry, objects, options, given):
     return run
 
 
-def _extents(op, kind, objects, unique, tensors):
-    places = {id(objects[index]): at for at, index in enumerate(unique)}
-    parts = []
-    for arg, value in itertools.zip_longest(op.args, objects):
-        at = places.get(id(value))
-        is_bound = at is None and value is not None and arg.varies
-        parts.append((arg, at, kind.extent(arg, value) if is_bound else None))
-    return calls.Extents(kind, parts, tensors)
-
-
 def _write_path(entry, kind, launches, pointers, caches_bound):
     """The path of a write of keys and values: two sources, two caches and slots, and the caches may
     be bound.
 
-    It does what `run` of `path_of` does, written out for five tensors: that saves 0.7 us at every
-    layer of an engine."""
+    It does what `_any_path` does, written out for five tensors: that saves 0.7 us at every layer of
+    an engine."""
     pack, misaligned, lowest = pointers.pack, pointers.misaligned, arrays.LOWEST
     apart, admits = pointers.apart, pointers.admits
     find, records, fill = launches.find, launches.records, launches.fill
