@@ -319,10 +319,10 @@ class CudaDriver:
             fault
             for index in sorted({m.device for m in guarded})
             if device in (None, index)
-            for fault in self._told_by(index, [m for m in guarded if m.device == index], stream)
+            for fault in self._faults_on(index, [m for m in guarded if m.device == index], stream)
         ]
 
-    def _told_by(self, index, guarded, stream):
+    def _faults_on(self, index, guarded, stream):
         runtime = cuda.import_cupy("raise_faults").cuda.runtime
         try:
             if stream is None:
