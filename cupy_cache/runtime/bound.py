@@ -6,7 +6,7 @@ import numpy as np
 
 from .. import errors
 from ..errors import CupyCacheError
-from . import arrays, dispatch, fastpath, indices, lists, streams
+from . import arrays, dispatch, fastpath, indices, lists, signatures, streams
 from .fastpath.layers import flattened
 
 
@@ -90,7 +90,7 @@ class Bound:
         found = self.found.copy()
         for index in self.given:
             found[index] = np.empty((2, 0) if self.op.args[index].pairs else 0, np.int64)
-        signature, values, _ = self.op.signature(found, self.options)
+        signature, values, _ = signatures.of(self.op, found, self.options)
         if signature is None:
             self._in_host_memory = ()
             return

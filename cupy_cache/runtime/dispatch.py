@@ -16,8 +16,6 @@ import weakref
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
-
 from .. import errors
 from . import (
     apart,
@@ -30,6 +28,7 @@ from . import (
     indices,
     lists,
     plans,
+    signatures,
     streams,
 )
 from .fastpath.layers import flattened
@@ -229,7 +228,7 @@ class Op:
     def run(self, read, objects, options, scalars, stream):
         """Find or make the plan for what was ``read`` of ``objects``, and run it. Returns the
         `plans.Entry` of a signature that was known already; else None."""
-        signature, values, extents = self.signature(read.found, options)
+        signature, values, extents = signatures.of(self, read.found, options)
         if signature is None:  # a list is empty: there is nothing to do
             return None
         entry = known = self.memory.get(signature)
@@ -272,72 +271,6 @@ class Op:
             streams.keep_until_done(kept, stream, entry.device)
         if faults.debug:
             faults.after_call(stream, entry.device)
-
-    def signature(self, found, options):
-        """(Signature, values of `plans.Call`, extents for ``count``). The signature is None where a
-        list is empty."""
-        signature, values, extents = [options], [], []
-        lengths, empty = {}, False
-        for arg, meta in zip(self.args, found):
-            varies = arg.varies
-            if meta is None:
-                signature.append(None)
-                values.append(0)
-                if varies:
-                    extents.append(None)
-                continue
-            if isinstance(meta, np.ndarray):
-                signature.append("host")
-                values.append(meta)
-                extents.append(meta.shape[-1])
-                continue
-            if type(meta) is lists.Layers:
-                values.append(meta.addresses)
-                lengths[arg.name + arg.suffix] = len(meta.addresses)
-                if meta.metadata is None:
-                    empty = True
-                    signature.append(None)
-                    if varies:
-                        extents.append([])
-                    continue
-                if varies:
-                    pairs = zip(meta.shapes, meta.strides)
-                    extents.append([arrays.extent(varies, *pair, 1) for pair in pairs])
-                meta = meta.metadata
-            else:
-                values.append(meta.ptr)
-                if varies:
-                    self._refuse_rank(arg, meta.shape, max(varies))
-                    extents.append(
-                        arrays.extent(varies, meta.shape, meta.strides, arrays.stride_unit(meta))
-                    )
-            ptr, shape, strides, dtype, place, _ = meta
-            low = ptr
-            if 1 in shape:
-                strides = arrays.regular(shape, strides, arrays.element_step(meta))
-            if varies:
-                last, unit = max(varies), arrays.stride_unit(meta)
-                if not arg.index or unit == 1:
-                    low |= arrays.any_bits(strides[:last]) * unit
-                strides = strides[last:]
-                shape = (len(shape), *(n for at, n in enumerate(shape) if at not in varies))
-            signature.append((shape, strides, dtype, place, low & arg.mask))
-        if len(set(lengths.values())) > 1:
-            self._refuse_lengths(lengths)
-        return None if empty else tuple(signature), values, extents
-
-    def _refuse_rank(self, arg, shape, last):
-        if len(shape) > last:
-            return
-        expected = f"at least {f'{last + 1} dimensions' if last else 'one dimension'}"
-        got = f"{list(shape)} ({len(shape)} dimensions)"
-        raise errors.wrong("shape", f"{self.name}: {arg.name}", expected, got)
-
-    def _refuse_lengths(self, lengths):
-        (first, expected), *others = lengths.items()
-        name, got = next(item for item in others if item[1] != expected)
-        expected = f"as many layers as {first}, {expected}"
-        raise errors.wrong("length", f"{self.name}: {name}", expected, got)
 
     def _has_more_rows(self, entry, found):
         return any(found[index].shape[0] > rows for index, rows in entry.most_rows)
