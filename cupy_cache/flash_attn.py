@@ -176,13 +176,7 @@ def flash_attn_with_kvcache(
                 rows[:0], k_cache, v_cache, table[:0], lengths[:0], query_start_loc=no_starts,
                 **options,
             )  # fmt: skip
-            added = size["seqlen_new"]
-            positions = lengths.reshape(-1, 1) + _made(framework, q, "arange", added)
-            bounds = _made(framework, q, "arange", batch + 1) * added
-            slots = slot_mapping(table, positions.reshape(-1), bounds, block_size)
-            new = [x.reshape(batch * added, *x.shape[2:]) for x in (cast(Any, k), cast(Any, v))]
-            reshape_and_cache_flash(*new, k_cache, v_cache, slots)
-            lengths = lengths + added
+            lengths = _add(framework, k, v, k_cache, v_cache, table, lengths, block_size)
         lse = _empty_lse(rows) if return_softmax_lse else None
         out = paged_attention(
             rows, k_cache, v_cache, table, lengths, query_start_loc=starts, lse=lse, **options,
@@ -191,6 +185,17 @@ def flash_attn_with_kvcache(
     if lse is None:
         return out
     return out, lse.reshape(batch, length, lse.shape[1]).swapaxes(1, 2)
+
+
+def _add(framework, k, v, k_cache, v_cache, table, lengths, block_size):
+    """Write new tokens behind the others of each sequence; returns how many there are then."""
+    batch, added = k.shape[:2]
+    positions = lengths.reshape(-1, 1) + _made(framework, k, "arange", added)
+    bounds = _made(framework, k, "arange", batch + 1) * added
+    slots = slot_mapping(table, positions.reshape(-1), bounds, block_size)
+    new = [rows.reshape(batch * added, *rows.shape[2:]) for rows in (k, v)]
+    reshape_and_cache_flash(*new, k_cache, v_cache, slots)
+    return lengths + added
 
 
 def flash_attn_varlen_func(
