@@ -143,6 +143,25 @@ def test_no_module_imports_itself_by_way_of_others():
         visit(name)
 
 
+def test_a_room_lists_its_modules_in_their_order():
+    """In its docstring, each above those that it imports."""
+    for folder in ("runtime", "runtime.fastpath", "ops.shared"):
+        text = ast.get_docstring(tree(f"{folder}.__init__"))
+        listed = re.findall(r"^(\w+)(?:\.py|/) : ", text, re.MULTILINE)
+        inside = (name.removeprefix(f"{folder}.") for name in SOURCES if name.startswith(folder))
+        there = {name.partition(".")[0] for name in inside} - {"__init__"}
+        assert sorted(listed) == sorted(there), f"in the docstring of {folder}"
+        place = {name: at for at, name in enumerate(listed)}
+        for name in SOURCES:
+            if not name.startswith(f"{folder}.") or name == f"{folder}.__init__":
+                continue
+            mine = name.split(".")[folder.count(".") + 1]
+            for other in own_imports(name):
+                if other.startswith(f"{folder}.") and not other.endswith(f"{folder}.__init__"):
+                    theirs = other.split(".")[folder.count(".") + 1]
+                    assert place[mine] <= place[theirs], f"{mine} imports {theirs}: list it above"
+
+
 def test_rooms_are_entered_by_their_faces():
     assert not [
         f"{name} imports {other}, past the face of its room"

@@ -12,9 +12,9 @@ True; or it does nothing and returns False, and the slow path runs the call or r
 the `bound.Bound` that was called, or else the call's objects. A signature has one path, whatever
 the extents; the layers of a `PagedKVCache` share it.
 
-calls.py : what a call's extents come to: computed once, then remembered.
 kernels.py : paths of operations on single arrays, which launch one kernel.
 layers.py : paths of operations on lists of arrays, which run any plan.
+calls.py : what a call's extents come to: computed once, then remembered.
 """
 
 from .. import plans
