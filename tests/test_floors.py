@@ -85,8 +85,13 @@ def outside_packages(name, at_import=False):
             yield node.module.split(".")[0]
 
 
+@functools.cache
 def own_imports(name):
     """The modules of this package that a module imports; a package's own is its ``__init__``."""
+    return tuple(_own_imports(name))
+
+
+def _own_imports(name):
     for node in nodes(name):
         if isinstance(node, ast.ImportFrom) and node.level:
             above = name.split(".")[: -node.level]
