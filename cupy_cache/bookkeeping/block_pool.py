@@ -31,6 +31,12 @@ class BlockPool:
     num_blocks : int
     num_free : int
         How many can be taken, free blocks with a content included.
+
+    Raises
+    ------
+    CupyCacheError
+        One of its kinds, from all methods, before anything is changed: `ArgumentError` for a number
+        that is no block, or for a block that is free where one with users is needed.
     """
 
     num_blocks: int
@@ -51,6 +57,7 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
+        """How many can be taken, free blocks with a content included."""
         return len(self._blank) + len(self._kept)
 
     def take(self, count: int = 1) -> list[int]:

@@ -87,8 +87,9 @@ class PagedKVCache:
     Raises
     ------
     CupyCacheError
-        One of its kinds, where the lists or the scales do not fit each other; the writing
-        functions' errors come at the first write.
+        One of its kinds, where the lists or the scales do not fit each other. From methods those of
+        the functions that they are like, before anything is written; what is wrong with the caches
+        for a function that writes is told at the first write.
 
     Notes
     -----
