@@ -420,16 +420,48 @@ class _Shape(NamedTuple):
         return (self.slot_bytes - self.rows * 8) // (launch.WARP * 16)
 
 
-def _gpu_plan(check, named, stored, rank, causal, entries):
-    size, query, out, cache = check.sizes, named["query"], named["out"], named["kv_cache"]
+def _check_on_gpu(check, query, rank):
+    """Refuse what the kernels cannot do."""
     with errors.on_gpus_alone():
         steps.check_query_on_gpu(check, query)
         for name, extent, most in (
-            ("kv_lora_rank", rank, LARGEST_RANK), ("entry_size", size["entry_size"], LARGEST_ENTRY),
-        ):  # fmt: skip
+            ("kv_lora_rank", rank, LARGEST_RANK),
+            ("entry_size", check.sizes["entry_size"], LARGEST_ENTRY),
+        ):
             if extent > most:
                 expected = f"{name} of at most {most} on a GPU"
                 raise errors.wrong("shape", f"{check.op}: query", expected, extent)
+
+
+def _constants(size, named, causal):
+    """The values of the constant fields of `PARAMS`."""
+    query, out, cache, lse = (named[name] for name in ("query", "out", "kv_cache", "lse"))
+    reads_vectors = contract.vector_bytes(query.ptr, *query.strides[:2]) == 16
+    writes_pairs = contract.vector_bytes(out.ptr, *out.strides[:2]) >= 4
+    return PARAMS.constants(
+        {
+            "num_blocks": cache.shape[0],
+            "query_stride": query.strides[0],
+            "query_head_stride": query.strides[1],
+            "out_stride": out.strides[0],
+            "out_head_stride": out.strides[1],
+            "lse_stride": 0 if lse is None else lse.strides[0],
+            "lse_head_stride": 0 if lse is None else lse.strides[1],
+            "block_stride": cache.strides[0],
+            "slot_stride": cache.strides[1],
+            "scratch_tag": plans.SCRATCH_TAG,
+            "block_size": size["block_size"],
+            "heads": size["num_heads"],
+            "causal": causal,
+            "aligned": reads_vectors + 2 * writes_pairs,
+            "by_block_size": launch.divisor(size["block_size"]),
+        }
+    )
+
+
+def _gpu_plan(check, named, stored, rank, causal, entries):
+    size, query, out, cache = check.sizes, named["query"], named["out"], named["kv_cache"]
+    _check_on_gpu(check, query, rank)
     stored = formats.E4M3 if entries else stored or query.dtype
     device = out.device.index
     vector = contract.vector_bytes(
@@ -438,16 +470,7 @@ def _gpu_plan(check, named, stored, rank, causal, entries):
     indices = [named[name] for name in ("block_table", "seq_lens", "query_start_loc")]
     index, of_lengths = spelling.indices(*indices), spelling.indices(*indices[1:])
     elements = [spelling.element(dtype) for dtype in (query.dtype, stored)]
-    lse = named["lse"]
-    constants = (
-        cache.shape[0], *query.strides[:2], *out.strides[:2],
-        *((0, 0) if lse is None else lse.strides), *cache.strides[:2], plans.SCRATCH_TAG,
-        size["block_size"], size["num_heads"], causal,
-        (contract.vector_bytes(query.ptr, *query.strides[:2]) == 16)
-        + 2 * (contract.vector_bytes(out.ptr, *out.strides[:2]) >= 4),
-        *launch.divisor(size["block_size"]),
-    )  # fmt: skip
-    rope = size["entry_size"] - rank
+    constants, rope = _constants(size, named, causal), size["entry_size"] - rank
 
     def made(stem, shape, arguments, join, join_arguments, only=None, **also):
         """A `_Plan` of the kernel ``stem``, and of the kernel ``join``, which joins its results."""
