@@ -11,6 +11,7 @@ real arrays.
     python docs/make_support_table.py
 """
 
+import functools
 import importlib
 import inspect
 import sys
@@ -63,14 +64,17 @@ def needs_no_layout(op):
     return op not in OPERATIONS or takes(op, None, "bfloat16", "auto")
 
 
+@functools.cache
 def combinations():
     """(Operation, layout, names of the format, dtypes of the keys and values) that are marked."""
+    found = []
     for op in operations():
         for layout in () if needs_no_layout(op) else formats.LAYOUTS:
             for names in cache_formats():
                 dtypes = [d for d in formats.DTYPES if takes(op, layout, d, names[0])]
                 if dtypes:
-                    yield op, layout, names, dtypes
+                    found.append((op, layout, names, dtypes))
+    return found
 
 
 def test_module(op):

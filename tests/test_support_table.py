@@ -98,7 +98,7 @@ class Memory:
         return buffer, content
 
 
-PARTS = 4
+PARTS = 2  # each process that runs one must find out what is marked
 PARTS_ON_A_GPU = 12  # each kernel is compiled
 
 
@@ -107,10 +107,10 @@ def few(dtypes):
     return [d for d in dtypes if len(dtypes) <= 4 or d in ("uint8", "bfloat16", "float32", "int64")]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def marked(table):
     """What is marked; made before anything is replaced."""
-    return list(table.combinations())
+    return table.combinations()
 
 
 def run_all(table, marked, monkeypatch, memory, dtypes_of):
