@@ -469,12 +469,13 @@ def _to_pinned():
     return source, on_host
 
 
-def swap_blocks(count):
+def swap_blocks(count, as_list):
     op, sides = suite.require("swap_blocks"), _to_pinned()
+    torch = timing.torch_module()
 
     def ours(_):
         pairs = list(zip(*(random.sample(range(BLOCKS), count) for _ in range(2))))
-        return [functools.partial(op, *sides, pairs)]
+        return [functools.partial(op, *sides, pairs if as_list else torch.tensor(pairs))]
 
     return {suite.OURS: ours}
 
@@ -541,8 +542,11 @@ CASES = [
              steps)
         for pairs, steps in ((8, OF_ONE), (256, OF_LONG))
     ),
-    Case("swap_blocks, device to host, 256 scattered blocks of 4 KiB",
-         functools.partial(swap_blocks, 256), OF_LONG),
+    *(
+        Case(f"swap_blocks, device to host, 256 scattered blocks of 4 KiB{pairs}",
+             functools.partial(swap_blocks, 256, as_list=not pairs), OF_LONG)
+        for pairs in ("", ", pairs in a tensor")
+    ),
     *(
         Case(f"swap_blocks_batch, device to host, 512 ranges of 4 KiB, {framework} arrays",
              functools.partial(swap_blocks_batch, 512, framework), OF_LONG)
