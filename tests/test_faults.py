@@ -162,7 +162,9 @@ class Memory:
 
     def memsetAsync(self, at, value, size, stream):
         self.used.add(stream)
-        ctypes.memset(at, value, size)
+        # Not by memset, which may store four bytes twice: what was recorded in between would go.
+        assert size == ctypes.sizeof(ctypes.c_uint32)
+        ctypes.c_uint32.from_address(at).value = value
         self._done()
 
 
