@@ -600,3 +600,44 @@ def test_refused_attention_to_entries(rng):
     keys = [np.zeros((2, 4, 2, 8), np.float32)]
     with pytest.raises(cc.ArgumentError, match="attend_mla: Invalid kind of caches: expected ent"):
         cc.PagedKVCache(keys, [keys[0].copy()]).attend_mla(0, keys[0], keys[0], keys[0], scale=1.0)
+
+
+class Counted:
+    """A NumPy array with nothing but DLPack, of which it is counted how often it is read."""
+
+    def __init__(self, *shape):
+        self.array, self.reads = np.zeros(shape, np.float32), 0
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+    def __dlpack__(self, **options):
+        self.reads += 1
+        return self.array.__dlpack__(**options)
+
+
+def test_caches_are_read_once(rng):
+    """Those of which the docstring says so."""
+    keys, values = ([Counted(7, 4, 3, 8) for _ in range(2)] for _ in "kv")
+    cache = cc.PagedKVCache(keys, values)
+    key, value, query = (rng.standard_normal((5, 3, 8)).astype(np.float32) for _ in "kvq")
+    turns = rng.standard_normal((5, 8)).astype(np.float32)
+    slots, table = np.arange(5), np.arange(7, dtype=np.int32)[np.newaxis]
+    lens, ends = np.array([5], np.int32), np.array([0, 5], np.int32)
+    packed = np.zeros(2 * cache.bytes_per_block, np.uint8)
+
+    def step():
+        cache.write(1, key, value, slots)
+        cache.writer(1)(key, value, slots)
+        cache.rotary_write(1, slots, query, key, value, turns, slots)
+        cache.attend(1, query, table, lens, query_start_loc=ends)
+        cache.gather(1, table, ends, num_tokens=5)
+        cache.copy_blocks([(0, 3)])
+        cache.zero_blocks([6])
+        cache.pack_blocks([0, 1], packed)
+        cache.unpack_blocks(packed, [4, 5])
+
+    step()
+    before = [array.reads for array in (*keys, *values)]
+    step()
+    assert [array.reads for array in (*keys, *values)] == before

@@ -264,7 +264,7 @@ def _check_scales(op, k_scale, v_scale, k_scale_cache, v_scale_cache):
 
 
 def new_out(op, query, key_cache, value_cache, stream):
-    """A new array for the result."""
+    """A new array for the result. Caches that are `arrays.Array`s are not read again."""
     if arrays.is_torch(query):
         # As an engine calls it at every layer. The plan checks them; `arrays.view` takes 30 us.
         try:
@@ -275,8 +275,10 @@ def new_out(op, query, key_cache, value_cache, stream):
         except Exception:  # without such a shape, or without memory: `arrays.view` refuses it
             pass
     like = arrays.view(query, f"{op}: query")
-    keys = arrays.view(key_cache, f"{op}: key_cache")
-    values = arrays.view(value_cache, f"{op}: value_cache")
+    keys, values = (
+        cache if isinstance(cache, arrays.Array) else arrays.view(cache, f"{op}: {name}")
+        for name, cache in (("key_cache", key_cache), ("value_cache", value_cache))
+    )
     check = contract.Contract(op)
     check.shape("query", like, "_ num_heads head_size")
     check.dtype("query", like, *formats.FLOATS)

@@ -469,8 +469,7 @@ class PagedKVCache:
         if out is None:
             if stream is not None:
                 stream = streams.pointer(ATTEND, stream)
-            one = self._layers[layer]
-            out = paged_attention.new_out(ATTEND, query, one.key_cache, one.value_cache, stream)
+            out = paged_attention.new_out(ATTEND, query, *self._described, stream)
         also = [array for array in (query_start_loc, out, lse) if array is not None]
         bound(query, block_table, seq_lens, *also, stream=stream)
         return out
