@@ -442,6 +442,17 @@ def test_cuda_array_interface(recorder, wrong, word):
     assert not recorder.take()
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize("missing", ["data", "shape", "typestr"])
+def test_cuda_array_interface_without_a_field(recorder, missing):
+    recorder.device_at = lambda address: 0
+    keys, cache = np.ones((3, 2, 8), np.float32), np.zeros((6, 4, 2, 8), np.float32)
+    given = Interface(keys)
+    del given.__cuda_array_interface__[missing]
+    with refused("reshape_and_cache_flash", "key", f"'{missing}' is missing"):
+        cc.reshape_and_cache_flash(given, keys, cache, cache.copy(), np.arange(3))
+
+
 @pytest.mark.parametrize("stream", [0, 1, 2**64 - 1, None])
 def test_streams_of_cuda_array_interface(recorder, stream):
     recorder.device_at = lambda address: 0

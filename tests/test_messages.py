@@ -49,6 +49,15 @@ def mla(**change):
     return lambda: cc.concat_and_cache_mla(**(arguments | change))
 
 
+STEP = zeros(1, 2, dtype=np.int32), np.array([6], np.int32)  # a block table, and lengths
+
+
+def attend(dtype):
+    """A call of attention, with caches of ``dtype``."""
+    pages = zeros(5, 4, 2, 8, dtype=dtype)
+    return lambda: cc.paged_attention(zeros(1, 2, 8), pages, pages, *STEP)
+
+
 def gather(op=cc.gather_cache, **change):
     arguments = {
         "src_cache": zeros(5, 4, 2, 8), "dst": zeros(6, 2, 8),
@@ -178,6 +187,27 @@ TABLE = [
         mla(kv_cache=zeros(5, 4, 12, dtype=ml_dtypes.float8_e5m2)),
         "concat_and_cache_mla", "dtype", "kv_cache", "kv_cache_dtype='fp8_e5m2'",
     ),
+    # reads, too
+    (attend(dtype=FP8), "paged_attention", "dtype", "key_cache", "kv_cache_dtype='fp8'"),
+    (attend(dtype=np.uint8), "paged_attention", "dtype", "key_cache", "kv_cache_dtype says"),
+    (attend(dtype=BF16), "paged_attention", "dtype", "key_cache", "the dtype of query"),
+    (
+        lambda: cc.paged_attention_mla(
+            zeros(1, 2, 576), zeros(5, 4, 576, dtype=FP8), *STEP, scale=1.0
+        ),
+        "paged_attention_mla", "dtype", "kv_cache", "kv_cache_dtype='fp8'",
+    ),
+    (
+        gather(src_cache=zeros(5, 4, 2, 8, dtype=FP8)),
+        "gather_cache", "dtype", "dst", "gather_and_maybe_dequant_cache",
+    ),
+    (
+        lambda: cc.gather_slots(
+            zeros(5, 4, 2, 8, dtype=np.int8), zeros(3, 2, 8), np.arange(3)
+        ),
+        "gather_slots", "dtype", "dst", "kv_cache_dtype='int8'",
+    ),
+    (gather(src_cache=zeros(5, 4, 2, 8, dtype=BF16)), "gather_cache", "dtype", "dst", ""),
     # other operations
     (mla(kv_cache=zeros(5, 4, 13)), "concat_and_cache_mla", "shape", "kv_cache", ""),
     (gather(layout="NDH"), "gather_cache", "value", "layout", ""),

@@ -333,7 +333,7 @@ def _plan(op, described, options):
 
     check.dtype("query", query, *formats.FLOATS)
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
-        way_out = "" if fmt.storage else "a raw cache has the dtype of query"
+        way_out = formats.way_to_convert(fmt, cache.dtype, "query")
         check.dtype(name, cache, *(fmt.storage or (query.dtype,)), way_out=way_out)
     float32 = formats.FLOAT32
     for name, allowed in (("alibi_slopes", {float32}), ("sinks", {float32, query.dtype})):

@@ -202,7 +202,8 @@ def _plan(op, described, options):
 
     check.dtype("query", query, *formats.FLOATS[: 2 if entries else 3])
     stored = formats.BYTES if entries else fmt.storage or (query.dtype,)
-    check.dtype("kv_cache", kv_cache, *stored)
+    way_out = "" if entries else formats.way_to_convert(fmt, kv_cache.dtype, "query")
+    check.dtype("kv_cache", kv_cache, *stored, way_out=way_out)
     steps.check_arrays(check, named, ("kv_cache",))
     if kv_scale is not None:
         check.scale("kv_scale", kv_scale)

@@ -224,7 +224,8 @@ def _unreadable(value, name, error):
         return MissingDependencyError(f"{name}, {error}")
     if isinstance(error, CupyCacheError):
         return error
-    got = f"{_type_name(value)} that cannot: {error or type(error).__name__}"
+    told = f"{error} is missing" if isinstance(error, KeyError) else error or type(error).__name__
+    got = f"{_type_name(value)} that cannot: {told}"
     return errors.wrong("memory", name, "memory that can be read where it is", got)
 
 

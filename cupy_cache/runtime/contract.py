@@ -174,9 +174,7 @@ class Contract:
         self.dtype(sources[1], described[sources[1]], source)
         for name in caches:
             array = described[name]
-            way_out = formats.way_to_convert(fmt, array.dtype)
-            if fmt.stored is None and not way_out:
-                way_out = f"a raw cache has the dtype of {sources[0]}"
+            way_out = formats.way_to_convert(fmt, array.dtype, sources[0])
             self.dtype(name, array, *storage, way_out=way_out)
         self.dtype(slots, described[slots], *formats.INDICES)
         for size in ("block_size", "head_size", "head_size_v"):

@@ -215,15 +215,17 @@ def conversion(fmt, source):
     return None, (BYTES if source == UINT8 else (source, UINT8))
 
 
-def way_to_convert(fmt, dtype):
+def way_to_convert(fmt, dtype, like=None):
     """For an error: the way out where ``fmt`` is a raw copy and the cache's ``dtype`` is not that
-    of the elements; "" where there is no usual one."""
+    of the elements, which are those of the argument ``like``; "" where there is no usual one."""
     names = [name for name, other in CACHE_FORMATS.items() if other.stored == dtype]
     if fmt.stored is not None:
         return ""
     if dtype == UINT8:
         return "kv_cache_dtype says what is stored in bytes, such as 'fp8'"
-    return f"kv_cache_dtype={names[0]!r} converts" if names else ""
+    if names:
+        return f"kv_cache_dtype={names[0]!r} converts"
+    return "" if like is None else f"a raw cache has the dtype of {like}"
 
 
 RAW = frozenset(name for name, fmt in CACHE_FORMATS.items() if fmt.stored is None)

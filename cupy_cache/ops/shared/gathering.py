@@ -43,7 +43,8 @@ PARAMS = params.Struct(
 )
 GUARDED = ("seq_starts", "block_table")  # and the bounds, by the operation's name for them
 # Several operations share the kernel of a raw copy, so faults name the operation.
-SHARING = ("gather_cache", "cp_gather_cache", "gather_and_maybe_dequant_cache")
+RAW_ONLY, CONVERTING = ("gather_cache", "cp_gather_cache"), "gather_and_maybe_dequant_cache"
+SHARING = (*RAW_ONLY, CONVERTING)
 MAX_THREADS = 128
 
 
@@ -235,7 +236,10 @@ def movement(check, src, dst, scale, layout, kv_cache_dtype, by_token, names=NAM
     block_size = math.prod(src.shape[axis] for axis in axes.slots)
     check_block_size(check, src, block_size, names.cache)
     if fmt.stored is None:
-        check.dtype(names.rows, dst, src.dtype)
+        way_out = formats.way_to_convert(fmt, src.dtype) if dst.dtype in formats.FLOATS else ""
+        if way_out and check.op in RAW_ONLY:
+            way_out = f"{CONVERTING} converts"
+        check.dtype(names.rows, dst, src.dtype, way_out=way_out)
     else:
         check.dtype(names.cache, src, *fmt.storage)
         check.dtype(names.rows, dst, *formats.FLOATS)

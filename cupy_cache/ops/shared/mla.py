@@ -40,7 +40,7 @@ def check_entries(check, described, storage):
         expected = f"entries of {kv_c.shape[-1]} + {k_pe.shape[-1]} elements like kv_c and k_pe"
         raise errors.wrong("shape", f"{check.op}: {cache_name}", expected, list(kv_cache.shape))
     check.dtype("kv_c", kv_c, *formats.FLOATS)
-    way_out = "" if storage else formats.way_to_convert(formats.RAW_FORMAT, kv_cache.dtype)
+    way_out = "" if storage else formats.way_to_convert(formats.RAW_FORMAT, kv_cache.dtype, "kv_c")
     check.dtype(cache_name, kv_cache, *(storage or (kv_c.dtype,)), way_out=way_out)
     check_arrays(check, described)
 
