@@ -143,7 +143,7 @@ def test_nothing_but_launches(emulated_world, rng, monkeypatch):
             given = mapping(world, pairs, where)
             cc.copy_blocks([world.put(k) for k in keys], [world.put(v) for v in values], given)
         expect_copied(world, keys + values, pairs)
-        assert used <= {"load", "launch", "processors"}
+        assert used <= {"load", "launch", "prepare", "processors"}
     finally:
         monkeypatch.undo()
         world.close()

@@ -14,9 +14,9 @@ MAPPING = dispatch.Arg("block_mapping", varies=dispatch.ROWS, chosen=True, pairs
 
 
 def read(mapping):
-    host, on_device = indices.read("an_op", MAPPING, mapping, None)
-    assert on_device is None
-    return host
+    found = indices.read("an_op", MAPPING, mapping, None)
+    assert type(found) is indices.Chosen
+    return found
 
 
 @pytest.fixture(params=["integers", "table", "sorted", "by-number"])
@@ -25,7 +25,7 @@ def way(request, monkeypatch):
     if request.param == "by-number":
         return
     few, most = {"integers": (10**9, 0), "table": (-1, 10**9), "sorted": (-1, 0)}[request.param]
-    monkeypatch.setattr(mappings, "FEW", few)
+    monkeypatch.setattr(indices, "FEW", few)
     monkeypatch.setattr(mappings, "MOST_IN_TABLE", most)
     monkeypatch.setattr(mappings, "MOST_IN_CLEAR_TABLE", most)
 
@@ -64,21 +64,25 @@ KINDS = (
 
 @pytest.mark.whole
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("count", [0, 1, 7, mappings.FEW, mappings.FEW + 1, 400])
+@pytest.mark.parametrize("count", [0, 1, 7, indices.FEW, indices.FEW + 1, 400])
 def test_what_is_read(rng, kind, count):
     pairs = random_pairs(rng, count)
     found = read(given_as(pairs, kind))
-    assert found.dtype == np.int64 and found.shape == (2, count)
-    assert list(zip(*found.tolist())) == pairs
+    assert found.count == count
+    assert found.numbers.dtype == np.int64 and found.numbers.shape == (2, count)
+    assert list(zip(*found.numbers.tolist())) == pairs
+    if found.few is not None:
+        assert list(zip(found.few[::2], found.few[1::2])) == pairs
+        assert found.words == np.array(pairs, np.uint32).tobytes()
 
 
-def test_an_array_is_copied(rng):
+@pytest.mark.parametrize("count", [5, 400])
+def test_an_array_is_copied(rng, count):
     """What changes it after the checks must not matter."""
-    table = np.array(random_pairs(rng, 5))
-    found = read(table)
-    before = found.copy()
+    table = np.array(random_pairs(rng, count))
+    found, before = read(table), table.T.copy()
     table[:] = -1
-    np.testing.assert_array_equal(found, before)
+    np.testing.assert_array_equal(found.numbers, before)
 
 
 def test_runs(rng):
@@ -92,9 +96,9 @@ def test_runs(rng):
                 expected[-1][2] += 1
             else:
                 expected.append([source, destination, 1])
-        runs = mappings.runs(read(pairs))
+        runs = mappings.runs(read(pairs).numbers)
         assert np.stack(runs, 1).tolist() == expected
-    assert [run.tolist() for run in mappings.runs(read([]))] == [[], [], []]
+    assert [run.tolist() for run in mappings.runs(read([]).numbers)] == [[], [], []]
 
 
 def complaint(pairs, source_blocks, destination_blocks, disjoint):
@@ -120,7 +124,7 @@ def check(pairs, disjoint, together=False):
         mappings.check_disjoint("an_op", pairs, max(SOURCES, DESTINATIONS))
 
 
-@pytest.mark.parametrize("count", [1, 2, 30, mappings.FEW + 1, 400])
+@pytest.mark.parametrize("count", [1, 2, 30, indices.FEW + 1, 400])
 @pytest.mark.parametrize("kind", ["tuples", "int64"])
 @pytest.mark.parametrize("disjoint", [False, True])
 def test_what_is_wrong_is_found(rng, way, kind, count, disjoint):

@@ -149,10 +149,10 @@ class SwapSpace:
         op = f"{NAME}.swap_out"
         pairs = _in_host_memory(op, PAIRS, block_mapping)
         mappings.check(op, pairs, self._caches[0].num_blocks, self.num_blocks)
-        if not pairs.size:
+        if not pairs.count:
             return
         steps = self._stream_of_steps(op, stream)
-        blocks, places = pairs[:, pairs[1].argsort()]
+        blocks, places = pairs.numbers[:, pairs.numbers[1].argsort()]
         make = functools.partial(making.empty, stream=steps)
         packed = [self._buffer(make, len(places), cache) for cache in self._caches]
         for cache, buffer in zip(self._caches, packed):
@@ -170,7 +170,7 @@ class SwapSpace:
             out. One that is given twice is copied once.
         """
         op = f"{NAME}.prefetch"
-        places = np.unique(_in_host_memory(op, PLACES, host_blocks)).tolist()
+        places = np.unique(_in_host_memory(op, PLACES, host_blocks).numbers).tolist()
         for place in places:
             if not 0 <= place < self.num_blocks:
                 expected = f"blocks in 0..{self.num_blocks - 1}"
@@ -262,7 +262,7 @@ class Prefetch:
             name, way_out = f"{op}: block_mapping", "ask is_done(), or wait()"
             expected = "blocks that are there"
             raise errors.wrong("order", name, expected, "some on their way", way_out)
-        places, blocks = pairs[:, pairs[0].argsort()].tolist()
+        places, blocks = pairs.numbers[:, pairs.numbers[0].argsort()].tolist()
         known = {place: row for row, place in enumerate(self._move.places)}
         for place in places:
             if place not in known:
@@ -392,11 +392,11 @@ def _first_of(caches):
 
 
 def _in_host_memory(op, arg, chosen):
-    """Chosen numbers as an int64 NumPy array [n] or, for pairs, [2, n]."""
-    numbers, _ = indices.read(op, arg, chosen, None)
-    if numbers is None:
+    """What is chosen, as `indices.Chosen`."""
+    found = indices.read(op, arg, chosen, None)
+    if type(found) is not indices.Chosen:
         raise errors.wrong("device", f"{op}: {arg.name}", "host memory", "a GPU")
-    return numbers
+    return found
 
 
 def _runs(numbers, most):

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..runtime import contract, dispatch
+from ..runtime import contract, dispatch, indices
 from ..types import LayersOrPairs, Pairs, StreamLike
 from .shared import blocks, copying, mappings, packing
 
@@ -67,10 +67,11 @@ def _plan(op, described, options):
         copy = _copy_plan(op.name, named, pairs, block_size, slots)
 
     def checked(pairs):
-        if pairs.min(initial=0) < 0:
-            for side in pairs:  # tells the row that the caller knows
+        if pairs.few is None and pairs.numbers.min(initial=0) < 0:
+            numbers = pairs.numbers
+            for side in map(indices.Chosen, numbers):  # tells the row that the caller knows
                 packing.check_range(NAME, "pairs", side, slots, padding=True, distinct=False)
-            pairs = pairs[:, (pairs >= 0).all(axis=0)]
+            pairs = indices.Chosen(numbers[:, (numbers >= 0).all(axis=0)])
         mappings.check(NAME, pairs, slots, slots, disjoint=True, words=WORDS)
         return pairs
 

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
 from .. import errors
-from ..runtime import arrays, contract, dispatch, driver, formats, launch
+from ..runtime import arrays, contract, dispatch, driver, formats, indices, launch
 from ..runtime.log import logger
 from ..types import ArrayLike, Layers, Pairs, StreamLike
 from .shared import blocks, copying, mappings
@@ -139,7 +140,7 @@ class _Layers:
 
     sources, destinations : of each tensor, those of all layers. sides : both, layer by layer.
     pointers : both as the kernel wants them, where all are on one GPU.
-    reached : (where a GPU reached host memory last, both as the kernel wants them then).
+    reached : the `_Reached` of the last call.
     """
 
     __slots__ = ("destinations", "pointers", "reached", "sides", "sources")
@@ -147,7 +148,24 @@ class _Layers:
     def __init__(self, sources, destinations):
         self.sources, self.destinations = sources, destinations
         self.sides = blocks.interleaved(sources), blocks.interleaved(destinations)
-        self.pointers, self.reached = None, (None, None)
+        self.pointers, self.reached = None, _Reached(None, None, [], 0, None)
+
+
+class _Reached(NamedTuple):
+    """Where a GPU reached arrays in host memory.
+
+    span : the first byte of all of them, and the byte behind the last, if ``memory`` is known.
+    memory : the `blocks.Mapped`, of one piece, that they all lie in; None where they do not.
+    addresses : what the GPU accesses, layer by layer.
+    pieces : in how many one array was at most.
+    pointers : both sides as the kernel wants them.
+    """
+
+    span: tuple | None
+    memory: blocks.Mapped | None
+    addresses: list
+    pieces: int
+    pointers: list | None
 
 
 class _Plan:
@@ -219,69 +237,75 @@ class _Plan:
             return
         if self._gpu is None:
             for tensor, *given in zip(self._tensors, layers.sources, layers.destinations):
+                of, to = pairs.numbers
                 for addresses in zip(*given):
                     source, destination = tensor.numpy(*addresses)
-                    destination[pairs[1]] = source[pairs[0]]
+                    destination[to] = source[of]
         elif self._within:
             self._copy.enqueue_pairs(call.stream, layers.pointers, pairs)
         else:
             self._over_the_bus(layers, pairs, call.stream)
 
     def _over_the_bus(self, layers, pairs, stream):
-        sides, to_host = layers.sides, self._to.kind == "cpu"
-        host = sides[to_host]
-        mapped, pieces = self._mapped(host, to_host)
-        if mapped is None:
+        reached = self._reached(layers)
+        if reached is None:
             logger.warning(
                 "%s: host memory is not pinned; the driver stages each copy, and may wait", NAME
             )
-            self._by_driver(*sides, pairs, stream)
+            self._by_driver(*layers.sides, pairs, stream)
             return
         runs, scattered = self._split(pairs)
-        if scattered.shape[1]:
-            reached, pointers = layers.reached
-            if reached != mapped:
-                on_gpu = (sides[0], mapped) if to_host else (mapped, sides[1])
-                pointers = self._copy.tables(*on_gpu)
-                layers.reached = mapped, pointers
-            self._copy.enqueue_pairs(stream, pointers, scattered)
+        if scattered.count:
+            self._copy.enqueue_pairs(stream, reached.pointers, scattered)
         for run in runs:
-            for at, layer in enumerate(zip(*sides)):
-                self._copy_run(self._tensors[at % len(self._tensors)], *layer, *run, pieces, stream)
+            for at, layer in enumerate(zip(*layers.sides)):
+                tensor = self._tensors[at % len(self._tensors)]
+                self._copy_run(tensor, *layer, *run, reached.pieces, stream)
 
-    def _mapped(self, host, to_host):
-        """(Where GPUs reach the arrays in host memory at these addresses, None unless all of them
-        are pinned, each as a whole; in how many pieces one of them is at most). Asked at each call,
-        once for neighbours in one allocation: memory can be pinned otherwise and stay where it
-        is."""
+    def _reached(self, layers):
+        """The `_Reached` of a call; None unless all arrays in host memory are pinned, each as a
+        whole. Asked at each call: memory can be pinned otherwise and stay where it is. One question
+        is enough where all of it was one piece, and is the same again."""
+        known = layers.reached
+        if known.memory is not None and blocks.mapped(*known.span) == known.memory:
+            return known
+        to_host = self._to.kind == "cpu"
         sides = [tensor.destination if to_host else tensor.source for tensor in self._tensors]
-        spans = [None if 0 in side.shape else side.span for side in sides] * len(host)
-        start, end, shift, most, mapped = 0, 0, 0, 0, []
-        for address, span in zip(host, spans):
+        spans = [None if 0 in side.shape else side.span for side in sides]
+        memory, addresses, ends, pieces = None, [], [], 0
+        for address, span in zip(layers.sides[to_host], itertools.cycle(spans)):
             if span is None:
-                mapped.append(address)
+                addresses.append(address)
                 continue
             first, behind = address + span[0], address + span[1]
-            if not start <= first or behind > end:
-                found = blocks.mapped(first, behind)
-                if found is None:
-                    return None, 0
-                start, end, shift, pieces = found
-                most = max(most, pieces)
-            mapped.append(address + shift)
-        return mapped, most
+            if memory is None or not memory.start <= first or behind > memory.end:
+                memory = blocks.mapped(first, behind)
+                if memory is None:
+                    return None
+                pieces = max(pieces, memory.pieces)
+            addresses.append(address + memory.shift)
+            ends += first, behind
+        span = (min(ends), max(ends)) if pieces == 1 else None
+        if span is None or not memory.start <= span[0] or span[1] > memory.end:
+            memory = None
+        pointers = known.pointers
+        if addresses != known.addresses:
+            there = layers.sides[not to_host]
+            pointers = self._copy.tables(*((there, addresses) if to_host else (addresses, there)))
+        layers.reached = _Reached(span, memory, addresses, pieces, pointers)
+        return layers.reached
 
     def _split(self, pairs):
         """Runs (source, destination, blocks) long enough for the copy engines, and the rest."""
         least = self._least_run
-        if least is None or not mappings.may_have_runs(pairs, least):
+        if least is None or least > pairs.count or not mappings.may_have_runs(pairs.numbers, least):
             return [], pairs
-        *sides, counts = mappings.runs(pairs)
+        *sides, counts = mappings.runs(pairs.numbers)
         long = counts >= least
         if not long.any():
             return [], pairs
         runs = zip(*(numbers[long].tolist() for numbers in (*sides, counts)))
-        return list(runs), np.ascontiguousarray(pairs[:, ~np.repeat(long, counts)])
+        return list(runs), indices.Chosen(pairs.numbers[:, ~np.repeat(long, counts)])
 
     def _copy_run(self, tensor, source, destination, first, to, count, pieces, stream):
         size = tensor.geometry.bytes
@@ -297,11 +321,11 @@ class _Plan:
             g = tensor.geometry
             if tensor.dense:
                 size = g.bytes
-                for first, to, count in zip(*(n.tolist() for n in mappings.runs(pairs))):
+                for first, to, count in zip(*(n.tolist() for n in mappings.runs(pairs.numbers))):
                     of, onto = layer[0] + first * size, layer[1] + to * size
                     blocks.copy(onto, of, count * size, size, stream, self._gpu)
                 continue
-            for first, to in zip(*pairs.tolist()):
+            for first, to in zip(*pairs.numbers.tolist()):
                 for outer in range(g.outer):
                     for middle in range(g.middle):
                         of, onto = (

@@ -87,18 +87,19 @@ class _Plan:
 
     def run(self, call):
         """Check the ranges, and copy them."""
-        sources, destinations, sizes = call.values
+        given = [column.numbers for column in call.values]
+        sources, destinations, sizes = given
         if sizes.min() <= 0:
-            _check_ranges(*call.values)
+            _check_ranges(*given)
             used = sizes > 0
-            sources, destinations, sizes = (column[used] for column in call.values)
+            sources, destinations, sizes = (column[used] for column in given)
             if not len(sizes):
                 return
         largest, ordered = int(sizes.max()), np.sort(destinations)
         of = _Ranges(sources, sizes, sources.min(), sources.max(), largest)
         to = _Ranges(destinations, sizes, ordered[0], ordered[-1], largest)
         if min(of.low, to.low) <= 0 or max(of.high, to.high) > _MOST:
-            _check_ranges(*call.values)
+            _check_ranges(*given)
         _check_apart(of, to, ordered[1:] - ordered[:-1])
         if not driver.gpus():
             _copy_on_host(sources, destinations, sizes)

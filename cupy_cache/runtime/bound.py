@@ -89,7 +89,7 @@ class Bound:
             return
         found = self.found.copy()
         for index in self.given:
-            found[index] = np.empty((2, 0) if self.op.args[index].pairs else 0, np.int64)
+            found[index] = indices.Chosen(np.empty(0, np.int64))
         signature, values, _ = signatures.of(self.op, found, self.options)
         if signature is None:
             self._in_host_memory = ()
@@ -151,7 +151,7 @@ class Bound:
         entry, values, tables = self._in_host_memory
         values, extents = values.copy(), []
         for index in self.given:
-            values[index] = objects[index].numbers
-            extents.append(values[index].shape[-1])
+            values[index] = numbers = objects[index]
+            extents.append(numbers.count)
         work = self.op.work(extents, self.options, scalars)
         self.op.finish(entry, values, tables, stream, work, objects)

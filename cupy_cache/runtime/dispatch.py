@@ -192,8 +192,7 @@ class Op:
                 found.append(layers)
                 keep += kept
             elif arg.chosen:
-                host, metadata = indices.read(self.name, arg, value, stream)
-                found.append(metadata if host is None else host)
+                found.append(indices.read(self.name, arg, value, stream))
             else:
                 found.append(arrays.read(value, f"{self.name}: {arg.called or arg.name}", stream))
         found += [None] * (len(self.args) - len(found))
@@ -253,11 +252,13 @@ class Op:
         if not rows:
             return
         if entry.device is not None:
+            torchs = entry.torchs
             if stream is None:
                 stream = entry.current_stream()
+                torchs = None if torchs is entry.current_stream else torchs
             for other in entry.others:
                 driver.active.order(other(), stream, entry.device)
-            if entry.torchs is not None and stream != entry.torchs():
+            if torchs is not None and stream != torchs():
                 leaves = self._leaves(objects, range(len(objects)))
                 streams.lend([array for _, array in leaves], stream, entry.device)
         if tables is None and entry.tables is not None:
@@ -345,7 +346,7 @@ class Op:
             for index, array in enumerate(described)
             if array is not None and array.device.kind == "cpu"
         )
-        current = streams.current(framework, device)
+        current = torchs if framework == "torch" else streams.current(framework, device)
         return plans.Entry(
             plan, tables, separate, device, current, others, torchs, hosted, strides, most_rows
         )
@@ -365,8 +366,8 @@ class Op:
 class Read(NamedTuple):
     """What `Op.read` found.
 
-    found : for each argument an `arrays.Metadata`, a `lists.Layers`, a NumPy array of numbers
-        chosen in host memory, or None.
+    found : for each argument an `arrays.Metadata`, a `lists.Layers`, the `indices.Chosen` in host
+        memory, or None.
     keep : owners of the memory of exported arrays in lists.
     """
 

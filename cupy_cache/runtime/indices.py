@@ -14,22 +14,57 @@ from .. import errors
 from . import arrays, contract, formats
 
 _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
+_INT = {int}
+# Up to so many numbers, or pairs, stay Python's integers: they are read, checked and written into a
+# kernel's parameters in less time than a few calls of NumPy's take.
+FEW = 48
 
 
 class Chosen:
-    """Numbers chosen in host memory: int64 [n] or, for pairs, [2, n]."""
+    """Numbers chosen in host memory, or pairs of them.
 
-    __slots__ = ("numbers",)
+    count : how many.
+    few : the numbers, as Python's integers, those of a pair one behind the other; None where they
+        are more than `FEW`, or one has not 32 bits.
+    words : the bytes of ``few`` as kernels take them, int32, or uint32 of pairs; else None.
+    """
 
-    def __init__(self, numbers):
-        self.numbers = numbers
+    __slots__ = ("_numbers", "_pairs", "count", "few", "words")
+
+    def __init__(self, numbers, few=None, words=None, pairs=False):
+        self._numbers, self._pairs, self.few, self.words = numbers, pairs, few, words
+        self.count = len(few) >> pairs if numbers is None else numbers.shape[-1]
+
+    @property
+    def numbers(self):
+        """All of them, int64 [n] or, for pairs, [2, n]."""
+        if self._numbers is None:
+            few = self.few
+            self._numbers = np.array([few[::2], few[1::2]] if self._pairs else few, np.int64)
+        return self._numbers
+
+
+def of_numbers(values):
+    """`Chosen` of a list of exact integers, at most `FEW`; None where one has not 32 bits."""
+    try:
+        return Chosen(None, values, struct.pack(f"<{len(values)}i", *values))
+    except struct.error:
+        return None
+
+
+def of_pairs(values):
+    """The same of pairs, one behind the other; None where one is negative, too."""
+    try:
+        return Chosen(None, values, struct.pack(f"<{len(values)}I", *values), pairs=True)
+    except struct.error:
+        return None
 
 
 def read_host(op, arg, value):
     """``value`` as `Chosen` if it is in host memory; ``value`` itself if it is not, or if that is
     not known without an export."""
     if isinstance(value, (list, tuple, range)):
-        return Chosen((_pairs if arg.pairs else _numbers)(op, arg.name, value))
+        return (_pairs if arg.pairs else _numbers)(op, arg.name, value)
     if arrays.is_torch(value):
         try:
             if value.is_cuda or value.is_floating_point() or not arrays.torch_address(value):
@@ -47,8 +82,7 @@ def read_host(op, arg, value):
         ):
             name = f"{op}: {arg.name}"
             check(op, arg, arrays.describe(arrays.read(value, name), name))  # says what is wrong
-        # A copy, so that the numbers cannot change between their check and their use.
-        return Chosen((value.T if arg.pairs else value).astype(np.int64, order="C"))
+        return _copied(arg, value)
     if isinstance(value, (dict, set)):
         items = "(source, destination) pairs" if arg.pairs else "integers"
         expected = f"a list or an array of {items}"
@@ -57,24 +91,30 @@ def read_host(op, arg, value):
     return value
 
 
+def _copied(arg, array):
+    """`Chosen` of a NumPy array: a copy, so that the numbers cannot change between their check and
+    their use."""
+    if 0 < len(array) <= FEW:
+        numbers = array.ravel().tolist()
+        few = of_pairs(numbers) if arg.pairs else of_numbers(numbers)
+        if few is not None:
+            return few
+    return Chosen((array.T if arg.pairs else array).astype(np.int64, order="C"))
+
+
 def read(op, arg, value, stream):
-    """(int64 NumPy array, None) for numbers in host memory, [n] or, for pairs, [2, n]; (None,
-    `arrays.Metadata`) for an array on a GPU."""
+    """`Chosen` for numbers in host memory, `arrays.Metadata` for an array on a GPU."""
     value = read_host(op, arg, value)
     if type(value) is Chosen:
-        return value.numbers, None
-    return _read_array(op, arg, value, stream)
-
-
-def _read_array(op, arg, value, stream):
+        return value
     metadata = arrays.read(value, f"{op}: {arg.name}", stream)
     array = arrays.describe(metadata, f"{op}: {arg.name}")
     if array.device.kind != "cpu":
-        return None, metadata
+        return metadata
     check(op, arg, array)
-    # A copy, so that the numbers cannot change between their check and their use.
-    view = arrays.as_numpy(array.ptr, array.shape, array.strides, array.dtype.numpy)
-    return (view.T if arg.pairs else view).astype(np.int64, order="C"), None
+    return _copied(
+        arg, arrays.as_numpy(array.ptr, array.shape, array.strides, array.dtype.numpy)
+    )
 
 
 def check(op, arg, array):
@@ -91,33 +131,45 @@ def check(op, arg, array):
 def _pairs(op, name, value):
     """A sequence of (source, destination) pairs; of objects where one has more than 64 bits."""
     if not value:
-        return np.empty((2, 0), np.int64)
+        return Chosen(np.empty((2, 0), np.int64))
     try:
         sources, destinations = zip(*value, strict=True)
+        count = len(sources)
+        if count <= FEW:
+            flat = [*sources, *destinations]
+            flat[::2], flat[1::2] = sources, destinations
+            few = of_pairs(flat) if set(map(type, flat)) == _INT else None
+            if few is not None:
+                return few
         try:
             # A third of the time of np.array, and it takes nothing but what has `__index__`.
-            flat = struct.pack(f"{2 * len(value)}q", *sources, *destinations)
+            flat = struct.pack(f"{2 * count}q", *sources, *destinations)
         except struct.error:
             sides = [list(map(contract.index, side)) for side in (sources, destinations)]
-            return np.array(sides, object)
+            return Chosen(np.array(sides, object))
         table = np.frombuffer(flat, np.int64)
         # Booleans have it too, and are 0 or 1: what is more need not be looked at.
         for at in (table < 2).nonzero()[0].tolist():
-            contract.index(sources[at] if at < len(value) else destinations[at - len(value)])
+            contract.index(sources[at] if at < count else destinations[at - count])
     except Exception as error:  # whatever an `__index__` raises
         expected = "(source, destination) pairs of integers"
         raise errors.wrong("shape", f"{op}: {name}", expected, errors.shown(value)) from error
-    return table.reshape(2, -1)
+    return Chosen(table.reshape(2, -1))
 
 
 def _numbers(op, name, value):
+    if len(value) <= FEW:
+        numbers = [*value]
+        few = of_numbers(numbers) if set(map(type, numbers)) == _INT else None
+        if few is not None:
+            return few
     try:
         table = _as_integers(value)
     except (ValueError, TypeError, OverflowError) as error:
         raise errors.wrong("type", f"{op}: {name}", "integers", errors.shown(value)) from error
     if table.ndim != 1:
         raise errors.wrong("shape", f"{op}: {name}", "one dimension", list(table.shape))
-    return table
+    return Chosen(table)
 
 
 def _as_integers(values):

@@ -12,12 +12,13 @@ import ctypes
 import functools
 
 from .. import errors
-from . import driver
+from . import driver, overlap
 from .devices import NOWHERE
 
 WARP = 32
 MAX_THREADS_X = 2**32 - 1  # the kernels number them in 32 bits
 MAX_GRID_YZ = 65535
+MAX_KNOWN = 256  # sizes of launches that are prepared
 
 
 def ceil_div(a, b):
@@ -149,6 +150,7 @@ class Launcher:
         self._template = kernel.params.record(*constants)
         self._pack = kernel.params.per_call.pack_into
         self._free = []
+        self.put_back = self._free.append
         self._loaded = None
 
     def enqueue(self, grid, threads, stream, *values, tail=b""):
@@ -156,17 +158,21 @@ class Launcher:
         struct's tail. An empty grid launches nothing."""
         if self.has_work(grid, threads):
             self.load(stream)
-            # Each thread takes a record of its own and puts it back. The driver has copied it when
-            # the launch returns.
-            try:
-                record = self._free.pop()
-            except IndexError:
-                record = self.new_record()
-            self._pack(record.buffer, 0, *values)
-            if tail:
-                record.fill_tail(tail)
+            record = self.take(values, tail)
             driver.active.launch(self._loaded, grid, threads, stream, record)
-            self._free.append(record)
+            self.put_back(record)
+
+    def take(self, values, tail):
+        """A record with these values and tail. Each thread takes one of its own, and puts it back
+        when the launch returns: the driver has copied it then."""
+        try:
+            record = self._free.pop()
+        except IndexError:
+            record = self.new_record()
+        self._pack(record.buffer, 0, *values)
+        if tail:
+            record.tail[: len(tail)] = tail
+        return record
 
     def has_work(self, grid, threads):
         """Whether the grid has blocks; raises where it has more than one launch takes."""
@@ -207,6 +213,50 @@ class Launcher:
     def new_record(self):
         """Parameters with the constant fields filled in, to launch with."""
         return Record(self._template, self.kernel.params.tail_at)
+
+
+class Launches:
+    """Launches that differ in their size, each prepared once.
+
+    Parameters
+    ----------
+    launch_for : callable
+        ``launch_for(*size)`` -> (launcher, grid, threads).
+    """
+
+    def __init__(self, launch_for):
+        self._launch_for, self._known = launch_for, {}
+        overlap.prepared.add(self)
+
+    def forget(self):
+        """Forget them all."""
+        self._known.clear()
+
+    def enqueue(self, size, stream, values, tail=b""):
+        """`Launcher.enqueue`, for a launch of this size."""
+        launch = self._known.get(size)
+        if launch is None:
+            launch = self._prepare(size, stream)
+        launcher, grid, threads, enqueue, failed = launch
+        if enqueue is None:
+            return
+        record = launcher.take(values, tail)
+        try:
+            enqueue(stream, record.address, 0)
+        except failed:
+            launcher.launch(grid, threads, stream, record)
+        launcher.put_back(record)
+
+    def _prepare(self, size, stream):
+        launcher, grid, threads = self._launch_for(*size)
+        entry = None, ()
+        if launcher.has_work(grid, threads):
+            launcher.load(stream)
+            entry = launcher.prepare(grid, threads)
+        if len(self._known) >= MAX_KNOWN:
+            self._known.clear()
+        made = self._known[size] = launcher, grid, threads, *entry
+        return made
 
 
 class Record:

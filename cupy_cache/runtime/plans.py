@@ -37,7 +37,7 @@ class Call(NamedTuple):
     """One call, as a plan gets it.
 
     values : for each argument of the operation: its address, 0 where it is absent; a list's
-        addresses; or the numbers chosen in host memory, an int64 array.
+        addresses; or the `indices.Chosen` in host memory.
     rows, fields : the results of the operation's count.
     tables : the result of the plan's method ``tables(values)``, which depends on nothing but the
         addresses in lists and is kept while these stay the same; None where the plan has no such

@@ -6,10 +6,8 @@ Of each array the signature has the dtype, the place, the alignment of its addre
 and strides except what a `dispatch.Arg` says varies. What varies goes to the operation's count.
 """
 
-import numpy as np
-
 from .. import errors
-from . import arrays, lists
+from . import arrays, indices, lists
 
 
 def of(op, found, options):
@@ -26,10 +24,10 @@ def of(op, found, options):
             if varies:
                 extents.append(None)
             continue
-        if isinstance(meta, np.ndarray):
+        if type(meta) is indices.Chosen:
             signature.append("host")
             values.append(meta)
-            extents.append(meta.shape[-1])
+            extents.append(meta.count)
             continue
         if type(meta) is lists.Layers:
             values.append(meta.addresses)

@@ -292,6 +292,7 @@ class CopyPlan:
         on_bus = max_blocks is not None
         self._usual = variant(BUS_ITEMS if on_bus else ITEMS)
         self._wave = self._usual if on_bus else variant(WAVE_ITEMS)
+        self._launches = launch.Launches(self._launch_for)
 
     def tables(self, sources, destinations):
         """`pointer_tables` of addresses as `interleaved` gives them. In the kernel's tables a layer
@@ -305,19 +306,22 @@ class CopyPlan:
         return pointer_tables(addresses, 2 * self.count)
 
     def enqueue_pairs(self, stream, tables, pairs):
-        """Launch for ``pairs`` of blocks, int64 [2, n], in the layers of `tables`."""
+        """Launch for ``pairs`` of blocks, `indices.Chosen`, in the layers of `tables`."""
         if not self._usual.chunks:
             return
-        if self._most_blocks > 2**32 <= pairs.max(initial=0):
-            expected = f"numbers below {2**32} in host memory"
-            raise errors.wrong("value", f"{self.op}: {self.argument}", expected, pairs.max())
-        # Source, destination, 32 bits each.
-        packed = pairs.T.astype(np.uint32, order="C").tobytes()
+        packed = pairs.words
+        if packed is None:
+            numbers = pairs.numbers
+            if self._most_blocks > 2**32 <= numbers.max(initial=0):
+                expected = f"numbers below {2**32} in host memory"
+                raise errors.wrong("value", f"{self.op}: {self.argument}", expected, numbers.max())
+            packed = numbers.T.astype(np.uint32, order="C").tobytes()
         for _, layers, pointers, room in tables:
             room = min(room, _MAX_WORKS // self._usual.chunks)
             for first in range(0, len(packed), 8 * room):
                 part = packed[first : first + 8 * room]
-                self._launch(stream, layers, len(part) // 8, 0, pointers + part)
+                count = len(part) // 8
+                self._launches.enqueue((count, layers), stream, (count, 0), pointers + part)
 
     def enqueue_mapping(self, stream, tables, mapping, count):
         """The same for ``count`` pairs in an array on the device, at the address ``mapping``."""
@@ -328,13 +332,13 @@ class CopyPlan:
         for _, layers, pointers, _ in tables:
             for first in range(0, count, room):
                 pairs = min(room, count - first)
-                self._launch(stream, layers, pairs, mapping + first * step, pointers)
+                values = pairs, mapping + first * step
+                self._launches.enqueue((pairs, layers), stream, values, pointers)
 
-    def _launch(self, stream, layers, pairs, mapping, tail):
+    def _launch_for(self, pairs, layers):
+        """(Launcher, grid, threads) of a launch."""
         variant = self._wave if layers * pairs * self._usual.chunks in WAVE else self._usual
         blocks = pairs * variant.chunks
         if self.max_blocks is not None:
             blocks = min(blocks, max(1, self.max_blocks // layers))
-        variant.launcher.enqueue(
-            (blocks, layers, 1), variant.threads, stream, pairs, mapping, tail=tail
-        )
+        return variant.launcher, (blocks, layers, 1), variant.threads

@@ -2,8 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plan of operations that copy within caches, by pairs of (source, destination)."""
 
-import numpy as np
-
 from ...runtime import arrays
 from . import blocks
 
@@ -18,7 +16,7 @@ class InPlace:
     copy : blocks.CopyPlan or None
         None on the CPU.
     check : callable
-        Pairs in host memory, int64 [2, n] -> the pairs to copy; raises for wrong ones.
+        Pairs in host memory, `indices.Chosen` -> the pairs to copy; raises for wrong ones.
     index : callable
         For the CPU: an array of numbers -> NumPy's index into a cache.
     """
@@ -37,12 +35,12 @@ class InPlace:
     def run(self, call):
         """Check pairs in host memory, and copy."""
         pairs = call.values[-1]
-        if not isinstance(pairs, np.ndarray):
+        if type(pairs) is int:  # their address on the GPU
             self._copy.enqueue_mapping(call.stream, call.tables, pairs, call.rows)
             return
         pairs = self._check(pairs)
         if self._copy is None:
-            self._run_cpu(call.tables, pairs)
+            self._run_cpu(call.tables, pairs.numbers)
         else:
             self._copy.enqueue_pairs(call.stream, call.tables, pairs)
 

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
-"""Block mappings in host memory, int64 [2, n] of (sources, destinations): their checks, and their
-runs.
+"""Block mappings in host memory: their checks, and their runs. Pairs are `indices.Chosen`, or int64
+[2, n] of (sources, destinations).
 
 There may be thousands of pairs, so nothing here loops over them in Python, but for errors.
 """
@@ -12,9 +12,6 @@ import numpy as np
 
 from ... import errors
 
-# Up to so many pairs are checked as Python's integers. NumPy's calls take 8 us however few pairs
-# there are, as long as the integers of 48.
-FEW = 48
 # A table of more blocks (8 MiB) may have to be mapped anew at every call, page by page: half a
 # millisecond for one of 32 MiB, where sorting a thousand pairs takes 0.2.
 MOST_IN_TABLE = 1 << 20
@@ -32,10 +29,8 @@ def runs(pairs):
 
 
 def may_have_runs(pairs, least):
-    """Whether there may be a run of so many pairs: False for most mappings, in a third of the time
-    that finding the runs takes."""
-    if pairs.shape[1] < least:
-        return False
+    """Whether there may be a run of so many pairs, at most as many as there are: False for most
+    mappings, in a third of the time that finding the runs takes."""
     steps = least - 1
     sources, destinations = pairs
     ends = destinations[steps:] - destinations[: len(destinations) - steps] == steps
@@ -55,44 +50,53 @@ class Words(NamedTuple):
 BLOCKS = Words("block_mapping", "block", "copy in two calls")
 
 
-def check(op, pairs, source_blocks, destination_blocks, disjoint=False, words=BLOCKS):
+def check(op, chosen, source_blocks, destination_blocks, disjoint=False, words=BLOCKS):
     """Refuse numbers out of range and a destination named twice; if ``disjoint``, also a block that
-    is both source and destination."""
-    if pairs.shape[1] <= FEW:
-        sources, destinations = pairs.tolist()
-        written = set(destinations)
-        good = not sources or (
-            min(sources) >= 0
-            and max(sources) < source_blocks
-            and min(destinations) >= 0
-            and max(destinations) < destination_blocks
-            and len(written) == len(destinations)
-        )
-        if good and (not disjoint or written.isdisjoint(sources)):
-            return
-    elif pairs.dtype.hasobject:  # of numbers that have more than 64 bits
-        good = False
+    is both source and destination. ``chosen``: `indices.Chosen`."""
+    if chosen.few is not None:
+        good = _few_are_good(chosen.few, source_blocks, destination_blocks, disjoint)
     else:
-        # What is negative is large as an unsigned number.
-        most_source, most_destination = pairs.view(np.uint64).max(axis=1).tolist()
-        good = most_source < source_blocks and most_destination < destination_blocks
-        num_blocks = max(source_blocks, destination_blocks)
-        if good and num_blocks <= MOST_IN_CLEAR_TABLE:
-            written = np.zeros(num_blocks, bool)
-            written[pairs[1]] = True
-            good = np.count_nonzero(written) == pairs.shape[1]
-            if good and not (disjoint and written[pairs[0]].any()):
-                return
-        elif good:
-            ordered = np.sort(pairs[1])
-            good = not (ordered[1:] == ordered[:-1]).any()
+        good = _are_good(chosen.numbers, source_blocks, destination_blocks, disjoint)
     if not good:
-        _refuse(op, *pairs.tolist(), source_blocks, destination_blocks, words)
-    if disjoint:
-        check_disjoint(op, pairs, max(source_blocks, destination_blocks), words)
+        _refuse(op, *chosen.numbers.tolist(), source_blocks, destination_blocks, words)
+
+
+def _few_are_good(few, source_blocks, destination_blocks, disjoint):
+    """Of numbers that are not negative."""
+    sources, destinations = few[::2], few[1::2]
+    if max(sources) >= source_blocks or max(destinations) >= destination_blocks:
+        return False
+    written = set(destinations)
+    return len(written) == len(destinations) and not (disjoint and written.intersection(sources))
+
+
+def _are_good(pairs, source_blocks, destination_blocks, disjoint):
+    if not pairs.size:
+        return True
+    if pairs.dtype.hasobject:  # of numbers that have more than 64 bits
+        return False
+    # What is negative is large as an unsigned number.
+    unsigned = pairs.view(np.uint64)
+    if unsigned.max() >= min(source_blocks, destination_blocks):
+        most_source, most_destination = unsigned.max(axis=1).tolist()
+        if most_source >= source_blocks or most_destination >= destination_blocks:
+            return False
+    sources, destinations = pairs
+    num_blocks = max(source_blocks, destination_blocks)
+    if num_blocks > MOST_IN_CLEAR_TABLE:
+        ordered = np.sort(destinations)
+        if (ordered[1:] == ordered[:-1]).any():
+            return False
+        return not disjoint or _disjoint(sources, destinations, num_blocks)
+    written = np.zeros(num_blocks, bool)
+    written[destinations] = True
+    if np.count_nonzero(written) != len(destinations):
+        return False
+    return not (disjoint and written[sources].any())
 
 
 def _refuse(op, sources, destinations, source_blocks, destination_blocks, words):
+    """Raise what is wrong with pairs that are not good."""
     for side, numbers, limit in (
         ("source", sources, source_blocks),
         ("destination", destinations, destination_blocks),
@@ -103,24 +107,28 @@ def _refuse(op, sources, destinations, source_blocks, destination_blocks, words)
                 got = f"{number} in row {row}"
                 raise errors.wrong("value", f"{op}: {words.argument}", expected, got)
     seen = set()
-    repeated = next(b for b in destinations if b in seen or seen.add(b))
-    got = f"{words.item} {repeated} twice"
-    raise errors.wrong("value", f"{op}: {words.argument}", "distinct destinations", got)
+    repeated = [number for number in destinations if number in seen or seen.add(number)]
+    if repeated:
+        got = f"{words.item} {repeated[0]} twice"
+        raise errors.wrong("value", f"{op}: {words.argument}", "distinct destinations", got)
+    _refuse_both(op, sources, destinations, words)
 
 
-def check_disjoint(op, pairs, num_blocks, words=BLOCKS):
+def _refuse_both(op, sources, destinations, words):
+    expected = f"{words.item}s to be either source or destination"
+    got = f"{words.item} {min(set(sources).intersection(destinations))} as both"
+    raise errors.wrong("value", f"{op}: {words.argument}", expected, got, words.way_out)
+
+
+def check_disjoint(op, chosen, num_blocks):
     """Refuse a block that is both source and destination: pairs are copied all at once. They have
     been checked to be below ``num_blocks``."""
-    if pairs.shape[1] <= FEW:
-        sources, destinations = pairs.tolist()
-        good = set(destinations).isdisjoint(sources)
+    if chosen.few is not None:
+        good = set(chosen.few[1::2]).isdisjoint(chosen.few[::2])
     else:
-        good = _disjoint(*pairs, num_blocks)
+        good = _disjoint(*chosen.numbers, num_blocks)
     if not good:
-        both = np.intersect1d(*pairs)
-        expected = f"{words.item}s to be either source or destination"
-        got = f"{words.item} {both[0]} as both"
-        raise errors.wrong("value", f"{op}: {words.argument}", expected, got, words.way_out)
+        _refuse_both(op, *chosen.numbers.tolist(), BLOCKS)
 
 
 def _disjoint(sources, destinations, num_blocks):
@@ -133,7 +141,7 @@ def _disjoint(sources, destinations, num_blocks):
     return not written[sources].any()
 
 
-def check_apart(op, pairs, source, destination, sources, destinations):
+def check_apart(op, chosen, source, destination, sources, destinations):
     """`check_disjoint` for layers, at the addresses ``sources`` and ``destinations``, each source
     of which may share memory with any destination, whole or in part; the latter do not with one
     another."""
@@ -142,13 +150,14 @@ def check_apart(op, pairs, source, destination, sources, destinations):
     alike = source.strides == destination.strides
     num_blocks = max(source.shape[0], destination.shape[0])
     if alike and sources == destinations and num_blocks == destination.shape[0]:
-        check_disjoint(op, pairs, num_blocks)
+        check_disjoint(op, chosen, num_blocks)
         return
     (from_low, from_high), (to_low, to_high) = source.span, destination.span
     if max(sources) + from_high <= min(destinations) + to_low:
         return
     if max(destinations) + to_high <= min(sources) + from_low:
         return
+    pairs = chosen.numbers
     of, to = np.array(sources)[:, None], np.array(destinations)
     near = (to + to_low < of + from_high) & (of + from_low < to + to_high)
     reads, read_size = _places(source, pairs[0])
@@ -156,7 +165,7 @@ def check_apart(op, pairs, source, destination, sources, destinations):
     for layer in np.flatnonzero(near.any(axis=1)):
         others = to[near[layer]]
         if alike and (others == of[layer]).any():
-            check_disjoint(op, pairs, num_blocks)
+            check_disjoint(op, chosen, num_blocks)
             others = others[others != of[layer]]
         starts = np.sort((others[:, None] + writes).reshape(-1))
         ends = np.append(starts + write_size, np.iinfo(np.int64).max)

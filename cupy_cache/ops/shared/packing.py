@@ -24,7 +24,7 @@ from ...runtime import (
 from ...runtime.bound import Bound
 from ...runtime.devices import NOWHERE
 from ...runtime.log import logger
-from . import blocks, mappings
+from . import blocks
 
 # A packed buffer in host memory that is not pinned goes through a buffer of this size on the GPU.
 STAGE_BYTES = 32 << 20
@@ -140,15 +140,22 @@ def tensor_lists(op, caches):
     lists.require_list(op, "caches", caches)
     if not caches or not isinstance(caches[0], (list, tuple)):
         return [caches]
+    if not (set(map(type, caches)) <= {tuple, list} and 1 <= len(caches[0]) <= 2):
+        _check_layers(op, caches)
+    try:
+        return list(zip(*caches, strict=True))
+    except ValueError:  # they differ in length
+        _check_layers(op, caches)
+        raise
+
+
+def _check_layers(op, caches):
     first = caches[0]
-    if set(map(type, caches)) <= {tuple, list} and set(map(len, caches)) in ({1}, {2}):
-        return list(zip(*caches))
     for index, layer in enumerate(caches):
         if not isinstance(layer, (list, tuple)) or not 1 <= len(layer) == len(first) <= 2:
             got = f"{len(layer)}" if isinstance(layer, (list, tuple)) else type(layer).__name__
             expected = "an array, or one or two of them like caches[0]"
             raise errors.wrong("length", f"{op}: caches[{index}]", expected, got)
-    return list(zip(*caches))
 
 
 _WHOLE_BLOCKS = "of a cache whose blocks are x-packed pack whole blocks"
@@ -288,6 +295,8 @@ class Plan:
         self._launcher = launch.Launcher(
             kernel, self.device.index, (self.limit, self.vectors, *first, *second)
         )
+        self._most_items = _MAX_WORKS // self.vectors
+        self._launches = launch.Launches(self._launch_for)
 
     # --- running
 
@@ -362,33 +371,31 @@ class Plan:
 
     def _enqueue(self, work, tables, places, begin, end):
         """Launch for items ``begin`` to ``end`` of the list. ``places``: of item ``begin``."""
-        strides = work.caches.strides
+        strides, words = work.caches.strides, work.words()
         for table in tables:
-            room = _MAX_WORKS // self.vectors
-            if self.chosen is None:
+            room = self._most_items
+            if words is not None:
                 room = min(room, 2 * table.room)  # 32 bits each
             for first in range(begin, end, room):
                 packed = places.of_layer(table.first, first - begin, strides)
                 items = min(room, end - first)
                 index, stride, tail = 0, 0, table.pointers
-                if self.chosen is None:
-                    part = work.chosen[first : first + items]
-                    if self.by_slot:
-                        part = np.maximum(part, -1)
-                    tail += part.astype("<i4").tobytes()
+                if words is not None:
+                    tail += words[4 * first : 4 * (first + items)]
                 else:
                     stride = self.chosen.strides[0]
                     index = work.chosen + first * stride
                 values = (*packed, index, stride, items, first, places.layer, *strides)
-                self._launch(work.stream, table.layers, items, tail, values)
+                self._launches.enqueue((items, table.layers), work.stream, values, tail)
 
-    def _launch(self, stream, layers, items, tail, values):
+    def _launch_for(self, items, layers):
+        """(Launcher, grid, threads) of a launch."""
         works, processors = items * self.vectors, launch.processors(self.device.index)
         threads = launch.block_threads(-(-works * layers // ITEMS), processors, MAX_THREADS)
         grid = -(-works // (threads * ITEMS))
         if self.max_blocks is not None:
             grid = min(grid, max(1, self.max_blocks // layers))
-        self._launcher.enqueue((grid, layers, 1), threads, stream, *values, tail=tail)
+        return self._launcher, (grid, layers, 1), threads
 
     # --- a buffer in host memory that is not pinned
 
@@ -403,7 +410,9 @@ class Plan:
         largest = max(layers * items * self.layer_bytes for _, layers, _, items in pieces)
         device, stream = self.device.index, work.stream
         # Skipped items keep their bytes in the buffer, so these are copied to the GPU and back.
-        skips = self.direction is PACK and (self.chosen is not None or (work.chosen < 0).any())
+        skips = self.direction is PACK and (
+            self.chosen is not None or (work.chosen.numbers < 0).any()
+        )
         with driver.active.staging(largest, stream, device) as address:
             for layer, layers, first, items in pieces:
                 part = work.caches.addresses[layer * tensors : (layer + layers) * tensors]
@@ -426,7 +435,7 @@ class Plan:
     # --- the CPU
 
     def _run_cpu(self, work, buffer):
-        chosen, rows = work.chosen, slice(None)
+        chosen, rows = work.chosen.numbers, slice(None)
         if self.by_slot and (chosen < 0).any():
             rows = np.flatnonzero(chosen >= 0)
         kept = chosen[rows]
@@ -476,7 +485,7 @@ class _Caches(NamedTuple):
 class _Work(NamedTuple):
     """The work of one call of a `Plan`.
 
-    ``chosen``: int64 indices in host memory, or the address of indices on the device.
+    ``chosen``: indices in host memory, or the address of indices on the device.
     """
 
     plan: Plan
@@ -484,6 +493,16 @@ class _Work(NamedTuple):
     items: int
     chosen: Any
     stream: int | None
+
+    def words(self):
+        """The indices in host memory as the kernel takes them, int32; None for those on the
+        device."""
+        if self.plan.chosen is not None:
+            return None
+        if self.chosen.words is not None:
+            return self.chosen.words
+        numbers = self.chosen.numbers
+        return (np.maximum(numbers, -1) if self.plan.by_slot else numbers).astype("<i4").tobytes()
 
     def places(self, address, count):
         """The `Places` of ``count`` items in a buffer at ``address``."""
@@ -507,22 +526,22 @@ class _Work(NamedTuple):
 
 
 def check_range(op, name, chosen, limit, padding, distinct):
-    """Refuse indices in host memory that are out of range or, if ``distinct``, repeated. Negative
-    ones are allowed if they are ``padding``."""
-    if not len(chosen):
-        return
-    if len(chosen) <= mappings.FEW:
-        numbers = chosen.tolist()
-        good = max(numbers) < limit and (padding or min(numbers) >= 0)
-        if good and (not distinct or len(set(numbers)) == len(numbers)):
+    """Refuse `indices.Chosen` that are out of range or, if ``distinct``, repeated. Negative ones
+    are allowed if they are ``padding``."""
+    few = chosen.few
+    if few is not None and max(few) < limit and (padding or min(few) >= 0):
+        if not distinct or len(set(few)) == len(few):
             return
-    if int(chosen.max()) >= limit or (int(chosen.min()) < 0 and not padding):
-        bad = (chosen >= limit) | ((chosen < 0) & (not padding))
+    numbers = chosen.numbers
+    if not len(numbers):
+        return
+    if int(numbers.max()) >= limit or (int(numbers.min()) < 0 and not padding):
+        bad = (numbers >= limit) | ((numbers < 0) & (not padding))
         row = int(np.argmax(bad))
         expected = f"{'padding or ' if padding else ''}{errors.below(limit, 'numbers')}"
-        raise errors.wrong("value", f"{op}: {name}", expected, f"{chosen[row]} in row {row}")
+        raise errors.wrong("value", f"{op}: {name}", expected, f"{numbers[row]} in row {row}")
     if distinct:
-        used = np.sort(chosen[chosen >= 0]) if padding else np.sort(chosen)
+        used = np.sort(numbers[numbers >= 0]) if padding else np.sort(numbers)
         again = used[1:][used[1:] == used[:-1]]
         if len(again):
             expected = "distinct destinations"

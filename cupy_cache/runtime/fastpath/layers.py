@@ -14,7 +14,8 @@ def flattened(op, args, objects, options):
         if value is None:
             form.append(type(value))
         elif arg.layers:
-            lists.require_list(op.name, arg.name, value)
+            if not isinstance(value, (list, tuple)):
+                lists.require_list(op.name, arg.name, value)
             tensors += value
             form.append(len(value))
         elif arg.chosen and type(value := indices.read_host(op.name, arg, value)) is indices.Chosen:
@@ -95,7 +96,7 @@ def path_of(op, entry, objects, options, given):
         return values, tables
 
     works = _Works(kind, same, extents, op, options, bool(chosen))
-    find = works.find
+    find, work_of, finish = works.find, op.work, op.finish
 
     def run(tensors, scalars, stream, objects, fixed=()):
         alike, settled_scalars, found = works.settled
@@ -114,10 +115,10 @@ def path_of(op, entry, objects, options, given):
         if chosen:
             values, extents = values.copy(), extents.copy()
             for index, at in chosen:
-                values[index] = objects[index].numbers
-                extents[at] = values[index].shape[-1]
-            work = op.work(extents, options, scalars)
-        op.finish(entry, values, tables, stream, work, objects)
+                values[index] = numbers = objects[index]
+                extents[at] = numbers.count
+            work = work_of(extents, options, scalars)
+        finish(entry, values, tables, stream, work, objects)
         return True
 
     return run
