@@ -152,7 +152,7 @@ class SwapSpace:
         if not pairs.count:
             return
         steps = self._stream_of_steps(op, stream)
-        blocks, places = pairs.numbers[:, pairs.numbers[1].argsort()]
+        blocks, places = pairs.numbers[pairs.numbers[:, 1].argsort()].T
         make = functools.partial(making.empty, stream=steps)
         packed = [self._buffer(make, len(places), cache) for cache in self._caches]
         for cache, buffer in zip(self._caches, packed):
@@ -262,7 +262,7 @@ class Prefetch:
             name, way_out = f"{op}: block_mapping", "ask is_done(), or wait()"
             expected = "blocks that are there"
             raise errors.wrong("order", name, expected, "some on their way", way_out)
-        places, blocks = pairs.numbers[:, pairs.numbers[0].argsort()].tolist()
+        places, blocks = pairs.numbers[pairs.numbers[:, 0].argsort()].T.tolist()
         known = {place: row for row, place in enumerate(self._move.places)}
         for place in places:
             if place not in known:

@@ -67,11 +67,11 @@ def _plan(op, described, options):
         copy = _copy_plan(op.name, named, pairs, block_size, slots)
 
     def checked(pairs):
-        if pairs.few is None and pairs.numbers.min(initial=0) < 0:
+        if pairs.words is None and pairs.numbers.min(initial=0) < 0:
             numbers = pairs.numbers
-            for side in map(indices.Chosen, numbers):  # tells the row that the caller knows
+            for side in map(indices.Chosen, numbers.T):  # tells the row that the caller knows
                 packing.check_range(NAME, "pairs", side, slots, padding=True, distinct=False)
-            pairs = indices.Chosen(numbers[:, (numbers >= 0).all(axis=0)])
+            pairs = indices.Chosen(numbers[(numbers >= 0).all(axis=1)])
         mappings.check(NAME, pairs, slots, slots, disjoint=True, words=WORDS)
         return pairs
 

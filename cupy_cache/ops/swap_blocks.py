@@ -237,7 +237,7 @@ class _Plan:
             return
         if self._gpu is None:
             for tensor, *given in zip(self._tensors, layers.sources, layers.destinations):
-                of, to = pairs.numbers
+                of, to = pairs.numbers.T
                 for addresses in zip(*given):
                     source, destination = tensor.numpy(*addresses)
                     destination[to] = source[of]
@@ -305,7 +305,7 @@ class _Plan:
         if not long.any():
             return [], pairs
         runs = zip(*(numbers[long].tolist() for numbers in (*sides, counts)))
-        return list(runs), indices.Chosen(pairs.numbers[:, ~np.repeat(long, counts)])
+        return list(runs), indices.Chosen(pairs.numbers[~np.repeat(long, counts)])
 
     def _copy_run(self, tensor, source, destination, first, to, count, pieces, stream):
         size = tensor.geometry.bytes
@@ -325,7 +325,7 @@ class _Plan:
                     of, onto = layer[0] + first * size, layer[1] + to * size
                     blocks.copy(onto, of, count * size, size, stream, self._gpu)
                 continue
-            for first, to in zip(*pairs.numbers.tolist()):
+            for first, to in pairs.numbers.tolist():
                 for outer in range(g.outer):
                     for middle in range(g.middle):
                         of, onto = (

@@ -15,8 +15,8 @@ from . import arrays, contract, formats
 
 _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
 _INT = {int}
-# Up to so many numbers, or pairs, stay Python's integers: they are read, checked and written into a
-# kernel's parameters in less time than a few calls of NumPy's take.
+# Up to so many numbers, or pairs, are checked as Python's integers: that takes less time than a few
+# calls of NumPy's.
 FEW = 48
 
 
@@ -24,40 +24,43 @@ class Chosen:
     """Numbers chosen in host memory, or pairs of them.
 
     count : how many.
-    few : the numbers, as Python's integers, those of a pair one behind the other; None where they
-        are more than `FEW`, or one has not 32 bits.
-    words : the bytes of ``few`` as kernels take them, int32, or uint32 of pairs; else None.
+    words : the numbers as kernels take them, the bytes of int32 [n], or of uint32 [n, 2] for pairs;
+        None where an array gave them, or one has more bits.
+    few : if they are at most `FEW`, and ``words`` are known: the numbers as Python's integers, those
+        of a pair one behind the other. Else None.
     """
 
     __slots__ = ("_numbers", "_pairs", "count", "few", "words")
 
-    def __init__(self, numbers, few=None, words=None, pairs=False):
-        self._numbers, self._pairs, self.few, self.words = numbers, pairs, few, words
-        self.count = len(few) >> pairs if numbers is None else numbers.shape[-1]
+    def __init__(self, numbers, words=None, few=None, pairs=False):
+        self._numbers, self._pairs, self.words, self.few = numbers, pairs, words, few
+        self.count = len(words) // (8 if pairs else 4) if numbers is None else len(numbers)
+
+    @property
+    def unsigned(self):
+        """The numbers, [n] or [n, 2], with negative ones as large unsigned ones."""
+        if self.words is None:
+            return self._numbers.view(np.uint64)
+        found = np.frombuffer(self.words, np.uint32)
+        return found.reshape(-1, 2) if self._pairs else found
 
     @property
     def numbers(self):
-        """All of them, int64 [n] or, for pairs, [2, n]."""
+        """The numbers, int64 [n] or [n, 2]; objects where one has more than 64 bits."""
         if self._numbers is None:
-            few = self.few
-            self._numbers = np.array([few[::2], few[1::2]] if self._pairs else few, np.int64)
+            words = self.unsigned
+            self._numbers = (words if self._pairs else words.view(np.int32)).astype(np.int64)
         return self._numbers
 
 
-def of_numbers(values):
-    """`Chosen` of a list of exact integers, at most `FEW`; None where one has not 32 bits."""
+def _of(values, pairs):
+    """`Chosen` of a list of integers, those of a pair one behind the other; None where one does not
+    fit a kernel's words."""
     try:
-        return Chosen(None, values, struct.pack(f"<{len(values)}i", *values))
+        words = struct.pack(f"<{len(values)}{'I' if pairs else 'i'}", *values)
     except struct.error:
         return None
-
-
-def of_pairs(values):
-    """The same of pairs, one behind the other; None where one is negative, too."""
-    try:
-        return Chosen(None, values, struct.pack(f"<{len(values)}I", *values), pairs=True)
-    except struct.error:
-        return None
+    return Chosen(None, words, values if len(values) >> pairs <= FEW else None, pairs)
 
 
 def read_host(op, arg, value):
@@ -95,11 +98,10 @@ def _copied(arg, array):
     """`Chosen` of a NumPy array: a copy, so that the numbers cannot change between their check and
     their use."""
     if 0 < len(array) <= FEW:
-        numbers = array.ravel().tolist()
-        few = of_pairs(numbers) if arg.pairs else of_numbers(numbers)
+        few = _of(array.ravel().tolist(), arg.pairs)
         if few is not None:
             return few
-    return Chosen((array.T if arg.pairs else array).astype(np.int64, order="C"))
+    return Chosen(array.astype(np.int64, order="C"))
 
 
 def read(op, arg, value, stream):
@@ -129,42 +131,46 @@ def check(op, arg, array):
 
 
 def _pairs(op, name, value):
-    """A sequence of (source, destination) pairs; of objects where one has more than 64 bits."""
+    """A sequence of (source, destination) pairs."""
     if not value:
-        return Chosen(np.empty((2, 0), np.int64))
+        return Chosen(np.empty((0, 2), np.int64))
     try:
         sources, destinations = zip(*value, strict=True)
-        count = len(sources)
-        if count <= FEW:
-            flat = [*sources, *destinations]
-            flat[::2], flat[1::2] = sources, destinations
-            few = of_pairs(flat) if set(map(type, flat)) == _INT else None
-            if few is not None:
-                return few
-        try:
-            # A third of the time of np.array, and it takes nothing but what has `__index__`.
-            flat = struct.pack(f"{2 * count}q", *sources, *destinations)
-        except struct.error:
-            sides = [list(map(contract.index, side)) for side in (sources, destinations)]
-            return Chosen(np.array(sides, object))
-        table = np.frombuffer(flat, np.int64)
-        # Booleans have it too, and are 0 or 1: what is more need not be looked at.
-        for at in (table < 2).nonzero()[0].tolist():
-            contract.index(sources[at] if at < count else destinations[at - count])
+        flat = [*sources, *destinations]
+        flat[::2], flat[1::2] = sources, destinations
+        if len(sources) <= FEW and set(map(type, flat)) != _INT:
+            flat = list(map(contract.index, flat))
+        # A third of the time of np.array, and it takes nothing but what has `__index__`.
+        found = _of(flat, True)
+        if found is None:
+            flat = list(map(contract.index, flat))
+            return Chosen(_wide(flat).reshape(-1, 2))
+        if found.few is None:
+            # Booleans have it too, and are 0 or 1: what is more need not be looked at.
+            for at in (found.unsigned.reshape(-1) < 2).nonzero()[0].tolist():
+                contract.index(flat[at])
     except Exception as error:  # whatever an `__index__` raises
         expected = "(source, destination) pairs of integers"
         raise errors.wrong("shape", f"{op}: {name}", expected, errors.shown(value)) from error
-    return Chosen(table.reshape(2, -1))
+    return found
+
+
+def _wide(values):
+    """Integers of any size as an array: int64, objects where that is not enough."""
+    try:
+        return np.frombuffer(struct.pack(f"{len(values)}q", *values), np.int64)
+    except struct.error:
+        return np.array(values, object)
 
 
 def _numbers(op, name, value):
-    if len(value) <= FEW:
-        numbers = [*value]
-        few = of_numbers(numbers) if set(map(type, numbers)) == _INT else None
-        if few is not None:
-            return few
+    values = [*value]
+    if set(map(type, values)) == _INT:
+        found = _of(values, False)
+        if found is not None:
+            return found
     try:
-        table = _as_integers(value)
+        table = _as_integers(values)
     except (ValueError, TypeError, OverflowError) as error:
         raise errors.wrong("type", f"{op}: {name}", "integers", errors.shown(value)) from error
     if table.ndim != 1:

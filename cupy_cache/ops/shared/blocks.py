@@ -315,7 +315,7 @@ class CopyPlan:
             if self._most_blocks > 2**32 <= numbers.max(initial=0):
                 expected = f"numbers below {2**32} in host memory"
                 raise errors.wrong("value", f"{self.op}: {self.argument}", expected, numbers.max())
-            packed = numbers.T.astype(np.uint32, order="C").tobytes()
+            packed = numbers.astype(np.uint32).tobytes()
         for _, layers, pointers, room in tables:
             room = min(room, _MAX_WORKS // self._usual.chunks)
             for first in range(0, len(packed), 8 * room):

@@ -40,7 +40,7 @@ class InPlace:
             return
         pairs = self._check(pairs)
         if self._copy is None:
-            self._run_cpu(call.tables, pairs.numbers)
+            self._run_cpu(call.tables, pairs.numbers.T)
         else:
             self._copy.enqueue_pairs(call.stream, call.tables, pairs)
 

@@ -1,7 +1,7 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
 """Block mappings in host memory: their checks, and their runs. Pairs are `indices.Chosen`, or int64
-[2, n] of (sources, destinations).
+[n, 2] of (source, destination).
 
 There may be thousands of pairs, so nothing here loops over them in Python, but for errors.
 """
@@ -22,17 +22,17 @@ MOST_IN_CLEAR_TABLE = 1 << 16
 def runs(pairs):
     """Consecutive pairs whose sources and destinations both ascend by one: the first source and
     destination, and how many, as three arrays."""
-    edge = np.ones(pairs.shape[1] + 1, bool)
-    edge[1:-1] = (pairs[:, 1:] != pairs[:, :-1] + 1).any(axis=0)
+    edge = np.ones(len(pairs) + 1, bool)
+    edge[1:-1] = (pairs[1:] != pairs[:-1] + 1).any(axis=1)
     edges = edge.nonzero()[0]
-    return *pairs[:, edges[:-1]], edges[1:] - edges[:-1]
+    return *pairs[edges[:-1]].T, edges[1:] - edges[:-1]
 
 
 def may_have_runs(pairs, least):
     """Whether there may be a run of so many pairs, at most as many as there are: False for most
     mappings, in a third of the time that finding the runs takes."""
     steps = least - 1
-    sources, destinations = pairs
+    sources, destinations = pairs.T
     ends = destinations[steps:] - destinations[: len(destinations) - steps] == steps
     ends &= sources[steps:] - sources[: len(sources) - steps] == steps
     return bool(ends.any())
@@ -56,9 +56,9 @@ def check(op, chosen, source_blocks, destination_blocks, disjoint=False, words=B
     if chosen.few is not None:
         good = _few_are_good(chosen.few, source_blocks, destination_blocks, disjoint)
     else:
-        good = _are_good(chosen.numbers, source_blocks, destination_blocks, disjoint)
+        good = _are_good(chosen, source_blocks, destination_blocks, disjoint)
     if not good:
-        _refuse(op, *chosen.numbers.tolist(), source_blocks, destination_blocks, words)
+        _refuse(op, *chosen.numbers.T.tolist(), source_blocks, destination_blocks, words)
 
 
 def _few_are_good(few, source_blocks, destination_blocks, disjoint):
@@ -70,18 +70,17 @@ def _few_are_good(few, source_blocks, destination_blocks, disjoint):
     return len(written) == len(destinations) and not (disjoint and written.intersection(sources))
 
 
-def _are_good(pairs, source_blocks, destination_blocks, disjoint):
-    if not pairs.size:
+def _are_good(chosen, source_blocks, destination_blocks, disjoint):
+    if not chosen.count:
         return True
-    if pairs.dtype.hasobject:  # of numbers that have more than 64 bits
+    if chosen.words is None and chosen.numbers.dtype.hasobject:  # they have more than 64 bits
         return False
-    # What is negative is large as an unsigned number.
-    unsigned = pairs.view(np.uint64)
+    unsigned = chosen.unsigned
     if unsigned.max() >= min(source_blocks, destination_blocks):
-        most_source, most_destination = unsigned.max(axis=1).tolist()
+        most_source, most_destination = unsigned.max(axis=0).tolist()
         if most_source >= source_blocks or most_destination >= destination_blocks:
             return False
-    sources, destinations = pairs
+    sources, destinations = (unsigned if chosen.words is not None else chosen.numbers).T
     num_blocks = max(source_blocks, destination_blocks)
     if num_blocks > MOST_IN_CLEAR_TABLE:
         ordered = np.sort(destinations)
@@ -126,9 +125,9 @@ def check_disjoint(op, chosen, num_blocks):
     if chosen.few is not None:
         good = set(chosen.few[1::2]).isdisjoint(chosen.few[::2])
     else:
-        good = _disjoint(*chosen.numbers, num_blocks)
+        good = _disjoint(*chosen.numbers.T, num_blocks)
     if not good:
-        _refuse_both(op, *chosen.numbers.tolist(), BLOCKS)
+        _refuse_both(op, *chosen.numbers.T.tolist(), BLOCKS)
 
 
 def _disjoint(sources, destinations, num_blocks):
@@ -157,7 +156,7 @@ def check_apart(op, chosen, source, destination, sources, destinations):
         return
     if max(destinations) + to_high <= min(sources) + from_low:
         return
-    pairs = chosen.numbers
+    pairs = chosen.numbers.T
     of, to = np.array(sources)[:, None], np.array(destinations)
     near = (to + to_low < of + from_high) & (of + from_low < to + to_high)
     reads, read_size = _places(source, pairs[0])
