@@ -65,6 +65,11 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
+def counted(number: int, noun: str) -> str:
+    """So many of what ``noun`` calls one of: "1 dimension", "3 dimensions"."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 def below(limit: int, what: str = "") -> str:
     """What errors expect of a number of ``what``, of which there are ``limit``."""
     if limit <= 0:

@@ -373,6 +373,16 @@ def test_beams_that_go_on_as_others():
     assert tables.blocks("d") == tables.blocks("a")
 
 
+def test_names_in_one_string_are_no_list():
+    tables = tables_of()
+    tables.add("a", range(6))
+    for given in (("aba", "aab"), (["a"], "a"), (b"a", ["a"])):
+        with pytest.raises(cc.DTypeError, match="reorder: Invalid type of .* a list, got"):
+            tables.reorder(*given)
+    with pytest.raises(cc.DTypeError, match="step: Invalid type of sequences: .* a list, got"):
+        tables.step("a", [1])
+
+
 def test_prompts_that_begin_alike_share_blocks():
     tables, prompt = tables_of(), list(range(10))
     assert tables.add("a", prompt) == 0

@@ -261,7 +261,7 @@ class TestRefusals:
             ("kv_c", (2, 6, 32), "bfloat16", cc.ShapeError, ("k_pe", "6 tokens")),
             ("kv_c", (3, 5, 32), "bfloat16", cc.ShapeError, ("k_pe", "num_layers")),
             ("k_pe", (2, 5, 8), "float16", cc.DTypeError, ("k_pe", "float16")),
-            ("slots", (5,), "int64", cc.ShapeError, ("slot_mapping", "1 dimensions")),
+            ("slots", (5,), "int64", cc.ShapeError, ("slot_mapping", "(1 dimension)")),
             ("slots", (2, 4), "int64", cc.ShapeError, ("slot_mapping", "at least 5")),
             ("slots", (1, 5), "int64", cc.ShapeError, ("slot_mapping", "num_layers")),
             ("slots", (2, 5), "float32", cc.DTypeError, ("slot_mapping", "float32")),

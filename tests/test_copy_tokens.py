@@ -143,7 +143,7 @@ class TestRefusals:
         other = world.put(worlds.array(rng, (5, 2, 8), "float16"))
         for caches, words in (
             ([packed], "at most 4 dimensions"),
-            ([short], "1 dimensions"),
+            ([short], "(1 dimension)"),
             ([(plain, other)], r"caches\[0\]\[1\]"),
             ([plain, other], r"caches\[1\]"),
             ([(plain, plain)], "memory"),

@@ -471,7 +471,7 @@ class TestRefusals:
             ("dst", (5, 16), ("2 dimensions",)),
             ("dst", (5, 2, 9), ("inner_2 = 9", "src_cache", "8")),
             ("dst", (5, 2, 8, 1), ("4 dimensions",)),
-            ("block_table", (2,), ("1 dimensions",)),
+            ("block_table", (2,), ("(1 dimension)",)),
             ("block_table", (3, 2), ("cu_seq_lens",)),
             ("cu_seq_lens", (2, 1), ("2 dimensions",)),
             ("cu_seq_lens", (), ()),

@@ -422,7 +422,7 @@ class Interface:
         ({"shape": None}, ""),
         ({"shape": (3.0,)}, "interpreted as an integer"),
         ({"shape": (-3,)}, "shape is [-3]"),
-        ({"strides": (8, 8)}, "2 strides for 1 dimensions"),
+        ({"strides": (8, 8)}, "2 strides for 1 dimension"),
         ({"strides": "8"}, "interpreted as an integer"),
         ({"strides": (2**63,)}, "no place in memory"),
         ({"data": ("x", False)}, "interpreted as an integer"),

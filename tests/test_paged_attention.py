@@ -918,7 +918,10 @@ class TestRefusals:
             ("query", (3, 4), "bfloat16", cc.ShapeError, ("query", "2 dimensions")),
             ("query", (3, 4, 31), "bfloat16", cc.ShapeError, ("key_cache", "head_size")),
             ("query", (3, 3, 32), "bfloat16", cc.ShapeError, ("out",)),
-            ("query", (3, 4, 32), "float16", cc.DTypeError, ("key_cache", "float16")),
+            (
+                "query", (3, 4, 32), "float16", cc.DTypeError,
+                ("of query: expected bfloat16, the dtype of key_cache, got float16",),
+            ),
             ("query", (3, 4, 32), "int16", cc.DTypeError, ("query", "float32", "int16")),
             ("query", (2, 4, 32), "bfloat16", cc.ShapeError, ("seq_lens", "query_start_loc")),
             ("table", (2, 3), "int32", cc.ShapeError, ("block_table", "3 sequences")),

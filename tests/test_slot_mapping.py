@@ -268,7 +268,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "name, shape, words",
         [
-            ("block_table", (2,), ("1 dimensions",)),
+            ("block_table", (2,), ("(1 dimension)",)),
             ("block_table", (3, 2), ("query_start_loc",)),
             ("positions", (5, 1), ("2 dimensions",)),
             ("positions", (), ()),

@@ -307,7 +307,7 @@ class TestRefusals:
             ("query_start_loc", (3, 1), ("2 dimensions",)),
             ("query_start_loc", (2,), ("[3]", "[2]")),
             ("query_start_loc", (0,), ("[3]", "[0]")),
-            ("out", (12,), ("1 dimensions",)),
+            ("out", (12,), ("(1 dimension)",)),
             ("out", (3, 6), ("[3, 6]",)),
             ("out", (2, 4), ("at least 5", "[2, 4]")),
         ],
@@ -321,7 +321,7 @@ class TestRefusals:
 
     def test_shape_of_a_table(self, world, arguments, rng):
         arguments["block_tables"][1] = worlds.array(rng, (3,), "int64")
-        self.refused(world, arguments, cc.ShapeError, "block_tables[1]", "1 dimensions")
+        self.refused(world, arguments, cc.ShapeError, "block_tables[1]", "(1 dimension)")
 
     def test_fewer_rows_than_requests(self, world, arguments, rng):
         arguments["idx_mapping"] = None

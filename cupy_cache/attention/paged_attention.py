@@ -329,9 +329,12 @@ def _plan(op, described, options):
         check.positive(name, size[name])
     if size["num_heads"] % size["num_kv_heads"]:
         expected = f"a multiple of the {size['num_kv_heads']} heads of key_cache"
-        raise errors.wrong("shape", f"{op.name}: query", expected, f"{size['num_heads']} heads")
+        raise errors.wrong("shape", f"{op.name}: query", expected, errors.counted(size["num_heads"], "head"))
 
     check.dtype("query", query, *formats.FLOATS)
+    if not fmt.storage and query.dtype != key_cache.dtype and key_cache.dtype in formats.FLOATS:
+        expected = f"{key_cache.dtype.name}, the dtype of key_cache"
+        raise errors.wrong("dtype", f"{op.name}: query", expected, query.dtype.name)
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         way_out = formats.way_to_convert(fmt, cache.dtype, "query")
         check.dtype(name, cache, *(fmt.storage or (query.dtype,)), way_out=way_out)

@@ -242,7 +242,7 @@ def _extent(op: str, name: str, array: ArrayLike, dim: int) -> int:
     """How large a dimension of an array is."""
     shape = arrays.view(array, f"{op}: {name}").shape
     if len(shape) <= dim:
-        expected = f"at least {dim + 1} dimensions"
+        expected = f"at least {errors.counted(dim + 1, 'dimension')}"
         raise errors.wrong("shape", f"{op}: {name}", expected, list(shape))
     return shape[dim]
 

@@ -48,7 +48,7 @@ class Contract:
         fixed = words[:-1] if rest else words
         shape = array.shape
         if len(shape) < len(fixed) or (len(shape) > len(fixed) and not rest):
-            self._refuse_shape(name, array, words, f"{len(shape)} dimensions")
+            self._refuse_shape(name, array, words, errors.counted(len(shape), "dimension"))
         for word, extent in zip(fixed, shape):
             if word == "_":
                 continue

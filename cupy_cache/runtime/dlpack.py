@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from .. import errors
 from . import driver
 
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
@@ -144,7 +145,7 @@ def _sound(ptr, shape, strides, size):
     the bytes of an element. Strides may be in elements or bytes."""
     ptr, shape, strides = operator.index(ptr), _integers(shape), _integers(strides)
     if len(strides) != len(shape):
-        raise ValueError(f"it has {len(strides)} strides for {len(shape)} dimensions")
+        raise ValueError(f"it has {len(strides)} strides for {errors.counted(len(shape), 'dimension')}")
     if min(shape, default=0) < 0:
         raise ValueError(f"its shape is {list(shape)}")
     span = sum([abs(step) * (n - 1) for n, step in zip(shape, strides) if n > 1])

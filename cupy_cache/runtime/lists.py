@@ -110,7 +110,8 @@ _COMPARED = "shape", "dtype", "device", "strides"
 def _shown(arg, array):
     """What must be equal for all arrays of a list, as errors show it."""
     if len(array.shape) <= max(arg.varies, default=-1):
-        return f"{list(array.shape)} ({len(array.shape)} dimensions)", None, None, None
+        rank = errors.counted(len(array.shape), "dimension")
+        return f"{list(array.shape)} ({rank})", None, None, None
     fixed = _fixed(arg, array.shape, array.strides, array.dtype.bytes)
     shape, strides = (", ".join("_" if n is None else str(n) for n in part) for part in fixed)
     return f"[{shape}]", array.dtype.name, array.device, f"[{strides}]"

@@ -68,8 +68,8 @@ def of(op, found, options):
 def _refuse_rank(op, arg, shape, last):
     if len(shape) > last:
         return
-    expected = f"at least {f'{last + 1} dimensions' if last else 'one dimension'}"
-    got = f"{list(shape)} ({len(shape)} dimensions)"
+    expected = f"at least {errors.counted(last + 1, 'dimension')}"
+    got = f"{list(shape)} ({errors.counted(len(shape), 'dimension')})"
     raise errors.wrong("shape", f"{op}: {arg.name}", expected, got)
 
 
