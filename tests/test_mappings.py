@@ -72,7 +72,7 @@ def test_what_is_read(rng, kind, count):
     assert found.numbers.dtype == np.int64 and found.numbers.shape == (count, 2)
     assert list(map(tuple, found.numbers.tolist())) == pairs
     if found.words is not None:
-        assert found.words == np.array(pairs, np.uint32).tobytes()
+        assert found.words == np.array(pairs, np.int32).tobytes()
     if found.few is not None:
         assert list(zip(found.few[::2], found.few[1::2])) == pairs
 
@@ -185,9 +185,28 @@ def test_no_pairs_of_integers(rng, count, bad):
         read(pairs)
 
 
-def test_as_many_tuples_and_integers_as_pairs():
+@pytest.mark.parametrize("more", [0, indices.FEW])
+@pytest.mark.parametrize("bad", [[(1, 2, (3,)), 4], [(1,), 2, (3, 4, (5, 6))], [[1, 2, (3,)], 4]])
+def test_as_many_tuples_and_integers_as_pairs(rng, bad, more):
+    """What marshal writes of them is as long as of pairs."""
     with pytest.raises(cc.ShapeError, match="block_mapping: expected .* pairs of integers, got"):
-        read([(1, 2, (3,)), 4])
+        read(random_pairs(rng, more) + bad)
+    with pytest.raises(cc.ShapeError, match="block_mapping: expected .* pairs of integers, got"):
+        read(bad + random_pairs(rng, more))
+
+
+def test_pairs_of_both_kinds(rng):
+    pairs = random_pairs(rng, 200)
+    found = read([list(pair) if row % 3 else pair for row, pair in enumerate(pairs)])
+    assert list(map(tuple, found.numbers.tolist())) == pairs
+
+
+def test_where_marshal_is_another(rng, monkeypatch):
+    pairs = random_pairs(rng, 200)
+    expected = read(pairs)
+    monkeypatch.setattr(indices.marshal, "dumps", lambda *given: b"")
+    found = read(pairs)
+    assert found.words == expected.words == np.array(pairs, np.int32).tobytes()
 
 
 @pytest.mark.parametrize("dtype", [np.bool_, np.uint64, np.float64, np.int16])

@@ -67,7 +67,8 @@ def _plan(op, described, options):
         copy = _copy_plan(op.name, named, pairs, block_size, slots)
 
     def checked(pairs):
-        if pairs.words is None and pairs.numbers.min(initial=0) < 0:
+        least = pairs.integers.min() if pairs.few is None else min(pairs.few)
+        if least < 0:
             numbers = pairs.numbers
             for side in map(indices.Chosen, numbers.T):  # tells the row that the caller knows
                 packing.check_range(NAME, "pairs", side, slots, padding=True, distinct=False)

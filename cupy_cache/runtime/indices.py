@@ -6,6 +6,7 @@ array on a GPU.
 There may be thousands in host memory, so nothing here loops over them in Python.
 """
 
+import marshal
 import struct
 
 import numpy as np
@@ -24,10 +25,9 @@ class Chosen:
     """Numbers chosen in host memory, or pairs of them.
 
     count : how many.
-    words : the numbers as kernels take them, the bytes of int32 [n], or of uint32 [n, 2] for pairs;
-        None where an array gave them, or one has more bits.
-    few : if they are at most `FEW`, and ``words`` are known: the numbers as Python's integers, those
-        of a pair one behind the other. Else None.
+    words : the bytes of the numbers as int32, those of a pair one behind the other, as kernels take
+        them; None where an array gave them, or one has more bits.
+    few : the same numbers as Python's integers, if they are at most `FEW`. Else None.
     """
 
     __slots__ = ("_numbers", "_pairs", "count", "few", "words")
@@ -37,27 +37,26 @@ class Chosen:
         self.count = len(words) // (8 if pairs else 4) if numbers is None else len(numbers)
 
     @property
-    def unsigned(self):
-        """The numbers, [n] or [n, 2], with negative ones as large unsigned ones."""
-        if self.words is None:
-            return self._numbers.view(np.uint64)
-        found = np.frombuffer(self.words, np.uint32)
+    def integers(self):
+        """The numbers, [n] or [n, 2], int32 or int64; objects where one has more than 64 bits."""
+        if self._numbers is not None:
+            return self._numbers
+        found = np.frombuffer(self.words, np.int32)
         return found.reshape(-1, 2) if self._pairs else found
 
     @property
     def numbers(self):
-        """The numbers, int64 [n] or [n, 2]; objects where one has more than 64 bits."""
+        """`integers` as int64, or objects."""
         if self._numbers is None:
-            words = self.unsigned
-            self._numbers = (words if self._pairs else words.view(np.int32)).astype(np.int64)
+            self._numbers = self.integers.astype(np.int64)
         return self._numbers
 
 
 def _of(values, pairs):
-    """`Chosen` of a list of integers, those of a pair one behind the other; None where one does not
-    fit a kernel's words."""
+    """`Chosen` of a list of integers, those of a pair one behind the other; None where one has more
+    than 32 bits."""
     try:
-        words = struct.pack(f"<{len(values)}{'I' if pairs else 'i'}", *values)
+        words = struct.pack(f"<{len(values)}i", *values)
     except struct.error:
         return None
     return Chosen(None, words, values if len(values) >> pairs <= FEW else None, pairs)
@@ -134,25 +133,53 @@ def _pairs(op, name, value):
     """A sequence of (source, destination) pairs."""
     if not value:
         return Chosen(np.empty((0, 2), np.int64))
+    if _marshal_is_known and len(value) > FEW:
+        words = _marshalled(value)
+        if words is not None:
+            return Chosen(None, words, pairs=True)
     try:
         sources, destinations = zip(*value, strict=True)
         flat = [*sources, *destinations]
         flat[::2], flat[1::2] = sources, destinations
-        if len(sources) <= FEW and set(map(type, flat)) != _INT:
+        if set(map(type, flat)) != _INT:
             flat = list(map(contract.index, flat))
-        # A third of the time of np.array, and it takes nothing but what has `__index__`.
-        found = _of(flat, True)
-        if found is None:
-            flat = list(map(contract.index, flat))
-            return Chosen(_wide(flat).reshape(-1, 2))
-        if found.few is None:
-            # Booleans have it too, and are 0 or 1: what is more need not be looked at.
-            for at in (found.unsigned.reshape(-1) < 2).nonzero()[0].tolist():
-                contract.index(flat[at])
+        return _of(flat, True) or Chosen(_wide(flat).reshape(-1, 2))
     except Exception as error:  # whatever an `__index__` raises
         expected = "(source, destination) pairs of integers"
         raise errors.wrong("shape", f"{op}: {name}", expected, errors.shown(value)) from error
-    return found
+
+
+def _marshalled(pairs):
+    """The words of many pairs, found in what marshal writes of them; None unless all are tuples, or
+    all lists, of two integers of 32 bits, and nothing else. To unpack each pair makes an iterator
+    of it, and takes two to three times as long.
+
+    Of such a pair version 2 writes 15 bytes: "(" or "[" and the length, then "i" and four bytes for
+    each number. Whatever else there is in a list, some of these are different, or there are others.
+    """
+    count = len(pairs)
+    try:
+        data = marshal.dumps(pairs, 2)
+    except ValueError:  # it knows none but Python's own types
+        return None
+    kind, integers = data[5:6], b"i" * count
+    if (
+        len(data) != 5 + 15 * count
+        or kind not in (b"(", b"[")
+        or data[5::15] != kind * count
+        or data[6::15] != b"\2" * count
+        or data[10::15] != integers
+        or data[15::15] != integers
+    ):
+        return None
+    return np.ndarray((count, 2), _INT32, data, 11, (15, 5)).tobytes()
+
+
+_INT32 = np.dtype("<i4")
+# The format is Python's own, so it is tried before it is used.
+_marshal_is_known = _marshalled([(1, -2), (2**31 - 1, 258)]) == struct.pack(
+    "<4i", 1, -2, 2**31 - 1, 258
+)
 
 
 def _wide(values):

@@ -62,9 +62,8 @@ def check(op, chosen, source_blocks, destination_blocks, disjoint=False, words=B
 
 
 def _few_are_good(few, source_blocks, destination_blocks, disjoint):
-    """Of numbers that are not negative."""
     sources, destinations = few[::2], few[1::2]
-    if max(sources) >= source_blocks or max(destinations) >= destination_blocks:
+    if min(few) < 0 or max(sources) >= source_blocks or max(destinations) >= destination_blocks:
         return False
     written = set(destinations)
     return len(written) == len(destinations) and not (disjoint and written.intersection(sources))
@@ -73,14 +72,16 @@ def _few_are_good(few, source_blocks, destination_blocks, disjoint):
 def _are_good(chosen, source_blocks, destination_blocks, disjoint):
     if not chosen.count:
         return True
-    if chosen.words is None and chosen.numbers.dtype.hasobject:  # they have more than 64 bits
+    pairs = chosen.integers
+    if pairs.dtype.hasobject:  # they have more than 64 bits
         return False
-    unsigned = chosen.unsigned
+    # What is negative is large as an unsigned number.
+    unsigned = pairs.view(np.uint32 if pairs.itemsize == 4 else np.uint64)
     if unsigned.max() >= min(source_blocks, destination_blocks):
         most_source, most_destination = unsigned.max(axis=0).tolist()
         if most_source >= source_blocks or most_destination >= destination_blocks:
             return False
-    sources, destinations = (unsigned if chosen.words is not None else chosen.numbers).T
+    sources, destinations = pairs.T
     num_blocks = max(source_blocks, destination_blocks)
     if num_blocks > MOST_IN_CLEAR_TABLE:
         ordered = np.sort(destinations)
