@@ -329,7 +329,8 @@ def _plan(op, described, options):
         check.positive(name, size[name])
     if size["num_heads"] % size["num_kv_heads"]:
         expected = f"a multiple of the {size['num_kv_heads']} heads of key_cache"
-        raise errors.wrong("shape", f"{op.name}: query", expected, errors.counted(size["num_heads"], "head"))
+        got = errors.counted(size["num_heads"], "head")
+        raise errors.wrong("shape", f"{op.name}: query", expected, got)
 
     check.dtype("query", query, *formats.FLOATS)
     if not fmt.storage and query.dtype != key_cache.dtype and key_cache.dtype in formats.FLOATS:

@@ -145,7 +145,8 @@ def _sound(ptr, shape, strides, size):
     the bytes of an element. Strides may be in elements or bytes."""
     ptr, shape, strides = operator.index(ptr), _integers(shape), _integers(strides)
     if len(strides) != len(shape):
-        raise ValueError(f"it has {len(strides)} strides for {errors.counted(len(shape), 'dimension')}")
+        rank = errors.counted(len(shape), "dimension")
+        raise ValueError(f"it has {errors.counted(len(strides), 'stride')} for {rank}")
     if min(shape, default=0) < 0:
         raise ValueError(f"its shape is {list(shape)}")
     span = sum([abs(step) * (n - 1) for n, step in zip(shape, strides) if n > 1])

@@ -113,9 +113,7 @@ def read(op, arg, value, stream):
     if array.device.kind != "cpu":
         return metadata
     check(op, arg, array)
-    return _copied(
-        arg, arrays.as_numpy(array.ptr, array.shape, array.strides, array.dtype.numpy)
-    )
+    return _copied(arg, arrays.as_numpy(array.ptr, array.shape, array.strides, array.dtype.numpy))
 
 
 def check(op, arg, array):
