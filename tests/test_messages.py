@@ -284,7 +284,6 @@ TABLE = [
     # the bookkeeping
     (lambda: tables().step(["a"], 1), "BlockTables.step", "type", "counts", ""),
     (lambda: tables().step(["a"], [1]), "BlockTables.step", "value", "sequences", ""),
-    (lambda: tables().step("a", [1]), "BlockTables.step", "type", "sequences", ""),
     (lambda: tables().step("request", [1]), "BlockTables.step", "type", "sequences", ""),
     (lambda: tables().step(["a"], []), "BlockTables.step", "length", "counts", ""),
     (lambda: tables().append("a", 1), "BlockTables.append", "value", "sequence", ""),
