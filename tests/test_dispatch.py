@@ -38,6 +38,7 @@ from cupy_cache.runtime import (
     dispatch,
     driver,
     fastpath,
+    faults,
     formats,
     guards,
     launch,
@@ -275,13 +276,15 @@ def test_calls_in_turns_are_not_settled(recorder, monkeypatch):
 
 def test_more_counts_than_are_remembered(recorder, monkeypatch):
     monkeypatch.setattr(fastpath.calls, "MAX_COUNTS", 3)
+    others = set(overlap.prepared)
     for _ in range(3):
         for tokens in range(1, 9):
             given = tensors(tokens)
             cc.reshape_and_cache_flash(*given)
             (sent,) = recorder.take()
             assert fields(sent[-1]) == expected_fields(given)
-    assert recorder.long == KNOWN
+            assert all(len(launches._grids) <= 3 for launches in overlap.prepared - others)
+    assert recorder.long == KNOWN and overlap.prepared - others
 
 
 def test_numbers_of_a_call_that_came_again(recorder):
@@ -474,12 +477,18 @@ def test_what_is_refused_stays_refused(recorder):
     for _ in range(KNOWN):
         cc.reshape_and_cache_flash(*given)
     recorder.take()
-    with pytest.raises(cc.ShapeError, match="slot_mapping"):
-        cc.reshape_and_cache_flash(*given[:4], torch.arange(6))
+    for _ in range(fastpath.calls.SETTLED + 3):
+        with pytest.raises(cc.ShapeError, match="slot_mapping"):
+            cc.reshape_and_cache_flash(*given[:4], torch.arange(6))
     with pytest.raises(cc.DTypeError, match="slot_mapping"):
         cc.reshape_and_cache_flash(*given[:4], given[4].float())
     with pytest.raises(cc.ShapeError, match="value"):
         cc.reshape_and_cache_flash(given[0], given[1][..., :4], *given[2:])
+    for at in (0, 1, 4):
+        without_memory = given[at].clone()
+        without_memory.untyped_storage().resize_(0)
+        with pytest.raises(cc.ArgumentError, match="at address 0"):
+            cc.reshape_and_cache_flash(*given[:at], without_memory, *given[at + 1 :])
     assert not recorder.take()
 
 
@@ -773,6 +782,19 @@ def test_without_the_comparison(recorder, monkeypatch):
         cc.reshape_and_cache_flash(*given)
         (sent,) = recorder.take()
         assert fields(sent[-1]) == expected_fields(given)
+    keys, values = layers(), layers()
+    for _ in range(KNOWN + 1):
+        cc.copy_blocks(keys, values, [(1, 3)])
+        expect_copy(recorder, keys, values, [(1, 3)])
+
+
+@pytest.mark.parametrize("extent", [1, 2])
+def test_strides_that_mean_something(extent):
+    """Those of an extent of 1 do not; others belong to the signature."""
+    flat = torch.zeros(1000)
+    same = guards.same_as([flat.as_strided((4, extent, 8), (64, 16, 1))], [(0,)])
+    assert same(flat.as_strided((3, extent, 8), (64, 16, 1)))
+    assert same(flat.as_strided((3, extent, 8), (64, 32, 1))) == (extent == 1)
 
 
 def test_a_comparison_that_lies_is_not_used(monkeypatch):
@@ -802,6 +824,31 @@ def test_more_than_one_launch_takes():
             launcher.has_work(grid, threads)
 
 
+def test_known_calls_of_more_than_one_launch_takes(recorder, monkeypatch):
+    """They are refused as ever, and as those that are not known."""
+    for _ in range(KNOWN + 1):
+        cc.reshape_and_cache_flash(*tensors())
+    recorder.take()
+    monkeypatch.setattr(launch, "MAX_THREADS_X", 2000)
+    with pytest.raises(cc.ShapeError, match="reshape_and_cache_flash: .* split the call"):
+        cc.reshape_and_cache_flash(*tensors(2000))
+    assert not recorder.take()
+
+
+def test_known_calls_in_debug_mode(recorder, monkeypatch):
+    """Each asks for the faults of its stream and GPU."""
+    asked = []
+    monkeypatch.setattr(faults, "debug", True)
+    monkeypatch.setattr(faults, "after_call", lambda *where: asked.append(where))
+    src, dst = torch.zeros((6, 4, 8), dtype=torch.float16), torch.zeros((9, 8), dtype=torch.float16)
+    table, bounds = torch.zeros((2, 3), dtype=torch.int32), torch.tensor([0, 4, 9]).int()
+    for _ in range(KNOWN + 1):
+        cc.reshape_and_cache_flash(*tensors(), stream=9)
+        cc.gather_cache(src, dst, table, bounds, stream=9)
+    assert recorder.long == 2 * KNOWN and asked == [(9, 0)] * (2 * KNOWN + 2)
+    recorder.take()
+
+
 def layers(count=3, shape=(8, 4, 3, 8)):
     return [torch.zeros(shape, dtype=torch.float16) for _ in range(count)]
 
@@ -824,6 +871,50 @@ def test_lists_of_layers(recorder):
             expect_copy(recorder, keys, values, pairs)
     with pytest.raises(cc.ShapeError, match=r"key_caches\[1\]"):
         cc.copy_blocks([keys[0], torch.zeros((8, 4, 3, 16)).half(), keys[2]], values, pairs)
+
+
+def test_lists_that_are_settled(recorder, monkeypatch):
+    keys, values = layers(), layers()
+    settled(monkeypatch, lambda: cc.copy_blocks(keys, values, [(1, 3)]))
+    recorder.take()
+
+
+def test_known_layers_that_share_memory(recorder):
+    keys, values = layers(), layers()
+    for _ in range(KNOWN + 1):
+        cc.copy_blocks(keys, values, [(1, 3)])
+    recorder.take()
+    with pytest.raises(cc.ArgumentError, match=r"value_caches\[2\].*memory of its own"):
+        cc.copy_blocks(keys, [*values[:2], keys[0][:]], [(1, 3)])
+    assert not recorder.take()
+
+
+def placed(*views):
+    """What `apart` looks at, of NumPy arrays of 2-byte numbers."""
+    found = []
+    for at, one in enumerate(views):
+        layout = apart._Layout(one.shape, one.strides, formats.dtype_named("int16", "x"))
+        begin = one.ctypes.data + layout.low
+        found.append(apart._Placed(begin, begin + one.nbytes, 0, at, one.ctypes.data, layout))
+    return sorted(found)
+
+
+def test_blocks_in_turn():
+    """Of a pool, whose layers' blocks alternate, no byte need be compared; whatever the order
+    within a block."""
+    pool = np.zeros((5, 3, 4, 6), np.int16)
+    for flip in (slice(None), slice(None, None, -1)):
+        sides = [pool[:, at, ::1, flip] for at in range(3)]
+        assert apart._in_turn(placed(*sides)) and apart._in_turn(placed(*sides[1:]))
+        assert apart._in_turn(placed(sides[2], sides[0][:, :1], sides[1][:, :, :1]))
+        assert not apart._in_turn(placed(*sides, pool[:, 1, 1:2, flip]))
+        assert not apart._in_turn(placed(sides[0], pool[:, 0, 3:, 5:]))
+        assert not apart._in_turn(placed(sides[1], pool[::2, 2]))
+    rows = np.zeros((5, 4), np.int16)
+    assert apart._in_turn(placed(*(rows[:, at : at + 1, None] for at in range(4))))
+    # The last block reaches into the next row of the first.
+    wide = np.lib.stride_tricks.as_strided(rows[:, 3:], (4, 2), (8, 2))
+    assert not apart._in_turn(placed(rows[:, :1], wide))
 
 
 def test_layers_in_other_places(recorder):

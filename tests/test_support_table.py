@@ -12,7 +12,7 @@ import pytest
 
 import cupy_cache as cc
 from cupy_cache.compilation import model, specialisations
-from cupy_cache.runtime import arrays, descriptions
+from cupy_cache.runtime import arrays, descriptions, formats
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -171,3 +171,36 @@ def test_every_marked_call_runs_on_a_gpu(table, marked, monkeypatch, rng, part):
 
     memory = Memory(cupy, rng, arrays.Device("cuda", cupy.cuda.Device().id))
     run_all(table, marked[part::PARTS_ON_A_GPU], monkeypatch, memory, few)
+
+
+@pytest.mark.parametrize("block_size", [16, 12])
+def test_caches_of_each_layout(block_size):
+    """Their shapes, from what the layouts are; no layout has another's."""
+    heads, size, value_size, blocks = 3, 128, 48, model.BLOCKS
+    shapes = {
+        "NHD": [(blocks, block_size, heads, n) for n in (size, value_size)],
+        "packed": [(blocks, block_size, heads * (size + value_size))],
+        "x-packed": [(blocks, heads, size // 8, block_size, 8)] * 2,
+        "rows": [(blocks, block_size, size)],
+        "indexer": [(blocks, block_size, size + 4)],
+    }
+    dtype = formats.dtype_named("bfloat16", "x")
+    for layout in (*shapes, "HND"):
+        one = model.Model(
+            heads, size, value_size, block_size, dtype, "auto", dtype, (layout,), {}, heads,
+            model.Rotation(), False, False,
+        )  # fmt: skip
+        pairs, x_packed = list(one.pairs()), list(one.x_packed())
+        assert len(pairs) == {"NHD": 1, "HND": 1, "packed": 2}.get(layout, 0)
+        for pair in pairs:
+            assert [cache.shape for cache in pair] == shapes["NHD"]
+        values = [(blocks, heads, value_size, block_size)]
+        if block_size == 16:
+            values.append((blocks, heads, 2, value_size, 8))
+        found = [(keys.shape, of_values.shape, more) for keys, of_values, more in x_packed]
+        expected = list(zip(shapes["x-packed"], values, (False, True)))
+        assert found == (expected if layout == "x-packed" else [])
+        for name, caches in (
+            ("packed", one.pages()), ("rows", one.rows()), ("indexer", (c for c, _ in one.indexer()))
+        ):  # fmt: skip
+            assert [c.shape for c in caches] == (shapes[name] if layout == name else [])

@@ -29,12 +29,6 @@ class Kind(NamedTuple):
     same_as: Callable
     exactly: Callable
 
-    def extent(self, arg, array):
-        """`arrays.extent` of an array."""
-        if arg.varies == arrays.ROWS:
-            return array.shape[0]
-        return arrays.extent(arg.varies, array.shape, self.strides(array), self.unit(array))
-
     def laid_out(self, array):
         """(Shape, strides in bytes)."""
         unit = self.unit(array)
@@ -42,9 +36,7 @@ class Kind(NamedTuple):
 
 
 def kind_of(objects):
-    """The `Kind` of GPU arrays that all belong to one framework, or of no arrays; else None."""
-    if not objects:
-        return _NO_ARRAYS
+    """The `Kind` of GPU arrays, at least one, that all belong to one framework; else None."""
     if all(map(arrays.is_torch, objects)):
         return _torch()
     cupys = arrays.class_of("cupy", "ndarray")
@@ -99,9 +91,6 @@ _CUPY = Kind(
     lambda array: 1, operator.attrgetter("itemsize"), _same_cupy,
     lambda given: _same_cupy(given, [()] * len(given)),
 )  # fmt: skip
-_NO_ARRAYS = _CUPY._replace(
-    same_as=lambda given, varies: lambda: True, exactly=lambda given: lambda: True
-)
 
 
 def same_as(tensors, varies):

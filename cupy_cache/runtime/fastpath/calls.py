@@ -161,11 +161,8 @@ class Extents:
         for at, count, elements in self._parts:
             if at is None:
                 extents.append(count)
-            elif elements:
-                if count is None:
-                    extents.append(sizes[at] // elements)
-                else:
-                    extents.append([size // elements for size in sizes[at : at + count]])
+            elif elements:  # of no list: what lists vary in are several dimensions
+                extents.append(sizes[at] // elements)
             elif count is None:
                 extents.append(freed[at])
             else:

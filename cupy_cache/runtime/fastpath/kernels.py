@@ -50,8 +50,9 @@ def _extents(op, kind, objects, unique, tensors):
     parts = []
     for arg, value in itertools.zip_longest(op.args, objects):
         at = places.get(id(value))
-        is_bound = at is None and value is not None and arg.varies
-        parts.append((arg, at, kind.extent(arg, value) if is_bound else None))
+        # All that varies of a bound array is its number of rows.
+        is_bound = at is None and value is not None and arg.varies == arrays.ROWS
+        parts.append((arg, at, value.shape[0] if is_bound else None))
     return calls.Extents(kind, parts, tensors)
 
 
