@@ -10,10 +10,12 @@ import pickle
 
 import numpy as np
 import pytest
+import recording
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import cupy_cache as cc
+from cupy_cache.runtime import arrays, cuda, making, streams
 
 
 def tables_of(num_blocks=8, block_size=4, **options):
@@ -831,6 +833,29 @@ def test_copies_go_their_own_ways(framework, copied):
     assert its.block_table.tolist() == [[0, 1, -1, -1], [2, -1, -1, -1]]
     assert "b" not in tables and tables.pool.num_free == 6
     assert step.token_ids.tolist() == [0, 1, 2, 3, 4] and step.seq_lens.tolist() == [5]
+
+
+def test_uploads(recorder, monkeypatch):
+    """By one copy into the arrays' memory, on the stream that is named, behind the current one, or
+    on that; what is copied is kept."""
+    torch = pytest.importorskip("torch")
+    memory, copies, kept = torch.zeros(10_000, dtype=torch.uint8), [], []
+    monkeypatch.setattr(making, "home", lambda *a: ("torch", arrays.Device("cuda", 0)))
+    monkeypatch.setattr(making, "empty", lambda *a: memory)
+    monkeypatch.setattr(cuda, "pinned", lambda size: np.zeros(size, np.uint8))
+    monkeypatch.setattr(streams, "keep_until_done", lambda *where: kept.append(where))
+    monkeypatch.setattr(recorder, "copy", lambda *what: copies.append(what))
+    tables = tables_of(framework="torch", device="cuda")
+    tables.add("a", range(5))
+    for named, stream in ((None, recording.STREAM), (9, 9), (recording.STREAM, recording.STREAM)):
+        tables.step(["a"], [1], stream=named)
+        ((kept_arrays, *where),) = kept
+        (sent,) = kept_arrays
+        assert copies == [(memory.data_ptr(), sent.ctypes.data, sent.nbytes, stream, 0)]
+        assert where == [stream, 0]
+        assert recorder.ordered == ([(recording.STREAM, 9, 0)] if named == 9 else [])
+        for seen in (copies, kept, recorder.ordered):
+            seen.clear()
 
 
 def test_shallow_copies_are_refused():

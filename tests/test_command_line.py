@@ -7,7 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import types
 
+import numpy as np
 import pytest
 
 import cupy_cache as cc
@@ -91,6 +93,20 @@ def test_a_name_that_the_terminal_cannot_show(tmp_path):
         assert status == 0 and "OK: " in text and "9 bytes of" in text and "\\udcff" in text
 
 
+def test_what_a_gpu_is_called(monkeypatch):
+    """With CuPy and a GPU, that is where the demo runs, and says so."""
+    properties = {"name": b"Some GPU", "major": 9, "minor": 0}
+    runtime = types.SimpleNamespace(getDevice=lambda: 4, getDeviceProperties=lambda at: properties)
+    cupy = types.ModuleType("cupy")
+    cupy.cuda = types.SimpleNamespace(is_available=lambda: True, runtime=runtime)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    assert command_line._machine("auto") == (cupy, "cuda:4, Some GPU (sm_90)")
+    assert command_line._machine("cupy") == command_line._machine("auto")
+    assert command_line._machine("numpy")[0] is np
+    cupy.cuda.is_available = lambda: False
+    assert command_line._machine("auto")[0] is np
+
+
 def test_what_nobody_foresaw(monkeypatch, capsys):
     """It is no difference."""
 
@@ -98,7 +114,7 @@ def test_what_nobody_foresaw(monkeypatch, capsys):
         raise ZeroDivisionError("so it is")
 
     monkeypatch.setattr(demo, "demo", fail)
-    assert command_line.main(DEMO.split()) == command_line.FAILED
+    assert command_line.main(DEMO.split()) == command_line.FAILED == 3
     assert "ZeroDivisionError: so it is" in capsys.readouterr().err
 
 

@@ -684,6 +684,11 @@ def test_more_signatures_than_are_known(recorder, monkeypatch):
     made, same_as = [], guards.same_as
     monkeypatch.setattr(guards, "same_as", lambda *a: made.append(a) or same_as(*a))
     signatures = [tensors(heads=n) for n in range(1, fastpath.MAX_PATHS + 3)]
+    for given in signatures[: fastpath.MAX_PATHS]:  # so many are learnt at once
+        for _ in range(KNOWN + 1):
+            cc.reshape_and_cache_flash(*given)
+    assert recorder.long == KNOWN * fastpath.MAX_PATHS
+    recorder.take()
     for _ in range(30):
         for given in signatures:
             cc.reshape_and_cache_flash(*given)
@@ -695,6 +700,17 @@ def test_more_signatures_than_are_known(recorder, monkeypatch):
     recorder.long = 0
     cc.reshape_and_cache_flash(*given)
     assert not recorder.long
+
+
+def test_what_is_forgotten_is_learnt_anew(recorder):
+    given = tensors()
+    for _ in range(3):
+        for _ in range(KNOWN + 1):
+            cc.reshape_and_cache_flash(*given)
+        assert recorder.long == KNOWN
+        recorder.long = 0
+        dispatch.forget_everything()
+    recorder.take()
 
 
 def test_bound_to_its_caches(recorder):
@@ -877,6 +893,14 @@ def test_lists_that_are_settled(recorder, monkeypatch):
     keys, values = layers(), layers()
     settled(monkeypatch, lambda: cc.copy_blocks(keys, values, [(1, 3)]))
     recorder.take()
+
+
+def test_blocks_of_no_bytes(recorder):
+    """However often they come, nothing is launched."""
+    caches, buffer = layers(shape=(8, 4, 0, 8)), torch.zeros((2, 0), dtype=torch.uint8)
+    for _ in range(KNOWN + 2):
+        cc.pack_blocks(caches, [1, 2], buffer)
+    assert not recorder.take()
 
 
 def test_known_layers_that_share_memory(recorder):

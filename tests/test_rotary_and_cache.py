@@ -589,6 +589,10 @@ class TestRefusals:
         refuse(world, rng, cc.ArgumentError, "out_dtype", out_dtype="fp4")
         refuse(world, rng, cc.ArgumentError, "k_norm_weight", "norm_eps",
                k_norm_weight=worlds.array(rng, (64,), "float32"))  # fmt: skip
+        refuse(world, rng, cc.DTypeError, "k_norm_weight", norm_eps=1e-6, **{
+            name: worlds.array(rng, (64,), dtype)
+            for name, dtype in (("q_norm_weight", "float32"), ("k_norm_weight", "bfloat16"))
+        })  # fmt: skip
         model = KINDS["sections"]
         refuse(world, rng, cc.ArgumentError, "mrope_section", "32", model=model,
                mrope_section=(16, 8, 9))  # fmt: skip
@@ -603,6 +607,13 @@ class TestRefusals:
         self.refused(world, rng, cc.ArgumentError, "v_scale_cache", k_scale_cache=pair[0])
         self.refused(world, rng, cc.ArgumentError, "kv_cache_dtype", "fp8_per_token_head",
                      k_scale_cache=pair[0], v_scale_cache=pair[1])  # fmt: skip
+        model = Model(kv_cache_dtype="fp8_per_token_head")
+        right = model.case(rng)[1]["v_scale_cache"]
+        wrong = worlds.array(rng, right.shape, "float16")
+        self.refused(world, rng, cc.DTypeError, "v_scale_cache", model=model, v_scale_cache=wrong)
+        shared = worlds.Spec(right.buffer, 0, right.shape, (0, *right.strides[1:]), right.dtype)
+        self.refused(world, rng, cc.StrideError, "v_scale_cache", "share", model=model,
+                     v_scale_cache=shared)  # fmt: skip
         for layout in ("x-packed", "interleaved"):
             model = Model(layout=layout, kv_cache_dtype="fp8_per_token_head", block_size=16)
             self.refused(world, rng, cc.ShapeError, "key_cache", "four dimensions", model=model)
