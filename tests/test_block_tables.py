@@ -835,7 +835,7 @@ def test_copies_go_their_own_ways(framework, copied):
     assert step.token_ids.tolist() == [0, 1, 2, 3, 4] and step.seq_lens.tolist() == [5]
 
 
-def test_uploads(recorder, monkeypatch):
+def test_an_upload_is_one_copy(recorder, monkeypatch):
     """By one copy into the arrays' memory, on the stream that is named, behind the current one, or
     on that; what is copied is kept."""
     torch = pytest.importorskip("torch")

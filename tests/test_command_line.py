@@ -107,6 +107,19 @@ def test_what_a_gpu_is_called(monkeypatch):
     assert command_line._machine("auto")[0] is np
 
 
+def test_without_a_command(capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line.main([])
+    assert ended.value.code == 2 and "COMMAND" in capsys.readouterr().err
+
+
+def test_numbers_of_a_measurement(capsys):
+    """Four digits, or the whole number."""
+    row = {"case": "x", "bytes": 2e6, "us": 12345.67, "copy_us": 3.14159, "host_us": None}
+    command_line._print_row(row)
+    assert capsys.readouterr().out.split() == ["x", "2", "12346", "3.142", "0%"]
+
+
 def test_what_nobody_foresaw(monkeypatch, capsys):
     """It is no difference."""
 
@@ -199,7 +212,7 @@ def test_bench_on_a_gpu(capsys):
 
 def test_clear_cache(capsys, monkeypatch, tmp_path):
     files = {
-        "a.cubin": b"\x7fELF .text._ZN10cupy_cache11copy_blocksILi1EEEvv",
+        "a.cubin": b"\x7fELF .text._ZN10cupy_cache11copy_blocksILi1EEEvv" + bytes(3 << 19),
         "a.cubin.cu": b"namespace cupy_cache {}",
         "b.cubin": b"\x7fELF .text._Z4copyv",
         "b.cubin.cu": b"void copy();",
@@ -209,7 +222,7 @@ def test_clear_cache(capsys, monkeypatch, tmp_path):
         (tmp_path / name).write_bytes(content)
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
     assert run(capsys, "clear-cache")[:2] == (
-        0, f"deleted 1 kernels, 0.0 MiB, of {tmp_path}; 3 files stay\n",
+        0, f"deleted 1 kernels, 1.5 MiB, of {tmp_path}; 3 files stay\n",
     )  # fmt: skip
     assert {path.name for path in tmp_path.iterdir()} == {"b.cubin", "b.cubin.cu", "c.tmp"}
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "none"))

@@ -934,6 +934,7 @@ def test_blocks_in_turn():
         assert not apart._in_turn(placed(*sides, pool[:, 1, 1:2, flip]))
         assert not apart._in_turn(placed(sides[0], pool[:, 0, 3:, 5:]))
         assert not apart._in_turn(placed(sides[1], pool[::2, 2]))
+    assert apart._in_turn(placed(pool[:, 0], pool[:, 1, :, ::-1], pool[:, 2]))
     rows = np.zeros((5, 4), np.int16)
     assert apart._in_turn(placed(*(rows[:, at : at + 1, None] for at in range(4))))
     # The last block reaches into the next row of the first.
