@@ -68,7 +68,7 @@ class Layer:
                 op, options = reshape_and_cache.OP, (stored, values == 5)
             arrays, scalars = contract.split_scales(op.name, stored, self.k_scale, self._v_scale)
             scales = dict(zip(("k_scale", "v_scale"), arrays))
-        return Bound(op, self._fixed(**scales), options, scalars, WRITE)
+        return Bound(op, WRITE, self._fixed(**scales), options, scalars)
 
     def rotator(
         self, is_neox, offset, sections, interleaved, norm_eps, norm_weight_bias, out_dtype,
@@ -105,7 +105,7 @@ class Layer:
                 norm_weight_bias=norm_weight_bias, **numbers,
             )  # fmt: skip
         also = ["out"] * (out is not None)
-        return Bound(op, self._fixed(**fixed), options, scalars, ROTARY_WRITE, also)
+        return Bound(op, ROTARY_WRITE, self._fixed(**fixed), options, scalars, also)
 
     def attender(
         self, scale, sliding_window, soft_cap, causal, alibi_slopes, sinks, with_starts, with_lse
@@ -118,7 +118,7 @@ class Layer:
         objects = self.key_cache, self.value_cache, *heads, *others
         fixed = _given(zip(paged_attention.LAYERS, objects))
         also = ["query_start_loc"] * with_starts + ["lse"] * with_lse
-        return Bound(paged_attention.OP, fixed, options, scalars, ATTEND, also)
+        return Bound(paged_attention.OP, ATTEND, fixed, options, scalars, also)
 
     def gatherer(self, with_starts):
         """`PagedKVCache.gather`, of sequences from their beginnings on or ``with_starts``."""
@@ -138,7 +138,7 @@ class Layer:
             names = *gather_both.CACHES, *gather_both.SCALES
             fixed = dict(zip(names, (self.key_cache, self.value_cache, *scales)))
         also = ["seq_starts"] * with_starts
-        return Bound(op, _given(fixed.items()), options, scalars, GATHER, also)
+        return Bound(op, GATHER, _given(fixed.items()), options, scalars, also)
 
     def _fixed(self, **others):
         """The caches, by the names that writing operations have for them, and ``others``; without

@@ -225,7 +225,7 @@ class PagedKVCache:
                     raise errors.wrong("value", f"PagedKVCache: {name}", expected, got)
         for name, caches in given.items():
             lists.require_list("PagedKVCache", name, caches)
-        self._copy = Bound(op, given, name="PagedKVCache.copy_blocks")
+        self._copy = Bound(op, "PagedKVCache.copy_blocks", given)
         self._copy.check()
         self.key_caches = list(key_caches)
         self.value_caches = None if value_caches is None else list(value_caches)

@@ -19,19 +19,18 @@ class Bound:
     Parameters
     ----------
     op : Op
+    name : str
+        The name in errors, instead of the operation's.
     fixed : dict
         {name of an argument, with its suffix: array or list of arrays}.
     options, scalars : tuple
         As for a call of ``op``.
-    name : str, optional
-        The name in errors, instead of the operation's.
     also : sequence of str
         Names of the optional arguments that each call gives.
     """
 
-    def __init__(self, op, fixed, options=(), scalars=(), name=None, also=()):
-        self.op, self.options, self.scalars = op, options, scalars
-        self.name = op.name if name is None else name
+    def __init__(self, op, name, fixed, options=(), scalars=(), also=()):
+        self.op, self.name, self.options, self.scalars = op, name, options, scalars
         names = [arg.name + arg.suffix for arg in op.args]
         self._objects = [
             list(value) if isinstance(value, (list, tuple)) else value
@@ -153,5 +152,5 @@ class Bound:
         for index in self.given:
             values[index] = numbers = objects[index]
             extents.append(numbers.count)
-        work = self.op.work(extents, self.options, scalars)
+        work = self.op.count(extents, self.options, scalars)
         self.op.finish(entry, values, tables, stream, work, objects)

@@ -107,18 +107,17 @@ class Op:
         raises before anything is written. ``described`` has an `arrays.Array` for each argument:
         for a list, its first array, with the alignment common to all as its address; None for an
         argument that is absent or in host memory.
-    options : tuple of str
-        The names, for errors, of the function's arguments that stand first in a call's options.
-    destination : int or tuple of int
-        Indices of arguments; the first of them that is on a GPU decides device and stream. Among
-        them must be all written arguments whose number of rows varies.
-    count : callable, optional
+    count : callable
         ``count(extents, options, scalars)`` -> (rows, fields): how much work there is, 0 for none,
         and the kernel's fields that change at every call. It raises where extents do not fit each
         other. ``extents`` has an entry for each argument that varies or is chosen: the first extent
         where that alone varies, else (shape, byte strides); for a list, a list of these; for chosen
-        numbers, how many; None for an absent argument. Without ``count`` there is one row and no
-        field.
+        numbers, how many; None for an absent argument.
+    destination : int or tuple of int
+        Indices of arguments; the first of them that is on a GPU decides device and stream. Among
+        them must be all written arguments whose number of rows varies.
+    options : tuple of str
+        The names, for errors, of the function's arguments that stand first in a call's options.
     """
 
     def __init__(
@@ -126,8 +125,8 @@ class Op:
         name: str,
         args,
         plan: Callable,
+        count: Callable,
         destination: int | tuple = 0,
-        count: Callable | None = None,
         options: tuple = (),
     ):
         self.name, self.args, self.options = name, tuple(args), options
@@ -237,13 +236,9 @@ class Op:
             laid = self._views(read.found, entry) if entry.apart.varies else ()
             entry.apart.check(values, *laid)
         views = _NO_VIEWS if entry.device is not None else self._views(read.found, entry)
-        work = self.work(extents, options, scalars)
+        work = self.count(extents, options, scalars)
         self.finish(entry, values, None, stream, work, objects, views)
         return entry if entry is known else None
-
-    def work(self, extents, options, scalars):
-        """(Rows, fields) of a call; see ``count``."""
-        return (1, ()) if self.count is None else self.count(extents, options, scalars)
 
     def finish(self, entry, values, tables, stream, work, objects, views=_NO_VIEWS):
         """Run a plan on its stream, behind the streams that it must wait for. ``tables`` and

@@ -95,7 +95,7 @@ class Operation:
             if self.direction is PACK:
                 destination = (len(args) - 1, 0)
         return dispatch.Op(
-            self.name, args, self._plan, destination, self._count, options=("layout",)
+            self.name, args, self._plan, self._count, destination, options=("layout",)
         )
 
     def _plan(self, op, described, options):
@@ -119,7 +119,7 @@ class Operation:
         op = self._ops[len(tensors)]
         fixed = {arg.name + arg.suffix: caches for arg, caches in zip(op.args, tensors)}
         options = (layout,) if self.direction.buffer is not None else ()
-        return Bound(op, fixed, options, name=name)
+        return Bound(op, name, fixed, options)
 
     def item_bytes(self, caches):
         """The bytes of one item in all layers together."""

@@ -219,7 +219,7 @@ class _Launches(calls.Results):
 
     def make(self, extents, scalars, sizes):
         """The launch of a call; None where the kernel is not loaded yet."""
-        rows, fields = self._op.work(extents, self._options, scalars)
+        rows, fields = self._op.count(extents, self._options, scalars)
         launch = _NOTHING
         if rows:
             launch = self._grids.get(rows) or self._of_grid(rows)

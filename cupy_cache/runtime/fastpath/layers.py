@@ -96,7 +96,7 @@ def path_of(op, entry, objects, options, given):
         return values, tables
 
     works = _Works(kind, same, extents, op, options, bool(chosen))
-    find, work_of, finish = works.find, op.work, op.finish
+    find, work_of, finish = works.find, op.count, op.finish
 
     def run(tensors, scalars, stream, objects, fixed=()):
         alike, settled_scalars, found = works.settled
@@ -125,7 +125,7 @@ def path_of(op, entry, objects, options, given):
 
 
 class _Works(calls.Results):
-    """A result is (extents, work): what `dispatch.Op.work` made of the extents, None where that
+    """A result is (extents, work): what the operation made of the extents, None where that
     also depends on what is chosen in host memory."""
 
     def __init__(self, kind, same, extents, op, options, chosen):
@@ -134,5 +134,5 @@ class _Works(calls.Results):
 
     def make(self, extents, scalars, sizes):
         """(Extents, work) of a call."""
-        work = None if self._chosen else self._op.work(extents, self._options, scalars)
+        work = None if self._chosen else self._op.count(extents, self._options, scalars)
         return extents, work
