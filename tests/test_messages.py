@@ -190,7 +190,7 @@ TABLE = [
     # reads, too
     (attend(dtype=FP8), "paged_attention", "dtype", "key_cache", "kv_cache_dtype='fp8'"),
     (attend(dtype=np.uint8), "paged_attention", "dtype", "key_cache", "kv_cache_dtype says"),
-    (attend(dtype=BF16), "paged_attention", "dtype", "query", "the dtype of key_cache"),
+    (attend(dtype=BF16), "paged_attention", "dtype", "query", ""),
     (
         lambda: cc.paged_attention_mla(
             zeros(1, 2, 576), zeros(5, 4, 576, dtype=FP8), *STEP, scale=1.0
