@@ -643,10 +643,27 @@ def test_small_integers_of_torch(torch):
         cc.zero_blocks([cache], torch.empty(4, dtype=torch.int4))
 
 
+@contextlib.contextmanager
+def current_gpu_stays():
+    """JAX, when it is first used, makes the last GPU current in this thread."""
+    try:
+        import cupy
+
+        before = cupy.cuda.runtime.getDevice()
+    except Exception:  # there is no CuPy, or no GPU
+        yield
+        return
+    try:
+        yield
+    finally:
+        cupy.cuda.runtime.setDevice(before)
+
+
 def test_jax_arrays():
     jax = pytest.importorskip("jax")
     converted = np.zeros((2, 3), np.uint8)
-    on_cpu = jax.default_device(jax.devices("cpu")[0])
+    with current_gpu_stays():
+        on_cpu = jax.default_device(jax.devices("cpu")[0])
     with on_cpu:
         source = jax.numpy.ones((2, 3))
     cc.convert_fp8(converted, source)

@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import logging
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -332,3 +334,18 @@ def test_any_ranges_emulated(emulated_world, seed, count, most, gap, at, run):
     finally:
         blocks.RUN_BYTES = held
         world.close()
+
+
+def test_no_framework_is_needed_for_numbers_in_host_memory():
+    """However often it is called."""
+    code = (
+        "import sys, numpy as np, cupy_cache as cc\n"
+        "source = np.arange(1, 9, dtype=np.uint8)\n"
+        "for size in (8, 3, 5, 8):\n"
+        "    to = np.zeros(8, np.uint8)\n"
+        "    numbers = source.ctypes.data, to.ctypes.data, size\n"
+        "    cc.swap_blocks_batch(*(np.array([n]) for n in numbers))\n"
+        "    assert to.tolist() == [*range(1, size + 1), *[0] * (8 - size)]\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -143,6 +143,31 @@ def test_dropped_while_blocks_move(framework):
     assert all((one == 7).all() for one in taken)
 
 
+def test_what_it_owns_is_freed_on_its_gpu(monkeypatch):
+    """In a thread that has another one, where CuPy would make a context."""
+    gpu, freed = types.SimpleNamespace(current=1), []
+
+    class Owned:
+        def __init__(self, size):
+            self.size = size
+
+        def __del__(self):
+            freed.append((self.size, gpu.current))
+
+    @contextlib.contextmanager
+    def on_device(index):
+        before, gpu.current = gpu.current, index
+        yield
+        gpu.current = before
+
+    monkeypatch.setattr(cuda, "_current", lambda: (lambda: gpu.current, None, None))
+    monkeypatch.setattr(cuda, "on_device", on_device)
+    owned = cuda.freed_on_its_gpu(Owned)(5)
+    gpu.current = 0
+    del owned
+    assert freed == [(5, 1)] and gpu.current == 0
+
+
 def test_what_cuda_is_told(nothing_remembered, recorder, monkeypatch):
     """Blocks are packed on the stream of the steps, and copied on another one once they are; memory
     is kept for both. A stream that is captured is told nothing."""

@@ -251,6 +251,27 @@ def _current():
     return cuda.runtime.getDevice, cuda.driver.ctxGetCurrent, cuda.runtime.setDevice
 
 
+@functools.cache
+def freed_on_its_gpu(kind):
+    """A class like CuPy's class ``kind``, whose objects are freed where they were made. Whichever
+    thread drops one last, CuPy frees it there, and on the GPU that is current that would make a
+    context."""
+    current_device, *_ = _current()
+
+    class OnItsGpu(kind):
+        def __init__(self, *given, **options):
+            self._made_on = current_device()
+            super().__init__(*given, **options)
+
+        def __del__(self, is_finalizing=sys.is_finalizing):
+            if is_finalizing():
+                return
+            with on_device(self._made_on):
+                super().__del__()
+
+    return OnItsGpu
+
+
 def pinned(size):
     """``size`` bytes of CuPy's pool of pinned memory, as a NumPy array. They go back to the pool
     when the array is dropped."""
@@ -264,7 +285,7 @@ def pinned_zeros(shape, dtype):
     cuda, size = import_cupy("pinned host memory").cuda, math.prod(shape) * dtype.itemsize
     if not size:
         return np.zeros(shape, dtype)
-    memory = cuda.PinnedMemoryPointer(cuda.PinnedMemory(size), 0)
+    memory = cuda.PinnedMemoryPointer(freed_on_its_gpu(cuda.PinnedMemory)(size), 0)
     array = np.frombuffer(memory, np.uint8, size)
     array[...] = 0
     return array.view(dtype).reshape(shape)

@@ -223,7 +223,8 @@ class CudaDriver:
         """A new stream object of CuPy on GPU ``device``, which does not wait for the default
         stream."""
         with cuda.on_device(device):
-            return cuda.import_cupy("a stream").cuda.Stream(non_blocking=True)
+            kind = cuda.freed_on_its_gpu(cuda.import_cupy("a stream").cuda.Stream)
+            return kind(non_blocking=True)
 
     def capturing(self, stream, device):
         """Whether ``stream`` of GPU ``device`` is being captured into a CUDA graph."""

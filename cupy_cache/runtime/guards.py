@@ -36,7 +36,9 @@ class Kind(NamedTuple):
 
 
 def kind_of(objects):
-    """The `Kind` of GPU arrays, at least one, that all belong to one framework; else None."""
+    """The `Kind` of GPU arrays that all belong to one framework, or of no arrays; else None."""
+    if not objects:  # all that a call gives is in host memory
+        return _NO_ARRAYS
     if all(map(arrays.is_torch, objects)):
         return _torch()
     cupys = arrays.class_of("cupy", "ndarray")
@@ -91,6 +93,9 @@ _CUPY = Kind(
     lambda array: 1, operator.attrgetter("itemsize"), _same_cupy,
     lambda given: _same_cupy(given, [()] * len(given)),
 )  # fmt: skip
+_NO_ARRAYS = _CUPY._replace(
+    same_as=lambda given, varies: lambda: True, exactly=lambda given: lambda: True
+)
 
 
 def same_as(tensors, varies):

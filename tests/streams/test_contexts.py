@@ -93,6 +93,22 @@ made = in_a_new_thread(
 )
 world.synchronize()
 np.testing.assert_array_equal(world.numpy(made), 2.0 ** -np.arange(1, 9))
+cache = cc.PagedKVCache.allocate(
+    1, 4, 16, 2, 32, dtype="float16", framework=framework, device=1
+)
+
+
+def swap():
+    "Makes a stream and pinned memory, and drops them."
+    space = cc.SwapSpace(cache, 2)
+    space.swap_out([(1, 0)])
+    arriving = space.prefetch([0])
+    arriving.wait()
+    arriving.swap_in([(0, 2)])
+
+
+cache.zero_blocks([0])
+in_a_new_thread("SwapSpace", swap, times=2)
 in_a_new_thread("raise_faults", cc.raise_faults)
 cc.raise_faults()
 assert not active(0), "raise_faults left a context on cuda:0"

@@ -200,6 +200,7 @@ import cupy_cache as cc
 if jax.default_backend() != "gpu":
     print("JAX has no GPU")
     raise SystemExit
+cupy.cuda.Device(0).use()  # JAX has made the last GPU current
 
 @jax.jit
 def late(values):
