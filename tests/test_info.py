@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -419,6 +420,8 @@ def commands(facts):
     shown = info.as_text(facts)
     for entry in facts["missing"]:
         assert entry["what"] in shown and (entry["command"] or "") in shown
+    is_nothing = re.match(r"missing +nothing\b", shown.splitlines()[-1]) is not None
+    assert is_nothing == (not facts["missing"])
     return [entry["command"] for entry in facts["missing"]]
 
 

@@ -368,6 +368,17 @@ def test_rotations(rng, emulated_world, rotation, stored):
         assert found == ready  # and nothing else
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize("stored", ["auto", "fp8", "fp8_per_token_head", "int8_per_token_head"])
+def test_attention_has_the_scales_that_the_cache_has(stored):
+    """One for each array, or one for each token and head."""
+    ready = list(
+        specialisations(8, 128, 16, "bfloat16", kv_cache_dtype=stored, ops=["paged_attention"])
+    )
+    by_token = stored.endswith("per_token_head")
+    assert ready and all(("TokenScaled" in kernel.expression) == by_token for kernel in ready)
+
+
 def rotate(rng, rotation, stored, world):
     """A step of a model that rotates so."""
 
