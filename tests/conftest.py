@@ -89,7 +89,7 @@ def pytest_addoption(parser):
         "--rest", action="store_true", help="run every combination that does not run by default"
     )
     parser.addoption(
-        "--surface-calls", type=int, default=12_000, help="how many random calls are made"
+        "--surface-calls", type=int, default=10_000, help="how many random calls are made"
     )
 
 
