@@ -190,7 +190,13 @@ TABLE = [
     # reads, too
     (attend(dtype=FP8), "paged_attention", "dtype", "key_cache", "kv_cache_dtype='fp8'"),
     (attend(dtype=np.uint8), "paged_attention", "dtype", "key_cache", "kv_cache_dtype says"),
-    (attend(dtype=BF16), "paged_attention", "dtype", "query", ""),
+    (attend(dtype=BF16), "paged_attention", "dtype", "query", "that of a raw key_cache"),
+    (
+        lambda: cc.paged_attention_mla(
+            zeros(1, 2, 576), zeros(5, 4, 576, dtype=BF16), *STEP, scale=1.0
+        ),
+        "paged_attention_mla", "dtype", "query", "that of a raw kv_cache",
+    ),
     (
         lambda: cc.paged_attention_mla(
             zeros(1, 2, 576), zeros(5, 4, 576, dtype=FP8), *STEP, scale=1.0

@@ -920,7 +920,7 @@ class TestRefusals:
             ("query", (3, 3, 32), "bfloat16", cc.ShapeError, ("out",)),
             (
                 "query", (3, 4, 32), "float16", cc.DTypeError,
-                ("of query: expected bfloat16, the dtype of key_cache, got float16",),
+                ("of query: expected bfloat16, got float16", "that of a raw key_cache"),
             ),
             ("query", (3, 4, 32), "int16", cc.DTypeError, ("query", "float32", "int16")),
             ("query", (2, 4, 32), "bfloat16", cc.ShapeError, ("seq_lens", "query_start_loc")),

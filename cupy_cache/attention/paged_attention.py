@@ -332,10 +332,7 @@ def _plan(op, described, options):
         got = errors.counted(size["num_heads"], "head")
         raise errors.wrong("shape", f"{op.name}: query", expected, got)
 
-    check.dtype("query", query, *formats.FLOATS)
-    if not fmt.storage and query.dtype != key_cache.dtype and key_cache.dtype in formats.FLOATS:
-        expected = f"{key_cache.dtype.name}, the dtype of key_cache"
-        raise errors.wrong("dtype", f"{op.name}: query", expected, query.dtype.name)
+    steps.check_query(check, query, fmt, "key_cache", key_cache)
     for name, cache in (("key_cache", key_cache), ("value_cache", value_cache)):
         way_out = formats.way_to_convert(fmt, cache.dtype, "query")
         check.dtype(name, cache, *(fmt.storage or (query.dtype,)), way_out=way_out)

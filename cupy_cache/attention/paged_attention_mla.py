@@ -200,10 +200,13 @@ def _plan(op, described, options):
         check.positive(name, size[name])
     _check_sizes(op.name, size["entry_size"], kv_cache, out, rank, entries)
 
-    check.dtype("query", query, *formats.FLOATS[: 2 if entries else 3])
-    stored = formats.BYTES if entries else fmt.storage or (query.dtype,)
-    way_out = "" if entries else formats.way_to_convert(fmt, kv_cache.dtype, "query")
-    check.dtype("kv_cache", kv_cache, *stored, way_out=way_out)
+    if entries:
+        check.dtype("query", query, *formats.FLOATS[:2])
+        check.dtype("kv_cache", kv_cache, *formats.BYTES)
+    else:
+        steps.check_query(check, query, fmt, "kv_cache", kv_cache)
+        way_out = formats.way_to_convert(fmt, kv_cache.dtype, "query")
+        check.dtype("kv_cache", kv_cache, *(fmt.storage or (query.dtype,)), way_out=way_out)
     steps.check_arrays(check, named, ("kv_cache",))
     if kv_scale is not None:
         check.scale("kv_scale", kv_scale)

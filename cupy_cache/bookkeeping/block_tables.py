@@ -538,22 +538,17 @@ class BlockTables:
     @staticmethod
     def _require_alike(name, sequences, argument, others):
         """Refuse what is no list of names and as many of what ``argument`` calls."""
-        text = str, bytes
-        try:
-            if len(sequences) == len(others) and not isinstance(sequences, text):
-                if not isinstance(others, text):
-                    return
-        except TypeError:
-            pass
         for called, given in (("sequences", sequences), (argument, others)):
             try:
                 len(given)  # which an array without dimensions has not, though it has the method
-                is_list = not isinstance(given, text)
+                is_list = not isinstance(given, (str, bytes))
             except TypeError:
                 is_list = False
             if not is_list:
                 got = errors.shown(given)
                 raise errors.wrong("type", f"{name}: {called}", "a list", got)
+        if len(sequences) == len(others):
+            return
         expected = f"one {argument[:-1]} for each of {len(sequences)} sequences"
         raise errors.wrong("length", f"{name}: {argument}", expected, len(others))
 

@@ -47,6 +47,8 @@ class Bound:
         # the lists are empty; None before `check`.
         self._in_host_memory = None
         others = [index for index, value in enumerate(self._objects) if value is not None]
+        # `fastpath.kernels` asks a fixed array for its number of rows and for nothing else.
+        assert all(op.args[index].varies in ((), arrays.ROWS) for index in others), name
         with errors.renamed(self.name, {}):
             self.found = op.read(self._objects, None, others).found
             self._form = "bound", options, self.given, self._signature()

@@ -130,6 +130,8 @@ class Op:
         options: tuple = (),
     ):
         self.name, self.args, self.options = name, tuple(args), options
+        # `fastpath.calls.Extents` counts no rows of listed arrays.
+        assert not any(arg.layers and arg.varies == ROWS for arg in self.args), name
         self.make_plan, self.count = plan, count
         self.destination = destination if isinstance(destination, tuple) else (destination,)
         self.has_lists = any(arg.layers or arg.chosen for arg in self.args)

@@ -356,13 +356,11 @@ class Runner:
             )  # fmt: skip
             pairs = [number for pair in (*storages, *built.shared) for number in pair[:2]]
             fault = modules.FaultRecord()
-            try:
+            with contextlib.suppress(BrokenPipeError):  # it died; the report says why
                 self._process.stdin.write(
                     request + path + struct.pack(f"<{len(pairs)}Q", *pairs) + record
                 )
                 self._process.stdin.flush()
-            except BrokenPipeError:
-                pass  # it died; the report says why
             if self._process.stdout.readinto(fault) != ctypes.sizeof(fault):
                 raise EmulationError(self.stop(built.path))
             return fault
@@ -435,13 +433,13 @@ class Done:
     """What `driver.Event` is, for a device whose work is done when enqueueing returns."""
 
     def move(self, stream):
-        pass
+        """It stays done."""
 
     def done(self):
         return True
 
     def hold(self, stream):
-        pass
+        """Nothing is left to wait for."""
 
 
 class EmulatedDriver:
@@ -521,7 +519,7 @@ class EmulatedDriver:
         return Done()
 
     def order(self, before, after, device):
-        pass
+        """All that came before is done."""
 
     def copy(self, destination, source, size, stream, device):
         """What the copy engines do."""

@@ -39,6 +39,14 @@ def check_arrays(check, named, caches):
             check.writable(name, named[name], rows=True)
 
 
+def check_query(check, query, fmt, cache_name, cache):
+    """Refuse queries of no float dtype, and of another than that of a raw cache of floats. A cache
+    stays, and queries are new at each call: so the query is the one to blame."""
+    check.dtype("query", query, *formats.FLOATS)
+    if fmt.stored is None and cache.dtype in formats.FLOATS:
+        check.dtype("query", query, cache.dtype, way_out=f"it is that of a raw {cache_name}")
+
+
 def check_query_on_gpu(check, query):
     """Refuse queries of a dtype that the kernels cannot multiply."""
     check.dtype(
