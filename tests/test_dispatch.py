@@ -1044,6 +1044,8 @@ def test_new_results_for_another_stream(recorder, monkeypatch):
     """They are made on torch's current one: the other waits for it, and torch is told."""
     make, lent = torch.empty, []
     monkeypatch.setattr(torch, "empty", lambda shape, dtype, device: make(shape, dtype=dtype))
+    # What this test puts in torch's place must not be remembered for others.
+    monkeypatch.setattr(making, "_torch_empty", making._torch_empty.__wrapped__)
     monkeypatch.setattr(streams, "lend", lambda *given: lent.append(given))
     gpu, dtype = devices.Device("cuda", 0), formats.DTYPES["float32"]
     for stream in (None, recording.STREAM):

@@ -168,6 +168,40 @@ def test_what_it_owns_is_freed_on_its_gpu(monkeypatch):
     assert freed == [(5, 1)] and gpu.current == 0
 
 
+def test_memory_of_a_stream_leaves_no_context(monkeypatch):
+    """torch goes back to the stream of the GPU that it took for current, and setting a GPU that is
+    not makes a context there."""
+    torch = pytest.importorskip("torch")
+    gpu, contexts = types.SimpleNamespace(current=0), {1}
+
+    @contextlib.contextmanager
+    def device(index):
+        before, gpu.current = gpu.current, index
+        yield
+        gpu.current = before
+
+    @contextlib.contextmanager
+    def stream(its):
+        before, gpu.current = gpu.current, its[1]
+        yield
+        contexts.update({before, its[1]})
+        gpu.current = before
+
+    def made(framework, device, shape, dtype):
+        assert gpu.current == 1
+        return framework, shape
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda ptr: (ptr, gpu.current))
+    monkeypatch.setattr(cuda, "on_device", contextlib.nullcontext)
+    monkeypatch.setattr(making, "empty", made)
+    on = types.SimpleNamespace(index=1)
+    of_stream = types.SimpleNamespace(ptr=9)
+    assert making.empty_of_stream("torch", on, (3,), None, of_stream) == ("torch", (3,))
+    assert gpu.current == 0 and contexts == {1}
+
+
 def test_what_cuda_is_told(nothing_remembered, recorder, monkeypatch):
     """Blocks are packed on the stream of the steps, and copied on another one once they are; memory
     is kept for both. A stream that is captured is told nothing."""

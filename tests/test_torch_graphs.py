@@ -52,20 +52,30 @@ def test_refusals():
 
 
 class OnGPU(list):
-    is_cuda = True
+    is_cuda, device = True, torch.device("cuda:3")
+
+    def data_ptr(self):
+        return id(self)
 
 
 def test_what_is_captured(monkeypatch):
-    """Each number of sequences once, after a call that loads its kernels; all share memory."""
-    log, pools = [], iter("PQ")
+    """Each number of sequences once, after a call that loads its kernels, on a stream of the step's
+    GPU, whichever is current; all share memory."""
+    log, pools, current = [], iter("PQ"), [0]
 
     def function(step):
         log.append(step)
         return "results", len(step.seq_lens)
 
     @contextlib.contextmanager
-    def graph(made, pool, capture_error_mode):
-        log.append(("begin", made.at, pool, capture_error_mode))
+    def device(its):
+        current.append(its.index)
+        yield
+        current.pop()
+
+    @contextlib.contextmanager
+    def graph(made, pool, stream, capture_error_mode):
+        log.append(("begin", made.at, pool, stream, current[-1], capture_error_mode))
         yield
         log.append("end")
 
@@ -78,6 +88,8 @@ def test_what_is_captured(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(pools))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: f"of GPU {current[-1]}")
     monkeypatch.setattr(torch.cuda, "graph", graph)
     steps = {
         size: types.SimpleNamespace(seq_lens=OnGPU([7] * size), positions=OnGPU([6] * size))
@@ -88,29 +100,37 @@ def test_what_is_captured(monkeypatch):
         assert graphs(steps[size]) == ("results", size)
     two, one = steps[2], steps[1]
     assert log == [
-        two, ("begin", 1, "P", "thread_local"), two, "end", ("replay", 1),
-        one, ("begin", 6, "P", "thread_local"), one, "end", ("replay", 6),
+        two, ("begin", 1, "P", "of GPU 3", 3, "thread_local"), two, "end", ("replay", 1),
+        one, ("begin", 6, "P", "of GPU 3", 3, "thread_local"), one, "end", ("replay", 6),
         ("replay", 1),
     ]  # fmt: skip
     assert graphs.replay(1) == ("results", 1) and log[-1] == ("replay", 6)
     assert list(graphs.graphs) == [2, 1]
+    others = types.SimpleNamespace(seq_lens=OnGPU([7]), positions=OnGPU([6]))
+    with pytest.raises(cc.ArgumentError, match="^StepGraphs: Invalid value of step: "):
+        graphs(others)
+    assert log[-1] == ("replay", 6)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(env.torch_is_uncached(), reason="torch captures nothing without its cache")
-def test_replays():
-    """Each step's own numbers, in graphs that were captured once."""
-    if not torch.cuda.is_available():
-        pytest.skip("torch sees no GPU")
+@pytest.mark.parametrize("gpu", [0, pytest.param(1, marks=pytest.mark.multi_gpu)])
+def test_replays(gpu):
+    """Each step's own numbers, in graphs that were captured once, also of a GPU that is not
+    current."""
+    if torch.cuda.device_count() <= gpu:
+        pytest.skip(f"torch sees no GPU {gpu}")
     tables = cc.BlockTables(
-        64, 4, max_sequences=4, max_tokens=64, max_length=40, framework="torch", device="cuda"
-    )
+        64, 4, max_sequences=4, max_tokens=64, max_length=40, framework="torch",
+        device=f"cuda:{gpu}",
+    )  # fmt: skip
     calls = []
 
     def function(step):
         calls.append(len(step.seq_lens))
         return step.seq_lens * 2, step.token_ids + step.positions
 
+    torch.cuda.set_device(0)
     graphs = torch_graphs.StepGraphs(function, 4)
     for name, length in zip("abc", (5, 9, 2)):
         tables.add(name, range(length))
@@ -126,3 +146,4 @@ def test_replays():
         assert lengths.tolist() == [2 * n for n in expected] + [0] * (size - len(names))
         assert places.tolist()[: len(names)] == [token + n - 1 for n in expected]
     assert sorted(calls) == [1, 1, 2, 2, 4, 4] and sorted(graphs.graphs) == [1, 2, 4]
+    assert torch.cuda.current_device() == 0

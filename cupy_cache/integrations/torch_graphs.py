@@ -20,7 +20,8 @@ class StepGraphs:
     each of some numbers of sequences and then replayed.
 
     A step's arrays are padded to the next of these numbers by ``num_sequences`` and ``num_tokens``
-    of `BlockTables.step`, and of one number they are always in the same place::
+    of `BlockTables.step`, and of one number they are always in the same place. All steps are of one
+    `BlockTables`::
 
         graphs = StepGraphs(decode, 64)
         size = graphs.padded(len(names))
@@ -72,7 +73,9 @@ class StepGraphs:
         self.sizes = sorted(size for size in found if size <= most)
         if not self.sizes or self.sizes[-1] < most:
             self.sizes.append(most)
-        self.graphs, self._function, self._pool = {}, function, None
+        self.graphs, self._function = {}, function
+        self._read: dict[int, int] = {}  # the address of each captured step's lengths
+        self._pool = self._stream = None
 
     def padded(self, num_sequences: int) -> int:
         """The number of sequences that a step of so many is padded to."""
@@ -92,6 +95,9 @@ class StepGraphs:
             return self._function(step)
         if size not in self.graphs:
             self._capture(step, size)
+        elif step.seq_lens.data_ptr() != self._read[size]:
+            expected = "of the `BlockTables` whose steps were captured"
+            raise errors.wrong("value", f"{NAME}: step", expected, "one whose arrays lie elsewhere")
         return self.replay(size)
 
     def replay(self, size: int) -> Any:
@@ -104,8 +110,15 @@ class StepGraphs:
         self._function(step)  # loads kernels, of which none may be met first inside the capture
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, such as those of torch.distributed, may go on meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            results = self._function(step)
-        self.graphs[size] = graph, results
+        # Captured is a stream of the current GPU, which may be another than the step's.
+        with torch.cuda.device(step.seq_lens.device):
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()
+            graph = torch.cuda.CUDAGraph()
+            # Other threads, such as those of torch.distributed, may go on meanwhile.
+            captured = torch.cuda.graph(
+                graph, self._pool, self._stream, capture_error_mode="thread_local"
+            )
+            with captured:
+                results = self._function(step)
+        self.graphs[size], self._read[size] = (graph, results), step.seq_lens.data_ptr()

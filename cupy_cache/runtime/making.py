@@ -88,11 +88,13 @@ def empty_of_stream(framework, device, shape, dtype, stream):
     no other stream; while another stream uses the array, the caller must keep it."""
     if framework in arrays.FRAMEWORKS:
         return empty(framework, device, shape, dtype, stream.ptr)
-    current = stream
     if framework == "torch":
         of_torch = sys.modules["torch"].cuda
-        current = of_torch.stream(of_torch.ExternalStream(stream.ptr, device=device.index))
-    with cuda.on_device(device.index), current:
+        # torch goes back to the stream of the GPU that was current before it, which makes a context
+        # there; from inside its own device it goes back without.
+        with of_torch.device(device.index), of_torch.stream(of_torch.ExternalStream(stream.ptr)):
+            return empty(framework, device, shape, dtype)
+    with cuda.on_device(device.index), stream:
         return empty(framework, device, shape, dtype)
 
 
