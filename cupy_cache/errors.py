@@ -65,9 +65,10 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def counted(number: int, noun: str) -> str:
-    """So many of what ``noun`` calls one of: "1 dimension", "3 dimensions"."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """So many of what ``noun`` calls one of: "1 dimension", "3 dimensions". ``plural``: the word
+    for several, where an s does not make it."""
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
 def below(limit: int, what: str = "") -> str:

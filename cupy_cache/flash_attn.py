@@ -156,7 +156,7 @@ def flash_attn_with_kvcache(
     table, lengths, rows = (cast(Any, x) for x in (block_table, cache_seqlens, q))
     if table is None:  # each sequence is one page
         if cache_batch_idx is None and size["num_blocks"] < batch:
-            expected = f"at least {batch} sequences, as many as q"
+            expected = f"at least {errors.counted(batch, 'sequence')}, as many as q"
             raise errors.wrong("shape", f"{op}: k_cache", expected, size["num_blocks"])
         table = cast(Any, cache_batch_idx)
         table = (_made(framework, q, "arange", batch) if table is None else table).reshape(-1, 1)
@@ -353,7 +353,7 @@ def _checked(op, named):
             check.dtype(name, view, *formats.INDICES)
     heads, kv_heads = check.sizes["num_heads"], check.sizes["num_kv_heads"]
     if not kv_heads or heads % kv_heads:
-        expected = f"a multiple of {kv_heads} heads, those of the cache"
+        expected = f"a multiple of {errors.counted(kv_heads, 'head')}, those of the cache"
         raise errors.wrong("shape", f"{op}: q", expected, heads)
     return check, framework
 

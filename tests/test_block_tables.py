@@ -678,10 +678,10 @@ def test_text():
     )
     step = tables.step(["a"], [1], num_sequences=2, num_tokens=3)
     assert repr(step) == (
-        "<Step of 1 new tokens of 1 sequences, the longest 2, in arrays for 3 and 2>"
+        "<Step of 1 new token of 1 sequence, the longest 2, in arrays for 3 and 2>"
     )
     tables.fork("a", "c")
-    assert repr(tables.step(["c"], [1])).endswith("1 and 1, 1 blocks to copy>")
+    assert repr(tables.step(["c"], [1])).endswith("1 and 1, 1 block to copy>")
     tables.free("c")
     assert "a" in tables and "c" not in tables and list(tables) == ["a", "b"]
 
@@ -804,7 +804,7 @@ def test_texts_of_refusals():
         (lambda t: t.reorder(["a", "b", "a"], ["a", "a", "b"]), "reorder", "value", "sequences",
          "each sequence once", "'a' twice"),
         (lambda t: t.reorder(["a"], ["a", "b"]), "reorder", "length", "parents",
-         "one parent for each of 1 sequences", 2),
+         "one parent for each of 1 sequence", 2),
         (lambda t: t.step(["a", "b"], [1]), "step", "length", "counts",
          "one count for each of 2 sequences", 1),
     ]  # fmt: skip

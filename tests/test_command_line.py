@@ -222,7 +222,7 @@ def test_clear_cache(capsys, monkeypatch, tmp_path):
         (tmp_path / name).write_bytes(content)
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
     assert run(capsys, "clear-cache")[:2] == (
-        0, f"deleted 1 kernels, 1.5 MiB, of {tmp_path}; 3 files stay\n",
+        0, f"deleted 1 kernel, 1.5 MiB, of {tmp_path}; 3 files stay\n",
     )  # fmt: skip
     assert {path.name for path in tmp_path.iterdir()} == {"b.cubin", "b.cubin.cu", "c.tmp"}
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "none"))
@@ -241,7 +241,7 @@ def test_clear_cache_leaves_what_is_no_file(tmp_path):
     (tmp_path / "c.cubin").symlink_to("nowhere")
     (tmp_path / "d.cubin").write_bytes(b"\x7fELF .text._ZN10cupy_cache11copy_blocksILi1EEEvv")
     status, out, _ = shell("cupy-cache clear-cache", CUPY_CACHE_DIR=str(tmp_path))
-    assert status == 0 and out.startswith("deleted 1 kernels") and out.endswith("3 files stay\n")
+    assert status == 0 and out.startswith("deleted 1 kernel") and out.endswith("3 files stay\n")
 
 
 @pytest.mark.gpu

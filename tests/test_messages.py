@@ -6,6 +6,7 @@ there is a usual one. Nothing is written."""
 
 import ast
 import inspect
+import itertools
 import re
 import types
 from pathlib import Path
@@ -403,6 +404,34 @@ def test_every_message_of_the_sources_has_the_form():
                 found += 1
                 assert node.args[0].value in errors._CLASSES, f"{path.name}:{node.lineno}"
     assert found > 200 and not others, "\n".join(others)
+
+
+def test_numbers_of_things_are_counted():
+    """No message says "1 rows": `errors.counted` writes a number and what it counts."""
+    package, uncounted = Path(inspect.getfile(cc)).parent, []
+    for path in sorted(package.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else ()
+            for number, behind in itertools.pairwise(parts):
+                if _is_number(number) and isinstance(behind, ast.Constant):
+                    noun = re.match(r" (?:new )?(\w+s)\b", behind.value)
+                    if noun and noun[1] in NOUNS:
+                        uncounted.append(f"{path.name}:{node.lineno}: {noun[1]}")
+    assert not uncounted, "\n".join(uncounted)
+
+
+NOUNS = {
+    "columns", "entries", "heads", "items", "kernels", "lanes", "layers", "pairs", "rows",
+    "sequences", "slots", "tokens",
+}  # fmt: skip
+
+
+def _is_number(part):
+    """Whether a part of an f-string is a number that may be 1: no constant, and not formatted."""
+    if not isinstance(part, ast.FormattedValue) or part.format_spec:
+        return False
+    name = getattr(part.value, "attr", getattr(part.value, "id", ""))
+    return not name.strip("_").isupper()
 
 
 def test_what_is_expected_of_numbers():

@@ -121,7 +121,7 @@ def _count(extents, options, scalars):
     tokens, prefixes, prefix_lse, suffixes, suffix_lse, output_lse = extents
     for name, rows in (("prefix_output", prefixes), ("suffix_output", suffixes)):
         if rows < tokens:
-            expected = f"at least {tokens} rows, those of output"
+            expected = f"at least {errors.counted(tokens, 'row')}, those of output"
             raise errors.wrong("shape", f"{NAME}: {name}", expected, rows)
     steps = []
     named = (("prefix_lse", prefix_lse), ("suffix_lse", suffix_lse), ("output_lse", output_lse))

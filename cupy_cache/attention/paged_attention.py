@@ -328,7 +328,7 @@ def _plan(op, described, options):
     for name in ("num_heads", "num_kv_heads", "head_size", "head_size_v", "block_size"):
         check.positive(name, size[name])
     if size["num_heads"] % size["num_kv_heads"]:
-        expected = f"a multiple of the {size['num_kv_heads']} heads of key_cache"
+        expected = f"a multiple of the {errors.counted(size['num_kv_heads'], 'head')} of key_cache"
         got = errors.counted(size["num_heads"], "head")
         raise errors.wrong("shape", f"{op.name}: query", expected, got)
 
@@ -791,7 +791,7 @@ def _count(extents, options, scalars):
         NAME, tokens, sequences, table_rows, starts, dict(zip(("out", "lse"), written))
     )  # fmt: skip
     if slopes is not None and slopes < sequences:
-        expected = f"rows for the {sequences} sequences of seq_lens"
+        expected = f"rows for the {errors.counted(sequences, 'sequence')} of seq_lens"
         raise errors.wrong("shape", f"{NAME}: alibi_slopes", expected, slopes)
     work = (tokens, sequences, width) if tokens and sequences else 0
     return work, (tokens, sequences, width, step, *scalars)

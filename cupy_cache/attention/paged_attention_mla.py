@@ -229,13 +229,13 @@ def _check_sizes(op, entry_size, kv_cache, out, rank, entries):
         )
         raise errors.wrong("shape", f"{op}: query", expected, f"{entry_size}, of them {rank}")
     if rank > entry_size:
-        expected = f"at least the kv_lora_rank = {rank} elements of the latent part"
+        expected = f"at least kv_lora_rank = {rank}, the elements of the latent part"
         raise errors.wrong("shape", f"{op}: query", expected, entry_size)
     for name, array, expected in (
         ("kv_cache", kv_cache, DS_ENTRY_BYTES if entries else entry_size), ("out", out, rank),
     ):  # fmt: skip
         if array.shape[2] != expected:
-            expected = f"{expected} elements in the last dimension"
+            expected = f"{errors.counted(expected, 'element')} in the last dimension"
             raise errors.wrong("shape", f"{op}: {name}", expected, list(array.shape))
 
 

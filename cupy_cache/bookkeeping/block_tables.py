@@ -182,8 +182,9 @@ class BlockTables:
     def __repr__(self) -> str:
         out = sum(found.row == NO_ROW for found in self._sequences.values())
         text = (
-            f"<BlockTables of {len(self)} sequences, {out} swapped out: {self.pool.num_free} of "
-            f"{self.pool.num_blocks} blocks of {self.block_size} tokens are free"
+            f"<BlockTables of {errors.counted(len(self), 'sequence')}, {out} swapped out: "
+            f"{self.pool.num_free} of {self.pool.num_blocks} blocks of "
+            f"{errors.counted(self.block_size, 'token')} are free"
         )
         if self.host_pool.num_blocks:
             text += f", {self.host_pool.num_free} of {self.host_pool.num_blocks} on the host"
@@ -219,7 +220,7 @@ class BlockTables:
             raise errors.wrong("type", f"{NAME}.add: salt", "bytes", got)
         known = _numbers("add", tokens)
         if len(known) > self.max_length:  # no step could feed the last ones
-            expected = f"at most max_length = {self.max_length} tokens"
+            expected = f"at most max_length = {errors.counted(self.max_length, 'token')}"
             raise errors.wrong("length", f"{NAME}.add: tokens", expected, len(known))
         found = _Sequence(self._new_row(), known, salt)
         full = (len(known) - 1) // self.block_size if self._reuse else 0
@@ -512,7 +513,8 @@ class BlockTables:
             length = found.length
             end = length + count
             if end > max_length:
-                expected = f"at most max_length = {max_length} tokens of a sequence"
+                most = errors.counted(max_length, "token")
+                expected = f"at most max_length = {most} of a sequence"
                 got = f"{end} of {errors.shown(sequence)}"
                 raise errors.wrong("value", f"{name}: counts", expected, got)
             needed += -(-end // block_size) - len(found.blocks)
@@ -549,7 +551,7 @@ class BlockTables:
                 raise errors.wrong("type", f"{name}: {called}", "a list", got)
         if len(sequences) == len(others):
             return
-        expected = f"one {argument[:-1]} for each of {len(sequences)} sequences"
+        expected = f"one {argument[:-1]} for each of {errors.counted(len(sequences), 'sequence')}"
         raise errors.wrong("length", f"{name}: {argument}", expected, len(others))
 
     def _require_free(self, method, needed, pool):

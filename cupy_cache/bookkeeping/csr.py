@@ -61,7 +61,7 @@ def block_table_to_csr(
     table, like = _host(check, "block_table", block_table, "_ _")
     lens, _ = _host(check, "seq_lens", seq_lens, "_")
     if len(table) < len(lens):
-        expected = f"at least {len(lens)} rows, as many as seq_lens has"
+        expected = f"at least {errors.counted(len(lens), 'row')}, as many as seq_lens has"
         raise errors.wrong("shape", f"{op}: block_table", expected, list(table.shape))
     table, width = table[: len(lens)], table.shape[1]
     _in_range(op, "seq_lens", lens, 0, width * block_size)

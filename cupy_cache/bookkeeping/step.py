@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .. import errors
 from ..errors import CaptureError
 from ..runtime import arrays, cuda, driver, formats, making, streams
 
@@ -73,10 +74,13 @@ class Step:
 
     def __repr__(self) -> str:
         text = (
-            f"<Step of {self.num_tokens} new tokens of {self.num_sequences} sequences, the longest "
-            f"{self.max_seq_len}, in arrays for {len(self.slot_mapping)} and {len(self.seq_lens)}"
+            f"<Step of {errors.counted(self.num_tokens, 'new token')} of "
+            f"{errors.counted(self.num_sequences, 'sequence')}, the longest {self.max_seq_len}, "
+            f"in arrays for {len(self.slot_mapping)} and {len(self.seq_lens)}"
         )
-        return f"{text}, {len(self.copies)} blocks to copy>" if self.copies else f"{text}>"
+        if self.copies:
+            text += f", {errors.counted(len(self.copies), 'block')} to copy"
+        return f"{text}>"
 
 
 class Buffers:

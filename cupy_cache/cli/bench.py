@@ -15,6 +15,8 @@ import numpy as np
 
 import cupy_cache as cc
 
+from .. import errors
+
 ROUNDS = 9
 IN_TURN = 24  # calls of a round
 HOST_CALLS = 192  # of a batch that is only enqueued: the queue has room for them
@@ -130,7 +132,12 @@ def _cases(xp, size):
         pairs = rng.permutation(size.blocks)[: 2 * size.pairs].reshape(-1, 2).tolist()
         calls.append(lambda pairs=pairs: cache.copy_blocks(pairs))
     moved = 2 * size.pairs * cache.bytes_per_block
-    yield Case(f"copy {size.pairs} blocks of {size.layers} layers", calls, moved, copy)
+    yield Case(
+        f"copy {errors.counted(size.pairs, 'block')} of {errors.counted(size.layers, 'layer')}",
+        calls,
+        moved,
+        copy,
+    )
 
     host = cc.PagedKVCache.allocate(
         1, size.swapped, BLOCK_SIZE, HEADS, HEAD_SIZE, dtype="float16", device="cpu",
@@ -153,7 +160,9 @@ def _cases(xp, size):
         def attend(layer, arrays=arrays, out=out[:some]):
             return lambda: cache.attend(layer, *arrays, out=out)
 
-        name = f"attend to {size.length:,} tokens" + (f", {some} sequences" if some > 1 else "")
+        name = f"attend to {size.length:,} tokens"
+        if some > 1:
+            name += f", {errors.counted(some, 'sequence')}"
         moved = 2 * some * (size.length * row + QUERY_HEADS * HEAD_SIZE * ELEMENT)
         yield Case(name, in_turn(attend), moved, copy)
 

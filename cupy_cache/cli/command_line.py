@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import errors
 from .._version import __version__
 from ..compilation import warmup
 from ..errors import CupyCacheError, FaultError, KernelError, MissingDependencyError
@@ -219,10 +220,10 @@ def _demo(args):
     xp, device = _machine(args.backend)
     print(f"cupy_cache {__version__}, backend {xp.__name__} on {device}")
     print(
-        f"model: {args.layers} layers, {demo.QUERY_HEADS} query heads, {demo.KV_HEADS} key/value "
-        f"heads of {demo.HEAD_SIZE}, seed {args.seed}\n"
+        f"model: {errors.counted(args.layers, 'layer')}, {demo.QUERY_HEADS} query heads, "
+        f"{demo.KV_HEADS} key/value heads of {demo.HEAD_SIZE}, seed {args.seed}\n"
         f"cache: blocks of {args.block_size}, {args.dtype}, {args.layout}\n"
-        f"prompt: {len(prompt)} bytes of {name}",
+        f"prompt: {errors.counted(len(prompt), 'byte')} of {name}",
         flush=True,
     )
     totals = {"prompt": len(prompt), "greedy": args.tokens, "beam search": args.tokens}
@@ -240,7 +241,8 @@ def _demo(args):
         print(f"beam, log probability {beam.score:.2f}: {bytes(beam.tokens)}")
     rates = (f"{phase} {statistics.median(rates):,.0f}" for phase, rates in run.rates.items())
     print(f"tokens per second, median of the steps: {', '.join(rates)}")
-    print(f"swapped out and in: {preempted} blocks, {elsewhere} of them into other places")
+    swapped = errors.counted(preempted, "block")
+    print(f"swapped out and in: {swapped}, {elsewhere} of them into other places")
     print(f"{'operation':<24}{'calls':>8}{'bytes moved':>16}   (comparing included)")
     for operation, moved in run.paged.moved.items():
         print(f"{operation:<24}{run.paged.calls[operation]:>8,}{moved:>16,}")
@@ -356,7 +358,8 @@ def _warmup(args):
     if args.json:
         print(json.dumps({"kernels": kernels, "seconds": seconds, "kernel_cache": folder}))
     else:
-        print(f"{kernels} kernels are ready, in {seconds:.1f} s; they are kept in {folder}")
+        ready = errors.counted(kernels, "kernel is ready", "kernels are ready")
+        print(f"{ready}, in {seconds:.1f} s; kept in {folder}")
     return 0
 
 
@@ -426,7 +429,11 @@ def _clear_cache(args):
         count, size, others = clearing.clear(folder)
     except OSError as error:
         raise CannotRun(f"cannot clear {error.filename or folder}: {error.strerror}") from error
-    print(f"deleted {count} kernels, {size / 2**20:.1f} MiB, of {folder}; {others} files stay")
+    deleted, kept = (
+        errors.counted(count, "kernel"),
+        errors.counted(others, "file stays", "files stay"),
+    )
+    print(f"deleted {deleted}, {size / 2**20:.1f} MiB, of {folder}; {kept}")
     return 0
 
 
@@ -444,7 +451,7 @@ class Progress:
     def __call__(self, phase, tokens):
         self.done[phase] += tokens
         done, total = self.done[phase], self.totals[phase]
-        text = f"{phase}: {done} of {total} tokens"
+        text = f"{phase}: {done} of {errors.counted(total, 'token')}"
         if self.terminal:
             part = sum(self.done.values()) / sum(self.totals.values())
             bar = "#" * int(self.WIDTH * part)

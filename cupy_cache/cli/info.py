@@ -16,6 +16,7 @@ import re
 import subprocess
 import sys
 
+from .. import errors
 from .._version import __version__
 from ..errors import KernelError
 from ..runtime import cuda, env, modules
@@ -362,7 +363,7 @@ def as_text(facts):
     cache = facts["kernel_cache"]
     size = "does not exist yet"
     if cache["files"] is not None:
-        size = f"{cache['files']} files, {cache['bytes'] / 2**20:.1f} MiB"
+        size = f"{errors.counted(cache['files'], 'file')}, {cache['bytes'] / 2**20:.1f} MiB"
     elif cache["problem"] is not None:
         size = "cannot be used"
     rows.append(("kernel cache", f"{cache['path']}: {size}"))

@@ -154,8 +154,8 @@ def warmup(
     if failed:
         first = failed[0]
         raise type(first)(
-            f"warmup: {len(failed)} of {len(kernels)} kernels could not be loaded, the first: "
-            f"{first}"
+            f"warmup: {len(failed)} of {errors.counted(len(kernels), 'kernel')} could not be "
+            f"loaded, the first: {first}"
         ) from first
     if refused and ops is not None:
         raise refused[0]

@@ -266,7 +266,7 @@ class PagedKVCache:
         return len(self.key_caches)
 
     def __repr__(self) -> str:
-        text = f"<PagedKVCache of {len(self)} layer{'s' * (len(self) != 1)}"
+        text = f"<PagedKVCache of {errors.counted(len(self), 'layer')}"
         if not self._described:
             return f"{text}>"
         shapes = [str(list(one.shape)) for one in self._described]
@@ -713,6 +713,6 @@ def _for_each_layer(name, scales, layers):
     if not isinstance(scales, (list, tuple)):
         return [scales] * layers
     if len(scales) != layers:
-        expected = f"one scale for each of {layers} layers"
+        expected = f"one scale for each of {errors.counted(layers, 'layer')}"
         raise errors.wrong("length", f"PagedKVCache: {name}", expected, len(scales))
     return list(scales)

@@ -125,8 +125,8 @@ class SwapSpace:
     def __repr__(self) -> str:
         size = self.num_blocks * self.bytes_per_block / 2**20
         return (
-            f"<{NAME} of {self.num_blocks} blocks in host memory, {size:.2f} MiB, for blocks on "
-            f"{self._device}: {self.num_moving} on their way>"
+            f"<{NAME} of {errors.counted(self.num_blocks, 'block')} in host memory, "
+            f"{size:.2f} MiB, for blocks on {self._device}: {self.num_moving} on their way>"
         )
 
     @property
@@ -386,8 +386,8 @@ def _first_of(caches):
         one, first = cache._described[0], caches[0]._described[0]
         contract.same_device(NAME, f"caches[{at}]", one.device, "caches[0]", first.device)
         if cache.num_blocks != caches[0].num_blocks:
-            expected, got = f"{caches[0].num_blocks} blocks, as caches[0] has", cache.num_blocks
-            raise errors.wrong("value", name, expected, got)
+            expected = f"{errors.counted(caches[0].num_blocks, 'block')}, as caches[0] has"
+            raise errors.wrong("value", name, expected, cache.num_blocks)
     return first
 
 

@@ -206,7 +206,7 @@ def _behind_addresses(check, addresses, kv_c, k_pe, fmt, geometry):
     block_size, block_stride, entry_stride, num_blocks = geometry
     dtype = formats.UINT8 if fmt.stored is not None else kv_c.dtype
     if num_blocks * block_stride * dtype.bytes >= 2**63:
-        got = f"{num_blocks} blocks of {block_stride * dtype.bytes}"
+        got = f"{errors.counted(num_blocks, 'block')} of {block_stride * dtype.bytes}"
         raise errors.wrong("value", f"{NAME}: num_blocks", "caches of less than 2**63 bytes", got)
     return addresses._replace(
         ptr=0,
@@ -239,9 +239,10 @@ def _count(extents, options, scalars):
     (kv_c, of_kv_c), (k_pe, of_k_pe), (slots, of_slots) = extents
     tokens = kv_c[1]
     if k_pe[1] != tokens:
-        raise errors.wrong("shape", f"{NAME}: k_pe", f"{tokens} tokens like kv_c", list(k_pe))
+        expected = f"{errors.counted(tokens, 'token')} like kv_c"
+        raise errors.wrong("shape", f"{NAME}: k_pe", expected, list(k_pe))
     if slots[1] < tokens:
-        expected = f"at least {tokens} slots for each layer, the tokens of kv_c"
+        expected = f"at least {errors.counted(tokens, 'slot')} for each layer, the tokens of kv_c"
         raise errors.wrong("shape", f"{NAME}: slot_mapping", expected, list(slots))
     return tokens, (of_kv_c[0], of_k_pe[0], of_slots[0])
 

@@ -68,7 +68,8 @@ def cp_gather_cache(
 def _count(extents, batch_size):
     rows, table_rows, bounds, starts = extents
     if bounds != batch_size + 1:
-        expected = f"{bounds - 1}, one less than the {bounds} bounds in cu_seq_lens"
+        found = errors.counted(bounds, "bound")
+        expected = f"{bounds - 1}, one less than the {found} in cu_seq_lens"
         raise errors.wrong("value", f"{NAME}: batch_size", expected, batch_size)
     gathering.check_sequences(NAME, batch_size, table_rows, starts)
     return rows, batch_size

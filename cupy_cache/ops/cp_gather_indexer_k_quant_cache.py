@@ -135,7 +135,7 @@ def _count(extents, options, scalars):
     rows, scale_rows, ((sequences, width), (step, _)), bounds = extents
     contract.check_sequence_count(NAME, "block_table", sequences)
     if scale_rows != rows:
-        expected = f"{rows} rows, as many as dst_k has"
+        expected = f"{errors.counted(rows, 'row')}, as many as dst_k has"
         raise errors.wrong("shape", f"{NAME}: dst_scale", expected, scale_rows)
     if bounds != sequences + 1:
         expected = f"[{sequences + 1}], one more than the rows of block_table"

@@ -58,7 +58,7 @@ def _plan(op, described, options):
         gathering.check_indices(check, INDICES, indices)
     keys, values = moved
     if keys.block_size != values.block_size:
-        expected = f"blocks of {keys.block_size} slots like {CACHES[0]}"
+        expected = f"blocks of {errors.counted(keys.block_size, 'slot')} like {CACHES[0]}"
         raise errors.wrong("shape", f"{op.name}: {CACHES[1]}", expected, values.block_size)
     if rows[0].device.kind == "cpu":
         run = functools.partial(cpu.gather_both, op=op.name, sides=moved)

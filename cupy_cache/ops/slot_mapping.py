@@ -159,7 +159,7 @@ def _count(extents, options, scalars):
         expected = f"[{requests + 1}], one more than the rows of block_table"
         raise errors.wrong("shape", f"{NAME}: query_start_loc", expected, f"[{bounds}]")
     if count < tokens:
-        expected = f"at least {tokens} entries, as many as positions"
+        expected = f"at least {errors.counted(tokens, 'entry', 'entries')}, as many as positions"
         raise errors.wrong("shape", f"{NAME}: out", expected, f"[{count}]")
     block_size, world, *_ = options
     limit = slots.position_limit(width, block_size, world)

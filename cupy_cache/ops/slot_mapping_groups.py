@@ -135,7 +135,7 @@ def slot_mapping_groups(
 def _each(name, values, groups, kind, normal):
     """A value for each group, in its normal form: of type ``kind``, as ``normal`` makes it."""
     if not isinstance(values, (list, tuple)) or len(values) != groups:
-        expected = f"a list of {groups} values, one for each of block_tables"
+        expected = f"a list of {errors.counted(groups, 'value')}, one for each of block_tables"
         raise errors.wrong("value", f"{NAME}: {name}", expected, errors.shown(values))
     if set(map(type, values)) == {kind}:
         return tuple(values)
@@ -266,10 +266,11 @@ def _count(extents, options, scalars):
     if idx is None:
         for index, ((rows, _), _) in enumerate(tables):
             if rows < requests:
-                expected = f"at least {requests} rows, one for each request of query_start_loc"
+                least = errors.counted(requests, "row")
+                expected = f"at least {least}, one for each request of query_start_loc"
                 raise errors.wrong("shape", f"{NAME}: block_tables[{index}]", expected, rows)
     if count < tokens:
-        expected = f"at least {tokens} columns, as many as positions"
+        expected = f"at least {errors.counted(tokens, 'column')}, as many as positions"
         raise errors.wrong("shape", f"{NAME}: out", expected, f"[{groups}, {count}]")
     if groups > 1 and count and abs(stride) < count * formats.INT64.bytes:
         got = f"rows of {count * formats.INT64.bytes} bytes every {stride} bytes"

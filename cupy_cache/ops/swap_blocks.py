@@ -208,7 +208,7 @@ class _Plan:
             if array is not None:
                 contract.same_device(NAME, name, array.device, name, other.device)
                 if array.shape[0] != other.shape[0]:
-                    expected = f"{other.shape[0]} blocks like those of keys"
+                    expected = f"{errors.counted(other.shape[0], 'block')} like those of keys"
                     raise errors.wrong("shape", f"{NAME}: {name}", expected, list(array.shape))
 
     def _make_kernel(self):

@@ -376,7 +376,8 @@ def _dlpack_dtype(code, name):
     found = formats.BY_DLPACK.get(code[:2])
     if found is None or code[2] != 1:
         expected = f"one of {', '.join(formats.DTYPES)}"
-        got = f"the DLPack type with code {code[0]}, {code[1]} bits and {code[2]} lanes"
+        bits, lanes = errors.counted(code[1], "bit"), errors.counted(code[2], "lane")
+        got = f"the DLPack type with code {code[0]}, {bits} and {lanes}"
         raise errors.wrong("dtype", name, expected, got)
     return found
 

@@ -333,7 +333,7 @@ def slot_count(op, *arrays, scales):
         *all_rows, slots = extents
         if slots > min(all_rows):
             name, rows = next(pair for pair in zip(arrays, all_rows) if slots > pair[1])
-            expected = f"at most {rows} slots, the rows of {name}"
+            expected = f"at most {errors.counted(rows, 'slot')}, the rows of {name}"
             raise errors.wrong("shape", f"{op}: slot_mapping", expected, slots)
         return slots, (slots, *(scalars or no_scalars))
 

@@ -270,7 +270,8 @@ class CudaDriver:
             if self._capture_is_in_the_way(stream, device):
                 raise CaptureError(f"a copy on cuda:{device}: {_UNPINNED} ({error})") from error
             raise KernelError(
-                f"a copy on cuda:{device}: {size} bytes could not be copied: {error}"
+                f"a copy on cuda:{device}: {errors.counted(size, 'byte')} could not be "
+                f"copied: {error}"
             ) from error
 
     def staging(self, size, stream, device):

@@ -60,7 +60,7 @@ def check_counts(op, tokens, sequences, table_rows, starts, written):
     query_start_loc, or None. ``written``: {name: rows or None} of results."""
     contract.check_sequence_count(op, "seq_lens", sequences)
     if table_rows < sequences:
-        expected = f"rows for the {sequences} sequences of seq_lens"
+        expected = f"rows for the {errors.counted(sequences, 'sequence')} of seq_lens"
         raise errors.wrong("shape", f"{op}: block_table", expected, table_rows)
     if starts is None and tokens != sequences:
         expected = f"[{tokens}], one for each row of query, where there is no query_start_loc"
@@ -70,5 +70,5 @@ def check_counts(op, tokens, sequences, table_rows, starts, written):
         raise errors.wrong("shape", f"{op}: query_start_loc", expected, f"[{starts}]")
     for name, rows in written.items():
         if rows is not None and rows < tokens:
-            expected = f"at least {tokens} rows, those of query"
+            expected = f"at least {errors.counted(tokens, 'row')}, those of query"
             raise errors.wrong("shape", f"{op}: {name}", expected, rows)

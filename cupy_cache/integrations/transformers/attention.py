@@ -189,7 +189,12 @@ def _dense(query, key, value, mask, options):
     if mask is not None:
         if mask.shape[1] < tokens:  # a static cache has room that is not used yet
             mask = torch.nn.functional.pad(mask, (0, tokens - mask.shape[1]))
-        _refuse("attention_mask", mask.shape[1] != tokens, f"of {tokens} tokens", mask.shape[1])
+        _refuse(
+            "attention_mask",
+            mask.shape[1] != tokens,
+            f"of {errors.counted(tokens, 'token')}",
+            mask.shape[1],
+        )
         return _padded(query, key, value, mask.bool(), options)
     # Each sequence is one page.
     of = {"dtype": torch.int32, "device": query.device}

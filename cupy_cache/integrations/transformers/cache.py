@@ -113,7 +113,10 @@ class PagedCache(Cache):
             layer.length = 0
 
     def __repr__(self) -> str:
-        return f"<{NAME} of {len(self.rows)} sequences, {self._length} tokens each: {self.pages}>"
+        sequences = errors.counted(len(self.rows), "sequence")
+        return (
+            f"<{NAME} of {sequences}, {errors.counted(self._length, 'token')} each: {self.pages}>"
+        )
 
     def __reduce__(self) -> Any:
         if self.pages is not None:
@@ -206,7 +209,7 @@ class PagedCache(Cache):
         if layer.length == self._length and self._step is not None:
             return self._step  # another layer began it
         if layer.length != self._length + new:
-            expected = f"{self._length} tokens before this call"
+            expected = f"{errors.counted(self._length, 'token')} before this call"
             got = f"{layer.length - new} in layer {layer.index}"
             way_out = "if a call before has failed, reset() the cache, or crop() it"
             raise errors.wrong("order", f"{NAME}: layers", expected, got, way_out)

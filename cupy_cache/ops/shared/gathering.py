@@ -143,7 +143,8 @@ def check_sequences(op, sequences, table_rows, starts):
     contract.check_sequence_count(op, "block_table", table_rows)
     for name, got in (("block_table", table_rows), ("seq_starts", starts)):
         if got is not None and got < sequences:
-            raise errors.wrong("shape", f"{op}: {name}", f"rows for {sequences} sequences", got)
+            expected = f"rows for {errors.counted(sequences, 'sequence')}"
+            raise errors.wrong("shape", f"{op}: {name}", expected, got)
 
 
 def _check_layout(check, src, dst, layout, names):

@@ -352,8 +352,8 @@ class Plan:
         size = work.items * caches.item_bytes
         if size > room:
             expected = (
-                f"at least {size} bytes for {work.items} items of {caches.item_bytes} bytes in all "
-                "layers"
+                f"at least {errors.counted(size, 'byte')} for {errors.counted(work.items, 'item')} "
+                f"of {errors.counted(caches.item_bytes, 'byte')} in all layers"
             )
             raise errors.wrong("size", f"{self.op}: {self.buffer_name[0]}", expected, room)
         if not size or self.buffer.device.kind != self.device.kind:

@@ -132,13 +132,14 @@ def _count(op, called, has_axes, key_in_place, extents, options, scalars):
     rows = {"query": query, "out": out, "key": key if key_in_place else None}
     for role, extent in rows.items():
         if extent is not None and extent < tokens:
-            expected = f"at least {tokens} rows, as many as positions"
+            expected = f"at least {errors.counted(tokens, 'row')}, as many as positions"
             raise errors.wrong("shape", f"{op}: {called.get(role, role)}", expected, extent)
     if slots is not None:
         rows = {"positions": tokens, "key": key, "value": value}
         least = min(rows, key=rows.get)
         if slots > rows[least]:
-            expected = f"at most {rows[least]} slots, the rows of {called.get(least, least)}"
+            most = errors.counted(rows[least], "slot")
+            expected = f"at most {most}, the rows of {called.get(least, least)}"
             raise errors.wrong("shape", f"{op}: slot_mapping", expected, slots)
     return tokens, (tokens, slots or 0, axis_stride, *scalars, 0)
 

@@ -131,8 +131,11 @@ class Arguments:
             for role, array in (("key", self.key), ("value", self.value)) if self.cached else ():
                 expected = self.check.sizes["num_kv_heads"]
                 if array.shape[1] != expected:
-                    got = f"{list(self.given[role].shape)}, {array.shape[1]} heads"
-                    self.refuse("shape", role, f"{expected} heads like key_cache", got)
+                    got = (
+                        f"{list(self.given[role].shape)}, {errors.counted(array.shape[1], 'head')}"
+                    )
+                    expected = f"{errors.counted(expected, 'head')} like key_cache"
+                    self.refuse("shape", role, expected, got)
         if self.out is None:
             self.check.writable(names["query"], self.query, rows=True)
         if self.key is not None and self.key_in_place:
@@ -174,7 +177,7 @@ class Arguments:
             expected = f"an even rotary_dim in 2..{room}, the elements of a head from {self.offset}"
             self.refuse("shape", "cos_sin_cache", expected, list(table.shape))
         if self.sections is not None and sum(self.sections) != self.rotary // 2:
-            expected = f"three sections of {self.rotary // 2} pairs in all"
+            expected = f"three sections of {errors.counted(self.rotary // 2, 'pair')} in all"
             self.refuse("value", "mrope_section", expected, list(self.sections))
 
     def _check_norm(self):
@@ -204,6 +207,7 @@ class Arguments:
         self.check.dtype("out", self.out, *(fmt.storage or (self.query.dtype,)))
         if self.out.shape[1] != self.heads:
             got = list(self.given["out"].shape)
-            self.refuse("shape", "out", f"{self.heads} heads like {self.names['query']}", got)
+            expected = f"{errors.counted(self.heads, 'head')} like {self.names['query']}"
+            self.refuse("shape", "out", expected, got)
         self.check.writable("out", self.out, rows=True)
         self.steps["q_scale"] = self.check.head_scale("q_scale", self.q_scale, self.heads)
