@@ -16,7 +16,7 @@ import recording
 import worlds
 
 import cupy_cache as cc
-from cupy_cache.runtime import cuda, env, making, streams
+from cupy_cache.runtime import cuda, driver, env, making, streams
 
 BLOCKS, PLACES, BLOCK_SIZE = 12, 9, 4
 
@@ -162,10 +162,20 @@ def test_what_it_owns_is_freed_on_its_gpu(monkeypatch):
 
     monkeypatch.setattr(cuda, "_current", lambda: (lambda: gpu.current, None, None))
     monkeypatch.setattr(cuda, "on_device", on_device)
-    owned = cuda.freed_on_its_gpu(Owned)(5)
+    runtime = types.SimpleNamespace(
+        eventDisableTiming=2, eventCreateWithFlags=lambda flags: 7,
+        eventRecord=lambda event, stream: None,
+        eventDestroy=lambda event: freed.append((event, gpu.current)),
+    )  # fmt: skip
+    cupy = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
+    monkeypatch.setattr(cuda, "import_cupy", lambda why: cupy)
+    owned, event = cuda.freed_on_its_gpu(Owned)(5), driver.Event(0, 1)
     gpu.current = 0
-    del owned
-    assert freed == [(5, 1)] and gpu.current == 0
+    del owned, event
+    assert freed == [(5, 1), (7, 1)] and gpu.current == 0
+    ended = []
+    cuda.free_on(1, lambda: ended.append(gpu.current), is_finalizing=lambda: True)
+    assert not ended
 
 
 def test_memory_of_a_stream_leaves_no_context(monkeypatch):

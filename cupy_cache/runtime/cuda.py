@@ -251,11 +251,19 @@ def _current():
     return cuda.runtime.getDevice, cuda.driver.ctxGetCurrent, cuda.runtime.setDevice
 
 
+def free_on(index, free, is_finalizing=sys.is_finalizing):
+    """Call ``free``, which gives something of GPU ``index`` back to CUDA, with that GPU current:
+    on another one it would make a context, and whichever thread drops an object last frees it. At
+    the interpreter's end nothing is called: the process's memory goes anyway."""
+    if not is_finalizing():
+        with on_device(index):
+            free()
+
+
 @functools.cache
 def freed_on_its_gpu(kind):
-    """A class like CuPy's class ``kind``, whose objects are freed where they were made. Whichever
-    thread drops one last, CuPy frees it there, and on the GPU that is current that would make a
-    context."""
+    """A class like CuPy's class ``kind``, whose objects are freed on the GPU on which they were
+    made (`free_on`)."""
     current_device, *_ = _current()
 
     class OnItsGpu(kind):
@@ -263,11 +271,8 @@ def freed_on_its_gpu(kind):
             self._made_on = current_device()
             super().__init__(*given, **options)
 
-        def __del__(self, is_finalizing=sys.is_finalizing):
-            if is_finalizing():
-                return
-            with on_device(self._made_on):
-                super().__del__()
+        def __del__(self, free_on=free_on):
+            free_on(self._made_on, super().__del__)
 
     return OnItsGpu
 

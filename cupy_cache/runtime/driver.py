@@ -7,7 +7,6 @@ import ctypes
 import functools
 import operator
 import re
-import sys
 
 import numpy as np
 
@@ -388,9 +387,8 @@ class Event:
             self._runtime.eventRecord(self._event, stream)
 
     def __del__(self):
-        if self._event is not None and not sys.is_finalizing():
-            with cuda.on_device(self._device):
-                self._runtime.eventDestroy(self._event)
+        if self._event is not None:
+            cuda.free_on(self._device, functools.partial(self._runtime.eventDestroy, self._event))
 
     def done(self):
         """Whether the GPU has reached it."""
