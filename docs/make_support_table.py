@@ -19,7 +19,8 @@ from pathlib import Path
 
 import cupy_cache as cc
 from cupy_cache import errors
-from cupy_cache.compilation.specialisations import OPERATIONS, specialisations
+from cupy_cache.compilation.calls import OPERATIONS
+from cupy_cache.compilation.specialisations import specialisations
 from cupy_cache.runtime import formats
 
 ROOT = Path(__file__).resolve().parent.parent

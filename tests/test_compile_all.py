@@ -26,7 +26,8 @@ from machine_code import (
 
 from cupy_cache import errors
 from cupy_cache.attention import alibi_slopes as attention
-from cupy_cache.compilation.specialisations import OPERATIONS, specialisations
+from cupy_cache.compilation.calls import OPERATIONS
+from cupy_cache.compilation.specialisations import specialisations
 from cupy_cache.runtime import formats, modules, overlap, params
 
 pytest.importorskip("cupy")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import cupy_cache as cc
-from cupy_cache.compilation import model, specialisations
+from cupy_cache.compilation import calls, model, specialisations
 from cupy_cache.runtime import arrays, descriptions, formats
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +35,7 @@ def test_the_file_is_up_to_date(table):
 
 
 def test_every_operation_is_in_the_table(table):
-    missing = {op for op in specialisations.OPERATIONS if op in cc.__all__} - {*table.operations()}
+    missing = {op for op in calls.OPERATIONS if op in cc.__all__} - {*table.operations()}
     assert not missing, f"give {missing} a case in tests/cases.py"
     text = table.FILE.read_text(encoding="utf-8")
     missing = [op for op in table.operations() if f"`{op}`" not in text]
@@ -49,7 +49,7 @@ def test_every_operation_has_the_tests_that_it_names(table):
 
 
 class Memory:
-    """Gives the arrays that `specialisations` only describes real memory, full of random bytes, by
+    """Gives the arrays that the calls only describe real memory, full of random bytes, by
     NumPy or CuPy. Numbers of blocks, slots and the like count up."""
 
     SIZE = 600_000
@@ -129,16 +129,15 @@ def run_all(table, marked, monkeypatch, memory, dtypes_of):
     monkeypatch.setattr(arrays, "FRAMEWORKS", dict(arrays.FRAMEWORKS))
     arrays.register_framework("real", Real, framework)
     monkeypatch.setattr(descriptions, "Described", Real)
-    for module in (model, specialisations):
+    for module in (model, calls):
         monkeypatch.setattr(module, "BLOCKS", 8)
         monkeypatch.setattr(module, "ROWS", 2)
     keys = itertools.count()
     called = set()
 
     def run(call):
-        function, *arguments = call
         memory.forget()
-        function(*arguments)
+        call()
         called.add(current)
         assert memory.written(), f"nothing was written: {current}"
         cc.raise_faults()

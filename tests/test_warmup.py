@@ -16,8 +16,9 @@ from machine_code import CONVERTING
 
 import cupy_cache as cc
 from cupy_cache.attention import alibi_slopes as attention
+from cupy_cache.compilation.calls import OPERATIONS
 from cupy_cache.compilation.model import Rotation
-from cupy_cache.compilation.specialisations import OPERATIONS, specialisations
+from cupy_cache.compilation.specialisations import specialisations
 from cupy_cache.ops.shared import blocks
 from cupy_cache.runtime import arrays, driver, modules
 
@@ -250,7 +251,7 @@ def function_of(kernel):
 @pytest.mark.parametrize("op", sorted({name.partition("-")[0] for name in cases.CASES}))
 def test_every_operation_can_be_warmed(emulated_world, rng, op):
     """What its ordinary calls launch is among what it needs for the one or the other model."""
-    assert op in OPERATIONS, "write its calls in cupy_cache/compilation/specialisations.py"
+    assert op in OPERATIONS, "write its calls in cupy_cache/compilation/calls.py"
     size = 128 if op in ("paged_attention", "rotary_and_cache") else 576  # of latent attention
     warm = {
         function_of(kernel)

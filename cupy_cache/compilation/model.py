@@ -59,7 +59,7 @@ def rotation_of(given):
 
 class Model(NamedTuple):
     """The shapes and dtypes of a model's calls. Caches have the element type ``stored``; indices
-    have each type that ``indices`` lists for their role."""
+    have each type that ``index_dtypes`` lists for their role."""
 
     heads: int
     key_size: int
@@ -69,7 +69,7 @@ class Model(NamedTuple):
     kv_cache_dtype: str
     stored: formats.DType
     layouts: tuple
-    indices: dict
+    index_dtypes: dict
     query_heads: int
     rotation: Rotation
     alibi: bool  # whether attention has slopes
@@ -80,9 +80,9 @@ class Model(NamedTuple):
         """Whether each token and head has a scale in the caches."""
         return self.kv_cache_dtype not in (*formats.CACHE_FORMATS, formats.FP8_DS_MLA)
 
-    def numbers(self, role, *shape):
+    def indices(self, role, *shape):
         """Indices of this role, see `ENGINES`, one array of each type."""
-        return [described(shape, dtype) for dtype in self.indices[role]]
+        return [described(shape, dtype) for dtype in self.index_dtypes[role]]
 
     def tokens(self):
         """A step's keys and values."""
