@@ -135,20 +135,7 @@ def warmup(
         )
         if kernel.runs_on(capability) and kernel.shared_bytes <= shared_bytes
     ]  # fmt: skip
-    failed: list[CupyCacheError] = []
-    with _Progress(len(kernels), progress) as shown:
-        workers = max(1, min(len(kernels), os.cpu_count() or 1, MAX_WORKERS))
-        pool = concurrent.futures.ThreadPoolExecutor(workers, "cupy_cache warmup")
-        try:
-            futures = [pool.submit(_load, kernel, place.index) for kernel in kernels]
-            for future in concurrent.futures.as_completed(futures):
-                try:
-                    future.result()
-                except CupyCacheError as error:
-                    failed.append(error)
-                shown.step()
-        finally:
-            pool.shutdown(cancel_futures=True)
+    failed = _load_all(kernels, place.index, progress)
     for error in refused:
         logger.warning("warmup: left out: %s", error)
     if failed:
@@ -160,6 +147,25 @@ def warmup(
     if refused and ops is not None:
         raise refused[0]
     return len(kernels)
+
+
+def _load_all(kernels, device, progress):
+    """Load kernels in parallel; the errors of those that could not be."""
+    failed = []
+    with _Progress(len(kernels), progress) as shown:
+        workers = max(1, min(len(kernels), os.cpu_count() or 1, MAX_WORKERS))
+        pool = concurrent.futures.ThreadPoolExecutor(workers, "cupy_cache warmup")
+        try:
+            futures = [pool.submit(_load, kernel, device) for kernel in kernels]
+            for future in concurrent.futures.as_completed(futures):
+                try:
+                    future.result()
+                except CupyCacheError as error:
+                    failed.append(error)
+                shown.step()
+        finally:
+            pool.shutdown(cancel_futures=True)
+    return failed
 
 
 def _load(kernel, device):
