@@ -12,6 +12,7 @@ import inspect
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import attending
 import cases
@@ -701,6 +702,9 @@ def test_every_function_is_registered_or_has_a_reason():
     assert registered | NOT_REGISTERED.keys() == public
     assert not registered & NOT_REGISTERED.keys()
     assert all(NOT_REGISTERED.values())
+    page = (Path(__file__).parent.parent / "docs" / "compiled_code.md").read_text(encoding="utf-8")
+    (row,) = re.findall(r"^\| \*\*Which functions\*\* .*$", page, re.MULTILINE)
+    assert not [name for name in NOT_REGISTERED if f"`{name}`" not in row]
 
 
 def positional(parameter):
