@@ -121,15 +121,8 @@ def flash_attn_with_kvcache(
     """
     del rotary_interleaved, num_splits
     op = "flash_attn_with_kvcache"
-    for name, value in (("rotary_cos", rotary_cos), ("rotary_sin", rotary_sin)):
-        way_out = "rotate queries and keys before, with rotary_embedding"
-        _refuse(op, name, value is not None, "None", value, way_out)
-    _refuse(op, "cache_leftpad", cache_leftpad is not None, "None", cache_leftpad)
-    both = block_table is not None and cache_batch_idx is not None
-    _refuse(op, "cache_batch_idx", both, "None with a block_table", cache_batch_idx)
-    _refuse(op, "v", (k is None) != (v is None), "both k and v, or neither", v)
-    unknown = k is not None and cache_seqlens is None
-    _refuse(op, "cache_seqlens", unknown, "lengths where there is k", cache_seqlens)
+    rotary = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
+    _refuse_unserved(op, rotary, cache_leftpad, block_table, cache_batch_idx, k, v, cache_seqlens)
     return_softmax_lse = contract.flag(op, "return_softmax_lse", return_softmax_lse)
     one_length = isinstance(cache_seqlens, numbers.Integral)
     if one_length:
@@ -185,6 +178,21 @@ def flash_attn_with_kvcache(
     if lse is None:
         return out
     return out, lse.reshape(batch, length, lse.shape[1]).swapaxes(1, 2)
+
+
+def _refuse_unserved(
+    op, rotary, cache_leftpad, block_table, cache_batch_idx, k, v, cache_seqlens
+):  # fmt: skip
+    """Refuse arguments of `flash_attn_with_kvcache` that are not served, or not together."""
+    for name, value in rotary.items():
+        way_out = "rotate queries and keys before, with rotary_embedding"
+        _refuse(op, name, value is not None, "None", value, way_out)
+    _refuse(op, "cache_leftpad", cache_leftpad is not None, "None", cache_leftpad)
+    both = block_table is not None and cache_batch_idx is not None
+    _refuse(op, "cache_batch_idx", both, "None with a block_table", cache_batch_idx)
+    _refuse(op, "v", (k is None) != (v is None), "both k and v, or neither", v)
+    unknown = k is not None and cache_seqlens is None
+    _refuse(op, "cache_seqlens", unknown, "lengths where there is k", cache_seqlens)
 
 
 def _add(framework, k, v, k_cache, v_cache, table, lengths, block_size):

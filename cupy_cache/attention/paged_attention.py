@@ -415,7 +415,7 @@ def _key_layout(cache):
     else:
         slot, head, _ = strides
         pack_stride, pack = 0, cache.shape[3] * cache.dtype.bytes
-    vector = contract.vector_bytes(cache.ptr, *cache.strides[:-1], pack)
+    vector = contract.vector_bytes(*contract.row_starts(cache), pack)
     return _Caches(block, head, slot, pack_stride, pack, vector)
 
 
@@ -429,7 +429,7 @@ def _value_layout(cache, packed, block_size):
     else:
         block, head, slot, _ = cache.strides
         pack_stride, pack = 0, block_size * size
-    vector = contract.vector_bytes(cache.ptr, *cache.strides[:-1], pack, KEYS * size)
+    vector = contract.vector_bytes(*contract.row_starts(cache), pack, KEYS * size)
     return _Caches(block, head, slot, pack_stride, pack, vector, slots_adjacent=True)
 
 
@@ -620,46 +620,90 @@ def _memory(size, rows, stored, by_token):
     return made._replace(stages=stages)
 
 
-def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
-    _, causal, _, _, capped = options
-    size, query, out = check.sizes, named["query"], named["out"]
-    key_cache, value_cache, sinks = named["key_cache"], named["value_cache"], named["sinks"]
-    _check_on_gpu(check, query)
-    keys = _key_layout(key_cache)
-    values = _value_layout(value_cache, len(key_cache.shape) == 5, size["block_size"])
-    group = size["num_heads"] // size["num_kv_heads"]
+class _Shape(NamedTuple):
+    """What all kernels of a signature have in common.
+
+    keys, values : the caches.
+    units, memory : the work of a thread block, and its shared memory.
+    tall_tokens, slot_bytes : see `_Plan`.
+    """
+
+    keys: _Caches
+    values: _Caches
+    units: _Units
+    memory: _Memory
+    tall_tokens: int | None
+    slot_bytes: int
+
+
+def _shape(size, named, stored):
+    """The `_Shape`. ``size``: of the call's `contract.Contract`."""
+    key_cache = named["key_cache"]
     several, by_token = named["query_start_loc"] is not None, named["k_scale_cache"] is not None
+    group = size["num_heads"] // size["num_kv_heads"]
     units = _units(group, several, max(size["head_size"], size["head_size_v"]))
-    memory = _memory(size, units.rows, stored, by_token)
-    tall_tokens = _tall_tokens(size, units) if several else None
     # The results of a part: for each row float32 pairs of columns, a maximum and a sum.
     columns = launch.ceil_div(size["head_size_v"], 16) * 16 // 2
-    slot_bytes = launch.ceil_div(units.used_rows * (columns + 1) * 8, 16) * 16
-    constants = PARAMS.constants(
-        {
-            **_strides(named, keys, values, scale_strides),
-            "num_blocks": key_cache.shape[0],
-            "scratch_tag": plans.SCRATCH_TAG,
-            "tall_tokens": tall_tokens or 0,
-            "base_scale": base_scale,
-            "block_size": size["block_size"],
-            "kv_heads": size["num_kv_heads"],
-            "group": group,
-            "row_tokens": units.row_tokens,
-            "head_parts": units.head_parts,
-            "part_rows": units.part_rows,
-            "causal": causal,
-            "float_sinks": sinks is not None and sinks.dtype == formats.FLOAT32,
-            "key_pack": keys.pack,
-            "slot_bytes": slot_bytes,
-            "value_pack": values.pack,
-            "pairs_in": contract.vector_bytes(query.ptr, *query.strides[:2]) >= 4,
-            "pairs_out": contract.vector_bytes(out.ptr, *out.strides[:2]) >= 4,
-            "by_block_size": launch.divisor(size["block_size"]),
-            "by_heads": launch.divisor(size["num_kv_heads"] * units.head_parts),
-        }
+    return _Shape(
+        _key_layout(key_cache),
+        _value_layout(named["value_cache"], len(key_cache.shape) == 5, size["block_size"]),
+        units,
+        _memory(size, units.rows, stored, by_token),
+        _tall_tokens(size, units) if several else None,
+        launch.ceil_div(units.used_rows * (columns + 1) * 8, 16) * 16,
     )
-    device = out.device.index
+
+
+def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
+    _, causal, _, _, capped = options
+    size, out = check.sizes, named["out"]
+    _check_on_gpu(check, named["query"])
+    shape = _shape(size, named, stored)
+    constants = {
+        **_constants(size, named, shape, causal),
+        **_strides(named, shape.keys, shape.values, scale_strides),
+        "base_scale": base_scale,
+    }
+    launchers = _launchers(check, named, stored, shape, capped, PARAMS.constants(constants))
+    resident = 1 if size["head_size"] + size["head_size_v"] > LARGE_HEAD else 2
+    several, units = named["query_start_loc"] is not None, shape.units
+    return _Plan(
+        launchers, out.framework, size["num_kv_heads"] * units.head_parts,
+        units.row_tokens if several else None, shape.tall_tokens, size["block_size"], resident,
+        shape.slot_bytes,
+    )  # fmt: skip
+
+
+def _constants(size, named, shape, causal):
+    """The constant fields of `PARAMS`, by their names, but for `_strides` and the scale."""
+    query, out, sinks, units = named["query"], named["out"], named["sinks"], shape.units
+    return {
+        "num_blocks": named["key_cache"].shape[0],
+        "scratch_tag": plans.SCRATCH_TAG,
+        "tall_tokens": shape.tall_tokens or 0,
+        "block_size": size["block_size"],
+        "kv_heads": size["num_kv_heads"],
+        "group": size["num_heads"] // size["num_kv_heads"],
+        "row_tokens": units.row_tokens,
+        "head_parts": units.head_parts,
+        "part_rows": units.part_rows,
+        "causal": causal,
+        "float_sinks": sinks is not None and sinks.dtype == formats.FLOAT32,
+        "key_pack": shape.keys.pack,
+        "slot_bytes": shape.slot_bytes,
+        "value_pack": shape.values.pack,
+        "pairs_in": contract.vector_bytes(query.ptr, *query.strides[:2]) >= 4,
+        "pairs_out": contract.vector_bytes(out.ptr, *out.strides[:2]) >= 4,
+        "by_block_size": launch.divisor(size["block_size"]),
+        "by_heads": launch.divisor(size["num_kv_heads"] * units.head_parts),
+    }
+
+
+def _launchers(check, named, stored, shape, capped, constants):
+    """The launchers of a `_Plan`. ``capped``: whether there is a soft cap."""
+    size, (keys, values, units, memory, tall_tokens, _) = check.sizes, shape
+    several, by_token = named["query_start_loc"] is not None, named["k_scale_cache"] is not None
+    device = named["out"].device.index
     # Keys of a tile that are surely in one block.
     run = next(keys for keys in (KEYS, KEYS // 2, 1) if size["block_size"] % keys == 0)
     cached = spelling.element(stored)
@@ -675,7 +719,7 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         stages = memory.stages if teams == 1 else memory.stages_of_pairs
         shared = max(memory.with_stages(stages), memory.sent if cluster > 1 else 0)
         arguments = (
-            spelling.element(query.dtype), cached,
+            spelling.element(named["query"].dtype), cached,
             size["head_size"], size["head_size_v"], keys.vector, values.vector, units.rows,
             memory.turned, run, *flags, stages, shared, cluster, tall, teams,
             spelling.indices(*indices),
@@ -698,12 +742,7 @@ def _gpu_plan(check, named, stored, options, scale_strides, base_scale):
         launchers["shared"] = launcher(0)
         if run > 1 and _pairs_are_quicker(size, stored, keys, values, units, memory, device):
             launchers["paired"] = launcher(1, teams=2)
-    resident = 1 if size["head_size"] + size["head_size_v"] > LARGE_HEAD else 2
-    return _Plan(
-        launchers, out.framework, size["num_kv_heads"] * units.head_parts,
-        units.row_tokens if several else None, tall_tokens, size["block_size"], resident,
-        slot_bytes,
-    )  # fmt: skip
+    return launchers
 
 
 def _check_on_gpu(check, query):

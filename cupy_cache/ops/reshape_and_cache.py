@@ -105,8 +105,7 @@ def _plan(op, described, options):
     check.x_packed_caches(key_cache, value_cache, interleaved)
     check.shape("slot_mapping", slot_mapping, "_")
     stored = check.writes({a.name: x for a, x in zip(op.args[:5], described)}, fmt)
-    size = check.sizes
-    heads = size["num_kv_heads"]
+    heads = check.sizes["num_kv_heads"]
     scale_steps = (
         check.head_scale("k_scale", k_scale, heads),
         check.head_scale("v_scale", v_scale, heads),
@@ -116,7 +115,14 @@ def _plan(op, described, options):
         run = functools.partial(cpu.reshape_and_cache, source=key.dtype, stored=stored)
         bits = [arg.name for arg in op.args[:4]]
         return plans.NumPyPlan(run, op.args, described, bits)
+    return _gpu_plan(op, check.sizes, described, interleaved, stored, scale_steps)
 
+
+def _gpu_plan(op, size, described, interleaved, stored, scale_steps):
+    """The plan of the kernel. ``stored``: the type that elements are converted to, or None.
+    ``scale_steps``: the bytes from one head's scale to the next, of keys and of values."""
+    key, value, key_cache, value_cache, slot_mapping, *_ = described
+    heads = size["num_kv_heads"]
     element = key_cache.dtype.bytes
     ratio = key.dtype.bytes // element
     key_bytes, value_bytes = size["head_size"] * element, size["head_size_v"] * element

@@ -135,10 +135,9 @@ def _plan(op, described, options):
     key_bytes, value_bytes = (width * element for _, width in rows)
     vector = contract.converting_vector_bytes(
         key.dtype.bytes // element,
-        [n for a in (key, value) for n in (a.ptr, *a.strides[:-1])],
-        [key_bytes, value_bytes,
-         *(n for a in (key_cache, value_cache) for n in (a.ptr, *a.strides[:-1]))],
-    )  # fmt: skip
+        contract.row_starts(key, value),
+        (key_bytes, value_bytes, *contract.row_starts(key_cache, value_cache)),
+    )
     kernel = modules.Kernel(
         op.name,
         op.name,

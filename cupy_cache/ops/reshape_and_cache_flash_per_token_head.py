@@ -120,8 +120,8 @@ def _plan(op, described, options):
 
     vector = contract.converting_vector_bytes(
         key.dtype.bytes,
-        [n for a in (key, value) for n in (a.ptr, *a.strides[:-1])],
-        [*sizes, *(n for a in (key_cache, value_cache) for n in (a.ptr, *a.strides[:-1]))],
+        contract.row_starts(key, value),
+        (*sizes, *contract.row_starts(key_cache, value_cache)),
     )
     lanes = launch.lanes(max(sizes) // vector)
     heads = size["num_kv_heads"]

@@ -403,6 +403,12 @@ def vector_bytes(*numbers):
     return math.gcd(16, *numbers)
 
 
+def row_starts(*arrays):
+    """The addresses of arrays, and their strides down to rows of elements without gaps: what
+    `vector_bytes` must divide."""
+    return [number for array in arrays for number in (array.ptr, *array.strides[:-1])]
+
+
 def converting_vector_bytes(ratio, source_numbers, destination_numbers):
     """`vector_bytes` of a destination whose bytes are each made of ``ratio`` source bytes, read in
     vectors of up to 16 bytes. ``ratio`` may be a fraction (1/2: one byte makes two)."""

@@ -70,8 +70,8 @@ def entry_kernel(op, caches, kv_c, k_pe, kv_cache, stored, slots, params_struct)
     sources = [a for a in (kv_c, k_pe) if a.shape[-1]]
     vector = contract.converting_vector_bytes(
         kv_c.dtype.bytes // size,
-        [n for a in sources for n in (a.ptr, *a.strides[:-1])],
-        (latent, rope, kv_cache.ptr, *kv_cache.strides[:-1]),
+        contract.row_starts(*sources),
+        (latent, rope, *contract.row_starts(kv_cache)),
     )
     converter = spelling.quantiser(kv_c.dtype, stored, vector)
     kernel = modules.Kernel(
