@@ -40,6 +40,7 @@ KERNELS, PACKAGE = "kernels_cu", "cupy_cache"
 NOT_MUTATED = (
     f"{PACKAGE}/cli/", f"{PACKAGE}/_version.py", f"{PACKAGE}/__main__.py",
     f"{PACKAGE}/runtime/driver.py", f"{PACKAGE}/runtime/cuda.py",
+    f"{PACKAGE}/runtime/allocations.py",
 )  # fmt: skip
 
 

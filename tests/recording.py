@@ -6,7 +6,7 @@ import contextlib
 
 import numpy as np
 
-from cupy_cache.runtime import arrays, cuda, devices, driver, launch, streams
+from cupy_cache.runtime import allocations, arrays, devices, driver, launch, streams
 
 STREAM = 77  # every framework's current one
 
@@ -84,7 +84,7 @@ class Recorder:
         """The piece of pinned memory at an address: all of it is one, or ``pinned`` are."""
         for begin, end in self.pinned:
             if begin <= address < end:
-                return cuda.Allocation(begin, end, devices.CPU, 0)
+                return allocations.Allocation(begin, end, devices.CPU, 0)
         return None
 
     def copy(self, destination, source, size, stream, device):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 import cupy_cache as cc
-from cupy_cache.runtime import arrays, cuda, making, streams
+from cupy_cache.runtime import allocations, arrays, making, streams
 
 
 def tables_of(num_blocks=8, block_size=4, **options):
@@ -842,7 +842,7 @@ def test_an_upload_is_one_copy(recorder, monkeypatch):
     memory, copies, kept = torch.zeros(10_000, dtype=torch.uint8), [], []
     monkeypatch.setattr(making, "home", lambda *a: ("torch", arrays.Device("cuda", 0)))
     monkeypatch.setattr(making, "empty", lambda *a: memory)
-    monkeypatch.setattr(cuda, "pinned", lambda size: np.zeros(size, np.uint8))
+    monkeypatch.setattr(allocations, "pinned", lambda size: np.zeros(size, np.uint8))
     monkeypatch.setattr(streams, "keep_until_done", lambda *where: kept.append(where))
     monkeypatch.setattr(recorder, "copy", lambda *what: copies.append(what))
     tables = tables_of(framework="torch", device="cuda")

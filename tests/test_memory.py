@@ -17,7 +17,7 @@ import worlds
 
 import cupy_cache as cc
 from cupy_cache.compilation import specialisations
-from cupy_cache.runtime import arrays, cuda, devices, dispatch, dlpack, formats
+from cupy_cache.runtime import allocations, arrays, devices, dispatch, dlpack, formats
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
@@ -1084,7 +1084,7 @@ def test_ranges_over_the_edges_of_pinned_memory(torch, recorder, monkeypatch, to
 
     def allocation(address):
         if gpu <= address < gpu + 256:
-            return cuda.Allocation(gpu, gpu + 256, devices.Device("cuda", 0), 0)
+            return allocations.Allocation(gpu, gpu + 256, devices.Device("cuda", 0), 0)
         return of_host(address)
 
     monkeypatch.setattr(recorder, "allocation", allocation)

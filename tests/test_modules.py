@@ -267,7 +267,7 @@ class GPUs:
 def gpus(monkeypatch):
     made = GPUs()
     monkeypatch.setattr(cuda, "_current", made.current)
-    monkeypatch.setattr(cuda, "_library", lambda: made)
+    monkeypatch.setattr(cuda, "library", lambda: made)
     cuda._primary_context.cache_clear()
     yield made
     cuda._primary_context.cache_clear()

@@ -183,7 +183,7 @@ def test_what_the_driver_tells(
         return 0
 
     library = types.SimpleNamespace(cuPointerGetAttributes=attributes)
-    monkeypatch.setattr(cuda, "_library", lambda: library)
+    monkeypatch.setattr(cuda, "library", lambda: library)
     monkeypatch.setattr(cuda, "in_a_context", contextlib.nullcontext)
     assert driver.CudaDriver().allocation(5000) == expected
     library.cuPointerGetAttributes = lambda *a: 201

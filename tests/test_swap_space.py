@@ -16,7 +16,7 @@ import recording
 import worlds
 
 import cupy_cache as cc
-from cupy_cache.runtime import cuda, driver, env, making, streams
+from cupy_cache.runtime import allocations, cuda, driver, env, making, streams
 
 BLOCKS, PLACES, BLOCK_SIZE = 12, 9, 4
 
@@ -233,7 +233,7 @@ def test_what_cuda_is_told(nothing_remembered, recorder, monkeypatch):
     recorder.event = lambda *given: events.append(given) or recorder.event_made
     recorder.capturing = lambda stream, device: (stream, device) in captured
     monkeypatch.setattr(cuda, "on_device", contextlib.nullcontext)
-    monkeypatch.setattr(cuda, "pinned_zeros", pinned_zeros)
+    monkeypatch.setattr(allocations, "pinned_zeros", pinned_zeros)
     monkeypatch.setattr(making, "empty", empty)
     monkeypatch.setattr(making, "empty_of_stream", empty)
     monkeypatch.setattr(streams, "keep_until_done", lambda *given: kept.append(given))

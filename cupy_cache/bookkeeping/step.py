@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import errors
 from ..errors import CaptureError
-from ..runtime import arrays, cuda, driver, formats, making, streams
+from ..runtime import allocations, arrays, driver, formats, making, streams
 
 MAX_KNOWN = 256  # pairs of (sequences, tokens) whose views are remembered
 ALIGNMENT = 16
@@ -141,7 +141,7 @@ class Buffers:
                 f"{self._op} on {self.device}: a graph that is captured would upload the same "
                 "numbers at every replay; call it before the capture and before each replay"
             )
-        pinned = cuda.pinned(size)
+        pinned = allocations.pinned(size)
         return views, _parts(pinned, layout), (stream, pinned)
 
     def _new(self, sequences, tokens):

@@ -16,6 +16,7 @@ from .. import errors
 from ..errors import CaptureError, CopyError
 from ..ops.shared import mappings
 from ..runtime import (
+    allocations,
     arrays,
     contract,
     cuda,
@@ -331,7 +332,7 @@ class _CopyEngines:
 
     def zeros(self, shape):
         with cuda.on_device(self._device):
-            return cuda.pinned_zeros(shape, np.dtype(np.uint8))
+            return allocations.pinned_zeros(shape, np.dtype(np.uint8))
 
     def copy(self, destination, source, size):
         driver.active.copy(destination, source, size, self.stream, self._device)

@@ -25,6 +25,7 @@ dlpack.py : reading arrays through DLPack and ``__cuda_array_interface__``.
 driver.py : what is asked of CUDA: loads, launches, copies, events.
 overlap.py : launches that begin before earlier work is done.
 modules.py : from a ``.cu`` file to a loaded kernel.
+allocations.py : pinned host memory, and what CUDA knows of an address.
 cuda.py : CuPy, imported late, and calls of the driver that it lacks.
 log.py : the logger.
 tracing.py : keeps torch.compile out.

@@ -5,18 +5,12 @@
 import contextlib
 import ctypes
 import functools
-import math
 import os
 import re
-import struct
 import sys
-from typing import NamedTuple
-
-import numpy as np
 
 from ..errors import KernelError, MissingDependencyError
 from . import env
-from .devices import CPU, Device
 
 CUPY_NEEDED = "14.2"  # the first whose disk cache serves name expressions
 OLDEST, NEWEST = 12, 13  # CUDA versions of the package's extras, cuda12x and cuda13x
@@ -167,14 +161,15 @@ def load_library():
 
 
 @functools.cache
-def _library():
+def library():
     """The driver's library, initialised."""
     library = load_library()
-    _check(library.cuInit(0), "cuInit")
+    check(library.cuInit(0), "cuInit")
     return library
 
 
-def _check(status, what):
+def check(status, what):
+    """Raise where the driver's call ``what`` returned an error."""
     if status:
         raise KernelError(f"{what} failed: CUDA error {status}")
 
@@ -184,17 +179,17 @@ def capture_of(stream):
     status, number = ctypes.c_int(), ctypes.c_uint64()
     found = ctypes.byref(status), ctypes.byref(number), None, None, None
     name = "cuStreamGetCaptureInfo_v2"
-    _check(getattr(_library(), name)(ctypes.c_void_p(stream), *found), name)
+    check(getattr(library(), name)(ctypes.c_void_p(stream), *found), name)
     return number.value if status.value else 0
 
 
 @functools.cache
 def _primary_context(index):
     """The context of GPU ``index`` that all frameworks share."""
-    library, device, context = _library(), ctypes.c_int(), ctypes.c_void_p()
-    _check(library.cuDeviceGet(ctypes.byref(device), index), f"cuDeviceGet({index})")
-    status = library.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
-    _check(status, f"cuDevicePrimaryCtxRetain({index})")
+    driver, device, context = library(), ctypes.c_int(), ctypes.c_void_p()
+    check(driver.cuDeviceGet(ctypes.byref(device), index), f"cuDeviceGet({index})")
+    status = driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device)
+    check(status, f"cuDevicePrimaryCtxRetain({index})")
     return context
 
 
@@ -237,11 +232,11 @@ class _Pushed:
         self._index = index
 
     def __enter__(self):
-        _check(_library().cuCtxPushCurrent_v2(_primary_context(self._index)), "cuCtxPushCurrent")
+        check(library().cuCtxPushCurrent_v2(_primary_context(self._index)), "cuCtxPushCurrent")
 
     def __exit__(self, *error):
         popped = ctypes.c_void_p()
-        _check(_library().cuCtxPopCurrent_v2(ctypes.byref(popped)), "cuCtxPopCurrent")
+        check(library().cuCtxPopCurrent_v2(ctypes.byref(popped)), "cuCtxPopCurrent")
 
 
 @functools.cache
@@ -277,35 +272,16 @@ def freed_on_its_gpu(kind):
     return OnItsGpu
 
 
-def pinned(size):
-    """``size`` bytes of CuPy's pool of pinned memory, as a NumPy array. They go back to the pool
-    when the array is dropped."""
-    memory = import_cupy("pinned host memory").cuda.alloc_pinned_memory(size)
-    return np.frombuffer(memory, np.uint8, size)
-
-
-def pinned_zeros(shape, dtype):
-    """A NumPy array of zeros in pinned memory, allocated at its size: CuPy's pool would round that
-    up to a power of two."""
-    cuda, size = import_cupy("pinned host memory").cuda, math.prod(shape) * dtype.itemsize
-    if not size:
-        return np.zeros(shape, dtype)
-    memory = cuda.PinnedMemoryPointer(freed_on_its_gpu(cuda.PinnedMemory)(size), 0)
-    array = np.frombuffer(memory, np.uint8, size)
-    array[...] = 0
-    return array.view(dtype).reshape(shape)
-
-
 @contextlib.contextmanager
 def during_captures():
     """A context manager: inside, this thread may make calls that a capture in any thread would
     otherwise forbid."""
     mode = ctypes.c_int(2)  # CU_STREAM_CAPTURE_MODE_RELAXED
-    _library().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+    library().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
     try:
         yield
     finally:
-        _library().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
+        library().cuThreadExchangeStreamCaptureMode(ctypes.byref(mode))
 
 
 def in_a_context():
@@ -321,81 +297,9 @@ def in_a_context():
 
 def _has_context(index):
     """Whether GPU ``index`` has the context that all frameworks share."""
-    library, device = _library(), ctypes.c_int()
+    driver, device = library(), ctypes.c_int()
     flags, active = ctypes.c_uint(), ctypes.c_int()
-    _check(library.cuDeviceGet(ctypes.byref(device), index), f"cuDeviceGet({index})")
-    status = library.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active))
-    _check(status, f"cuDevicePrimaryCtxGetState({index})")
+    check(driver.cuDeviceGet(ctypes.byref(device), index), f"cuDeviceGet({index})")
+    status = driver.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(active))
+    check(status, f"cuDevicePrimaryCtxGetState({index})")
     return bool(active.value)
-
-
-def allocation_at(address):
-    """The `Allocation` that holds ``address``; None where CUDA knows of none."""
-    try:
-        found = _free.pop()  # another thread must not fill the same
-    except IndexError:
-        found = _PointerAttributes()
-    with in_a_context():
-        status = _library().cuPointerGetAttributes(
-            len(found.IDS), found.IDS, found.places, ctypes.c_uint64(address)
-        )
-    if status:
-        _check(status, f"asking for what is at {address:#x}")
-    allocation = found.allocation(address)
-    _free.append(found)
-    return allocation
-
-
-_free: list = []
-
-
-class Allocation(NamedTuple):
-    """Memory that CUDA knows, ``start <= address < end``: on a GPU, or pinned where ``device`` is
-    the CPU. A GPU reaches it at the address plus ``shift``. Where CUDA does not know its size, both
-    ends are the address in question."""
-
-    start: int
-    end: int
-    device: Device
-    shift: int
-
-
-class _PointerAttributes(ctypes.Structure):
-    """The results of ``cuPointerGetAttributes``, by the numbers of ``CUpointer_attribute``. No
-    binding of CuPy's gives the end of an allocation."""
-
-    _fields_ = [
-        ("memory_type", ctypes.c_uint32),
-        ("ordinal", ctypes.c_int32),
-        ("device_pointer", ctypes.c_uint64),
-        ("start", ctypes.c_uint64),
-        ("size", ctypes.c_size_t),
-    ]
-    IDS = (ctypes.c_int * 5)(2, 9, 3, 11, 12)
-    _HOST = 1
-    _UNPACK = struct.Struct("=IiQQQ").unpack_from
-
-    def __init__(self):
-        super().__init__()
-        at = ctypes.addressof(self)
-        # The fields' addresses, in the order of the numbers: made once, which takes a microsecond.
-        self.places = _FivePointers(*[at + offset for offset in _OFFSETS])
-
-    def allocation(self, address):
-        """The `Allocation`, if there is one."""
-        # Each field by its name would take as long as asking.
-        memory_type, ordinal, device_pointer, start, size = self._UNPACK(self)
-        end = start + size
-        if not start <= address < end:
-            start = end = address
-        if memory_type == self._HOST and device_pointer:
-            return Allocation(start, end, CPU, device_pointer - address)
-        if memory_type in (0, self._HOST):
-            return None
-        return Allocation(start, end, Device("cuda", ordinal), 0)
-
-
-_FivePointers = ctypes.c_void_p * 5
-_OFFSETS = tuple(
-    getattr(_PointerAttributes, name).offset for name, _ in _PointerAttributes._fields_
-)

@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import errors
 from ..errors import CaptureError, DeviceError, KernelError, MissingDependencyError
-from . import cuda, locks, modules, overlap
+from . import allocations, cuda, locks, modules, overlap
 from .devices import CPU, Device
 
 # The default stream that waits for all others. It is never captured.
@@ -209,8 +209,8 @@ class CudaDriver:
             return runtime.pointerGetAttributes(address).device
 
     def allocation(self, address):
-        """The `cuda.Allocation` that holds ``address``; None where CUDA knows of none."""
-        return cuda.allocation_at(address)
+        """The `allocations.Allocation` that holds ``address``; None where CUDA knows of none."""
+        return allocations.at(address)
 
     # --- streams
 

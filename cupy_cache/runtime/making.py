@@ -10,7 +10,7 @@ import numpy as np
 
 from .. import errors
 from ..errors import DeviceError, MissingDependencyError
-from . import arrays, cuda, devices, driver, streams
+from . import allocations, arrays, cuda, devices, driver, streams
 
 HOST_ALIGNMENT = 64  # of NumPy's zeros: without it JAX makes no view of memory on the CPU
 
@@ -114,7 +114,7 @@ def zeros(framework, device, shape, dtype, pinned=False):
         dtype = getattr(torch, dtype.name)
         return torch.zeros(shape, dtype=dtype, device=str(device), pin_memory=pinned)
     if pinned:
-        return cuda.pinned_zeros(shape, dtype.numpy)
+        return allocations.pinned_zeros(shape, dtype.numpy)
     if device.kind == "cpu":
         size = math.prod(shape) * dtype.bytes
         memory = np.zeros(size + HOST_ALIGNMENT, np.uint8)

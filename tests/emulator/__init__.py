@@ -31,7 +31,16 @@ from typing import NamedTuple
 import numpy as np
 import worlds
 
-from cupy_cache.runtime import arrays, cuda, devices, dispatch, driver, formats, launch, modules
+from cupy_cache.runtime import (
+    allocations,
+    arrays,
+    devices,
+    dispatch,
+    driver,
+    formats,
+    launch,
+    modules,
+)
 
 from . import ptx
 
@@ -539,7 +548,7 @@ class EmulatedDriver:
         for storage in memory().storages():
             if storage.holds(address, 1):
                 device = devices.CPU if storage in self.pinned else devices.Device("cuda", 0)
-                return cuda.Allocation(storage.ptr, storage.ptr + storage.nbytes, device, 0)
+                return allocations.Allocation(storage.ptr, storage.ptr + storage.nbytes, device, 0)
         return None
 
     def take_faults(self, device=None, stream=None):
