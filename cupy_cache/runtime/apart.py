@@ -78,14 +78,14 @@ class Apart:
             if not op.args[index].varies and 0 not in array.shape
         }
         varying = [index for index in given if op.args[index].varies]
-        self._places = sorted((*self._layouts, *varying))
-        self.needed = len(self._places) > 1 or any(op.args[i].layers for i in self._places)
+        self._written = sorted((*self._layouts, *varying))
+        self.needed = len(self._written) > 1 or any(op.args[i].layers for i in self._written)
         self._known = set()
 
     def check(self, values, shapes=None, strides=None):
         """Refuse addresses, the ``values`` of a call, at which arrays share memory. ``shapes`` and
         ``strides``, in bytes: of each argument, where they vary."""
-        addresses = tuple([values[index] for index in self._places])
+        addresses = tuple([values[index] for index in self._written])
         if addresses in self._known:
             return
         placed = list(self._placed(addresses, shapes, strides))
@@ -98,7 +98,7 @@ class Apart:
             self._known.add(addresses)
 
     def _placed(self, addresses, shapes, strides):
-        for index, given in zip(self._places, addresses):
+        for index, given in zip(self._written, addresses):
             layout = self._layouts.get(index)
             if layout is None:
                 if 0 in shapes[index]:

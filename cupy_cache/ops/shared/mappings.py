@@ -160,8 +160,8 @@ def check_apart(op, chosen, source, destination, sources, destinations):
     pairs = chosen.numbers.T
     of, to = np.array(sources)[:, None], np.array(destinations)
     near = (to + to_low < of + from_high) & (of + from_low < to + to_high)
-    reads, read_size = _places(source, pairs[0])
-    writes, write_size = _places(destination, pairs[1])
+    reads, read_size = _spans(source, pairs[0])
+    writes, write_size = _spans(destination, pairs[1])
     for layer in np.flatnonzero(near.any(axis=1)):
         others = to[near[layer]]
         if alike and (others == of[layer]).any():
@@ -180,7 +180,7 @@ def check_apart(op, chosen, source, destination, sources, destinations):
             raise errors.wrong("value", f"{op}: block_mapping", expected, got)
 
 
-def _places(array, numbers):
-    """Where blocks lie from the address of ``array`` on, and how many bytes one spans."""
+def _spans(array, numbers):
+    """The offsets of blocks from the address of ``array``, and how many bytes one spans."""
     low, high = array.row_span
     return numbers * array.strides[0] + low, high - low

@@ -169,8 +169,8 @@ def check_tokens(check, name, cache, way_out=""):
         raise errors.wrong("shape", f"{check.op}: {name}", expected, list(cache.shape), way_out)
 
 
-class Places(NamedTuple):
-    """Where items are in a buffer: for each tensor the address of item 0 of layer 0, and the bytes
+class Packed(NamedTuple):
+    """Items in a buffer: for each tensor the address of item 0 of layer 0, and the bytes
     from layer to layer. The bytes from item to item are the ``strides`` of `_Caches`."""
 
     starts: tuple
@@ -181,7 +181,7 @@ class Places(NamedTuple):
         return [s + layer * self.layer + item * stride for s, stride in zip(self.starts, strides)]
 
 
-_NO_BUFFER = Places((0, 0), 0)
+_NO_BUFFER = Packed((0, 0), 0)
 
 
 # --- the plan -------------------------------------------------------------------------------------
@@ -344,7 +344,7 @@ class Plan:
                 self._run_staged(work, address)
                 return
             address += mapped.shift
-        self._enqueue(work, caches.pointers, work.places(address, items), 0, items)
+        self._enqueue(work, caches.pointers, work.packed_at(address, items), 0, items)
 
     def _check_room(self, address, rows, work):
         """Require room for all items in the buffer, and none of the caches' bytes in it."""
@@ -369,15 +369,15 @@ class Plan:
                         "memory", f"{self.op}: {self.buffer_name[0]}", "memory of its own", got
                     )
 
-    def _enqueue(self, work, tables, places, begin, end):
-        """Launch for items ``begin`` to ``end`` of the list. ``places``: of item ``begin``."""
+    def _enqueue(self, work, tables, packed, begin, end):
+        """Launch for items ``begin`` to ``end`` of the list, which are ``packed`` or to be."""
         strides, words = work.caches.strides, work.words()
         for table in tables:
             room = self._most_items
             if words is not None:
                 room = min(room, 2 * table.room)  # 32 bits each
             for first in range(begin, end, room):
-                packed = places.of_layer(table.first, first - begin, strides)
+                starts = packed.of_layer(table.first, first - begin, strides)
                 items = min(room, end - first)
                 index, stride, tail = 0, 0, table.pointers
                 if words is not None:
@@ -385,7 +385,7 @@ class Plan:
                 else:
                     stride = self.chosen.strides[0]
                     index = work.chosen + first * stride
-                values = (*packed, index, stride, items, first, places.layer, *strides)
+                values = (*starts, index, stride, items, first, packed.layer, *strides)
                 self._launches.enqueue((items, table.layers), work.stream, values, tail)
 
     def _launch_for(self, items, layers):
@@ -405,7 +405,7 @@ class Plan:
             self.op, self.buffer_name[0],
         )  # fmt: skip
         count, tensors, strides = work.items, len(self.sizes), work.caches.strides
-        host = work.places(buffer, count)
+        host = work.packed_at(buffer, count)
         pieces = list(work.pieces())
         largest = max(layers * items * self.layer_bytes for _, layers, _, items in pieces)
         device, stream = self.device.index, work.stream
@@ -417,7 +417,7 @@ class Plan:
             for layer, layers, first, items in pieces:
                 part = work.caches.addresses[layer * tensors : (layer + layers) * tensors]
                 part = blocks.pointer_tables(part, tensors)
-                staged = work.places(address, items)
+                staged = work.packed_at(address, items)
                 outside = host.of_layer(layer, first, strides)
                 if self.page_first or items == count:  # one stretch of the buffer
                     spans = [(outside[0], address, layers * items * self.layer_bytes)]
@@ -440,24 +440,24 @@ class Plan:
             rows = np.flatnonzero(chosen >= 0)
         kept = chosen[rows]
         index = np.divmod(kept, self.block_size) if self.by_slot else (kept,)
-        places = work.places(buffer[0], work.items) if buffer else None
+        packed = work.packed_at(buffer[0], work.items) if buffer else None
         for at, address in enumerate(work.caches.addresses):
             layer, t = divmod(at, len(self.sizes))
             tensor = self.tensors[t]
             cache = arrays.as_numpy(address, tensor.shape, tensor.strides, tensor.dtype.bits)
-            if places is None:
+            if packed is None:
                 cache[index] = 0
                 continue
-            packed = arrays.as_numpy(
-                places.of_layer(layer)[t],
+            items = arrays.as_numpy(
+                packed.of_layer(layer)[t],
                 (work.items, *tensor.shape[1 + self.by_slot :]),
                 (work.caches.strides[t], *_dense_strides(tensor, 1 + self.by_slot)),
                 tensor.dtype.bits,
             )
             if self.direction is PACK:
-                packed[rows] = cache[index]
+                items[rows] = cache[index]
             else:
-                cache[index] = packed[rows]
+                cache[index] = items[rows]
 
 
 class _Caches(NamedTuple):
@@ -504,12 +504,12 @@ class _Work(NamedTuple):
         numbers = self.chosen.numbers
         return (np.maximum(numbers, -1) if self.plan.by_slot else numbers).astype("<i4").tobytes()
 
-    def places(self, address, count):
-        """The `Places` of ``count`` items in a buffer at ``address``."""
+    def packed_at(self, address, count):
+        """`Packed` items, ``count`` of them, in a buffer at ``address``."""
         first, layer = self.plan.sizes[0], self.plan.layer_bytes
         if self.plan.page_first:
-            return Places((address, address + first), layer)
-        return Places((address, address + count * first), count * layer)
+            return Packed((address, address + first), layer)
+        return Packed((address, address + count * first), count * layer)
 
     def pieces(self):
         """Cut the work into parts of at most `STAGE_BYTES`, or of one item of one layer if that is
