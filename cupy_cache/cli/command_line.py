@@ -3,8 +3,8 @@
 """The command line: ``python -m cupy_cache``, or ``cupy-cache`` once installed.
 
 Exit codes: 0 all is well, 1 the demo found a difference, 2 the command could not be run as given,
-or its output not be written, 3 it failed in a way that nobody foresaw, 141 the reader of the output
-has gone.
+or its output not be written, 3 it failed in a way that nobody foresaw, 130 it was interrupted,
+141 the reader of the output has gone.
 """
 
 import argparse
@@ -132,7 +132,8 @@ def _parser():
         prog="cupy-cache",
         description="Paged key/value cache operations for any framework's arrays.",
         epilog="exit codes: 0 all is well; 1 a difference was found; 2 the command cannot be run, "
-        "or its output not be written; 3 it failed; 141 the reader of the output has gone",
+        "or its output not be written; 3 it failed; 130 it was interrupted; 141 the reader of the "
+        "output has gone",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
