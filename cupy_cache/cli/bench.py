@@ -7,6 +7,7 @@ On a GPU: the calls of a round are one captured graph, replayed between two even
 slots in turn. On the CPU: the fastest of `ROUNDS` batches. Either takes well under a minute.
 """
 
+import itertools
 import statistics
 import time
 from typing import NamedTuple
@@ -69,75 +70,88 @@ def measure(gpu, told):
 
 
 def _cases(xp, size):
-    rng = np.random.default_rng(0)
-    where = {"framework": xp.__name__, "device": "cpu" if xp is np else None}
-    shape = size.layers, size.blocks, BLOCK_SIZE, HEADS, HEAD_SIZE
-    cache = cc.PagedKVCache.allocate(*shape, dtype="float16", **where)
-    quantised = cc.PagedKVCache.allocate(
-        *shape, dtype="float16", kv_cache_dtype="fp8", k_scales=0.5, v_scales=0.5, **where
-    )
-    latent = cc.PagedKVCache.allocate(
-        size.layers, size.blocks, BLOCK_SIZE, 1, ENTRY, dtype="float16", layout="rows", **where
-    )
-    slots_in_all, row = size.blocks * BLOCK_SIZE, HEADS * HEAD_SIZE * ELEMENT
-    copy = _copies(xp)
+    given = _Given(xp, size)
+    return itertools.chain(_writes(given), _reads(given), _moves(given), _attention(given))
 
-    def random(*shape):
-        return xp.asarray(rng.standard_normal(shape, dtype=np.float32).astype(np.float16))
 
-    def slots(count):
-        return xp.asarray(rng.permutation(slots_in_all)[:count])
+class _Given:
+    """The caches and the random numbers of all cases."""
 
-    def in_turn(make):
-        return [make(turn % size.layers) for turn in range(IN_TURN)]
+    def __init__(self, xp, size):
+        self.xp, self.size, self.rng = xp, size, np.random.default_rng(0)
+        where = {"framework": xp.__name__, "device": "cpu" if xp is np else None}
+        shape = size.layers, size.blocks, BLOCK_SIZE, HEADS, HEAD_SIZE
+        self.cache = cc.PagedKVCache.allocate(*shape, dtype="float16", **where)
+        self.quantised = cc.PagedKVCache.allocate(
+            *shape, dtype="float16", kv_cache_dtype="fp8", k_scales=0.5, v_scales=0.5, **where
+        )
+        self.latent = cc.PagedKVCache.allocate(
+            size.layers, size.blocks, BLOCK_SIZE, 1, ENTRY, dtype="float16", layout="rows", **where
+        )
+        table = self.rng.permutation(size.blocks)[: size.sequences * size.length // BLOCK_SIZE]
+        self.table = xp.asarray(table.reshape(size.sequences, -1).astype(np.int32))
+        self.copy = _copies(xp)
 
-    def write(to, count, *arrays):
+    def random(self, *shape):
+        """Normal numbers in float16."""
+        numbers = self.rng.standard_normal(shape, dtype=np.float32)
+        return self.xp.asarray(numbers.astype(np.float16))
+
+    def in_turn(self, make):
+        """The calls ``make(layer)`` of a round."""
+        return [make(turn % self.size.layers) for turn in range(IN_TURN)]
+
+    def write(self, to, count, *arrays):
+        """The writes of a round, each to other slots."""
+
         def make(layer):
-            where = slots(count)
-            return lambda: to.write(layer, *arrays, where)
+            slots = self.rng.permutation(self.size.blocks * BLOCK_SIZE)[:count]
+            slots = self.xp.asarray(slots)
+            return lambda: to.write(layer, *arrays, slots)
 
-        return in_turn(make)
+        return self.in_turn(make)
 
-    for count in (1, 256, size.tokens):
-        key, value = random(count, HEADS, HEAD_SIZE), random(count, HEADS, HEAD_SIZE)
+
+_ROW = HEADS * HEAD_SIZE * ELEMENT  # bytes of a token's key, or value
+
+
+def _writes(given):
+    for count in (1, 256, given.size.tokens):
+        key, value = (given.random(count, HEADS, HEAD_SIZE) for _ in "kv")
         name = f"write {count:,} token{'s' if count > 1 else ''}"
-        yield Case(name, write(cache, count, key, value), 4 * count * row, copy)
-    calls = write(quantised, count, key, value)
-    yield Case(f"write {count:,} tokens to fp8", calls, 3 * count * row, copy)
-    kv_c, k_pe = random(count, LATENT), random(count, ENTRY - LATENT)
-    calls = write(latent, count, kv_c, k_pe)
-    yield Case(f"write {count:,} latent entries", calls, 2 * count * ENTRY * ELEMENT, copy)
+        calls = given.write(given.cache, count, key, value)
+        yield Case(name, calls, 4 * count * _ROW, given.copy)
+    calls = given.write(given.quantised, count, key, value)
+    yield Case(f"write {count:,} tokens to fp8", calls, 3 * count * _ROW, given.copy)
+    kv_c, k_pe = given.random(count, LATENT), given.random(count, ENTRY - LATENT)
+    calls = given.write(given.latent, count, kv_c, k_pe)
+    yield Case(f"write {count:,} latent entries", calls, 2 * count * ENTRY * ELEMENT, given.copy)
 
-    table = rng.permutation(size.blocks)[: size.sequences * size.length // BLOCK_SIZE]
-    table = xp.asarray(table.reshape(size.sequences, -1).astype(np.int32))
+
+def _reads(given):
+    """A gather, and the slots of a step."""
+    xp, size, cache, table = given.xp, given.size, given.cache, given.table
     bounds = xp.arange(size.sequences + 1, dtype=xp.int32) * size.length
     tokens = size.sequences * size.length
     rows = [xp.empty((tokens, HEADS, HEAD_SIZE), xp.float16) for _ in ("keys", "values")]
-    yield Case(
-        f"gather {tokens:,} tokens",
-        in_turn(lambda layer: lambda: cache.gather(layer, table, bounds, out=rows)),
-        4 * tokens * row, copy,
-    )  # fmt: skip
+    calls = given.in_turn(lambda layer: lambda: cache.gather(layer, table, bounds, out=rows))
+    yield Case(f"gather {tokens:,} tokens", calls, 4 * tokens * _ROW, given.copy)
     positions = xp.arange(256, dtype=xp.int64) % size.length
     starts, wide = xp.arange(257, dtype=xp.int32), xp.tile(table, (256 // size.sequences, 1))
     found = xp.empty(256, xp.int64)
-    yield Case(
-        "slots of 256 sequences",
-        [lambda: cc.slot_mapping(wide, positions, starts, BLOCK_SIZE, out=found)] * IN_TURN,
-        0, None,
-    )  # fmt: skip
+    calls = [lambda: cc.slot_mapping(wide, positions, starts, BLOCK_SIZE, out=found)] * IN_TURN
+    yield Case("slots of 256 sequences", calls, 0, None)
 
+
+def _moves(given):
+    """Copies of blocks, and a swap."""
+    xp, size, cache, rng = given.xp, given.size, given.cache, given.rng
     calls = []
     for _ in range(4):
         pairs = rng.permutation(size.blocks)[: 2 * size.pairs].reshape(-1, 2).tolist()
         calls.append(lambda pairs=pairs: cache.copy_blocks(pairs))
-    moved = 2 * size.pairs * cache.bytes_per_block
-    yield Case(
-        f"copy {errors.counted(size.pairs, 'block')} of {errors.counted(size.layers, 'layer')}",
-        calls,
-        moved,
-        copy,
-    )
+    name = f"copy {size.pairs} blocks of {errors.counted(size.layers, 'layer')}"
+    yield Case(name, calls, 2 * size.pairs * cache.bytes_per_block, given.copy)
 
     host = cc.PagedKVCache.allocate(
         1, size.swapped, BLOCK_SIZE, HEADS, HEAD_SIZE, dtype="float16", device="cpu",
@@ -145,17 +159,19 @@ def _cases(xp, size):
     )  # fmt: skip
     first = cc.PagedKVCache(cache.key_caches[:1], cache.value_caches[:1])
     chosen = list(zip(rng.permutation(size.blocks)[: size.swapped].tolist(), range(size.swapped)))
+    calls = [lambda: first.swap_blocks(host, chosen)] * 2
     moved = 2 * size.swapped * first.bytes_per_block
-    yield Case(
-        f"swap {size.swapped} blocks to the host", [lambda: first.swap_blocks(host, chosen)] * 2,
-        moved, _copies(xp, to_host=True),
-    )  # fmt: skip
+    name = f"swap {size.swapped} blocks to the host"
+    yield Case(name, calls, moved, _copies(xp, to_host=True))
 
+
+def _attention(given):
+    xp, size, cache = given.xp, given.size, given.cache
     lengths = xp.full(size.sequences, size.length, xp.int32)
-    query = random(size.sequences, QUERY_HEADS, HEAD_SIZE)
+    query = given.random(size.sequences, QUERY_HEADS, HEAD_SIZE)
     out = xp.empty_like(query)
     for some in (1, size.sequences):
-        arrays = query[:some], table[:some], lengths[:some]
+        arrays = query[:some], given.table[:some], lengths[:some]
 
         def attend(layer, arrays=arrays, out=out[:some]):
             return lambda: cache.attend(layer, *arrays, out=out)
@@ -163,8 +179,8 @@ def _cases(xp, size):
         name = f"attend to {size.length:,} tokens"
         if some > 1:
             name += f", {errors.counted(some, 'sequence')}"
-        moved = 2 * some * (size.length * row + QUERY_HEADS * HEAD_SIZE * ELEMENT)
-        yield Case(name, in_turn(attend), moved, copy)
+        moved = 2 * some * (size.length * _ROW + QUERY_HEADS * HEAD_SIZE * ELEMENT)
+        yield Case(name, given.in_turn(attend), moved, given.copy)
 
 
 def _copies(xp, to_host=False):
