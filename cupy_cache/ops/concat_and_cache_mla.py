@@ -144,9 +144,7 @@ def _plan_fp8_ds_mla(check, described, scale_rule):
         )
         return _cpu_plan(run, described)
 
-    source_vector = contract.vector_bytes(
-        *(n for a in ((kv_c, k_pe) if rope else (kv_c,)) for n in (a.ptr, a.strides[0]))
-    )
+    source_vector = contract.vector_bytes(*contract.row_starts(kv_c, *[k_pe] * rope))
     cache_vector = contract.vector_bytes(kv_cache.ptr, *kv_cache.strides[:2])
     arguments = (
         "concat_and_cache_fp8_ds_mla", spelling.element(kv_c.dtype), power_of_two, source_vector,

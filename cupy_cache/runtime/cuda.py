@@ -246,13 +246,13 @@ def _current():
     return cuda.runtime.getDevice, cuda.driver.ctxGetCurrent, cuda.runtime.setDevice
 
 
-def free_on(index, free, is_finalizing=sys.is_finalizing):
-    """Call ``free``, which gives something of GPU ``index`` back to CUDA, with that GPU current:
-    on another one it would make a context, and whichever thread drops an object last frees it. At
-    the interpreter's end nothing is called: the process's memory goes anyway."""
+def free_on(index, free, *given, is_finalizing=sys.is_finalizing):
+    """Call ``free(*given)``, which gives something of GPU ``index`` back to CUDA, with that GPU
+    current: on another one it would make a context, and whichever thread drops an object last frees
+    it. At the interpreter's end nothing is called: the process's memory goes anyway."""
     if not is_finalizing():
         with on_device(index):
-            free()
+            free(*given)
 
 
 @functools.cache

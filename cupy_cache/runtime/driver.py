@@ -388,7 +388,7 @@ class Event:
 
     def __del__(self):
         if self._event is not None:
-            cuda.free_on(self._device, functools.partial(self._runtime.eventDestroy, self._event))
+            cuda.free_on(self._device, self._runtime.eventDestroy, self._event)
 
     def done(self):
         """Whether the GPU has reached it."""
