@@ -51,14 +51,9 @@ def kind_of(objects):
 def _torch():
     tensor = sys.modules["torch"].Tensor
     return Kind(
-        address=tensor.data_ptr,
-        elements=tensor.numel,
-        strides=tensor.stride,
-        unit=tensor.element_size,
-        step=lambda tensor: 1,
-        same_as=same_as,
-        exactly=exactly,
-    )
+        tensor.data_ptr, tensor.numel, tensor.stride, tensor.element_size, lambda tensor: 1,
+        same_as, exactly,
+    )  # fmt: skip
 
 
 def _same_cupy(given, varies):
@@ -94,14 +89,10 @@ def _same_cupy(given, varies):
 
 
 _CUPY = Kind(
-    address=operator.attrgetter("data.ptr"),
-    elements=operator.attrgetter("size"),
-    strides=operator.attrgetter("strides"),
-    unit=lambda array: 1,
-    step=operator.attrgetter("itemsize"),
-    same_as=_same_cupy,
-    exactly=lambda given: _same_cupy(given, [()] * len(given)),
-)
+    operator.attrgetter("data.ptr"), operator.attrgetter("size"), operator.attrgetter("strides"),
+    lambda array: 1, operator.attrgetter("itemsize"), _same_cupy,
+    lambda given: _same_cupy(given, [()] * len(given)),
+)  # fmt: skip
 _NO_ARRAYS = _CUPY._replace(
     same_as=lambda given, varies: lambda: True, exactly=lambda given: lambda: True
 )
