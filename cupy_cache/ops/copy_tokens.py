@@ -8,7 +8,7 @@ import numpy as np
 
 from ..runtime import contract, dispatch, indices
 from ..types import LayersOrPairs, Pairs, StreamLike
-from .shared import blocks, copying, mappings, packing
+from .shared import blocks, copying, layered, mappings
 
 NAME = "copy_tokens"
 WORDS = mappings.Words("pairs", "slot", "pack_tokens and unpack_tokens go through a buffer")
@@ -45,7 +45,7 @@ def copy_tokens(caches: LayersOrPairs, pairs: Pairs, *, stream: StreamLike | Non
     CupyCacheError
         One of its kinds, before anything is written.
     """
-    tensors = packing.tensor_lists(NAME, caches)
+    tensors = layered.tensor_lists(NAME, caches)
     _OPS[len(tensors)]((*tensors, pairs), (), stream)
 
 
@@ -55,7 +55,7 @@ def _plan(op, described, options):
     check = contract.Contract(op.name)
     named = [(arg.item(0), array) for arg, array in zip(op.args, tensors)]
     for name, array in named:
-        packing.check_tokens(check, name, array)
+        layered.check_tokens(check, name, array)
         check.device(name, array)
         check.writable(name, array)
     if pairs is not None:
@@ -71,7 +71,7 @@ def _plan(op, described, options):
         if least < 0:
             numbers = pairs.numbers
             for side in map(indices.Chosen, numbers.T):  # tells the row that the caller knows
-                packing.check_range(NAME, "pairs", side, slots, padding=True, distinct=False)
+                layered.check_range(NAME, "pairs", side, slots, padding=True, distinct=False)
             pairs = indices.Chosen(numbers[(numbers >= 0).all(axis=1)])
         mappings.check(NAME, pairs, slots, slots, disjoint=True, words=WORDS)
         return pairs

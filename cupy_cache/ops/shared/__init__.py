@@ -7,6 +7,7 @@ rotary_arguments.py : the checks of its arguments.
 packing.py : packing, unpacking and zeroing chosen blocks or tokens of all layers.
 gathering.py : reading the pages of sequences into rows.
 copying.py : the plan of copies within caches.
+layered.py : checks of the caches of all layers, and of blocks or slots chosen in them.
 mappings.py : pairs of blocks in host memory: their checks, and their runs.
 blocks.py : what a block looks like, tables of pointers, the copy kernel.
 mla.py : entries of latent attention.

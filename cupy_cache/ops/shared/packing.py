@@ -16,7 +16,6 @@ from ...runtime import (
     dispatch,
     driver,
     launch,
-    lists,
     modules,
     params,
     spelling,
@@ -24,15 +23,14 @@ from ...runtime import (
 from ...runtime.bound import Bound
 from ...runtime.devices import NOWHERE
 from ...runtime.log import logger
-from . import blocks
+from . import blocks, layered
 
 # A packed buffer in host memory that is not pinned goes through a buffer of this size on the GPU.
 STAGE_BYTES = 32 << 20
 LAYOUTS = ("layer_first", "page_first")
-# Caches with more dimensions scatter a slot: [num_blocks, heads, head_size / x, slots, x].
-MAX_TOKEN_DIMS = 4
 MAX_THREADS = 256
 ITEMS = 2  # vectors of each tensor that a thread has in flight
+_WHOLE_BLOCKS = "of a cache whose blocks are x-packed pack whole blocks"
 _MAX_WORKS = 2**31 - 1  # work indices are 32-bit in the kernel
 _MAX_PACKED_INDEX = 2**31  # indices in the parameters are 32-bit; negative ones are padding
 
@@ -109,7 +107,7 @@ class Operation:
 
     def __call__(self, caches, chosen, stream, *buffer, layout=None):
         """Check everything, then run. ``layout``: that of ``buffer``, if there is one."""
-        tensors = tensor_lists(self.name, caches)
+        tensors = layered.tensor_lists(self.name, caches)
         objects = (*tensors, chosen, *buffer)
         self._ops[len(tensors)](objects, (layout,) if buffer else (), stream)
 
@@ -123,7 +121,7 @@ class Operation:
 
     def item_bytes(self, caches):
         """The bytes of one item in all layers together."""
-        tensors = tensor_lists(self.name, caches)
+        tensors = layered.tensor_lists(self.name, caches)
         if not caches:
             return 0
         op = self._ops[len(tensors)]
@@ -131,42 +129,7 @@ class Operation:
         return len(caches) * sum(Plan(op, self.direction, self.by_slot, described).sizes)
 
 
-# --- the caches -----------------------------------------------------------------------------------
-
-
-def tensor_lists(op, caches):
-    """``caches``, a list with one array or one tuple of arrays for each layer, as a list with all
-    layers' arrays for each tensor of a layer."""
-    lists.require_list(op, "caches", caches)
-    if not caches or not isinstance(caches[0], (list, tuple)):
-        return [caches]
-    if not (set(map(type, caches)) <= {tuple, list} and 1 <= len(caches[0]) <= 2):
-        _check_layers(op, caches)
-    try:
-        return list(zip(*caches, strict=True))
-    except ValueError:  # they differ in length
-        _check_layers(op, caches)
-        raise
-
-
-def _check_layers(op, caches):
-    first = caches[0]
-    for index, layer in enumerate(caches):
-        if not isinstance(layer, (list, tuple)) or not 1 <= len(layer) == len(first) <= 2:
-            got = f"{len(layer)}" if isinstance(layer, (list, tuple)) else type(layer).__name__
-            expected = "an array, or one or two of them like caches[0]"
-            raise errors.wrong("length", f"{op}: caches[{index}]", expected, got)
-
-
-_WHOLE_BLOCKS = "of a cache whose blocks are x-packed pack whole blocks"
-
-
-def check_tokens(check, name, cache, way_out=""):
-    """Require a cache in which a slot's elements are not scattered."""
-    check.shape(name, cache, "num_blocks block_size ...")
-    if len(cache.shape) > MAX_TOKEN_DIMS:
-        expected = f"[num_blocks, block_size, ...] of at most {MAX_TOKEN_DIMS} dimensions"
-        raise errors.wrong("shape", f"{check.op}: {name}", expected, list(cache.shape), way_out)
+# --- the buffer -----------------------------------------------------------------------------------
 
 
 class Packed(NamedTuple):
@@ -213,7 +176,7 @@ class Plan:
         names = [arg.item(0) if count > 1 else arg.name for arg in op.args[:count]]
         for name, tensor in zip(names, self.tensors):
             if by_slot:
-                check_tokens(check, name, tensor, _WHOLE_BLOCKS)
+                layered.check_tokens(check, name, tensor, _WHOLE_BLOCKS)
             else:
                 check.shape(name, tensor, "num_blocks ...")
             check.device(name, tensor)
@@ -320,7 +283,7 @@ class Plan:
         caches, items = call.tables, call.rows
         if self.chosen is None:
             distinct = self.direction is UNPACK
-            check_range(self.op, self.argument, chosen, self.limit, self.by_slot, distinct)
+            layered.check_range(self.op, self.argument, chosen, self.limit, self.by_slot, distinct)
         work = _Work(self, caches, items, chosen, call.stream)
         if self.buffer is not None:
             self._check_room(buffer[0], call.fields[0], work)
@@ -523,29 +486,6 @@ class _Work(NamedTuple):
         for layer in range(0, all_layers, group):
             for first in range(0, self.items, items):
                 yield layer, min(group, all_layers - layer), first, min(items, self.items - first)
-
-
-def check_range(op, name, chosen, limit, padding, distinct):
-    """Refuse `indices.Chosen` that are out of range or, if ``distinct``, repeated. Negative ones
-    are allowed if they are ``padding``."""
-    few = chosen.few
-    if few is not None and max(few) < limit and (padding or min(few) >= 0):
-        if not distinct or len(set(few)) == len(few):
-            return
-    numbers = chosen.numbers
-    if not len(numbers):
-        return
-    if int(numbers.max()) >= limit or (int(numbers.min()) < 0 and not padding):
-        bad = (numbers >= limit) | ((numbers < 0) & (not padding))
-        row = int(np.argmax(bad))
-        expected = f"{'padding or ' if padding else ''}{errors.below(limit, 'numbers')}"
-        raise errors.wrong("value", f"{op}: {name}", expected, f"{numbers[row]} in row {row}")
-    if distinct:
-        used = np.sort(numbers[numbers >= 0]) if padding else np.sort(numbers)
-        again = used[1:][used[1:] == used[:-1]]
-        if len(again):
-            expected = "distinct destinations"
-            raise errors.wrong("value", f"{op}: {name}", expected, f"{again[0]} twice")
 
 
 def _item_geometry(op, name, tensor, by_slot):
