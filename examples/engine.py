@@ -69,7 +69,9 @@ class Engine:
         decodes = step.max_query_len == 1
         best, logits = self.graphs(step) if decodes else self.forward(step, step.query_start_loc)
         best = best.to("cpu", non_blocking=True)
-        there = torch.cuda.current_stream().record_event() if logits.is_cuda else None
+        there = None
+        if logits.is_cuda:
+            there = torch.cuda.current_stream(logits.device).record_event()
         self.turn_over()  # while the GPU works
         best = self.read(best, there)
         self.counts["steps that decode" if decodes else "steps with prompts"] += 1

@@ -54,6 +54,9 @@ class Recorder:
     def _refuse(self, *arguments):
         raise NotImplementedError(arguments)
 
+    def on_device(self, device):
+        return contextlib.nullcontext(device)
+
     def processors(self, device):
         del device
         return 132

@@ -16,6 +16,7 @@ from gathers import sequences
 from layers import KINDS, Storages, layers_of
 
 import cupy_cache as cc
+from cupy_cache.runtime import driver, making
 
 LAYERS, BLOCKS, BLOCK_SIZE, HEADS, SIZE, SIZE_V = 2, 7, 4, 3, 16, 8
 LAYOUTS = ("NHD", "HND", "packed", "x-packed", "rows")
@@ -229,8 +230,6 @@ def test_refusals(given, error, named):
 
 
 def test_pinned_memory_without_a_gpu(monkeypatch):
-    from cupy_cache.runtime import driver
-
     monkeypatch.setattr(driver.active, "device_count", lambda: 0)
     with pytest.raises(cc.DeviceError, match="pinned: expected False"):
         made("NHD", pinned=True)
@@ -238,6 +237,22 @@ def test_pinned_memory_without_a_gpu(monkeypatch):
     monkeypatch.setattr(driver.active, "current_device", lambda: 0)
     with pytest.raises(cc.DeviceError, match="only host memory is pinned"):
         made("NHD", pinned=True, framework="cupy", device="cuda")
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("framework, device, index", [
+    ("torch", None, 0), ("torch", "cuda", 0), (None, "torch", 0), ("torch", "torch", 0),
+    ("torch", "cuda:1", 1), ("cupy", "cuda", 1), (None, "cuda", 1), ("cupy", None, 1),
+])  # fmt: skip
+def test_the_current_gpu_is_the_frameworks(monkeypatch, framework, device, index):
+    """CUDA may have another one: torch goes back to a GPU without a context at its next use."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(driver.active, "device_count", lambda: 2)
+    monkeypatch.setattr(driver.active, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    device = torch.device("cuda") if device == "torch" else device
+    assert making.home("test", framework, device)[1] == ("cuda", index)
 
 
 def test_nothing_to_allocate():

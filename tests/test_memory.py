@@ -504,6 +504,33 @@ class Capsules:
         return new(ctypes.addressof(self._managed), self._name, None)
 
 
+@pytest.mark.parametrize("stream", [7, dlpack.LOOK])
+def test_exports_are_made_on_their_gpu(recorder, stream):
+    """torch and CuPy take the current GPU's stream for the array's, and going back to a GPU makes
+    a context there."""
+    current, given = [0], []
+
+    class OfSecondGPU(Capsules):
+        def __dlpack_device__(self):
+            return dlpack.CUDA, 1
+
+        def __dlpack__(self, **options):
+            given.append((current[-1], options.pop("stream")))
+            if options:
+                raise TypeError(options)
+            return super().__dlpack__()
+
+    @contextlib.contextmanager
+    def on_device(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    recorder.on_device = on_device
+    assert dlpack.read(OfSecondGPU(), stream)[1] == (2, 3)
+    assert given == [(1, stream)] * 2 and current == [0]
+
+
 @pytest.mark.parametrize("strides", [(3, 1), None])
 def test_a_capsule_made_by_hand(strides):
     """Also one that leaves out its strides, which are those without gaps."""

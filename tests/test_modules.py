@@ -10,11 +10,12 @@ import sys
 import types
 
 import machine_code
+import numpy as np
 import pytest
 
 import cupy_cache as cc
 from cupy_cache.attention import alibi_slopes as attention
-from cupy_cache.runtime import arrays, cuda, driver, launch, modules
+from cupy_cache.runtime import allocations, arrays, cuda, driver, launch, modules
 
 pytestmark = pytest.mark.whole
 KERNEL = attention.ALIBI
@@ -262,6 +263,15 @@ class GPUs:
         context._obj.value = self.stack.pop() + 1
         return 0
 
+    def cuDevicePrimaryCtxGetState(self, device, flags, active):
+        active._obj.value = device.value in self.with_context
+        return 0
+
+    def use(self):
+        """What most calls of CUDA's runtime do first."""
+        if not self.stack:
+            self.setDevice(0)
+
 
 @pytest.fixture
 def gpus(monkeypatch):
@@ -282,6 +292,35 @@ def test_no_gpu_gets_a_context_that_nobody_asked_for(gpus, before, wanted):
             assert gpus.getDevice() == wanted and wanted in gpus.with_context
     assert gpus.with_context == {*before, wanted}
     assert gpus.stack == (before or ([0] if wanted == 0 else []))
+
+
+@pytest.mark.parametrize("before", [[], [1]])
+@pytest.mark.parametrize("make", [
+    lambda: allocations.pinned(5), lambda: allocations.pinned_zeros((5,), np.dtype(np.uint8)),
+])  # fmt: skip
+def test_pinned_memory_leaves_no_context(gpus, monkeypatch, make, before):
+    """It is all GPUs': one that is in use is asked for it, in a thread that has used none too."""
+    gpus.stack[:], gpus.with_context = before, {1}
+    freed = []
+
+    class PinnedMemory:
+        def __init__(self, size):
+            gpus.use()
+            self.memory = bytearray(size)
+
+        def __del__(self):
+            gpus.use()
+            freed.append(gpus.getDevice())
+
+    fake = types.SimpleNamespace(
+        PinnedMemory=PinnedMemory,
+        PinnedMemoryPointer=lambda memory, offset: memory.memory,
+        alloc_pinned_memory=lambda size: PinnedMemory(size).memory,
+        runtime=types.SimpleNamespace(getDeviceCount=lambda: 2),
+    )
+    monkeypatch.setattr(cuda, "import_cupy", lambda why: types.SimpleNamespace(cuda=fake))
+    assert make().shape == (5,)
+    assert gpus.with_context == {1} and gpus.stack == before and freed == [1]
 
 
 def test_a_guard_is_left_where_what_is_in_it_fails(gpus):

@@ -3,6 +3,7 @@
 """Stock models of transformers, small and with random weights, give the same tokens with our
 attention and cache as with their own. Skipped where transformers is not installed."""
 
+import contextlib
 import copy
 import gc
 import inspect
@@ -669,6 +670,24 @@ def test_steps_wait_for_what_fills_their_inputs(monkeypatch):
     monkeypatch.delattr(input_outputs, "ContinuousBatchingAsyncIOs")
     with pytest.raises(MissingDependencyError, match="this version.* has no ContinuousBatchingAs"):
         attention_module._order_steps()
+
+
+def test_the_stream_that_may_be_captured(monkeypatch):
+    """It is one of the queries' GPU, whichever is current."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def device(its):
+        current.append(its.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
+    for index in (0, 1):
+        query = types.SimpleNamespace(is_cuda=True, device=torch.device("cuda", index))
+        assert attention_module._is_captured(query) == (index == 1)
+    assert current == [0] and not attention_module._is_captured(torch.zeros(1))
 
 
 def test_a_window_in_a_captured_graph(monkeypatch):

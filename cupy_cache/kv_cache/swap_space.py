@@ -331,8 +331,7 @@ class _CopyEngines:
         self.stream = self._owner.ptr
 
     def zeros(self, shape):
-        with cuda.on_device(self._device):
-            return allocations.pinned_zeros(shape, np.dtype(np.uint8))
+        return allocations.pinned_zeros(shape, np.dtype(np.uint8))
 
     def copy(self, destination, source, size):
         driver.active.copy(destination, source, size, self.stream, self._device)

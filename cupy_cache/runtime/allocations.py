@@ -16,7 +16,9 @@ from .devices import CPU, Device
 def pinned(size):
     """``size`` bytes of CuPy's pool of pinned memory, as a NumPy array. They go back to the pool
     when the array is dropped."""
-    memory = cuda.import_cupy("pinned host memory").cuda.alloc_pinned_memory(size)
+    allocate = cuda.import_cupy("pinned host memory").cuda.alloc_pinned_memory
+    with cuda.in_a_context():
+        memory = allocate(size)
     return np.frombuffer(memory, np.uint8, size)
 
 
@@ -26,7 +28,8 @@ def pinned_zeros(shape, dtype):
     of_cupy, size = cuda.import_cupy("pinned host memory").cuda, math.prod(shape) * dtype.itemsize
     if not size:
         return np.zeros(shape, dtype)
-    owner = cuda.freed_on_its_gpu(of_cupy.PinnedMemory)(size)
+    with cuda.in_a_context():
+        owner = cuda.freed_on_its_gpu(of_cupy.PinnedMemory)(size)
     memory = of_cupy.PinnedMemoryPointer(owner, 0)
     array = np.frombuffer(memory, np.uint8, size)
     array[...] = 0

@@ -286,8 +286,8 @@ def during_captures():
 
 def in_a_context():
     """A context manager, to be entered at once: inside, the thread has a CUDA context, which the
-    driver's queries need. Any GPU's context will do: one that is in use is taken, so that no GPU
-    gets a context that nobody else asked for."""
+    driver's queries and pinned memory need. Any GPU's context will do: one that is in use is taken,
+    so that no GPU gets a context that nobody else asked for."""
     _, get_context, _ = _current()
     if get_context():
         return _HERE

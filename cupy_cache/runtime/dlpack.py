@@ -44,15 +44,22 @@ def device_of(array):
 def read(array, stream=None):
     """The fields of `arrays.Metadata`; strides in elements, the dtype as DLPack's triple. The
     producer has ``stream`` wait for its own work, unless ``stream`` is `LOOK`."""
-    options = {}
-    if device_of(array)[0] in (CUDA, CUDA_MANAGED):
-        # 0 would be ambiguous in the protocol: 1 names the legacy default stream.
-        options["stream"] = stream or 1
-    try:
-        capsule = array.__dlpack__(max_version=(MAJOR, 0), **options)
-    except TypeError:  # a producer from before DLPack 1.0
-        capsule = array.__dlpack__(**options)
+    kind, index = device_of(array)
+    if kind in (CUDA, CUDA_MANAGED):
+        # Producers take streams to be of the current GPU, or go back to it, which makes a context.
+        with driver.active.on_device(index):
+            # 0 would be ambiguous in the protocol: 1 names the legacy default stream.
+            capsule = _export(array, stream=stream or 1)
+    else:
+        capsule = _export(array)
     return _parse(capsule, type(array).__module__.partition(".")[0])
+
+
+def _export(array, **options):
+    try:
+        return array.__dlpack__(max_version=(MAJOR, 0), **options)
+    except TypeError:  # a producer from before DLPack 1.0
+        return array.__dlpack__(**options)
 
 
 def read_cuda_interface(array, stream=None):

@@ -174,6 +174,10 @@ class CudaDriver:
         """The index of this thread's current GPU."""
         return self._runtime.getDevice()
 
+    def on_device(self, device):
+        """A context manager, to be entered at once: inside, GPU ``device`` is current."""
+        return cuda.on_device(device)
+
     def processors(self, device):
         """How many multiprocessors a GPU has."""
         cupy = cuda.import_cupy(f"cuda:{device}")
@@ -418,12 +422,12 @@ def gpus():
         return 0
 
 
-def device_named(device, name):
+def device_named(device, name, framework=None):
     """``device`` as a `Device` that exists.
 
     An index of a GPU, "cpu", "cuda", "cuda:1", or torch's or CuPy's device object. "cuda" and None
-    mean the current GPU; None where there is no GPU, or no CuPy, means the CPU. ``name``:
-    "operation: argument", for errors.
+    mean the current GPU, torch's where the device object or ``framework`` is; None where there is
+    no GPU, or no CuPy, means the CPU. ``name``: "operation: argument", for errors.
     """
     if device is None:
         device = "cuda" if gpus() else "cpu"
@@ -438,11 +442,26 @@ def device_named(device, name):
     except MissingDependencyError as error:  # it says only what is missing
         why = str(error).partition(": ")[2]
         raise MissingDependencyError(f"{name} {errors.shown(device)}: {why}") from error
-    index = int(found[2] or active.current_device()) if count else 0
+    index = int(found[2] or _current_device(device, framework)) if count else 0
     if index >= count:
         there = f"a GPU below {count}" if count else "cpu, since CuPy sees no CUDA GPU"
         raise errors.wrong("value", name, there, errors.shown(device), error=DeviceError)
     return Device("cuda", index)
+
+
+def _current_device(device, framework):
+    """The current GPU. CUDA's may be another than torch's, which has told CUDA nothing yet where it
+    went back to a GPU without a context."""
+    if framework == "torch" or _package(device) == "torch":
+        of_torch = sys.modules["torch"].cuda
+        if of_torch.is_available():
+            return of_torch.current_device()
+    return active.current_device()
+
+
+def _package(value):
+    """The package of an object's type."""
+    return str(type(value).__module__).partition(".")[0]
 
 
 def _spelled(device):
@@ -450,7 +469,7 @@ def _spelled(device):
     kind = type(device)
     if isinstance(device, str):
         return str(device)
-    package = str(kind.__module__).partition(".")[0]
+    package = _package(device)
     if package == "torch":
         return str(device)
     if package == "cupy":

@@ -28,9 +28,9 @@ def home(op, framework, device):
         place = devices.CPU
     elif device is None and framework == "torch":
         gpu = sys.modules["torch"].cuda.is_available()
-        place = driver.device_named("cuda" if gpu else "cpu", f"{op}: device")
+        place = driver.device_named("cuda" if gpu else "cpu", f"{op}: device", framework)
     else:
-        place = driver.device_named(device, f"{op}: device")
+        place = driver.device_named(device, f"{op}: device", framework)
     if framework is None:
         framework = "numpy" if place.kind == "cpu" else "cupy"
     if framework not in ("torch", "cupy", "numpy", *arrays.FRAMEWORKS):

@@ -219,7 +219,9 @@ def _torch_allocator():
     current_device = getattr(torch._C, "_cuda_getDevice", lambda: None)
 
     def allocate(size, stream, device):
-        if current_device() == device:  # a microsecond less
+        # torch's current GPU is not always CUDA's: where it went back to one without a context, it
+        # has not told CUDA yet. What follows takes a microsecond less.
+        if current_device() == device == driver.active.current_device():
             return allocate_here(size, stream)
         # torch.cuda.device goes back to the earlier GPU without making a context there.
         with torch.cuda.device(device):

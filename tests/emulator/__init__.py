@@ -503,6 +503,9 @@ class EmulatedDriver:
     def current_device(self):
         return 0
 
+    def on_device(self, device):
+        return contextlib.nullcontext(device)
+
     def processors(self, device):
         return self.count
 

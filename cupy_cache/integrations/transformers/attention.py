@@ -311,7 +311,10 @@ def _batched(module, query, key, value, options, given):
 
 def _is_captured(query):
     """Whether a graph is being captured of what is done with ``query``."""
-    return query.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not query.is_cuda:
+        return False
+    with torch.cuda.device(query.device):  # the stream that is asked about is the current GPU's
+        return torch.cuda.is_current_stream_capturing()
 
 
 def _table(places, bounds, longest, block_size):
