@@ -10,7 +10,6 @@ the current stream of the framework.
 
 from __future__ import annotations
 
-import contextlib
 import numbers
 import sys
 from collections.abc import Sequence
@@ -146,38 +145,41 @@ def flash_attn_with_kvcache(
     batch, length, block_size = size["batch"], size["seqlen_q"], size["block_size"]
     options = _options(op, softmax_scale, causal, window_size, softcap, alibi_slopes, length == 1)
 
-    table, lengths, rows = (cast(Any, x) for x in (block_table, cache_seqlens, q))
-    if table is None:  # each sequence is one page
-        if cache_batch_idx is None and size["num_blocks"] < batch:
-            expected = f"at least {errors.counted(batch, 'sequence')}, as many as q"
-            raise errors.wrong("shape", f"{op}: k_cache", expected, size["num_blocks"])
-        table = cast(Any, cache_batch_idx)
-        table = (_made(framework, q, "arange", batch) if table is None else table).reshape(-1, 1)
-    if lengths is None:
-        one_length, lengths = True, size.get("width", 1) * block_size
-    if one_length:
-        lengths = _made(framework, q, "full", (batch,), int(lengths))
-    rows = rows.reshape(batch * length, *rows.shape[2:])
-    starts = None
-    if length != 1:
-        starts = _made(framework, q, "arange", batch + 1) * length
-    with errors.renamed(op, _CALLED), faults.together():
-        if k is not None:
-            # Without sequences everything is checked: nothing is to be written before.
-            no_starts = None if starts is None else starts[:1]
-            paged_attention(
-                rows[:0], k_cache, v_cache, table[:0], lengths[:0], query_start_loc=no_starts,
-                **options,
+    with making.on_device_of(q):
+        table, lengths, rows = (cast(Any, x) for x in (block_table, cache_seqlens, q))
+        if table is None:  # each sequence is one page
+            if cache_batch_idx is None and size["num_blocks"] < batch:
+                expected = f"at least {errors.counted(batch, 'sequence')}, as many as q"
+                raise errors.wrong("shape", f"{op}: k_cache", expected, size["num_blocks"])
+            table = cast(Any, cache_batch_idx)
+            if table is None:
+                table = _made(framework, q, "arange", batch)
+            table = table.reshape(-1, 1)
+        if lengths is None:
+            one_length, lengths = True, size.get("width", 1) * block_size
+        if one_length:
+            lengths = _made(framework, q, "full", (batch,), int(lengths))
+        rows = rows.reshape(batch * length, *rows.shape[2:])
+        starts = None
+        if length != 1:
+            starts = _made(framework, q, "arange", batch + 1) * length
+        with errors.renamed(op, _CALLED), faults.together():
+            if k is not None:
+                # Without sequences everything is checked: nothing is to be written before.
+                no_starts = None if starts is None else starts[:1]
+                paged_attention(
+                    rows[:0], k_cache, v_cache, table[:0], lengths[:0], query_start_loc=no_starts,
+                    **options,
+                )  # fmt: skip
+                lengths = _add(framework, k, v, k_cache, v_cache, table, lengths, block_size)
+            lse = _empty_lse(rows) if return_softmax_lse else None
+            out = paged_attention(
+                rows, k_cache, v_cache, table, lengths, query_start_loc=starts, lse=lse, **options,
             )  # fmt: skip
-            lengths = _add(framework, k, v, k_cache, v_cache, table, lengths, block_size)
-        lse = _empty_lse(rows) if return_softmax_lse else None
-        out = paged_attention(
-            rows, k_cache, v_cache, table, lengths, query_start_loc=starts, lse=lse, **options,
-        )  # fmt: skip
-    out = out.reshape(batch, length, *out.shape[1:])
-    if lse is None:
-        return out
-    return out, lse.reshape(batch, length, lse.shape[1]).swapaxes(1, 2)
+        out = out.reshape(batch, length, *out.shape[1:])
+        if lse is None:
+            return out
+        return out, lse.reshape(batch, length, lse.shape[1]).swapaxes(1, 2)
 
 
 def _refuse_unserved(
@@ -284,19 +286,20 @@ def flash_attn_varlen_func(
         },
     )
     options = _options(op, softmax_scale, causal, window_size, softcap, alibi_slopes, False)
-    keys, values, bounds, table = (cast(Any, x) for x in (k, v, cu_seqlens_k, block_table))
-    if table is None:
-        keys, values = keys[:, None], values[:, None]
-        longest = contract.integer(op, "max_seqlen_k", max_seqlen_k, 0)
-        token = _made(framework, q, "arange", min(longest, keys.shape[0]))
-        table = bounds[:-1].reshape(-1, 1) + token
-    lse = _empty_lse(q) if return_attn_probs else None
-    with errors.renamed(op, _CALLED_VARLEN):
-        out = paged_attention(
-            q, keys, values, table, bounds[1:] - bounds[:-1], query_start_loc=cu_seqlens_q,
-            lse=lse, **options,
-        )  # fmt: skip
-    return out if lse is None else (out, lse.swapaxes(0, 1), None)
+    with making.on_device_of(q):
+        keys, values, bounds, table = (cast(Any, x) for x in (k, v, cu_seqlens_k, block_table))
+        if table is None:
+            keys, values = keys[:, None], values[:, None]
+            longest = contract.integer(op, "max_seqlen_k", max_seqlen_k, 0)
+            token = _made(framework, q, "arange", min(longest, keys.shape[0]))
+            table = bounds[:-1].reshape(-1, 1) + token
+        lse = _empty_lse(q) if return_attn_probs else None
+        with errors.renamed(op, _CALLED_VARLEN):
+            out = paged_attention(
+                q, keys, values, table, bounds[1:] - bounds[:-1], query_start_loc=cu_seqlens_q,
+                lse=lse, **options,
+            )  # fmt: skip
+        return out if lse is None else (out, lse.swapaxes(0, 1), None)
 
 
 def _options(op, softmax_scale, causal, window_size, softcap, alibi_slopes, one_query):
@@ -371,8 +374,7 @@ def _made(framework, like, name, *arguments) -> Any:
     module = sys.modules[framework]
     if framework == "torch":
         return getattr(module, name)(*arguments, dtype=module.int32, device=like.device)
-    with like.device if framework == "cupy" else contextlib.nullcontext():
-        return getattr(module, name)(*arguments, dtype=module.int32)
+    return getattr(module, name)(*arguments, dtype=module.int32)
 
 
 def _empty_lse(rows) -> Any:

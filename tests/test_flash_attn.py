@@ -5,6 +5,8 @@
 import contextlib
 import inspect
 import math
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -13,7 +15,7 @@ from guards import check_faults
 
 import cupy_cache as cc
 from cupy_cache import flash_attn
-from cupy_cache.runtime import faults
+from cupy_cache.runtime import arrays, driver, faults
 
 whole_arrays = pytest.mark.parametrize(
     "world",
@@ -400,6 +402,40 @@ class TestRefusals:
         rows, bounds = np.ones((3, 2, 16), np.float32), np.array([0, 3], np.int32)
         with pytest.raises(cc.ArgumentError, match=r"dropout_p: expected 0.0, got 0.1"):
             flash_attn.flash_attn_varlen_func(rows, rows, rows, bounds, bounds, 3, 3, 0.1)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("call", [
+    lambda rows, ends: flash_attn.flash_attn_with_kvcache(
+        *(rows(1, n, 2, 8) for n in (2, 4, 4, 1, 1)), cache_seqlens=2, causal=True
+    ),
+    lambda rows, ends: flash_attn.flash_attn_varlen_func(
+        *(rows(2, 2, 8) for _ in range(3)), ends, ends, 2, 2, return_attn_probs=True
+    ),
+])  # fmt: skip
+def test_all_is_computed_on_the_arrays_gpu(monkeypatch, call):
+    """Of CuPy's arrays, whichever GPU is current: what CuPy computes too."""
+    inside = []
+
+    @contextlib.contextmanager
+    def on_device(index):
+        inside.append(index)
+        yield
+        inside.pop()
+
+    class OnGPU(np.ndarray):
+        def __array_finalize__(self, made_of):
+            assert inside == [1] or made_of is None or type(made_of) is np.ndarray
+
+        data = types.SimpleNamespace(device_id=1)
+
+    cupy = types.SimpleNamespace(ndarray=OnGPU)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(driver.active, "on_device", on_device)
+    monkeypatch.setattr(arrays, "_READERS", {**arrays._REGISTERED, OnGPU: arrays._read_numpy})
+    ends = np.array([0, 2], np.int32).view(OnGPU)
+    call(lambda *shape: np.ones(shape, np.float32).view(OnGPU), ends)
+    assert inside == []
 
 
 def test_debug_mode_writes_the_same(rng, monkeypatch):

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions under vLLM 0.33's names, and vLLM calling them: a stand-in for its modules."""
 
+import contextlib
 import inspect
 import sys
 import types
@@ -14,6 +15,7 @@ import worlds
 
 import cupy_cache as cc
 from cupy_cache.integrations import vllm as ops
+from cupy_cache.runtime import arrays, driver
 
 # Facts: the arguments of vLLM 0.33.0's functions in vllm/_custom_ops.py.
 SIGNATURES = {
@@ -190,6 +192,31 @@ def test_there_may_be_more_of_everything_but_of_the_output(rng, kind):
     assert np.isfinite(out[:2]).all()
     np.testing.assert_array_equal(lse[:, 2:5], suffix_lse[:, 2:5])
     assert (lse[:, :2] != 9).all() and (lse[:, 5:] == 9).all()
+
+
+def test_the_suffix_is_copied_on_the_arrays_gpu(rng, monkeypatch):
+    """By CuPy, whichever GPU is current."""
+    inside, written = [], []
+
+    @contextlib.contextmanager
+    def on_device(index):
+        inside.append(index)
+        yield
+        inside.pop()
+
+    class OnGPU(np.ndarray):
+        def __setitem__(self, index, value):
+            written.append(list(inside))
+            self.view(np.ndarray)[index] = value
+
+        data = types.SimpleNamespace(device_id=1)
+
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(ndarray=OnGPU))
+    monkeypatch.setattr(driver.active, "on_device", on_device)
+    monkeypatch.setattr(arrays, "_READERS", {**arrays._REGISTERED, OnGPU: arrays._read_numpy})
+    out, lse = (np.zeros(shape, np.float32).view(OnGPU) for shape in ((5, 3, 8), (3, 5)))
+    merging(rng, out, lse, 2)
+    assert written == [[1], [1]] and inside == []
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ from cupy_cache import (
 
 from .. import errors
 from ..errors import MissingDependencyError
-from ..runtime import arrays, contract, tracing
+from ..runtime import arrays, contract, making, tracing
 from ..types import ArrayLike, Pairs
 
 # What `install` routes by itself.
@@ -233,9 +233,10 @@ def merge_attn_states(
     if kind == "torch":  # which refuses to write what needs a gradient
         merged = merged.detach()
         weights_out = None if weights_out is None else weights_out.detach()
-    merged[count:] = suffix[count:tokens]
-    if weights_out is not None:
-        weights_out[:, count:tokens] = weights[:, count:tokens]
+    with making.on_device_of(output):
+        merged[count:] = suffix[count:tokens]
+        if weights_out is not None:
+            weights_out[:, count:tokens] = weights[:, count:tokens]
 
 
 def _extent(op: str, name: str, array: ArrayLike, dim: int) -> int:

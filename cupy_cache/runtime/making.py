@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """New arrays of a framework, on a device, in the order of a stream."""
 
+import contextlib
 import functools
 import math
 import sys
@@ -104,6 +105,15 @@ def empty_beside(tensor, shape, stream):
     if stream is not None and made.is_cuda:
         _hand_over(made, "torch", made.get_device(), stream)
     return made
+
+
+def on_device_of(array):
+    """A context manager, to be entered at once: inside, what its framework computes with ``array``
+    is computed on its GPU, and on the stream that is current there. torch does so by itself; CuPy
+    would take the current GPU."""
+    if isinstance(array, arrays.class_of("cupy", "ndarray")):
+        return driver.active.on_device(array.data.device_id)
+    return contextlib.nullcontext()
 
 
 def zeros(framework, device, shape, dtype, pinned=False):
