@@ -3,7 +3,7 @@
 """`StepGraphs`: a graph for each of some numbers of sequences."""
 
 import contextlib
-import types
+import weakref
 
 import pytest
 
@@ -48,14 +48,57 @@ def test_refusals():
         graphs(tables.step(["a"], [3]))
     tables.append("a", 5)
     step = tables.step(["a"], [1], num_sequences=2, num_tokens=2)
-    assert graphs(step) is step and not graphs.graphs  # on the CPU
+    seen = graphs(step)  # on the CPU
+    assert not graphs.graphs
+    for name in ("slot_mapping", "seq_lens", "block_table", "token_ids", "query_start_loc"):
+        assert getattr(seen, name) is getattr(step, name)
+    with pytest.raises(cc.ArgumentError, match="StepGraphs.replay: Invalid value of size: "):
+        graphs.replay(2)
+    for count in (1.5, True, -1, "2", None):
+        with pytest.raises(cc.ArgumentError, match="StepGraphs.padded: Invalid value of num_seq"):
+            graphs.padded(count)
 
 
-class OnGPU(list):
+@pytest.mark.parametrize("counts", [[2, 0], [0, 2], [1, 0], [0, 0], [1, 1, 0], [2, 1, 0]])
+def test_each_sequence_has_one_new_token(counts):
+    """Where one has none, or two, the arrays may fit all the same; rows would not."""
+    tables = cc.BlockTables(
+        8, 4, max_sequences=4, max_tokens=4, max_length=8, framework="torch", device="cpu"
+    )
+    for name in "abc":
+        tables.add(name, range(3))
+    graphs, names = torch_graphs.StepGraphs(ignored, 4), "abc"[: len(counts)]
+    with pytest.raises(cc.ArgumentError, match="StepGraphs: Invalid value of step: .*one new tok"):
+        graphs(tables.step(list(names), counts, num_sequences=4, num_tokens=4))
+
+
+def test_steps_of_other_frameworks():
+    tables = cc.BlockTables(8, 4, max_sequences=2, max_tokens=4, max_length=8, framework="numpy")
+    tables.add("a", range(3))
+    for step in (tables.step(["a"], [1]), None, "step", [1]):
+        with pytest.raises(cc.DTypeError, match="StepGraphs: Invalid type of step: "):
+            torch_graphs.StepGraphs(ignored, 2)(step)
+
+
+@pytest.mark.parametrize("name", ["copies", "num_sequences", "num_tokens", "max_seq_len"])
+def test_what_a_graph_would_keep_is_not_shown(name):
+    """Every replay would copy the same blocks, and count the same tokens."""
+    tables = cc.BlockTables(
+        8, 4, max_sequences=2, max_tokens=4, max_length=8, framework="torch", device="cpu"
+    )
+    tables.add("a", range(3))
+    graphs = torch_graphs.StepGraphs(lambda step: getattr(step, name), 2)
+    with pytest.raises(cc.ArgumentError, match=rf"StepGraphs: Invalid value of step.{name}: "):
+        graphs(tables.step(["a"], [1]))
+
+
+class OnGPU(torch.Tensor):
     is_cuda, device = True, torch.device("cuda:3")
 
-    def data_ptr(self):
-        return id(self)
+
+def step_of(size):
+    arrays = (torch.zeros(size, 1).as_subclass(OnGPU) for _ in range(6))
+    return cc.Step(tuple(arrays), [], (size, size, 4, 1))
 
 
 def test_what_is_captured(monkeypatch):
@@ -64,7 +107,7 @@ def test_what_is_captured(monkeypatch):
     log, pools, current = [], iter("PQ"), [0]
 
     def function(step):
-        log.append(step)
+        log.append(("call", len(step.seq_lens)))
         return "results", len(step.seq_lens)
 
     @contextlib.contextmanager
@@ -91,14 +134,11 @@ def test_what_is_captured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "Stream", lambda: f"of GPU {current[-1]}")
     monkeypatch.setattr(torch.cuda, "graph", graph)
-    steps = {
-        size: types.SimpleNamespace(seq_lens=OnGPU([7] * size), positions=OnGPU([6] * size))
-        for size in (1, 2)
-    }
+    steps = {size: step_of(size) for size in (1, 2)}
     graphs = torch_graphs.StepGraphs(function, 2)
     for size in (2, 1, 2):
         assert graphs(steps[size]) == ("results", size)
-    two, one = steps[2], steps[1]
+    two, one = ("call", 2), ("call", 1)
     assert log == [
         two, ("begin", 1, "P", "of GPU 3", 3, "thread_local"), two, "end", ("replay", 1),
         one, ("begin", 6, "P", "of GPU 3", 3, "thread_local"), one, "end", ("replay", 6),
@@ -106,10 +146,13 @@ def test_what_is_captured(monkeypatch):
     ]  # fmt: skip
     assert graphs.replay(1) == ("results", 1) and log[-1] == ("replay", 6)
     assert list(graphs.graphs) == [2, 1]
-    others = types.SimpleNamespace(seq_lens=OnGPU([7]), positions=OnGPU([6]))
+    others = step_of(1)
     with pytest.raises(cc.ArgumentError, match="^StepGraphs: Invalid value of step: "):
         graphs(others)
     assert log[-1] == ("replay", 6)
+    memory = weakref.ref(steps[2].seq_lens)
+    steps.clear()
+    assert memory() is not None  # no other tables get it while there is a graph
 
 
 @pytest.mark.gpu

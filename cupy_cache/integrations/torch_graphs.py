@@ -31,6 +31,9 @@ class StepGraphs:
 
     Of CPU tensors nothing is captured: the function is called.
 
+    A graph keeps every number that is no array's. So the function sees of a step the arrays and
+    ``max_query_len``, which is 1; anything else is refused when it is read.
+
     Collectives of NCCL may be part of it, in the same order in all processes. Let the graphs go by
     ``graphs.graphs.clear()`` before ``torch.distributed.destroy_process_group``: it waits for that.
 
@@ -74,11 +77,14 @@ class StepGraphs:
         if not self.sizes or self.sizes[-1] < most:
             self.sizes.append(most)
         self.graphs, self._function = {}, function
-        self._read: dict[int, int] = {}  # the address of each captured step's lengths
+        # Of each number the step that was captured. It keeps the memory: another's arrays cannot
+        # come to lie there.
+        self._captured: dict[int, Step] = {}
         self._pool = self._stream = None
 
     def padded(self, num_sequences: int) -> int:
         """The number of sequences that a step of so many is padded to."""
+        num_sequences = contract.integer(f"{NAME}.padded", "num_sequences", num_sequences, 0)
         for size in self.sizes:
             if num_sequences <= size:
                 return size
@@ -86,28 +92,41 @@ class StepGraphs:
         raise errors.wrong("value", name, expected, num_sequences)
 
     def __call__(self, step: Step) -> Any:
-        """What the function makes of a step, whose arrays are for one of ``sizes``."""
+        """What the function makes of a step, whose arrays are for one of ``sizes``, and in which
+        each sequence has one new token."""
+        if not isinstance(step, Step) or not isinstance(step.seq_lens, torch.Tensor):
+            name, expected = f"{NAME}: step", "a Step with torch's tensors"
+            got = type(getattr(step, "seq_lens", step)).__name__
+            raise errors.wrong("type", name, expected, got)
         size = len(step.seq_lens)
         if len(step.positions) != size:
             expected, got = f"as many as sequences, {size}", len(step.positions)
             raise errors.wrong("length", f"{NAME}: step.positions", expected, got)
+        if step.num_tokens != step.num_sequences or step.max_query_len > 1:
+            expected = "one new token of each sequence"
+            got = f"{step.num_tokens} of {step.num_sequences}, at most {step.max_query_len} of one"
+            raise errors.wrong("value", f"{NAME}: step", expected, got)
         if not step.seq_lens.is_cuda:
-            return self._function(step)
+            return self._function(_Arrays(step))
         if size not in self.graphs:
             self._capture(step, size)
-        elif step.seq_lens.data_ptr() != self._read[size]:
+        elif step.seq_lens.data_ptr() != self._captured[size].seq_lens.data_ptr():
             expected = "of the `BlockTables` whose steps were captured"
             raise errors.wrong("value", f"{NAME}: step", expected, "one whose arrays lie elsewhere")
         return self.replay(size)
 
     def replay(self, size: int) -> Any:
         """What the graph for so many sequences makes of what is in a step's arrays now."""
+        if size not in self.graphs:
+            expected = f"one that was captured, of {sorted(self.graphs)}"
+            raise errors.wrong("value", f"{NAME}.replay: size", expected, errors.shown(size))
         graph, results = self.graphs[size]
         graph.replay()
         return results
 
     def _capture(self, step, size):
-        self._function(step)  # loads kernels, of which none may be met first inside the capture
+        shown = _Arrays(step)
+        self._function(shown)  # loads kernels, of which none may be met first inside the capture
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         # Captured is a stream of the current GPU, which may be another than the step's.
@@ -120,5 +139,27 @@ class StepGraphs:
                 graph, self._pool, self._stream, capture_error_mode="thread_local"
             )
             with captured:
-                results = self._function(step)
-        self.graphs[size], self._read[size] = (graph, results), step.seq_lens.data_ptr()
+                results = self._function(shown)
+        self.graphs[size], self._captured[size] = (graph, results), step
+
+
+class _Arrays(Step):
+    """Of a step what a captured function may read."""
+
+    __slots__ = ()
+
+    def __init__(self, step: Step) -> None:
+        self.block_table, self.seq_lens = step.block_table, step.seq_lens
+        self.query_start_loc, self.positions = step.query_start_loc, step.positions
+        self.slot_mapping, self.token_ids = step.slot_mapping, step.token_ids
+        self.max_query_len = step.max_query_len
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not there; of a step, a number that every replay would take for its own."""
+        if name not in Step.__slots__:
+            raise AttributeError(f"a Step has no attribute {name!r}")
+        expected, way_out = "arrays alone in what is captured", "read it outside of the function"
+        raise errors.wrong("value", f"{NAME}: step.{name}", expected, "what is no array", way_out)
+
+    def __repr__(self) -> str:
+        return f"<Step in arrays for {len(self.seq_lens)}, to be captured>"
