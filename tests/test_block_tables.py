@@ -375,6 +375,22 @@ def test_beams_that_go_on_as_others():
     assert tables.blocks("d") == tables.blocks("a")
 
 
+@pytest.mark.parametrize("kind", [set, frozenset])
+def test_sets_have_no_order(kind):
+    """Nobody knows whose counts these are."""
+    tables = tables_of()
+    for name in "ab":
+        tables.add(name, range(6))
+    for call in (
+        lambda: tables.step(kind("ab"), [1, 2]), lambda: tables.extend(["a", "b"], kind([1, 2])),
+        lambda: tables.reorder(kind("ab"), ["a", "a"]),
+        lambda: tables.blocks_needed(kind("a"), [1]),
+    ):  # fmt: skip
+        with pytest.raises(cc.DTypeError, match="Invalid type of .* a list, got"):
+            call()
+    assert tables.length("a") == tables.length("b") == 0
+
+
 def test_names_in_one_string_are_no_list():
     tables = tables_of()
     tables.add("a", range(6))

@@ -255,20 +255,20 @@ def test_what_cuda_is_told(nothing_remembered, recorder, monkeypatch):
     assert events.pop() == (9, 0)
     assert [(objects[0][0] is places, *of) for objects, *of in kept] == [(True, 9, 0)] * 2
 
-    coming = space.prefetch([3, 2])
+    coming = space.prefetch([2, 1])
     assert made.pop() == ("torch", 0, (2, size), "uint8", beside)
     copies.clear()
     space.advance()
     ((_, source, count, *where),) = copies
-    assert (source, count, where) == (places.ctypes.data + 2 * size, 2 * size, [9, 0])
+    assert (source, count, where) == (places.ctypes.data + size, 2 * size, [9, 0])
     kept.clear()
-    coming.swap_in([(3, 0), (2, 1)], stream=steps)  # one launch, as they are neighbours
-    coming.swap_in([(3, 1)])
+    coming.swap_in([(2, 0), (1, 1)], stream=steps)  # one launch, as they are neighbours
+    coming.swap_in([(2, 1)])
     assert [stream for *_, stream, _ in recorder.take()] == [steps, recording.STREAM]
     assert [of for _, *of in kept] == [[steps, 0], [recording.STREAM, 0]]
 
     captured.append((recording.STREAM, 0))
-    refused_in_a_capture(space, coming, 3)
+    refused_in_a_capture(space, coming, 2)
     captured.clear()
     with pytest.raises(cc.DeviceError, match="Invalid device of host_blocks: expected host memory"):
         space.prefetch(worlds.Opaque(np.array([0])))
@@ -294,7 +294,7 @@ def test_what_a_capture_refuses():
 def refused_in_a_capture(space, coming, block):
     """All that moves blocks; ``coming`` has this block."""
     for call in (
-        lambda: space.swap_out([(0, 1)]), lambda: space.prefetch([0]),
+        lambda: space.swap_out([(0, 1)]), lambda: space.prefetch([block]),
         lambda: coming.swap_in([(block, 1)]),
     ):  # fmt: skip
         with pytest.raises(cc.CaptureError, match="a graph would move the same blocks"):
@@ -338,6 +338,18 @@ def test_text_and_copies():
             copied(space)
 
 
+def test_the_list_of_caches_stays_the_callers():
+    caches = [cache_of()]
+    space = cc.SwapSpace(caches, 2)
+    caches.append(cache_of())
+    caches[0].key_caches[0][3] = 7
+    space.swap_out([(3, 0)])
+    coming = space.prefetch([0])
+    coming.wait()
+    coming.swap_in([(0, 5)])
+    assert (caches[0].key_caches[0][5] == 7).all() and not caches[1].key_caches[0].any()
+
+
 REFUSALS = [
     (lambda s, c: s.swap_out([(6, 0)]), "SwapSpace.swap_out: Invalid value of block_mapping"),
     (lambda s, c: s.swap_out([(0, 4)]), "SwapSpace.swap_out: Invalid value of block_mapping"),
@@ -347,6 +359,11 @@ REFUSALS = [
     (lambda s, c: s.prefetch([4]), "SwapSpace.prefetch: Invalid value of host_blocks"),
     (lambda s, c: s.prefetch([-1]), "SwapSpace.prefetch: Invalid value of host_blocks"),
     (lambda s, c: s.prefetch([0.5]), "SwapSpace.prefetch: Invalid type of host_blocks"),
+    (
+        lambda s, c: s.prefetch([1, 2, 0]),
+        "SwapSpace.prefetch: Invalid value of host_blocks: expected "
+        "blocks that were swapped out, got 2",
+    ),
     (lambda s, c: c.swap_in([(0, 1)]), "Prefetch.swap_in: Invalid order of block_mapping"),
     (lambda s, c: c.swap_in([(4, 1)]), "Prefetch.swap_in: Invalid value of block_mapping"),
     (lambda s, c: (c.wait(), c.swap_in([(2, 1)])), "Prefetch.swap_in: Invalid value of block_m"),
@@ -356,6 +373,10 @@ REFUSALS = [
     (lambda s, c: cc.SwapSpace("cache", 4), "SwapSpace: Invalid type of caches"),
     (lambda s, c: cc.SwapSpace([1], 4), "SwapSpace: Invalid type of caches"),
     (lambda s, c: cc.SwapSpace([cache_of(), cache_of(7)], 4), "SwapSpace: Invalid value of cach"),
+    (
+        lambda s, c: cc.SwapSpace([cache_of(), cache_of(framework="torch")], 4),
+        "SwapSpace: Invalid fr",
+    ),
     (lambda s, c: cc.SwapSpace(cc.PagedKVCache([], []), 4), "SwapSpace: Invalid value of caches"),
     (lambda s, c: cc.SwapSpace(cache_of(), -1), "SwapSpace: Invalid value of num_blocks"),
     (lambda s, c: cc.SwapSpace(cache_of(), 1, bytes_per_step=0), "SwapSpace: Invalid value of by"),

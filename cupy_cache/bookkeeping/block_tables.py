@@ -543,7 +543,7 @@ class BlockTables:
         for called, given in (("sequences", sequences), (argument, others)):
             try:
                 len(given)  # which an array without dimensions has not, though it has the method
-                is_list = not isinstance(given, (str, bytes))
+                is_list = not isinstance(given, (str, bytes, set, frozenset))  # sets have no order
             except TypeError:
                 is_list = False
             if not is_list:

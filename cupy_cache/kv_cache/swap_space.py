@@ -64,7 +64,8 @@ class SwapSpace:
     Parameters
     ----------
     caches : PagedKVCache, or list of them
-        Several where layers differ; all have the same number of blocks, on one device.
+        Several where layers differ; all have the same number of blocks, on one device, and are of
+        one framework.
     num_blocks : int
         Blocks in host memory, which is pinned for caches on a GPU.
     bytes_per_step : int
@@ -107,6 +108,7 @@ class SwapSpace:
     ) -> None:
         self._caches = [caches] if isinstance(caches, PagedKVCache) else caches
         first = _first_of(self._caches)
+        self._caches = list(self._caches)
         self.num_blocks = contract.integer(NAME, "num_blocks", num_blocks, 0)
         self.bytes_per_step = contract.integer(NAME, "bytes_per_step", bytes_per_step, 1)
         self.bytes_per_block = sum(cache.bytes_per_block for cache in self._caches)
@@ -115,6 +117,7 @@ class SwapSpace:
         self._host = [
             self._bus.zeros((self.num_blocks, cache.bytes_per_block)) for cache in self._caches
         ]
+        self._filled = np.zeros(self.num_blocks, bool)  # blocks that were swapped out, ever
         self._moves: collections.deque[_Move] = collections.deque()  # not known to be done
 
     def _new_bus(self):
@@ -159,10 +162,14 @@ class SwapSpace:
         for cache, buffer in zip(self._caches, packed):
             cache.pack_blocks(blocks, buffer, layout="page_first", stream=stream)
         self._moves.append(_Move(self, True, places.tolist(), packed, self._bus.point(steps)))
+        self._filled[places] = True
 
     def prefetch(self, host_blocks: Indices) -> Prefetch:
-        """Begin to copy blocks back to the GPU. The caches are not written before
+        """Begin to copy blocks back to the GPU, as they are now. The caches are not written before
         `Prefetch.swap_in`.
+
+        Forget it where the sequence ends, or other sequences' blocks are swapped out to these: it
+        would bring what they held at this call.
 
         Parameters
         ----------
@@ -175,6 +182,9 @@ class SwapSpace:
         for place in places:
             if not 0 <= place < self.num_blocks:
                 expected = f"blocks in 0..{self.num_blocks - 1}"
+                raise errors.wrong("value", f"{op}: host_blocks", expected, place)
+            if not self._filled[place]:
+                expected = "blocks that were swapped out"
                 raise errors.wrong("value", f"{op}: host_blocks", expected, place)
         self._stream_of_steps(op, None)
         packed = [self._buffer(self._bus.empty, len(places), cache) for cache in self._caches]
@@ -371,8 +381,8 @@ class _Memory:
 
 
 def _first_of(caches):
-    """The first cache's description. Refuses caches with other numbers of blocks, or on another
-    device."""
+    """The first cache's description. Refuses caches with other numbers of blocks, on another device
+    or of another framework."""
     if not isinstance(caches, (list, tuple)) or not caches:
         expected, got = "a PagedKVCache, or a list of them", errors.shown(caches)
         raise errors.wrong("type", f"{NAME}: caches", expected, got)
@@ -385,6 +395,9 @@ def _first_of(caches):
             raise errors.wrong("value", name, "one with layers", "one without")
         one, first = cache._described[0], caches[0]._described[0]
         contract.same_device(NAME, f"caches[{at}]", one.device, "caches[0]", first.device)
+        if one.framework != first.framework:  # whose streams would be others
+            expected = f"{first.framework} like caches[0]"
+            raise errors.wrong("framework", name, expected, one.framework)
         if cache.num_blocks != caches[0].num_blocks:
             expected = f"{errors.counted(caches[0].num_blocks, 'block')}, as caches[0] has"
             raise errors.wrong("value", name, expected, cache.num_blocks)
