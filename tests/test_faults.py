@@ -514,6 +514,42 @@ def test_locks_are_free_in_a_forked_child():
     assert done.stdout.strip() == "0"
 
 
+FORK_AT_THE_FIRST_USE = """
+import os, signal, threading, types
+from cupy_cache.runtime import cuda, driver
+
+begun = threading.Event()
+
+
+def slow(why):
+    begun.set()
+    threading.Event().wait()
+
+
+cuda.import_cupy = slow
+threading.Thread(target=lambda: driver.active.current_device(), daemon=True).start()
+begun.wait()
+child = os.fork()
+if not child:
+    signal.alarm(3)
+    cupy = types.SimpleNamespace(cuda=types.SimpleNamespace())
+    cupy.cuda.runtime = types.SimpleNamespace(getDevice=lambda: 5)
+    cuda.import_cupy = lambda why: cupy
+    os._exit(driver.active.current_device())
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_child_that_is_forked_while_a_thread_finds_cuda():
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", FORK_AT_THE_FIRST_USE],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "5\n"
+
+
 FORK_WITH_A_FAULT = """
 import os
 from cupy_cache.runtime import faults

@@ -64,7 +64,7 @@ class CudaDriver:
         self._launch = None
         self._overlaps = {}  # {GPU: whether launches may overlap there}
 
-    @functools.cached_property
+    @property  # cached, it would have a lock on Python 3.11, which stays locked in a forked child
     def _runtime(self):
         return cuda.import_cupy("a CUDA device").cuda.runtime
 
