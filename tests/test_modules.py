@@ -508,6 +508,17 @@ def test_a_cupy_that_finds_no_cuda(monkeypatch, status, hip, error, words):
     assert "pip" not in str(caught.value) or hip is None
 
 
+def test_a_gpu_of_rocm_is_told_as_one(monkeypatch):
+    """Beside a CuPy that could use CUDA, if there were any."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(driver.active, "device_count", lambda: 0, raising=False)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for options in ({"framework": "torch"}, {"device": "cuda"}, {"device": torch.device("cuda:0")}):
+        with pytest.raises(cc.DeviceError, match="cpu, since torch is built for ROCm, whose GPUs"):
+            cc.PagedKVCache.allocate(1, 2, 4, 1, 8, **options)
+
+
 def test_what_is_missing_is_told_of_the_argument(monkeypatch):
     def none():
         raise cc.MissingDependencyError("a CUDA device: CuPy is not installed; pip install it")

@@ -444,7 +444,10 @@ def device_named(device, name, framework=None):
         raise MissingDependencyError(f"{name} {errors.shown(device)}: {why}") from error
     index = int(found[2] or _current_device(device, framework)) if count else 0
     if index >= count:
-        there = f"a GPU below {count}" if count else "cpu, since CuPy sees no CUDA GPU"
+        why = "torch is built for ROCm, whose GPUs are not served"
+        if not cuda.torchs_rocm():
+            why = "CuPy sees no CUDA GPU"
+        there = f"a GPU below {count}" if count else f"cpu, since {why}"
         raise errors.wrong("value", name, there, errors.shown(device), error=DeviceError)
     return Device("cuda", index)
 
