@@ -4,6 +4,7 @@
 
 import functools
 import inspect
+import weakref
 
 import cases
 import numpy as np
@@ -92,3 +93,64 @@ def with_integers(function, kind):
         return function(*map(changed, args), **{name: changed(v) for name, v in named.items()})
 
     return wrapper
+
+
+class Stream:
+    """Is destroyed where it is dropped, as CuPy's are."""
+
+    cuda_stream = 5
+
+
+STREAMED = [
+    name
+    for name in cases.CASES
+    if "stream" in inspect.signature(getattr(cc, name.partition("-")[0])).parameters
+]
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", STREAMED)
+def test_a_stream_lives_as_long_as_the_call(rng, monkeypatch, name):
+    """Nobody else needs to keep what is given for the call alone."""
+    made, seen = [], []
+
+    def stream():
+        one = Stream()
+        made.append(weakref.ref(one))
+        return one
+
+    def function(*args, **options):
+        # Nothing but the call may keep it, as a dict of its options would.
+        given = [f"args[{at}]" for at in range(len(args))]
+        given += [f"{option}=options[{option!r}]" for option in options]
+        names = {"f": original, "args": args, "options": options, "stream": stream}
+        return eval(f"f({', '.join(given)}, stream=stream())", names)
+
+    def finish(self, entry, values, tables, its, *others):
+        seen.append(its)
+        assert its == 5 and made[-1]() is not None
+        return finished(self, entry, values, tables, its, *others)
+
+    original, finished = getattr(cc, name.partition("-")[0]), dispatch.Op.finish
+    monkeypatch.setattr(cc, name.partition("-")[0], function)
+    monkeypatch.setattr(dispatch.Op, "finish", finish)
+    cases.CASES[name](rng).call(worlds.NumPyWorld())
+    assert len(made) == len(seen)
+
+
+def test_streams_of_methods_live_as_long_as_the_call(rng, monkeypatch):
+    def finish(self, entry, values, tables, its, *others):
+        assert its == 5 and its.owner.cuda_stream == 5
+        seen.append(self.name)
+        return finished(self, entry, values, tables, its, *others)
+
+    seen, finished = [], dispatch.Op.finish
+    monkeypatch.setattr(dispatch.Op, "finish", finish)
+    cache = cc.PagedKVCache.allocate(1, 4, 4, 1, 8, dtype="float32", framework="numpy")
+    rows, slots, table = np.ones((2, 1, 8), np.float32), np.arange(2), np.zeros((1, 1), np.int32)
+    bounds = np.array([0, 2], np.int32)
+    cache.writer(0)(rows, rows, slots, stream=Stream())
+    cache.write(0, rows, rows, slots, stream=Stream())
+    cache.attend(0, rows[:1], table, bounds[1:], stream=Stream())
+    cache.gather(0, table, bounds, num_tokens=2, stream=Stream())
+    assert len(seen) == 4

@@ -8,6 +8,8 @@ import ctypes
 import gc
 import itertools
 import re
+import sys
+import types
 import weakref
 
 import numpy as np
@@ -17,7 +19,7 @@ import worlds
 
 import cupy_cache as cc
 from cupy_cache.compilation import specialisations
-from cupy_cache.runtime import allocations, arrays, devices, dispatch, dlpack, formats
+from cupy_cache.runtime import allocations, arrays, devices, dispatch, dlpack, formats, streams
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
@@ -505,30 +507,38 @@ class Capsules:
 
 
 @pytest.mark.parametrize("stream", [7, dlpack.LOOK])
-def test_exports_are_made_on_their_gpu(recorder, stream):
-    """torch and CuPy take the current GPU's stream for the array's, and going back to a GPU makes
-    a context there."""
-    current, given = [0], []
+def test_exports_are_made_on_their_gpu(recorder, monkeypatch, stream):
+    """torch and CuPy take the current GPU's stream for the array's, or refuse it, and going back to
+    a GPU makes a context there. torch's current GPU may be another than CUDA's."""
+    current, given, torchs = [0], [], [0]
 
     class OfSecondGPU(Capsules):
         def __dlpack_device__(self):
             return dlpack.CUDA, 1
 
         def __dlpack__(self, **options):
-            given.append((current[-1], options.pop("stream")))
+            given.append((current[-1], torchs[-1], options.pop("stream")))
+            assert type(given[-1][-1]) is int
             if options:
                 raise TypeError(options)
             return super().__dlpack__()
 
     @contextlib.contextmanager
-    def on_device(index):
-        current.append(index)
+    def on_device(index, kept=current):
+        kept.append(index)
         yield
-        current.pop()
+        kept.pop()
 
+    of_torch = types.SimpleNamespace(
+        is_initialized=lambda: used, device=lambda index: on_device(index, torchs)
+    )
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(cuda=of_torch))
     recorder.on_device = on_device
-    assert dlpack.read(OfSecondGPU(), stream)[1] == (2, 3)
-    assert given == [(1, stream)] * 2 and current == [0]
+    for used in (False, True):
+        its = stream if stream == dlpack.LOOK else streams.pointer("test", np.array(stream))
+        assert dlpack.read(OfSecondGPU(), its)[1] == (2, 3)
+        assert given == [(1, int(used), stream)] * 2 and current == torchs == [0]
+        given.clear()
 
 
 @pytest.mark.parametrize("strides", [(3, 1), None])

@@ -7,6 +7,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
 import types
 
 import machine_code
@@ -33,6 +34,18 @@ class FakeModule:
         raise self.error
 
 
+class Device:
+    """As CuPy's: what it is asked at first, it asks on its GPU."""
+
+    def __init__(self, cupy):
+        self._cupy = cupy
+
+    @property
+    def compute_capability(self):
+        self._cupy.asked.append(threading.get_ident())
+        return self._cupy.capability
+
+
 @pytest.fixture
 def cupy(monkeypatch):
     """A CuPy of a GPU of capability 9.0, an NVRTC and a driver, whose loading fails as told."""
@@ -42,9 +55,10 @@ def cupy(monkeypatch):
     made = types.SimpleNamespace(
         __version__="14.2.0",
         capability="90",
+        asked=[],  # by which threads
         error=None,
         cuda=types.SimpleNamespace(
-            Device=lambda index: types.SimpleNamespace(compute_capability=made.capability),
+            Device=lambda index: Device(made),
             runtime=types.SimpleNamespace(is_hip=False),
         ),
         RawModule=lambda **options: FakeModule(made.error),
@@ -58,7 +72,18 @@ def cupy(monkeypatch):
     monkeypatch.setattr(cuda, "driver_version", lambda: (12, 4))
     monkeypatch.setattr(modules, "_loaded", {})
     monkeypatch.setattr(nvrtc, "getSupportedArchs", lambda: made.architectures)
-    return made
+    modules._capability.cache_clear()
+    yield made
+    modules._capability.cache_clear()
+
+
+def test_no_thread_that_loads_a_kernel_asks_for_the_capability(cupy):
+    """Without a context it would keep the GPU that CuPy sets for that."""
+    cupy.error = RuntimeError("far enough")
+    for _ in range(2):
+        with pytest.raises(cc.KernelError):
+            modules.load(KERNEL, 1)
+    assert len(cupy.asked) == 1 and threading.get_ident() not in cupy.asked
 
 
 def refused(status, text):

@@ -9,9 +9,11 @@ drops it.
 Layout of the structs: https://dmlc.github.io/dlpack/latest/c_api.html (DLPack 1.0).
 """
 
+import contextlib
 import ctypes
 import math
 import operator
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -46,13 +48,23 @@ def read(array, stream=None):
     producer has ``stream`` wait for its own work, unless ``stream`` is `LOOK`."""
     kind, index = device_of(array)
     if kind in (CUDA, CUDA_MANAGED):
-        # Producers take streams to be of the current GPU, or go back to it, which makes a context.
-        with driver.active.on_device(index):
+        # Producers refuse others than the current GPU, take streams to be of it, or go back to it,
+        # which makes a context.
+        with driver.active.on_device(index), _on_torchs_device(index):
             # 0 would be ambiguous in the protocol: 1 names the legacy default stream.
-            capsule = _export(array, stream=stream or 1)
+            capsule = _export(array, stream=int(stream or 1))
     else:
         capsule = _export(array)
     return _parse(capsule, type(array).__module__.partition(".")[0])
+
+
+def _on_torchs_device(index):
+    """A context manager: inside, GPU ``index`` is torch's current one, too, if torch has used
+    any."""
+    of_torch = getattr(sys.modules.get("torch"), "cuda", None)
+    if of_torch is not None and of_torch.is_initialized():
+        return of_torch.device(index)
+    return contextlib.nullcontext()
 
 
 def _export(array, **options):

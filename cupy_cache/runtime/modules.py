@@ -10,6 +10,7 @@ all of our text and no absolute path, and compile errors still name ``kernels_cu
 One name expression per module: about 35 ms to a first kernel, against half a second for 32.
 """
 
+import concurrent.futures
 import ctypes
 import functools
 import os
@@ -254,8 +255,9 @@ def _load(kernel, device):
     options = OPTIONS + kernel.options() + (("-lineinfo",) if env.flag(env.LINEINFO) else ())
     logger.debug("loading %s on cuda:%d", kernel, device)
     start = time.monotonic()
+    capability = _capability(device)
     with cuda.on_device(device):
-        _require_architecture(why, int(cupy.cuda.Device(device).compute_capability), supported)
+        _require_architecture(why, capability, supported)
         source = kernel.source()
         try:
             module = cupy.RawModule(
@@ -275,6 +277,20 @@ def _load(kernel, device):
             return Loaded(kernel, device, function, module)
         except Exception as error:
             raise _explain(error, kernel, why) from error
+
+
+@functools.cache
+def _capability(device):
+    """CuPy's account of a GPU's compute capability, such as 90, which CuPy remembers and asks for
+    again when it compiles. At first it sets the GPU to ask, and a thread without a context would
+    keep that for its current one: so another thread does it."""
+
+    def ask():
+        with cuda.on_device(device):
+            return int(cuda.import_cupy("a kernel").cuda.Device(device).compute_capability)
+
+    with concurrent.futures.ThreadPoolExecutor(1, "cupy_cache capability") as pool:
+        return pool.submit(ask).result()
 
 
 def _require_cupy_version(why, cupy):

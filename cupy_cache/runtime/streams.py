@@ -30,13 +30,25 @@ from . import arrays, contract, driver, env, locks
 LARGEST = 2**64 - 1  # address
 
 
+class Address(int):
+    """The address of a stream, which keeps its object: where that is dropped, the stream may be
+    destroyed, and a caller need not keep what it gives to a call."""
+
+    owner: object = None
+
+
 def pointer(op, stream):
     """The address of a stream: an integer, or any object with ``__cuda_stream__``, ``ptr`` or
-    ``cuda_stream``."""
+    ``cuda_stream``, of which it is an `Address`."""
+    if type(stream) is Address:
+        return stream
     found = stream if type(stream) is int else _address(op, stream)
     if not 0 <= found <= LARGEST:
         name, expected = f"{op}: stream", "the address of a stream, of at most 64 bits"
         raise errors.wrong("value", name, expected, found)
+    if found is not stream:
+        found = Address(found)
+        found.owner = stream
     return found
 
 

@@ -142,10 +142,12 @@ def test_warmup_leaves_no_context_on_another_gpu(two_gpus):
 
 
 @pytest.mark.multi_gpu
-@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize(
+    "name", [*FRAMEWORKS, pytest.param("transformers", marks=pytest.mark.extra)]
+)
 def test_every_way_in_from_threads_that_chose_no_gpu(two_gpus, name):
     """Right bytes on cuda:1, and no context on cuda:0."""
-    framework_named(name)  # or skip
+    pytest.importorskip(name)
     run("import sys; from streams import ways_in; ways_in.alone(sys.argv[1])", name)
 
 

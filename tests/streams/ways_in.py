@@ -42,8 +42,7 @@ class Place:
         if self.framework == "torch":
             torch = sys.modules["torch"]
             return torch.from_numpy(values.copy()).to(torch.device(self.device))
-        with cuda.on_device(self.device):
-            return sys.modules["cupy"].asarray(values)
+        return self.copied(values)
 
     def rows(self, *values):
         """Keys, values or queries: all elements of a row are one number."""
@@ -56,8 +55,23 @@ class Place:
     def numpy(self, array):
         if self.framework != "cupy":
             return array.cpu().numpy() if self.framework == "torch" else array
+        return self.copied(array)
+
+    def copied(self, array):
+        """CuPy's array for NumPy's, or NumPy's for CuPy's contiguous one. CuPy's own way sets the
+        GPU, which a thread without a context keeps."""
+        cupy = sys.modules["cupy"]
         with cuda.on_device(self.device):
-            return array.get()
+            if isinstance(array, cupy.ndarray):
+                assert array.flags.c_contiguous
+                made = np.empty(array.shape, array.dtype)
+                ends = made.ctypes.data, array.data.ptr
+            else:
+                array = np.ascontiguousarray(array)
+                made = cupy.empty(array.shape, array.dtype)
+                ends = made.data.ptr, array.ctypes.data
+            cupy.cuda.runtime.memcpy(*ends, array.nbytes, cupy.cuda.runtime.memcpyDefault)
+        return made
 
     def of_rows(self, array):
         """The number of each row, in all of whose elements it must be."""
@@ -79,7 +93,9 @@ class Place:
             stream = sys.modules["torch"].cuda.Stream(device=self.device)
             return stream, stream.synchronize
         with cuda.on_device(self.device):
-            stream = sys.modules["cupy"].cuda.Stream(non_blocking=True)
+            # Destroyed in a thread without a context it would make one on cuda:0.
+            kind = cuda.freed_on_its_gpu(sys.modules["cupy"].cuda.Stream)
+            stream = kind(non_blocking=True)
 
         def wait():
             with cuda.on_device(self.device):
@@ -257,7 +273,7 @@ def arrays_behind_protocols(place):
         cc.reshape_and_cache_flash(*given)
         if place.on_gpu:
             with cuda.on_device(place.device):  # without a framework it is CuPy's current stream
-                sys.modules["cupy"].cuda.Device(place.device).synchronize()
+                sys.modules["cupy"].cuda.runtime.deviceSynchronize()
         assert place.of_rows(caches[1]) == [0, 6, 0, 5, 0, 0, 0, 0]
 
 
@@ -345,16 +361,11 @@ def launches_that_overlap(place):
         cc.overlap(was)
 
 
-@way
 def transformers(place):
-    try:
-        if place.framework != "torch":
-            return
-        import transformers
+    import transformers
 
-        from cupy_cache.integrations import transformers as hf
-    except (ImportError, cc.MissingDependencyError):
-        return
+    from cupy_cache.integrations import transformers as hf
+
     sizes = {"vocab_size": 8, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
              "num_key_value_heads": 2, "intermediate_size": 8}  # fmt: skip
     config = transformers.LlamaConfig(**sizes)
@@ -374,12 +385,12 @@ def transformers(place):
         )
 
 
-def main(framework, device, active=lambda: False):
+def main(framework, device, active=lambda: False, ways=WAYS):
     """Call all. ``active()``: whether another GPU than theirs has a context."""
     place = Place(framework, device)
     runtime = cuda.import_cupy("a test").cuda.runtime if place.on_gpu else None
-    for number, function in enumerate(WAYS * 2):
-        failures, times = [], 2 if number < len(WAYS) else 1
+    for number, function in enumerate(ways * 2):
+        failures, times = [], 2 if number < len(ways) else 1
 
         def work(times=times, function=function, failures=failures):
             try:
@@ -409,8 +420,10 @@ def context_on_first_gpu():
     return bool(on.value)
 
 
-def alone(framework):
+def alone(name):
     """The test, in a process of its own, of arrays on cuda:1."""
+    framework = "torch" if name == "transformers" else name
     __import__(framework)
-    main(framework, 1, context_on_first_gpu)
+    ways = [transformers] if name == "transformers" else WAYS
+    main(framework, 1, context_on_first_gpu, ways)
     assert not context_on_first_gpu()
