@@ -16,7 +16,7 @@ express is otherwise:
 * A scale is a tensor or None, which means 1.0: numbers would have to be part of the graph.
 * `slot_mapping`, `slot_mapping_groups`, `alibi_bias`, `paged_attention` and `paged_attention_mla`
   return a new tensor. With ``out``, which follows the arguments that are needed, they write it and
-  return nothing.
+  return nothing. Attention that is given ``lse`` is an overload of its own.
 * `pack_blocks`, `unpack_blocks`, `pack_tokens`, `unpack_tokens`, `zero_blocks` and `copy_tokens`
   take ``caches`` as one list; with ``with_values=True`` it holds each layer's key cache and value
   cache in turn.
@@ -109,13 +109,15 @@ SCHEMAS = (
     'Tensor seq_lens, *, Tensor? query_start_loc=None, float? scale=None, '
     'Tensor? alibi_slopes=None, int? sliding_window=None, float? soft_cap=None, '
     'Tensor? sinks=None, bool causal=True, str kv_cache_dtype="auto", Tensor? k_scale=None, '
-    'Tensor? v_scale=None, Tensor? k_scale_cache=None, Tensor? v_scale_cache=None, '
-    'Tensor(a!)? lse=None) -> Tensor',
+    'Tensor? v_scale=None, Tensor? k_scale_cache=None, Tensor? v_scale_cache=None) -> Tensor',
 
     'paged_attention_mla(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, *, '
     'float scale, SymInt kv_lora_rank=512, Tensor? query_start_loc=None, bool causal=True, '
-    'str kv_cache_dtype="auto", Tensor? kv_scale=None, Tensor(a!)? lse=None) -> Tensor',
+    'str kv_cache_dtype="auto", Tensor? kv_scale=None) -> Tensor',
 )  # fmt: skip
+# What writes logarithms too, where it is given. Their operations that make a result are two: torch
+# 2.13's Inductor fails at a result beside another that is None, which what may be written becomes.
+WITH_LSE = ("paged_attention", "paged_attention_mla")
 
 
 # What torch calls an argument of an annotation; an object is what is ignored.
@@ -159,13 +161,16 @@ def _schema_of(name):
 
 
 def _derived():
-    """The schemas with ``out`` of functions that return a tensor, and those of all other public
-    functions."""
+    """The schemas with ``out``, and with ``lse``, of functions that return a tensor, and those of
+    all other public functions."""
     for schema in SCHEMAS:
         if schema.endswith("-> Tensor"):
-            name, _, rest = schema.partition("(")
-            rest = rest.replace("(a!)", "(b!)").replace(", *,", ", Tensor(a!) out, *,")
-            yield f"{name}.out({rest.removesuffix('Tensor')}()"
+            name, _, rest = schema.removesuffix(") -> Tensor").partition("(")
+            lse = ""
+            if name in WITH_LSE:
+                yield f"{name}.lse({rest}, Tensor(a!)? lse) -> Tensor"
+                lse = ", Tensor(b!)? lse=None"
+            yield f"{name}.out({rest.replace(', *,', ', Tensor(a!) out, *,')}{lse}) -> ()"
     written_out = {re.match(r"\w+", schema)[0] for schema in SCHEMAS}
     for name in dir(cupy_cache):  # the public ones
         function = getattr(cupy_cache, name)
@@ -436,7 +441,9 @@ _RESULTS = {
     "slot_mapping_groups": _new_slots_of_groups,
     "alibi_bias": _new_bias,
     "paged_attention": _attended,
+    "paged_attention.lse": _attended,
     "paged_attention_mla": _attended_mla,
+    "paged_attention_mla.lse": _attended_mla,
 }
 
 
