@@ -16,6 +16,7 @@ import cupy_cache as cc
 from cupy_cache.integrations import vllm
 
 torch = pytest.importorskip("torch")
+torch_graphs = pytest.importorskip("cupy_cache.integrations.torch_graphs")
 
 # Where there is a GPU, torch 2.11's compiler imports parts of torch that warn of other parts.
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.*:DeprecationWarning")
@@ -181,7 +182,7 @@ FUNCTIONS = {name: value for name in cc.__all__
              if isinstance(value := getattr(cc, name), types.FunctionType)}  # fmt: skip
 METHODS = (
     "write", "writer", "attend", "gather", "copy_blocks", "swap_blocks", "zero_blocks",
-    "pack_blocks", "unpack_blocks",
+    "pack_blocks", "unpack_blocks", "allocate",
 )  # fmt: skip
 
 
@@ -191,7 +192,7 @@ UNDER_OTHER_NAMES = {
     for module in (cc.flash_attn, vllm)
     for name in module.__all__
     if isinstance(getattr(module, name), types.FunctionType)
-}
+} | {"StepGraphs": torch_graphs.StepGraphs(len, 2).__call__}
 
 
 @pytest.mark.parametrize("name", [*FUNCTIONS, *METHODS, *UNDER_OTHER_NAMES])

@@ -117,8 +117,12 @@ def skip_unless_compiled(operation):
         pytest.skip("torch 2.4 does not compile this operation")
 
 
+@pytest.mark.each("backend")
 @only_torch
-def test_compiled(world, call_of):
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.extra)]
+)
+def test_compiled(world, call_of, backend):
     def run(operation, args, options):
         skip_unless_compiled(operation)
 
@@ -126,7 +130,7 @@ def test_compiled(world, call_of):
             operation(*args, **options)
 
         torch._dynamo.reset()
-        torch.compile(step, fullgraph=True, backend="aot_eager")(*args)
+        torch.compile(step, fullgraph=True, backend=backend)(*args)
 
     case = call_of(run)
     case.call(world)

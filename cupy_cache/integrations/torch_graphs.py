@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .. import Step, errors
-from ..runtime import contract
+from ..runtime import contract, tracing
 
 NAME = "StepGraphs"
 
@@ -163,3 +163,6 @@ class _Arrays(Step):
 
     def __repr__(self) -> str:
         return f"<Step in arrays for {len(self.seq_lens)}, to be captured>"
+
+
+tracing.hint({NAME: StepGraphs})

@@ -44,6 +44,7 @@ _HINT = "it is not traced; for fullgraph=True see cupy_cache.integrations.torch_
 def _functions(named):
     """All functions in ``named``, in its modules' ``__all__``, and in its classes."""
     for value in named.values():
+        value = value.__func__ if isinstance(value, (classmethod, staticmethod)) else value
         if isinstance(value, types.FunctionType):
             yield value
         elif isinstance(value, types.ModuleType):
