@@ -19,7 +19,6 @@ from ..runtime import (
     allocations,
     arrays,
     contract,
-    cuda,
     dispatch,
     driver,
     formats,

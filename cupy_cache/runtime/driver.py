@@ -7,6 +7,7 @@ import ctypes
 import functools
 import operator
 import re
+import sys
 
 import numpy as np
 
