@@ -124,12 +124,16 @@ def slot_mapping_groups(
     )
     if stream is not None:
         stream = streams.pointer(NAME, stream)
-    if out is None:
-        like = arrays.view(positions, f"{NAME}: positions")
-        shape = groups, *like.shape[:1]
-        out = making.empty(like.framework, like.device, shape, formats.INT64, stream)
-    OP((block_tables, idx_mapping, positions, query_start_loc, out), options, stream)
-    return out
+    made = OP((block_tables, idx_mapping, positions, query_start_loc, out), options, stream)
+    return out if made is None else made
+
+
+def _new_out(op, objects, options, stream):
+    """A new array for the result."""
+    del options
+    like = arrays.view(objects[2], f"{op}: positions")
+    shape = len(objects[0]), *like.shape[:1]
+    return making.empty(like.framework, like.device, shape, formats.INT64, stream)
 
 
 def _each(name, values, groups, kind, normal):
@@ -290,4 +294,5 @@ OP = dispatch.Op(
     plan=_Plan,
     destination=4,
     count=_count,
+    result=dispatch.Result(4, (2,), _new_out),
 )

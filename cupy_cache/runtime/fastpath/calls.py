@@ -7,7 +7,7 @@ import math
 import operator
 
 from ...errors import CupyCacheError
-from .. import arrays
+from .. import arrays, dlpack, making
 
 MAX_COUNTS = 256  # combinations of extents and scalars, of one signature
 # Calls with the same extents in a row, after which one comparison recognises them: it takes 6 us to
@@ -29,9 +29,11 @@ class Results(abc.ABC):
     same : callable
         ``same(*tensors)``: whether they have the signature; made by `guards.same_as`.
     extents : Extents
+    new : New or None
     """
 
-    def __init__(self, kind, same, extents):
+    def __init__(self, kind, same, extents, new):
+        self._new = new
         self._same, self._exactly, self._elements = same, kind.exactly, kind.elements
         self._extents, self._sized, self._free = extents, extents.sized, extents.free
         # By numbers of elements, scalars, shapes and strides: the result; the function ``alike``.
@@ -40,9 +42,10 @@ class Results(abc.ABC):
         self.settled = _NOT_SETTLED
 
     @abc.abstractmethod
-    def make(self, extents, scalars, sizes):
+    def make(self, extents, scalars, sizes, new):
         """The result for a call; None where it must take the slow path. ``sizes``: the numbers of
-        elements, shapes and strides that the extents were computed from."""
+        elements, shapes and strides that the extents were computed from. ``new``: a function that
+        makes the operation's result; None where calls give it."""
 
     def forget(self):
         """Forget all results."""
@@ -63,9 +66,13 @@ class Results(abc.ABC):
             key += freed
         found = self._known.get(key)
         if found is None:
-            extents = self._extents.find(sizes, freed)
+            extents, new = self._extents.find(sizes, freed), None
+            if self._new is not None and extents is not None:
+                extents, new = self._new.of(extents)
             try:
-                found = None if extents is None else self.make(extents, scalars, sizes + freed)
+                found = None
+                if extents is not None:
+                    found = self.make(extents, scalars, sizes + freed, new)
             except CupyCacheError:  # the slow path raises it, with the name that was called
                 found = None
             if found is None:
@@ -87,6 +94,48 @@ class Results(abc.ABC):
 
 
 _NOT_SETTLED = None, None, None
+
+
+class New:
+    """The new result of calls that give none: contiguous, and each extent that varies is another
+    argument's number of rows, see `dispatch.Result`.
+
+    Parameters
+    ----------
+    op : dispatch.Op
+    kind : guards.Kind
+    made : array
+        The result of a call.
+    """
+
+    def __init__(self, op, kind, made):
+        self._arg, self._shape, self._unit = op.args[op.result.at], made.shape, kind.unit(made)
+        self._step = kind.step(made) * self._unit
+        varying = [index for index, arg in enumerate(op.args) if arg.varies]
+        self._at = varying.index(op.result.at)
+        self._rows = [
+            (dim, varying.index(index)) for dim, index in zip(self._arg.varies, op.result.rows)
+        ]
+        self._empty = making.like(made)
+        self._mask = 0 if self._arg.index or self._arg.varies == arrays.ROWS else 15
+        self._low = self._low_bits(self._shape)
+
+    def _low_bits(self, shape):
+        """The alignment of the strides that vary."""
+        strides = dlpack.contiguous_strides(shape, self._step)
+        return arrays.any_bits(strides[: max(self._arg.varies)]) & self._mask
+
+    def of(self, extents):
+        """``extents`` with those of the result, and a function that makes it; None and None where
+        its strides have another alignment than the plan was made for."""
+        shape = list(self._shape)
+        for dim, at in self._rows:
+            shape[dim] = extents[at]
+        if self._low_bits(shape) != self._low:
+            return None, None
+        strides = dlpack.contiguous_strides(shape, self._step)
+        extents[self._at] = arrays.extent(self._arg.varies, shape, strides, 1)
+        return extents, self._empty(tuple(shape))
 
 
 def getter(places):

@@ -6,18 +6,19 @@ import itertools
 import struct
 
 from ...errors import CupyCacheError
-from .. import arrays, faults, guards, overlap, streams
+from .. import arrays, faults, guards, making, overlap, streams
 from . import calls
 
 MAX_APART = 1024  # combinations of addresses
 
 
-def path_of(op, entry, objects, options, given):
+def path_of(op, entry, objects, options, made, given):
     """The fast path of a `plans.KernelPlan`; None where there is none. See `FastPaths.learn`."""
     given = list(range(len(objects)) if given is None else given)
     bound = [i for i, value in enumerate(objects) if value is not None and i not in given]
     present = [index for index in given if objects[index] is not None]
-    kind = guards.kind_of([objects[index] for index in (*present, *bound)])
+    new = [] if made is None else [made]
+    kind = guards.kind_of([*(objects[index] for index in (*present, *bound)), *new])
     if entry.others or kind is None:
         return None
     # torch's comparison refuses a tensor that is given twice: it gets each tensor once.
@@ -26,15 +27,16 @@ def path_of(op, entry, objects, options, given):
         if not any(objects[index] is objects[other] for other in unique):
             unique.append(index)
     tensors = [objects[index] for index in unique]
-    if not all(map(kind.elements, tensors)):
+    if not all(map(kind.elements, [*tensors, *new])):
         return None  # no rows can be computed from 0 elements
     same = kind.same_as(tensors, [op.args[index].varies for index in unique])
     if same is None:
         return None
     distinct = _Unique(given, objects, unique)
-    pointers = _Pointers(op, entry, kind, objects, unique, distinct.twins, bound)
+    pointers = _Pointers(op, entry, kind, objects, unique, distinct.twins, bound, made)
     extents = _extents(op, kind, objects, unique, tensors)
-    launches = _Launches(kind, same, extents, op, entry, options)
+    new = None if made is None else calls.New(op, kind, made)
+    launches = _Launches(kind, same, extents, new, op, entry, options)
     if not (distinct.needed or extents.free or pointers.arrange or pointers.odd):
         sized = [at for at, index in enumerate(unique) if op.args[index].varies == arrays.ROWS]
         if len(unique) == 3 and sized == [0, 1, 2] and pointers.insert_at == len(bound) == 2:
@@ -68,7 +70,7 @@ def _any_path(entry, kind, launches, pointers, distinct):
     apart, check_apart = pointers.apart, pointers.check_apart
     find, records, fill = launches.find, launches.records, launches.fill
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
-    address = kind.address
+    address, framework = kind.address, kind.framework
 
     def run(objects, scalars, stream, caller):
         tensors = objects
@@ -81,13 +83,16 @@ def _any_path(entry, kind, launches, pointers, distinct):
             launch = find(tensors, scalars)
             if launch is None:
                 return False
-        enqueue, failed, shape, scratch, fields, sizes = launch
+        enqueue, failed, shape, scratch, fields, sizes, new = launch
+        made = None if new is None else new()
         if enqueue is None and written is None:
-            return True
+            return made
         # The addresses, in order, and their checks.
         addresses = list(map(address, tensors))
         if insert_at:
             addresses[insert_at:insert_at] = caller.addresses
+        if made is not None:
+            addresses.append(address(made))
         if arrange is not None:
             addresses = arrange(addresses)
         if written is not None:
@@ -95,7 +100,7 @@ def _any_path(entry, kind, launches, pointers, distinct):
             if where not in apart and not check_apart(where, addresses, tensors):
                 return False
             if enqueue is None:  # an empty tensor has no address
-                return True
+                return made
         bits = odd
         for number in addresses:
             if number < lowest:
@@ -113,8 +118,11 @@ def _any_path(entry, kind, launches, pointers, distinct):
         pack(record.buffer, 0, *addresses)
         if stream is None:
             stream = current_stream()
-        elif torchs is not None and stream != torchs():
-            streams.lend((*tensors, *caller.tensors) if insert_at else tensors, stream, device)
+        else:
+            if torchs is not None and stream != torchs():
+                streams.lend((*tensors, *caller.tensors) if insert_at else tensors, stream, device)
+            if made is not None:
+                making.hand_over(made, framework, device, stream)
         held = None
         if scratch is not None:
             held = streams.scratch(scratch.framework, device, scratch.size, stream)
@@ -129,7 +137,7 @@ def _any_path(entry, kind, launches, pointers, distinct):
         records.append(record)
         if faults.debug:
             faults.after_call(stream, device)
-        return True
+        return made
 
     return run
 
@@ -160,9 +168,9 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
             c, d = address(key_cache), address(value_cache)
             if (c, d) not in apart and not admits((c, d)):
                 return False
-        enqueue, failed, shape, _, fields, _ = launch
+        enqueue, failed, shape, _, fields, _, _ = launch
         if enqueue is None:
-            return True
+            return None
         a, b, e = address(key), address(value), address(slots)
         if a < lowest or b < lowest or e < lowest:
             return False
@@ -186,23 +194,24 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
         records.append(record)
         if faults.debug:
             faults.after_call(stream, device)
-        return True
+        return None
 
     return run
 
 
 class _Launches(calls.Results):
-    """The launches of a signature. A result is (enqueue, errors, shape, scratch, fields, sizes):
+    """The launches of a signature. A result is (enqueue, errors, shape, scratch, fields, sizes, new):
     ``enqueue(stream, record's address, 0)``, None where there is nothing to do; the errors at which
     `_launch_again` must launch ``shape`` instead, (launcher, grid, threads); the `plans.Scratch`;
-    the kernel's fields that the operation's count gave; and what the extents were computed from.
+    the kernel's fields that the operation's count gave; what the extents were computed from; and a
+    function that makes the operation's result, None where calls give it.
 
     records : filled parameter records, each with the fields that it has. A thread takes one and
         puts it back, so that no other thread fills it meanwhile.
     """
 
-    def __init__(self, kind, same, extents, op, entry, options):
-        super().__init__(kind, same, extents)
+    def __init__(self, kind, same, extents, new, op, entry, options):
+        super().__init__(kind, same, extents, new)
         self._op, self._options = op, options
         self._launcher, self._plan = entry.plan.launcher, entry.plan
         letters = self._launcher.kernel.params.call_letters[len(op.args) :]
@@ -217,7 +226,7 @@ class _Launches(calls.Results):
         self._grids.clear()
         super().forget()
 
-    def make(self, extents, scalars, sizes):
+    def make(self, extents, scalars, sizes, new):
         """The launch of a call; None where the kernel is not loaded yet."""
         rows, fields = self._op.count(extents, self._options, scalars)
         launch = _NOTHING
@@ -225,7 +234,7 @@ class _Launches(calls.Results):
             launch = self._grids.get(rows) or self._of_grid(rows)
             if launch is None:
                 return None
-        return *launch, fields, sizes
+        return *launch, fields, sizes, new
 
     def _of_grid(self, rows):
         launcher, grid, threads = self._plan.launch_for(rows)
@@ -306,11 +315,14 @@ class _Pointers:
         ``written_varies``, each ends in what the call's extents were computed from.
     """
 
-    def __init__(self, op, entry, kind, objects, unique, twins, bound):
+    def __init__(self, op, entry, kind, objects, unique, twins, bound, made):
         self.insert_at = next((at for at, i in enumerate(unique) if bound and i > bound[0]), 0)
         if bound and not self.insert_at:
             self.insert_at = len(unique)
-        order = [*unique[: self.insert_at], *bound, *unique[self.insert_at :]]
+        objects, order = list(objects), [*unique[: self.insert_at], *bound, *unique[self.insert_at :]]
+        if made is not None:
+            objects[op.result.at] = made
+            order.append(op.result.at)
         sources = {index: at for at, index in enumerate(order)}
         sources |= {index: sources[unique[at]] for index, at in twins}
         everything = sorted(sources)
@@ -327,13 +339,12 @@ class _Pointers:
         self._laid_out = kind.laid_out
         self._bound = {index: kind.laid_out(objects[index]) for index in bound}
         self.apart, self.written, self.written_varies = set(), None, False
-        # Arrays that are all bound were checked when they were.
-        if entry.apart is not None and not all(
-            i in bound for i in everything if op.args[i].written
-        ):
-            self.written = calls.getter(
-                [at for at, i in enumerate(everything) if op.args[i].written]
-            )
+        # Arrays that are all bound were checked when they were. A new one has memory of its own.
+        written = [i for i in everything if op.args[i].written]
+        if made is not None:
+            written.remove(op.result.at)
+        if entry.apart is not None and len(written) > 1 and not set(written) <= set(bound):
+            self.written = calls.getter([everything.index(i) for i in written])
             self.written_varies = entry.apart.varies
 
     def check_apart(self, where, addresses, tensors):

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fast paths of operations whose arguments are lists of arrays, or chosen blocks and slots."""
 
-from .. import arrays, guards, indices, lists
+from .. import arrays, guards, indices, lists, making
 from . import calls
 
 
@@ -27,7 +27,7 @@ def flattened(op, args, objects, options):
     return read, tensors, tuple(form)
 
 
-def path_of(op, entry, objects, options, given):
+def path_of(op, entry, objects, options, made, given):
     """The fast path of an operation on lists; None where there is none. See `FastPaths.learn`.
 
     Only lists may be bound. The path's last argument, ``fixed``, is their addresses.
@@ -41,7 +41,7 @@ def path_of(op, entry, objects, options, given):
         return None
     given_args = [op.args[index] for index in given]
     _, tensors, form = flattened(op, given_args, [objects[index] for index in given], options)
-    kind = guards.kind_of(tensors)
+    kind = guards.kind_of(tensors if made is None else [*tensors, made])
     if kind is None:
         return None
     # (index, at, count) of each argument: where its first tensor is among ``tensors``, and how many
@@ -95,8 +95,10 @@ def path_of(op, entry, objects, options, given):
             tables = entry.tables(values)
         return values, tables
 
-    works = _Works(kind, same, extents, op, options, bool(chosen))
+    new = None if made is None else calls.New(op, kind, made)
+    works = _Works(kind, same, extents, new, op, options, bool(chosen))
     find, work_of, finish = works.find, op.count, op.finish
+    framework, device, place = kind.framework, entry.device, op.result and op.result.at
 
     def run(tensors, scalars, stream, objects, fixed=()):
         alike, settled_scalars, found = works.settled
@@ -111,7 +113,13 @@ def path_of(op, entry, objects, options, given):
             if values is None:
                 return False
             latest[:] = addresses, fixed, values, tables
-        extents, work = found
+        extents, work, new = found
+        made = None
+        if new is not None:
+            values, made = values.copy(), new()
+            if stream is not None:
+                making.hand_over(made, framework, device, stream)
+            values[place] = address(made)
         if chosen:
             values, extents = values.copy(), extents.copy()
             for index, at in chosen:
@@ -119,20 +127,20 @@ def path_of(op, entry, objects, options, given):
                 extents[at] = numbers.count
             work = work_of(extents, options, scalars)
         finish(entry, values, tables, stream, work, objects)
-        return True
+        return made
 
     return run
 
 
 class _Works(calls.Results):
-    """A result is (extents, work): what the operation made of the extents, None where that
-    also depends on what is chosen in host memory."""
+    """A result is (extents, work, new): what the operation made of the extents, None where that
+    also depends on what is chosen in host memory; and a function that makes the operation's result,
+    None where calls give it."""
 
-    def __init__(self, kind, same, extents, op, options, chosen):
-        super().__init__(kind, same, extents)
+    def __init__(self, kind, same, extents, new, op, options, chosen):
+        super().__init__(kind, same, extents, new)
         self._op, self._options, self._chosen = op, options, chosen
 
-    def make(self, extents, scalars, sizes):
-        """(Extents, work) of a call."""
+    def make(self, extents, scalars, sizes, new):
         work = None if self._chosen else self._op.count(extents, self._options, scalars)
-        return extents, work
+        return extents, work, new
