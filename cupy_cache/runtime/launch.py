@@ -263,11 +263,12 @@ class Record:
     """The bytes of a parameter struct, and the array of one pointer to them that the driver wants.
     Whoever fills it may note in ``fields`` with what."""
 
-    __slots__ = ("_pointers", "address", "buffer", "fields", "tail")
+    __slots__ = ("_pointers", "address", "buffer", "bytes", "fields", "tail")
 
     def __init__(self, template, tail_at):
         self.buffer = ctypes.create_string_buffer(template, len(template))
-        self.tail = memoryview(self.buffer).cast("B")[tail_at:]
+        self.bytes = memoryview(self.buffer).cast("B")
+        self.tail = self.bytes[tail_at:]
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
         self.address = ctypes.addressof(self._pointers)
 

@@ -215,8 +215,8 @@ class _Launches(calls.Results):
         self._op, self._options = op, options
         self._launcher, self._plan = entry.plan.launcher, entry.plan
         letters = self._launcher.kernel.params.call_letters[len(op.args) :]
-        self._pack = struct.Struct("<" + "".join(letters)).pack_into
-        self._fields_at = 8 * len(op.args)
+        self._pack = struct.Struct("<" + "".join(letters)).pack
+        self._fields_at = slice(at := 8 * len(op.args), at + struct.calcsize("<" + "".join(letters)))
         self._grids = {}  # {rows: (enqueue, errors, shape, scratch)}
         self.records = []
         overlap.prepared.add(self)
@@ -234,7 +234,7 @@ class _Launches(calls.Results):
             launch = self._grids.get(rows) or self._of_grid(rows)
             if launch is None:
                 return None
-        return *launch, fields, sizes, new
+        return *launch, self._pack(*fields), sizes, new
 
     def _of_grid(self, rows):
         launcher, grid, threads = self._plan.launch_for(rows)
@@ -255,7 +255,7 @@ class _Launches(calls.Results):
         """Write these fields into a record, a new one if it is None."""
         if record is None:
             record = self._launcher.new_record()
-        self._pack(record.buffer, self._fields_at, *fields)
+        record.bytes[self._fields_at] = fields
         record.fields = fields
         return record
 
