@@ -259,23 +259,27 @@ def test_settled_launches_are_prepared_anew(recorder, monkeypatch):
             cc.reshape_and_cache_flash(*given)
 
 
-def test_calls_in_turns_are_not_settled(recorder, monkeypatch):
-    """Making comparisons takes longer than they save."""
+def test_calls_in_turns_are_settled(recorder, monkeypatch):
+    """Each size of several that take turns has one comparison, whatever else is called between; a
+    size of a single call has none, as to make one takes longer than it saves."""
     made, exactly = [], guards.exactly
     guards._torch.cache_clear()
     monkeypatch.setattr(guards, "exactly", lambda tensors: made.append(1) or exactly(tensors))
-    steps = [tensors(5), tensors(7)]
-    for step in range(40):
-        cc.reshape_and_cache_flash(*steps[step % 2])
+    for tokens in range(10, 20):
+        cc.reshape_and_cache_flash(*tensors(tokens))
     assert not made
-    for step in range(80):  # steps of several layers
-        cc.reshape_and_cache_flash(*steps[step // 10 % 2])
-    assert len(made) == 2
+    steps = [tensors(5), tensors(7), tensors(7, 6)]
+    for step in range(40):
+        cc.reshape_and_cache_flash(*steps[step % 3])
+        (sent,) = recorder.take()[-1:]
+        assert fields(sent[-1]) == expected_fields(steps[step % 3])
+    assert len(made) == 3
     guards._torch.cache_clear()
 
 
 def test_more_counts_than_are_remembered(recorder, monkeypatch):
     monkeypatch.setattr(fastpath.calls, "MAX_COUNTS", 3)
+    monkeypatch.setattr(launch, "MAX_KNOWN", 3)
     others = set(overlap.prepared)
     for _ in range(3):
         for tokens in range(1, 9):
@@ -283,7 +287,7 @@ def test_more_counts_than_are_remembered(recorder, monkeypatch):
             cc.reshape_and_cache_flash(*given)
             (sent,) = recorder.take()
             assert fields(sent[-1]) == expected_fields(given)
-            assert all(len(launches._grids) <= 3 for launches in overlap.prepared - others)
+            assert all(len(launches._known) <= 3 for launches in overlap.prepared - others)
     assert recorder.long == KNOWN and overlap.prepared - others
 
 

@@ -10,6 +10,8 @@ the array's device; it never synchronises and never allocates on the device.
 import concurrent.futures
 import ctypes
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 from .. import errors
 from . import driver, overlap
@@ -215,48 +217,67 @@ class Launcher:
         return Record(self._template, self.kernel.params.tail_at)
 
 
+class Prepared(NamedTuple):
+    """A launch of one size.
+
+    enqueue : ``enqueue(stream, record's address, 0)``; None where there is nothing to do.
+    failed : the errors at which ``again(stream, record)`` must be called instead.
+    launcher : that of its records.
+    """
+
+    enqueue: Callable | None
+    failed: tuple
+    again: Callable | None
+    launcher: Any
+
+
 class Launches:
     """Launches that differ in their size, each prepared once.
 
     Parameters
     ----------
     launch_for : callable
-        ``launch_for(*size)`` -> (launcher, grid, threads).
+        ``launch_for(size)`` -> (launcher, grid, threads).
     """
 
     def __init__(self, launch_for):
         self._launch_for, self._known = launch_for, {}
+        self.known = self._known.get
         overlap.prepared.add(self)
 
     def forget(self):
         """Forget them all."""
         self._known.clear()
 
+    def prepare(self, size, stream=None):
+        """The `Prepared` of this size, which then is `known`. Its kernel is loaded if need be, for
+        a launch on ``stream``; without one the result is None."""
+        launcher, grid, threads = self._launch_for(size)
+        if not launcher.has_work(grid, threads):
+            return Prepared(None, (), None, launcher)
+        if stream is not None:
+            launcher.load(stream)
+        elif not launcher.loaded:
+            return None
+        again = functools.partial(launcher.launch, grid, threads)
+        made = Prepared(*launcher.prepare(grid, threads), again, launcher)
+        if len(self._known) >= MAX_KNOWN:
+            self._known.clear()
+        # The result is not looked up again: another thread may clear the dictionary at any time.
+        self._known[size] = made
+        return made
+
     def enqueue(self, size, stream, values, tail=b""):
         """`Launcher.enqueue`, for a launch of this size."""
-        launch = self._known.get(size)
-        if launch is None:
-            launch = self._prepare(size, stream)
-        launcher, grid, threads, enqueue, failed = launch
+        enqueue, failed, again, launcher = self.known(size) or self.prepare(size, stream)
         if enqueue is None:
             return
         record = launcher.take(values, tail)
         try:
             enqueue(stream, record.address, 0)
         except failed:
-            launcher.launch(grid, threads, stream, record)
+            again(stream, record)
         launcher.put_back(record)
-
-    def _prepare(self, size, stream):
-        launcher, grid, threads = self._launch_for(*size)
-        entry = None, ()
-        if launcher.has_work(grid, threads):
-            launcher.load(stream)
-            entry = launcher.prepare(grid, threads)
-        if len(self._known) >= MAX_KNOWN:
-            self._known.clear()
-        made = self._known[size] = launcher, grid, threads, *entry
-        return made
 
 
 class Record:
@@ -271,7 +292,3 @@ class Record:
         self.tail = self.bytes[tail_at:]
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
         self.address = ctypes.addressof(self._pointers)
-
-    def fill_tail(self, tail):
-        """Put these bytes at the start of the struct's tail."""
-        self.tail[: len(tail)] = tail

@@ -6,7 +6,7 @@ import itertools
 import struct
 
 from ...errors import CupyCacheError
-from .. import arrays, faults, guards, making, overlap, streams
+from .. import arrays, faults, guards, launch, making, overlap, streams
 from . import calls
 
 MAX_APART = 1024  # combinations of addresses
@@ -33,7 +33,7 @@ def path_of(op, entry, objects, options, made, given):
     if same is None:
         return None
     distinct = _Unique(given, objects, unique)
-    pointers = _Pointers(op, entry, kind, objects, unique, distinct.twins, bound, made)
+    pointers = _Pointers(op, entry, kind, objects, unique, distinct.arguments, bound, made)
     extents = _extents(op, kind, objects, unique, tensors)
     new = None if made is None else calls.New(op, kind, made)
     launches = _Launches(kind, same, extents, new, op, entry, options)
@@ -63,7 +63,7 @@ def _any_path(entry, kind, launches, pointers, distinct):
 
     Each statement of `run` is executed at each call: what it needs is in local variables, and no
     step is a function of its own."""
-    picks, pick = distinct.needed, distinct.pick
+    picks, take, absent, twins = distinct.needed, distinct.take, distinct.absent, distinct.twins
     insert_at, arrange, pack = pointers.insert_at, pointers.arrange, pointers.pack
     misaligned, odd, lowest = pointers.misaligned, pointers.odd, arrays.LOWEST
     written, varies = pointers.written, pointers.written_varies
@@ -75,15 +75,19 @@ def _any_path(entry, kind, launches, pointers, distinct):
     def run(objects, scalars, stream, caller):
         tensors = objects
         if picks:
-            tensors = pick(objects)
-            if tensors is None:
-                return False
-        alike, settled_scalars, launch = launches.settled
+            tensors = take(objects)
+            for at in absent:
+                if objects[at] is not None:
+                    return False
+            for at, one in twins:
+                if objects[at] is not tensors[one]:
+                    return False
+        alike, settled_scalars, found = launches.settled
         if alike is None or scalars != settled_scalars or not alike(*tensors):
-            launch = find(tensors, scalars)
-            if launch is None:
+            found = find(tensors, scalars)
+            if found is None:
                 return False
-        enqueue, failed, shape, scratch, fields, sizes, new = launch
+        enqueue, failed, again, scratch, fields, sizes, new = found
         made = None if new is None else new()
         if enqueue is None and written is None:
             return made
@@ -112,9 +116,9 @@ def _any_path(entry, kind, launches, pointers, distinct):
         try:
             record = records.pop()
         except IndexError:
-            record = fill(None, fields)
+            record = fill(None, fields, scratch)
         if record.fields is not fields:
-            fill(record, fields)
+            fill(record, fields, scratch)
         pack(record.buffer, 0, *addresses)
         if stream is None:
             stream = current_stream()
@@ -126,11 +130,11 @@ def _any_path(entry, kind, launches, pointers, distinct):
         held = None
         if scratch is not None:
             held = streams.scratch(scratch.framework, device, scratch.size, stream)
-            record.fill_tail(scratch.tail(held.__enter__()))
+            record.tail[:8] = held.__enter__().to_bytes(8, "little")
         try:
             enqueue(stream, record.address, 0)
         except failed:
-            _launch_again(shape, stream, record)
+            again(stream, record)
         finally:
             if held is not None:
                 held.__exit__(None, None, None)
@@ -155,10 +159,10 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
     address = kind.address
 
     def run(objects, scalars, stream, caller):
-        alike, settled_scalars, launch = launches.settled
+        alike, settled_scalars, found = launches.settled
         if alike is None or scalars != settled_scalars or not alike(*objects):
-            launch = find(objects, scalars)
-            if launch is None:
+            found = find(objects, scalars)
+            if found is None:
                 return False
         if caches_bound:
             key, value, slots = objects
@@ -168,7 +172,7 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
             c, d = address(key_cache), address(value_cache)
             if (c, d) not in apart and not admits((c, d)):
                 return False
-        enqueue, failed, shape, _, fields, _, _ = launch
+        enqueue, failed, again, _, fields, _, _ = found
         if enqueue is None:
             return None
         a, b, e = address(key), address(value), address(slots)
@@ -179,9 +183,9 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
         try:
             record = records.pop()
         except IndexError:
-            record = fill(None, fields)
+            record = fill(None, fields, None)
         if record.fields is not fields:
-            fill(record, fields)
+            fill(record, fields, None)
         pack(record.buffer, 0, a, b, c, d, e)
         if stream is None:
             stream = current_stream()
@@ -190,7 +194,7 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
         try:
             enqueue(stream, record.address, 0)
         except failed:
-            _launch_again(shape, stream, record)
+            again(stream, record)
         records.append(record)
         if faults.debug:
             faults.after_call(stream, device)
@@ -200,11 +204,10 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
 
 
 class _Launches(calls.Results):
-    """The launches of a signature. A result is (enqueue, errors, shape, scratch, fields, sizes, new):
-    ``enqueue(stream, record's address, 0)``, None where there is nothing to do; the errors at which
-    `_launch_again` must launch ``shape`` instead, (launcher, grid, threads); the `plans.Scratch`;
-    the kernel's fields that the operation's count gave; what the extents were computed from; and a
-    function that makes the operation's result, None where calls give it.
+    """The launches of a signature. A result is (enqueue, failed, again, scratch, fields, sizes,
+    new): three of `launch.Prepared`; the `plans.Scratch`; the bytes of the kernel's fields that the
+    operation's count gave; what the extents were computed from; and a function that makes the
+    operation's result, None where calls give it.
 
     records : filled parameter records, each with the fields that it has. A thread takes one and
         puts it back, so that no other thread fills it meanwhile.
@@ -217,86 +220,55 @@ class _Launches(calls.Results):
         letters = self._launcher.kernel.params.call_letters[len(op.args) :]
         self._pack = struct.Struct("<" + "".join(letters)).pack
         self._fields_at = slice(at := 8 * len(op.args), at + struct.calcsize("<" + "".join(letters)))
-        self._grids = {}  # {rows: (enqueue, errors, shape, scratch)}
+        self._launches = launch.Launches(self._plan.launch_for)
         self.records = []
         overlap.prepared.add(self)
 
     def forget(self):
         """Forget all launches, which then are prepared anew."""
-        self._grids.clear()
+        self._launches.forget()
         super().forget()
 
     def make(self, extents, scalars, sizes, new):
         """The launch of a call; None where the kernel is not loaded yet."""
         rows, fields = self._op.count(extents, self._options, scalars)
-        launch = _NOTHING
-        if rows:
-            launch = self._grids.get(rows) or self._of_grid(rows)
-            if launch is None:
-                return None
-        return *launch, self._pack(*fields), sizes, new
-
-    def _of_grid(self, rows):
-        launcher, grid, threads = self._plan.launch_for(rows)
-        if not launcher.has_work(grid, threads):
-            return _NOTHING
-        if not launcher.loaded:  # earlier calls had no work: the slow path loads it
+        if not rows:
+            return None, (), None, None, None, sizes, new
+        prepared = self._launches.known(rows) or self._launches.prepare(rows)
+        if prepared is None:  # earlier calls had no work: the slow path loads it
             return None
-        enqueue, failed = launcher.prepare(grid, threads)
-        if len(self._grids) >= calls.MAX_COUNTS:
-            self._grids.clear()
-        # The result is not looked up again: another thread may clear the dictionary at any time.
-        made = self._grids[rows] = (
-            enqueue, failed, (launcher, grid, threads), self._plan.scratch_for(rows)
-        )  # fmt: skip
-        return made
+        scratch = None if prepared.enqueue is None else self._plan.scratch_for(rows)
+        return *prepared[:3], scratch, self._pack(*fields), sizes, new
 
-    def fill(self, record, fields):
-        """Write these fields into a record, a new one if it is None."""
+    def fill(self, record, fields, scratch):
+        """Write these fields, and what a `plans.Scratch` has behind its address, into a record, a
+        new one if it is None."""
         if record is None:
             record = self._launcher.new_record()
         record.bytes[self._fields_at] = fields
+        if scratch is not None:
+            record.tail[8 : 8 + len(scratch.rest)] = scratch.rest
         record.fields = fields
         return record
 
 
-_NOTHING = None, None, None, None
-
-
-def _launch_again(shape, stream, record):
-    """Launch where the prepared launch failed."""
-    launcher, grid, threads = shape
-    launcher.launch(grid, threads, stream, record)
-
-
 class _Unique:
-    """Takes from a call's objects each tensor once. The other objects are None, or one of these
-    tensors again.
+    """What takes from a call's objects each tensor once.
 
     needed : False where the objects are these tensors.
-    twins : (index of the argument, place of the tensor) of each that is a tensor again.
+    take : objects -> the tensors.
+    absent : where among the objects None must be.
+    twins : (where among the objects, place of the tensor) of each that must be a tensor again.
     """
 
     def __init__(self, given, objects, unique):
         place = {id(objects[index]): at for at, index in enumerate(unique)}
         twins = [index for index in given if objects[index] is not None and index not in unique]
-        self.twins = [(index, place[id(objects[index])]) for index in twins]
-        self._absent = [given.index(index) for index in given if objects[index] is None]
-        self._twins = [(given.index(index), at) for index, at in self.twins]
-        self._take = calls.getter([given.index(index) for index in unique])
+        self.arguments = [(index, place[id(objects[index])]) for index in twins]
+        self.absent = [given.index(index) for index in given if objects[index] is None]
+        self.twins = [(given.index(index), at) for index, at in self.arguments]
+        self.take = calls.getter([given.index(index) for index in unique])
         self.needed = unique != given
-
-    def pick(self, objects):
-        """The tensors; None where other arguments than in the earlier call are None or given
-        twice."""
-        tensors = self._take(objects)
-        for at in self._absent:
-            if objects[at] is not None:
-                return None
-        for at, one in self._twins:
-            if objects[at] is not tensors[one]:
-                return None
-        return tensors
 
 
 class _Pointers:
