@@ -10,8 +10,6 @@ the array's device; it never synchronises and never allocates on the device.
 import concurrent.futures
 import ctypes
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 from .. import errors
 from . import driver, overlap
@@ -217,22 +215,10 @@ class Launcher:
         return Record(self._template, self.kernel.params.tail_at)
 
 
-class Prepared(NamedTuple):
-    """A launch of one size.
-
-    enqueue : ``enqueue(stream, record's address, 0)``; None where there is nothing to do.
-    failed : the errors at which ``again(stream, record)`` must be called instead.
-    launcher : that of its records.
-    """
-
-    enqueue: Callable | None
-    failed: tuple
-    again: Callable | None
-    launcher: Any
-
-
 class Launches:
-    """Launches that differ in their size, each prepared once.
+    """Launches that differ in their size, each prepared once: a tuple (enqueue, failed, shape).
+    ``enqueue(stream, record's address, 0)`` launches; it is None where there is nothing to do. At
+    the errors ``failed`` `launch_again` must launch ``shape``, (launcher, grid, threads), instead.
 
     Parameters
     ----------
@@ -250,17 +236,16 @@ class Launches:
         self._known.clear()
 
     def prepare(self, size, stream=None):
-        """The `Prepared` of this size, which then is `known`. Its kernel is loaded if need be, for
-        a launch on ``stream``; without one the result is None."""
-        launcher, grid, threads = self._launch_for(size)
+        """Prepare a launch of this size, which then is `known`. Its kernel is loaded if need be,
+        for a launch on ``stream``; without one the result is None."""
+        shape = launcher, grid, threads = self._launch_for(size)
         if not launcher.has_work(grid, threads):
-            return Prepared(None, (), None, launcher)
+            return None, (), shape
         if stream is not None:
             launcher.load(stream)
         elif not launcher.loaded:
             return None
-        again = functools.partial(launcher.launch, grid, threads)
-        made = Prepared(*launcher.prepare(grid, threads), again, launcher)
+        made = *launcher.prepare(grid, threads), shape
         if len(self._known) >= MAX_KNOWN:
             self._known.clear()
         # The result is not looked up again: another thread may clear the dictionary at any time.
@@ -269,15 +254,22 @@ class Launches:
 
     def enqueue(self, size, stream, values, tail=b""):
         """`Launcher.enqueue`, for a launch of this size."""
-        enqueue, failed, again, launcher = self.known(size) or self.prepare(size, stream)
+        enqueue, failed, shape = self.known(size) or self.prepare(size, stream)
         if enqueue is None:
             return
+        launcher = shape[0]
         record = launcher.take(values, tail)
         try:
             enqueue(stream, record.address, 0)
         except failed:
-            again(stream, record)
+            launch_again(shape, stream, record)
         launcher.put_back(record)
+
+
+def launch_again(shape, stream, record):
+    """Launch where the prepared launch failed."""
+    launcher, grid, threads = shape
+    launcher.launch(grid, threads, stream, record)
 
 
 class Record:

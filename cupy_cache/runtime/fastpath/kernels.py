@@ -87,7 +87,7 @@ def _any_path(entry, kind, launches, pointers, distinct):
             found = find(tensors, scalars)
             if found is None:
                 return False
-        enqueue, failed, again, scratch, fields, sizes, new = found
+        enqueue, failed, shape, scratch, fields, sizes, new = found
         made = None if new is None else new()
         if enqueue is None and written is None:
             return made
@@ -134,7 +134,7 @@ def _any_path(entry, kind, launches, pointers, distinct):
         try:
             enqueue(stream, record.address, 0)
         except failed:
-            again(stream, record)
+            launch.launch_again(shape, stream, record)
         finally:
             if held is not None:
                 held.__exit__(None, None, None)
@@ -172,7 +172,7 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
             c, d = address(key_cache), address(value_cache)
             if (c, d) not in apart and not admits((c, d)):
                 return False
-        enqueue, failed, again, _, fields, _, _ = found
+        enqueue, failed, shape, _, fields, _, _ = found
         if enqueue is None:
             return None
         a, b, e = address(key), address(value), address(slots)
@@ -194,7 +194,7 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
         try:
             enqueue(stream, record.address, 0)
         except failed:
-            again(stream, record)
+            launch.launch_again(shape, stream, record)
         records.append(record)
         if faults.debug:
             faults.after_call(stream, device)
@@ -204,8 +204,8 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
 
 
 class _Launches(calls.Results):
-    """The launches of a signature. A result is (enqueue, failed, again, scratch, fields, sizes,
-    new): three of `launch.Prepared`; the `plans.Scratch`; the bytes of the kernel's fields that the
+    """The launches of a signature. A result is (enqueue, failed, shape, scratch, fields, sizes,
+    new): a launch of `launch.Launches`; the `plans.Scratch`; the bytes of the kernel's fields that the
     operation's count gave; what the extents were computed from; and a function that makes the
     operation's result, None where calls give it.
 
@@ -233,12 +233,12 @@ class _Launches(calls.Results):
         """The launch of a call; None where the kernel is not loaded yet."""
         rows, fields = self._op.count(extents, self._options, scalars)
         if not rows:
-            return None, (), None, None, None, sizes, new
+            return None, (), None, None, b"", sizes, new
         prepared = self._launches.known(rows) or self._launches.prepare(rows)
         if prepared is None:  # earlier calls had no work: the slow path loads it
             return None
-        scratch = None if prepared.enqueue is None else self._plan.scratch_for(rows)
-        return *prepared[:3], scratch, self._pack(*fields), sizes, new
+        scratch = None if prepared[0] is None else self._plan.scratch_for(rows)
+        return *prepared, scratch, self._pack(*fields), sizes, new
 
     def fill(self, record, fields, scratch):
         """Write these fields, and what a `plans.Scratch` has behind its address, into a record, a
