@@ -36,6 +36,7 @@ class Results(abc.ABC):
         self._new = new
         self._same, self._exactly, self._elements = same, kind.exactly, kind.elements
         self._extents, self._sized, self._free = extents, extents.sized, extents.free
+        self._telling = extents.telling
         # By numbers of elements, scalars, shapes and strides: [result, calls, settled].
         self._known = {}
         # By one tensor's number of elements: the latest ``settled``, for sizes that take turns.
@@ -56,8 +57,11 @@ class Results(abc.ABC):
 
     def find(self, tensors, scalars):
         """The result for a call; None where it has no fast path, as with another signature."""
-        size = tensors and self._elements(tensors[self._extents.telling])
-        settled = self._often.get(size)
+        try:
+            size = tensors and self._elements(tensors[self._telling])
+            settled = self._often.get(size)
+        except (AttributeError, TypeError):  # no array of this framework: None, say
+            return None
         if settled is not None:
             alike, known_scalars, found = settled
             if scalars == known_scalars and alike(*tensors):
