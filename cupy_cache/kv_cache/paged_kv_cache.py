@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, SupportsIndex
 
 from .. import errors
-from ..attention import paged_attention, paged_attention_mla
+from ..attention import paged_attention_mla
 from ..errors import CopyError, CupyCacheError, ShapeError
 from ..ops import copy_blocks, pack_blocks, swap_blocks, zero_blocks
 from ..ops.shared import rotary

@@ -206,8 +206,8 @@ class _Plan:
         count, even = call.rows, launch.evenly(requests, tokens)
         for first, groups, words in self._words(tables, geometries):
             values = (
-                idx, positions, bounds, out + first * stride, count, requests, tokens, first, stride,
-                *even,
+                idx, positions, bounds, out + first * stride, count, requests, tokens, first,
+                stride, *even,
             )  # fmt: skip
             self._launches.enqueue((count, groups), call.stream, values, words)
 

@@ -99,8 +99,8 @@ def empty_of_stream(framework, device, shape, dtype, stream):
 
 
 def like(made):
-    """Of an array of torch or CuPy on a GPU, a function ``shape -> make``. ``make()`` is a new array
-    of its dtype and on its device, as `empty` makes it without a stream."""
+    """Of an array of torch or CuPy on a GPU, a function ``shape -> make``: ``make()`` is a new
+    array of its dtype and on its device, as `empty` makes it without a stream."""
     if not arrays.is_torch(made):
         array = arrays.view(made, "made")
         return lambda shape: functools.partial(
@@ -111,7 +111,7 @@ def like(made):
     usual = functools.partial(torch.empty, dtype=dtype, device=device)
     if quick is None:
         return lambda shape: functools.partial(usual, shape)
-    if device.type == "cpu" or torch.cuda.device_count() == 1:
+    if torch.cuda.device_count() < 2:
         return lambda shape: functools.partial(
             quick, shape, dlpack.contiguous_strides(shape, 1), dtype
         )
@@ -126,8 +126,8 @@ def like(made):
 @functools.cache
 def _quick_empty(kind):
     """What torch.compile's code calls for new tensors, ``f(shape, strides, dtype)``, on the current
-    device of this kind: it takes a third of the time of ``torch.empty``. None where it is missing or
-    answers wrongly. It is not documented, so it is tried before it is used."""
+    device of this kind: it takes a third of the time of ``torch.empty``. None where it is missing
+    or answers wrongly. It is not documented, so it is tried before it is used."""
     torch = sys.modules["torch"]
     try:
         make = getattr(torch._C._dynamo.guards, f"_empty_strided_{kind}")

@@ -10,8 +10,8 @@ from ...errors import CupyCacheError
 from .. import arrays, dlpack, making
 
 MAX_COUNTS = 256  # combinations of extents and scalars, of one signature
-# Calls with the same extents, after which one comparison recognises them: it takes 6 us to make, and
-# saves a write 0.4, and attention 2.
+# Calls with the same extents, after which one comparison recognises them: it takes 6 us to make,
+# and saves a write 0.4, and attention 2.
 SETTLED = 4
 
 

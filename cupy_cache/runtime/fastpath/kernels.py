@@ -205,8 +205,8 @@ def _listed(letter, indices):
 
 class _Launches(calls.Results):
     """The launches of a signature. A result is (enqueue, failed, shape, scratch, fields, sizes,
-    new): a launch of `launch.Launches`; the `plans.Scratch`; the bytes of the kernel's fields that the
-    operation's count gave; what the extents were computed from; and a function that makes the
+    new): a launch of `launch.Launches`; the `plans.Scratch`; the bytes of the kernel's fields that
+    the operation's count gave; what the extents were computed from; and a function that makes the
     operation's result, None where calls give it.
 
     records : filled parameter records, each with the fields that it has. A thread takes one and
@@ -219,7 +219,9 @@ class _Launches(calls.Results):
         self._launcher, self._plan = entry.plan.launcher, entry.plan
         letters = self._launcher.kernel.params.call_letters[len(op.args) :]
         self._pack = struct.Struct("<" + "".join(letters)).pack
-        self._fields_at = slice(at := 8 * len(op.args), at + struct.calcsize("<" + "".join(letters)))
+        self._fields_at = slice(
+            at := 8 * len(op.args), at + struct.calcsize("<" + "".join(letters))
+        )
         self._launches = launch.Launches(self._plan.launch_for)
         self.records = []
         overlap.prepared.add(self)
@@ -293,7 +295,9 @@ class _Pointers:
             known = dict(zip(unique, map(self._laid_out, tensors)))
             known |= self._bound | {index: known[one] for index, one in self._first.items()}
             laid = zip(*(known.get(index, ((), ())) for index in range(self._indices[-1] + 1)))
-        elif any(found[i] < arrays.LOWEST or self._is_misaligned(i, found[i]) for i in self.checked):
+        elif any(
+            found[i] < arrays.LOWEST or self._is_misaligned(i, found[i]) for i in self.checked
+        ):
             return False
         values = [found.get(index, 0) for index in range(self._indices[-1] + 1)]
         try:
