@@ -70,31 +70,7 @@ def path_of(op, entry, objects, options, made, given):
         for index, length in zip(given, form[1:])
         if length is indices.Chosen
     ]
-    layered = [index for index, arg in enumerate(op.args) if arg.layers]
-    # The latest call's addresses, those of bound lists, and the values and tables made of them.
-    latest = [None, None, None, None]
-
-    def values_of(addresses, fixed):
-        """(Values, tables) of `plans.Call`, without what is chosen in host memory."""
-        if arrays.any_bits(addresses) & 15 or min(addresses, default=arrays.LOWEST) < arrays.LOWEST:
-            return None, None
-        values = [0] * len(op.args)
-        for index, at, count in parts:
-            if count is not None:
-                values[index] = tuple(addresses[at : at + count])
-            elif at is not None:
-                values[index] = addresses[at]
-        for index, kept in zip(bound, fixed):
-            values[index] = kept
-        if entry.apart is not None:
-            entry.apart.check(values)
-        _, _, known, tables = latest
-        if entry.tables is None:
-            return values, None
-        if known is None or any(known[index] != values[index] for index in layered):
-            tables = entry.tables(values)
-        return values, tables
-
+    addressed = _Addressed(op, entry, parts, bound)
     new = None if made is None else calls.New(op, kind, made)
     works = _Works(kind, same, extents, new, op, options, bool(chosen))
     find, work_of, finish = works.find, op.count, op.finish
@@ -107,12 +83,11 @@ def path_of(op, entry, objects, options, made, given):
             if found is None:
                 return False
         addresses = list(map(address, tensors))
-        known, known_fixed, values, tables = latest
+        known, known_fixed, values, tables = addressed.latest
         if addresses != known or fixed != known_fixed:
-            values, tables = values_of(addresses, fixed)
+            values, tables = addressed.make(addresses, fixed)
             if values is None:
                 return False
-            latest[:] = addresses, fixed, values, tables
         extents, work, new = found
         made = None
         if new is not None:
@@ -130,6 +105,53 @@ def path_of(op, entry, objects, options, made, given):
         return made
 
     return run
+
+
+class _Addressed:
+    """What is made of a call's addresses, and kept as long as these stay.
+
+    latest : (addresses, those of bound lists, values, tables) of the latest call: the last two as
+        in `plans.Call`, but for what is chosen in host memory and for a new result.
+
+    Parameters
+    ----------
+    op : dispatch.Op
+    entry : plans.Entry
+    parts : list of (index, at, count)
+        Of each argument that calls give, where its first address is, and how many it lists; None
+        where it has no address, or is no list.
+    bound : list of int
+        The arguments that calls do not give.
+    """
+
+    def __init__(self, op, entry, parts, bound):
+        self._entry, self._parts, self._bound = entry, parts, bound
+        self._count = len(op.args)
+        self._lists = [index for index, arg in enumerate(op.args) if arg.layers]
+        self.latest = None, None, None, None
+
+    def make(self, addresses, fixed):
+        """(Values, tables) for these addresses; None and None where the plan was not made for their
+        alignment, or one is none of a GPU."""
+        if arrays.any_bits(addresses) & 15 or min(addresses, default=arrays.LOWEST) < arrays.LOWEST:
+            return None, None
+        values = [0] * self._count
+        for index, at, count in self._parts:
+            if count is not None:
+                values[index] = tuple(addresses[at : at + count])
+            elif at is not None:
+                values[index] = addresses[at]
+        for index, kept in zip(self._bound, fixed):
+            values[index] = kept
+        if self._entry.apart is not None:
+            self._entry.apart.check(values)
+        _, _, known, tables = self.latest
+        if self._entry.tables is None:
+            tables = None
+        elif known is None or any(known[index] != values[index] for index in self._lists):
+            tables = self._entry.tables(values)
+        self.latest = addresses, fixed, values, tables
+        return values, tables
 
 
 class _Works(calls.Results):
