@@ -473,6 +473,39 @@ def test_another_signature_after_a_known_one(recorder, monkeypatch, other):
         assert long_way(recorder, call, monkeypatch) == [sent]
 
 
+def shifted(tensor, elements):
+    """A copy that begins so many elements behind a multiple of 16 bytes."""
+    flat = torch.zeros(tensor.numel() + 64, dtype=tensor.dtype)
+    start = -(flat.data_ptr() // flat.element_size()) % 8 + elements
+    return flat[start : start + tensor.numel()].view(tensor.shape)
+
+
+def test_alignment_of_known_calls(recorder, monkeypatch):
+    """Of sources, of caches, and of several results: each has the launch of its own alignment,
+    whichever came first."""
+    keys, values = (torch.zeros((6, 4, 2, 16), dtype=torch.float16) for _ in range(2))
+    table, lens = torch.zeros((3, 3), dtype=torch.int32), torch.ones(3, dtype=torch.int32)
+    query, lse = torch.zeros((3, 4, 16), dtype=torch.float16), torch.zeros((3, 4))
+
+    def write(at, elements):
+        now = [shifted(tensor, elements if i == at else 0) for i, tensor in enumerate(given)]
+        return lambda: cc.reshape_and_cache_flash(*now)
+
+    def attend(elements):
+        out = shifted(query, elements)
+        return lambda: cc.paged_attention(query, keys, values, table, lens, out=out, lse=lse)
+
+    for at, first in itertools.product((0, 1, 2, 3, "attention"), (0, 1)):
+        given = tensors()
+        with monkeypatch.context() as patch:
+            forget(patch)
+            for elements in (first, first, first, 1 - first, 1 - first, 1 - first, first):
+                call = attend(elements) if at == "attention" else write(at, elements)
+                call()
+                sent = recorder.take()
+                assert long_way(recorder, call, monkeypatch) == sent
+
+
 def test_strides_of_a_known_shape(recorder, monkeypatch):
     """The same shapes as a view of wider rows."""
     given = tensors()
