@@ -34,6 +34,7 @@ from cupy_cache.ops import (
 from cupy_cache.ops.shared import blocks, packing
 from cupy_cache.runtime import (
     apart,
+    bound,
     devices,
     dispatch,
     driver,
@@ -57,7 +58,7 @@ flash = reshape_and_cache_flash
 
 OPS = (
     flash.OP, concat_and_cache_mla.OP, concat_and_cache_mla_grouped.OP, copy_blocks.OP,
-    copy_blocks.MLA_OP, swap_blocks.OP,
+    copy_blocks.MLA_OP, swap_blocks.OP, slot_mapping.OP,
     gather_and_maybe_dequant_cache.OP, gather_cache.OP, alibi_bias.OP, slot_mapping_groups.OP,
     paged_attention.OP, paged_attention_mla.OP, *rotary_and_cache.CALL.ops.values(),
 )  # fmt: skip
@@ -259,23 +260,37 @@ def test_settled_launches_are_prepared_anew(recorder, monkeypatch):
             cc.reshape_and_cache_flash(*given)
 
 
-def test_calls_in_turns_are_not_settled(recorder, monkeypatch):
-    """Making comparisons takes longer than they save."""
+def test_calls_in_turns_are_settled(recorder, monkeypatch):
+    """Each size of several that take turns has one comparison, whatever else is called between; a
+    size of a single call has none, as to make one takes longer than it saves."""
     made, exactly = [], guards.exactly
     guards._torch.cache_clear()
     monkeypatch.setattr(guards, "exactly", lambda tensors: made.append(1) or exactly(tensors))
-    steps = [tensors(5), tensors(7)]
-    for step in range(40):
-        cc.reshape_and_cache_flash(*steps[step % 2])
+    others = set(overlap.prepared)
+    for tokens in range(10, 20):
+        cc.reshape_and_cache_flash(*tensors(tokens))
     assert not made
-    for step in range(80):  # steps of several layers
-        cc.reshape_and_cache_flash(*steps[step // 10 % 2])
-    assert len(made) == 2
+    steps = [tensors(5), tensors(7), tensors(9)]
+    launches = next(one for one in overlap.prepared - others if hasattr(one, "settled"))
+    same, compared = launches._same, []
+    launches._same = lambda *given: compared.append(1) or same(*given)
+    for step in range(60):
+        cc.reshape_and_cache_flash(*steps[step % 3])
+        (sent,) = recorder.take()[-1:]
+        assert fields(sent[-1]) == expected_fields(steps[step % 3])
+    assert len(made) == 3
+    assert len(compared) == 3 * (1 + fastpath.calls.SETTLED)  # none since there are comparisons
+    for tokens in (7, 5):  # as many slots, of more or fewer tokens than before: other sizes
+        given = *tensors(tokens + 2)[:2], *steps[0][2:4], torch.arange(tokens)
+        cc.reshape_and_cache_flash(*given)
+        (sent,) = recorder.take()
+        assert fields(sent[-1]) == expected_fields(given)
     guards._torch.cache_clear()
 
 
 def test_more_counts_than_are_remembered(recorder, monkeypatch):
     monkeypatch.setattr(fastpath.calls, "MAX_COUNTS", 3)
+    monkeypatch.setattr(launch, "MAX_KNOWN", 3)
     others = set(overlap.prepared)
     for _ in range(3):
         for tokens in range(1, 9):
@@ -283,7 +298,7 @@ def test_more_counts_than_are_remembered(recorder, monkeypatch):
             cc.reshape_and_cache_flash(*given)
             (sent,) = recorder.take()
             assert fields(sent[-1]) == expected_fields(given)
-            assert all(len(launches._grids) <= 3 for launches in overlap.prepared - others)
+            assert all(len(launches._known) <= 3 for launches in overlap.prepared - others)
     assert recorder.long == KNOWN and overlap.prepared - others
 
 
@@ -456,6 +471,39 @@ def test_another_signature_after_a_known_one(recorder, monkeypatch, other):
         assert fields(sent[-1]) == expected_fields(changed)
         call = lambda: cc.reshape_and_cache_flash(*changed)  # noqa: E731
         assert long_way(recorder, call, monkeypatch) == [sent]
+
+
+def shifted(tensor, elements):
+    """A copy that begins so many elements behind a multiple of 16 bytes."""
+    flat = torch.zeros(tensor.numel() + 64, dtype=tensor.dtype)
+    start = -(flat.data_ptr() // flat.element_size()) % 8 + elements
+    return flat[start : start + tensor.numel()].view(tensor.shape)
+
+
+def test_alignment_of_known_calls(recorder, monkeypatch):
+    """Of sources, of caches, and of several results: each has the launch of its own alignment,
+    whichever came first."""
+    keys, values = (torch.zeros((6, 4, 2, 16), dtype=torch.float16) for _ in range(2))
+    table, lens = torch.zeros((3, 3), dtype=torch.int32), torch.ones(3, dtype=torch.int32)
+    query, lse = torch.zeros((3, 4, 16), dtype=torch.float16), torch.zeros((3, 4))
+
+    def write(at, elements):
+        now = [shifted(tensor, elements if i == at else 0) for i, tensor in enumerate(given)]
+        return lambda: cc.reshape_and_cache_flash(*now)
+
+    def attend(elements):
+        out = shifted(query, elements)
+        return lambda: cc.paged_attention(query, keys, values, table, lens, out=out, lse=lse)
+
+    for at, first in itertools.product((0, 1, 2, 3, "attention"), (0, 1)):
+        given = tensors()
+        with monkeypatch.context() as patch:
+            forget(patch)
+            for elements in (first, first, first, 1 - first, 1 - first, 1 - first, first):
+                call = attend(elements) if at == "attention" else write(at, elements)
+                call()
+                sent = recorder.take()
+                assert long_way(recorder, call, monkeypatch) == sent
 
 
 def test_strides_of_a_known_shape(recorder, monkeypatch):
@@ -1041,6 +1089,167 @@ def test_layers_are_not_kept_alive(recorder):
     gc.collect()
     assert all(tensor() is None for tensor in watched)
     recorder.take()
+
+
+def attention(heads):
+    """Functions of a number of tokens, queries and out, for attention with that many heads."""
+    keys, values = (torch.zeros((6, 4, 2, size), dtype=torch.float16) for size in (16, 8))
+    entries = torch.zeros((6, 4, 24), dtype=torch.float16)
+    cache = cc.PagedKVCache([keys], [values])
+    table, lens = torch.zeros((9, 3), dtype=torch.int32), torch.ones(9, dtype=torch.int32)
+    query = torch.zeros((9, heads, 24), dtype=torch.float16)
+    lse = torch.zeros((9, heads))
+    plain = query[..., :16].contiguous()
+    return {
+        "attention": lambda n, out: cc.paged_attention(
+            plain[:n], keys, values, table[:n], lens[:n], out=out
+        ),
+        "attention and sums": lambda n, out: cc.paged_attention(
+            plain[:n], keys, values, table[:n], lens[:n], out=out, lse=lse[:n]
+        ),
+        "bound attention": lambda n, out: cache.attend(0, plain[:n], table[:n], lens[:n], out=out),
+        "latent attention": lambda n, out: cc.paged_attention_mla(
+            query[:n], entries, table[:n], lens[:n], scale=0.1, kv_lora_rank=16, out=out
+        ),
+    }
+
+
+def others_with_results():
+    """The same of operations without heads."""
+    slopes, positions, table = torch.ones(3), torch.arange(9), torch.zeros((4, 3)).int()
+    starts = torch.tensor([0, 2, 5, 5, 9])
+    return {
+        "bias": lambda n, out: cc.alibi_bias(
+            slopes, positions[:4], positions[:n], dtype="float16", out=out
+        ),
+        "slots": lambda n, out: cc.slot_mapping(table, positions[:n], starts, 4, out=out),
+        "slots of groups": lambda n, out: cc.slot_mapping_groups(
+            [table, table[:]], None, positions[:n], starts, [4, 8], out=out
+        ),
+    }
+
+
+RESULTS = (*attention(2), *others_with_results())
+
+
+@pytest.fixture
+def made_here(monkeypatch):
+    """New results are CPU tensors, as all are that the recorder takes for those of a GPU."""
+
+    def empty(device, dtype):
+        return functools.partial(torch.empty, dtype=getattr(torch, dtype))
+
+    monkeypatch.setattr(making, "_torch_empty", empty)
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_new_results_of_known_calls(recorder, monkeypatch, made_here, name):
+    """They are what a call that gives them would send, whatever the numbers of rows, and no call
+    gets another's."""
+    call = (attention(4) | others_with_results())[name]
+    kept, sizes = [], (8, 1, 5, 8, 7, 0)
+    if name == "slots of groups":  # beside lists, empty arrays always go the long way
+        sizes = sizes[:-1]
+    for step, n in enumerate(sizes * 4):
+        if step == KNOWN * len(sizes):
+            known = recorder.long
+        made = call(n, None)
+        sent = recorder.take()
+        kept.append(made)
+        before = recorder.long
+        assert long_way(recorder, lambda n=n, out=made: call(n, out), monkeypatch) == sent
+        recorder.long = before
+        assert len(sent) == (n > 0) and made.is_contiguous()
+        given = torch.empty_like(made)
+        assert call(n, given) is given  # nothing was made
+        recorder.take()
+    assert recorder.long == known and (name == "bias" or known <= KNOWN + 1)
+    addresses = [made.data_ptr() for made in kept if made.numel()]
+    assert len(set(addresses)) == len(addresses)
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_new_results_of_known_calls_for_another_stream(recorder, monkeypatch, made_here, name):
+    """It waits for the one on which they are made, and torch is told, as in calls that are new."""
+    call = (attention(4) | others_with_results())[name]
+    for _ in range(KNOWN):
+        call(8, None)
+    known = recorder.long
+    for _ in range(2):
+        with stream_of(monkeypatch, name, 5):
+            recorder.ordered.clear()
+            recorder.lent.clear()
+            made = call(8, None)
+        assert recorder.long == known and recorder.take()[-1][3] == 5
+        assert recorder.ordered == [(recording.STREAM, 5, 0)]
+        assert [made.data_ptr()] in [[t.data_ptr() for t in lent] for lent, *_ in recorder.lent]
+
+
+@contextlib.contextmanager
+def stream_of(monkeypatch, name, stream):
+    """Calls of the operation get this stream."""
+    owner = bound.Bound if name == "bound attention" else dispatch.Op
+    call = owner.__call__
+    with monkeypatch.context() as patch:
+        if owner is bound.Bound:
+            patch.setattr(owner, "__call__", lambda *a, **kw: call(*a, **kw | {"stream": stream}))
+        else:
+            patch.setattr(
+                owner, "__call__",
+                lambda op, given, options=(), _=None, scalars=(): call(
+                    op, given, options, stream, scalars
+                ),
+            )  # fmt: skip
+        yield
+
+
+def test_what_cannot_be_made_in_known_calls(recorder, made_here):
+    """Calls of the form of a known one: what their arrays lack is told as ever."""
+    keys, values = (torch.zeros((6, 4, 2, 16), dtype=torch.float16) for _ in range(2))
+    table, lens = torch.zeros((3, 3), dtype=torch.int32), torch.ones(3, dtype=torch.int32)
+    query = torch.zeros((3, 4, 16), dtype=torch.float16)
+    given, out = (query, keys, values, table, lens), torch.empty_like(query)
+    for _ in range(fastpath.calls.SETTLED + KNOWN + 1):
+        cc.paged_attention(*given)
+        cc.paged_attention(*given, out=out)
+    recorder.take()
+    for at in range(len(given)):
+        for wrong, match in ((None, "None"), (3, "int"), ([1], "list")):
+            for result in (None, out):
+                with pytest.raises(cc.CupyCacheError, match=match):
+                    cc.paged_attention(*given[:at], wrong, *given[at + 1 :], out=result)
+    with pytest.raises(cc.CupyCacheError, match="seq_lens"):
+        cc.paged_attention(*given[:4], torch.ones(4, dtype=torch.int32))
+    with pytest.raises(cc.CupyCacheError, match="query"):
+        cc.paged_attention(query[0], *given[1:])
+    assert not recorder.take()
+    cc.paged_attention(*given[:4], lens.numpy())  # of another framework, a signature of its own
+    assert len(recorder.take()) == 1
+
+
+def test_functions_that_make_tensors(monkeypatch):
+    """What torch does not document is used where it answers as it should, and on the GPU that is
+    current."""
+    like, tensor = torch.zeros((2, 3), dtype=torch.int16), torch.zeros(2)
+    used, make = [], torch.empty
+    for count, current, quick in ((0, 0, True), (2, None, True), (2, 1, False)):
+        used.clear()
+        monkeypatch.setattr(torch.cuda, "device_count", lambda n=count: n)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda n=current: n)
+        monkeypatch.setattr(torch, "empty", lambda *a, **kw: used.append(1) or make(*a, **kw))
+        made = making.like(like)((4, 0, 5))()
+        monkeypatch.undo()
+        assert (made.shape, made.stride(), made.dtype) == ((4, 0, 5), (5, 5, 1), torch.int16)
+        assert bool(used) != quick
+    guards_of_torch = torch._C._dynamo.guards
+    for strange in (None, lambda *given: tensor, lambda shape: None):
+        making._quick_empty.cache_clear()
+        monkeypatch.setattr(guards_of_torch, "_empty_strided_cpu", strange)
+        assert making._quick_empty("cpu") is None
+        assert making.like(like)((4, 5))().shape == (4, 5)
+    monkeypatch.undo()
+    making._quick_empty.cache_clear()
+    assert making._quick_empty("no such kind") is None
 
 
 def test_new_results_for_another_stream(recorder, monkeypatch):

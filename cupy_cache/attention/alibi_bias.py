@@ -117,19 +117,6 @@ def alibi_bias(
         contract.flag(NAME, "sqrt", sqrt),
         contract.flag(NAME, "causal", causal),
     )
-    if out is None:
-        like = arrays.view(query_positions, f"{NAME}: query_positions")
-        heads, keys = (
-            arrays.view(array, f"{NAME}: {name}")
-            for name, array in (("slopes", slopes), ("key_positions", key_positions))
-        )
-        check = contract.Contract(NAME)
-        check.shape("slopes", heads, "num_heads")
-        check.shape("query_positions", like, "num_queries")
-        check.shape("key_positions", keys, "num_keys")
-        shape = *heads.shape, *like.shape, *keys.shape
-        made_of = wanted or formats.FLOAT32
-        out = making.empty(like.framework, like.device, shape, made_of, stream)
     given = slopes, query_positions, key_positions, out
     if query_start_loc is not None or cu_seq_lens is not None:
         for name, array in (("query_start_loc", query_start_loc), ("cu_seq_lens", cu_seq_lens)):
@@ -137,8 +124,20 @@ def alibi_bias(
                 expected = "an array beside the other starts"
                 raise errors.wrong("type", f"{NAME}: {name}", expected, "None")
         given = *given, query_start_loc, cu_seq_lens
-    OP(given, options, stream)
-    return out
+    made = OP(given, options, stream)
+    return out if made is None else made
+
+
+def _new_out(op, objects, options, stream):
+    """A new array for the result."""
+    sizes = {"slopes": "num_heads", "query_positions": "num_queries", "key_positions": "num_keys"}
+    views = [arrays.view(array, f"{op}: {name}") for name, array in zip(sizes, objects)]
+    check = contract.Contract(op)
+    for (name, size), array in zip(sizes.items(), views):
+        check.shape(name, array, size)
+    like, dtype = views[1], formats.DTYPES[options[0] or formats.FLOAT32.name]
+    shape = tuple([check.sizes[size] for size in sizes.values()])
+    return making.empty(like.framework, like.device, shape, dtype, stream)
 
 
 def _dtype(dtype):
@@ -234,4 +233,5 @@ OP = dispatch.Op(
     plan=_plan,
     destination=3,
     count=_count,
+    result=dispatch.Result(3, (0, 1, 2), _new_out),
 )

@@ -198,15 +198,13 @@ def paged_attention(
         NAME, scale, alibi_slopes, sliding_window, soft_cap, sinks, causal, kv_cache_dtype, k_scale,
         v_scale, k_scale_cache, v_scale_cache,
     )  # fmt: skip
-    if out is None:
-        out = new_out(NAME, query, key_cache, value_cache, stream)
     # Arguments that are rarely given come last, where they cost other calls nothing.
     objects = (
         query, key_cache, value_cache, block_table, seq_lens, query_start_loc, *heads, out, lse,
         *others,
     )  # fmt: skip
-    OP(objects, options, stream, scalars)
-    return out
+    made = OP(objects, options, stream, scalars)
+    return out if made is None else made
 
 
 def arguments(
@@ -263,21 +261,14 @@ def _check_scales(op, k_scale, v_scale, k_scale_cache, v_scale_cache):
             raise errors.wrong("value", f"{op}: {name}", expected, got)
 
 
-def new_out(op, query, key_cache, value_cache, stream):
-    """A new array for the result. Caches that are `arrays.Array`s are not read again."""
-    if arrays.is_torch(query):
-        # As an engine calls it at every layer. The plan checks them; `arrays.view` takes 30 us.
-        try:
-            tokens, heads, _ = query.shape
-            of_values = value_cache.shape
-            size = of_values[_VALUE_AXES[len(key_cache.shape), len(of_values)]]
-            return making.empty_beside(query, (tokens, heads, size), stream)
-        except Exception:  # without such a shape, or without memory: `arrays.view` refuses it
-            pass
+def _new_out(op, objects, options, stream):
+    """A new array for the result."""
+    del options
+    query, *caches = objects[:3]
     like = arrays.view(query, f"{op}: query")
     keys, values = (
         cache if isinstance(cache, arrays.Array) else arrays.view(cache, f"{op}: {name}")
-        for name, cache in (("key_cache", key_cache), ("value_cache", value_cache))
+        for name, cache in zip(("key_cache", "value_cache"), caches)
     )
     check = contract.Contract(op)
     check.shape("query", like, "_ num_heads head_size")
@@ -285,10 +276,6 @@ def new_out(op, query, key_cache, value_cache, stream):
     _check_caches(check, keys, values)
     shape = *like.shape[:2], check.sizes["head_size_v"]
     return making.empty(like.framework, like.device, shape, like.dtype, stream)
-
-
-# The axis of head_size_v in a value cache, by the numbers of dimensions of both caches.
-_VALUE_AXES = {(4, 4): 3, (5, 4): 2, (5, 5): 3}
 
 
 def _check_caches(check, key_cache, value_cache):
@@ -859,4 +846,5 @@ OP = dispatch.Op(
     destination=(10, 11),
     count=_count,
     options=("kv_cache_dtype",),
+    result=dispatch.Result(10, (0,), _new_out),
 )

@@ -158,24 +158,16 @@ def paged_attention_mla(
     if formats.is_scaled(kv_cache_dtype):
         kv_array, kv_number = contract.split_scale(NAME, "kv_scale", kv_scale)
     number = contract.number(NAME, "scale", scale, kind="")
-    if out is None:
-        out = _new_out(query, rank, stream)
     objects = query, kv_cache, block_table, seq_lens, query_start_loc, kv_array, out, lse
-    OP(objects, options, stream, (number, kv_number))
-    return out
+    made = OP(objects, options, stream, (number, kv_number))
+    return out if made is None else made
 
 
-def _new_out(query, rank, stream):
+def _new_out(op, objects, options, stream):
     """A new array for the result."""
-    if arrays.is_torch(query):
-        try:
-            tokens, heads, size = query.shape  # the plan checks it; `arrays.view` takes 10 us
-            if rank <= size:
-                return making.empty_beside(query, (tokens, heads, rank), stream)
-        except Exception:  # without such a shape, or without memory: `arrays.view` refuses it
-            pass
-    like = arrays.view(query, f"{NAME}: query")
-    check = contract.Contract(NAME)
+    _, rank, _ = options
+    like = arrays.view(objects[0], f"{op}: query")
+    check = contract.Contract(op)
     check.shape("query", like, "_ num_heads entry_size")
     check.dtype("query", like, *formats.FLOATS)
     shape = *like.shape[:2], rank
@@ -587,4 +579,5 @@ OP = dispatch.Op(
     destination=(6, 7),
     count=_count,
     options=("kv_cache_dtype",),
+    result=dispatch.Result(6, (0,), _new_out),
 )

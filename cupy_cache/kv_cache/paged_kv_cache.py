@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, SupportsIndex
 
 from .. import errors
-from ..attention import paged_attention, paged_attention_mla
+from ..attention import paged_attention_mla
 from ..errors import CopyError, CupyCacheError, ShapeError
 from ..ops import copy_blocks, pack_blocks, swap_blocks, zero_blocks
 from ..ops.shared import rotary
@@ -328,7 +328,7 @@ class PagedKVCache:
         if stream is None:  # the beginning of ``bound``'s call, inlined for an engine's every layer
             given = key, value, slot_mapping
             for path in bound.fast_paths:
-                if path(given, bound.scalars, None, bound):
+                if path(given, bound.scalars, None, bound) is not False:
                     return
         bound(key, value, slot_mapping, stream=stream)
 
@@ -466,13 +466,13 @@ class PagedKVCache:
                 raise errors.wrong("kind", f"{ATTEND}: caches", expected, got, way_out)
             one = self._layers[self._index("attend", layer)]
             bound = self._remember(key, one.attender(*options, alibi_slopes, sinks, *given))
-        if out is None:
-            if stream is not None:
-                stream = streams.pointer(ATTEND, stream)
-            out = paged_attention.new_out(ATTEND, query, *self._described, stream)
-        also = [array for array in (query_start_loc, out, lse) if array is not None]
-        bound(query, block_table, seq_lens, *also, stream=stream)
-        return out
+        given = [query, block_table, seq_lens, query_start_loc, out, lse]
+        if lse is None:
+            del given[5]
+        if query_start_loc is None:
+            del given[3]
+        made = bound(*given, stream=stream)
+        return out if made is None else made
 
     def attend_mla(
         self,

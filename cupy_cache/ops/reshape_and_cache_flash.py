@@ -94,7 +94,7 @@ def reshape_and_cache_flash(
         objects = key, value, key_cache, value_cache, slot_mapping
         if stream is None:  # what the call of `OP` begins with: an engine's every layer
             for path in OP.fast_paths.forms.get(form, ()):
-                if path(objects, (), None, objects):
+                if path(objects, (), None, objects) is not False:
                     return
         OP(objects, (kv_cache_dtype,), stream)
         return

@@ -106,11 +106,15 @@ def slot_mapping(
     options = contract.integers(NAME, OPTIONS, given)
     if stream is not None:
         stream = streams.pointer(NAME, stream)
-    if out is None:
-        like = arrays.view(positions, f"{NAME}: positions")
-        out = making.empty(like.framework, like.device, like.shape[:1], formats.INT64, stream)
-    OP((block_table, positions, query_start_loc, out), options, stream)
-    return out
+    made = OP((block_table, positions, query_start_loc, out), options, stream)
+    return out if made is None else made
+
+
+def _new_out(op, objects, options, stream):
+    """A new array for the result."""
+    del options
+    like = arrays.view(objects[1], f"{op}: positions")
+    return making.empty(like.framework, like.device, like.shape[:1], formats.INT64, stream)
 
 
 def _plan(op, described, options):
@@ -177,4 +181,5 @@ OP = dispatch.Op(
     plan=_plan,
     destination=3,
     count=_count,
+    result=dispatch.Result(3, (1,), _new_out),
 )

@@ -124,12 +124,16 @@ def slot_mapping_groups(
     )
     if stream is not None:
         stream = streams.pointer(NAME, stream)
-    if out is None:
-        like = arrays.view(positions, f"{NAME}: positions")
-        shape = groups, *like.shape[:1]
-        out = making.empty(like.framework, like.device, shape, formats.INT64, stream)
-    OP((block_tables, idx_mapping, positions, query_start_loc, out), options, stream)
-    return out
+    made = OP((block_tables, idx_mapping, positions, query_start_loc, out), options, stream)
+    return out if made is None else made
+
+
+def _new_out(op, objects, options, stream):
+    """A new array for the result."""
+    del options
+    like = arrays.view(objects[2], f"{op}: positions")
+    shape = len(objects[0]), *like.shape[:1]
+    return making.empty(like.framework, like.device, shape, formats.INT64, stream)
 
 
 def _each(name, values, groups, kind, normal):
@@ -172,7 +176,7 @@ class _Plan:
             self._groups.append((size, *own) if on else None)
         self._named = named
         self._device = None
-        self._latest = None, ()  # (addresses and shapes of tables, slots; launches)
+        self._latest = None, ()  # (addresses and shapes of tables; what `_words` gave)
         if out.device.kind == "cuda":
             self._specialise(out.device.index)
 
@@ -190,6 +194,7 @@ class _Plan:
         )
         constants = (idx.strides[0] if idx else 0, positions.strides[0])
         self._launcher = launch.Launcher(kernel, device, constants)
+        self._launches = launch.Launches(self._launch_for)
 
     def run(self, call):
         """Compute the slots: a launch for every `MAX_GROUPS` groups, or a group at a time."""
@@ -199,18 +204,27 @@ class _Plan:
             self._run_cpu(call, geometries, requests, tokens)
             return
         count, even = call.rows, launch.evenly(requests, tokens)
-        for first, grid, threads, words in self._launches(tables, geometries, count):
-            self._launcher.enqueue(
-                grid, threads, call.stream, idx, positions, bounds, out + first * stride, count,
-                requests, tokens, first, stride, *even, tail=words,
+        for first, groups, words in self._words(tables, geometries):
+            values = (
+                idx, positions, bounds, out + first * stride, count, requests, tokens, first,
+                stride, *even,
             )  # fmt: skip
+            self._launches.enqueue((count, groups), call.stream, values, words)
 
-    def _launches(self, tables, geometries, count):
-        """For each launch its first group, its shape, and its tables as the kernel wants them."""
+    def _launch_for(self, size):
+        """(Launcher, grid, threads) of a launch for so many slots and groups."""
+        count, groups = size
+        processors = launch.processors(self._device)
+        threads = launch.block_threads(count * groups, processors, MAX_THREADS)
+        return self._launcher, (launch.ceil_div(count, threads), groups, 1), threads
+
+    def _words(self, tables, geometries):
+        """For each launch its first group, how many it has, and their tables as the kernel wants
+        them."""
         known, made = self._latest
-        if known == (tables, geometries, count):
+        if known == (tables, geometries):
             return made
-        made, processors = [], launch.processors(self._device)
+        made = []
         for first in range(0, len(tables), MAX_GROUPS):
             words = []
             for index in range(first, min(first + MAX_GROUPS, len(tables))):
@@ -219,11 +233,8 @@ class _Plan:
                 if group is not None:
                     fields = slots.geometry(shape, strides, *group)
                 words += (tables[index], shape[0], *fields)
-            groups = len(words) // TABLE_WORDS
-            threads = launch.block_threads(count * groups, processors, MAX_THREADS)
-            grid = launch.ceil_div(count, threads), groups, 1
-            made.append((first, grid, threads, struct.pack(f"<{len(words)}q", *words)))
-        self._latest = (tables, geometries, count), made
+            made.append((first, len(words) // TABLE_WORDS, struct.pack(f"<{len(words)}q", *words)))
+        self._latest = (tables, geometries), made
         return made
 
     def _run_cpu(self, call, geometries, requests, tokens):
@@ -290,4 +301,5 @@ OP = dispatch.Op(
     plan=_Plan,
     destination=4,
     count=_count,
+    result=dispatch.Result(4, (2,), _new_out),
 )

@@ -114,10 +114,11 @@ class Bound:
         if scalars is None:
             scalars = self.scalars
         for path in self.fast_paths:
-            if path(given, scalars, stream, self):
-                return
+            made = path(given, scalars, stream, self)
+            if made is not False:
+                return made
         try:
-            self._run(given, stream, scalars)
+            return self._run(given, stream, scalars)
         except CupyCacheError as error:
             errors.rename(error, self.name, {})
             raise
@@ -131,18 +132,24 @@ class Bound:
         if op.has_lists:
             if form == self._form_in_host_memory:
                 self._run_chosen(objects, stream, scalars)
-                return
+                return None
             paths = self._paths_of.get(form)
             if paths is None:
                 paths = self._paths_of[form] = op.fast_paths.of((self._form, form))
             for path in paths:
-                if path(tensors, scalars, stream, objects, self.addresses):
-                    return
+                made = path(tensors, scalars, stream, objects, self.addresses)
+                if made is not False:
+                    return made
+        known = objects
+        if op.result is not None:
+            known = [found or value for found, value in zip(op.describe(self.found), objects)]
+        objects, made = op.with_result(objects, known, self.options, stream)
         read = op.read(objects, stream, self.given)
         found = [read.found[i] if i in self.given else meta for i, meta in enumerate(self.found)]
         entry = op.run(dispatch.Read(found, read.keep), objects, self.options, scalars, stream)
         if entry is not None:
-            op.fast_paths.learn(paths, entry, objects, self.options, self.given)
+            op.fast_paths.learn(paths, entry, objects, self.options, made, self.given)
+        return made
 
     def _run_chosen(self, objects, stream, scalars):
         """Run a call whose arguments are all chosen in host memory: its plan is known."""

@@ -71,6 +71,20 @@ class Arg(NamedTuple):
         return f"{self.name}[{index}]{self.suffix}"
 
 
+class Result(NamedTuple):
+    """The argument that a function returns, which is made where a call gives None.
+
+    at : its index.
+    rows : the arguments, by their indices, whose numbers of rows are its extents that vary.
+    make : ``make(op, objects, options, stream)`` -> the new array. It raises where that has no
+        shape. ``objects`` are a call's, or `arrays.Array`\\ s of those that are fixed.
+    """
+
+    at: int
+    rows: tuple
+    make: Callable
+
+
 _ops: weakref.WeakSet = weakref.WeakSet()
 
 
@@ -118,6 +132,7 @@ class Op:
         them must be all written arguments whose number of rows varies.
     options : tuple of str
         The names, for errors, of the function's arguments that stand first in a call's options.
+    result : Result, optional
     """
 
     def __init__(
@@ -128,7 +143,9 @@ class Op:
         count: Callable,
         destination: int | tuple = 0,
         options: tuple = (),
+        result: Result | None = None,
     ):
+        self.result = result
         self.name, self.args, self.options = name, tuple(args), options
         # `fastpath.calls.Extents` counts no rows of listed arrays.
         assert not any(arg.layers and arg.varies == ROWS for arg in self.args), name
@@ -143,7 +160,7 @@ class Op:
     def __call__(self, objects, options=(), stream=None, scalars=()):
         """Run on ``objects``, one for each `Arg`; optional ones at the end may be left out.
         ``options``, all hashable, go to the plan; ``scalars``, which may change from call to call,
-        go to ``count``."""
+        go to ``count``. Returns the new result where the call gives none, else None."""
         if stream is not None and not (type(stream) is int and 0 <= stream <= streams.LARGEST):
             stream = streams.pointer(self.name, stream)
         # Every statement from here to the launch runs at every call. Ten take a microsecond.
@@ -155,11 +172,22 @@ class Op:
         except TypeError as error:
             raise self.unhashable(options) from error
         for path in paths:
-            if path(tensors, scalars, stream, objects):
-                return
+            made = path(tensors, scalars, stream, objects)
+            if made is not False:
+                return made
+        objects, made = self.with_result(objects, objects, options, stream)
         entry = self.run(self.read(objects, stream), objects, options, scalars, stream)
         if entry is not None:
-            self.fast_paths.learn(self.fast_paths.of(form), entry, objects, options)
+            self.fast_paths.learn(self.fast_paths.of(form), entry, objects, options, made)
+        return made
+
+    def with_result(self, objects, known, options, stream):
+        """(``objects`` with the new result, that result), or None as the latter where there is none
+        to make. ``known``: as for `Result.make`."""
+        if self.result is None or objects[self.result.at] is not None:
+            return objects, None
+        made = self.result.make(self.name, known, options, stream)
+        return [*objects[: self.result.at], made, *objects[self.result.at + 1 :]], made
 
     def unhashable(self, options):
         """The error for the option that cannot be hashed, and so is no name."""

@@ -19,6 +19,7 @@ class Kind(NamedTuple):
     step : ``step(array)`` -> the stride, in these units, of elements without gaps.
     same_as : ``same_as(arrays, varies)``, as `same_as`.
     exactly : ``exactly(arrays)``, as `exactly`.
+    framework : its name.
     """
 
     address: Callable
@@ -28,6 +29,7 @@ class Kind(NamedTuple):
     step: Callable
     same_as: Callable
     exactly: Callable
+    framework: str
 
     def laid_out(self, array):
         """(Shape, strides in bytes)."""
@@ -52,7 +54,7 @@ def _torch():
     tensor = sys.modules["torch"].Tensor
     return Kind(
         tensor.data_ptr, tensor.numel, tensor.stride, tensor.element_size, lambda tensor: 1,
-        same_as, exactly,
+        same_as, exactly, "torch",
     )  # fmt: skip
 
 
@@ -91,7 +93,7 @@ def _same_cupy(given, varies):
 _CUPY = Kind(
     operator.attrgetter("data.ptr"), operator.attrgetter("size"), operator.attrgetter("strides"),
     lambda array: 1, operator.attrgetter("itemsize"), _same_cupy,
-    lambda given: _same_cupy(given, [()] * len(given)),
+    lambda given: _same_cupy(given, [()] * len(given)), "cupy",
 )  # fmt: skip
 _NO_ARRAYS = _CUPY._replace(
     same_as=lambda given, varies: lambda: True, exactly=lambda given: lambda: True

@@ -216,61 +216,71 @@ class Launcher:
 
 
 class Launches:
-    """Launches that differ in their size, each prepared once.
+    """Launches that differ in their size, each prepared once: a tuple (enqueue, failed, shape).
+    ``enqueue(stream, record's address, 0)`` launches; it is None where there is nothing to do. At
+    the errors ``failed`` `launch_again` must launch ``shape``, (launcher, grid, threads), instead.
 
     Parameters
     ----------
     launch_for : callable
-        ``launch_for(*size)`` -> (launcher, grid, threads).
+        ``launch_for(size)`` -> (launcher, grid, threads).
     """
 
     def __init__(self, launch_for):
         self._launch_for, self._known = launch_for, {}
+        self.known = self._known.get
         overlap.prepared.add(self)
 
     def forget(self):
         """Forget them all."""
         self._known.clear()
 
+    def prepare(self, size, stream=None):
+        """Prepare a launch of this size, which then is `known`. Its kernel is loaded if need be,
+        for a launch on ``stream``; without one the result is None."""
+        shape = launcher, grid, threads = self._launch_for(size)
+        if not launcher.has_work(grid, threads):
+            return None, (), shape
+        if stream is not None:
+            launcher.load(stream)
+        elif not launcher.loaded:
+            return None
+        made = *launcher.prepare(grid, threads), shape
+        if len(self._known) >= MAX_KNOWN:
+            self._known.clear()
+        # The result is not looked up again: another thread may clear the dictionary at any time.
+        self._known[size] = made
+        return made
+
     def enqueue(self, size, stream, values, tail=b""):
         """`Launcher.enqueue`, for a launch of this size."""
-        launch = self._known.get(size)
-        if launch is None:
-            launch = self._prepare(size, stream)
-        launcher, grid, threads, enqueue, failed = launch
+        enqueue, failed, shape = self.known(size) or self.prepare(size, stream)
         if enqueue is None:
             return
+        launcher = shape[0]
         record = launcher.take(values, tail)
         try:
             enqueue(stream, record.address, 0)
         except failed:
-            launcher.launch(grid, threads, stream, record)
+            launch_again(shape, stream, record)
         launcher.put_back(record)
 
-    def _prepare(self, size, stream):
-        launcher, grid, threads = self._launch_for(*size)
-        entry = None, ()
-        if launcher.has_work(grid, threads):
-            launcher.load(stream)
-            entry = launcher.prepare(grid, threads)
-        if len(self._known) >= MAX_KNOWN:
-            self._known.clear()
-        made = self._known[size] = launcher, grid, threads, *entry
-        return made
+
+def launch_again(shape, stream, record):
+    """Launch where the prepared launch failed."""
+    launcher, grid, threads = shape
+    launcher.launch(grid, threads, stream, record)
 
 
 class Record:
     """The bytes of a parameter struct, and the array of one pointer to them that the driver wants.
     Whoever fills it may note in ``fields`` with what."""
 
-    __slots__ = ("_pointers", "address", "buffer", "fields", "tail")
+    __slots__ = ("_pointers", "address", "buffer", "bytes", "fields", "tail")
 
     def __init__(self, template, tail_at):
         self.buffer = ctypes.create_string_buffer(template, len(template))
-        self.tail = memoryview(self.buffer).cast("B")[tail_at:]
+        self.bytes = memoryview(self.buffer).cast("B")
+        self.tail = self.bytes[tail_at:]
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self.buffer))
         self.address = ctypes.addressof(self._pointers)
-
-    def fill_tail(self, tail):
-        """Put these bytes at the start of the struct's tail."""
-        self.tail[: len(tail)] = tail

@@ -335,8 +335,9 @@ class CopyPlan:
                 values = pairs, mapping + first * step
                 self._launches.enqueue((pairs, layers), stream, values, pointers)
 
-    def _launch_for(self, pairs, layers):
+    def _launch_for(self, size):
         """(Launcher, grid, threads) of a launch."""
+        pairs, layers = size
         variant = self._wave if layers * pairs * self._usual.chunks in WAVE else self._usual
         blocks = pairs * variant.chunks
         if self.max_blocks is not None:

@@ -351,8 +351,9 @@ class Plan:
                 values = (*starts, index, stride, items, first, packed.layer, *strides)
                 self._launches.enqueue((items, table.layers), work.stream, values, tail)
 
-    def _launch_for(self, items, layers):
+    def _launch_for(self, size):
         """(Launcher, grid, threads) of a launch."""
+        items, layers = size
         works, processors = items * self.vectors, launch.processors(self.device.index)
         threads = launch.block_threads(-(-works * layers // ITEMS), processors, MAX_THREADS)
         grid = -(-works // (threads * ITEMS))

@@ -8,9 +8,9 @@ fast path is made for one signature that came again. It compares the tensors wit
 signature (guards.py), and asks them for nothing but their addresses and numbers of elements.
 
 A fast path is a function ``path(tensors, scalars, stream, caller)``. It runs the call and returns
-True; or it does nothing and returns False, and the slow path runs the call or raises. ``caller`` is
-the `bound.Bound` that was called, or else the call's objects. A signature has one path, whatever
-the extents; the layers of a `PagedKVCache` share it.
+the new result, or None where the call gives one; or it does nothing and returns False, and the slow
+path runs the call or raises. ``caller`` is the `bound.Bound` that was called, or else the call's
+objects. A signature has one path, whatever the extents; the layers of a `PagedKVCache` share it.
 
 kernels.py : paths of operations on single arrays, which launch one kernel.
 layers.py : paths of operations on lists of arrays, which run any plan.
@@ -50,17 +50,20 @@ class FastPaths:
         for paths in self.forms.values():
             paths.clear()
 
-    def learn(self, paths, entry, objects, options, given=None):
+    def learn(self, paths, entry, objects, options, made, given=None):
         """Make the fast path of these objects' signature, if it can have one, and add it to
-        ``paths``. ``given``: the indices of the arguments that a call gives, where a
-        `bound.Bound` has the others."""
+        ``paths``. ``made``: the new result, where the call gave none. ``given``: the indices of the
+        arguments that a call gives, where a `bound.Bound` has the others."""
         on_cpu = entry.device is None and any(entry.strides)
         if on_cpu or entry.most_rows or not paths.may_learn():
             return
+        if made is not None:
+            objects = [*objects]
+            objects[self._op.result.at] = None
         if self._op.has_lists:
-            path = layers.path_of(self._op, entry, objects, options, given)
+            path = layers.path_of(self._op, entry, objects, options, made, given)
         elif isinstance(entry.plan, plans.KernelPlan):
-            path = kernels.path_of(self._op, entry, objects, options, given)
+            path = kernels.path_of(self._op, entry, objects, options, made, given)
         else:
             path = None
         if path is not None:

@@ -6,18 +6,19 @@ import itertools
 import struct
 
 from ...errors import CupyCacheError
-from .. import arrays, faults, guards, overlap, streams
+from .. import arrays, faults, guards, launch, making, overlap, streams
 from . import calls
 
 MAX_APART = 1024  # combinations of addresses
 
 
-def path_of(op, entry, objects, options, given):
+def path_of(op, entry, objects, options, made, given):
     """The fast path of a `plans.KernelPlan`; None where there is none. See `FastPaths.learn`."""
     given = list(range(len(objects)) if given is None else given)
     bound = [i for i, value in enumerate(objects) if value is not None and i not in given]
     present = [index for index in given if objects[index] is not None]
-    kind = guards.kind_of([objects[index] for index in (*present, *bound)])
+    new = [] if made is None else [made]
+    kind = guards.kind_of([*(objects[index] for index in (*present, *bound)), *new])
     if entry.others or kind is None:
         return None
     # torch's comparison refuses a tensor that is given twice: it gets each tensor once.
@@ -26,15 +27,16 @@ def path_of(op, entry, objects, options, given):
         if not any(objects[index] is objects[other] for other in unique):
             unique.append(index)
     tensors = [objects[index] for index in unique]
-    if not all(map(kind.elements, tensors)):
+    if not all(map(kind.elements, [*tensors, *new])):
         return None  # no rows can be computed from 0 elements
     same = kind.same_as(tensors, [op.args[index].varies for index in unique])
     if same is None:
         return None
     distinct = _Unique(given, objects, unique)
-    pointers = _Pointers(op, entry, kind, objects, unique, distinct.twins, bound)
+    pointers = _Pointers(op, entry, kind, objects, unique, distinct.arguments, bound, made)
     extents = _extents(op, kind, objects, unique, tensors)
-    launches = _Launches(kind, same, extents, op, entry, options)
+    new = None if made is None else calls.New(op, kind, made)
+    launches = _Launches(kind, same, extents, new, op, entry, options)
     if not (distinct.needed or extents.free or pointers.arrange or pointers.odd):
         sized = [at for at, index in enumerate(unique) if op.args[index].varies == arrays.ROWS]
         if len(unique) == 3 and sized == [0, 1, 2] and pointers.insert_at == len(bound) == 2:
@@ -61,33 +63,40 @@ def _any_path(entry, kind, launches, pointers, distinct):
 
     Each statement of `run` is executed at each call: what it needs is in local variables, and no
     step is a function of its own."""
-    picks, pick = distinct.needed, distinct.pick
+    picks, take, absent, twins = distinct.needed, distinct.take, distinct.absent, distinct.twins
     insert_at, arrange, pack = pointers.insert_at, pointers.arrange, pointers.pack
     misaligned, odd, lowest = pointers.misaligned, pointers.odd, arrays.LOWEST
     written, varies = pointers.written, pointers.written_varies
     apart, check_apart = pointers.apart, pointers.check_apart
     find, records, fill = launches.find, launches.records, launches.fill
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
-    address = kind.address
+    address, framework = kind.address, kind.framework
 
     def run(objects, scalars, stream, caller):
         tensors = objects
         if picks:
-            tensors = pick(objects)
-            if tensors is None:
-                return False
-        alike, settled_scalars, launch = launches.settled
+            tensors = take(objects)
+            for at in absent:
+                if objects[at] is not None:
+                    return False
+            for at, one in twins:
+                if objects[at] is not tensors[one]:
+                    return False
+        alike, settled_scalars, found = launches.settled
         if alike is None or scalars != settled_scalars or not alike(*tensors):
-            launch = find(tensors, scalars)
-            if launch is None:
+            found = find(tensors, scalars)
+            if found is None:
                 return False
-        enqueue, failed, shape, scratch, fields, sizes = launch
+        enqueue, failed, shape, scratch, fields, sizes, new = found
+        made = None if new is None else new()
         if enqueue is None and written is None:
-            return True
+            return made
         # The addresses, in order, and their checks.
         addresses = list(map(address, tensors))
         if insert_at:
             addresses[insert_at:insert_at] = caller.addresses
+        if made is not None:
+            addresses.append(address(made))
         if arrange is not None:
             addresses = arrange(addresses)
         if written is not None:
@@ -95,7 +104,7 @@ def _any_path(entry, kind, launches, pointers, distinct):
             if where not in apart and not check_apart(where, addresses, tensors):
                 return False
             if enqueue is None:  # an empty tensor has no address
-                return True
+                return made
         bits = odd
         for number in addresses:
             if number < lowest:
@@ -107,29 +116,32 @@ def _any_path(entry, kind, launches, pointers, distinct):
         try:
             record = records.pop()
         except IndexError:
-            record = fill(None, fields)
+            record = fill(None, fields, scratch)
         if record.fields is not fields:
-            fill(record, fields)
+            fill(record, fields, scratch)
         pack(record.buffer, 0, *addresses)
         if stream is None:
             stream = current_stream()
-        elif torchs is not None and stream != torchs():
-            streams.lend((*tensors, *caller.tensors) if insert_at else tensors, stream, device)
+        else:
+            if torchs is not None and stream != torchs():
+                streams.lend((*tensors, *caller.tensors) if insert_at else tensors, stream, device)
+            if made is not None:
+                making.hand_over(made, framework, device, stream)
         held = None
         if scratch is not None:
             held = streams.scratch(scratch.framework, device, scratch.size, stream)
-            record.fill_tail(scratch.tail(held.__enter__()))
+            record.tail[:8] = held.__enter__().to_bytes(8, "little")
         try:
             enqueue(stream, record.address, 0)
         except failed:
-            _launch_again(shape, stream, record)
+            launch.launch_again(shape, stream, record)
         finally:
             if held is not None:
                 held.__exit__(None, None, None)
         records.append(record)
         if faults.debug:
             faults.after_call(stream, device)
-        return True
+        return made
 
     return run
 
@@ -147,10 +159,10 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
     address = kind.address
 
     def run(objects, scalars, stream, caller):
-        alike, settled_scalars, launch = launches.settled
+        alike, settled_scalars, found = launches.settled
         if alike is None or scalars != settled_scalars or not alike(*objects):
-            launch = find(objects, scalars)
-            if launch is None:
+            found = find(objects, scalars)
+            if found is None:
                 return False
         if caches_bound:
             key, value, slots = objects
@@ -160,9 +172,9 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
             c, d = address(key_cache), address(value_cache)
             if (c, d) not in apart and not admits((c, d)):
                 return False
-        enqueue, failed, shape, _, fields, _ = launch
+        enqueue, failed, shape, _, fields, _, _ = found
         if enqueue is None:
-            return True
+            return None
         a, b, e = address(key), address(value), address(slots)
         if a < lowest or b < lowest or e < lowest:
             return False
@@ -171,9 +183,9 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
         try:
             record = records.pop()
         except IndexError:
-            record = fill(None, fields)
+            record = fill(None, fields, None)
         if record.fields is not fields:
-            fill(record, fields)
+            fill(record, fields, None)
         pack(record.buffer, 0, a, b, c, d, e)
         if stream is None:
             stream = current_stream()
@@ -182,112 +194,82 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
         try:
             enqueue(stream, record.address, 0)
         except failed:
-            _launch_again(shape, stream, record)
+            launch.launch_again(shape, stream, record)
         records.append(record)
         if faults.debug:
             faults.after_call(stream, device)
-        return True
+        return None
 
     return run
 
 
 class _Launches(calls.Results):
-    """The launches of a signature. A result is (enqueue, errors, shape, scratch, fields, sizes):
-    ``enqueue(stream, record's address, 0)``, None where there is nothing to do; the errors at which
-    `_launch_again` must launch ``shape`` instead, (launcher, grid, threads); the `plans.Scratch`;
-    the kernel's fields that the operation's count gave; and what the extents were computed from.
+    """The launches of a signature. A result is (enqueue, failed, shape, scratch, fields, sizes,
+    new): a launch of `launch.Launches`; the `plans.Scratch`; the bytes of the kernel's fields that
+    the operation's count gave; what the extents were computed from; and a function that makes the
+    operation's result, None where calls give it.
 
     records : filled parameter records, each with the fields that it has. A thread takes one and
         puts it back, so that no other thread fills it meanwhile.
     """
 
-    def __init__(self, kind, same, extents, op, entry, options):
-        super().__init__(kind, same, extents)
+    def __init__(self, kind, same, extents, new, op, entry, options):
+        super().__init__(kind, same, extents, new)
         self._op, self._options = op, options
         self._launcher, self._plan = entry.plan.launcher, entry.plan
         letters = self._launcher.kernel.params.call_letters[len(op.args) :]
-        self._pack = struct.Struct("<" + "".join(letters)).pack_into
-        self._fields_at = 8 * len(op.args)
-        self._grids = {}  # {rows: (enqueue, errors, shape, scratch)}
+        self._pack = struct.Struct("<" + "".join(letters)).pack
+        at = 8 * len(op.args)
+        self._fields_at = slice(at, at + struct.calcsize("<" + "".join(letters)))
+        self._launches = launch.Launches(self._plan.launch_for)
         self.records = []
         overlap.prepared.add(self)
 
     def forget(self):
         """Forget all launches, which then are prepared anew."""
-        self._grids.clear()
+        self._launches.forget()
         super().forget()
 
-    def make(self, extents, scalars, sizes):
+    def make(self, extents, scalars, sizes, new):
         """The launch of a call; None where the kernel is not loaded yet."""
         rows, fields = self._op.count(extents, self._options, scalars)
-        launch = _NOTHING
-        if rows:
-            launch = self._grids.get(rows) or self._of_grid(rows)
-            if launch is None:
-                return None
-        return *launch, fields, sizes
-
-    def _of_grid(self, rows):
-        launcher, grid, threads = self._plan.launch_for(rows)
-        if not launcher.has_work(grid, threads):
-            return _NOTHING
-        if not launcher.loaded:  # earlier calls had no work: the slow path loads it
+        if not rows:
+            return None, (), None, None, b"", sizes, new
+        prepared = self._launches.known(rows) or self._launches.prepare(rows)
+        if prepared is None:  # earlier calls had no work: the slow path loads it
             return None
-        enqueue, failed = launcher.prepare(grid, threads)
-        if len(self._grids) >= calls.MAX_COUNTS:
-            self._grids.clear()
-        # The result is not looked up again: another thread may clear the dictionary at any time.
-        made = self._grids[rows] = (
-            enqueue, failed, (launcher, grid, threads), self._plan.scratch_for(rows)
-        )  # fmt: skip
-        return made
+        scratch = None if prepared[0] is None else self._plan.scratch_for(rows)
+        return *prepared, scratch, self._pack(*fields), sizes, new
 
-    def fill(self, record, fields):
-        """Write these fields into a record, a new one if it is None."""
+    def fill(self, record, fields, scratch):
+        """Write these fields, and what a `plans.Scratch` has behind its address, into a record, a
+        new one if it is None."""
         if record is None:
             record = self._launcher.new_record()
-        self._pack(record.buffer, self._fields_at, *fields)
+        record.bytes[self._fields_at] = fields
+        if scratch is not None:
+            record.tail[8 : 8 + len(scratch.rest)] = scratch.rest
         record.fields = fields
         return record
 
 
-_NOTHING = None, None, None, None
-
-
-def _launch_again(shape, stream, record):
-    """Launch where the prepared launch failed."""
-    launcher, grid, threads = shape
-    launcher.launch(grid, threads, stream, record)
-
-
 class _Unique:
-    """Takes from a call's objects each tensor once. The other objects are None, or one of these
-    tensors again.
+    """What takes from a call's objects each tensor once.
 
     needed : False where the objects are these tensors.
-    twins : (index of the argument, place of the tensor) of each that is a tensor again.
+    take : objects -> the tensors.
+    absent : where among the objects None must be.
+    twins : (where among the objects, place of the tensor) of each that must be a tensor again.
     """
 
     def __init__(self, given, objects, unique):
         place = {id(objects[index]): at for at, index in enumerate(unique)}
         twins = [index for index in given if objects[index] is not None and index not in unique]
-        self.twins = [(index, place[id(objects[index])]) for index in twins]
-        self._absent = [given.index(index) for index in given if objects[index] is None]
-        self._twins = [(given.index(index), at) for index, at in self.twins]
-        self._take = calls.getter([given.index(index) for index in unique])
+        self.arguments = [(index, place[id(objects[index])]) for index in twins]
+        self.absent = [given.index(index) for index in given if objects[index] is None]
+        self.twins = [(given.index(index), at) for index, at in self.arguments]
+        self.take = calls.getter([given.index(index) for index in unique])
         self.needed = unique != given
-
-    def pick(self, objects):
-        """The tensors; None where other arguments than in the earlier call are None or given
-        twice."""
-        tensors = self._take(objects)
-        for at in self._absent:
-            if objects[at] is not None:
-                return None
-        for at, one in self._twins:
-            if objects[at] is not tensors[one]:
-                return None
-        return tensors
 
 
 class _Pointers:
@@ -306,11 +288,15 @@ class _Pointers:
         ``written_varies``, each ends in what the call's extents were computed from.
     """
 
-    def __init__(self, op, entry, kind, objects, unique, twins, bound):
+    def __init__(self, op, entry, kind, objects, unique, twins, bound, made):
         self.insert_at = next((at for at, i in enumerate(unique) if bound and i > bound[0]), 0)
         if bound and not self.insert_at:
             self.insert_at = len(unique)
+        objects = list(objects)
         order = [*unique[: self.insert_at], *bound, *unique[self.insert_at :]]
+        if made is not None:
+            objects[op.result.at] = made
+            order.append(op.result.at)
         sources = {index: at for at, index in enumerate(order)}
         sources |= {index: sources[unique[at]] for index, at in twins}
         everything = sorted(sources)
@@ -327,13 +313,12 @@ class _Pointers:
         self._laid_out = kind.laid_out
         self._bound = {index: kind.laid_out(objects[index]) for index in bound}
         self.apart, self.written, self.written_varies = set(), None, False
-        # Arrays that are all bound were checked when they were.
-        if entry.apart is not None and not all(
-            i in bound for i in everything if op.args[i].written
-        ):
-            self.written = calls.getter(
-                [at for at, i in enumerate(everything) if op.args[i].written]
-            )
+        # Arrays that are all bound were checked when they were. A new one has memory of its own.
+        written = [i for i in everything if op.args[i].written]
+        if made is not None:
+            written.remove(op.result.at)
+        if entry.apart is not None and len(written) > 1 and not set(written) <= set(bound):
+            self.written = calls.getter([everything.index(i) for i in written])
             self.written_varies = entry.apart.varies
 
     def check_apart(self, where, addresses, tensors):

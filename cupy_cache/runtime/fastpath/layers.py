@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fast paths of operations whose arguments are lists of arrays, or chosen blocks and slots."""
 
-from .. import arrays, guards, indices, lists
+from .. import arrays, guards, indices, lists, making
 from . import calls
 
 
@@ -27,7 +27,7 @@ def flattened(op, args, objects, options):
     return read, tensors, tuple(form)
 
 
-def path_of(op, entry, objects, options, given):
+def path_of(op, entry, objects, options, made, given):
     """The fast path of an operation on lists; None where there is none. See `FastPaths.learn`.
 
     Only lists may be bound. The path's last argument, ``fixed``, is their addresses.
@@ -41,7 +41,7 @@ def path_of(op, entry, objects, options, given):
         return None
     given_args = [op.args[index] for index in given]
     _, tensors, form = flattened(op, given_args, [objects[index] for index in given], options)
-    kind = guards.kind_of(tensors)
+    kind = guards.kind_of(tensors if made is None else [*tensors, made])
     if kind is None:
         return None
     # (index, at, count) of each argument: where its first tensor is among ``tensors``, and how many
@@ -70,33 +70,11 @@ def path_of(op, entry, objects, options, given):
         for index, length in zip(given, form[1:])
         if length is indices.Chosen
     ]
-    layered = [index for index, arg in enumerate(op.args) if arg.layers]
-    # The latest call's addresses, those of bound lists, and the values and tables made of them.
-    latest = [None, None, None, None]
-
-    def values_of(addresses, fixed):
-        """(Values, tables) of `plans.Call`, without what is chosen in host memory."""
-        if arrays.any_bits(addresses) & 15 or min(addresses, default=arrays.LOWEST) < arrays.LOWEST:
-            return None, None
-        values = [0] * len(op.args)
-        for index, at, count in parts:
-            if count is not None:
-                values[index] = tuple(addresses[at : at + count])
-            elif at is not None:
-                values[index] = addresses[at]
-        for index, kept in zip(bound, fixed):
-            values[index] = kept
-        if entry.apart is not None:
-            entry.apart.check(values)
-        _, _, known, tables = latest
-        if entry.tables is None:
-            return values, None
-        if known is None or any(known[index] != values[index] for index in layered):
-            tables = entry.tables(values)
-        return values, tables
-
-    works = _Works(kind, same, extents, op, options, bool(chosen))
+    addressed = _Addressed(op, entry, parts, bound)
+    new = None if made is None else calls.New(op, kind, made)
+    works = _Works(kind, same, extents, new, op, options, bool(chosen))
     find, work_of, finish = works.find, op.count, op.finish
+    framework, device, place = kind.framework, entry.device, op.result and op.result.at
 
     def run(tensors, scalars, stream, objects, fixed=()):
         alike, settled_scalars, found = works.settled
@@ -105,13 +83,18 @@ def path_of(op, entry, objects, options, given):
             if found is None:
                 return False
         addresses = list(map(address, tensors))
-        known, known_fixed, values, tables = latest
+        known, known_fixed, values, tables = addressed.latest
         if addresses != known or fixed != known_fixed:
-            values, tables = values_of(addresses, fixed)
+            values, tables = addressed.make(addresses, fixed)
             if values is None:
                 return False
-            latest[:] = addresses, fixed, values, tables
-        extents, work = found
+        extents, work, new = found
+        made = None
+        if new is not None:
+            values, made = values.copy(), new()
+            if stream is not None:
+                making.hand_over(made, framework, device, stream)
+            values[place] = address(made)
         if chosen:
             values, extents = values.copy(), extents.copy()
             for index, at in chosen:
@@ -119,20 +102,67 @@ def path_of(op, entry, objects, options, given):
                 extents[at] = numbers.count
             work = work_of(extents, options, scalars)
         finish(entry, values, tables, stream, work, objects)
-        return True
+        return made
 
     return run
 
 
-class _Works(calls.Results):
-    """A result is (extents, work): what the operation made of the extents, None where that
-    also depends on what is chosen in host memory."""
+class _Addressed:
+    """What is made of a call's addresses, and kept as long as these stay.
 
-    def __init__(self, kind, same, extents, op, options, chosen):
-        super().__init__(kind, same, extents)
+    latest : (addresses, those of bound lists, values, tables) of the latest call: the last two as
+        in `plans.Call`, but for what is chosen in host memory and for a new result.
+
+    Parameters
+    ----------
+    op : dispatch.Op
+    entry : plans.Entry
+    parts : list of (index, at, count)
+        Of each argument that calls give, where its first address is, and how many it lists; None
+        where it has no address, or is no list.
+    bound : list of int
+        The arguments that calls do not give.
+    """
+
+    def __init__(self, op, entry, parts, bound):
+        self._entry, self._parts, self._bound = entry, parts, bound
+        self._count = len(op.args)
+        self._lists = [index for index, arg in enumerate(op.args) if arg.layers]
+        self.latest = None, None, None, None
+
+    def make(self, addresses, fixed):
+        """(Values, tables) for these addresses; None and None where the plan was not made for their
+        alignment, or one is none of a GPU."""
+        if arrays.any_bits(addresses) & 15 or min(addresses, default=arrays.LOWEST) < arrays.LOWEST:
+            return None, None
+        values = [0] * self._count
+        for index, at, count in self._parts:
+            if count is not None:
+                values[index] = tuple(addresses[at : at + count])
+            elif at is not None:
+                values[index] = addresses[at]
+        for index, kept in zip(self._bound, fixed):
+            values[index] = kept
+        if self._entry.apart is not None:
+            self._entry.apart.check(values)
+        _, _, known, tables = self.latest
+        if self._entry.tables is None:
+            tables = None
+        elif known is None or any(known[index] != values[index] for index in self._lists):
+            tables = self._entry.tables(values)
+        self.latest = addresses, fixed, values, tables
+        return values, tables
+
+
+class _Works(calls.Results):
+    """A result is (extents, work, new): what the operation made of the extents, None where that
+    also depends on what is chosen in host memory; and a function that makes the operation's result,
+    None where calls give it."""
+
+    def __init__(self, kind, same, extents, new, op, options, chosen):
+        super().__init__(kind, same, extents, new)
         self._op, self._options, self._chosen = op, options, chosen
 
-    def make(self, extents, scalars, sizes):
-        """(Extents, work) of a call."""
+    def make(self, extents, scalars, sizes, new):
         work = None if self._chosen else self._op.count(extents, self._options, scalars)
-        return extents, work
+        return extents, work, new
