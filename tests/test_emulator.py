@@ -427,6 +427,35 @@ class TestRaces:
             bench.run("  p.to[thread] = p.to[thread] + 1;", to)
 
 
+# Two groups of copies, and so many that are not waited for; what is copied by the first is read.
+ASYNC = """
+  __shared__ __align__(16) char held[2 * 16 * kThreads];
+  for (int group = 0; group < 2; ++group) {
+    const int at = 16 * (group * kThreads + thread);
+    copy_async<16>(held + at, p.from + at, thread != 5);
+    commit_copies();
+  }
+  wait_for_copies<%d>();
+  for (int i = 0; i < 16; ++i) p.to[16 * thread + i] = held[16 * thread + i];
+"""
+
+
+def test_copies_that_are_not_waited_for(bench, rng, monkeypatch):
+    """In some launches they are done at once, and in some when they must be."""
+    monkeypatch.setattr("emulator.ARCHITECTURES", (90,))
+    values = rng.integers(1, 128, (2, 32, 16), np.uint8)
+    source, right = bench.storage(values), values[0].copy()
+    right[5] = 0
+    for groups, outcomes in ((1, {True}), (2, {True, False})):
+        found = []
+        for _ in range(4):
+            to = bench.storage(np.zeros(512, np.uint8))
+            with_copies = SOURCE.replace("paging.cuh", "async.cuh").replace("%s", ASYNC)
+            bench.run(groups, to, source, source_text=with_copies)
+            found.append((to.bytes.reshape(32, 16) == right).all())
+        assert set(found) == outcomes
+
+
 # A tile is transposed through shared memory, and each row's sum is made by shuffles.
 TRANSPOSE = """
   constexpr int kRows = kThreads / 32;

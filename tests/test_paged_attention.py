@@ -24,7 +24,7 @@ from guards import BAD, check_faults
 import cupy_cache as cc
 from cupy_cache.attention import paged_attention as module
 from cupy_cache.compilation.specialisations import specialisations
-from cupy_cache.runtime import dispatch, driver, formats, launch
+from cupy_cache.runtime import dispatch, driver, formats, launch, modules
 
 DTYPES = ("float16", "bfloat16", "float32")
 
@@ -168,6 +168,13 @@ def test_long_sequences(world, rng):
     Problem(rng, [2111, 511, 513, 1025], heads=(2, 1), sizes=(16, 16)).solve(world)
 
 
+@pytest.mark.kernels_later
+def test_long_sequences_in_short_blocks(world, rng, monkeypatch):
+    """A warp has the blocks of 16 tiles at once, and takes more."""
+    monkeypatch.setattr(module, "COST_OF_SHARING", 1 << 30)  # one thread block takes all
+    Problem(rng, [1030], heads=(1, 1), block_size=8).solve(world)
+
+
 @pytest.mark.parametrize("layout", ["NHD", "HND", "x-packed", "interleaved"])
 def test_large_blocks(world, rng, layout):
     """Larger than what is done at once."""
@@ -201,10 +208,11 @@ PAIRS_OF_UNITS = {
     "not causal": {"causal": False, "slopes": True},
     "fp8": {"kv_cache_dtype": "fp8", "sizes": (64, 64)},
     "int8, x-packed": {"kv_cache_dtype": "int8", "layout": "x-packed", "scales": "heads"},
-    "x-packed": {"layout": "x-packed", "sizes": (16, 40), "dtype": "float16"},
+    "x-packed": {"layout": "x-packed", "sizes": (24, 40), "dtype": "float16"},
     "scales of tokens": {"kv_cache_dtype": "fp8", "scales": "tokens", "block_size": 5},
     "odd sizes": {"sizes": (7, 19), "block_size": 8},
-    "blocks that are not there": {"bad": {(1, 3): 10**6, (3, 0): -5}},
+    # Tiles are taken two at a time: both are missing, and one.
+    "blocks that are not there": {"bad": {(1, 2): 99, (1, 3): 10**6, (1, 5): -1, (3, 0): -5}},
 }  # fmt: skip
 
 
@@ -768,6 +776,17 @@ def test_divisors():
             if dividend < 2**31:
                 assert dividend * factor >> shift == dividend // number
                 assert dividend * factor < 2**64
+
+
+def test_constants_that_the_host_has_too():
+    """A GPU alone shows that a cluster has a thread block for each group of parts."""
+    source = (modules.kernel_dir() / "paged_attention.cu").read_text(encoding="utf-8")
+    constants = dict(re.findall(r"^constexpr int (k\w+) = (\d+);", source, re.M))
+    host = {
+        "kWide": module.MOST_ROWS, "kWarps": module.WARPS, "kGroups": module.CLUSTER,
+        "kMaxParts": module._most_parts(10**9),
+    }  # fmt: skip
+    assert constants == {name: str(number) for name, number in host.items()}
 
 
 @pytest.mark.parametrize(

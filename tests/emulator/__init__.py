@@ -7,7 +7,9 @@ driver, and hands out arrays that say they are on cuda:0. A kernel's source, the
 NVRTC would get, is compiled by g++ behind ``shim.h`` into a shared object, once for each
 instantiation, and cached on disk. Another process (``runner.cpp``) runs it. An access outside the
 storages, two threads that touch a byte with no barrier between, a misaligned vector, an overflow or
-a deadlock ends that process and is raised as `EmulationError`.
+a deadlock ends that process and is raised as `EmulationError`. Copies that run on while a thread
+computes are done at once in some launches, and in others only when they are waited for: where a
+wait is missing, what is read is not there.
 """
 
 import atexit

@@ -179,27 +179,40 @@ EMULATOR_OWN inline char* shared(unsigned address) {
   return reinterpret_cast<char*>(emulator_shared | address);
 }
 
-// Copies whose end must be waited for are done at once.
 template <typename T>
 __forceinline__ void cp(unsigned to, unsigned long long from, unsigned bytes) {
   T value = {};
   if (bytes == sizeof(T)) value = at<T>(from);
   *reinterpret_cast<T*>(shared(to)) = value;
 }
+// Copies whose end must be waited for are done as early as may be, at once, or as late as may be, when
+// they are waited for: as the launch has it.
+template <typename T>
+__forceinline__ void cp_or_later(unsigned to, unsigned long long from, unsigned bytes) {
+  if (!emulator_put_off({from, to, bytes, sizeof(T)})) cp<T>(to, from, bytes);
+}
 __forceinline__ void cp_16(unsigned to, unsigned long long from, unsigned bytes) {
-  cp<uint4>(to, from, bytes);
+  cp_or_later<uint4>(to, from, bytes);
 }
 __forceinline__ void cp_8(unsigned to, unsigned long long from, unsigned bytes) {
-  cp<uint2>(to, from, bytes);
+  cp_or_later<uint2>(to, from, bytes);
 }
 __forceinline__ void cp_4(unsigned to, unsigned long long from, unsigned bytes) {
-  cp<unsigned>(to, from, bytes);
+  cp_or_later<unsigned>(to, from, bytes);
 }
-inline void cp_commit() {}
-inline void cp_wait_0() {}
-inline void cp_wait_1() {}
-inline void cp_wait_2() {}
-inline void cp_wait_3() {}
+inline void cp_commit() { emulator_end_group(); }
+inline void cp_wait(unsigned groups) {
+  EmulatorCopy copy;
+  while (emulator_awaited(groups, &copy)) {
+    if (copy.size == 16) cp<uint4>(copy.to, copy.from, copy.bytes);
+    else if (copy.size == 8) cp<uint2>(copy.to, copy.from, copy.bytes);
+    else cp<unsigned>(copy.to, copy.from, copy.bytes);
+  }
+}
+inline void cp_wait_0() { cp_wait(0); }
+inline void cp_wait_1() { cp_wait(1); }
+inline void cp_wait_2() { cp_wait(2); }
+inline void cp_wait_3() { cp_wait(3); }
 
 inline void nothing() {}
 // Of a word at which copies arrive: how many threads arrive in a round, how many have, the bytes that

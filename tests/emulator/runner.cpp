@@ -7,7 +7,8 @@
 //
 // A block's threads are fibers. A fiber takes one thread after the other until one has to wait, so a
 // kernel without barriers needs a single fiber. Threads start, and go on after a barrier, in an
-// order shuffled by the request's seed.
+// order shuffled by the request's seed, which also decides whether copies are done at once, or when they
+// are waited for.
 //
 // Kernels are instrumented as for ThreadSanitizer, which knows no fibers and is not linked: before
 // each access they call a function of ours. It looks whether the thread may touch these bytes, and
@@ -93,6 +94,20 @@ Fiber* waiting[kMaxThreads];  // by thread
 unsigned order[kMaxThreads];
 unsigned threads, started, finished;
 u64 received[kMaxThreads / kWarp][kWarp];  // from warp operations, by lane, until the next one
+
+// What `EmulatorCopy` is in shim.h.
+struct Copy {
+  u64 from;
+  unsigned to, bytes, size;
+};
+// A thread's copies that were put off, in their order; those before `next` are done.
+struct PutOff {
+  std::vector<std::pair<unsigned, Copy>> copies;  // of their groups
+  size_t next = 0;
+  unsigned group = 0;
+};
+PutOff put_off[kMaxThreads];
+bool copies_late;
 
 void* library_base;
 
@@ -363,6 +378,7 @@ void run_threads() {
       current->segment = 0;
       current->clock = 1;
       memset(current->seen, 0, sizeof(current->seen));
+      put_off[threadIdx.x] = {};
       kernel(record);
       ++finished;
     }
@@ -506,6 +522,20 @@ extern "C" {
 
 void emulator_sync_block() { wait(true); }
 
+bool emulator_put_off(Copy copy) {
+  PutOff& its = put_off[threadIdx.x];
+  if (copies_late) its.copies.push_back({its.group, copy});
+  return copies_late;
+}
+void emulator_end_group() { ++put_off[threadIdx.x].group; }
+bool emulator_awaited(unsigned groups, Copy* copy) {
+  PutOff& its = put_off[threadIdx.x];
+  if (its.next == its.copies.size()) its.copies.clear(), its.next = 0;
+  if (its.copies.empty() || its.copies[its.next].first + groups >= its.group) return false;
+  *copy = its.copies[its.next++].second;
+  return true;
+}
+
 const u64* emulator_exchange(unsigned mask, u64 given, bool orders) {
   if (!(mask >> threadIdx.x % kWarp & 1)) {
     emulator_refuse("a thread is not in the mask of its own warp operation");
@@ -590,6 +620,7 @@ void run(const Request& request, const std::string& path, const std::vector<Rang
 
   writes_one_value = request.writes_one_value;
   random_state = request.seed;
+  copies_late = request.seed >> 1 & 1;
   threads = request.threads;
   blockDim = {threads, 1, 1};
   gridDim = request.grid;

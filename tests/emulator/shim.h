@@ -78,6 +78,12 @@ inline bool signbit(float x) { return __builtin_signbit(x); }
 
 // --- threads (runner.cpp) -------------------------------------------------------------------------
 
+// Of `bytes` bytes, of `size` or none, to an address in shared memory.
+struct EmulatorCopy {
+  unsigned long long from;
+  unsigned to, bytes, size;
+};
+
 extern "C" {
 extern const uint3 threadIdx, blockIdx, blockDim, gridDim;  // to each thread
 // Waits for every thread of the block that has not returned.
@@ -89,6 +95,12 @@ const unsigned long long* emulator_exchange(unsigned mask, unsigned long long gi
 void emulator_atomic(void* at, unsigned bytes);
 // Orders what the thread, and those behind a barrier before it, did before with its next atomic access.
 void emulator_fence();
+// Puts a copy off until the thread waits for it, if this launch has copies late.
+bool emulator_put_off(EmulatorCopy copy);
+// Ends a group of the thread's copies.
+void emulator_end_group();
+// Whether a copy is left that was put off, and is of none of the thread's latest groups: the next one.
+bool emulator_awaited(unsigned groups, EmulatorCopy* copy);
 // Reports a misuse of a warp operation and ends the process.
 [[noreturn]] void emulator_refuse(const char* why);
 }
