@@ -301,7 +301,7 @@ class GPUs:
 @pytest.fixture
 def gpus(monkeypatch):
     made = GPUs()
-    monkeypatch.setattr(cuda, "_current", made.current)
+    monkeypatch.setattr(cuda, "_current", lambda *asked: made.current())
     monkeypatch.setattr(cuda, "library", lambda: made)
     cuda._primary_context.cache_clear()
     yield made
@@ -512,8 +512,11 @@ def test_a_cupy_that_finds_no_cuda(monkeypatch, status, hip, error, words):
     found = types.SimpleNamespace(cuda=types.SimpleNamespace(runtime=runtime))
     monkeypatch.setitem(sys.modules, "cupy", found)
     monkeypatch.setattr(cuda, "_cupy", None)
+    monkeypatch.setattr(cuda, "_current", cuda._current.__wrapped__)  # a GPU may be known here
     monkeypatch.setattr(cuda, "driver_version", lambda: (12, 4))
     monkeypatch.setattr(torch.version, "hip", hip)
+    with pytest.raises(error, match="^cuda:3: "):
+        cuda.on_device(3)
     launch.processors.cache_clear()
     describe = arrays.describe
 

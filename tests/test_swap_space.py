@@ -160,7 +160,7 @@ def test_what_it_owns_is_freed_on_its_gpu(monkeypatch):
         yield
         gpu.current = before
 
-    monkeypatch.setattr(cuda, "_current", lambda: (lambda: gpu.current, None, None))
+    monkeypatch.setattr(cuda, "_current", lambda *asked: (lambda: gpu.current, None, None))
     monkeypatch.setattr(cuda, "on_device", on_device)
     runtime = types.SimpleNamespace(
         eventDisableTiming=2, eventCreateWithFlags=lambda flags: 7,

@@ -200,7 +200,7 @@ def on_device(index):
     CuPy's ``Device`` goes back by setting the earlier GPU, and setting a GPU makes a context there,
     of half a gigabyte, even if nobody uses that GPU. Pushing a context and popping it makes none.
     """
-    get_device, get_context, set_device = _current()
+    get_device, get_context, set_device = _current(index)
     if get_device() != index:
         return _Pushed(index)
     if not get_context():  # a thread that has not used CUDA yet
@@ -240,9 +240,10 @@ class _Pushed:
 
 
 @functools.cache
-def _current():
-    """Functions that get this thread's current GPU, get its context, and set the GPU."""
-    cuda = import_cupy("a CUDA device").cuda
+def _current(index=None):
+    """Functions that get this thread's current GPU, get its context, and set the GPU. ``index``:
+    of the GPU that they are asked for, for errors."""
+    cuda = import_cupy("a CUDA device" if index is None else f"cuda:{index}").cuda
     return cuda.runtime.getDevice, cuda.driver.ctxGetCurrent, cuda.runtime.setDevice
 
 
