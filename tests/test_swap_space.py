@@ -373,10 +373,6 @@ REFUSALS = [
     (lambda s, c: cc.SwapSpace("cache", 4), "SwapSpace: Invalid type of caches"),
     (lambda s, c: cc.SwapSpace([1], 4), "SwapSpace: Invalid type of caches"),
     (lambda s, c: cc.SwapSpace([cache_of(), cache_of(7)], 4), "SwapSpace: Invalid value of cach"),
-    (
-        lambda s, c: cc.SwapSpace([cache_of(), cache_of(framework="torch")], 4),
-        "SwapSpace: Invalid fr",
-    ),
     (lambda s, c: cc.SwapSpace(cc.PagedKVCache([], []), 4), "SwapSpace: Invalid value of caches"),
     (lambda s, c: cc.SwapSpace(cache_of(), -1), "SwapSpace: Invalid value of num_blocks"),
     (lambda s, c: cc.SwapSpace(cache_of(), 1, bytes_per_step=0), "SwapSpace: Invalid value of by"),
@@ -395,3 +391,10 @@ def test_refusals(call, message):
         call(space, coming)
     assert str(raised.value).startswith(message)
     assert (cache.key_caches[0] == 3).all() and space.num_moving in (0, 4)
+
+
+def test_caches_of_two_frameworks():
+    """Each has a current stream of its own."""
+    pytest.importorskip("torch")
+    with pytest.raises(cc.CupyCacheError, match="^SwapSpace: Invalid framework of "):
+        cc.SwapSpace([cache_of(), cache_of(framework="torch")], 4)
