@@ -211,3 +211,36 @@ def test_booleans_are_no_numbers(name):
         for number in (*ones(boolean=True), False, np.False_):
             with pytest.raises(cc.CupyCacheError, match=f"^{name.partition(',')[0]}: .* integer"):
                 call(number)
+
+
+def flagged_calls():
+    """{name: a function of the argument that is a flag}; the name is of operation and argument."""
+    row, cache = np.ones((1, 1, 8), np.float32), np.zeros((2, 4, 1, 8), np.float32)
+    slots, table, lens = np.array([1]), np.zeros((1, 1), np.int32), np.ones(1, np.int32)
+    angles, slopes = np.ones((4, 8), np.float32), np.ones(1, np.float32)
+    rotate = slots, row, row, row, angles, cache, cache.copy(), slots
+    attend = row, cache, cache.copy(), table, lens
+    return {
+        "alibi_bias: causal": lambda f: cc.alibi_bias(slopes, slots, slots, causal=f),
+        "alibi_bias: sqrt": lambda f: cc.alibi_bias(slopes, slots, slots, sqrt=f),
+        "paged_attention: causal": lambda f: cc.paged_attention(*attend, causal=f),
+        "rotary_and_cache: is_neox": lambda f: cc.rotary_and_cache(*rotate, f),
+        "BlockTables: reuse_prefixes": lambda f: cc.BlockTables(
+            2, 4, max_sequences=1, max_tokens=4, max_length=4, framework="numpy", device="cpu",
+            reuse_prefixes=f,
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", flagged_calls())
+def test_flags_are_true_or_false(name):
+    """In silence, "False" would be true, and a tensor on a GPU would be waited for."""
+    torch = pytest.importorskip("torch")
+    call = flagged_calls()[name]
+    for flag in (True, False, np.True_, np.False_, 0, 1, np.int64(0)):
+        call(flag)
+    for flag in ("False", "", None, [], [0], 2, -1, 0.0, 1.0, torch.tensor(False), np.array(True)):
+        with pytest.raises(
+            cc.ArgumentError, match=f"^{name.replace(': ', ': Invalid value of ')}: "
+        ):
+            call(flag)

@@ -10,6 +10,8 @@ import math
 import numbers
 import operator
 
+import numpy as np
+
 from .. import errors
 from . import arrays, formats
 
@@ -285,15 +287,13 @@ def choice(op, name, value, names):
 
 
 def flag(op, name, value):
-    """``value`` as True or False."""
+    """``value``, which is True or False, NumPy's too, or 1 or 0, as Python's boolean. What else is
+    true is refused: "False" is, and to ask a tensor on a GPU would wait for it."""
     if type(value) is bool:
         return value
-    try:
+    if isinstance(value, (int, np.integer, np.bool_)) and value in (0, 1):
         return bool(value)
-    except Exception as error:
-        raise errors.wrong(
-            "value", f"{op}: {name}", "True or False", errors.shown(value)
-        ) from error
+    raise errors.wrong("value", f"{op}: {name}", "True or False", errors.shown(value))
 
 
 def check_elements_apart(op, name, shape, strides, size):
