@@ -430,9 +430,9 @@ def test_buffer_without_dimensions():
 
 
 @pytest.mark.parametrize("skip", [True, False])
-def test_skip_scale_is_any_truth_value(skip):
+def test_skip_scale_in_other_forms(skip):
     """1.0 in E4M3 is 0x38, and 1.0 / 4.0 is 0x28."""
-    for given in (skip, np.array(skip), skip):
+    for given in (skip, np.bool_(skip), int(skip), skip):
         cache = np.zeros((2, 4, 12), np.uint8)
         step = np.ones((2, 8), np.float32), np.ones((2, 4), np.float32)
         cc.concat_and_cache_mla(*step, cache, np.arange(2), "fp8", 4.0, given)
