@@ -302,16 +302,14 @@ class Number:
     def __index__(self):
         return self.value
 
-    def __bool__(self):
-        return bool(self.value)
-
 
 @pytest.mark.parametrize(
     "option, values",
     [("is_neox", (1, 0)), ("rope_dim_offset", (0, 2)), ("mrope_interleaved", (0, 1))],
 )
 def test_options_of_rotary_writes_that_change(rng, option, values):
-    """What is remembered is what an option was, not the object that says it."""
+    """What is remembered is what an option was, not the object that says it. (No object that changes
+    is taken for a flag.)"""
     world, case = worlds.NumPyWorld(), rotary_case(rng, "flash")
     lists, number = caches(rng, "flash", "float32"), Number()
     cache = cc.PagedKVCache(*put(world, lists))
@@ -320,9 +318,10 @@ def test_options_of_rotary_writes_that_change(rng, option, values):
     step[4] = step[4][:, :4]
     for value in values * 2:
         number.value = value
+        given = {option: number if option == "rope_dim_offset" else np.bool_(value)}
         queries = [case[1].on(case[1].buffer.bytes).copy() for _ in range(2)]
         named = {"mrope_section": (1, 1, 0)}
-        cache.rotary_write(1, step[0], queries[0], *step[2:], **named, **{option: number})
+        cache.rotary_write(1, step[0], queries[0], *step[2:], **named, **given)
         cc.rotary_and_cache(
             step[0], queries[1], *step[2:5], *(side[1] for side in put(world, lists)), step[5],
             **named, **{option: value},
