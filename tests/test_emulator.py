@@ -440,6 +440,7 @@ ASYNC = """
 """
 
 
+@pytest.mark.extra
 def test_copies_that_are_not_waited_for(bench, rng, monkeypatch):
     """In some launches they are done at once, and in some when they must be."""
     monkeypatch.setattr("emulator.ARCHITECTURES", (90,))

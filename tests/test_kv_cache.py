@@ -308,8 +308,8 @@ class Number:
     [("is_neox", (1, 0)), ("rope_dim_offset", (0, 2)), ("mrope_interleaved", (0, 1))],
 )
 def test_options_of_rotary_writes_that_change(rng, option, values):
-    """What is remembered is what an option was, not the object that says it. (No object that changes
-    is taken for a flag.)"""
+    """What is remembered is what an option was, not the object that says it. (Flags are no objects
+    that change.)"""
     world, case = worlds.NumPyWorld(), rotary_case(rng, "flash")
     lists, number = caches(rng, "flash", "float32"), Number()
     cache = cc.PagedKVCache(*put(world, lists))

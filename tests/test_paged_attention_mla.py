@@ -384,7 +384,14 @@ def rows_of(world, problem):
 
 
 @pytest.mark.parametrize("queries", [None, [1, 3, 1, 2]])
-@pytest.mark.parametrize("shape", [CUT, MANY_ROWS | {"heads": 32}, MANY_ROWS | {"heads": 66}])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        CUT,
+        pytest.param(MANY_ROWS | {"heads": 32}, marks=pytest.mark.extra),
+        pytest.param(MANY_ROWS | {"heads": 66}, marks=pytest.mark.extra),
+    ],
+)
 def test_same_bits_in_any_batch(world, rng, queries, shape):
     """A batch in another order, padded with empty sequences, and one sequence at a time."""
     if shape is not CUT and world.name == "emulated":
