@@ -3,6 +3,8 @@
 """A driver that only notes what it is told: what would be launched, lent and waited for."""
 
 import contextlib
+import sys
+import types
 
 import numpy as np
 
@@ -134,3 +136,21 @@ def recorder(monkeypatch):
     monkeypatch.setattr(driver, "active", made)
     launch.processors.cache_clear()
     return made
+
+
+def as_cupys_on_gpu_1(monkeypatch, kind):
+    """Let ``kind``, a class of NumPy's arrays, stand for CuPy's, with memory on GPU 1. Returns a
+    list: of the GPUs that are made current, those that are at the moment."""
+    inside = []
+
+    @contextlib.contextmanager
+    def on_device(index):
+        inside.append(index)
+        yield
+        inside.pop()
+
+    kind.data = types.SimpleNamespace(device_id=1)
+    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(ndarray=kind))
+    monkeypatch.setattr(driver.active, "on_device", on_device)
+    monkeypatch.setattr(arrays, "_READERS", {**arrays._REGISTERED, kind: arrays._read_numpy})
+    return inside

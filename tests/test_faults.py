@@ -516,6 +516,14 @@ def test_locks_are_free_in_a_forked_child():
     assert done.stdout.strip() == "0"
 
 
+def output_of(script):
+    """What ``script`` prints in a process of its own, which must end well."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+
+
 FORK_AT_THE_FIRST_USE = """
 import os, signal, threading, types
 from cupy_cache.runtime import cuda, driver
@@ -545,11 +553,7 @@ os._exit(0)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
 def test_a_child_that_is_forked_while_a_thread_finds_cuda():
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK_AT_THE_FIRST_USE],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout == "5\n"
+    assert output_of(FORK_AT_THE_FIRST_USE) == "5\n"
 
 
 FORK_WITH_A_FAULT = """
@@ -571,11 +575,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), len(told))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
 def test_a_forked_child_does_not_tell_its_parents_faults():
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORK_WITH_A_FAULT],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout == "0 1\n"
+    assert output_of(FORK_WITH_A_FAULT) == "0 1\n"
 
 
 FORK_WITH_KERNELS = """

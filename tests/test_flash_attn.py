@@ -5,17 +5,16 @@
 import contextlib
 import inspect
 import math
-import sys
-import types
 
 import numpy as np
 import pytest
+import recording
 import worlds
 from guards import check_faults
 
 import cupy_cache as cc
 from cupy_cache import flash_attn
-from cupy_cache.runtime import arrays, driver, faults
+from cupy_cache.runtime import faults
 
 whole_arrays = pytest.mark.parametrize(
     "world",
@@ -415,24 +414,12 @@ class TestRefusals:
 ])  # fmt: skip
 def test_all_is_computed_on_the_arrays_gpu(monkeypatch, call):
     """Of CuPy's arrays, whichever GPU is current: what CuPy computes too."""
-    inside = []
-
-    @contextlib.contextmanager
-    def on_device(index):
-        inside.append(index)
-        yield
-        inside.pop()
 
     class OnGPU(np.ndarray):
         def __array_finalize__(self, made_of):
             assert inside == [1] or made_of is None or type(made_of) is np.ndarray
 
-        data = types.SimpleNamespace(device_id=1)
-
-    cupy = types.SimpleNamespace(ndarray=OnGPU)
-    monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(driver.active, "on_device", on_device)
-    monkeypatch.setattr(arrays, "_READERS", {**arrays._REGISTERED, OnGPU: arrays._read_numpy})
+    inside = recording.as_cupys_on_gpu_1(monkeypatch, OnGPU)
     ends = np.array([0, 2], np.int32).view(OnGPU)
     call(lambda *shape: np.ones(shape, np.float32).view(OnGPU), ends)
     assert inside == []

@@ -502,7 +502,7 @@ class Capturing:
         return stream
 
     def order(self, *streams):
-        pass
+        """No stream waits for another here."""
 
     @contextlib.contextmanager
     def scratch(self, size, stream, device):

@@ -116,7 +116,7 @@ def readonly(array):
 
 
 class OfNobody:
-    pass
+    """Of no framework."""
 
 
 OfJax = type("DynamicJaxprTracer", (), {"__module__": "jax._src.interpreters.partial_eval"})

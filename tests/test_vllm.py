@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The functions under vLLM 0.33's names, and vLLM calling them: a stand-in for its modules."""
 
-import contextlib
 import inspect
 import sys
 import types
@@ -11,11 +10,11 @@ import cases
 import numpy as np
 import oracle
 import pytest
+import recording
 import worlds
 
 import cupy_cache as cc
 from cupy_cache.integrations import vllm as ops
-from cupy_cache.runtime import arrays, driver
 
 # Facts: the arguments of vLLM 0.33.0's functions in vllm/_custom_ops.py.
 SIGNATURES = {
@@ -196,24 +195,14 @@ def test_there_may_be_more_of_everything_but_of_the_output(rng, kind):
 
 def test_the_suffix_is_copied_on_the_arrays_gpu(rng, monkeypatch):
     """By CuPy, whichever GPU is current."""
-    inside, written = [], []
-
-    @contextlib.contextmanager
-    def on_device(index):
-        inside.append(index)
-        yield
-        inside.pop()
+    written = []
 
     class OnGPU(np.ndarray):
         def __setitem__(self, index, value):
             written.append(list(inside))
             self.view(np.ndarray)[index] = value
 
-        data = types.SimpleNamespace(device_id=1)
-
-    monkeypatch.setitem(sys.modules, "cupy", types.SimpleNamespace(ndarray=OnGPU))
-    monkeypatch.setattr(driver.active, "on_device", on_device)
-    monkeypatch.setattr(arrays, "_READERS", {**arrays._REGISTERED, OnGPU: arrays._read_numpy})
+    inside = recording.as_cupys_on_gpu_1(monkeypatch, OnGPU)
     out, lse = (np.zeros(shape, np.float32).view(OnGPU) for shape in ((5, 3, 8), (3, 5)))
     merging(rng, out, lse, 2)
     assert written == [[1], [1]] and inside == []

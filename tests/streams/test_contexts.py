@@ -12,27 +12,13 @@ pytestmark = [pytest.mark.gpu, pytest.mark.whole]
 
 # --- contexts and the current GPU -----------------------------------------------------------------
 
-_ACTIVE = """
-import ctypes
-
-def active(index):
-    "Whether this process has a context on that GPU, by the driver's own account."
-    driver, device, flags, on = ctypes.CDLL("libcuda.so.1"), *(ctypes.c_int() for _ in range(3))
-    assert driver.cuInit(0) == 0
-    assert driver.cuDeviceGet(ctypes.byref(device), index) == 0
-    state = driver.cuDevicePrimaryCtxGetState
-    assert state(device, ctypes.byref(flags), ctypes.byref(on)) == 0
-    return bool(on.value)
-"""
-
 # A new thread's current GPU is cuda:0, as long as it has not chosen another, and there is no
 # context on that yet. In this process only cuda:1 is ever chosen.
-_WORKER = (
-    _ACTIVE
-    + """
+_WORKER = """
 import sys
 import threading
 import numpy as np
+from streams.ways_in import has_context as active
 
 framework, seed = sys.argv[1:]
 if framework == "torch":
@@ -114,11 +100,9 @@ cc.raise_faults()
 assert not active(0), "raise_faults left a context on cuda:0"
 assert active(1), "it cannot be told whether there are contexts"
 """
-)
 
-_WARMUP = (
-    _ACTIVE
-    + """
+_WARMUP = """
+from streams.ways_in import has_context as active
 import cupy_cache as cc
 
 assert not active(0) and not active(1), "there are contexts before anything has run"
@@ -126,7 +110,6 @@ assert cc.warmup(2, 64, 16, "float16", device=1, ops=("reshape_and_cache_flash",
 assert active(1), "nothing was loaded on cuda:1"
 assert not active(0), "warmup left a context on cuda:0"
 """
-)
 
 
 @pytest.mark.multi_gpu

@@ -411,10 +411,10 @@ def main(framework, device, active=lambda: False, ways=WAYS):
             raise AssertionError(function.__name__) from failures[0]
 
 
-def context_on_first_gpu():
-    """Whether this process has a context on cuda:0, by the driver's own account."""
+def has_context(index):
+    """Whether this process has a context on GPU ``index``, by the driver's own account."""
     driver, device, flags, on = ctypes.CDLL("libcuda.so.1"), *(ctypes.c_int() for _ in range(3))
-    assert driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), 0) == 0
+    assert driver.cuInit(0) == 0 and driver.cuDeviceGet(ctypes.byref(device), index) == 0
     state = driver.cuDevicePrimaryCtxGetState(device, ctypes.byref(flags), ctypes.byref(on))
     assert state == 0
     return bool(on.value)
@@ -425,5 +425,5 @@ def alone(name):
     framework = "torch" if name == "transformers" else name
     __import__(framework)
     ways = [transformers] if name == "transformers" else WAYS
-    main(framework, 1, context_on_first_gpu, ways)
-    assert not context_on_first_gpu()
+    main(framework, 1, lambda: has_context(0), ways)
+    assert not has_context(0)
