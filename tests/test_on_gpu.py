@@ -275,10 +275,8 @@ def test_a_shape_met_first_inside_a_capture(torch, rng):
     case.check(world)
 
 
-def test_caches_above_four_gigabytes(torch, rng):
+def test_caches_above_four_gigabytes(torch, large_caches, rng):
     """2^31 elements and 2^32 bytes are passed by the blocks used here."""
-    if torch.cuda.mem_get_info()[0] < 14 << 30:
-        pytest.skip("less than 14 GiB of GPU memory free")
     block_size, heads, size = 16, 8, 128
     num_blocks = (5 << 30) // (block_size * heads * size * 2)
     shape = (num_blocks, block_size, heads, size)

@@ -262,7 +262,7 @@ def test_offsets_beyond_32_bits(emulated_world, rng):
 
 @pytest.mark.gpu
 @pytest.mark.slow
-def test_caches_beyond_4_gib(rng):
+def test_caches_beyond_4_gib(large_caches, rng):
     """L1 on real memory: in the cache, and in the buffer."""
     import cupy
 
