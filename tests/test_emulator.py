@@ -144,7 +144,7 @@ class TestMistakes:
         )  # fmt: skip
 
     def test_what_is_undefined_once(self, bench):
-        """The launch is run again for its report; here the second run finds what the first wrote."""
+        """The launch is run again for its report; here that finds what the first has written."""
         body = "  if (thread == 5 && !p.to[0]++) reinterpret_cast<int*>(p.to)[1] += 0x7fffffff;"
         words = "undefined behaviour, which was not met when run again", "planted"
         caught(bench, *words, body=body, to=bench.storage(np.array([0, 1], np.int32)))

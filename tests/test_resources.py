@@ -16,7 +16,8 @@ from cupy_cache.runtime import modules
 STEMS = sorted(path.stem for path in modules.kernel_dir().glob("*.cu"))
 # Sources whose kernels take long.
 PARTS = {
-    "paged_attention": 8, "paged_attention_mla": 3, "rotary": 4, "gather_cache": 3, "pack_blocks": 2
+    "paged_attention": 16, "paged_attention_mla": 6, "paged_attention_mla_warpgroups": 4,
+    "rotary": 8, "gather_both": 3, "gather_cache": 6, "gather_slots": 2, "pack_blocks": 2,
 }  # fmt: skip
 TABLES = [
     (stem, architecture, part)
