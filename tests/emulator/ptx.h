@@ -3,59 +3,8 @@
 // What the inline PTX of the kernels does, by the PTX ISA's description and not by what the kernels
 // have in its place elsewhere. ptx.py puts calls of these functions where the instructions stand;
 // their parameters are the operands as they are numbered.
-//
-// Numbers are handled as double, which holds each of them: where results of float operations that
-// are too small for a normal float become 0, as the kernels are compiled, those of double do not.
-
-extern "C" {
-double ldexp(double, int) noexcept;
-int ilogb(double) noexcept;
-}
 
 namespace ptx {
-
-inline double as_double(float value) {
-  const unsigned bits = emulator::bits<unsigned>(value);
-  const int exponent = bits >> 23 & 0xff, mantissa = bits & 0x7fffff;
-  const double sign = bits >> 31 ? -1.0 : 1.0;
-  if (exponent == 0xff) return mantissa ? __builtin_nan("") : sign * __builtin_inf();
-  return sign * (exponent ? ldexp(mantissa | 0x800000, exponent - 150) : ldexp(mantissa, -149));
-}
-
-// A type of kMantissa bits behind the point of a normal number, the smallest of which is
-// 2 ** kSmallest. Codes from kEnd on are no numbers: the first is infinity, unless kFinite.
-template <int kMantissa, int kSmallest, unsigned kEnd, bool kFinite>
-struct Type {
-  // The bits without the sign, of the number nearest to a magnitude; of two, the even one.
-  static unsigned encode(double magnitude) {
-    if (magnitude != magnitude) return kFinite ? 0x7f : 0x7fff;
-    if (magnitude == __builtin_inf()) return kFinite ? kEnd - 1 : kEnd;
-    int exponent = magnitude > 0 ? ilogb(magnitude) : kSmallest;
-    if (exponent < kSmallest) exponent = kSmallest;
-    const double steps = rint(ldexp(magnitude, kMantissa - exponent));
-    const double code = ldexp(exponent - kSmallest, kMantissa) + steps;
-    return code < kEnd ? static_cast<unsigned>(code) : kFinite ? kEnd - 1 : kEnd;
-  }
-  // Of a float, with its sign in bit kSign.
-  template <int kSign>
-  static unsigned encode_float(float value) {
-    const double number = as_double(value);
-    const unsigned sign = emulator::bits<unsigned>(value) >> 31;
-    return encode(fabs(number)) | (number == number ? sign << kSign : 0);
-  }
-  static double decode(unsigned magnitude) {
-    if (magnitude >= kEnd) {
-      return magnitude == kEnd && !kFinite ? __builtin_inf() : __builtin_nan("");
-    }
-    const int exponent = magnitude >> kMantissa, mantissa = magnitude & ((1 << kMantissa) - 1);
-    return exponent ? ldexp(mantissa + (1 << kMantissa), exponent - 1 + kSmallest - kMantissa)
-                    : ldexp(mantissa, kSmallest - kMantissa);
-  }
-};
-using F16 = Type<10, -14, 0x7c00, false>;
-using BF16 = Type<7, -126, 0x7f80, false>;
-using E4M3 = Type<3, -6, 0x7f, true>;
-using E5M2 = Type<2, -14, 0x7c, true>;
 
 inline void cvt_f32_f16(float& to, unsigned short from) {
   const float value = static_cast<float>(F16::decode(from & 0x7fff));
@@ -333,61 +282,28 @@ EMULATOR_OWN inline void movmatrix_trans(unsigned& to, unsigned from) {
   to = found[0] | found[1] << 16;
 }
 
-// d = A * B + C, of which every lane has parts. Of A [16, kDepth] and B [kDepth, 8] they are pairs
-// of neighbours along the depth, in registers for 8 rows and 8 of the depth each: first those for
-// the upper 8 rows, then for the lower.
-template <typename T>
-EMULATOR_OWN double number(unsigned code) {
-  const double value = T::decode(code & 0x7fff);
-  return code & 0x8000 ? -value : value;
-}
-// What the four lanes from `first` on hold, which give two registers each: 8 numbers of either.
-template <typename T>
-EMULATOR_OWN void take(double* to, double* to_second, unsigned one, unsigned second, int first) {
-  const unsigned long long both = static_cast<unsigned long long>(second) << 32 | one;
-  const unsigned long long* given = emulator_exchange(~0u, both) + first;
-  for (int i = 0; i < 8; ++i) {
-    to[i] = number<T>(given[i / 2] >> 16 * (i % 2) & 0xffff);
-    to_second[i] = number<T>(given[i / 2] >> (32 + 16 * (i % 2)) & 0xffff);
-  }
-}
-template <typename T, int kDepth>
-EMULATOR_OWN void mma(float* d, const unsigned* a, const unsigned* b, const float* c) {
-  double left[2][kDepth], right[2][kDepth], none[8];  // two rows of A, two columns of B
-  const int row = emulator::lane() / 4, column = emulator::lane() % 4 * 2;
-  for (int depth = 0; depth < kDepth; depth += 8) {
-    take<T>(left[0] + depth, left[1] + depth, a[depth / 4], a[depth / 4 + 1], row * 4);
-    for (int i = 0; i < 2; ++i) {
-      take<T>(right[i] + depth, none, b[depth / 8], 0, (column + i) * 4);
-    }
-  }
-  for (int part = 0; part < 4; ++part) {
-    double sum = as_double(c[part]);
-    for (int depth = 0; depth < kDepth; ++depth) {
-      sum += left[part / 2][depth] * right[part % 2][depth];
-    }
-    d[part] = static_cast<float>(sum);
-  }
-}
-#define EMULATOR_MMA_16(name, T)                                                                 \
+// d = A * B + C, of which every lane has parts. Of A [16, depth] and B [depth, 8] they are pairs of
+// neighbours along the depth, in registers for 8 rows and 8 of the depth each: first those for the
+// upper 8 rows, then for the lower.
+#define EMULATOR_MMA_16(name, is_bf16)                                                           \
   inline void name(                                                                             \
       float& d0, float& d1, float& d2, float& d3, unsigned a0, unsigned a1, unsigned a2,        \
       unsigned a3, unsigned b0, unsigned b1, float c0, float c1, float c2, float c3) {          \
     float d[4];                                                                                 \
     const unsigned a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};                                     \
     const float c[4] = {c0, c1, c2, c3};                                                         \
-    mma<T, 16>(d, a, b, c);                                                                      \
+    emulator_mma(is_bf16, 16, d, a, b, c);                                                       \
     d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3];                                                  \
   }
-EMULATOR_MMA_16(mma_bf16, BF16)
-EMULATOR_MMA_16(mma_f16, F16)
+EMULATOR_MMA_16(mma_bf16, true)
+EMULATOR_MMA_16(mma_f16, false)
 inline void mma_f16_8(
     float& d0, float& d1, float& d2, float& d3, unsigned a0, unsigned a1, unsigned b0, float c0,
     float c1, float c2, float c3) {
   float d[4];
   const unsigned a[2] = {a0, a1}, b[1] = {b0};
   const float c[4] = {c0, c1, c2, c3};
-  mma<F16, 8>(d, a, b, c);
+  emulator_mma(false, 8, d, a, b, c);
   d0 = d[0], d1 = d[1], d2 = d[2], d3 = d[3];
 }
 
@@ -402,31 +318,33 @@ struct Matrix {
     if (bits >> 49 & 7) emulator_refuse("a matrix that is not at a multiple of 1,024 bytes");
   }
   // Of a row of 16 elements or, transposed, of a row of 64 one of 16.
-  template <typename T>
-  double element(int row, int column) const {
+  unsigned element(int row, int column) const {
     unsigned address = at + row / 8 * stride + row % 8 * 128 + column * 2;
     address ^= (address >> 7 & 7) << 4;
-    return number<T>(*reinterpret_cast<const unsigned short*>(shared(address)));
+    return *reinterpret_cast<const unsigned short*>(shared(address));
   }
 };
+EMULATOR_OWN inline double number(bool is_bf16, unsigned code) {
+  return emulator_numbers(is_bf16)[code];
+}
 // A thread's sums of a product of 64 rows: row lane / 4 of 16 of its warp's, and eight rows further,
 // of which it has the columns 2 * (lane % 4) and the next, of eight.
-template <typename T, int kColumns>
-void wgmma(float* const (&sums)[kColumns / 2], Matrix a, Matrix b, bool transposed) {
+template <int kColumns>
+void wgmma(bool is_bf16, float* const (&sums)[kColumns / 2], Matrix a, Matrix b, bool transposed) {
   const int lane = emulator::lane(), warp = threadIdx.x / 32 % 4;
   for (int i = 0; i < kColumns / 2; ++i) {
     const int row = warp * 16 + lane / 4 + i / 2 % 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
     double sum = as_double(*sums[i]);
     for (int k = 0; k < 16; ++k) {
-      const double its = transposed ? a.element<T>(k, row) : a.element<T>(row, k);
-      sum += its * b.element<T>(column, k);
+      const unsigned its = transposed ? a.element(k, row) : a.element(row, k);
+      sum += number(is_bf16, its) * number(is_bf16, b.element(column, k));
     }
     *sums[i] = static_cast<float>(sum);
   }
 }
 // A product's operands: its sums, the two matrices, and whether it transposes.
-template <typename T, int kColumns, typename... Operands>
-void wgmma_operands(Operands&&... operands) {
+template <int kColumns, typename... Operands>
+void wgmma_operands(bool is_bf16, Operands&&... operands) {
   const void* all[] = {&operands...};
   constexpr int kSums = kColumns / 2;
   static_assert(sizeof...(operands) == kSums + 3, "a product's operands");
@@ -436,15 +354,15 @@ void wgmma_operands(Operands&&... operands) {
     return Matrix(*static_cast<const unsigned long long*>(all[number]));
   };
   const bool transposed = *static_cast<const bool*>(all[kSums + 2]);
-  wgmma<T, kColumns>(sums, matrix(kSums), matrix(kSums + 1), transposed);
+  wgmma<kColumns>(is_bf16, sums, matrix(kSums), matrix(kSums + 1), transposed);
 }
 template <int kColumns, typename... Operands>
 void wgmma_bf16(Operands&&... operands) {
-  wgmma_operands<BF16, kColumns>(operands...);
+  wgmma_operands<kColumns>(true, operands...);
 }
 template <int kColumns, typename... Operands>
 void wgmma_f16(Operands&&... operands) {
-  wgmma_operands<F16, kColumns>(operands...);
+  wgmma_operands<kColumns>(false, operands...);
 }
 
 }  // namespace ptx

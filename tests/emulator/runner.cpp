@@ -550,6 +550,59 @@ const u64* emulator_exchange(unsigned mask, u64 given, bool orders) {
 
 namespace {
 
+// --- products of matrices -------------------------------------------------------------------------
+
+// The number of each code of 16 bits.
+template <typename T>
+const double* numbers() {
+  static const std::vector<double> all = [] {
+    std::vector<double> made;
+    for (unsigned code = 0; code < 0x10000; ++code) {
+      const double magnitude = T::decode(code & 0x7fff);
+      made.push_back(code & 0x8000 ? -magnitude : magnitude);
+    }
+    return made;
+  }();
+  return all.data();
+}
+
+// Eight numbers of a row, or a column: of the first register of the four lanes from `first` on, or of
+// the second, which the lanes give with it.
+void take(double* to, const u64* given, int first, int second, const double* numbers) {
+  for (int i = 0; i < 8; ++i) {
+    to[i] = numbers[given[first + i / 2] >> (32 * second + 16 * (i % 2)) & 0xffff];
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+const double* emulator_numbers(bool is_bf16) {
+  return is_bf16 ? numbers<ptx::BF16>() : numbers<ptx::F16>();
+}
+
+void emulator_mma(bool is_bf16, int depth, float* d, const unsigned* a, const unsigned* b, const float* c) {
+  const double* numbers = emulator_numbers(is_bf16);
+  double left[2][16], right[2][16];  // two rows of A, two columns of B
+  const int lane = threadIdx.x % kWarp, row = lane / 4, column = lane % 4 * 2;
+  for (int at = 0; at < depth; at += 8) {
+    const u64 both = static_cast<u64>(a[at / 4 + 1]) << 32 | a[at / 4];
+    const u64* given = emulator_exchange(~0u, both, false);
+    for (int i = 0; i < 2; ++i) take(left[i] + at, given, row * 4, i, numbers);
+    given = emulator_exchange(~0u, b[at / 8], false);
+    for (int i = 0; i < 2; ++i) take(right[i] + at, given, (column + i) * 4, 0, numbers);
+  }
+  for (int part = 0; part < 4; ++part) {
+    double sum = ptx::as_double(c[part]);
+    for (int k = 0; k < depth; ++k) sum += left[part / 2][k] * right[part % 2][k];
+    d[part] = static_cast<float>(sum);
+  }
+}
+}
+
+namespace {
+
 // --- memory ---------------------------------------------------------------------------------------
 
 void fixed_map(u64 begin, size_t size, int flags, int fd) {

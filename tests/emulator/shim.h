@@ -101,6 +101,10 @@ bool emulator_put_off(EmulatorCopy copy);
 void emulator_end_group();
 // Whether a copy is left that was put off, and is of none of the thread's latest groups: the next one.
 bool emulator_awaited(unsigned groups, EmulatorCopy* copy);
+// The number that each code of 16 bits is, of float16 or bfloat16.
+const double* emulator_numbers(bool is_bf16);
+// The warp's product of two matrices and sum: see ptx.h.
+void emulator_mma(bool is_bf16, int depth, float* d, const unsigned* a, const unsigned* b, const float* c);
 // Reports a misuse of a warp operation and ends the process.
 [[noreturn]] void emulator_refuse(const char* why);
 }
