@@ -12,6 +12,7 @@ semicolon.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -57,12 +58,29 @@ def wrong(
 
 
 def shown(value: object) -> str:
-    """``value`` as errors show it, also if it cannot show itself."""
+    """``value`` as errors show it, also if it cannot show itself. Of an array that may be on a GPU,
+    or nowhere, no number is read: that would wait for the GPU, and break a capture."""
     try:
-        text = repr(value)
+        text = _text(value)
     except Exception:
         text = f"an object of type {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _text(value: Any) -> str:
+    if type(value) in (list, tuple):
+        items = [_text(item) for item in value[:MOST_SHOWN]]  # longer text is cut
+        text = ", ".join(items)
+        if type(value) is list:
+            return f"[{text}]"
+        return f"({text},)" if len(items) == 1 else f"({text})"
+    for module, name in (("torch", "Tensor"), ("cupy", "ndarray")):
+        if isinstance(value, getattr(sys.modules.get(module), name, ())):
+            return f"a {module}.{name} of shape {list(value.shape)}, {value.dtype}"
+    return repr(value)
+
+
+MOST_SHOWN = 40  # items of a list
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

@@ -5,6 +5,7 @@ that another array has too. All of it is refused by name, with nothing written."
 
 import contextlib
 import ctypes
+import functools
 import gc
 import itertools
 import re
@@ -15,10 +16,12 @@ import weakref
 import numpy as np
 import oracle
 import pytest
+import recording
 import worlds
 
 import cupy_cache as cc
 from cupy_cache.compilation import specialisations
+from cupy_cache.integrations import vllm
 from cupy_cache.runtime import allocations, arrays, devices, dispatch, dlpack, formats, streams
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
@@ -344,8 +347,43 @@ def test_a_copy_that_is_known(torch, recorder, kind):
     assert not recorder.take()
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize("used", [False, True], ids=["fresh", "used"])
+def test_far_into_a_storage_without_memory(torch, recorder, monkeypatch, used):
+    """An address that is an offset may be as large as a GPU's, of a storage of many gigabytes."""
+    monkeypatch.setattr(arrays, "LOWEST", 64)
+    given = step(torch)
+    cache = cc.PagedKVCache([given["key_cache"]], [given["value_cache"]])
+    bound = [given[name] for name in ("key", "value", "slot_mapping")]
+    table, bounds, rows = torch.zeros(2, 3).int(), torch.tensor([0, 2, 5]).int(), torch.zeros(5, 16)
+    entries, layers = torch.ones(6, 4, 16), [torch.ones(6, 4, 8) for _ in range(2)]
+    calls = (
+        (cc.reshape_and_cache_flash, [*given.values()]),
+        (functools.partial(cache.write, 0), bound),
+        (cc.gather_cache, [entries, rows, table, bounds]),
+        (lambda *caches: cc.copy_blocks_mla(caches, [(0, 1)]), layers),
+        (lambda *caches: cc.zero_blocks(caches, [0]), layers),
+    )
+    for call, tensors in calls:
+        for _ in range(4 * used):
+            call(*tensors)
+        recorder.take()
+        for at, tensor in enumerate(tensors):
+            asleep = asleep_behind_others(torch, tensor)
+            if asleep.data_ptr() < 64:  # of a few numbers
+                continue
+            for _ in range(3):
+                with pytest.raises(cc.ArgumentError, match="at address 0"):
+                    call(*tensors[:at], asleep, *tensors[at + 1 :])
+        assert not recorder.take()
+        for _ in range(2):
+            call(*tensors)
+        assert len(recorder.take()) == 2
+
+
 def test_addresses_below_all_others_are_looked_at(torch, recorder, monkeypatch):
     """Memory may be there."""
+    monkeypatch.setattr(arrays, "ABOVE_OFFSETS", 1 << 62)
     given = step(torch)
     learnt(recorder, lambda: cc.reshape_and_cache_flash(**given))
     monkeypatch.setattr(arrays, "LOWEST", 1 << 62)
@@ -578,6 +616,51 @@ def test_exports_that_cannot_be_read(wrong, word):
     assert not converted.any()
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize("address", [1, 24, 65_535])
+def test_exports_at_addresses_without_memory(torch, recorder, address):
+    """What torch exports of a storage of which nothing is left: its offset."""
+    converted = np.zeros((2, 3), np.uint8)
+    made = Capsules()
+    made._managed.tensor.data = address
+    recorder.host = ("convert_fp8", "zero_blocks")
+    with refused("convert_fp8", "input", f"of shape [2, 3] at address {address:#x}"):
+        cc.convert_fp8(converted, made)
+    with refused("zero_blocks", "caches[1]", f"at address {address:#x}"):
+        cc.zero_blocks([Capsules(), made], [1])
+    asleep = asleep_behind_others(torch, torch.arange(3))
+    with refused("zero_blocks", "block_ids", "at address 0x18"):
+        cc.zero_blocks([converted], worlds.Opaque(asleep))
+    made._managed.tensor.device_type = dlpack.CUDA
+    made._managed.tensor.data = arrays.LOWEST - address
+    recorder.host, recorder.device_at = (), lambda address: 0
+    of_gpu = Interface(np.ones((2, 3), np.float32), data=(arrays.LOWEST - 64, False))
+    for given in (made, of_gpu):
+        with refused("convert_fp8", "input", "at address 0x"):
+            cc.convert_fp8(converted, given)
+    assert not converted.any() and not recorder.take()
+
+
+def test_an_interface_that_changes(recorder):
+    """It is read once: what is there, and on which GPU."""
+    asked = []
+    recorder.device_at = lambda address: asked.append(address) or 0
+    keys = np.ones((2, 3), np.float32)
+
+    class Changing:
+        reads = 0
+
+        @property
+        def __cuda_array_interface__(self):
+            self.reads += 1
+            at = keys.ctypes.data if self.reads == 1 else 1 << 45
+            return {"data": (at, False), "shape": (2, 3), "typestr": "<f4", "version": 3}
+
+    given = Changing()
+    assert dlpack.read_cuda_interface(given)[0] == keys.ctypes.data
+    assert asked == [keys.ctypes.data] and given.reads == 1
+
+
 def test_how_far_exports_reach():
     """Less than half of the addresses, counted in bytes; what leads nowhere may be of any size."""
     sound = dlpack._sound
@@ -664,6 +747,62 @@ def test_what_a_producer_says_is_told(error, early):
         cc.convert_fp8(Failing(error, early), converted)
 
 
+class Raising:
+    """Whatever it is asked for."""
+
+    def __getattr__(self, name):
+        raise RuntimeError(f"there is no {name}")
+
+
+def test_objects_that_cannot_even_be_asked(torch):
+    class Tensor(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            raise RuntimeError("there is no function")
+
+    cache, other = np.ones((4, 4), np.float32), torch.ones(4, 4)
+    for bad, at in ((Raising(), ("", "")), (Tensor([1, 2]), ("[1]", "[0]"))):
+        with refused("zero_blocks", f"caches{at[0]}", "there is no"):
+            cc.zero_blocks([cache, bad], [0])
+        with refused("zero_blocks", "block_ids", "there is no"):
+            cc.zero_blocks([cache], bad)
+        with refused("convert_fp8", "input", "there is no"):
+            cc.convert_fp8(cache, bad)
+        with refused("PagedKVCache", f"value_caches{at[1]}", "there is no"):
+            cc.PagedKVCache([other], [bad])
+    assert cache.all()
+
+
+def test_numbers_that_cannot_be_asked():
+    class Number:
+        def __array__(self, *given, **options):
+            raise RuntimeError("no array")
+
+    cache = np.ones((4, 4), np.float32)
+    for bad in ([[Number()]], [Number()], [1, [Number()]]):
+        with refused("zero_blocks", "block_ids"):
+            cc.zero_blocks([cache], bad)
+    assert cache.all()
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("kind", [asleep, asleep_behind_others])
+def test_plain_numbers_without_memory(torch, kind):
+    """torch and NumPy would read there, and so would what shows them."""
+    number, slopes = kind(torch, torch.tensor(8)), kind(torch, torch.ones(4))
+    with refused("alibi_slopes", "num_heads"):
+        cc.alibi_slopes(number)
+    for given in (slopes, [0.5, kind(torch, torch.tensor(0.5))]):
+        with refused("place_slopes", "slopes", "without memory"):
+            cc.place_slopes(given)
+    cache = torch.ones(4, 4)
+    for given in (slopes, (slopes,), (0, (1, slopes))):
+        with refused("pack_blocks", "layout", "torch.Tensor of shape [4], torch.float32"):
+            cc.pack_blocks([cache], [0], cache, layout=given)
+    assert cc.place_slopes(torch.tensor([0.5, 2])).tolist() == [0.5, 2]
+    assert cc.place_slopes([torch.tensor(0.5), 2]).tolist() == [0.5, 2]
+
+
 def test_tensors_with_gradients_behind_dlpack(torch):
     converted = np.zeros((2, 3), np.uint8)
     with refused("convert_fp8", "input", "gradient"):
@@ -711,6 +850,152 @@ def test_jax_arrays():
     source.delete()
     with refused("convert_fp8", "input", "jax"):  # what it says of it differs
         cc.convert_fp8(converted, source)
+
+
+# --- what owns an export, and lists that are not what they seem -----------------------------------
+
+
+class Lent:
+    """Each export is an array of its own, which nothing owns but the capsule. ``freed``: of which
+    exports it is gone."""
+
+    def __init__(self, before=lambda: None):
+        self.exports, self.freed, self._before = [], [], before
+
+    def __dlpack_device__(self):
+        return 1, 0
+
+    def __dlpack__(self, **options):
+        self._before()
+        made = np.ones((4, 8), np.float32)
+        weakref.finalize(made, self.freed.append, len(self.exports))
+        self.exports.append(made.ctypes.data)
+        return made.__dlpack__(**options)
+
+
+def test_exports_of_caches_live_as_long_as_their_addresses_are_known():
+    sides = Lent(), Lent()
+    cache = cc.PagedKVCache(*([side] for side in sides))
+    out = np.zeros(64, np.float32)
+    for call in (
+        len, lambda cache: cache.copy_blocks([(0, 1)]), lambda cache: cache.zero_blocks([2]),
+        lambda cache: cache.pack_blocks([1], out),
+    ):  # fmt: skip
+        call(cache)
+        bound = (cache._copy, *cache._bound.values())
+        known = {lists.addresses[0] for one in bound for lists in one.found if lists is not None}
+        for side in sides:
+            assert not known & {side.exports[at] for at in side.freed}
+    del cache, bound
+    assert all(len(side.freed) == len(side.exports) for side in sides)
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("listed", [True, False])
+def test_exports_in_host_memory_live_until_the_work_is_done(torch, recorder, listed):
+    recorder.host, given, cache = ("src", "packed"), Lent(), torch.zeros(4, 8)
+    if listed:
+        cc.swap_blocks([given], [cache], [(0, 1)])
+    else:
+        cc.unpack_blocks(given, [cache], [1])
+    assert recorder.take() and given.exports and not given.freed
+    recorder.event_made.is_done = True
+    streams.let_go()
+    assert len(given.freed) == len(given.exports)
+
+
+def test_host_memory_of_another_framework_is_waited_for(torch, recorder, monkeypatch):
+    """A copy to pinned memory may be pending on its stream."""
+    kind = type("OnGPU", (np.ndarray,), {})
+    recording.as_cupys_on_gpu_1(monkeypatch, kind)
+    monkeypatch.setattr(arrays, "_NAMES", arrays._NAMES | {arrays._read_numpy: "cupy"})
+    monkeypatch.setattr(streams, "current", lambda framework, device: lambda: framework)
+    described = arrays.describe
+
+    def describe(metadata, name):
+        array = described(metadata, name)
+        return array._replace(framework="cupy") if array.framework == "numpy" else array
+
+    monkeypatch.setattr(arrays, "describe", describe)
+    cache, host = np.zeros((4, 8), np.float32).view(kind), torch.ones(4, 8)
+    for words, call in (
+        (("src",), lambda: cc.swap_blocks(host, cache, [(0, 1)])),
+        (("dst",), lambda: cc.swap_blocks(cache, host, [(0, 1)])),
+        (("packed",), lambda: cc.unpack_blocks(host, [cache], [0])),
+        (("out",), lambda: cc.pack_blocks([cache], [0], host)),
+    ):
+        recorder.host = words
+        recorder.ordered.clear()
+        call()
+        assert recorder.ordered == [("torch", "cupy", 0)] and not recorder.lent
+
+
+def test_lists_of_a_cache_are_its_own():
+    one, two, three = (np.full((4, 8), n, np.float32) for n in (1, 2, 3))
+    keys, values = [one], [two]
+    cache = cc.PagedKVCache(keys, values)
+    other = cc.PagedKVCache([np.zeros_like(one)], [np.zeros_like(one)])
+    keys[0] = three
+    values.clear()
+    cache.swap_blocks(other, [(0, 1)])
+    assert (other.key_caches[0][1] == 1).all() and (other.value_caches[0][1] == 2).all()
+
+
+class Short(list):
+    def __len__(self):
+        return 1
+
+
+class Hidden(list):
+    def __iter__(self):
+        return iter(())
+
+
+class Doubled(tuple):
+    def __len__(self):
+        return 2 * super().__len__()
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("kind", [Short, Hidden, Doubled])
+def test_lists_that_lie_about_what_they_have(kind):
+    """What they give one after the other counts."""
+    layers = [np.ones((4, 8), np.float32) for _ in range(4)]
+    keys, values = kind(layers[:2]), kind(layers[2:])
+    there = list(keys)
+    out, count = np.zeros(64, np.float32), len(there)
+    cc.zero_blocks(keys, [1])
+    cc.zero_blocks(kind([(layer,) for layer in there]), [2])
+    assert [int(layer.sum()) for layer in layers[:2]] == [16] * count + [32] * (2 - count)
+    cc.copy_blocks(keys, values, [(0, 1)])
+    assert all(layer[1].all() for layer in layers[:count])
+    cc.pack_blocks(keys, [1], out)
+    assert out.sum() == 8 * count and len(cc.PagedKVCache(keys, values)) == count
+    tables = kind([np.zeros((1, 2), int)] * 2)
+    if count:
+        found = cc.slot_mapping_groups(tables, None, np.arange(2), np.array([0, 2]), [4, 4])
+        assert found.tolist() == [[0, 1]] * 2
+
+
+def changed_when_exported(change):
+    """A list of two arrays of which the first one changes it."""
+    layers = []
+    layers += [Lent(lambda: change(layers)), Lent()]
+    return layers
+
+
+def test_lists_that_an_export_changes():
+    """What was given at first counts."""
+    last = np.ones((4, 8), np.float32)
+    for change in (
+        lambda layers: layers.clear(),
+        lambda layers: layers.append(last),
+        lambda layers: layers.__setitem__(1, last),
+    ):
+        layers = changed_when_exported(change)
+        given = layers.copy()
+        cc.zero_blocks(layers, [0])
+        assert [len(one.exports) for one in given] == [1, 1] and last.all()
 
 
 # --- memory that two arrays have ------------------------------------------------------------------
@@ -785,6 +1070,46 @@ def test_one_array_given_twice(name):
         with pytest.raises(cc.ArgumentError, match="Invalid memory of .* has too"):
             calls[name](cache, cache)
         assert not cache.any()
+
+
+def test_addresses_that_no_caches_have(rng):
+    """Those of a grouped write, on the CPU: nothing is written in the layers before."""
+    pool = np.zeros((3, 2, 2, 6), np.float32)  # block, layer, slot, element
+    kv_c, k_pe = rng.random((2, 1, 4), np.float32), rng.random((2, 1, 2), np.float32)
+    first, slots = pool.ctypes.data, np.full((2, 1), 3)
+
+    def write(second):
+        given = np.array([first, second])
+        cc.concat_and_cache_mla_grouped(kv_c, k_pe, given, slots, 2, 24, 6, num_blocks=3)
+
+    for second in (0, 1, -1, -(2**63), first + 49, first, first + 4, first + 24, first - 96):
+        with refused("concat_and_cache_mla_grouped", "kv_cache_ptrs" + (
+            "[1]" if abs(second - first) < 97 and second % 4 == 0 else ""
+        )):  # fmt: skip
+            write(second)
+        assert not pool.any()
+    write(first + 48)
+    assert (pool[1, :, 1] == np.concatenate([kv_c, k_pe], axis=2)[:, 0]).all()
+    assert np.count_nonzero(pool) == 12
+
+
+def test_results_that_are_merged_in_part():
+    """vLLM's function: what is copied behind the merged tokens counts too."""
+    memory = np.zeros(60, np.float32)
+    output = memory[:32].reshape(4, 2, 4)
+    prefix, suffix = (np.full((4, 2, 4), n, np.float32) for n in (1, 2))
+    weights = np.zeros((2, 4), np.float32)
+    given = output, prefix, weights, suffix, weights.copy()
+    for merged in (0, 1, 2, 4, None):
+        for at in (24, 28, 31):
+            with refused("merge_attn_states", "output_lse", "output has too"):
+                vllm.merge_attn_states(*given, memory[at : at + 8].reshape(2, 4), merged)
+            assert not memory.any()
+    vllm.merge_attn_states(*given, memory[32:40].reshape(2, 4), 2)
+    assert (output[:2] == 1.5).all() and (output[2:] == 2).all() and not memory[40:].any()
+    exported = Capsules()
+    with refused("merge_attn_states", "output", "test_memory"):
+        vllm.merge_attn_states(exported, *given[1:], None, 2)
 
 
 def test_layers_of_a_pool_are_apart(rng):

@@ -16,6 +16,7 @@ import numpy as np
 
 from .. import cpu, errors
 from ..runtime import (
+    arrays,
     contract,
     dispatch,
     driver,
@@ -193,6 +194,10 @@ def _numbers(slopes):
     """``slopes`` as float64; raises where they are no numbers, or not real ones."""
     if isinstance(slopes, np.ma.MaskedArray):
         raise TypeError("a MaskedArray")
+    for number in slopes if isinstance(slopes, (list, tuple)) else (slopes,):
+        is_tensor = type(number) is not float and arrays.is_torch(number)
+        if is_tensor and number.numel() and not arrays.torch_address(number):
+            raise TypeError("a tensor without memory")  # NumPy would read there
     given = np.asarray(slopes)
     kind = given.dtype.kind
     if kind == "O":

@@ -72,7 +72,7 @@ def block_table_to_csr(
     _in_range(op, "block_table", np.where(used, table, 0), 0, LARGEST)
     indices = table[used]
     last = np.where(lens > 0, (lens - 1) % block_size + 1, 0)
-    return _as_arrays(like, indptr, indices, last)
+    return _as_arrays(op, like, indptr, indices, last)
 
 
 def csr_to_block_table(
@@ -144,7 +144,7 @@ def csr_to_block_table(
     _in_range(op, "indices", used, 0, LARGEST)
     table = np.full((len(pages), width), -1, np.int64)
     table[np.arange(width) < pages[:, None]] = used
-    return _as_arrays(like, table, lens)
+    return _as_arrays(op, like, table, lens)
 
 
 def _block_size(op, block_size):
@@ -177,12 +177,12 @@ def _in_range(op, name, values, least, most):
         raise errors.wrong("value", f"{op}: {name}", f"{least}..{most}", got)
 
 
-def _as_arrays(like, *results):
+def _as_arrays(op, like, *results):
     """New int32 arrays of the framework of ``like``."""
     made = []
     for result in results:
         array = making.empty(like.framework, like.device, result.shape, formats.INT32)
-        view = arrays.view(array, "result")
+        view = arrays.view(array, f"{op}: result")
         arrays.as_numpy(view.ptr, view.shape, view.strides, np.dtype(np.int32))[...] = result
         made.append(array)
     return tuple(made)

@@ -43,7 +43,7 @@ from cupy_cache import (
 
 from .. import errors
 from ..errors import MissingDependencyError
-from ..runtime import arrays, contract, making, tracing
+from ..runtime import apart, arrays, contract, making, tracing
 from ..types import ArrayLike, Pairs
 
 # What `install` routes by itself.
@@ -218,6 +218,8 @@ def merge_attn_states(
     for name, array, dim in (("prefix_output", prefix, 0), ("prefix_lse", prefix_weights, 1)):
         _extent(op, name, array, dim)  # they are sliced
     kind = arrays.framework_of(output, f"{op}: output")
+    if kind not in ("torch", "cupy", "numpy"):
+        raise errors.wrong("framework", f"{op}: output", "torch, cupy or numpy", kind)
     for name, (array, dim) in copied.items():
         found = arrays.framework_of(array, f"{op}: {name}")
         if found != kind:
@@ -226,6 +228,8 @@ def merge_attn_states(
             expected = f"at least {tokens} in dimension {dim}, the rows of output"
             got = str(_extent(op, name, array, dim))
             raise errors.wrong("shape", f"{op}: {name}", expected, got)
+    if weights_out is not None:
+        apart.refuse_shared(op, output=merged, output_lse=weights_out)
     cupy_cache.merge_attn_states(
         merged[:count], prefix[:count], prefix_weights[:, :count], suffix[:count],
         weights[:, :count], None if weights_out is None else weights_out[:, :count],

@@ -207,11 +207,15 @@ class PagedKVCache:
         if value_caches is None:
             if v_scales is not None:
                 expected = "None, since there are no value caches"
-                raise errors.wrong("value", "PagedKVCache: v_scales", expected, f"{v_scales!r:.80}")
+                got = errors.shown(v_scales)
+                raise errors.wrong("value", "PagedKVCache: v_scales", expected, got)
             op, given = copy_blocks.MLA_OP, {"kv_caches": key_caches}
         else:
             op = copy_blocks.OP
             given = {"key_caches": key_caches, "value_caches": value_caches}
+        # Lists of its own: the caller's may change.
+        given = {name: list(lists.plain("PagedKVCache", name, one)) for name, one in given.items()}
+        key_caches, value_caches = (*given.values(), None)[:2]
         self.k_scale_caches = self.v_scale_caches = None
         self._moved = key_caches, value_caches
         if pages is not None:  # then blocks are moved as whole pages, with their scales
@@ -223,8 +227,6 @@ class PagedKVCache:
                     expected = f"None with {kv_cache_dtype}, which finds them"
                     got = errors.shown(scales)
                     raise errors.wrong("value", f"PagedKVCache: {name}", expected, got)
-        for name, caches in given.items():
-            lists.require_list("PagedKVCache", name, caches)
         self._copy = Bound(op, "PagedKVCache.copy_blocks", given)
         self._copy.check()
         self.key_caches = list(key_caches)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import struct
 
 from .. import cpu, errors
-from ..runtime import arrays, contract, dispatch, formats, launch
+from ..runtime import apart, arrays, contract, dispatch, formats, launch
 from ..types import ArrayLike, Layers, StreamLike
 from .shared import mla
 
@@ -47,7 +47,9 @@ def concat_and_cache_mla_grouped(
         raw copy; otherwise of the 8-bit dtype stored, or uint8. Their addresses travel inside the
         kernel's parameters: a CUDA graph keeps them.
 
-        Or the addresses of such caches, in an array on the device. They cannot be checked.
+        Or the addresses of such caches, in an array on the device. They cannot be checked but for
+        what no cache has: on the CPU null, an address that is no multiple of the element size, and
+        memory of another layer are refused.
     slot_mapping : int64 or int32 array [num_layers, at least num_tokens]
         Any strides; that of the layers may be 0. Negative slots are padding and skipped. Slots past
         a cache are skipped and recorded as row ``l * num_tokens + t`` (see `raise_faults`). Of a
@@ -95,7 +97,6 @@ class _Plan:
     """How the entries of all layers are written."""
 
     def __init__(self, op, described, options):
-        del op
         kv_cache_dtype, geometry = options
         kv_c, k_pe, caches, addresses, slot_mapping, scales = described
         fmt = formats.cache_format(NAME, kv_cache_dtype)
@@ -127,6 +128,9 @@ class _Plan:
             check.scale("kv_scales", scales, self._layers)
         self._described, self._kv_cache, self._stored = described, kv_cache, fmt.stored
         self._listed = caches is not None
+        self._apart = None  # of a list it is asked by `dispatch.Op`
+        if not self._listed:
+            self._apart = apart.Apart(op, (None, None, kv_cache))
         self._device = None
         if kv_cache.device.kind == "cuda":
             self._make_kernel(writes)
@@ -171,8 +175,10 @@ class _Plan:
                 call.values, call.shapes, call.strides, self._numpy_dtypes()
             )
         )
-        caches = pointers.tolist() if call.values[2] == 0 else call.values[2]
-        kv_cache = self._kv_cache
+        kv_cache, caches = self._kv_cache, call.values[2]
+        if not self._listed:
+            caches = pointers.tolist()
+            self._check_addresses(caches)
         for layer, address in enumerate(caches):
             cpu.concat_and_cache_mla(
                 kv_c[layer],
@@ -187,6 +193,16 @@ class _Plan:
                 op=NAME,
                 first_row=layer * call.rows,
             )
+
+    def _check_addresses(self, caches):
+        """Refuse addresses that no caches have, before anything is written."""
+        size = self._kv_cache.dtype.bytes
+        for layer, address in enumerate(caches):
+            if address < arrays.LOWEST_ON_HOST or address % size:
+                expected = f"addresses of memory, multiples of the element size {size}"
+                got = f"{address:#x} in row {layer}"
+                raise errors.wrong("value", f"{NAME}: kv_cache_ptrs", expected, got)
+        self._apart.check((0, 0, tuple(caches)))
 
     def _numpy_dtypes(self):
         moved, numbers = self._described[:2], self._described[2:]

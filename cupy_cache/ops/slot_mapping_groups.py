@@ -111,7 +111,7 @@ def slot_mapping_groups(
 
     The formulas are those of vLLM's block tables.
     """
-    lists.require_list(NAME, "block_tables", block_tables)
+    block_tables = lists.plain(NAME, "block_tables", block_tables)
     groups = len(block_tables)
     if not groups:
         raise errors.wrong("length", f"{NAME}: block_tables", "tables", "none")

@@ -124,8 +124,24 @@ class Apart:
             arg.item(placed.layer) if arg.layers else arg.name
             for arg, placed in ((self._op.args[p.argument], p) for p in (first, second))
         ]
-        expected, got = "memory of its own, since it is written", f"some that {names[0]} has too"
-        raise errors.wrong("memory", f"{self._op.name}: {names[1]}", expected, got)
+        _refuse(self._op.name, *names)
+
+
+def _refuse(op, first, second):
+    expected, got = "memory of its own, since it is written", f"some that {first} has too"
+    raise errors.wrong("memory", f"{op}: {second}", expected, got)
+
+
+def refuse_shared(op, **written):
+    """Refuse two arrays, by their names, that share memory."""
+    (first, one), (second, other) = (
+        (name, arrays.view(array, f"{op}: {name}")) for name, array in written.items()
+    )
+    if 0 in one.shape or 0 in other.shape:
+        return
+    layouts = (_Layout(array.shape, array.strides, array.dtype) for array in (one, other))
+    if _share(*(layout.elements for layout in layouts), other.ptr - one.ptr):
+        _refuse(op, first, second)
 
 
 def _one_behind_the_other(placed):

@@ -97,9 +97,10 @@ class Framework(NamedTuple):
 
 FRAMEWORKS: dict[str, Framework] = {}
 MAX_READERS = 256  # types of arrays that are remembered
-# No GPU's memory is below this address, but addresses of arrays without memory are: such an array
-# gives its offset. Arrays below take the slow path, which tells these from arrays in host memory.
-LOWEST = 1 << 33
+# An array without memory gives its offset for an address. No GPU's memory is below `LOWEST`, and
+# none of a process's on the host below `LOWEST_ON_HOST`. No offset reaches `ABOVE_OFFSETS`; what is
+# below may be either, and a tensor is asked for its offset (`doubtful`).
+LOWEST, LOWEST_ON_HOST, ABOVE_OFFSETS = 1 << 33, 1 << 16, 1 << 42
 
 
 # --- readers ------------------------------------------------------------------------------------
@@ -108,9 +109,17 @@ LOWEST = 1 << 33
 def torch_address(tensor):
     """A torch tensor's address; 0 where it has no memory."""
     ptr = tensor.data_ptr()
-    if ptr < LOWEST and ptr == tensor.storage_offset() * tensor.element_size():
+    if ptr < ABOVE_OFFSETS and ptr == tensor.storage_offset() * tensor.element_size():
         return 0  # its storage begins at 0
     return ptr
+
+
+def doubtful(addresses, tensors):
+    """Whether one of ``addresses``, those of ``tensors`` among them, is none of a GPU's memory, for
+    fast paths: they ask where one is below `ABOVE_OFFSETS`."""
+    if min(addresses) < LOWEST:
+        return True
+    return not all(torch_address(tensor) for tensor in tensors if is_torch(tensor))
 
 
 def _read_torch(tensor):
@@ -143,7 +152,10 @@ def reader_for(value, name):
     kind = type(value)
     reader = _READERS.get(kind)
     if reader is None:
-        reader = _find_reader(value, name)
+        try:
+            reader = _find_reader(value, name)
+        except Exception as error:  # of an attribute that is asked for, too
+            raise unreadable(value, name, error) from error
         if len(_READERS) >= MAX_READERS:
             _READERS.clear()
             _READERS.update(_REGISTERED)
@@ -210,15 +222,23 @@ def read(value, name, stream=None):
     try:
         found = Metadata(*(reader(value, stream) if reader in _FOREIGN else reader(value)))
     except Exception as error:
-        raise _unreadable(value, name, error) from error
-    if not found.ptr and 0 not in found.shape:
+        raise unreadable(value, name, error) from error
+    if found.ptr < LOWEST and 0 not in found.shape and _is_nowhere(found):
         describe(found, name)  # refuses an array on another kind of device by that name
-        got = f"{_type_name(value)} of shape {list(found.shape)} at address 0"
+        got = f"{_type_name(value)} of shape {list(found.shape)} at address {found.ptr:#x}"
         raise errors.wrong("memory", name, "an array with memory", got)
     return found
 
 
-def _unreadable(value, name, error):
+def _is_nowhere(metadata):
+    """Whether there can be no memory at an address below `LOWEST`. A protocol tells no offset."""
+    ptr, place = metadata.ptr, metadata.place
+    if isinstance(place, dlpack.Place):
+        return place.device_type in dlpack.ON_GPU or ptr < LOWEST_ON_HOST
+    return not ptr
+
+
+def unreadable(value, name, error):
     """The error to raise where reading an array failed."""
     if type(error) is MissingDependencyError:  # it says only what is missing
         return MissingDependencyError(f"{name}, {error}")
@@ -231,9 +251,12 @@ def _unreadable(value, name, error):
 
 def _type_name(value):
     """``value``'s type as errors show it, with the layout of torch's sparse tensors."""
-    layout = getattr(value, "layout", None)
     kind = f"{type(value).__module__.partition('.')[0]}.{type(value).__name__}"
-    return f"{kind} ({layout})" if "torch" in str(layout) and "strided" not in str(layout) else kind
+    try:
+        layout = str(getattr(value, "layout", None))
+    except Exception:  # it cannot even be asked
+        return kind
+    return f"{kind} ({layout})" if "torch" in layout and "strided" not in layout else kind
 
 
 def device_of(value, name):
@@ -247,7 +270,7 @@ def device_of(value, name):
         else:
             return describe(Metadata(*reader(value)), name).device
     except Exception as error:
-        raise _unreadable(value, name, error) from error
+        raise unreadable(value, name, error) from error
     return _device(kind, index, name)
 
 
@@ -385,7 +408,7 @@ def _dlpack_dtype(code, name):
 def _device(device_type, device_id, name):
     if device_type in (dlpack.CPU, dlpack.CUDA_HOST):
         return CPU
-    if device_type in (dlpack.CUDA, dlpack.CUDA_MANAGED):
+    if device_type in dlpack.ON_GPU:
         return Device("cuda", device_id)
     expected, got = "CPU, pinned or CUDA memory", f"DLPack device type {device_type}"
     raise errors.wrong("device", name, expected, got)

@@ -50,7 +50,8 @@ class Bound:
         # `fastpath.kernels` asks a fixed array for its number of rows and for nothing else.
         assert all(op.args[index].varies in ((), arrays.ROWS) for index in others), name
         with errors.renamed(self.name, {}):
-            self.found = op.read(self._objects, None, others).found
+            # What owns exported memory lives as long as its address is known.
+            self.found, self._keep = op.read(self._objects, None, others)
             self._form = "bound", options, self.given, self._signature()
             try:
                 self.fast_paths = op.fast_paths.of(self._form)

@@ -246,6 +246,8 @@ def index(value):
         return value
     if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
         raise TypeError("a boolean")
+    if arrays.is_torch(value) and not arrays.torch_address(value):  # torch would read there
+        raise TypeError("no memory")
     return operator.index(value)
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .. import errors
+from ..errors import MissingDependencyError
 from . import (
     apart,
     arrays,
@@ -175,6 +176,8 @@ class Op:
             made = path(tensors, scalars, stream, objects)
             if made is not False:
                 return made
+        if self.has_lists:  # what a producer does while it exports must not change them
+            objects = [[*value] if type(value) is list else value for value in objects]
         objects, made = self.with_result(objects, objects, options, stream)
         entry = self.run(self.read(objects, stream), objects, options, scalars, stream)
         if entry is not None:
@@ -234,8 +237,7 @@ class Op:
             value, arg = (objects[index] if index < len(objects) else None), self.args[index]
             name = f"{self.name}: {arg.name}"
             if arg.layers and value is not None:
-                lists.require_list(self.name, arg.name, value)
-                yield from zip(itertools.repeat(name), value)
+                yield from zip(itertools.repeat(name), lists.plain(self.name, arg.name, value))
             elif not (value is None or isinstance(value, (indices.Chosen, list, tuple, range))):
                 yield name, value
 
@@ -248,7 +250,10 @@ class Op:
                 if device.kind == "cuda":
                     foreign = arrays.is_foreign(array, name)
                     framework = None if foreign else arrays.view(array, name).framework
-                    return streams.current(framework, device.index)()
+                    try:
+                        return streams.current(framework, device.index)()
+                    except MissingDependencyError as error:
+                        raise arrays.unreadable(array, name, error) from error
         return None
 
     # --- running
@@ -267,12 +272,14 @@ class Op:
             entry.apart.check(values, *laid)
         views = _NO_VIEWS if entry.device is not None else self._views(read.found, entry)
         work = self.count(extents, options, scalars)
-        self.finish(entry, values, None, stream, work, objects, views)
+        owners = read.owners() if entry.hosted else ()
+        self.finish(entry, values, None, stream, work, objects, views, owners)
         return entry if entry is known else None
 
-    def finish(self, entry, values, tables, stream, work, objects, views=_NO_VIEWS):
+    def finish(self, entry, values, tables, stream, work, objects, views=_NO_VIEWS, owners=()):
         """Run a plan on its stream, behind the streams that it must wait for. ``tables`` and
-        ``stream`` are found here where they are None. ``views``: shapes and strides, for NumPy."""
+        ``stream`` are found here where they are None. ``views``: shapes and strides, for NumPy.
+        ``owners``: what owns host memory beside the objects."""
         rows, fields = work
         if not rows:
             return
@@ -290,7 +297,7 @@ class Op:
             tables = entry.tables(values)
         entry.plan.run(plans.Call(values, rows, fields, tables, stream, *views))
         if entry.hosted:
-            kept = []  # not the caller's lists, which may change before the work is done
+            kept = [*owners]  # not the caller's lists, which may change before the work is done
             for index in entry.hosted:
                 value = objects[index]
                 kept += value if isinstance(value, (list, tuple)) else (value,)
@@ -359,13 +366,17 @@ class Op:
         if destination is None or destination.device.kind == "cpu":
             return plans.Entry(plan, tables, separate, None, None, (), None, (), strides, most_rows)
         device, framework = destination.device.index, destination.framework
-        owners = {a.framework for a in described if a is not None and a.device.kind == "cuda"}
+        # Host memory too: a framework's copies to pinned memory may be pending on its stream.
+        owners = {array.framework for array in described if array is not None}
         others = tuple(
             streams.current(owner, device)
             for owner in sorted(owners - {framework})
             if streams.knows(owner)
         )
-        torchs = streams.current("torch", device) if "torch" in owners else None
+        lends = any(
+            a is not None and a.framework == "torch" and a.device.kind == "cuda" for a in described
+        )
+        torchs = streams.current("torch", device) if lends else None
         hosted = tuple(
             index
             for index, array in enumerate(described)
@@ -398,6 +409,11 @@ class Read(NamedTuple):
 
     found: list
     keep: list
+
+    def owners(self):
+        """All owners of the memory of exported arrays."""
+        single = (meta.keep for meta in self.found if type(meta) is arrays.Metadata)
+        return [owner for owner in (*self.keep, *single) if owner is not None]
 
 
 def require_array(op, name, value):

@@ -22,6 +22,7 @@ from .. import errors
 from . import driver
 
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
+ON_GPU = CUDA, CUDA_MANAGED
 MAJOR = 1  # version of the protocol
 LARGEST = 2**64 - 1  # address
 LOOK = -1  # in place of a stream: nothing will be enqueued
@@ -47,7 +48,7 @@ def read(array, stream=None):
     """The fields of `arrays.Metadata`; strides in elements, the dtype as DLPack's triple. The
     producer has ``stream`` wait for its own work, unless ``stream`` is `LOOK`."""
     kind, index = device_of(array)
-    if kind in (CUDA, CUDA_MANAGED):
+    if kind in ON_GPU:
         # Producers refuse others than the current GPU, take streams to be of it, or go back to it,
         # which makes a context.
         with driver.active.on_device(index), _on_torchs_device(index):
@@ -86,7 +87,7 @@ def read_cuda_interface(array, stream=None):
     if strides is None:
         strides = contiguous_strides(shape, dtype.itemsize)
     ptr, shape, strides = _sound(ptr, shape, strides, dtype.itemsize)
-    index = interface_device(array)
+    index = driver.active.device_at(ptr)
     producer = interface.get("stream")
     if producer is not None and not 0 <= operator.index(producer) <= LARGEST:
         raise ValueError(f"its stream is {producer}")

@@ -198,7 +198,7 @@ def _numbers(op, name, value):
             return found
     try:
         table = _as_integers(values)
-    except (ValueError, TypeError, OverflowError) as error:
+    except Exception as error:  # also whatever an object raises that is to be a number
         raise errors.wrong("type", f"{op}: {name}", "integers", errors.shown(value)) from error
     if table.ndim != 1:
         raise errors.wrong("shape", f"{op}: {name}", "one dimension", list(table.shape))

@@ -23,11 +23,15 @@ class Layers(NamedTuple):
     strides: tuple | None = None
 
 
-def require_list(op, name, value):
-    """Refuse anything but a list of arrays."""
+def plain(op, name, value):
+    """A list of arrays as a list or tuple of Python's own, whose length is that of what it has.
+    Refuses anything else."""
+    if type(value) in (list, tuple):
+        return value
     if not isinstance(value, (list, tuple)):
         expected = "a list of arrays, one for each layer"
         raise errors.wrong("type", f"{op}: {name}", expected, type(value).__name__)
+    return [*value]
 
 
 def read(op, arg, values, stream):

@@ -14,7 +14,7 @@ MAX_TOKEN_DIMS = 4
 def tensor_lists(op, caches):
     """``caches``, a list with one array or one tuple of arrays for each layer, as a list with all
     layers' arrays for each tensor of a layer."""
-    lists.require_list(op, "caches", caches)
+    caches = lists.plain(op, "caches", caches)
     if not caches or not isinstance(caches[0], (list, tuple)):
         return [caches]
     if not (set(map(type, caches)) <= {tuple, list} and 1 <= len(caches[0]) <= 2):

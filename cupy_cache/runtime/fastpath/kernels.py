@@ -65,7 +65,7 @@ def _any_path(entry, kind, launches, pointers, distinct):
     step is a function of its own."""
     picks, take, absent, twins = distinct.needed, distinct.take, distinct.absent, distinct.twins
     insert_at, arrange, pack = pointers.insert_at, pointers.arrange, pointers.pack
-    misaligned, odd, lowest = pointers.misaligned, pointers.odd, arrays.LOWEST
+    misaligned, odd, above = pointers.misaligned, pointers.odd, arrays.ABOVE_OFFSETS
     written, varies = pointers.written, pointers.written_varies
     apart, check_apart = pointers.apart, pointers.check_apart
     find, records, fill = launches.find, launches.records, launches.fill
@@ -105,11 +105,13 @@ def _any_path(entry, kind, launches, pointers, distinct):
                 return False
             if enqueue is None:  # an empty tensor has no address
                 return made
-        bits = odd
+        bits, is_low = odd, False
         for number in addresses:
-            if number < lowest:
-                return False
+            if number < above:
+                is_low = True
             bits |= number
+        if is_low and arrays.doubtful(addresses, tensors):
+            return False
         if bits & 15 and misaligned(addresses):
             return False
         # The parameters, the stream, the launch.
@@ -152,7 +154,7 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
 
     It does what `_any_path` does, written out for five tensors: that saves 0.7 us at every layer of
     an engine."""
-    pack, misaligned, lowest = pointers.pack, pointers.misaligned, arrays.LOWEST
+    pack, misaligned, above = pointers.pack, pointers.misaligned, arrays.ABOVE_OFFSETS
     apart, admits = pointers.apart, pointers.admits
     find, records, fill = launches.find, launches.records, launches.fill
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
@@ -170,13 +172,13 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
         else:
             key, value, key_cache, value_cache, slots = objects
             c, d = address(key_cache), address(value_cache)
-            if (c, d) not in apart and not admits((c, d)):
+            if (c, d) not in apart and not admits((c, d), objects):
                 return False
         enqueue, failed, shape, _, fields, _, _ = found
         if enqueue is None:
             return None
         a, b, e = address(key), address(value), address(slots)
-        if a < lowest or b < lowest or e < lowest:
+        if (a < above or b < above or e < above) and arrays.doubtful((a, b, e), objects):
             return False
         if (a | b | e) & 15 and misaligned((a, b, c, d, e)):
             return False
@@ -339,10 +341,12 @@ class _Pointers:
         self.apart.add(where)
         return True
 
-    def admits(self, caches):
-        """Whether caches at these two addresses are aligned as the plan needs, and share no
-        memory."""
-        if min(caches) < arrays.LOWEST or arrays.any_bits(caches) & 15:
+    def admits(self, caches, tensors):
+        """Whether caches at these two addresses, which are among a call's tensors, are aligned as
+        the plan needs, and share no memory."""
+        if arrays.any_bits(caches) & 15:
+            return False
+        if min(caches) < arrays.ABOVE_OFFSETS and arrays.doubtful(caches, tensors):
             return False
         return self.check_apart(caches, (0, 0, *caches, 0), ())
 

@@ -14,8 +14,8 @@ def flattened(op, args, objects, options):
         if value is None:
             form.append(type(value))
         elif arg.layers:
-            if not isinstance(value, (list, tuple)):
-                lists.require_list(op.name, arg.name, value)
+            if type(value) is not list:
+                value = lists.plain(op.name, arg.name, value)
             tensors += value
             form.append(len(value))
         elif arg.chosen and type(value := indices.read_host(op.name, arg, value)) is indices.Chosen:
@@ -85,7 +85,7 @@ def path_of(op, entry, objects, options, made, given):
         addresses = list(map(address, tensors))
         known, known_fixed, values, tables = addressed.latest
         if addresses != known or fixed != known_fixed:
-            values, tables = addressed.make(addresses, fixed)
+            values, tables = addressed.make(addresses, fixed, tensors)
             if values is None:
                 return False
         extents, work, new = found
@@ -130,10 +130,13 @@ class _Addressed:
         self._lists = [index for index, arg in enumerate(op.args) if arg.layers]
         self.latest = None, None, None, None
 
-    def make(self, addresses, fixed):
+    def make(self, addresses, fixed, tensors):
         """(Values, tables) for these addresses; None and None where the plan was not made for their
         alignment, or one is none of a GPU."""
-        if arrays.any_bits(addresses) & 15 or min(addresses, default=arrays.LOWEST) < arrays.LOWEST:
+        if arrays.any_bits(addresses) & 15:
+            return None, None
+        above = arrays.ABOVE_OFFSETS
+        if min(addresses, default=above) < above and arrays.doubtful(addresses, tensors):
             return None, None
         values = [0] * self._count
         for index, at, count in self._parts:
