@@ -866,7 +866,8 @@ def test_an_upload_is_one_copy(recorder, monkeypatch):
     for named, stream in ((None, recording.STREAM), (9, 9), (recording.STREAM, recording.STREAM)):
         tables.step(["a"], [1], stream=named)
         ((kept_arrays, *where),) = kept
-        (sent,) = kept_arrays
+        sent, received = kept_arrays
+        assert received is memory
         assert copies == [(memory.data_ptr(), sent.ctypes.data, sent.nbytes, stream, 0)]
         assert where == [stream, 0]
         assert recorder.ordered == ([(recording.STREAM, 9, 0)] if named == 9 else [])

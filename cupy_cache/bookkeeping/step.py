@@ -156,7 +156,8 @@ class Buffers:
         stream, pinned = upload
         index = self.device.index
         driver.active.copy(self._address, pinned.ctypes.data, pinned.nbytes, stream, index)
-        streams.keep_until_done((pinned,), stream, index)
+        # On a stream that is not the framework's, its allocator would give the memory to others.
+        streams.keep_until_done((pinned, self._memory), stream, index)
 
 
 def _parts(memory, layout):
