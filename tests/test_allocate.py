@@ -217,6 +217,7 @@ def cc_random(rng, cache):
     ({"layout": "x-packed", "head_size": 12}, cc.ArgumentError, "head_size"),
     ({"dtype": "float12"}, cc.ArgumentError, "dtype"),
     ({"kv_cache_dtype": "fp9"}, cc.ArgumentError, "kv_cache_dtype"),
+    ({"kv_cache_dtype": np.array(["fp8", "int8"])}, cc.ArgumentError, "kv_cache_dtype"),
     ({"kv_cache_dtype": "fp8_ds_mla"}, cc.ArgumentError, "kv_cache_dtype"),
     ({"framework": "jax"}, cc.ArgumentError, "framework"),
     ({"device": "gpu"}, cc.DeviceError, "device"),

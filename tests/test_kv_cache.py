@@ -423,6 +423,7 @@ def test_refusals_of_rotary_writes(rng):
     for option, value in (
         ("out", step[1]), ("rope_dim_offset", 2), ("norm_eps", 1e-6), ("rounding", "steps"),
         ("norm_weight_bias", 1.0), ("mrope_interleaved", True), ("q_norm_weight", step[1]),
+        ("norm_weight_bias", step[1]), ("out_dtype", step[1]), ("rounding", step[1]),
     ):  # fmt: skip
         with pytest.raises(cc.ArgumentError, match=f"{name}value of {option}"):
             rows.rotary_write(0, *step, **{option: value})

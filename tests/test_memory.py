@@ -22,7 +22,16 @@ import worlds
 import cupy_cache as cc
 from cupy_cache.compilation import specialisations
 from cupy_cache.integrations import vllm
-from cupy_cache.runtime import allocations, arrays, devices, dispatch, dlpack, formats, streams
+from cupy_cache.runtime import (
+    allocations,
+    arrays,
+    devices,
+    dispatch,
+    dlpack,
+    formats,
+    making,
+    streams,
+)
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
@@ -579,6 +588,43 @@ def test_exports_are_made_on_their_gpu(recorder, monkeypatch, stream):
         given.clear()
 
 
+class OfGPU(Capsules):
+    """On the GPU, as it says. ``given``: gets the stream of each export."""
+
+    def __init__(self, given):
+        super().__init__()
+        self.given = given
+
+    def __dlpack_device__(self):
+        return dlpack.CUDA, 0
+
+    def __dlpack__(self, stream, **options):
+        self.given.append(stream)
+        return super().__dlpack__()
+
+
+@pytest.mark.usefixtures("recorder")
+def test_a_size_is_no_use():
+    """What only looks at shapes lets no stream wait."""
+    given = []
+    assert cc.packed_size([OfGPU(given), OfGPU(given)], num_blocks=2) == 48
+    assert cc.packed_size([(OfGPU(given), OfGPU(given))], num_blocks=2) == 48
+    assert given == [dlpack.LOOK] * 4
+
+
+@pytest.mark.usefixtures("recorder")
+def test_what_is_missing_is_told_with_the_operation(monkeypatch):
+    def missing(*given):
+        raise cc.MissingDependencyError("cuda:0: there is no CuPy")
+
+    monkeypatch.setattr(streams, "current", missing)
+    monkeypatch.setattr(making, "empty", missing)
+    with pytest.raises(cc.MissingDependencyError, match="^zero_blocks: caches, cuda:0: there is"):
+        cc.zero_blocks([OfGPU([])], [0])
+    with pytest.raises(cc.MissingDependencyError, match="^slot_mapping, cuda:0: there is"):
+        cc.slot_mapping(np.zeros((1, 1), int), np.arange(1), np.array([0, 1]), 4)
+
+
 @pytest.mark.parametrize("strides", [(3, 1), None])
 def test_a_capsule_made_by_hand(strides):
     """Also one that leaves out its strides, which are those without gaps."""
@@ -1110,6 +1156,19 @@ def test_results_that_are_merged_in_part():
     exported = Capsules()
     with refused("merge_attn_states", "output", "test_memory"):
         vllm.merge_attn_states(exported, *given[1:], None, 2)
+
+
+def test_swaps_between_keys_and_values_of_the_same_pages(rng):
+    """Where one side's keys are the other's values, a block of either may not be on both sides."""
+    pages = rng.random((3, 2, 4, 1, 8), np.float32)  # block, keys and values, slot, head
+    before = pages.copy()
+    here, there = (cc.PagedKVCache([pages[:, at]], [pages[:, 1 - at]]) for at in (0, 1))
+    for pairs in ([(0, 1), (1, 0)], [(0, 1), (2, 0)], [(1, 1)], [(n, n) for n in range(3)]):
+        with refused("PagedKVCache.swap_blocks", "block_mapping"):
+            here.swap_blocks(there, pairs)
+        assert (pages == before).all()
+    here.swap_blocks(there, [(0, 1)])
+    assert (pages[1] == before[0, ::-1]).all() and (pages[::2] == before[::2]).all()
 
 
 def test_layers_of_a_pool_are_apart(rng):

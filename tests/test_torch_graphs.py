@@ -52,8 +52,11 @@ def test_refusals():
     assert not graphs.graphs
     for name in ("slot_mapping", "seq_lens", "block_table", "token_ids", "query_start_loc"):
         assert getattr(seen, name) is getattr(step, name)
-    with pytest.raises(cc.ArgumentError, match="StepGraphs.replay: Invalid value of size: "):
-        graphs.replay(2)
+    for size in (2, [1], True):
+        with pytest.raises(cc.ArgumentError, match="StepGraphs.replay: Invalid value of size: "):
+            graphs.replay(size)
+    with pytest.raises(cc.DTypeError, match="StepGraphs: Invalid type of sizes: .* got 5"):
+        torch_graphs.StepGraphs(ignored, 4, 5)
     for count in (1.5, True, -1, "2", None):
         with pytest.raises(cc.ArgumentError, match="StepGraphs.padded: Invalid value of num_seq"):
             graphs.padded(count)

@@ -72,6 +72,8 @@ class StepGraphs:
     ) -> None:
         most = contract.integer(NAME, "max_sequences", max_sequences, 1)
         given = (1, 2, 4, 8, *range(16, most, 16), most) if sizes is None else sizes
+        if not isinstance(given, Iterable):
+            raise errors.wrong("type", f"{NAME}: sizes", "integers", errors.shown(sizes))
         found = {contract.integer(NAME, "sizes", size, 1) for size in given}
         self.sizes = sorted(size for size in found if size <= most)
         if not self.sizes or self.sizes[-1] < most:
@@ -117,6 +119,7 @@ class StepGraphs:
 
     def replay(self, size: int) -> Any:
         """What the graph for so many sequences makes of what is in a step's arrays now."""
+        size = contract.integer(f"{NAME}.replay", "size", size)
         if size not in self.graphs:
             expected = f"one that was captured, of {sorted(self.graphs)}"
             raise errors.wrong("value", f"{NAME}.replay: size", expected, errors.shown(size))

@@ -35,7 +35,7 @@ def caches(
     head_size_v = contract.integer(op, "head_size_v", head_size_v, 1)
     contract.choice(op, "layout", layout, LAYOUTS)
     framework, device = _home(op, dtype, framework, device, contract.flag(op, "pinned", pinned))
-    if kv_cache_dtype in formats.BY_TOKEN:
+    if isinstance(kv_cache_dtype, str) and kv_cache_dtype in formats.BY_TOKEN:
         if layout not in PAGED:
             way_out = "scales of tokens and heads have a place in these"
             expected = " or ".join(PAGED)

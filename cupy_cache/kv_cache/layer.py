@@ -3,6 +3,7 @@
 """One layer's caches, bound to the operations that take them."""
 
 import inspect
+import numbers
 
 from .. import errors
 from ..attention import paged_attention
@@ -159,7 +160,8 @@ def _refuse_unusual(**options):
     usually = inspect.signature(rotary_and_cache.rotary_and_cache).parameters
     for name, option in options.items():
         usual = usually[name].default
-        if option is not usual and (usual is None or option != usual):
+        plain = isinstance(option, (numbers.Real, str))  # of arrays none can be asked
+        if option is not usual and (usual is None or not plain or option != usual):
             expected = f"{usual!r} where there are no value caches"
             got = errors.shown(option)
             raise errors.wrong("value", f"{ROTARY_WRITE}: {name}", expected, got)

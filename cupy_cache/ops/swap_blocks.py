@@ -230,9 +230,16 @@ class _Plan:
         """Check the pairs, and copy."""
         pairs, layers = call.values[-1], call.tables
         mappings.check(NAME, pairs, self._source_blocks, self._destination_blocks)
-        if self._within:
-            for tensor, of, to in zip(self._tensors, layers.sources, layers.destinations):
-                mappings.check_apart(NAME, pairs, tensor.source, tensor.destination, of, to)
+        if self._within:  # keys may lie where the other side has values
+            reads, writes = (
+                [(getattr(tensor, side), each) for tensor, each in zip(self._tensors, addresses)]
+                for side, addresses in (
+                    ("source", layers.sources),
+                    ("destination", layers.destinations),
+                )
+            )
+            for (source, of), (destination, to) in itertools.product(reads, writes):
+                mappings.check_apart(NAME, pairs, source, destination, of, to)
         if not self._has_bytes:
             return
         if self._gpu is None:

@@ -189,7 +189,10 @@ class Op:
         to make. ``known``: as for `Result.make`."""
         if self.result is None or objects[self.result.at] is not None:
             return objects, None
-        made = self.result.make(self.name, known, options, stream)
+        try:
+            made = self.result.make(self.name, known, options, stream)
+        except MissingDependencyError as error:  # it says only what is missing
+            raise MissingDependencyError(f"{self.name}, {error}") from error
         return [*objects[: self.result.at], made, *objects[self.result.at + 1 :]], made
 
     def unhashable(self, options):

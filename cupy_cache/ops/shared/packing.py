@@ -14,6 +14,7 @@ from ...runtime import (
     arrays,
     contract,
     dispatch,
+    dlpack,
     driver,
     launch,
     modules,
@@ -125,7 +126,7 @@ class Operation:
         if not caches:
             return 0
         op = self._ops[len(tensors)]
-        described = op.describe(op.read((*tensors, []), None).found)
+        described = op.describe(op.read((*tensors, []), dlpack.LOOK).found)
         return len(caches) * sum(Plan(op, self.direction, self.by_slot, described).sizes)
 
 
