@@ -223,6 +223,25 @@ def test_destinations_dropped_at_once_on_another_stream(torch, monkeypatch, name
             assert torch.equal(memory, pattern[: memory.nbytes]), "memory of others was written"
 
 
+def test_tables_dropped_at_once_on_another_stream(torch):
+    """What has their memory next, on the current stream, must not be overwritten by the upload."""
+    framework = framework_named("torch")
+    side, sizes = side_stream(framework), {"max_sequences": 64, "max_tokens": 4096}
+    options = {**sizes, "max_length": 1024, "framework": "torch", "device": "cuda"}
+    for _ in range(ROUNDS):
+        tables = cc.BlockTables(64, 16, **options)
+        tables.add("a", range(9))
+        count = tables._buffers._memory.nbytes
+        framework.synchronize()
+        with framework.on(side):
+            framework.busy()
+        tables.step(["a"], [9], num_sequences=64, num_tokens=4096, stream=side)
+        del tables
+        taken = [framework.bytes(count, PATTERN) for _ in range(32)]
+        framework.synchronize()
+        assert all((memory == PATTERN).all() for memory in taken)
+
+
 # --- graphs that torch does not know --------------------------------------------------------------
 
 

@@ -189,6 +189,30 @@ def test_sources_of_another_framework_are_waited_for(torch, cupy, mixture, name,
     case.check(world)
 
 
+@pytest.mark.parametrize("unpacks", [False, True])
+def test_pinned_memory_that_another_framework_fills(torch, cupy, unpacks):
+    """torch's copy to it is pending on torch's current stream."""
+    framework = framework_named("torch")
+    side, filled = side_stream(framework), framework.bytes(1 << 12, KNOWN).view(8, 512)
+    host, cache = (
+        torch.empty(8, 512, dtype=torch.uint8, pin_memory=True),
+        cupy.empty((8, 512), "u1"),
+    )
+    for _ in range(ROUNDS):
+        host.zero_()
+        cache[:] = 0
+        framework.synchronize()
+        with framework.on(side):
+            framework.busy()
+            host.copy_(filled, non_blocking=True)
+            if unpacks:
+                cc.unpack_blocks(host, [cache], [0, 3])
+            else:
+                cc.swap_blocks(host, cache, [(1, 0), (7, 3)])
+        framework.synchronize()
+        assert (cache.get()[[0, 3]] == KNOWN).all()
+
+
 _JAX = """
 import sys
 import numpy as np
