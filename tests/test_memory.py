@@ -528,7 +528,7 @@ class Capsules:
 
     def __init__(
         self, version=(1, 0), code=2, bits=32, lanes=1, data=True, name=None, ndim=2, shape=(2, 3),
-        strides=(3, 1),
+        strides=(3, 1), device=(1, 0),
     ):  # fmt: skip
         self.content = np.arange(6, dtype=np.float32)
         self._extents = (ctypes.c_int64 * 2)(*shape)
@@ -537,7 +537,7 @@ class Capsules:
         managed.major, managed.minor = version
         tensor = managed.tensor
         tensor.data = self.content.ctypes.data if data else None
-        tensor.device_type, tensor.ndim = 1, ndim
+        (tensor.device_type, tensor.device_id), tensor.ndim = device, ndim
         tensor.code, tensor.bits, tensor.lanes = code, bits, lanes
         tensor.shape = ctypes.cast(self._extents, ctypes.POINTER(ctypes.c_int64))
         tensor.strides = ctypes.cast(self._strides, ctypes.POINTER(ctypes.c_int64))
@@ -583,7 +583,7 @@ def test_exports_are_made_on_their_gpu(recorder, monkeypatch, stream):
     recorder.on_device = on_device
     for used in (False, True):
         its = stream if stream == dlpack.LOOK else streams.pointer("test", np.array(stream))
-        assert dlpack.read(OfSecondGPU(), its)[1] == (2, 3)
+        assert dlpack.read(OfSecondGPU(device=(dlpack.CUDA, 1)), its)[1] == (2, 3)
         assert given == [(1, int(used), stream)] * 2 and current == torchs == [0]
         given.clear()
 
@@ -591,8 +591,8 @@ def test_exports_are_made_on_their_gpu(recorder, monkeypatch, stream):
 class OfGPU(Capsules):
     """On the GPU, as it says. ``given``: gets the stream of each export."""
 
-    def __init__(self, given):
-        super().__init__()
+    def __init__(self, given, device=(dlpack.CUDA, 0)):
+        super().__init__(device=device)
         self.given = given
 
     def __dlpack_device__(self):
@@ -601,6 +601,38 @@ class OfGPU(Capsules):
     def __dlpack__(self, stream, **options):
         self.given.append(stream)
         return super().__dlpack__()
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("told", [(1, 0), (3, 0), (2, 0), (2, 1), (13, 1)])
+@pytest.mark.parametrize("is_there", [(1, 0), (2, 0), (2, 1), (13, 0)])
+def test_exports_from_another_place_than_was_told(recorder, told, is_there):
+    """There the stream that it was made for means another one, or nothing."""
+
+    class Moving(Capsules):
+        def __dlpack_device__(self):
+            return told
+
+    made = Moving(device=is_there)
+    on_gpu = [place[0] in dlpack.ON_GPU for place in (told, is_there)]
+    if on_gpu[0] == on_gpu[1] and (not on_gpu[0] or told[1] == is_there[1]):
+        assert dlpack.read(made, 5)[1] == (2, 3)
+        return
+    converted = np.zeros((2, 3), np.uint8)
+    recorder.host = ("output",)
+    with refused("convert_fp8", "input", f"is {told}", f"export {is_there}"):
+        cc.convert_fp8(converted, made)
+    assert not converted.any() and not recorder.take()
+
+
+def test_an_interface_of_memory_that_is_on_no_gpu(recorder):
+    recorder.device_at = lambda address: -2
+    keys, cache = np.ones((3, 2, 8), np.float32), np.zeros((6, 4, 2, 8), np.float32)
+    with refused("reshape_and_cache_flash", "key", "is on no GPU"):
+        cc.reshape_and_cache_flash(Interface(keys), keys, cache, cache.copy(), np.arange(3))
+    with refused("zero_blocks", "caches", "is on no GPU"):
+        cc.zero_blocks([Interface(cache)], [0])
+    assert not recorder.take()
 
 
 @pytest.mark.usefixtures("recorder")
@@ -677,7 +709,7 @@ def test_exports_at_addresses_without_memory(torch, recorder, address):
     asleep = asleep_behind_others(torch, torch.arange(3))
     with refused("zero_blocks", "block_ids", "at address 0x18"):
         cc.zero_blocks([converted], worlds.Opaque(asleep))
-    made._managed.tensor.device_type = dlpack.CUDA
+    made = OfGPU([])
     made._managed.tensor.data = arrays.LOWEST - address
     recorder.host, recorder.device_at = (), lambda address: 0
     of_gpu = Interface(np.ones((2, 3), np.float32), data=(arrays.LOWEST - 64, False))

@@ -447,12 +447,18 @@ def test_without_an_operation():
 
 
 def test_what_is_no_stream():
-    with pytest.raises(cc.DTypeError) as raised:
-        write(stream="s")()
-    assert str(raised.value) == (
-        "reshape_and_cache_flash: Invalid type of stream: expected an integer address or an object "
-        "with __cuda_stream__, ptr or cuda_stream, got str"
-    )
+    of = types.SimpleNamespace
+    for stream, kind in (
+        ("s", "str"), (of(ptr="5"), "SimpleNamespace"), (of(ptr=5.0), "SimpleNamespace"),
+        (of(cuda_stream=True), "SimpleNamespace"),
+        (of(__cuda_stream__=(0, b"5")), "SimpleNamespace"),
+    ):  # fmt: skip
+        with pytest.raises(cc.DTypeError) as raised:
+            write(stream=stream)()
+        assert str(raised.value) == (
+            "reshape_and_cache_flash: Invalid type of stream: expected an integer address or an "
+            f"object with __cuda_stream__, ptr or cuda_stream, got {kind}"
+        )
     for stream in (-1, 2**64):
         with pytest.raises(cc.ArgumentError) as raised:
             write(stream=stream)()

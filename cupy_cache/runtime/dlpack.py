@@ -56,7 +56,15 @@ def read(array, stream=None):
             capsule = _export(array, stream=int(stream or 1))
     else:
         capsule = _export(array)
-    return _parse(capsule, type(array).__module__.partition(".")[0])
+    found = _parse(capsule, type(array).__module__.partition(".")[0])
+    place = found[4]
+    # Else its work would be ordered on another GPU's stream, or on none.
+    if (place.device_type in ON_GPU or kind in ON_GPU) and (
+        place.device_type not in ON_GPU or kind not in ON_GPU or place.device_id != index
+    ):
+        told, got = (kind, index), (place.device_type, place.device_id)
+        raise ValueError(f"its __dlpack_device__ is {told}, and that of its export {got}")
+    return found
 
 
 def _on_torchs_device(index):
@@ -87,7 +95,7 @@ def read_cuda_interface(array, stream=None):
     if strides is None:
         strides = contiguous_strides(shape, dtype.itemsize)
     ptr, shape, strides = _sound(ptr, shape, strides, dtype.itemsize)
-    index = driver.active.device_at(ptr)
+    index = _gpu_at(ptr)
     producer = interface.get("stream")
     if producer is not None and not 0 <= operator.index(producer) <= LARGEST:
         raise ValueError(f"its stream is {producer}")
@@ -100,7 +108,14 @@ def read_cuda_interface(array, stream=None):
 
 def interface_device(array):
     """The index of the GPU that an array with ``__cuda_array_interface__`` is on."""
-    return driver.active.device_at(array.__cuda_array_interface__["data"][0])
+    return _gpu_at(array.__cuda_array_interface__["data"][0])
+
+
+def _gpu_at(address):
+    index = driver.active.device_at(address)
+    if index < 0:  # CUDA does not know this memory
+        raise ValueError(f"its memory at {address:#x} is on no GPU")
+    return index
 
 
 class _Tensor(ctypes.Structure):

@@ -56,13 +56,20 @@ def _address(op, stream):
     try:
         protocol = getattr(stream, "__cuda_stream__", None)
         if protocol is not None:
-            return int(protocol()[1] if callable(protocol) else protocol[1])
+            return _integer(protocol()[1] if callable(protocol) else protocol[1])
         for attribute in ("ptr", "cuda_stream"):
             if hasattr(stream, attribute):
-                return int(getattr(stream, attribute))
+                return _integer(getattr(stream, attribute))
         return contract.index(stream)
     except Exception as error:
         raise _no_stream(op, stream) from error
+
+
+def _integer(handle):
+    """A handle as an integer. Those of some bindings are objects that only ``int`` takes."""
+    if isinstance(handle, (bool, float, str, bytes)):
+        raise TypeError("no handle of a stream")
+    return int(handle)
 
 
 def _no_stream(op, stream):
