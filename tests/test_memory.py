@@ -292,7 +292,10 @@ def negative(torch, tensor):
     return torch._neg_view(tensor)
 
 
-LATER = (put_to_sleep, asleep_behind_others, wrapper, fake, functional, negative, no_values)
+LATER = (
+    put_to_sleep, asleep_behind_others, wrapper, fake, functional, negative, no_values,
+    uninitialised,
+)  # fmt: skip
 
 
 @pytest.mark.whole

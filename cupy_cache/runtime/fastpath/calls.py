@@ -60,7 +60,7 @@ class Results(abc.ABC):
         try:
             size = tensors and self._elements(tensors[self._telling])
             settled = self._often.get(size)
-        except (AttributeError, TypeError):  # no array of this framework: None, say
+        except Exception:  # no array of this framework: None, say; or one that cannot be asked
             return None
         if settled is not None:
             alike, known_scalars, found = settled
