@@ -304,9 +304,9 @@ def flash_attn_varlen_func(
 
 def _options(op, softmax_scale, causal, window_size, softcap, alibi_slopes, one_query):
     """The options of `paged_attention`."""
-    pair = isinstance(window_size, (tuple, list)) and len(window_size) == 2
-    _refuse(op, "window_size", not pair, "a pair of integers", window_size)
-    left, right = (contract.integer(op, "window_size", n) for n in window_size)
+    pair = tuple(window_size) if isinstance(window_size, (tuple, list)) else ()
+    _refuse(op, "window_size", len(pair) != 2, "a pair of integers", window_size)
+    left, right = (contract.integer(op, "window_size", n) for n in pair)
     causal = contract.flag(op, "causal", causal) or right == 0
     _refuse(op, "window_size", not causal and right > 0, "0 or -1 as the right one", window_size)
     if alibi_slopes is not None and not causal and not one_query:

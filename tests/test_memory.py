@@ -1052,10 +1052,32 @@ def test_lists_that_lie_about_what_they_have(kind):
     assert all(layer[1].all() for layer in layers[:count])
     cc.pack_blocks(keys, [1], out)
     assert out.sum() == 8 * count and len(cc.PagedKVCache(keys, values)) == count
-    tables = kind([np.zeros((1, 2), int)] * 2)
-    if count:
-        found = cc.slot_mapping_groups(tables, None, np.arange(2), np.array([0, 2]), [4, 4])
-        assert found.tolist() == [[0, 1]] * 2
+    tables, sizes = kind([np.zeros((1, 2), int)] * 2), kind([4, 4])
+    pairs, window, scales = [kind(layers[:2])], kind([-1, 0]), kind([2.0])
+    spaces = kind([cc.PagedKVCache(layers[:1])])
+    names = cc.BlockTables(9, 2, max_sequences=2, max_tokens=9, max_length=9)
+    q, rows = np.ones((1, 1, 2, 4), np.float32), [np.zeros((1, 1, 4), np.float32)] * 2
+    pages = np.ones((4, 2, 1, 4), np.float32)
+    names.add("a")
+    names.add("b")
+    calls = (
+        lambda: cc.slot_mapping_groups(tables, None, np.arange(2), np.array([0, 2]), sizes),
+        lambda: cc.zero_blocks(pairs, [0]),
+        lambda: cc.flash_attn.flash_attn_with_kvcache(q, pages, pages, window_size=window),
+        lambda: cc.PagedKVCache([pages], [pages + 0], k_scales=scales),
+        lambda: cc.SwapSpace(spaces, 1),
+        lambda: names.step(kind(["a", "b"]), kind([1, 1])),
+        lambda: names.reorder(kind(["a", "b"]), kind(["b", "b"])),
+        lambda: cc.PagedKVCache([pages], [pages + 0]).gather(
+            0, np.zeros((1, 1), int), np.array([0, 1]), out=kind([rows[0], rows[0] + 0])
+        ),
+    )
+    for at, call in enumerate(calls):
+        if count or at in (5, 6):  # no sequences are a step, too
+            call()
+        else:
+            with pytest.raises(cc.CupyCacheError, match=": Invalid "):
+                call()
 
 
 def changed_when_exported(change):

@@ -286,7 +286,7 @@ class BlockTables:
             blocks, as after `fork`. A parent that is not among ``sequences`` stays as it is.
         """
         name = f"{NAME}.reorder"
-        self._require_alike(name, sequences, "parents", parents)
+        sequences, parents = self._alike(name, sequences, "parents", parents)
         found = [self._found("reorder", parent, "parents") for parent in parents]
         old = {}  # of these names; a child takes its parent over, where it is one of them
         for sequence in sequences:
@@ -492,7 +492,7 @@ class BlockTables:
     def _planned(self, method, sequences, counts):
         """(The sequences, the counts as integers, how many blocks that takes)."""
         name = f"{NAME}.{method}"
-        self._require_alike(name, sequences, "counts", counts)
+        sequences, counts = self._alike(name, sequences, "counts", counts)
         try:
             distinct = len(set(sequences)) == len(sequences)
         except TypeError:
@@ -538,21 +538,29 @@ class BlockTables:
         raise errors.wrong("value", f"{name}: sequences", "each sequence once", got)
 
     @staticmethod
-    def _require_alike(name, sequences, argument, others):
-        """Refuse what is no list of names and as many of what ``argument`` calls."""
+    def _alike(name, sequences, argument, others):
+        """A list of names, and one of as many of what ``argument`` calls."""
+        lists = []
         for called, given in (("sequences", sequences), (argument, others)):
-            try:
-                len(given)  # which an array without dimensions has not, though it has the method
-                is_list = not isinstance(given, (str, bytes, set, frozenset))  # sets have no order
-            except TypeError:
-                is_list = False
-            if not is_list:
-                got = errors.shown(given)
+            if type(given) is not list:
+                try:
+                    len(
+                        given
+                    )  # which an array without dimensions has not, though it has the method
+                    is_list = not isinstance(given, (str, bytes, set, frozenset))  # sets: no order
+                    given = [*given] if is_list else None
+                except TypeError:
+                    given = None
+            if given is None:
+                got = errors.shown(sequences if called == "sequences" else others)
                 raise errors.wrong("type", f"{name}: {called}", "a list", got)
-        if len(sequences) == len(others):
-            return
-        expected = f"one {argument[:-1]} for each of {errors.counted(len(sequences), 'sequence')}"
-        raise errors.wrong("length", f"{name}: {argument}", expected, len(others))
+            lists.append(given)
+        sequences, others = lists
+        if len(sequences) != len(others):
+            many = errors.counted(len(sequences), "sequence")
+            expected = f"one {argument[:-1]} for each of {many}"
+            raise errors.wrong("length", f"{name}: {argument}", expected, len(others))
+        return lists
 
     def _require_free(self, method, needed, pool):
         if needed > pool.num_free:

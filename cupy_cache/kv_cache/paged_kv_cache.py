@@ -562,9 +562,12 @@ class PagedKVCache:
             out, num_tokens = self._new_rows(num_tokens, dtype, stream), None
         elif self.value_caches is None:
             out = (out,)
-        elif not isinstance(out, (list, tuple)) or len(out) != 2:
-            expected, got = "a pair of arrays, for keys and values", type(out).__name__
-            raise errors.wrong("type", f"{GATHER}: out", expected, got)
+        else:
+            pair = tuple(out) if isinstance(out, (list, tuple)) else ()
+            if len(pair) != 2:
+                expected, got = "a pair of arrays, for keys and values", type(out).__name__
+                raise errors.wrong("type", f"{GATHER}: out", expected, got)
+            out = pair
         if num_tokens is not None:
             num_tokens = contract.integer(GATHER, "num_tokens", num_tokens, 0)
         key = GATHER, layer, seq_starts is not None
@@ -714,7 +717,8 @@ def _identity(array):
 def _for_each_layer(name, scales, layers):
     if not isinstance(scales, (list, tuple)):
         return [scales] * layers
+    scales = [*scales]
     if len(scales) != layers:
         expected = f"one scale for each of {errors.counted(layers, 'layer')}"
         raise errors.wrong("length", f"PagedKVCache: {name}", expected, len(scales))
-    return list(scales)
+    return scales

@@ -106,8 +106,9 @@ class SwapSpace:
         bytes_per_step: int = 64 << 20,
     ) -> None:
         self._caches = [caches] if isinstance(caches, PagedKVCache) else caches
+        if isinstance(caches, (list, tuple)):
+            self._caches = [*caches]
         first = _first_of(self._caches)
-        self._caches = list(self._caches)
         self.num_blocks = contract.integer(NAME, "num_blocks", num_blocks, 0)
         self.bytes_per_step = contract.integer(NAME, "bytes_per_step", bytes_per_step, 1)
         self.bytes_per_block = sum(cache.bytes_per_block for cache in self._caches)

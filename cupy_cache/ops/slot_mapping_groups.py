@@ -138,12 +138,13 @@ def _new_out(op, objects, options, stream):
 
 def _each(name, values, groups, kind, normal):
     """A value for each group, in its normal form: of type ``kind``, as ``normal`` makes it."""
-    if not isinstance(values, (list, tuple)) or len(values) != groups:
+    given = [*values] if isinstance(values, (list, tuple)) else ()
+    if len(given) != groups:
         expected = f"a list of {errors.counted(groups, 'value')}, one for each of block_tables"
         raise errors.wrong("value", f"{NAME}: {name}", expected, errors.shown(values))
-    if set(map(type, values)) == {kind}:
-        return tuple(values)
-    return tuple([normal(NAME, f"{name}[{at}]", value) for at, value in enumerate(values)])
+    if set(map(type, given)) == {kind}:
+        return tuple(given)
+    return tuple([normal(NAME, f"{name}[{at}]", value) for at, value in enumerate(given)])
 
 
 class _Plan:

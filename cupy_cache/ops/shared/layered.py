@@ -18,6 +18,7 @@ def tensor_lists(op, caches):
     if not caches or not isinstance(caches[0], (list, tuple)):
         return [caches]
     if not (set(map(type, caches)) <= {tuple, list} and 1 <= len(caches[0]) <= 2):
+        caches = [[*one] if isinstance(one, (list, tuple)) else one for one in caches]
         _check_layers(op, caches)
     try:
         return list(zip(*caches, strict=True))
