@@ -290,9 +290,7 @@ const Area* area_of(u64 at, u64 bytes) {
   return nullptr;
 }
 
-void touch(const void* address, u64 bytes, Access access) {
-  const u64 at = reinterpret_cast<u64>(address);
-  if (at - reinterpret_cast<u64>(current->stack) < kStack) return;  // local variables
+__attribute__((noinline)) void touch_memory(u64 at, u64 bytes, Access access) {
   const Area* area = area_of(at, bytes);
   if (!area || (!area->shadow && access != Access::kRead)) refuse_access(access, at, bytes, 0, "");
   if (!area->shadow || !bytes) return;
@@ -328,6 +326,12 @@ void touch(const void* address, u64 bytes, Access access) {
     }
     shadow[i] = after;
   }
+}
+
+inline void touch(const void* address, u64 bytes, Access access) {
+  const u64 at = reinterpret_cast<u64>(address);
+  if (at - reinterpret_cast<u64>(current->stack) < kStack) return;  // local variables
+  touch_memory(at, bytes, access);
 }
 
 }  // namespace
