@@ -543,12 +543,10 @@ class BlockTables:
         lists = []
         for called, given in (("sequences", sequences), (argument, others)):
             if type(given) is not list:
+                unordered = isinstance(given, (str, bytes, set, frozenset))
                 try:
-                    len(
-                        given
-                    )  # which an array without dimensions has not, though it has the method
-                    is_list = not isinstance(given, (str, bytes, set, frozenset))  # sets: no order
-                    given = [*given] if is_list else None
+                    len(given)  # an array without dimensions raises, though it has the method
+                    given = None if unordered else [*given]
                 except TypeError:
                     given = None
             if given is None:
