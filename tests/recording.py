@@ -6,8 +6,6 @@ import contextlib
 import sys
 import types
 
-import numpy as np
-
 from cupy_cache.runtime import allocations, arrays, devices, driver, launch, streams
 
 STREAM = 77  # every framework's current one
@@ -125,9 +123,8 @@ def recorder(monkeypatch):
         del framework, device, size, stream
         yield 1 << 44
 
-    # Where Python's own memory has low addresses, so have its tensors, which no GPU's have.
-    lowest = min(arrays.LOWEST, np.empty(1).ctypes.data >> 1)
-    monkeypatch.setattr(arrays, "LOWEST", lowest)
+    # Tensors of the host have addresses which those of a GPU have not.
+    monkeypatch.setattr(arrays, "LOWEST", arrays.LOWEST_ON_HOST)
     monkeypatch.setattr(arrays, "describe", on_gpu)
     monkeypatch.setattr(streams, "current", lambda framework, device: lambda: STREAM)
     monkeypatch.setattr(streams, "lend", lend)

@@ -115,11 +115,14 @@ def torch_address(tensor):
 
 
 def doubtful(addresses, tensors):
-    """Whether one of ``addresses``, those of ``tensors`` among them, is none of a GPU's memory, for
-    fast paths: they ask where one is below `ABOVE_OFFSETS`."""
+    """Whether one of ``addresses`` may be none of a GPU's memory; those of torch's ``tensors`` are
+    among them. For fast paths, which ask where one is below their kind's `Kind.above`: some
+    allocators give such addresses to all that they have, so this is quick."""
     if min(addresses) < LOWEST:
         return True
-    return not all(torch_address(tensor) for tensor in tensors if is_torch(tensor))
+    far = max([tensor.storage_offset() for tensor in tensors], default=0)
+    # An element has 16 bytes at most.
+    return far >= LOWEST >> 4 and not all(map(torch_address, tensors))
 
 
 def _read_torch(tensor):

@@ -20,6 +20,8 @@ class Kind(NamedTuple):
     same_as : ``same_as(arrays, varies)``, as `same_as`.
     exactly : ``exactly(arrays)``, as `exactly`.
     framework : its name.
+    above : an address that no array without memory gives. A lower one may be an offset: see
+        `arrays.doubtful`.
     """
 
     address: Callable
@@ -30,6 +32,7 @@ class Kind(NamedTuple):
     same_as: Callable
     exactly: Callable
     framework: str
+    above: int
 
     def laid_out(self, array):
         """(Shape, strides in bytes)."""
@@ -54,7 +57,7 @@ def _torch():
     tensor = sys.modules["torch"].Tensor
     return Kind(
         tensor.data_ptr, tensor.numel, tensor.stride, tensor.element_size, lambda tensor: 1,
-        same_as, exactly, "torch",
+        same_as, exactly, "torch", arrays.ABOVE_OFFSETS,
     )  # fmt: skip
 
 
@@ -93,7 +96,7 @@ def _same_cupy(given, varies):
 _CUPY = Kind(
     operator.attrgetter("data.ptr"), operator.attrgetter("size"), operator.attrgetter("strides"),
     lambda array: 1, operator.attrgetter("itemsize"), _same_cupy,
-    lambda given: _same_cupy(given, [()] * len(given)), "cupy",
+    lambda given: _same_cupy(given, [()] * len(given)), "cupy", arrays.LOWEST,
 )  # fmt: skip
 _NO_ARRAYS = _CUPY._replace(
     same_as=lambda given, varies: lambda: True, exactly=lambda given: lambda: True

@@ -65,7 +65,7 @@ def _any_path(entry, kind, launches, pointers, distinct):
     step is a function of its own."""
     picks, take, absent, twins = distinct.needed, distinct.take, distinct.absent, distinct.twins
     insert_at, arrange, pack = pointers.insert_at, pointers.arrange, pointers.pack
-    misaligned, odd, above = pointers.misaligned, pointers.odd, arrays.ABOVE_OFFSETS
+    misaligned, odd, above = pointers.misaligned, pointers.odd, kind.above
     written, varies = pointers.written, pointers.written_varies
     apart, check_apart = pointers.apart, pointers.check_apart
     find, records, fill = launches.find, launches.records, launches.fill
@@ -154,7 +154,7 @@ def _write_path(entry, kind, launches, pointers, caches_bound):
 
     It does what `_any_path` does, written out for five tensors: that saves 0.7 us at every layer of
     an engine."""
-    pack, misaligned, above = pointers.pack, pointers.misaligned, arrays.ABOVE_OFFSETS
+    pack, misaligned, above = pointers.pack, pointers.misaligned, kind.above
     apart, admits = pointers.apart, pointers.admits
     find, records, fill = launches.find, launches.records, launches.fill
     current_stream, device, torchs = entry.current_stream, entry.device, entry.torchs
@@ -312,7 +312,7 @@ class _Pointers:
         self.odd = int(any(self._low))
         self._entry, self._everything = entry, everything
         self._unique, self._twins = unique, twins
-        self._laid_out = kind.laid_out
+        self._laid_out, self._above = kind.laid_out, kind.above
         self._bound = {index: kind.laid_out(objects[index]) for index in bound}
         self.apart, self.written, self.written_varies = set(), None, False
         # Arrays that are all bound were checked when they were. A new one has memory of its own.
@@ -346,7 +346,7 @@ class _Pointers:
         the plan needs, and share no memory."""
         if arrays.any_bits(caches) & 15:
             return False
-        if min(caches) < arrays.ABOVE_OFFSETS and arrays.doubtful(caches, tensors):
+        if min(caches) < self._above and arrays.doubtful(caches, tensors):
             return False
         return self.check_apart(caches, (0, 0, *caches, 0), ())
 

@@ -70,7 +70,7 @@ def path_of(op, entry, objects, options, made, given):
         for index, length in zip(given, form[1:])
         if length is indices.Chosen
     ]
-    addressed = _Addressed(op, entry, parts, bound)
+    addressed = _Addressed(op, entry, kind.above, parts, bound)
     new = None if made is None else calls.New(op, kind, made)
     works = _Works(kind, same, extents, new, op, options, bool(chosen))
     find, work_of, finish = works.find, op.count, op.finish
@@ -117,6 +117,8 @@ class _Addressed:
     ----------
     op : dispatch.Op
     entry : plans.Entry
+    above : int
+        `guards.Kind.above` of the arrays.
     parts : list of (index, at, count)
         Of each argument that calls give, where its first address is, and how many it lists; None
         where it has no address, or is no list.
@@ -124,8 +126,8 @@ class _Addressed:
         The arguments that calls do not give.
     """
 
-    def __init__(self, op, entry, parts, bound):
-        self._entry, self._parts, self._bound = entry, parts, bound
+    def __init__(self, op, entry, above, parts, bound):
+        self._entry, self._above, self._parts, self._bound = entry, above, parts, bound
         self._count = len(op.args)
         self._lists = [index for index, arg in enumerate(op.args) if arg.layers]
         self.latest = None, None, None, None
@@ -135,7 +137,7 @@ class _Addressed:
         alignment, or one is none of a GPU."""
         if arrays.any_bits(addresses) & 15:
             return None, None
-        above = arrays.ABOVE_OFFSETS
+        above = self._above
         if min(addresses, default=above) < above and arrays.doubtful(addresses, tensors):
             return None, None
         values = [0] * self._count
