@@ -516,7 +516,27 @@ def test_what_makes_a_result_may_write_nothing_but_what_it_is_given():
         schema = overload(name)._schema
         for argument in schema.arguments:
             written = argument.alias_info is not None and argument.alias_info.is_write
-            assert not (schema.returns and written and argument.has_default_value()), name
+            may_be_absent = isinstance(argument.type, torch.OptionalType)
+            assert not (schema.returns and written and may_be_absent), name
+
+
+def test_attention_without_logarithms(rng):
+    """None for them, as the function takes it, is for the operation that makes a result alone."""
+    query, pages = (torch.from_numpy(rng.normal(size=s)).float() for s in ((2, 4, 8), (3, 4, 2, 8)))
+    given = query, pages, pages + 1, torch.tensor([[2, 0], [1, 0]]), torch.tensor([5, 3])
+
+    attention = torch.ops.cupy_cache.paged_attention
+
+    def attend(*args):
+        return attention(*args, lse=None) + 1
+
+    expected = cc.paged_attention(*given) + 1
+    traced = torch.fx.experimental.proxy_tensor.make_fx(attend)(*given)
+    assert overload("paged_attention") in [node.target for node in traced.graph.nodes]
+    assert torch.equal(attend(*given), expected) and torch.equal(traced(*given), expected)
+    for operation, wrong in ((attention, True), (attention, False), (attention.lse, None)):
+        with pytest.raises(cc.DTypeError, match="paged_attention: Invalid type of lse"):
+            operation(*given, lse=wrong)
 
 
 @pytest.mark.extra
@@ -524,11 +544,13 @@ def test_what_makes_a_result_may_write_nothing_but_what_it_is_given():
 @pytest.mark.parametrize("name", ["paged_attention", "paged_attention_mla", "rotary_embedding"])
 def test_by_inductor_without_what_may_be_written(world, rng, name):
     """It is compiled as by others."""
-    (query, pages), options = tensors_for(rng, world), {"scale": 0.3, "kv_lora_rank": 24}
+    query, pages = tensors_for(rng, world)
+    options = {"scale": 0.3, "kv_lora_rank": 24, "lse": None}
     step = torch.tensor([[2, 0], [1, 3]]), torch.tensor([5, 3])
     given = (query, pages, *step)
     if name == "paged_attention":
-        given, options = (query, pages[:, :, None], pages[:, :, None] + 1, *step), {}
+        given = query, pages[:, :, None], pages[:, :, None] + 1, *step
+        options = {"lse": None}
     if name == "rotary_embedding":
         given = torch.tensor([3, 5]), query, None, 32, torch.randn(9, 32, dtype=query.dtype)
         options = {}
@@ -782,8 +804,7 @@ def test_arguments_are_those_of_the_function(name):
             wanted = dict([*named[:at], ("out", positional(out)), *named[at:]])
     if packet in torch_ops.WITH_LSE and which != "out":
         lse = wanted.pop("lse")
-        if which == "lse":
-            wanted["lse"] = lse.replace(default=lse.empty)
+        wanted["lse"] = lse.replace(default=lse.empty) if which == "lse" else lse
     arguments = list(overload(name)._schema.arguments)
     takes_pairs = "Pairs" in str(getattr(wanted.get("caches"), "annotation", ""))
     assert takes_pairs == (arguments[-1].name == "with_values")

@@ -16,7 +16,7 @@ express is otherwise:
 * A scale is a tensor or None, which means 1.0: numbers would have to be part of the graph.
 * `slot_mapping`, `slot_mapping_groups`, `alibi_bias`, `paged_attention` and `paged_attention_mla`
   return a new tensor. With ``out``, which follows the arguments that are needed, they write it and
-  return nothing. Attention that is given ``lse`` is an overload of its own.
+  return nothing. Attention that is given a tensor as ``lse`` is an overload of its own.
 * `pack_blocks`, `unpack_blocks`, `pack_tokens`, `unpack_tokens`, `zero_blocks` and `copy_tokens`
   take ``caches`` as one list; with ``with_values=True`` it holds each layer's key cache and value
   cache in turn.
@@ -109,15 +109,18 @@ SCHEMAS = (
     'Tensor seq_lens, *, Tensor? query_start_loc=None, float? scale=None, '
     'Tensor? alibi_slopes=None, int? sliding_window=None, float? soft_cap=None, '
     'Tensor? sinks=None, bool causal=True, str kv_cache_dtype="auto", Tensor? k_scale=None, '
-    'Tensor? v_scale=None, Tensor? k_scale_cache=None, Tensor? v_scale_cache=None) -> Tensor',
+    'Tensor? v_scale=None, Tensor? k_scale_cache=None, Tensor? v_scale_cache=None, '
+    'bool? lse=None) -> Tensor',
 
     'paged_attention_mla(Tensor query, Tensor kv_cache, Tensor block_table, Tensor seq_lens, *, '
     'float scale, SymInt kv_lora_rank=512, Tensor? query_start_loc=None, bool causal=True, '
-    'str kv_cache_dtype="auto", Tensor? kv_scale=None) -> Tensor',
+    'str kv_cache_dtype="auto", Tensor? kv_scale=None, bool? lse=None) -> Tensor',
 )  # fmt: skip
-# What writes logarithms too, where it is given. Their operations that make a result are two: torch
-# 2.13's Inductor fails at a result beside another that is None, which what may be written becomes.
+# What writes logarithms too, where it is given them. The operations that make a result are two:
+# torch 2.13's Inductor fails at a result beside another that is None, which what may be written
+# becomes. That without logarithms takes None for them: a schema has no type of None alone.
 WITH_LSE = ("paged_attention", "paged_attention_mla")
+_NO_LSE = ", bool? lse=None"
 
 
 # What torch calls an argument of an annotation; an object is what is ignored.
@@ -168,7 +171,8 @@ def _derived():
             name, _, rest = schema.removesuffix(") -> Tensor").partition("(")
             lse = ""
             if name in WITH_LSE:
-                yield f"{name}.lse({rest}, Tensor(a!)? lse) -> Tensor"
+                rest = rest.removesuffix(_NO_LSE)
+                yield f"{name}.lse({rest}, Tensor(a!) lse) -> Tensor"
                 lse = ", Tensor(b!)? lse=None"
             yield f"{name}.out({rest.replace(', *,', ', Tensor(a!) out, *,')}{lse}) -> ()"
     written_out = {re.match(r"\w+", schema)[0] for schema in SCHEMAS}
@@ -191,6 +195,8 @@ def _implementation(schema):
     function = getattr(cupy_cache, packet)
     if overload == "out":
         return _writing_out(function)
+    if overload == "lse":
+        return _needing_lse(function)
     if "bool with_values" in schema:
         parameters = list(inspect.signature(function).parameters)
         return _taking_one_list(function, parameters.index("caches"))
@@ -203,6 +209,16 @@ def _writing_out(function):
     def run(*args, **options):
         *args, out = args
         function(*args, out=out, **options)
+
+    return run
+
+
+def _needing_lse(function):
+    """torch takes None for any tensor."""
+
+    def run(*args, lse, **options):
+        dispatch.require_array(function.__name__, "lse", lse)
+        return function(*args, lse=lse, **options)
 
     return run
 
