@@ -1,5 +1,6 @@
 # SPDX-FileCopyrightText: Copyright (c) 2026 the cupy_cache authors
 # SPDX-License-Identifier: Apache-2.0
+import functools
 import subprocess
 import sys
 
@@ -274,6 +275,20 @@ class Event:
 
     def hold(self, stream):
         self.held.append(stream)
+
+
+@pytest.mark.parametrize(
+    "make", [functools.partial(cc.alibi_slopes, 3), functools.partial(cc.place_slopes, [1, 2, 3])]
+)
+def test_remembered_from_inference_mode(make):
+    """Autograd refuses what torch made there, also later on."""
+    torch = pytest.importorskip("torch")
+    with torch.inference_mode():
+        first = make(framework="torch", device="cpu")
+    weight = torch.ones(3, requires_grad=True)
+    again = make(framework="torch", device="cpu")
+    (weight * again).sum().backward()
+    assert again is first and torch.equal(weight.grad, first)
 
 
 @pytest.fixture

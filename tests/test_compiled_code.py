@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plain functions in code that torch.compile compiles: they do what they do outside."""
 
+import functools
 import subprocess
 import sys
 import types
@@ -13,6 +14,7 @@ import pytest
 import worlds
 
 import cupy_cache as cc
+from cupy_cache.attention import alibi_slopes
 from cupy_cache.integrations import vllm
 
 torch = pytest.importorskip("torch")
@@ -206,6 +208,65 @@ def test_fullgraph_says_what_to_call(name):
     version = tuple(map(int, torch.__version__.split(".")[:2]))
     assert function.__name__ in str(raised.value)
     assert version < (2, 8) or "see cupy_cache.integrations.torch_ops" in str(raised.value)
+
+
+def called(call, x):
+    call(x)
+    return x + 1
+
+
+# What a tracer that notes torch's own operations makes of a function.
+def by_torch_jit(function, *args):
+    return torch.jit.trace(function, args, check_trace=False)
+
+
+def by_make_fx(function, *args):
+    return torch.fx.experimental.proxy_tensor.make_fx(function)(*args)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("trace", [by_torch_jit, by_make_fx])
+def test_tracers_that_would_leave_calls_out(trace, monkeypatch):
+    """They return what is not written, and write nothing. Refused, whatever is remembered."""
+    monkeypatch.setattr(alibi_slopes, "_remembered", {})
+    keys, values = ([torch.zeros(2, 4, 2, 8)] for _ in range(2))
+    cache, slots, key = cc.PagedKVCache(keys, values), torch.tensor([3]), torch.ones(1, 2, 8)
+    pages = *keys, *values
+    table, starts = torch.tensor([[1, 0]]), torch.tensor([0, 1])
+    calls = {
+        "reshape_and_cache_flash": lambda x: cc.reshape_and_cache_flash(x, x, *pages, slots),
+        "PagedKVCache.write": lambda x: cache.write(0, x, x, slots),
+        "zero_blocks": lambda x: cc.zero_blocks([x], [0]),
+        "slot_mapping": lambda x: cc.slot_mapping(table, slots, starts, x.shape[-1] // 2),
+        "alibi_slopes": lambda x: cc.alibi_slopes(8, framework="torch", device="cpu"),
+    }
+    for _ in range(2):
+        for name, call in calls.items():
+            message = f"^{name}: Invalid memory of .* got one that .* traces; call it outside"
+            with pytest.raises(cc.ArgumentError, match=message):
+                trace(functools.partial(called, call), key)
+        assert key.all() and not keys[0].any() and not values[0].any()
+        assert len(calls["alibi_slopes"](None)) == 8
+    cc.zero_blocks([key], [0])
+    assert not key.any()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("trace", [by_torch_jit, by_make_fx])
+def test_tracers_note_registered_operations(trace, rng):
+    pytest.importorskip("cupy_cache.integrations.torch_ops")
+
+    def write(key, cache, slots):
+        torch.ops.cupy_cache.reshape_and_cache_flash(key * 2, key, cache, cache + 0, slots)
+        return cache + 1
+
+    (key, other), slots = tensors(rng, 2, 2, 8), torch.tensor([3, 6])
+    traced, cache = trace(write, key, torch.zeros(2, 4, 2, 8), slots), torch.zeros(2, 4, 2, 8)
+    made = traced(other, cache, slots + 1)
+    expected = np.zeros((8, 2, 8), np.float32)
+    expected[[4, 7]] = other * 2
+    np.testing.assert_array_equal(cache.view(8, 2, 8), expected)
+    assert torch.equal(made, cache + 1)
 
 
 # --- Dynamo's list --------------------------------------------------------------------------------

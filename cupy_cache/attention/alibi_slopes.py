@@ -27,6 +27,7 @@ from ..runtime import (
     params,
     plans,
     streams,
+    tracing,
 )
 from ..types import ArrayLike, DeviceLike, FrameworkName, StreamLike
 
@@ -310,8 +311,15 @@ def _fill(op, scalars, framework, device, out, stream):
     framework, device = making.home(op.name, framework, device)
     key = framework, device, op.name, scalars
     found = _remembered.get(key)
+    if framework == "torch" and tracing.tracer() is not None:
+        found = None  # what is known is refused as what is not
     if found is not None and found.event is None:
         return found.array
+    with making.outside_inference_mode(framework):
+        return _made(op, scalars, framework, device, key, found, stream)
+
+
+def _made(op, scalars, framework, device, key, found, stream):
     if device.kind == "cuda":
         return _on_gpu(op, scalars, framework, device, key, found, stream)
     made = making.empty(framework, device, scalars[:1], formats.FLOAT32)

@@ -31,6 +31,7 @@ from . import (
     plans,
     signatures,
     streams,
+    tracing,
 )
 from .fastpath.layers import flattened
 
@@ -210,6 +211,9 @@ class Op:
     def read(self, objects, stream, only=None):
         """`Read` the arguments, or only those at the indices ``only``."""
         wanted = range(len(objects)) if only is None else only
+        tracer = tracing.tracer()
+        if tracer is not None:
+            self._refuse_tensors(objects, wanted, tracer)
         if stream is None and any(
             arrays.is_foreign(array, name) for name, array in self._leaves(objects, wanted)
         ):  # DLPack wants the stream before it exports
@@ -243,6 +247,14 @@ class Op:
                 yield from zip(itertools.repeat(name), lists.plain(self.name, arg.name, value))
             elif not (value is None or isinstance(value, (indices.Chosen, list, tuple, range))):
                 yield name, value
+
+    def _refuse_tensors(self, objects, wanted, tracer):
+        """Refuse torch's, whose writing a tracer would not see. Fast paths see it as another mode
+        of torch, and do not take them."""
+        for name, array in self._leaves(objects, wanted):
+            if arrays.is_torch(array):
+                expected, got = "a tensor that is not traced", f"one that {tracer} traces"
+                raise errors.wrong("memory", name, expected, got, tracing.OUTSIDE)
 
     def _stream_before_reading(self, objects):
         """The stream of the coming launch, for producers of exports: the current one of the

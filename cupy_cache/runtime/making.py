@@ -84,6 +84,15 @@ def hand_over(made, framework, device, stream):
             streams.lend([made], stream, device)
 
 
+def outside_inference_mode(framework):
+    """A context manager: inside, torch makes ordinary tensors, for what outlives a call. Of those
+    that its inference mode makes, autograd takes none, whenever they are used."""
+    return sys.modules["torch"].inference_mode(False) if framework == "torch" else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
+
+
 def empty_of_stream(framework, device, shape, dtype, stream):
     """`empty` on a GPU, with memory allocated on ``stream``, a stream object of CuPy. It waits for
     no other stream; while another stream uses the array, the caller must keep it."""

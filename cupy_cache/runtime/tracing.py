@@ -7,6 +7,9 @@ take our addresses, NumPy views and CuPy kernels for computations on tensors. It
 folders that it does not trace: a call into them interrupts the compiled function (a "graph break")
 and runs as outside. `keep_out` puts this library on that list when the program imports Dynamo; this
 module does not import it. A call itself gets no slower.
+
+Tracers that only note what torch does with tensors, `torch.jit.trace` and `make_fx`, would not see
+what is done here, and leave it out: while one is at work, calls on tensors are refused.
 """
 
 import importlib.abc
@@ -51,6 +54,20 @@ def _functions(named):
             yield from _functions({name: getattr(value, name) for name in value.__all__})
         elif isinstance(value, type) and not issubclass(value, BaseException):
             yield from _functions(vars(value))
+
+
+def tracer():
+    """The name of the tracer of torch that notes at this moment what is done with tensors, and so
+    sees nothing of what this library does; None where there is none."""
+    torch, proxies = sys.modules.get("torch"), sys.modules.get(_PROXIES)
+    if getattr(getattr(torch, "jit", None), "is_tracing", bool)():
+        return "torch.jit.trace"
+    mode = getattr(proxies, "get_proxy_mode", None) or getattr(proxies, _OLDER, None)
+    return None if mode is None or mode() is None else "make_fx or torch.export"
+
+
+OUTSIDE = "call it outside of what is traced, or see cupy_cache.integrations.torch_ops"
+_PROXIES, _OLDER = "torch.fx.experimental.proxy_tensor", "get_innermost_proxy_mode"
 
 
 def skip(rules):
