@@ -5,6 +5,7 @@
 import contextlib
 import gc
 import threading
+import types
 import weakref
 
 import numpy as np
@@ -362,6 +363,29 @@ def test_chosen_blocks_without_memory():
         cc.copy_blocks(caches, caches, torch.zeros(1, 2, dtype=torch.int64, device="meta"))
     with pytest.raises(cc.CupyCacheError, match="block_ids"):
         cc.zero_blocks(caches, torch.zeros(1, dtype=torch.int64, device="meta"))
+
+
+class Forwards:
+    """Has the attributes of what it wraps."""
+
+    def __init__(self, wrapped):
+        self._wrapped = wrapped
+
+    def __getattr__(self, name):
+        return getattr(self._wrapped, name)
+
+
+@pytest.mark.parametrize("protocol", ["__cuda_array_interface__", "__dlpack__"])
+def test_one_class_does_not_mean_one_protocol(protocol):
+    """How one array is read is not how another one of its class is."""
+    cache = np.ones((2, 8), np.float32)
+    first = types.SimpleNamespace(__cuda_array_interface__={}) if "cuda" in protocol else cache
+    with contextlib.suppress(cc.CupyCacheError):
+        cc.zero_blocks([Forwards(first)], [0])
+    with pytest.raises(cc.DTypeError, match=r"zero_blocks: Invalid type of caches: .* Forwards"):
+        cc.zero_blocks([Forwards(object())], [1])
+    cc.zero_blocks([Forwards(cache)], [1])
+    assert not cache[1].any()
 
 
 class Gone:

@@ -159,11 +159,21 @@ def reader_for(value, name):
             reader = _find_reader(value, name)
         except Exception as error:  # of an attribute that is asked for, too
             raise unreadable(value, name, error) from error
+        if reader in _FOREIGN and not _is_of_class(reader, kind):
+            return reader
         if len(_READERS) >= MAX_READERS:
             _READERS.clear()
             _READERS.update(_REGISTERED)
         _READERS[kind] = reader
     return reader
+
+
+def _is_of_class(reader, kind):
+    """Whether all of a class have the protocol of a reader, and none the one that goes before it.
+    Of a class that forwards to what it wraps, each may have another."""
+    if reader is dlpack.read:
+        return hasattr(kind, "__dlpack__") and hasattr(kind, "__dlpack_device__")
+    return hasattr(kind, "__cuda_array_interface__") and not hasattr(kind, "__getattr__")
 
 
 def register_framework(name, kind, framework):
