@@ -272,6 +272,8 @@ def test_copies_are_refused(make):
     with pytest.raises(cc.CopyError, match="writes to memory by its address") as caught:
         make(cache)
     assert isinstance(caught.value, TypeError)
+    with pytest.raises(cc.CopyError, match=r"PagedKVCache\.write: it cannot be copied"):
+        make(cache.writer(0))
 
 
 # --- of arrays that are there ---------------------------------------------------------------------

@@ -5,7 +5,7 @@
 import numpy as np
 
 from .. import errors
-from ..errors import CupyCacheError
+from ..errors import CopyError, CupyCacheError
 from . import arrays, dispatch, fastpath, indices, lists, signatures, streams
 from .fastpath.layers import flattened
 
@@ -76,6 +76,10 @@ class Bound:
                 meta = meta._replace(ptr=meta.ptr & arg.mask, keep=None)
             signature.append(meta)
         return tuple(signature)
+
+    def __reduce__(self):
+        reason = "it writes to memory by its address"
+        raise CopyError(f"{self.name}: it cannot be copied or pickled: {reason}")
 
     def forget(self):
         """Forget fast paths and plans."""
