@@ -231,11 +231,13 @@ def test_tracers_that_would_leave_calls_out(trace, monkeypatch):
     monkeypatch.setattr(alibi_slopes, "_remembered", {})
     keys, values = ([torch.zeros(2, 4, 2, 8)] for _ in range(2))
     cache, slots, key = cc.PagedKVCache(keys, values), torch.tensor([3]), torch.ones(1, 2, 8)
+    keys[0][1] = 1
     pages = *keys, *values
     table, starts = torch.tensor([[1, 0]]), torch.tensor([0, 1])
     calls = {
         "reshape_and_cache_flash": lambda x: cc.reshape_and_cache_flash(x, x, *pages, slots),
         "PagedKVCache.write": lambda x: cache.write(0, x, x, slots),
+        "PagedKVCache.zero_blocks": lambda x: cache.zero_blocks([1]),
         "zero_blocks": lambda x: cc.zero_blocks([x], [0]),
         "slot_mapping": lambda x: cc.slot_mapping(table, slots, starts, x.shape[-1] // 2),
         "alibi_slopes": lambda x: cc.alibi_slopes(8, framework="torch", device="cpu"),
@@ -245,7 +247,7 @@ def test_tracers_that_would_leave_calls_out(trace, monkeypatch):
             message = f"^{name}: Invalid memory of .* got one that .* traces; call it outside"
             with pytest.raises(cc.ArgumentError, match=message):
                 trace(functools.partial(called, call), key)
-        assert key.all() and not keys[0].any() and not values[0].any()
+        assert key.all() and keys[0].sum() == 64 and not keys[0][0].any() and not values[0].any()
         assert len(calls["alibi_slopes"](None)) == 8
     cc.zero_blocks([key], [0])
     assert not key.any()

@@ -161,6 +161,7 @@ class Bound:
         self.check()
         if not self._in_host_memory:
             return
+        self.op.refuse_traced(objects, range(len(objects)))
         entry, values, tables = self._in_host_memory
         values, extents = values.copy(), []
         for index in self.given:

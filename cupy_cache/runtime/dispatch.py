@@ -211,9 +211,7 @@ class Op:
     def read(self, objects, stream, only=None):
         """`Read` the arguments, or only those at the indices ``only``."""
         wanted = range(len(objects)) if only is None else only
-        tracer = tracing.tracer()
-        if tracer is not None:
-            self._refuse_tensors(objects, wanted, tracer)
+        self.refuse_traced(objects, wanted)
         if stream is None and any(
             arrays.is_foreign(array, name) for name, array in self._leaves(objects, wanted)
         ):  # DLPack wants the stream before it exports
@@ -248,9 +246,12 @@ class Op:
             elif not (value is None or isinstance(value, (indices.Chosen, list, tuple, range))):
                 yield name, value
 
-    def _refuse_tensors(self, objects, wanted, tracer):
-        """Refuse torch's, whose writing a tracer would not see. Fast paths see it as another mode
-        of torch, and do not take them."""
+    def refuse_traced(self, objects, wanted):
+        """Refuse torch's tensors while a tracer is at work, which would not see the call. Fast
+        paths take none then: it is another mode of torch."""
+        tracer = tracing.tracer()
+        if tracer is None:
+            return
         for name, array in self._leaves(objects, wanted):
             if arrays.is_torch(array):
                 expected, got = "a tensor that is not traced", f"one that {tracer} traces"
