@@ -185,12 +185,22 @@ def test_opcheck(world, row, rng, monkeypatch):
 @pytest.mark.whole
 @only_torch
 @every_row
-def test_changes_are_counted(world, row, rng, monkeypatch):
-    """Of what is written, and of nothing else."""
+@pytest.mark.parametrize("traced", [False, True])
+def test_changes_are_counted(world, row, rng, monkeypatch, traced):
+    """Of what is written, and of nothing else; also where torch.compile traces gradients."""
     operation, args, options = call_of_row(row, world, rng, monkeypatch)
-    before = [[tensor._version for tensor in tensors_of(value)] for value in args]
-    operation(*args, **options)
-    for argument, value, versions in zip(operation._schema.arguments, args, before):
+    if traced and torch_ops._AUTOGRAD_TRACES is None:
+        pytest.skip("torch 2.4 cannot be told")
+    names = [argument.name for argument in operation._schema.arguments]
+    with torch_ops._AUTOGRAD_TRACES() if traced else contextlib.nullcontext():
+        if traced:
+            wrap = torch._subclasses.functional_tensor.FunctionalTensor.to_functional
+            args, options = torch.utils._pytree.tree_map_only(torch.Tensor, wrap, (args, options))
+        given = dict(zip(names, args)) | options
+        before = {n: [tensor._version for tensor in tensors_of(v)] for n, v in given.items()}
+        operation(*args, **options)
+    for argument in operation._schema.arguments:
+        versions, value = before.get(argument.name, ()), given.get(argument.name)
         written = argument.alias_info is not None and argument.alias_info.is_write
         changed = [tensor._version > old for tensor, old in zip(tensors_of(value), versions)]
         assert changed == [written] * len(versions), argument.name
@@ -215,6 +225,44 @@ def test_autograd_refuses_what_was_overwritten(world, rng, form):
         torch.ops.cupy_cache.swap_blocks(saved.detach(), saved.detach(), torch.tensor([[0, 1]]))
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         squares.backward()
+
+
+@pytest.mark.extra
+@pytest.mark.skipif(TORCH < (2, 5), reason="torch 2.4 cannot be told")
+@pytest.mark.parametrize("form", ["list", "out", "absent"])
+@pytest.mark.parametrize("saved", ["given", "new"])
+def test_autograd_refuses_what_compiled_code_overwrites(rng, form, saved):
+    """It has saved it before; where nothing is saved there is nothing to refuse."""
+    pages = torch.from_numpy(rng.normal(size=(3, 4, 2, 8)).astype(np.float32))
+
+    def overwrite(pages):
+        rows = pages.view(12, 2, 8)
+        if form == "list":
+            torch.ops.cupy_cache.zero_blocks([pages], torch.tensor([1]))
+        elif form == "out":
+            given = rows + 0, pages + 0, pages + 0, torch.zeros(12, 1).int(), torch.ones(12).int()
+            torch.ops.cupy_cache.paged_attention.out(*given, rows)
+        else:
+            table = torch.ones(12, 8)
+            torch.ops.cupy_cache.rotary_embedding(torch.arange(12), rows, None, 8, table)
+
+    def loss(pages, weight, needed):
+        if saved == "new":
+            pages = pages * 2
+        made = (pages * weight).sum() if needed else weight.sum()
+        overwrite(pages)
+        return made + pages.sum()
+
+    weight = torch.ones(3, 4, 2, 8, requires_grad=True)
+    for needed in (False, True):
+        torch._dynamo.reset()
+        compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+        if needed:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                compiled(pages.clone(), weight, needed)
+        else:
+            compiled(pages.clone(), weight, needed).backward()
+            assert (weight.grad == 1).all()
 
 
 # What is done to a tensor; the first three are never right, others may be.

@@ -41,7 +41,8 @@ compiled takes the views: with ``dynamic=True`` torch itself is wrong about two 
 memory. docs/compiled_code.md has the versions.
 
 Nothing has a gradient. What is written counts as changed, so autograd refuses to go back through
-what it has saved of it. Needs torch 2.4, for ``torch.library.register_fake``. Tried with 2.4, which
+what it has saved of it; of a compiled function it does so while that is compiled, but not in torch
+2.4. Needs torch 2.4, for ``torch.library.register_fake``. Tried with 2.4, which
 compiles no operation that writes a list of tensors, 2.5, 2.7, 2.11 and 2.13, whose Inductor writes
 caches in place, views and lists of them too; older ones may copy them.
 """
@@ -289,6 +290,32 @@ def _counter():
 _count_change = _counter()
 
 
+def _counting_while_compiled(arguments):
+    """A rule of `_AUTOGRAD_TRACES`: it counts a change of what an operation writes, as `_counting`
+    does, but of the tensors that stand for those of a call to come. torch's autograd has saved
+    them, and would else give the backward pass what was overwritten."""
+    at = {a.name: at for at, a in enumerate(arguments) if a.alias_info and a.alias_info.is_write}
+
+    def rule(mode, operation, types, args=(), options=None):
+        options = options or {}
+        written = [args[i] if i < len(args) else options.get(name) for name, i in at.items()]
+        _count_change([*_flat(written)])
+        return mode.__torch_dispatch__(operation, types, args, options)
+
+    return rule
+
+
+def _autograd_traces():
+    """What operations are given to while torch.compile traces them with their gradients; None where
+    no rule can be added, as in torch 2.4."""
+    functional = getattr(torch._subclasses, "functional_tensor", None)  # not documented
+    known = hasattr(torch.library, "register_torch_dispatch")
+    return getattr(functional, "FunctionalTensorMode", None) if known else None
+
+
+_AUTOGRAD_TRACES = _autograd_traces()
+
+
 # --- what tracing sees ----------------------------------------------------------------------------
 
 
@@ -484,6 +511,11 @@ def _register():
             library.impl(name, _counting(run, arguments), key)
         fake = _checking(run, function, arguments, _RESULTS.get(name, _no_result))
         torch.library.register_fake(f"cupy_cache::{name}", fake, lib=library)
+        if _AUTOGRAD_TRACES is not None:
+            rule = _counting_while_compiled(arguments)
+            torch.library.register_torch_dispatch(
+                f"cupy_cache::{name}", _AUTOGRAD_TRACES, rule, lib=library
+            )
     return library
 
 
