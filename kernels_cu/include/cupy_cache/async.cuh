@@ -66,13 +66,9 @@ __device__ __forceinline__ void wait_for_copies() {
 }
 
 // Waits until as many whole warps of the block have come to the barrier of this number, 1 to 15; what they
-// wrote to shared memory is then seen. A host compiler knows one barrier, at which all warps wait.
+// wrote to shared memory is then seen.
 __device__ __forceinline__ void sync_warps(u32 number, u32 warps) {
-#ifdef __CUDA_ARCH__
   asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(warps * 32) : "memory");
-#else
-  __syncthreads();
-#endif
 }
 
 // Copies of whole rows, which one thread starts (sm_90 and newer): of a multiple of 16 bytes, all

@@ -40,14 +40,13 @@ struct IsBF16<BF16> {
 // and slow.
 template <typename T>
 struct HasProducts {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#if __CUDA_ARCH__ < 800
   static constexpr bool value = !IsBF16<T>::value;
 #else
   static constexpr bool value = true;
 #endif
 };
 
-#ifdef __CUDA_ARCH__
 // c += A * B of half as many columns and rows, in elements of type F16.
 __device__ __forceinline__ void half_multiply_add(float (&c)[4], u32 a0, u32 a1, u32 b) {
   asm volatile(
@@ -56,12 +55,11 @@ __device__ __forceinline__ void half_multiply_add(float (&c)[4], u32 a0, u32 a1,
       : "=f"(c[0]), "=f"(c[1]), "=f"(c[2]), "=f"(c[3])
       : "r"(a0), "r"(a1), "r"(b), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
-#endif
 
 // c += A * B in elements of type T (F16 or BF16), summed in float32.
 template <typename T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#if __CUDA_ARCH__ >= 800
   if constexpr (IsBF16<T>::value) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
@@ -78,13 +76,11 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const u32 (&a)[4], u
           "f"(c[2]), "f"(c[3]));
   }
 #else
-#if defined(__CUDA_ARCH__)
   if constexpr (!IsBF16<T>::value) {
     half_multiply_add(c, a[0], a[1], b0);
     half_multiply_add(c, a[2], a[3], b1);
     return;
   }
-#endif
   const int lane = static_cast<int>(threadIdx.x % 32), row = lane / 4 * 4, pair = lane % 4 * 2;
   for (int from = 0; from < 4; ++from) {
     u32 rows[4];
@@ -111,7 +107,6 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const u32 (&a)[4], u
 // if kTransposed those of [2 * (l % 4).., l / 4].
 template <bool kTransposed>
 __device__ __forceinline__ void load_matrices(u32 (&out)[4], const char* row) {
-#ifdef __CUDA_ARCH__
   const u32 at = static_cast<u32>(__cvta_generic_to_shared(row));
   if constexpr (kTransposed) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -124,31 +119,13 @@ __device__ __forceinline__ void load_matrices(u32 (&out)[4], const char* row) {
                  : "r"(at)
                  : "memory");
   }
-#else
-  const int lane = static_cast<int>(threadIdx.x % 32), major = lane / 4, pair = lane % 4 * 2;
-  const u64 at = reinterpret_cast<u64>(row);
-  for (int i = 0; i < 4; ++i) {
-    const u64 first = __shfl_sync(kWarp, at, i * 8 + (kTransposed ? pair : major));
-    const u64 second = __shfl_sync(kWarp, at, i * 8 + (kTransposed ? pair + 1 : major));
-    const u16 low = reinterpret_cast<const u16*>(first)[kTransposed ? major : pair];
-    const u16 high = reinterpret_cast<const u16*>(second)[kTransposed ? major : pair + 1];
-    out[i] = static_cast<u32>(low) | static_cast<u32>(high) << 16;
-  }
-#endif
 }
 
 // Of an 8 x 8 matrix of 16-bit elements, lane l has [l / 4, 2 * (l % 4)..] and gets those of the
 // transpose.
 __device__ __forceinline__ u32 transpose(u32 pair) {
   u32 turned;
-#ifdef __CUDA_ARCH__
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(turned) : "r"(pair));
-#else
-  const int lane = static_cast<int>(threadIdx.x % 32), from = lane % 4 * 8 + lane / 8;
-  const u32 first = __shfl_sync(kWarp, pair, from), second = __shfl_sync(kWarp, pair, from + 4);
-  const int shift = lane / 4 % 2 * 16;
-  turned = (first >> shift & 0xffffu) | second >> shift << 16;
-#endif
   return turned;
 }
 

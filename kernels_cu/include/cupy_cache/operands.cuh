@@ -46,7 +46,6 @@ struct Widened<E5M2, kFirst, kSecond> {
     return __byte_perm(four, 0, kSecond << 12 | kFirst << 4 | 0x404);  // the upper halves of halves
   }
 };
-#ifdef __CUDA_ARCH__
 template <int kFirst, int kSecond>
 struct Widened<I8, kFirst, kSecond> {
   static __device__ __forceinline__ u32 of(u32 four) {
@@ -58,7 +57,6 @@ struct Widened<I8, kFirst, kSecond> {
     return halves;
   }
 };
-#endif
 template <typename Stored, int kFirst, int kSecond>
 __device__ __forceinline__ u32 widen(u32 four) {
   return Widened<Stored, kFirst, kSecond>::of(four);

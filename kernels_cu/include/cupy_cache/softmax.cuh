@@ -13,13 +13,9 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 // 2 to the power of x.
 __device__ __forceinline__ float power_of_two(float x) {
-#ifdef __CUDA_ARCH__
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
-#else
-  return exp2f(x);
-#endif
 }
 
 // Sums of exponentials and of values weighted by them, relative to a maximum: one after the other is
