@@ -1309,6 +1309,14 @@ def test_a_bound_array_of_which_the_rows_count(recorder):
         attend(4)
 
 
+@pytest.mark.parametrize("rows", [1, 42, 43, 128, 1000])
+def test_blocks_of_threads_that_are_all_full(rows):
+    """As few as have three threads for each row, and no others."""
+    (blocks, *others), threads = launch.FullShape(3, 128)(rows)
+    assert others == [1, 1] and threads == 128
+    assert blocks * threads >= 3 * rows > (blocks - 1) * threads
+
+
 def test_more_sequences_than_kernels_can_number():
     """Refused by shapes alone; of such a table there is no test that could be run."""
     many = 2**31
