@@ -444,6 +444,38 @@ ASYNC = """
 """
 
 
+# A row that one thread has copied; it is read by all, after the wait or without it.
+ROW = """
+  __shared__ __align__(16) char held[16 * kThreads];
+  __shared__ __align__(8) u64 word;
+  if (thread == 0) {
+    begin_arrivals(&word, 1);
+    expect_bytes(&word, sizeof(held));
+    copy_row(held, p.from, sizeof(held), &word);
+  }
+  __syncthreads();
+  if (%s) wait_for_rows(&word, 0);
+  for (int i = 0; i < 16; ++i) p.to[16 * thread + i] = held[16 * thread + i];
+  wait_for_rows(&word, 0);
+"""
+
+
+@pytest.mark.extra
+def test_rows_that_are_not_waited_for(bench, rng, monkeypatch):
+    """As of copies that threads wait for."""
+    monkeypatch.setattr("emulator.ARCHITECTURES", (90,))
+    values = rng.integers(1, 128, (32, 16), np.uint8)
+    source = bench.storage(values)
+    for waits, outcomes in (("true", {True}), ("false", {True, False})):
+        found = []
+        for _ in range(4):
+            to = bench.storage(np.zeros(512, np.uint8))
+            with_rows = SOURCE.replace("paging.cuh", "async.cuh").replace("%s", ROW)
+            bench.run(waits, to, source, source_text=with_rows)
+            found.append((to.bytes.reshape(32, 16) == values).all())
+        assert set(found) == outcomes
+
+
 @pytest.mark.extra
 def test_copies_that_are_not_waited_for(bench, rng, monkeypatch):
     """In some launches they are done at once, and in some when they must be."""

@@ -190,17 +190,39 @@ inline void mbarrier_arrive(unsigned at, unsigned bytes) {
   word.missing += static_cast<int>(bytes);
   store_arrivals(at, word);
 }
+inline void arrive_bytes(unsigned at, int bytes) {
+  Arrivals word = load_arrivals(at);
+  word.missing -= bytes;
+  store_arrivals(at, word);
+}
 inline void cp_bulk(unsigned to, unsigned long long from, unsigned bytes, unsigned arrivals) {
   if (to % 16 != 0 || from % 16 != 0 || bytes % 16 != 0) {
     emulator_refuse("a row that is not aligned to 16 bytes is copied");
   }
-  for (unsigned i = 0; i < bytes; i += 16) cp<uint4>(to + i, from + i, 16);
-  Arrivals word = load_arrivals(arrivals);
-  word.missing -= static_cast<int>(bytes);
-  store_arrivals(arrivals, word);
+  int done = 0;
+  for (unsigned i = 0; i < bytes; i += 16) {
+    const uint4 read = at<uint4>(from + i);
+    EmulatorPiece piece = {arrivals, to + i, {}};
+    memcpy(piece.bits, &read, 16);
+    if (emulator_put_off_piece(piece)) continue;
+    *reinterpret_cast<uint4*>(shared(to + i)) = read;
+    done += 16;
+  }
+  arrive_bytes(arrivals, done);
 }
+// Who waits is not who copied, and other threads read at once: what comes late is not seen.
+EMULATOR_OWN inline void store_late(const EmulatorPiece& piece) {
+  unsigned long long* to = reinterpret_cast<unsigned long long*>(shared(piece.to));
+  to[0] = piece.bits[0], to[1] = piece.bits[1];
+}
+inline bool is_over(unsigned at, unsigned odd) { return load_arrivals(at).round % 2 != odd; }
 inline void mbarrier_try_wait(unsigned& over, unsigned at, unsigned odd = 0) {
-  over = load_arrivals(at).round % 2 != odd;
+  EmulatorPiece piece;
+  while (!is_over(at, odd) && emulator_awaited_piece(at, &piece)) {
+    store_late(piece);
+    arrive_bytes(at, 16);
+  }
+  over = is_over(at, odd);
   if (!over) emulator_exchange(1u << emulator::lane(), 0);  // the others go on
 }
 inline void fence_proxy() {}
@@ -213,9 +235,7 @@ inline void cluster_sync() { emulator_sync_block(); }
 inline void mapa(unsigned& to, unsigned from, unsigned) { to = from; }
 inline void st_async(unsigned to, float x, float y, unsigned arrivals) {
   *reinterpret_cast<float2*>(shared(to)) = {x, y};
-  Arrivals word = load_arrivals(arrivals);
-  word.missing -= static_cast<int>(sizeof(float2));
-  store_arrivals(arrivals, word);
+  arrive_bytes(arrivals, sizeof(float2));
 }
 inline void ld_cluster(float& x, float& y, unsigned from) {
   const float2 both = *reinterpret_cast<const float2*>(shared(from));

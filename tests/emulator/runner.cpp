@@ -107,6 +107,12 @@ struct PutOff {
   unsigned group = 0;
 };
 PutOff put_off[kMaxThreads];
+// Of rows, and of the block.
+struct Piece {
+  unsigned word, to;
+  u64 bits[2];
+};
+std::vector<Piece> pieces_put_off;
 bool copies_late;
 
 void* library_base;
@@ -490,6 +496,7 @@ void run_block() {
   for (unsigned t = 0; t < threads; ++t) order[t] = t;
   shuffle(order, threads);
   started = finished = 0;
+  pieces_put_off.clear();
   begin_block();
   while (started < threads) resume(idle_fiber());
 
@@ -538,6 +545,20 @@ bool emulator_awaited(unsigned groups, Copy* copy) {
   if (its.copies.empty() || its.copies[its.next].first + groups >= its.group) return false;
   *copy = its.copies[its.next++].second;
   return true;
+}
+
+bool emulator_put_off_piece(Piece piece) {
+  if (copies_late) pieces_put_off.push_back(piece);
+  return copies_late;
+}
+bool emulator_awaited_piece(unsigned word, Piece* piece) {
+  for (auto it = pieces_put_off.begin(); it != pieces_put_off.end(); ++it) {
+    if (it->word != word) continue;
+    *piece = *it;
+    pieces_put_off.erase(it);
+    return true;
+  }
+  return false;
 }
 
 const u64* emulator_exchange(unsigned mask, u64 given, bool orders) {

@@ -101,6 +101,15 @@ bool emulator_put_off(EmulatorCopy copy);
 void emulator_end_group();
 // Whether a copy is left that was put off, and is of none of the thread's latest groups: the next one.
 bool emulator_awaited(unsigned groups, EmulatorCopy* copy);
+// Of a row that is copied 16 bytes to an address in shared memory, and the word at which they arrive.
+struct EmulatorPiece {
+  unsigned word, to;
+  unsigned long long bits[2];
+};
+// Puts them off until a thread of the block waits at the word, if this launch has copies late.
+bool emulator_put_off_piece(EmulatorPiece piece);
+// Whether any are left that were put off and arrive at this word: the next ones.
+bool emulator_awaited_piece(unsigned word, EmulatorPiece* piece);
 // The number that each code of 16 bits is, of float16 or bfloat16.
 const double* emulator_numbers(bool is_bf16);
 // The warp's product of two matrices and sum: see ptx.h.
