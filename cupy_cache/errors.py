@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 
@@ -51,20 +51,27 @@ def wrong(
     """The error about an argument; ``name`` is "operation: argument". Its class is that of ``what``
     is wrong, if no other is given."""
     op, _, argument = name.rpartition(": ")
-    found = _Wrong(op, what, argument, str(expected), str(got), way_out)
+    found = _Wrong(op, what, argument, in_a_line(expected), in_a_line(got), way_out)
     made = (error or _CLASSES[what])(str(found))
     made._wrong = found
     return made
 
 
 def shown(value: object) -> str:
-    """``value`` as errors show it, also if it cannot show itself. Of an array that may be on a GPU,
-    or nowhere, no number is read: that would wait for the GPU, and break a capture."""
-    try:
-        text = _text(value)
-    except Exception:
-        text = f"an object of type {type(value).__name__}"
+    """``value`` as errors show it: as Python does, but in one line, and shortened. Of an array that
+    may be on a GPU, or nowhere, no number is read: that would wait for the GPU, and break a
+    capture."""
+    text = in_a_line(value, _text)
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def in_a_line(value: object, show: Callable[[Any], str] = str) -> str:
+    """What ``show`` makes of a value, in one line, also if it cannot show itself: an integer of
+    thousands of digits cannot."""
+    try:
+        return " ".join(line.strip() for line in show(value).splitlines())
+    except Exception:
+        return f"an object of type {type(value).__name__}"
 
 
 def _text(value: Any) -> str:
@@ -75,7 +82,7 @@ def _text(value: Any) -> str:
             return f"[{text}]"
         return f"({text},)" if len(items) == 1 else f"({text})"
     for module, name in (("torch", "Tensor"), ("cupy", "ndarray")):
-        if isinstance(value, getattr(sys.modules.get(module), name, ())):
+        if issubclass(type(value), getattr(sys.modules.get(module), name, ())):
             return f"a {module}.{name} of shape {list(value.shape)}, {value.dtype}"
     return repr(value)
 

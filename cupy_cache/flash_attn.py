@@ -19,7 +19,7 @@ from . import errors
 from .attention.paged_attention import NO_WINDOW, paged_attention
 from .ops.reshape_and_cache_flash import reshape_and_cache_flash
 from .ops.slot_mapping import slot_mapping
-from .runtime import arrays, contract, faults, formats, making
+from .runtime import arrays, contract, faults, formats, lists, making
 from .types import ArrayLike
 
 __all__ = ["flash_attn_varlen_func", "flash_attn_with_kvcache"]
@@ -123,7 +123,7 @@ def flash_attn_with_kvcache(
     rotary = {"rotary_cos": rotary_cos, "rotary_sin": rotary_sin}
     _refuse_unserved(op, rotary, cache_leftpad, block_table, cache_batch_idx, k, v, cache_seqlens)
     return_softmax_lse = contract.flag(op, "return_softmax_lse", return_softmax_lse)
-    one_length = isinstance(cache_seqlens, numbers.Integral)
+    one_length = issubclass(type(cache_seqlens), numbers.Integral)
     if one_length:
         cache_seqlens = contract.integer(op, "cache_seqlens", cache_seqlens)
         too_large = not -(2**31) <= cache_seqlens < 2**31
@@ -304,7 +304,7 @@ def flash_attn_varlen_func(
 
 def _options(op, softmax_scale, causal, window_size, softcap, alibi_slopes, one_query):
     """The options of `paged_attention`."""
-    pair = tuple(window_size) if isinstance(window_size, (tuple, list)) else ()
+    pair = lists.plain_or_none(window_size) or ()
     _refuse(op, "window_size", len(pair) != 2, "a pair of integers", window_size)
     left, right = (contract.integer(op, "window_size", n) for n in pair)
     causal = contract.flag(op, "causal", causal) or right == 0
@@ -333,8 +333,9 @@ def _of_slopes(op, slopes, batch):
 
 def _refuse(op, name, when, expected, got, way_out=""):
     if when:
-        shown = got if isinstance(got, (int, float, tuple, list)) else type(got).__name__
-        raise errors.wrong("value", f"{op}: {name}", expected, f"{shown!s:.80}", way_out)
+        plain = issubclass(type(got), (int, float, tuple, list))
+        shown = errors.shown(got) if plain else type(got).__name__
+        raise errors.wrong("value", f"{op}: {name}", expected, shown, way_out)
 
 
 def _checked(op, named):

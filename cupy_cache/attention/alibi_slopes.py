@@ -8,7 +8,6 @@ the same array and launches nothing.
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -130,14 +129,13 @@ def alibi_slopes(
     if not 0 <= tp_rank < tp_size:
         expected = f"an integer in 0..{tp_size - 1}"
         raise errors.wrong("value", f"{op}: tp_rank", expected, repr(tp_rank))
-    is_number = isinstance(max_bias, numbers.Real) and not isinstance(max_bias, bool)
-    if not is_number or not 0 < max_bias <= MAX_BIAS:
+    bias = contract.real(max_bias)
+    if bias is None or not 0 < bias <= MAX_BIAS:
         expected = f"a number above 0 and at most {MAX_BIAS:g}"
         raise errors.wrong("value", f"{op}: max_bias", expected, errors.shown(max_bias))
-    max_bias = float(max_bias)
     power = 1 << (num_heads.bit_length() - 1)
     count = num_heads // tp_size
-    scalars = count, tp_rank * count, power, max_bias / (2 * power)
+    scalars = count, tp_rank * count, power, bias / (2 * power)
     return _fill(OP, scalars, framework, device, out, stream)
 
 
@@ -193,7 +191,7 @@ def place_slopes(
 
 def _numbers(slopes):
     """``slopes`` as float64; raises where they are no numbers, or not real ones."""
-    if isinstance(slopes, np.ma.MaskedArray):
+    if issubclass(type(slopes), np.ma.MaskedArray):
         raise TypeError("a MaskedArray")
     for number in slopes if isinstance(slopes, (list, tuple)) else (slopes,):
         is_tensor = type(number) is not float and arrays.is_torch(number)
@@ -202,7 +200,7 @@ def _numbers(slopes):
     given = np.asarray(slopes)
     kind = given.dtype.kind
     if kind == "O":
-        if not all(isinstance(x, numbers.Real) and type(x) is not bool for x in given.flat):
+        if not all(map(contract.is_real, given.flat)):
             raise TypeError("objects")
     elif (
         kind not in "fiu" and given.dtype.name not in ("bfloat16", *formats.LARGEST) and given.size

@@ -243,10 +243,9 @@ def arguments(
 def _is_of_sequences(op, slopes):
     """Whether each sequence has slopes of its own."""
     try:
-        shape = slopes.shape
+        return len(slopes.shape) == 2
     except Exception:  # no array, or one without a shape: `arrays.view` refuses it
-        shape = arrays.view(slopes, f"{op}: alibi_slopes").shape
-    return len(shape) == 2
+        return len(arrays.view(slopes, f"{op}: alibi_slopes").shape) == 2
 
 
 def _check_scales(op, k_scale, v_scale, k_scale_cache, v_scale_cache):
@@ -267,7 +266,7 @@ def _new_out(op, objects, options, stream):
     query, *caches = objects[:3]
     like = arrays.view(query, f"{op}: query")
     keys, values = (
-        cache if isinstance(cache, arrays.Array) else arrays.view(cache, f"{op}: {name}")
+        cache if type(cache) is arrays.Array else arrays.view(cache, f"{op}: {name}")
         for name, cache in zip(("key_cache", "value_cache"), caches)
     )
     check = contract.Contract(op)

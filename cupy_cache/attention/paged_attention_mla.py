@@ -178,7 +178,7 @@ def _plan(op, described, options):
     kv_cache_dtype, rank, causal = options
     named = {arg.name: array for arg, array in zip(op.args, described)}
     query, kv_cache, _, _, _, kv_scale, out, _ = described
-    entries = kv_cache_dtype == FP8_DS_MLA
+    entries = formats.text_of(kv_cache_dtype) == FP8_DS_MLA
     fmt = formats.RAW_FORMAT
     if not entries:
         names = (*formats.CACHE_FORMATS, FP8_DS_MLA)

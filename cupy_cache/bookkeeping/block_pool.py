@@ -68,7 +68,7 @@ class BlockPool:
         OutOfBlocksError
             Where fewer are free; then none is taken.
         """
-        if type(count) is not int or count < 0:
+        if type(count) is not int or not 0 <= count < 2**63:
             count = contract.integer("BlockPool.take", "count", count, 0)
         if count > self.num_free:
             raise OutOfBlocksError("BlockPool.take", count, self.num_free, self.num_blocks)

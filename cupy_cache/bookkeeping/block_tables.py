@@ -215,7 +215,7 @@ class BlockTables:
             so that one is left to be fed to the model. The others are for `step`.
         """
         self._require_new("add", sequence)
-        if not isinstance(salt, bytes):
+        if not issubclass(type(salt), bytes):
             got = errors.shown(salt)
             raise errors.wrong("type", f"{NAME}.add: salt", "bytes", got)
         known = _numbers("add", tokens)
@@ -373,10 +373,10 @@ class BlockTables:
                 raise errors.wrong("value", name, expected, str(left))
         try:
             sequences = list(sequences)
-        except TypeError:
+        except Exception as error:  # whatever its class raises
             got = errors.shown(sequences)
             name = f"{NAME}.schedule: sequences"
-            raise errors.wrong("type", name, "names", got) from None
+            raise errors.wrong("type", name, "names", got) from error
         counts, prompts = {}, []
         for sequence in sequences:
             found = self._resident("schedule", sequence, "sequences")
@@ -495,7 +495,7 @@ class BlockTables:
         sequences, counts = self._alike(name, sequences, "counts", counts)
         try:
             distinct = len(set(sequences)) == len(sequences)
-        except TypeError:
+        except Exception:
             for sequence in sequences:  # refuses the one that cannot be hashed
                 self._found(method, sequence, "sequences")
             raise
@@ -508,7 +508,7 @@ class BlockTables:
             found = known(sequence)
             if found is None or found.row == NO_ROW:
                 found = self._resident(method, sequence, "sequences")
-            if type(count) is not int or count < 0:
+            if type(count) is not int or not 0 <= count < 2**63:
                 count = contract.integer(name, "counts", count, 0)
             length = found.length
             end = length + count
@@ -540,25 +540,18 @@ class BlockTables:
     @staticmethod
     def _alike(name, sequences, argument, others):
         """A list of names, and one of as many of what ``argument`` calls."""
-        lists = []
+        both = []
         for called, given in (("sequences", sequences), (argument, others)):
-            if type(given) is not list:
-                unordered = isinstance(given, (str, bytes, set, frozenset))
-                try:
-                    len(given)  # an array without dimensions raises, though it has the method
-                    given = None if unordered else [*given]
-                except TypeError:
-                    given = None
-            if given is None:
-                got = errors.shown(sequences if called == "sequences" else others)
+            found = _listed(given)
+            if found is None:
+                got = errors.shown(given)
                 raise errors.wrong("type", f"{name}: {called}", "a list", got)
-            lists.append(given)
-        sequences, others = lists
-        if len(sequences) != len(others):
-            many = errors.counted(len(sequences), "sequence")
-            expected = f"one {argument[:-1]} for each of {many}"
-            raise errors.wrong("length", f"{name}: {argument}", expected, len(others))
-        return lists
+            both.append(found)
+        names, numbers = both
+        if len(names) != len(numbers):
+            expected = f"one {argument[:-1]} for each of {errors.counted(len(names), 'sequence')}"
+            raise errors.wrong("length", f"{name}: {argument}", expected, len(numbers))
+        return both
 
     def _require_free(self, method, needed, pool):
         if needed > pool.num_free:
@@ -719,9 +712,9 @@ class BlockTables:
     def _found(self, method, sequence, argument="sequence"):
         try:
             found = self._sequences.get(sequence)
-        except TypeError:
+        except Exception as error:  # it cannot be hashed, or compared
             name, got = f"{NAME}.{method}: {argument}", errors.shown(sequence)
-            raise errors.wrong("type", name, "something hashable", got) from None
+            raise errors.wrong("type", name, "something hashable", got) from error
         if found is None:
             self._refuse(method, sequence, "a sequence that was added", "was not", argument)
         return found
@@ -735,7 +728,7 @@ class BlockTables:
     def _is_there(self, method, sequence, argument):
         try:
             return sequence in self._sequences
-        except TypeError:
+        except Exception:
             return self._found(method, sequence, argument)  # refuses what cannot be hashed
 
     def _require_new(self, method, sequence, argument="sequence"):
@@ -746,6 +739,19 @@ class BlockTables:
         name = f"{NAME}.{method}: {argument}"
         got = f"{errors.shown(sequence)}, which {verb}"
         raise errors.wrong("value", name, expected, got)
+
+
+def _listed(given):
+    """What was given in an order, in a list or tuple; None for anything else."""
+    if type(given) in (list, tuple):
+        return given
+    if issubclass(type(given), (str, bytes, set, frozenset)):  # sets have no order
+        return None
+    try:
+        len(given)  # which an array without dimensions has not, though it has the method
+        return [*given]
+    except Exception:  # whatever its class raises
+        return None
 
 
 def _fed(all_found, counts):

@@ -231,8 +231,14 @@ def merge_attn_states(
     if weights_out is not None:
         apart.refuse_shared(op, output=merged, output_lse=weights_out)
     cupy_cache.merge_attn_states(
-        merged[:count], prefix[:count], prefix_weights[:, :count], suffix[:count],
-        weights[:, :count], None if weights_out is None else weights_out[:, :count],
+        *(
+            None if array is None else _sliced(op, name, array, dim, 0, count)
+            for name, array, dim in (
+                ("output", merged, 0), ("prefix_output", prefix, 0),
+                ("prefix_lse", prefix_weights, 1), ("suffix_output", suffix, 0),
+                ("suffix_lse", weights, 1), ("output_lse", weights_out, 1),
+            )
+        )
     )  # fmt: skip
     if kind == "torch":  # which refuses to write what needs a gradient
         merged = merged.detach()
@@ -241,6 +247,15 @@ def merge_attn_states(
         merged[count:] = suffix[count:tokens]
         if weights_out is not None:
             weights_out[:, count:tokens] = weights[:, count:tokens]
+
+
+def _sliced(op: str, name: str, array: Any, dim: int, first: int, last: int) -> Any:
+    """Some of an array's rows, along dimension 0 or 1."""
+    try:
+        return array[first:last] if dim == 0 else array[:, first:last]
+    except Exception as error:
+        expected, got = "an array that can be sliced", type(array).__name__
+        raise errors.wrong("type", f"{op}: {name}", expected, got) from error
 
 
 def _extent(op: str, name: str, array: ArrayLike, dim: int) -> int:

@@ -33,9 +33,10 @@ def caches(
     if head_size_v is None:
         head_size_v = head_size
     head_size_v = contract.integer(op, "head_size_v", head_size_v, 1)
-    contract.choice(op, "layout", layout, LAYOUTS)
+    layout = contract.choice(op, "layout", layout, LAYOUTS)
     framework, device = _home(op, dtype, framework, device, contract.flag(op, "pinned", pinned))
-    if isinstance(kv_cache_dtype, str) and kv_cache_dtype in formats.BY_TOKEN:
+    kv_cache_dtype = formats.text_of(kv_cache_dtype) or kv_cache_dtype
+    if type(kv_cache_dtype) is str and kv_cache_dtype in formats.BY_TOKEN:
         if layout not in PAGED:
             way_out = "scales of tokens and heads have a place in these"
             expected = " or ".join(PAGED)
@@ -109,7 +110,7 @@ def _home(op, dtype, framework, device, pinned):
 
 def _raw(op, dtype):
     """The `formats.DType` of the model's keys and values."""
-    if isinstance(dtype, str) and dtype.startswith("fp8"):
+    if (formats.text_of(dtype) or "").startswith("fp8"):
         expected, way_out = "the model's own, such as 'bfloat16'", f"kv_cache_dtype={dtype!r} is it"
         raise errors.wrong("value", f"{op}: dtype", expected, repr(dtype), way_out)
     return formats.dtype_named(dtype, f"{op}: dtype")
@@ -117,7 +118,7 @@ def _raw(op, dtype):
 
 def storage(op, dtype, kv_cache_dtype, layout):
     """The `formats.DType` of the arrays. fp8 is kept as bytes, which every framework has."""
-    if layout == "rows" and kv_cache_dtype == formats.FP8_DS_MLA:
+    if layout == "rows" and formats.text_of(kv_cache_dtype) == formats.FP8_DS_MLA:
         return formats.UINT8
     more = formats.BY_TOKEN if layout in PAGED else ()
     names = (*formats.CACHE_FORMATS, *more, *([formats.FP8_DS_MLA] if layout == "rows" else []))

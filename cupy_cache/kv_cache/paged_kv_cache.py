@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Sequence
 from typing import Any, Literal, SupportsIndex
 
@@ -198,12 +197,13 @@ class PagedKVCache:
         )  # fmt: skip
         made = cls.__new__(cls)
         made._bind(keys, values, kv_cache_dtype, k_scales, v_scales, pages)
-        made.layout = layout
+        made.layout = formats.text_of(layout)
         made._dtype = formats.dtype_named(dtype)
         return made
 
     @errors.renamed("PagedKVCache", {"k_scale": "k_scales", "v_scale": "v_scales"})
     def _bind(self, key_caches, value_caches, kv_cache_dtype, k_scales, v_scales, pages):
+        kv_cache_dtype = formats.text_of(kv_cache_dtype) or kv_cache_dtype
         if value_caches is None:
             if v_scales is not None:
                 expected = "None, since there are no value caches"
@@ -394,13 +394,13 @@ class PagedKVCache:
             kinds = (*map(type, options[4:]), type(q_scale))
             scale = q_scale
             if scale is not None and type(scale) is not float:
-                is_number = not arrays.is_torch(scale) and isinstance(scale, numbers.Real)
+                is_number = not arrays.is_torch(scale) and contract.is_real(scale)
                 scale = scale if is_number else _identity(scale)
             weights = _identity(q_norm_weight), _identity(k_norm_weight)
             key = ROTARY_WRITE, layer, options, kinds, scale, weights, has_out
             try:
                 bound = self._bound.get(key)
-            except TypeError:  # what cannot be hashed is not remembered, and may be refused
+            except Exception:  # what cannot be hashed is not remembered, and may be refused
                 key = bound = None
             if bound is None:
                 layer = self._layers[self._index("rotary_write", layer)]
@@ -459,7 +459,7 @@ class PagedKVCache:
         key = ATTEND, layer, options, kinds, _identity(alibi_slopes), _identity(sinks), given
         try:
             bound = self._bound.get(key)
-        except TypeError:  # what cannot be hashed is not remembered, and may be refused
+        except Exception:  # what cannot be hashed is not remembered, and may be refused
             key = bound = None
         if bound is None:
             if self.value_caches is None:
@@ -563,11 +563,10 @@ class PagedKVCache:
         elif self.value_caches is None:
             out = (out,)
         else:
-            pair = tuple(out) if isinstance(out, (list, tuple)) else ()
-            if len(pair) != 2:
-                expected, got = "a pair of arrays, for keys and values", type(out).__name__
+            given, out = out, lists.plain_or_none(out) or ()
+            if len(out) != 2:
+                expected, got = "a pair of arrays, for keys and values", type(given).__name__
                 raise errors.wrong("type", f"{GATHER}: out", expected, got)
-            out = pair
         if num_tokens is not None:
             num_tokens = contract.integer(GATHER, "num_tokens", num_tokens, 0)
         key = GATHER, layer, seq_starts is not None
@@ -624,7 +623,7 @@ class PagedKVCache:
             See `swap_blocks`.
         """
         name = "PagedKVCache.swap_blocks"
-        if not isinstance(other, PagedKVCache):
+        if not issubclass(type(other), PagedKVCache):
             got = type(other).__name__
             raise errors.wrong("type", f"{name}: other", "a PagedKVCache", got)
         mine, theirs = (
@@ -674,7 +673,8 @@ class PagedKVCache:
 
     def _mover(self, method, operation, layout=None):
         """The `bound.Bound` of an operation on chosen blocks."""
-        known = layout is None or isinstance(layout, str)  # anything else may have no hash
+        layout = formats.text_of(layout) or layout
+        known = layout is None or type(layout) is str  # anything else may have no hash
         key = (method, layout) if known else None
         mover = self._bound.get(key)
         if mover is None:
@@ -715,9 +715,9 @@ def _identity(array):
 
 
 def _for_each_layer(name, scales, layers):
-    if not isinstance(scales, (list, tuple)):
+    if not issubclass(type(scales), lists.LISTS):
         return [scales] * layers
-    scales = [*scales]
+    scales = lists.plain("PagedKVCache", name, scales)
     if len(scales) != layers:
         expected = f"one scale for each of {errors.counted(layers, 'layer')}"
         raise errors.wrong("length", f"PagedKVCache: {name}", expected, len(scales))

@@ -23,6 +23,7 @@ from ..runtime import (
     driver,
     formats,
     indices,
+    lists,
     making,
     streams,
 )
@@ -105,9 +106,7 @@ class SwapSpace:
         *,
         bytes_per_step: int = 64 << 20,
     ) -> None:
-        self._caches = [caches] if isinstance(caches, PagedKVCache) else caches
-        if isinstance(caches, (list, tuple)):
-            self._caches = [*caches]
+        self._caches = _plain(caches)
         first = _first_of(self._caches)
         self.num_blocks = contract.integer(NAME, "num_blocks", num_blocks, 0)
         self.bytes_per_step = contract.integer(NAME, "bytes_per_step", bytes_per_step, 1)
@@ -380,15 +379,21 @@ class _Memory:
         del stream
 
 
+def _plain(caches):
+    """The caches in a list."""
+    found = [caches] if issubclass(type(caches), PagedKVCache) else lists.plain_or_none(caches)
+    if not found:
+        expected, got = "a PagedKVCache, or a list of them", errors.shown(caches)
+        raise errors.wrong("type", f"{NAME}: caches", expected, got)
+    return list(found)
+
+
 def _first_of(caches):
     """The first cache's description. Refuses caches with other numbers of blocks, on another device
     or of another framework."""
-    if not isinstance(caches, (list, tuple)) or not caches:
-        expected, got = "a PagedKVCache, or a list of them", errors.shown(caches)
-        raise errors.wrong("type", f"{NAME}: caches", expected, got)
     for at, cache in enumerate(caches):
         name = f"{NAME}: caches[{at}]"
-        if not isinstance(cache, PagedKVCache):
+        if not issubclass(type(cache), PagedKVCache):
             got = type(cache).__name__
             raise errors.wrong("type", name, "a PagedKVCache", got)
         if not len(cache):

@@ -107,7 +107,7 @@ def _plan(op, described, options):
     contract.choice(op.name, "scale_rule", scale_rule, SCALE_RULES)
     check = contract.Contract(op.name)
     check.shape("slot_mapping", slot_mapping, "_")
-    if kv_cache_dtype == formats.FP8_DS_MLA:
+    if formats.text_of(kv_cache_dtype) == formats.FP8_DS_MLA:
         return _plan_fp8_ds_mla(check, described, scale_rule)
     names = (*formats.CACHE_FORMATS, formats.FP8_DS_MLA)
     fmt = formats.cache_format(op.name, kv_cache_dtype, names)

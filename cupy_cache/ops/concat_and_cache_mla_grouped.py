@@ -7,7 +7,7 @@ from __future__ import annotations
 import struct
 
 from .. import cpu, errors
-from ..runtime import apart, arrays, contract, dispatch, formats, launch
+from ..runtime import apart, arrays, contract, dispatch, formats, launch, lists
 from ..types import ArrayLike, Layers, StreamLike
 from .shared import mla
 
@@ -79,10 +79,10 @@ def concat_and_cache_mla_grouped(
     Names, order and bytes are those of vLLM's cache operation of the same name, which takes
     addresses alone and does not bound slots.
     """
-    caches, addresses = kv_cache_ptrs, None
-    if not isinstance(kv_cache_ptrs, (list, tuple)):
-        caches, addresses = None, kv_cache_ptrs
-    elif not kv_cache_ptrs:
+    caches, addresses = None, kv_cache_ptrs
+    if issubclass(type(kv_cache_ptrs), lists.LISTS):
+        caches, addresses = lists.plain(NAME, "kv_cache_ptrs", kv_cache_ptrs), None
+    if caches is not None and not caches:
         raise errors.wrong("length", f"{NAME}: kv_cache_ptrs", "caches", "none")
     geometry = block_size, block_stride, entry_stride, num_blocks
     sizes = tuple(

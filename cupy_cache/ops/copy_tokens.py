@@ -72,7 +72,8 @@ def _plan(op, described, options):
             numbers = pairs.numbers
             for side in map(indices.Chosen, numbers.T):  # tells the row that the caller knows
                 layered.check_range(NAME, "pairs", side, slots, padding=True, distinct=False)
-            pairs = indices.Chosen(numbers[(numbers >= 0).all(axis=1)])
+            kept = numbers[(numbers >= 0).all(axis=1)]
+            pairs = indices.Chosen(kept.astype(np.int64))  # what had more bits was negative
         mappings.check(NAME, pairs, slots, slots, disjoint=True, words=WORDS)
         return pairs
 

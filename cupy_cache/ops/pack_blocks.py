@@ -199,7 +199,8 @@ def packed_size(
     op = "packed_size"
     if (num_blocks is None) == (num_tokens is None):
         expected = "either num_blocks or num_tokens"
-        raise errors.wrong("value", f"{op}: num_blocks", expected, f"{num_blocks} and {num_tokens}")
+        got = " and ".join(map(errors.shown, (num_blocks, num_tokens)))
+        raise errors.wrong("value", f"{op}: num_blocks", expected, got)
     name, count = ("num_blocks", num_blocks) if num_tokens is None else ("num_tokens", num_tokens)
     count = contract.integer(op, name, count, 0)
     operation = SIZE_OF_BLOCKS if num_tokens is None else SIZE_OF_TOKENS

@@ -88,7 +88,7 @@ def reshape_and_cache_flash(
     """
     try:
         form = _RAW_FORMS.get(kv_cache_dtype)
-    except TypeError:  # no name: the call says so
+    except Exception:  # no name: the call says so
         form = ()
     if form is not None:  # the usual case, without ado
         objects = key, value, key_cache, value_cache, slot_mapping

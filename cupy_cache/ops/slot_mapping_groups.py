@@ -136,15 +136,15 @@ def _new_out(op, objects, options, stream):
     return making.empty(like.framework, like.device, shape, formats.INT64, stream)
 
 
-def _each(name, values, groups, kind, normal):
+def _each(name, given, groups, kind, normal):
     """A value for each group, in its normal form: of type ``kind``, as ``normal`` makes it."""
-    given = [*values] if isinstance(values, (list, tuple)) else ()
-    if len(given) != groups:
+    values = lists.plain_or_none(given)
+    if values is None or len(values) != groups:
         expected = f"a list of {errors.counted(groups, 'value')}, one for each of block_tables"
-        raise errors.wrong("value", f"{NAME}: {name}", expected, errors.shown(values))
-    if set(map(type, given)) == {kind}:
-        return tuple(given)
-    return tuple([normal(NAME, f"{name}[{at}]", value) for at, value in enumerate(given)])
+        raise errors.wrong("value", f"{NAME}: {name}", expected, errors.shown(given))
+    if set(map(type, values)) == {kind}:
+        return tuple(values)
+    return tuple([normal(NAME, f"{name}[{at}]", value) for at, value in enumerate(values)])
 
 
 class _Plan:

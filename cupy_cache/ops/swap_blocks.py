@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 from .. import errors
-from ..runtime import arrays, contract, dispatch, driver, formats, indices, launch
+from ..runtime import arrays, contract, dispatch, driver, formats, indices, launch, lists
 from ..runtime.log import logger
 from ..types import ArrayLike, Layers, Pairs, StreamLike
 from .shared import blocks, copying, mappings
@@ -78,9 +78,9 @@ def swap_blocks(
     size, block_mapping = _size_and_mapping(*size_and_mapping, block_size_in_bytes, block_mapping)
     if size is not None:
         size = contract.integer(NAME, "block_size_in_bytes", size, 1)
-    if not isinstance(src, (list, tuple)):
+    if not issubclass(type(src), lists.LISTS):
         src = [src]
-    if not isinstance(dst, (list, tuple)):
+    if not issubclass(type(dst), lists.LISTS):
         dst = [dst]
     OP((src, dst, None, None, block_mapping), (size,), stream)
 

@@ -189,15 +189,18 @@ def class_of(module, name):
 
 
 def _find_reader(value, name):
-    if isinstance(value, class_of("torch", "Tensor")):
+    # By the type alone, as it is remembered: a stand-in says that it is what it stands for, and the
+    # next one of its type may stand for something else.
+    kind = type(value)
+    if issubclass(kind, class_of("torch", "Tensor")):
         return _read_torch
-    if isinstance(value, class_of("cupy", "ndarray")):
+    if issubclass(kind, class_of("cupy", "ndarray")):
         return _read_cupy
-    if isinstance(value, np.ma.MaskedArray):
+    if issubclass(kind, np.ma.MaskedArray):
         expected = "an array whose every element counts"
         got = "a MaskedArray: give its data, or what filled() returns"
         raise errors.wrong("type", name, expected, got)
-    if isinstance(value, np.ndarray):
+    if issubclass(kind, np.ndarray):
         return _read_numpy
     if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
         return dlpack.read
@@ -224,7 +227,7 @@ def is_torch(value):
     """Whether ``value`` is a torch tensor."""
     reader = _READERS.get(type(value))
     if reader is None:
-        return isinstance(value, class_of("torch", "Tensor"))
+        return issubclass(type(value), class_of("torch", "Tensor"))
     return reader is _read_torch
 
 
@@ -257,7 +260,9 @@ def unreadable(value, name, error):
         return MissingDependencyError(f"{name}, {error}")
     if isinstance(error, CupyCacheError):
         return error
-    told = f"{error} is missing" if isinstance(error, KeyError) else error or type(error).__name__
+    told = errors.in_a_line(error) or type(error).__name__
+    if isinstance(error, KeyError):
+        told = f"{told} is missing"
     got = f"{_type_name(value)} that cannot: {told}"
     return errors.wrong("memory", name, "memory that can be read where it is", got)
 
@@ -265,11 +270,10 @@ def unreadable(value, name, error):
 def _type_name(value):
     """``value``'s type as errors show it, with the layout of torch's sparse tensors."""
     kind = f"{type(value).__module__.partition('.')[0]}.{type(value).__name__}"
-    try:
-        layout = str(getattr(value, "layout", None))
-    except Exception:  # it cannot even be asked
+    if not is_torch(value):
         return kind
-    return f"{kind} ({layout})" if "torch" in layout and "strided" not in layout else kind
+    layout = errors.in_a_line(value, lambda tensor: str(tensor.layout))
+    return kind if layout == "torch.strided" else f"{kind} ({layout})"
 
 
 def device_of(value, name):
@@ -423,7 +427,8 @@ def _device(device_type, device_id, name):
         return CPU
     if device_type in dlpack.ON_GPU:
         return Device("cuda", device_id)
-    expected, got = "CPU, pinned or CUDA memory", f"DLPack device type {device_type}"
+    got = f"DLPack device type {errors.shown(device_type)}"
+    expected = "CPU, pinned or CUDA memory"
     raise errors.wrong("device", name, expected, got)
 
 

@@ -33,7 +33,7 @@ class Bound:
         self.op, self.name, self.options, self.scalars = op, name, options, scalars
         names = [arg.name + arg.suffix for arg in op.args]
         self._objects = [
-            list(value) if isinstance(value, (list, tuple)) else value
+            list(value) if issubclass(type(value), lists.LISTS) else value
             for value in map(fixed.get, names)
         ]
         self.given = tuple(
@@ -55,7 +55,7 @@ class Bound:
             self._form = "bound", options, self.given, self._signature()
             try:
                 self.fast_paths = op.fast_paths.of(self._form)
-            except TypeError as error:
+            except Exception as error:
                 raise op.unhashable(options) from error
         # Fast paths of operations on lists, by the form of the arguments that calls give.
         self._paths_of: dict[tuple, fastpath.Recent] = {}

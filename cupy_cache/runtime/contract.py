@@ -244,7 +244,7 @@ def index(value):
     NumPy or an array of one; `TypeError` for booleans and all else."""
     if type(value) is int:
         return value
-    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+    if type(value) is bool or "bool" in str(getattr(value, "dtype", "")):
         raise TypeError("a boolean")
     if arrays.is_torch(value) and not arrays.torch_address(value):  # torch would read there
         raise TypeError("no memory")
@@ -262,7 +262,7 @@ def integer(op, name, value, least=None):
                 "value", f"{op}: {name}", "an integer", errors.shown(value)
             ) from error
     if not -(2**63) <= found < 2**63:
-        raise errors.wrong("value", f"{op}: {name}", "an integer of 64 bits", found)
+        raise errors.wrong("value", f"{op}: {name}", "an integer of 64 bits", errors.shown(found))
     if least is not None and found < least:
         kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
         raise errors.wrong("value", f"{op}: {name}", kind, found)
@@ -282,10 +282,11 @@ def integers(op, names, values):
 
 def choice(op, name, value, names):
     """``value``, which must be one of ``names``."""
-    if not isinstance(value, str) or value not in names:
+    text = formats.text_of(value)
+    if text not in names:
         expected = " or ".join(names) if len(names) < 3 else f"one of {', '.join(names)}"
         raise errors.wrong("value", f"{op}: {name}", expected, errors.shown(value))
-    return value
+    return text
 
 
 def flag(op, name, value):
@@ -293,8 +294,11 @@ def flag(op, name, value):
     true is refused: "False" is, and to ask a tensor on a GPU would wait for it."""
     if type(value) is bool:
         return value
-    if isinstance(value, (int, np.integer, np.bool_)) and value in (0, 1):
-        return bool(value)
+    kind = type(value)
+    if issubclass(kind, (int, np.integer, np.bool_)):
+        found = bool(value) if issubclass(kind, np.bool_) else operator.index(value)
+        if found in (0, 1):
+            return bool(found)
     raise errors.wrong("value", f"{op}: {name}", "True or False", errors.shown(value))
 
 
@@ -345,28 +349,48 @@ def slot_count(op, *arrays, scales):
 def number(op, name, value, positive=False, kind="None or "):
     """``value`` as a float that float32 can hold; -0.0 becomes 0.0, as the two are equal where they
     are remembered. ``kind``: what else the argument may be, for the error."""
-    real = type(value) is float or (isinstance(value, numbers.Real) and not isinstance(value, bool))
+    found = value if type(value) is float else real(value)
     least = SMALLEST_NORMAL if positive else -LARGEST_SCALE
-    if not real or not least <= value <= LARGEST_SCALE:
+    if found is None or not least <= found <= LARGEST_SCALE:
         kind += "a positive, normal float32" if positive else "a finite float32"
         raise errors.wrong("value", f"{op}: {name}", kind, errors.shown(value))
-    return float(value) + 0.0
+    return found + 0.0
+
+
+def is_real(value):
+    """Whether a value is a real number, by its type: a boolean is none."""
+    return type(value) is not bool and issubclass(type(value), numbers.Real)
+
+
+def real(value):
+    """A real number as a float, infinite where it is too large; None for anything else."""
+    if not is_real(value):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+    except Exception:  # whatever its class raises
+        return None
 
 
 def split_scale(op, name, scale):
     """A scale as (array, float); the float counts where the array is None. None means 1.0."""
     if scale is None:
         return None, 1.0
+    found = scale
     if type(scale) is not float:
-        if arrays.is_torch(scale):  # isinstance(scale, numbers.Real) takes a microsecond
+        if arrays.is_torch(scale):  # to ask whether it is a real number takes a microsecond
             return scale, 0.0
-        if isinstance(scale, bool):
+        if type(scale) is bool:
             raise errors.wrong("value", f"{op}: {name}", "a number or a float32 array", scale)
-        if not isinstance(scale, numbers.Real):
+        if not is_real(scale):
             return scale, 0.0
-    if not SMALLEST_SCALE <= scale <= LARGEST_SCALE:
-        raise errors.wrong("value", f"{op}: {name}", "a positive, finite float32", repr(scale))
-    return None, float(scale)
+        found = real(scale)
+    if found is None or not SMALLEST_SCALE <= found <= LARGEST_SCALE:
+        expected = "a positive, finite float32"
+        raise errors.wrong("value", f"{op}: {name}", expected, errors.shown(scale))
+    return None, found
 
 
 def split_scales(op, kv_cache_dtype, k_scale, v_scale):

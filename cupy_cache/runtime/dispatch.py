@@ -26,6 +26,7 @@ from . import (
     driver,
     fastpath,
     faults,
+    formats,
     indices,
     lists,
     plans,
@@ -106,6 +107,16 @@ def written_by(name):
 
 ROWS = arrays.ROWS
 _NO_VIEWS = (), ()
+_IN_HOST_MEMORY = indices.Chosen, list, tuple, range
+_PLAIN = {str, int, bool, float, type(None)}  # types of options without code of their own
+
+
+def _has_hash(named):
+    try:
+        hash(named[1])
+    except Exception:
+        return False
+    return True
 
 
 class Op:
@@ -171,12 +182,15 @@ class Op:
             objects, tensors, form = flattened(self, self.args, objects, options)
         try:
             paths = self.fast_paths.forms.get(form, ())
-        except TypeError as error:
+        except Exception as error:
             raise self.unhashable(options) from error
         for path in paths:
             made = path(tensors, scalars, stream, objects)
             if made is not False:
                 return made
+        if not _PLAIN.issuperset(map(type, options)):
+            options = tuple([formats.text_of(option) or option for option in options])
+            form = (options, *form[1:])
         if self.has_lists:  # what a producer does while it exports must not change them
             objects = [[*value] if type(value) is list else value for value in objects]
         objects, made = self.with_result(objects, objects, options, stream)
@@ -197,14 +211,11 @@ class Op:
         return [*objects[: self.result.at], made, *objects[self.result.at + 1 :]], made
 
     def unhashable(self, options):
-        """The error for the option that cannot be hashed, and so is no name."""
-        for name, option in zip(self.options, options):
-            try:
-                hash(option)
-            except TypeError:
-                got = f"a {type(option).__name__}"
-                return errors.wrong("value", f"{self.name}: {name}", "a string", got)
-        raise AssertionError(f"{self.name} has no options {options}")
+        """The error for the option that cannot be hashed, or compared, and so is no name."""
+        others = [pair for pair in zip(self.options, options) if type(pair[1]) not in _PLAIN]
+        name, option = next(itertools.filterfalse(_has_hash, others), others[0])
+        got = f"a {type(option).__name__}"
+        return errors.wrong("value", f"{self.name}: {name}", "a string", got)
 
     # --- reading
 
@@ -243,7 +254,7 @@ class Op:
             name = f"{self.name}: {arg.name}"
             if arg.layers and value is not None:
                 yield from zip(itertools.repeat(name), lists.plain(self.name, arg.name, value))
-            elif not (value is None or isinstance(value, (indices.Chosen, list, tuple, range))):
+            elif not (value is None or issubclass(type(value), _IN_HOST_MEMORY)):
                 yield name, value
 
     def refuse_traced(self, objects, wanted):

@@ -194,7 +194,7 @@ def _sound(ptr, shape, strides, size):
 
 
 def _integers(values):
-    return tuple(map(operator.index, values))
+    return tuple([operator.index(value) for value in values])
 
 
 def contiguous_strides(shape, itemsize):

@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import errors
 from ..errors import CaptureError, DeviceError, KernelError, MissingDependencyError
-from . import allocations, cuda, locks, modules, overlap
+from . import allocations, cuda, formats, locks, modules, overlap
 from .devices import CPU, Device
 
 # The default stream that waits for all others. It is never captured.
@@ -470,17 +470,17 @@ def _package(value):
 
 def _spelled(device):
     """A device in any of its forms as text, such as "cuda:1"; "" for anything else."""
-    kind = type(device)
-    if isinstance(device, str):
-        return str(device)
+    text = formats.text_of(device)
+    if text is not None:
+        return text
     package = _package(device)
-    if package == "torch":
-        return str(device)
-    if package == "cupy":
-        device = getattr(device, "id", "")
-    elif kind in (bool, np.bool_):
-        return ""
     try:
+        if package == "torch":
+            return str(device)
+        if package == "cupy":
+            device = getattr(device, "id", "")
+        elif type(device) in (bool, np.bool_):
+            return ""
         return f"cuda:{operator.index(device)}"
     except Exception:  # it is no device
         return ""

@@ -166,6 +166,11 @@ BY_TOKEN = ("int8_per_token_head", "fp8_per_token_head")
 LARGEST = {"int8": 127, "float8_e4m3fn": 448}
 
 
+def text_of(value):
+    """A string without what its class adds to it; None for anything else."""
+    return str.__str__(value) if issubclass(type(value), str) else None
+
+
 def dtype_named(name, argument="dtype"):
     """The `DType` called ``name`` (a string, NumPy dtype or torch dtype). ``argument``: "operation:
     argument", for the error."""
@@ -191,10 +196,11 @@ def cache_format(
     """The `CacheFormat` called ``kv_cache_dtype`` in ``table``. The name must be among ``names``,
     by default all of the table's. ``argument``: the argument's name, for the error."""
     names = tuple(table) if names is None else names
-    if not isinstance(kv_cache_dtype, str) or kv_cache_dtype not in names:
+    text = text_of(kv_cache_dtype)
+    if text not in names:
         expected = f"one of {', '.join(names)}"
         raise errors.wrong("value", f"{op}: {argument}", expected, errors.shown(kv_cache_dtype))
-    return table[kv_cache_dtype]
+    return table[text]
 
 
 def conversion(fmt, source):
@@ -234,4 +240,4 @@ _SCALED = frozenset(name for name, fmt in CACHE_FORMATS.items() if fmt.stored is
 
 def is_scaled(kv_cache_dtype):
     """Whether ``kv_cache_dtype`` names a format whose elements are converted with a scale."""
-    return isinstance(kv_cache_dtype, str) and kv_cache_dtype in _SCALED
+    return text_of(kv_cache_dtype) in _SCALED

@@ -16,6 +16,7 @@ from . import arrays, contract, formats
 
 _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
 _INT = {int}
+_SEQUENCES = list, tuple, range
 # Up to so many numbers, or pairs, are checked as Python's integers: that takes less time than a few
 # calls of NumPy's.
 FEW = 48
@@ -65,7 +66,7 @@ def _of(values, pairs):
 def read_host(op, arg, value):
     """``value`` as `Chosen` if it is in host memory; ``value`` itself if it is not, or if that is
     not known without an export."""
-    if isinstance(value, (list, tuple, range)):
+    if issubclass(type(value), _SEQUENCES):
         return (_pairs if arg.pairs else _numbers)(op, arg.name, value)
     if arrays.is_torch(value):
         try:
@@ -74,9 +75,11 @@ def read_host(op, arg, value):
             value = value.numpy()
         except Exception:  # on another device, say, or sparse: `arrays.read` refuses it later
             return value
-    if isinstance(value, np.ndarray):
+    if issubclass(type(value), np.ndarray):
         if type(value) is not np.ndarray:
-            arrays.reader_for(value, f"{op}: {arg.name}")  # refuses masked ones
+            name = f"{op}: {arg.name}"
+            arrays.read(value, name)  # refuses masked ones, and what its class does not show
+            value = np.asarray(value)
         if (
             value.dtype not in _INTEGERS
             or value.ndim != 1 + arg.pairs
@@ -85,7 +88,7 @@ def read_host(op, arg, value):
             name = f"{op}: {arg.name}"
             check(op, arg, arrays.describe(arrays.read(value, name), name))  # says what is wrong
         return _copied(arg, value)
-    if isinstance(value, (dict, set)):
+    if issubclass(type(value), (dict, set)):
         items = "(source, destination) pairs" if arg.pairs else "integers"
         expected = f"a list or an array of {items}"
         got = f"a {type(value).__name__}"
@@ -129,18 +132,18 @@ def check(op, arg, array):
 
 def _pairs(op, name, value):
     """A sequence of (source, destination) pairs."""
-    if not value:
-        return Chosen(np.empty((0, 2), np.int64))
-    if _marshal_is_known and len(value) > FEW:
-        words = _marshalled(value)
-        if words is not None:
-            return Chosen(None, words, pairs=True)
     try:
+        if not value:
+            return Chosen(np.empty((0, 2), np.int64))
+        if _marshal_is_known and len(value) > FEW:
+            words = _marshalled(value)
+            if words is not None:
+                return Chosen(None, words, pairs=True)
         sources, destinations = zip(*value, strict=True)
         flat = [*sources, *destinations]
         flat[::2], flat[1::2] = sources, destinations
         if set(map(type, flat)) != _INT:
-            flat = list(map(contract.index, flat))
+            flat = [contract.index(number) for number in flat]  # `map` would end at a StopIteration
         return _of(flat, True) or Chosen(_wide(flat).reshape(-1, 2))
     except Exception as error:  # whatever an `__index__` raises
         expected = "(source, destination) pairs of integers"
@@ -191,12 +194,12 @@ def _wide(values):
 
 
 def _numbers(op, name, value):
-    values = [*value]
-    if set(map(type, values)) == _INT:
-        found = _of(values, False)
-        if found is not None:
-            return found
     try:
+        values = [*value]
+        if set(map(type, values)) == _INT:
+            found = _of(values, False)
+            if found is not None:
+                return found
         table = _as_integers(values)
     except Exception as error:  # also whatever an object raises that is to be a number
         raise errors.wrong("type", f"{op}: {name}", "integers", errors.shown(value)) from error
@@ -206,8 +209,8 @@ def _numbers(op, name, value):
 
 
 def _as_integers(values):
-    """A sequence of integers, nested or not, as an int64 array; `TypeError`, `ValueError` or
-    `OverflowError` where it is something else."""
+    """A sequence of integers, nested or not, as an int64 array; raises where it is something
+    else."""
     kinds = set(map(type, values))
     if not kinds <= {int, list, tuple}:  # NumPy would take booleans, and not all that is an integer
         values = [contract.integer("", "", value) for value in values]

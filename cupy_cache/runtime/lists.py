@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Arguments that are lists of arrays, one for each layer."""
 
+import contextlib
 from typing import NamedTuple
 
 from .. import errors
@@ -23,15 +24,28 @@ class Layers(NamedTuple):
     strides: tuple | None = None
 
 
+LISTS = list, tuple
+
+
 def plain(op, name, value):
     """A list of arrays as a list or tuple of Python's own, whose length is that of what it has.
     Refuses anything else."""
-    if type(value) in (list, tuple):
-        return value
-    if not isinstance(value, (list, tuple)):
+    found = plain_or_none(value)
+    if found is None:
         expected = "a list of arrays, one for each layer"
         raise errors.wrong("type", f"{op}: {name}", expected, type(value).__name__)
-    return [*value]
+    return found
+
+
+def plain_or_none(value):
+    """A list or tuple without what its class adds to it; None for anything else, and where its
+    class does not let it be read."""
+    if type(value) in LISTS:
+        return value
+    if issubclass(type(value), LISTS):
+        with contextlib.suppress(Exception):
+            return [*value]
+    return None
 
 
 def read(op, arg, values, stream):

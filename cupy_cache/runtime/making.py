@@ -11,7 +11,7 @@ import numpy as np
 
 from .. import errors
 from ..errors import DeviceError, MissingDependencyError
-from . import allocations, arrays, cuda, devices, dlpack, driver, streams
+from . import allocations, arrays, cuda, devices, dlpack, driver, formats, streams
 
 HOST_ALIGNMENT = 64  # of NumPy's zeros: without it JAX makes no view of memory on the CPU
 
@@ -21,8 +21,10 @@ def home(op, framework, device):
     either, both or neither."""
     if framework is None and type(device).__module__.partition(".")[0] == "torch":
         framework = "torch"
-    if not (framework is None or isinstance(framework, str)):
-        raise _no_framework(op, framework)
+    if framework is not None:
+        given, framework = framework, formats.text_of(framework)
+        if framework is None:
+            raise _no_framework(op, given)
     if framework == "torch" and "torch" not in sys.modules:
         raise MissingDependencyError(f"{op}: framework 'torch' was asked for; import torch before")
     if device is None and framework == "numpy":
@@ -44,7 +46,7 @@ def home(op, framework, device):
 
 
 def _no_framework(op, framework):
-    way_out = arrays.OF_JAX if isinstance(framework, str) and framework == "jax" else ""
+    way_out = arrays.OF_JAX if formats.text_of(framework) == "jax" else ""
     expected, got = "'torch', 'cupy' or 'numpy'", errors.shown(framework)
     return errors.wrong("value", f"{op}: framework", expected, got, way_out)
 
@@ -153,7 +155,7 @@ def on_device_of(array):
     """A context manager, to be entered at once: inside, what its framework computes with ``array``
     is computed on its GPU, and on the stream that is current there. torch does so by itself; CuPy
     would take the current GPU."""
-    if isinstance(array, arrays.class_of("cupy", "ndarray")):
+    if issubclass(type(array), arrays.class_of("cupy", "ndarray")):
         return driver.active.on_device(array.data.device_id)
     return contextlib.nullcontext()
 

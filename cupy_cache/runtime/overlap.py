@@ -56,7 +56,7 @@ class overlap:
     """
 
     def __init__(self, on: bool = True) -> None:
-        if not isinstance(on, bool):
+        if type(on) is not bool:
             expected, error = "True or False", errors.ArgumentError
             raise errors.wrong("type", "overlap: on", expected, type(on).__name__, error=error)
         self._before = _set(on)

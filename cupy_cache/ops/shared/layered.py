@@ -15,10 +15,10 @@ def tensor_lists(op, caches):
     """``caches``, a list with one array or one tuple of arrays for each layer, as a list with all
     layers' arrays for each tensor of a layer."""
     caches = lists.plain(op, "caches", caches)
-    if not caches or not isinstance(caches[0], (list, tuple)):
+    if not caches or not issubclass(type(caches[0]), lists.LISTS):
         return [caches]
     if not (set(map(type, caches)) <= {tuple, list} and 1 <= len(caches[0]) <= 2):
-        caches = [[*one] if isinstance(one, (list, tuple)) else one for one in caches]
+        caches = [_layer(op, index, layer) for index, layer in enumerate(caches)]
         _check_layers(op, caches)
     try:
         return list(zip(*caches, strict=True))
@@ -27,13 +27,22 @@ def tensor_lists(op, caches):
         raise
 
 
+_OF_A_LAYER = "an array, or one or two of them like caches[0]"
+
+
+def _layer(op, index, layer):
+    """A layer's arrays, in a plain list or tuple."""
+    if type(layer) in lists.LISTS:
+        return layer
+    if issubclass(type(layer), lists.LISTS):
+        return lists.plain(op, f"caches[{index}]", layer)
+    raise errors.wrong("length", f"{op}: caches[{index}]", _OF_A_LAYER, type(layer).__name__)
+
+
 def _check_layers(op, caches):
-    first = caches[0]
     for index, layer in enumerate(caches):
-        if not isinstance(layer, (list, tuple)) or not 1 <= len(layer) == len(first) <= 2:
-            got = f"{len(layer)}" if isinstance(layer, (list, tuple)) else type(layer).__name__
-            expected = "an array, or one or two of them like caches[0]"
-            raise errors.wrong("length", f"{op}: caches[{index}]", expected, got)
+        if not 1 <= len(layer) == len(caches[0]) <= 2:
+            raise errors.wrong("length", f"{op}: caches[{index}]", _OF_A_LAYER, len(layer))
 
 
 def check_tokens(check, name, cache, way_out=""):
@@ -58,7 +67,8 @@ def check_range(op, name, chosen, limit, padding, distinct):
         bad = (numbers >= limit) | ((numbers < 0) & (not padding))
         row = int(np.argmax(bad))
         expected = f"{'padding or ' if padding else ''}{errors.below(limit, 'numbers')}"
-        raise errors.wrong("value", f"{op}: {name}", expected, f"{numbers[row]} in row {row}")
+        got = f"{errors.shown(int(numbers[row]))} in row {row}"
+        raise errors.wrong("value", f"{op}: {name}", expected, got)
     if distinct:
         used = np.sort(numbers[numbers >= 0]) if padding else np.sort(numbers)
         again = used[1:][used[1:] == used[:-1]]

@@ -104,7 +104,7 @@ def _refuse(op, sources, destinations, source_blocks, destination_blocks, words)
         for row, number in enumerate(numbers):
             if not 0 <= number < limit:
                 expected = errors.below(limit, f"{side} {words.item}s")
-                got = f"{number} in row {row}"
+                got = f"{errors.shown(number)} in row {row}"
                 raise errors.wrong("value", f"{op}: {words.argument}", expected, got)
     seen = set()
     repeated = [number for number in destinations if number in seen or seen.add(number)]

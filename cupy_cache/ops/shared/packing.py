@@ -123,11 +123,11 @@ class Operation:
     def item_bytes(self, caches):
         """The bytes of one item in all layers together."""
         tensors = layered.tensor_lists(self.name, caches)
-        if not caches:
+        if not tensors[0]:
             return 0
         op = self._ops[len(tensors)]
         described = op.describe(op.read((*tensors, []), dlpack.LOOK).found)
-        return len(caches) * sum(Plan(op, self.direction, self.by_slot, described).sizes)
+        return len(tensors[0]) * sum(Plan(op, self.direction, self.by_slot, described).sizes)
 
 
 # --- the buffer -----------------------------------------------------------------------------------

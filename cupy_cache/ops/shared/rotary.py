@@ -117,7 +117,7 @@ def three_sections(op, sections):
     """The three sections, as a tuple of integers."""
     try:
         found = tuple(sections)
-    except TypeError:
+    except Exception:  # whatever its class raises
         found = ()
     if len(found) != 3:
         got = errors.shown(sections)
