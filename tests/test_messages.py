@@ -5,18 +5,22 @@ called, what is wrong with which argument, what was expected and what came, and 
 there is a usual one. Nothing is written."""
 
 import ast
+import functools
 import inspect
 import itertools
 import re
 import types
+import weakref
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
+from surface import attention, calls
 
 import cupy_cache as cc
 from cupy_cache import errors
+from cupy_cache.runtime import env, log
 
 pytestmark = pytest.mark.whole
 
@@ -440,6 +444,157 @@ def test_what_is_expected_of_numbers():
     assert of_blocks == ["blocks in 0..1", "blocks in 0..0"]
     assert [errors.below(limit) for limit in (0, -1)] == ["no number, as there are none"] * 2
     assert errors.below(0, "blocks") == "no blocks, as there are none"
+
+
+class Unwilling:
+    """Whatever it is asked, it raises."""
+
+    def __repr__(self):
+        raise RuntimeError("no")
+
+    __str__ = __bool__ = __index__ = __len__ = __eq__ = __hash__ = __iter__ = __getitem__ = __repr__
+    __float__ = __array__ = __getattribute__ = __repr__
+
+
+class UnwillingList(list):
+    __repr__ = __len__ = __iter__ = __getitem__ = __bool__ = Unwilling.__repr__
+
+
+class UnwillingText(str):
+    __repr__ = __eq__ = __hash__ = Unwilling.__repr__
+
+
+GONE = weakref.proxy(Unwilling())
+UNWILLING = {
+    "unwilling": Unwilling(), "gone": GONE, "digits": 10**5000, "list": UnwillingList([1]),
+    "text": UnwillingText("fp9"),
+}  # fmt: skip
+
+
+def told(call):
+    """The message of a call that is refused; None where it is not."""
+    try:
+        call()
+    except cc.FaultError:  # of what was given as it should be
+        return None
+    except cc.CupyCacheError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.whole
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=[] if k == "unwilling" else pytest.mark.extra) for k in UNWILLING],
+)
+def test_what_refuses_to_be_looked_at(kind):
+    """As any argument of any function, and within a list."""
+    rng = np.random.default_rng(0)
+    for make in (*calls.ORDINARY, *attention.MAKERS):
+        made = make(rng)
+        function = getattr(cc, made.name)
+        for name in inspect.signature(function).parameters:
+            if name == "size_and_mapping":
+                continue
+            for value in (UNWILLING[kind], [UNWILLING[kind]]):
+                given = made.objects() | {name: value}
+                text = told(functools.partial(function, **given))
+                if text is not None and "is needed" not in text:  # CuPy, where a framework is asked
+                    assert FORM.fullmatch(text), (made.name, name, text)
+                    assert "\n" not in text
+    told(cc.raise_faults)
+
+
+def of_tables(method, *arguments):
+    """A call of a method of new `BlockTables`."""
+
+    def call():
+        made = cc.BlockTables(5, 2, max_sequences=2, max_tokens=8, max_length=8)
+        made.add("a", [1])
+        getattr(made, method)(*arguments)
+
+    return call
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("kind", ["unwilling", "gone"])
+def test_what_refuses_to_be_looked_at_by_objects(kind):
+    value, pages = UNWILLING[kind], caches()
+    attend = functools.partial(pages.attend, 0, zeros(1, 2, 8), *STEP)
+    for call in (
+        of_tables("add", value), of_tables("length", value), of_tables("fork", "a", value),
+        of_tables("step", value, [1]), of_tables("step", ["a"], value),
+        of_tables("reorder", [value], ["a"]), of_tables("schedule", value),
+        of_tables("append", "a", value), of_tables("swap_out", value),
+        lambda: attend(scale=value), lambda: attend(soft_cap=value),
+        lambda: attend(sinks=value), lambda: attend(alibi_slopes=value),
+        lambda: pages.gather(0, STEP[0], np.array([0, 6]), out=value),
+        lambda: pages.swap_blocks(value, [(0, 1)]),
+        lambda: pages.pack_blocks([0], zeros(2**12), layout=value),
+        lambda: cc.PagedKVCache(value), lambda: cc.PagedKVCache([zeros(5, 8)], v_scales=value),
+        lambda: caches(k_scales=[value] * 2, kv_cache_dtype="fp8"),
+        lambda: cc.SwapSpace(value, 1), lambda: cc.BlockPool(value), lambda: cc.overlap(value),
+        allocate(layout=value), allocate(kv_cache_dtype=value), allocate(framework=value),
+        lambda: cc.packed_size([zeros(5, 8)], num_blocks=1, num_tokens=value),
+        lambda: cc.flash_attn.flash_attn_with_kvcache(
+            zeros(1, 1, 2, 8), zeros(5, 4, 2, 8), zeros(5, 4, 2, 8), window_size=value
+        ),
+    ):  # fmt: skip
+        text = told(call)
+        assert text is not None and FORM.fullmatch(text), text
+
+
+def test_numbers_of_thousands_of_digits():
+    """Python itself does not show them."""
+    many = 10**5000
+    assert "got an object of type int" in told(lambda: cc.alibi_slopes(many))
+    assert "got an object of type int in row 0" in told(copy([(many, 1)]))
+    for call in (lambda: cc.BlockPool(2).take(many), of_tables("step", ["a"], [many])):
+        assert FORM.fullmatch(told(call))
+    # A negative slot is padding, however negative.
+    cache = np.arange(12.0).reshape(3, 4)
+    cc.copy_tokens([cache], [(-many, -many), (0, 3)])
+    np.testing.assert_array_equal(cache, [[0, 1, 2, 0], [4, 5, 6, 7], [8, 9, 10, 11]])
+
+
+def test_variables_of_thousands_of_digits(monkeypatch):
+    """Nobody could catch what would be raised at import."""
+    for variable, read in ((env.DEBUG, lambda: env.flag(env.DEBUG)), (env.LOGLEVEL, log.configure)):
+        monkeypatch.setenv(variable.name, "9" * 5000)
+        monkeypatch.setattr(env, "_said", set())
+        with pytest.warns(RuntimeWarning, match=f"{variable.name}: expected .* got '999"):
+            assert not read()
+
+
+def test_an_index_that_ends_an_iteration():
+    """A StopIteration would end `map` early, and the rest would be dropped without a word."""
+
+    class Ends:
+        def __index__(self):
+            raise StopIteration
+
+    cache, other = np.arange(8.0).reshape(4, 2), np.zeros((4, 2))
+    for pairs in ([(0, 1), (2, Ends())], [(0, 1), (Ends(), Ends())]):
+        text = told(lambda pairs=pairs: cc.copy_blocks([cache], [other], pairs))
+        assert "(source, destination) pairs of integers" in text
+    np.testing.assert_array_equal(cache, np.arange(8.0).reshape(4, 2))
+
+
+def test_stand_ins_of_arrays():
+    """They are read by what they offer, whatever others of their type stand for."""
+    torch = pytest.importorskip("torch")
+    first, second = np.ones((3, 4)), torch.ones(3, 4)
+    for array in (first, second, np.ones((3, 4))):
+        cc.zero_blocks([weakref.proxy(array)], [1])
+        assert array.tolist() == [[1] * 4, [0] * 4, [1] * 4]
+
+
+def test_messages_are_of_one_line():
+    text = told(lambda: cc.alibi_slopes(np.zeros((3, 3))))
+    assert FORM.fullmatch(text) and text.endswith("[0., 0., 0.]])")
+    broken = types.SimpleNamespace(__dlpack__=lambda **_: 1 // 0, __dlpack_device__=lambda: 1 // 0)
+    assert FORM.fullmatch(told(lambda: cc.zero_blocks([broken], [1])))
 
 
 def test_without_an_operation():

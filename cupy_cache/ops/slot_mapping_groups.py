@@ -142,7 +142,7 @@ def _each(name, given, groups, kind, normal):
     if values is None or len(values) != groups:
         expected = f"a list of {errors.counted(groups, 'value')}, one for each of block_tables"
         raise errors.wrong("value", f"{NAME}: {name}", expected, errors.shown(given))
-    if set(map(type, values)) == {kind}:
+    if set(map(type, values)) == {kind} and -(2**63) <= min(values) <= max(values) < 2**63:
         return tuple(values)
     return tuple([normal(NAME, f"{name}[{at}]", value) for at, value in enumerate(values)])
 

@@ -10,6 +10,8 @@ import os
 import warnings
 from typing import NamedTuple
 
+from .. import errors
+
 
 class Variable(NamedTuple):
     """One variable: its name, its default as text, and what it does."""
@@ -65,10 +67,21 @@ def flag(variable):
         return True
     if value in ("", "0", "false", "no", "off"):
         return False
-    if value.isdecimal():
-        return int(value) != 0
-    say_once(f"{variable.name}: expected 1 or 0, got {text(variable)!r}; it counts as 0")
+    number = whole_number(value)
+    if number is not None:
+        return number != 0
+    got = errors.shown(text(variable))
+    say_once(f"{variable.name}: expected 1 or 0, got {got}; it counts as 0")
     return False
+
+
+def whole_number(text):
+    """The number that a text spells; None where it spells none, or has more digits than Python
+    reads."""
+    try:
+        return int(text) if text.isdecimal() else None
+    except ValueError:
+        return None
 
 
 _said = set()

@@ -4,6 +4,7 @@
 
 import logging
 
+from .. import errors
 from . import env
 
 logger = logging.getLogger("cupy_cache")
@@ -15,11 +16,13 @@ def configure():
     name = env.text(env.LOGLEVEL).strip().upper()
     if not name:
         return
-    level = int(name) if name.isdecimal() else logging.getLevelName(name)
+    level = env.whole_number(name)
+    if level is None:
+        level = logging.getLevelName(name)
     if not isinstance(level, int):
         env.say_once(
-            f"{env.LOGLEVEL.name}: expected a logging level, such as DEBUG or 10, got {name!r}; "
-            "nothing is printed"
+            f"{env.LOGLEVEL.name}: expected a logging level, such as DEBUG or 10, got "
+            f"{errors.shown(name)}; nothing is printed"
         )
         return
     handler = logging.StreamHandler()
