@@ -24,7 +24,7 @@ import worlds
 
 import cupy_cache as cc
 from cupy_cache.ops import slot_mapping_groups
-from cupy_cache.runtime import cuda, driver, faults, modules
+from cupy_cache.runtime import cuda, dispatch, driver, faults, locks, modules
 
 FIELDS = ("op", "argument", "row", "value", "limit", "device")
 
@@ -514,6 +514,29 @@ def test_locks_are_free_in_a_forked_child():
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == "0"
+
+
+@pytest.mark.whole
+def test_a_call_in_the_middle_of_another():
+    """As of a signal handler, or at an object's end: the thread itself holds the locks."""
+    told = []
+
+    def in_the_middle():
+        with contextlib.ExitStack() as held:
+            for lock in list(locks._locks):
+                held.enter_context(lock)
+            dispatch.forget_everything()
+            cc.gather_slots(np.zeros((2, 2, 8)), np.zeros((1, 8)), np.array([9]))
+            try:
+                cc.raise_faults()
+            except cc.FaultError as error:
+                told.extend(error.faults)
+
+    thread = threading.Thread(target=in_the_middle, daemon=True)
+    thread.start()
+    thread.join(20)
+    locks._renew_all()  # else a thread that waits would keep them
+    assert [fault.value for fault in told] == [9]
 
 
 def output_of(script):

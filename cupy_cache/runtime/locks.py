@@ -9,7 +9,8 @@ import weakref
 
 
 class Lock:
-    """``threading.Lock``, as a context manager."""
+    """``threading.RLock``, as a context manager. A signal handler, or an object's end, may call an
+    operation in the middle of another: a plain lock would wait for its own thread."""
 
     def __init__(self):
         self.renew()
@@ -17,7 +18,7 @@ class Lock:
 
     def renew(self):
         """Become free, whichever thread held it."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
 
     def __enter__(self):
         self._lock.acquire()
