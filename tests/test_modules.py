@@ -211,12 +211,18 @@ def test_no_kernel_sources(tmp_path, monkeypatch):
     monkeypatch.setenv("CUPYCACHE_KERNEL_DIR", str(tmp_path))
     with pytest.raises(cc.KernelError, match="CUPYCACHE_KERNEL_DIR"):
         modules.kernel_dir()
+    monkeypatch.setenv("CUPYCACHE_KERNEL_DIR", "x" * 5000)  # no folder can be asked for
+    with pytest.raises(cc.KernelError, match="OSError: .*; reinstall cupy-cache, or name"):
+        modules.expanded_source("alibi_slopes")
 
 
 def test_a_kernel_source_that_is_missing(tmp_path, monkeypatch):
     (tmp_path / "include" / "cupy_cache").mkdir(parents=True)
     monkeypatch.setenv("CUPYCACHE_KERNEL_DIR", str(tmp_path))
     with pytest.raises(cc.KernelError, match="alibi_slopes: its source could not be read"):
+        modules.expanded_source("alibi_slopes")
+    (tmp_path / "alibi_slopes.cu").write_bytes(b"\xff")  # no text
+    with pytest.raises(cc.KernelError, match="could not be read: UnicodeDecodeError"):
         modules.expanded_source("alibi_slopes")
 
 

@@ -15,6 +15,7 @@ import ctypes
 import functools
 import os
 import re
+import stat
 import threading
 import time
 from pathlib import Path
@@ -130,11 +131,17 @@ def kernel_dir():
     candidates = (
         [Path(chosen)] if chosen else [package / "kernels_cu", package.parent / "kernels_cu"]
     )
+    why = ""
     for folder in candidates:
-        if (folder / "include" / "cupy_cache").is_dir():
-            return folder
+        try:
+            if stat.S_ISDIR((folder / "include" / "cupy_cache").stat().st_mode):
+                return folder
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:  # it may not be looked into, say
+            why = f" ({cuda.named(error)})"
     raise KernelError(
-        f"cupy_cache: no kernel sources in {' or '.join(map(str, candidates))}; reinstall "
+        f"cupy_cache: no kernel sources in {' or '.join(map(str, candidates))}{why}; reinstall "
         f"cupy-cache, or name a kernels_cu folder in {env.KERNEL_DIR.name}"
     )
 
@@ -146,7 +153,7 @@ def expanded_source(stem):
     try:
         stamp = tuple(sorted((str(f), f.stat().st_mtime_ns) for f in _files_of(folder, path)))
         return _expand(folder, stem, stamp)
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise KernelError(
             f"{stem}: its source could not be read: {cuda.named(error)}; reinstall cupy-cache, or "
             f"name a kernels_cu folder in {env.KERNEL_DIR.name}"
