@@ -579,6 +579,48 @@ def test_a_child_that_is_forked_while_a_thread_finds_cuda():
     assert output_of(FORK_AT_THE_FIRST_USE) == "5\n"
 
 
+FORK_DURING_THE_IMPORT = """
+import importlib.machinery, os, signal, sys, threading
+import cupy_cache as cc
+
+begun = threading.Event()
+
+
+class Slow:
+    def find_spec(name, path=None, target=None):
+        return importlib.machinery.ModuleSpec(name, Slow) if name == "cupy" else None
+
+    def create_module(spec):
+        return None
+
+    def exec_module(module):
+        begun.set()
+        threading.Event().wait()
+
+
+sys.meta_path.insert(0, Slow)
+sys.modules.pop("cupy", None)
+threading.Thread(target=cc.alibi_slopes, args=(2,), daemon=True).start()
+begun.wait()
+child = os.fork()
+if not child:
+    signal.alarm(3)
+    if cc.alibi_slopes(2).tolist() != [2**-4, 2**-8]:
+        os._exit(4)
+    try:
+        cc.alibi_slopes(2, device=0)
+    except cc.MissingDependencyError as error:
+        os._exit(5 if "forked while CuPy was imported" in str(error) else 6)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_child_that_is_forked_while_a_thread_imports_cupy():
+    assert output_of(FORK_DURING_THE_IMPORT) == "5\n"
+
+
 FORK_WITH_A_FAULT = """
 import os
 from cupy_cache.runtime import faults

@@ -20,7 +20,7 @@ from surface import attention, calls
 
 import cupy_cache as cc
 from cupy_cache import errors
-from cupy_cache.runtime import env, log
+from cupy_cache.runtime import cuda, env, log
 
 pytestmark = pytest.mark.whole
 
@@ -593,6 +593,8 @@ def test_stand_ins_of_arrays():
 def test_messages_are_of_one_line():
     text = told(lambda: cc.alibi_slopes(np.zeros((3, 3))))
     assert FORM.fullmatch(text) and text.endswith("[0., 0., 0.]])")
+    mute = type("Mute", (Exception,), {"__str__": Unwilling.__repr__})()
+    assert cuda.named(mute) == "Mute: an object of type Mute"
     broken = types.SimpleNamespace(__dlpack__=lambda **_: 1 // 0, __dlpack_device__=lambda: 1 // 0)
     assert FORM.fullmatch(told(lambda: cc.zero_blocks([broken], [1])))
 

@@ -8,7 +8,9 @@ import functools
 import os
 import re
 import sys
+import threading
 
+from .. import errors
 from ..errors import KernelError, MissingDependencyError
 from . import env
 
@@ -39,8 +41,11 @@ def find_cupy(why):
     """The cupy module, even if it cannot use CUDA."""
     if _lost_by_fork:
         raise KernelError(f"{why}: {FORKED}")
+    if _cut_off:
+        raise MissingDependencyError(f"{why}: {_CUT_OFF}")
     try:
-        import cupy
+        with _noted_import():
+            import cupy
 
         is_hip = cupy.cuda.runtime.is_hip
     except Exception as error:
@@ -48,6 +53,41 @@ def find_cupy(why):
     if is_hip:
         raise MissingDependencyError(_ROCM.format(why, "CuPy"))
     return cupy
+
+
+_importing: set[int] = set()  # threads that import CuPy for the first time
+_cut_off = False  # whether one did when this process was forked
+_CUT_OFF = (
+    "this process was forked while CuPy was imported, which can be neither ended nor begun again "
+    "here; start processes with multiprocessing's method 'spawn'"
+)
+
+
+@contextlib.contextmanager
+def _noted_import():
+    """Inside, this thread is among those that import CuPy, unless that was done before."""
+    spec = getattr(sys.modules.get("cupy"), "__spec__", None)
+    if spec is not None and not getattr(spec, "_initializing", False):
+        yield
+        return
+    thread = threading.get_ident()
+    _importing.add(thread)
+    try:
+        yield
+    finally:
+        _importing.discard(thread)
+
+
+def _after_fork():
+    """In a forked child, the parent's other threads do not exist. Python's lock of a module stays
+    with the thread that imported it, and whoever imports it would wait for ever."""
+    global _cut_off
+    _importing.discard(threading.get_ident())
+    _cut_off = _cut_off or bool(_importing)
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 FORKED = (
@@ -115,7 +155,7 @@ def is_too_old(version):
 
 def named(error):
     """The text of an error with its class, in one line."""
-    text = " ".join(str(error).split())
+    text = " ".join(errors.in_a_line(error).split())
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
