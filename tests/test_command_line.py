@@ -167,6 +167,20 @@ def test_warmup_passes_on_what_it_is_told(capsys, monkeypatch):
     assert given.pop()[1]["layouts"] == ["NHD"]
 
 
+def test_a_demo_that_is_too_large(capsys, monkeypatch):
+    def too_large(*sizes):
+        raise MemoryError("Unable to allocate 2.5 TiB")
+
+    monkeypatch.setattr(command_line.demo, "demo", too_large)
+    status, _, errors = run(capsys, "demo --backend numpy --block-size 2147483647")
+    assert status == command_line.CANNOT_RUN and "Traceback" not in errors
+    assert "too little memory for these sizes: MemoryError: Unable to allocate" in errors
+    with pytest.raises(SystemExit) as left:
+        run(capsys, f"demo --block-size {2**64}")
+    assert left.value.code == command_line.CANNOT_RUN
+    assert "argument --block-size: expected a number below 2**31" in capsys.readouterr().err
+
+
 def test_warmup_that_is_refused(capsys):
     line = "warmup --num-kv-heads 8 --head-size 128 --dtype complex64"
     status, out, errors = run(capsys, line)

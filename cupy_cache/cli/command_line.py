@@ -211,8 +211,9 @@ def _natural(text):
 
 def _positive(text):
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {value}")
+    if not 1 <= value < 2**31:
+        expected = "1 or more" if value < 1 else "a number below 2**31"
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {value}")
     return value
 
 
@@ -237,6 +238,10 @@ def _demo(args):
     except (demo.Difference, FaultError) as difference:
         _complain(f"DIFFERENCE: {difference}")
         return 1
+    except MemoryError as error:
+        if isinstance(error, CupyCacheError):  # of blocks, of which there are enough
+            raise
+        raise CannotRun(f"too little memory for these sizes: {cuda.named(error)}") from error
     print(f"greedy: {bytes(greedy.tokens)}")
     for beam in beams:
         print(f"beam, log probability {beam.score:.2f}: {bytes(beam.tokens)}")
