@@ -690,3 +690,27 @@ def test_a_real_gpu_is_warm_afterwards(monkeypatch):
     cc.reshape_and_cache_flash(key, key, *caches, cupy.arange(3))
     assert caches[0][0, :3].all() and not caches[0][0, 3:].any()
     assert arrays.view(caches[1], "cache").device.index == cupy.cuda.Device().id
+
+
+NO_NAMES = [None, 3, [["NHD"]], [np.zeros(2)], {1}, "NHD", [None], np.array([1, 2])]
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("name", ["layouts", "ops", "index_dtypes"])
+def test_names_in_any_sequence(name):
+    """An iterator's, too; what has none is refused, whatever it is."""
+    names = {"layouts": "NHD", "ops": "copy_blocks", "index_dtypes": "int32"}
+    given = {n: [one] for n, one in names.items()}
+    expected = [kernel.key for kernel in specialisations(2, 64, 16, **given)]
+    assert expected
+    for found in (iter([names[name]]), {names[name]: 1}, np.array([names[name]])):
+        kernels = specialisations(2, 64, 16, **(given | {name: found}))
+        assert [kernel.key for kernel in kernels] == expected
+    for wrong in NO_NAMES[1 if name != "layouts" else 0 :]:
+        with pytest.raises(cc.ArgumentError, match=f"warmup: Invalid value of {name}: expected"):
+            list(specialisations(2, 64, 16, **(given | {name: wrong})))
+
+
+def test_a_rotation_that_is_no_dict():
+    with pytest.raises(cc.DTypeError, match="warmup: Invalid type of rotary: expected a dict"):
+        list(specialisations(2, 64, 16, rotary=np.zeros(2)))

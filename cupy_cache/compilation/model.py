@@ -45,7 +45,7 @@ def rotation_of(given):
     unknown = [name for name in given if name not in Rotation._fields]
     if unknown:
         expected = f"some of {', '.join(Rotation._fields)}"
-        raise errors.wrong("value", "warmup: rotary", expected, repr(unknown[0]))
+        raise errors.wrong("value", "warmup: rotary", expected, errors.shown(unknown[0]))
     given = dict(given)
     for name in ("cos_sin_dtype", "norm_dtype"):
         if given.get(name) is not None:

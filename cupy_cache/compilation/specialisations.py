@@ -28,17 +28,17 @@ def specialisations(
     Needs no GPU. ``index_dtypes`` None: those of `ENGINES`. ``refused``: a list, to which the first
     error of each operation that refuses the shape is added; without it the error is raised.
     """
-    for name, given, allowed in (
-        ("layouts", layouts, formats.LAYOUTS),
-        ("index_dtypes", () if index_dtypes is None else index_dtypes, spelling.INDEX_NAMES),
-        ("ops", OPERATIONS if ops is None else ops, OPERATIONS),
-        ("kv_cache_dtype", [kv_cache_dtype], [*FORMATS, formats.FP8_DS_MLA]),
-    ):
-        whole = isinstance(given, str)  # a string's items would be letters
-        unknown = [given] if whole else [item for item in given if item not in allowed]
-        if unknown:
-            got = f"{unknown[0]!r}{' instead of a sequence' if whole else ''}"
-            raise errors.wrong("value", f"warmup: {name}", f"some of {', '.join(allowed)}", got)
+    layouts, index_dtypes, ops, (kv_cache_dtype,) = (
+        None if given is None and name != "layouts" else _names(name, given, allowed)
+        for name, given, allowed in (
+            ("layouts", layouts, formats.LAYOUTS),
+            ("index_dtypes", index_dtypes, spelling.INDEX_NAMES),
+            ("ops", ops, OPERATIONS),
+            ("kv_cache_dtype", [kv_cache_dtype], [*FORMATS, formats.FP8_DS_MLA]),
+        )
+    )
+    if rotary is not None and not issubclass(type(rotary), dict):
+        raise errors.wrong("type", "warmup: rotary", "a dict", errors.shown(rotary))
     dtype = formats.dtype_named(dtype, "warmup: dtype")
     stored = formats.UINT8
     if kv_cache_dtype != formats.FP8_DS_MLA:
@@ -64,6 +64,21 @@ def specialisations(
             if refused is None:
                 raise
             refused.append(error)
+
+
+def _names(name, given, allowed):
+    """Names that must be among ``allowed``, given in anything but a string, in a list."""
+    try:
+        items = None if formats.text_of(given) is not None else [*given]
+    except Exception:  # there is nothing to go through, or its class raises
+        items = None
+    whole = items is None  # a string's items would be letters
+    names = [formats.text_of(item) for item in items or ()]
+    unknown = [given] if whole else [item for item, n in zip(items, names) if n not in allowed]
+    if unknown:
+        got = f"{errors.shown(unknown[0])}{' instead of a sequence' if whole else ''}"
+        raise errors.wrong("value", f"warmup: {name}", f"some of {', '.join(allowed)}", got)
+    return names
 
 
 def _kernels_of(call):
