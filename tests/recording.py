@@ -6,7 +6,7 @@ import contextlib
 import sys
 import types
 
-from cupy_cache.runtime import allocations, arrays, devices, driver, launch, streams
+from cupy_cache.runtime import allocations, arrays, devices, driver, guards, launch, streams
 
 STREAM = 77  # every framework's current one
 
@@ -125,6 +125,8 @@ def recorder(monkeypatch):
 
     # Tensors of the host have addresses which those of a GPU have not.
     monkeypatch.setattr(arrays, "LOWEST", arrays.LOWEST_ON_HOST)
+    cupys = guards._CUPY._replace(above=arrays.LOWEST_ON_HOST)
+    monkeypatch.setattr(guards, "_CUPY", cupys)
     monkeypatch.setattr(arrays, "describe", on_gpu)
     monkeypatch.setattr(streams, "current", lambda framework, device: lambda: STREAM)
     monkeypatch.setattr(streams, "lend", lend)

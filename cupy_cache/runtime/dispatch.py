@@ -258,8 +258,9 @@ class Op:
                 yield name, value
 
     def refuse_traced(self, objects, wanted):
-        """Refuse torch's tensors while a tracer is at work, which would not see the call. Fast
-        paths take none then: it is another mode of torch."""
+        """Refuse torch's tensors while a tracer is at work, which would not see the call. To the
+        comparison of fast paths torch.jit.trace is another mode of torch; of make_fx they know
+        nothing."""
         tracer = tracing.tracer()
         if tracer is None:
             return
