@@ -9,8 +9,8 @@ and runs as outside. `keep_out` puts this library on that list when the program 
 module does not import it. A call itself gets no slower.
 
 Tracers that only note what torch does with tensors, `torch.jit.trace` and `make_fx`, would not see
-what is done here, and leave it out: while one is at work, calls on tensors are refused, but for those
-that a fast path serves under `make_fx`.
+what is done here, and leave it out: while one is at work, calls on tensors are refused, but under
+`make_fx` those that a fast path serves.
 """
 
 import importlib.abc

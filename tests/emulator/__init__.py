@@ -281,14 +281,16 @@ def _find_shared(path):
     (at,), (count,) = struct.unpack_from("<Q", library, 40), struct.unpack_from("<H", library, 60)
     sections = np.frombuffer(library, _SECTION, count, at)
     (table,) = sections[sections["type"] == _SYMBOLS]
-    symbols = np.frombuffer(library, _SYMBOL, table["size"] // _SYMBOL.itemsize, table["offset"])
-    names = sections[table["link"]]["offset"]
+    # As Python's integers: NumPy 1 divides unsigned ones to floats.
+    begin, size = int(table["offset"]), int(table["size"])
+    symbols = np.frombuffer(library, _SYMBOL, size // _SYMBOL.itemsize, begin)
+    names = int(sections[table["link"]]["offset"])
     found = []
     for symbol in symbols[symbols["info"] == _LOCAL_VARIABLE]:
-        begin = int(names + symbol["name"])
+        begin = names + int(symbol["name"])
         name = library[begin : library.index(b"\0", begin)].decode()
         # A name that starts with _ZZ is local to a function.
-        if name.startswith("_ZZ") and sections[symbol["section"]]["flags"] & _WRITABLE:
+        if name.startswith("_ZZ") and int(sections[symbol["section"]]["flags"]) & _WRITABLE:
             found.append((int(symbol["value"]), int(symbol["size"]), _variable(name)))
     return tuple(found)
 
