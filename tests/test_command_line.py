@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,6 +243,11 @@ def test_clear_cache(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "none"))
     status, out, _ = run(capsys, "clear-cache")
     assert status == 0 and out.startswith("deleted 0 kernels")
+    (tmp_path / "a.cubin").write_bytes(files["a.cubin"])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CUPY_CACHE_DIR", "")  # CuPy finds no such folder
+    status, out, _ = run(capsys, "clear-cache")
+    assert status == 0 and out.startswith("deleted 0 kernels") and Path("a.cubin").exists()
     monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path / "c.tmp"))
     status, _, errors = run(capsys, "clear-cache")
     assert status == command_line.CANNOT_RUN and "cannot clear" in errors

@@ -539,10 +539,10 @@ def test_a_call_in_the_middle_of_another():
     assert [fault.value for fault in told] == [9]
 
 
-def output_of(script):
+def output_of(script, *arguments):
     """What ``script`` prints in a process of its own, which must end well."""
     return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", script],
+        [sys.executable, "-W", "ignore", "-c", script, *arguments],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
 
@@ -600,7 +600,7 @@ class Slow:
 
 sys.meta_path.insert(0, Slow)
 sys.modules.pop("cupy", None)
-threading.Thread(target=cc.alibi_slopes, args=(2,), daemon=True).start()
+threading.Thread(target=eval, args=(sys.argv[1], globals()), daemon=True).start()
 begun.wait()
 child = os.fork()
 if not child:
@@ -617,8 +617,29 @@ os._exit(0)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
-def test_a_child_that_is_forked_while_a_thread_imports_cupy():
-    assert output_of(FORK_DURING_THE_IMPORT) == "5\n"
+@pytest.mark.parametrize(
+    "first", ["cc.alibi_slopes(2)", pytest.param("__import__('cupy')", marks=pytest.mark.extra)]
+)
+def test_a_child_that_is_forked_while_a_thread_imports_cupy(first):
+    """Whoever began it: the user may have."""
+    assert output_of(FORK_DURING_THE_IMPORT, first) == "5\n"
+
+
+def test_a_lock_that_is_renewed_while_it_is_held():
+    """As in a child that a signal handler forked in the middle of a call: the call goes on."""
+    lock = locks.Lock()
+    with lock:
+        lock.renew()
+    held = []
+
+    def hold():
+        with lock:
+            held.append(True)
+
+    thread = threading.Thread(target=hold, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert held
 
 
 FORK_WITH_A_FAULT = """

@@ -15,7 +15,8 @@ def clear(folder):
     function of ours is ours, and so is the source that CuPy may have written beside it. A folder
     that is not there holds nothing; other errors are `OSError`."""
     count = size = 0
-    for path in sorted(Path(folder).glob("*.cubin")):
+    # Not the folder "", which CuPy does not find: a `Path` takes it for the current one.
+    for path in sorted(Path(folder).glob("*.cubin")) if folder else ():
         if not path.is_file():  # a pipe would never be read to its end
             continue
         with contextlib.suppress(FileNotFoundError):  # another process may clear, too

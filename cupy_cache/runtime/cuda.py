@@ -55,8 +55,8 @@ def find_cupy(why):
     return cupy
 
 
-_importing: set[int] = set()  # threads that import CuPy for the first time
-_cut_off = False  # whether one did when this process was forked
+_importing: set[int] = set()  # threads that import CuPy here for the first time
+_cut_off = False  # whether another thread imported it when this process was forked
 _CUT_OFF = (
     "this process was forked while CuPy was imported, which can be neither ended nor begun again "
     "here; start processes with multiprocessing's method 'spawn'"
@@ -66,8 +66,7 @@ _CUT_OFF = (
 @contextlib.contextmanager
 def _noted_import():
     """Inside, this thread is among those that import CuPy, unless that was done before."""
-    spec = getattr(sys.modules.get("cupy"), "__spec__", None)
-    if spec is not None and not getattr(spec, "_initializing", False):
+    if "cupy" in sys.modules and not _is_half_imported():
         yield
         return
     thread = threading.get_ident()
@@ -78,12 +77,18 @@ def _noted_import():
         _importing.discard(thread)
 
 
+def _is_half_imported():
+    """Whether a thread, of whoever, is in the middle of CuPy's import."""
+    spec = getattr(sys.modules.get("cupy"), "__spec__", None)
+    return getattr(spec, "_initializing", False)
+
+
 def _after_fork():
     """In a forked child, the parent's other threads do not exist. Python's lock of a module stays
     with the thread that imported it, and whoever imports it would wait for ever."""
     global _cut_off
-    _importing.discard(threading.get_ident())
-    _cut_off = _cut_off or bool(_importing)
+    mine = {threading.get_ident()} & _importing  # what this thread began it goes on with
+    _cut_off = _cut_off or _importing != mine or (not mine and _is_half_imported())
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks

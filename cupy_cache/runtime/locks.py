@@ -24,7 +24,10 @@ class Lock:
         self._lock.acquire()
 
     def __exit__(self, *exc):
-        self._lock.release()
+        try:
+            self._lock.release()
+        except RuntimeError:  # a signal handler forked meanwhile, and here, in the child, it is new
+            pass
 
 
 _locks: weakref.WeakSet = weakref.WeakSet()
