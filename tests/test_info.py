@@ -96,6 +96,22 @@ def test_no_kernel_sources(tmp_path, monkeypatch):
     assert str(tmp_path) in told["missing"][0]["what"]
 
 
+def test_kernel_sources_that_cannot_be_read(tmp_path, monkeypatch):
+    """As a call would read them."""
+    monkeypatch.setenv("CUPYCACHE_KERNEL_DIR", str(tmp_path))
+    (tmp_path / "include" / "cupy_cache").mkdir(parents=True)
+    for make in (
+        lambda: None,  # there are none
+        lambda: (tmp_path / "a.cu").write_text('#include "cupy_cache/none.cuh"'),
+        lambda: (tmp_path / "a.cu").write_bytes(b"\xff"),
+    ):
+        make()
+        told = info._kernel_sources()
+        assert told["path"] is None and "its source could not be read" in told["problem"]
+    (tmp_path / "a.cu").write_text("")
+    assert info._kernel_sources() == {"path": str(tmp_path), "problem": None}
+
+
 # --- nothing that is broken stops it --------------------------------------------------------------
 
 

@@ -242,7 +242,10 @@ def _cuda_headers():
 
 def _kernel_sources():
     try:
-        return {"path": str(modules.kernel_dir()), "problem": None}
+        folder = modules.kernel_dir()
+        for stem in sorted(path.stem for path in folder.glob("*.cu")) or ["copy_blocks"]:
+            modules.expanded_source(stem)  # raises where it cannot be read
+        return {"path": str(folder), "problem": None}
     except KernelError as error:
         return {"path": None, "problem": str(error)}
 

@@ -99,8 +99,8 @@ def unpack_blocks(
         their stream is the default.
     block_ids : sequence of int, or int32 or int64 array [n]
         As for `pack_blocks`, and as many as were packed: of fewer, only "page_first" finds the
-        first ones. Numbers in host memory must be distinct; on the GPU, which of two equal ones
-        stays is not defined.
+        first ones. Numbers in host memory must be distinct; of one that occurs twice on the GPU
+        nothing is defined: parts of each block may stay.
 
     Raises
     ------
@@ -162,8 +162,8 @@ def unpack_tokens(
     caches, layout, stream
         As for `pack_tokens`; the caches are written, and their stream is the default.
     slot_mapping : sequence of int, or int32 or int64 array [n]
-        As for `pack_tokens`; negative slots are skipped. Slots in host memory must be distinct; on
-        the GPU, which of two equal ones stays is not defined.
+        As for `pack_tokens`; negative slots are skipped. Slots in host memory must be distinct; of
+        one that occurs twice on the GPU nothing is defined: parts of each token may stay.
 
     Raises
     ------
