@@ -238,12 +238,20 @@ def test_tracers_that_would_leave_calls_out(trace, monkeypatch):
     keys[0][1] = 1
     pages = *keys, *values
     table, starts = torch.tensor([[1, 0]]), torch.tensor([0, 1])
+    places = torch.tensor([key.data_ptr()]), torch.tensor([values[0].data_ptr()]), starts[1:] * 4
+    limits = {"max_sequences": 1, "max_tokens": 4, "max_length": 4}
+    tables = cc.BlockTables(2, 4, **limits, framework="torch", device="cpu")
+    tables.add("a", [5])
     calls = {
         "reshape_and_cache_flash": lambda x: cc.reshape_and_cache_flash(x, x, *pages, slots),
         "PagedKVCache.write": lambda x: cache.write(0, x, x, slots),
         "PagedKVCache.zero_blocks": lambda x: cache.zero_blocks([1]),
         "zero_blocks": lambda x: cc.zero_blocks([x], [0]),
         "slot_mapping": lambda x: cc.slot_mapping(table, slots, starts, x.shape[-1] // 2),
+        "swap_blocks_batch": lambda x: cc.swap_blocks_batch(*places),
+        "block_table_to_csr": lambda x: cc.block_table_to_csr(table, slots, 4),
+        "csr_to_block_table": lambda x: cc.csr_to_block_table(starts, slots, slots, 4),
+        "BlockTables.step": lambda x: tables.step(["a"], [1]),
         "alibi_slopes": lambda x: cc.alibi_slopes(8, framework="torch", device="cpu"),
     }
     for _ in range(2):
@@ -251,6 +259,7 @@ def test_tracers_that_would_leave_calls_out(trace, monkeypatch):
             message = f"^{name}: Invalid memory of .* got one that .* traces; call it outside"
             with pytest.raises(cc.ArgumentError, match=message):
                 trace(called(call), key)
+        assert tables.length("a") == 0
         assert key.all() and keys[0].sum() == 64 and not keys[0][0].any() and not values[0].any()
         assert len(calls["alibi_slopes"](None)) == 8
     cc.zero_blocks([key], [0])

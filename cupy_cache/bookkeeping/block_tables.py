@@ -14,7 +14,7 @@ import numpy as np
 
 from .. import errors
 from ..errors import CopyError, OutOfBlocksError
-from ..runtime import contract, streams
+from ..runtime import contract, streams, tracing
 from ..types import DeviceLike, FrameworkName, StreamLike
 from .block_pool import BlockPool
 from .step import Buffers, Step, fill
@@ -462,6 +462,8 @@ class BlockTables:
         """
         if stream is not None:
             stream = streams.pointer(f"{NAME}.step", stream)
+        if self._buffers.framework == "torch":
+            tracing.refuse(f"{NAME}.step: result")
         found, numbers, needed = self._planned("step", sequences, counts)
         total = sum(numbers)
         rows = self._padded("num_sequences", num_sequences, len(found), self.max_sequences)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .. import errors
-from ..runtime import arrays, contract, dlpack, formats, making
+from ..runtime import arrays, contract, dlpack, formats, making, tracing
 from ..types import ArrayLike
 
 LARGEST = 2**31 - 1
@@ -156,6 +156,8 @@ def _block_size(op, block_size):
 
 def _host(check, name, array, pattern):
     """Numbers in host memory as an int64 NumPy array, and what describes them."""
+    if arrays.is_torch(array):
+        tracing.refuse(f"{check.op}: {name}")
     # What owns an export lives until the numbers are copied.
     metadata = arrays.read(array, f"{check.op}: {name}", dlpack.LOOK)
     view = arrays.describe(metadata, f"{check.op}: {name}")

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import errors
-from ..runtime import arrays, devices, dispatch, driver, launch, modules, params, streams
+from ..runtime import arrays, devices, dispatch, driver, launch, modules, params, streams, tracing
 from ..runtime.log import logger
 from ..types import ArrayLike, StreamLike
 from .shared import blocks
@@ -72,8 +72,10 @@ def swap_blocks_batch(
     ranges that overlap in no defined order.
     """
     del is_src_access_order_any
-    for name, column in (("src_ptrs", src_ptrs), ("sizes", sizes)):
+    for name, column in (("src_ptrs", src_ptrs), ("dst_ptrs", dst_ptrs), ("sizes", sizes)):
         arrays.reader_for(column, f"{NAME}: {name}")  # a list would be taken too
+        if arrays.is_torch(column):
+            tracing.refuse(f"{NAME}: {name}")
     framework = arrays.framework_of(dst_ptrs, f"{NAME}: dst_ptrs")
     OP((src_ptrs, dst_ptrs, sizes), (framework,), stream)
 

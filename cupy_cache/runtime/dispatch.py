@@ -261,13 +261,11 @@ class Op:
         """Refuse torch's tensors while a tracer is at work, which would not see the call. To the
         comparison of fast paths torch.jit.trace is another mode of torch; of make_fx they know
         nothing."""
-        tracer = tracing.tracer()
-        if tracer is None:
+        if tracing.tracer() is None:
             return
         for name, array in self._leaves(objects, wanted):
             if arrays.is_torch(array):
-                expected, got = "a tensor that is not traced", f"one that {tracer} traces"
-                raise errors.wrong("memory", name, expected, got, tracing.OUTSIDE)
+                tracing.refuse(name)
 
     def _stream_before_reading(self, objects):
         """The stream of the coming launch, for producers of exports: the current one of the

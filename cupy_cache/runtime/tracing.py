@@ -19,6 +19,8 @@ import sys
 import types
 import warnings
 
+from .. import errors
+
 _RULES = "torch._dynamo.trace_rules"  # where the list is
 # And the packages that it calls: Python functions around compiled code.
 _SKIPPED = ("cupy_cache", "cupy", "cupyx", "cupy_backends", "ml_dtypes")
@@ -67,7 +69,15 @@ def tracer():
     return None if mode is None or mode() is None else "make_fx or torch.export"
 
 
-OUTSIDE = "call it outside of what is traced, or see cupy_cache.integrations.torch_ops"
+def refuse(name):
+    """Refuse ``name``, "operation: argument", a tensor of torch, while a tracer is at work."""
+    found = tracer()
+    if found is not None:
+        expected, got = "a tensor that is not traced", f"one that {found} traces"
+        raise errors.wrong("memory", name, expected, got, _OUTSIDE)
+
+
+_OUTSIDE = "call it outside of what is traced, or see cupy_cache.integrations.torch_ops"
 _PROXIES, _OLDER = "torch.fx.experimental.proxy_tensor", "get_innermost_proxy_mode"
 
 
