@@ -388,6 +388,15 @@ def test_one_class_does_not_mean_one_protocol(protocol):
     assert not cache[1].any()
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_class_does_not_mean_one_framework(order):
+    """What `weakref.proxy` makes is of one class, and says that it is of the array's."""
+    torch = pytest.importorskip("torch")
+    for cache in (np.ones((2, 8), np.float32), torch.ones(2, 8), np.ones((2, 8)))[::order]:
+        cc.zero_blocks([weakref.proxy(cache)], [1])
+        assert cache[0].all() and not cache[1].any()
+
+
 class Gone:
     """A number whose memory is gone, as a deleted array of JAX."""
 

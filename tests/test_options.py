@@ -138,7 +138,8 @@ def test_counts_may_be_tensors():
 @pytest.mark.whole
 @pytest.mark.parametrize(
     "slopes",
-    [["0.5"], "0.5", [1j], np.array([1j]), [None], [True], np.array([True]), [[0.5]], [b"1"],
+    [["0.5"], "0.5", [1j], np.array([1j]), [None], [True], [0.5, True], [0.5, np.True_],
+     np.array([True]), [[0.5]], [b"1"],
      np.ma.masked_array([0.5, 1.0], [True, False]), np.array(["2"]), object(), {0.5: 1}, 0.5],
 )  # fmt: skip
 def test_slopes_that_are_no_numbers(slopes):

@@ -194,8 +194,11 @@ def _numbers(slopes):
     if issubclass(type(slopes), np.ma.MaskedArray):
         raise TypeError("a MaskedArray")
     for number in slopes if isinstance(slopes, (list, tuple)) else (slopes,):
-        is_tensor = type(number) is not float and arrays.is_torch(number)
-        if is_tensor and number.numel() and not arrays.torch_address(number):
+        if type(number) is float:
+            continue
+        if type(number) is bool or "bool" in str(getattr(number, "dtype", "")):
+            raise TypeError("a boolean")  # among other numbers NumPy would take it for one
+        if arrays.is_torch(number) and number.numel() and not arrays.torch_address(number):
             raise TypeError("a tensor without memory")  # NumPy would read there
     given = np.asarray(slopes)
     kind = given.dtype.kind
