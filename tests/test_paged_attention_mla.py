@@ -587,6 +587,13 @@ class TestRefusals:
         setattr(problem, name, worlds.array(rng, shape, dtype))
         problem.refused(world, error, *words)
 
+    def test_a_rank_that_no_memory_has(self):
+        """It is looked at before the result is made."""
+        query, cache = np.zeros((1, 4, 48), np.float32), np.zeros((9, 16, 48), np.float32)
+        step = np.zeros((1, 1), np.int32), np.ones(1, np.int32)
+        with pytest.raises(cc.ShapeError, match="paged_attention_mla: .*query.*kv_lora_rank"):
+            cc.paged_attention_mla(query, cache, *step, scale=1.0, kv_lora_rank=1 << 60)
+
     @pytest.mark.parametrize(
         "shape, dtype, error, words",
         [

@@ -170,6 +170,7 @@ def _new_out(op, objects, options, stream):
     check = contract.Contract(op)
     check.shape("query", like, "_ num_heads entry_size")
     check.dtype("query", like, *formats.FLOATS)
+    _check_rank(op, check.sizes["entry_size"], rank)  # memory for more may not even be there
     shape = *like.shape[:2], rank
     return making.empty(like.framework, like.device, shape, like.dtype, stream)
 
@@ -213,6 +214,12 @@ def _plan(op, described, options):
     return _gpu_plan(check, named, fmt.stored, rank, causal, entries)
 
 
+def _check_rank(op, entry_size, rank):
+    if rank > entry_size:
+        expected = f"at least kv_lora_rank = {rank}, the elements of the latent part"
+        raise errors.wrong("shape", f"{op}: query", expected, entry_size)
+
+
 def _check_sizes(op, entry_size, kv_cache, out, rank, entries):
     """Refuse sizes of entries, queries and results that do not fit each other."""
     if entries and (entry_size, rank) != (DS_LATENT + DS_ROPE, DS_LATENT):
@@ -220,9 +227,7 @@ def _check_sizes(op, entry_size, kv_cache, out, rank, entries):
             f"{DS_LATENT + DS_ROPE} elements, of them kv_lora_rank = {DS_LATENT}, for {FP8_DS_MLA}"
         )
         raise errors.wrong("shape", f"{op}: query", expected, f"{entry_size}, of them {rank}")
-    if rank > entry_size:
-        expected = f"at least kv_lora_rank = {rank}, the elements of the latent part"
-        raise errors.wrong("shape", f"{op}: query", expected, entry_size)
+    _check_rank(op, entry_size, rank)
     for name, array, expected in (
         ("kv_cache", kv_cache, DS_ENTRY_BYTES if entries else entry_size), ("out", out, rank),
     ):  # fmt: skip
