@@ -746,6 +746,56 @@ def test_torch_with_dynamic_views_of_one_page():
     assert torch_is_right(MARKS["views"], True)
 
 
+def written_second_half(operation, options=None, mark=lambda tensor: None):
+    """Halves of a page, of which Inductor compiled a write of the second to zeros."""
+    pages = torch.ones(2, 6, 4)
+    mark(pages)
+
+    def write(pages, blocks):
+        operation(pages[1], blocks)
+        return pages + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(write, dynamic=True, fullgraph=True, options=options)
+    made = compiled(pages, torch.arange(6))
+    assert torch.equal(made, pages + 1)
+    return [half.any().item() for half in pages]
+
+
+def zero_all(tensor, blocks):
+    del blocks
+    tensor.zero_()
+
+
+def zero_blocks(cache, blocks):
+    torch.ops.cupy_cache.zero_blocks([cache], blocks)
+
+
+@pytest.mark.extra
+@pytest.mark.skipif(TORCH < (2, 13), reason="older ones were not tried")
+@pytest.mark.xfail(raises=AssertionError, strict=True, reason="the first half is written")
+def test_torch_with_a_view_that_begins_where_sizes_say():
+    """Where this passes, the docstring of `torch_ops` need not warn."""
+    with torch.library._scoped_library("cupy_cache_test", "FRAGMENT") as library:
+        library.define("zero(Tensor(a!) x, Tensor blocks) -> ()")
+        library.impl("zero", zero_all, "CPU")
+        library.impl("zero", lambda x, blocks: None, "Meta")
+        assert written_second_half(torch.ops.cupy_cache_test.zero) == [True, False]
+
+
+@pytest.mark.extra
+@pytest.mark.skipif(TORCH < (2, 5), reason="torch 2.4 compiles nothing that writes a list")
+@pytest.mark.parametrize("way", ["static", "options"])
+def test_a_view_that_begins_where_sizes_say(way):
+    given = {"mark": torch._dynamo.mark_static}
+    if way == "options":
+        name = "enable_auto_functionalized_v2"
+        if not hasattr(torch._inductor.config, name):
+            pytest.skip("this torch has no such option")
+        given = {"options": {name: False}}
+    assert written_second_half(zero_blocks, **given) == [True, False]
+
+
 @only_torch
 def test_errors(world, rng):
     """What can be told from shapes is told while tracing, within torch's error."""
