@@ -84,6 +84,10 @@ def _text(value: Any) -> str:
     for module, name in (("torch", "Tensor"), ("cupy", "ndarray")):
         if issubclass(type(value), getattr(sys.modules.get(module), name, ())):
             return f"a {module}.{name} of shape {list(value.shape)}, {value.dtype}"
+    kind = type(value)
+    package = kind.__module__.partition(".")[0]
+    if package != "numpy" and hasattr(kind, "__dlpack__"):  # such as JAX's
+        return f"a {package}.{kind.__name__} of shape {list(value.shape)}, {value.dtype}"
     return repr(value)
 
 

@@ -534,8 +534,8 @@ class Capsules:
         strides=(3, 1), device=(1, 0),
     ):  # fmt: skip
         self.content = np.arange(6, dtype=np.float32)
-        self._extents = (ctypes.c_int64 * 2)(*shape)
-        self._strides = (ctypes.c_int64 * 2)(*strides)
+        self._extents = (ctypes.c_int64 * len(shape))(*shape)
+        self._strides = (ctypes.c_int64 * len(strides))(*strides)
         managed = dlpack._ManagedTensorVersioned()
         managed.major, managed.minor = version
         tensor = managed.tensor
@@ -594,8 +594,8 @@ def test_exports_are_made_on_their_gpu(recorder, monkeypatch, stream):
 class OfGPU(Capsules):
     """On the GPU, as it says. ``given``: gets the stream of each export."""
 
-    def __init__(self, given, device=(dlpack.CUDA, 0)):
-        super().__init__(device=device)
+    def __init__(self, given, device=(dlpack.CUDA, 0), **others):
+        super().__init__(device=device, **others)
         self.given = given
 
     def __dlpack_device__(self):
@@ -645,6 +645,16 @@ def test_a_size_is_no_use():
     assert cc.packed_size([OfGPU(given), OfGPU(given)], num_blocks=2) == 48
     assert cc.packed_size([(OfGPU(given), OfGPU(given))], num_blocks=2) == 48
     assert given == [dlpack.LOOK] * 4
+
+
+def test_caches_that_are_only_read_are_exported_for_a_stream(recorder):
+    """Without one it would be the legacy stream, which waits for all others."""
+    given = []
+    layout = {"ndim": 4, "shape": (1, 2, 1, 3), "strides": (6, 3, 3, 1)}
+    cache = cc.PagedKVCache(*([OfGPU(given, **layout)] for _ in "kv"))
+    table, bounds = np.zeros((1, 1), np.int32), np.array([0, 2], np.int32)
+    cache.gather(0, table, bounds, out=[np.zeros((2, 1, 3), np.float32) for _ in "kv"])
+    assert recorder.take() and given and set(given) == {recording.STREAM}
 
 
 @pytest.mark.usefixtures("recorder")
@@ -866,6 +876,24 @@ def test_numbers_that_cannot_be_asked():
     assert cache.all()
 
 
+def test_arrays_in_errors_are_not_read():
+    """That would wait for the GPU that they may be on."""
+
+    class Array:
+        shape, dtype = (2, 3), "float32"
+
+        def __dlpack__(self):
+            raise NotImplementedError
+
+        def __repr__(self):
+            raise AssertionError
+
+    for given, shown in ((Array(), "{}"), ([1, Array()], "[1, {}]")):
+        what = shown.format("a test_memory.Array of shape [2, 3], float32")
+        with refused("PagedKVCache.allocate", "block_size", what):
+            cc.PagedKVCache.allocate(1, 4, given, 1, 8, dtype="float16", device="cpu")
+
+
 @pytest.mark.whole
 @pytest.mark.parametrize("kind", [asleep, asleep_behind_others])
 def test_plain_numbers_without_memory(torch, kind):
@@ -986,7 +1014,8 @@ def test_exports_in_host_memory_live_until_the_work_is_done(torch, recorder, lis
 
 
 def test_host_memory_of_another_framework_is_waited_for(torch, recorder, monkeypatch):
-    """A copy to pinned memory may be pending on its stream."""
+    """A copy to pinned memory may be pending on its stream. Not if it has used no GPU: to ask for
+    its stream would make a context on the one that is current."""
     kind = type("OnGPU", (np.ndarray,), {})
     recording.as_cupys_on_gpu_1(monkeypatch, kind)
     monkeypatch.setattr(arrays, "_NAMES", arrays._NAMES | {arrays._read_numpy: "cupy"})
@@ -1006,9 +1035,11 @@ def test_host_memory_of_another_framework_is_waited_for(torch, recorder, monkeyp
         (("out",), lambda: cc.pack_blocks([cache], [0], host)),
     ):
         recorder.host = words
-        recorder.ordered.clear()
-        call()
-        assert recorder.ordered == [("torch", "cupy", 0)] and not recorder.lent
+        for used in (True, False):
+            monkeypatch.setattr(torch.cuda, "is_initialized", lambda used=used: used)
+            recorder.ordered.clear()
+            call()
+            assert recorder.ordered == [("torch", "cupy", 0)] * used and not recorder.lent
 
 
 def test_lists_of_a_cache_are_its_own():
@@ -1052,6 +1083,7 @@ def test_lists_that_lie_about_what_they_have(kind):
     assert all(layer[1].all() for layer in layers[:count])
     cc.pack_blocks(keys, [1], out)
     assert out.sum() == 8 * count and len(cc.PagedKVCache(keys, values)) == count
+    assert cc.packed_size(keys, num_blocks=2) == 2 * 32 * count
     tables, sizes = kind([np.zeros((1, 2), int)] * 2), kind([4, 4])
     pairs, window, scales = [kind(layers[:2])], kind([-1, 0]), kind([2.0])
     spaces = kind([cc.PagedKVCache(layers[:1])])

@@ -269,8 +269,10 @@ class Op:
 
     def _stream_before_reading(self, objects):
         """The stream of the coming launch, for producers of exports: the current one of the
-        destination's framework; None on the CPU."""
-        for index in self.destination:
+        destination's framework; None on the CPU. Bound arguments may be without a destination: then
+        the first one on a GPU stands for it."""
+        given = [i for i in self.destination if i < len(objects) and objects[i] is not None]
+        for index in given or range(len(objects)):
             for name, array in itertools.islice(self._leaves(objects, (index,)), 1):
                 device = arrays.device_of(array, name)
                 if device.kind == "cuda":
@@ -315,7 +317,9 @@ class Op:
                 stream = entry.current_stream()
                 torchs = None if torchs is entry.current_stream else torchs
             for other in entry.others:
-                driver.active.order(other(), stream, entry.device)
+                its = other()
+                if its is not None:
+                    driver.active.order(its, stream, entry.device)
             if torchs is not None and stream != torchs():
                 leaves = self._leaves(objects, range(len(objects)))
                 streams.lend([array for _, array in leaves], stream, entry.device)
@@ -395,7 +399,7 @@ class Op:
         # Host memory too: a framework's copies to pinned memory may be pending on its stream.
         owners = {array.framework for array in described if array is not None}
         others = tuple(
-            streams.current(owner, device)
+            streams.before(owner, device)
             for owner in sorted(owners - {framework})
             if streams.knows(owner)
         )

@@ -91,6 +91,17 @@ def current(framework, device):
     return functools.partial(driver.active.current_stream, device)
 
 
+def before(framework, device):
+    """`current` of a framework that owns other arrays than the destination; None while there is
+    nothing to wait for. If these are in host memory torch may have used no GPU yet, and to ask it
+    for a stream would make a context on whichever GPU is current."""
+    ask = current(framework, device)
+    if framework != "torch":
+        return ask
+    of_torch = sys.modules["torch"].cuda
+    return lambda: ask() if of_torch.is_initialized() else None
+
+
 def knows(framework):
     """Whether `current` knows the stream of ``framework`` itself."""
     return framework in ("torch", "cupy") or framework in arrays.FRAMEWORKS
