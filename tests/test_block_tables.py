@@ -391,6 +391,27 @@ def test_sets_have_no_order(kind):
     assert tables.length("a") == tables.length("b") == 0
 
 
+class Unread(list):
+    """As a tensor without memory, it has a length."""
+
+    def __iter__(self):
+        raise NotImplementedError
+
+
+def test_lists_that_cannot_be_read():
+    tables, unread = tables_of(), Unread(["a"])
+    tables.add("a", range(6))
+    for name, call in (
+        ("sequences", lambda: tables.step(unread, [1])),
+        ("counts", lambda: tables.extend(["a"], unread)),
+        ("parents", lambda: tables.reorder(["a"], unread)),
+        ("sequences", lambda: tables.schedule(unread)),
+    ):
+        with pytest.raises(cc.DTypeError, match=f": Invalid type of {name}: expected .*, got "):
+            call()
+    assert tables.length("a") == 0
+
+
 def test_names_in_one_string_are_no_list():
     tables = tables_of()
     tables.add("a", range(6))
