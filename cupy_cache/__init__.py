@@ -36,6 +36,10 @@ Compiling ahead, asking for what was out of bounds, and launches that overlap
 Every error is a `CupyCacheError`, and also of the built-in kind that fits, such as `ValueError`. A
 wrong argument raises one before anything is written.
 
+A captured CUDA graph keeps what each call was given, not the objects: the addresses and shapes of
+arrays, and the numbers in host memory. Keep the arrays, and leave them where they are, as long as
+the graph. What arrays on the GPU hold is read anew at each replay.
+
 The functions' docstrings give shapes, dtypes, units and errors. `cupy_cache.types` has the types of
 the arguments, `cupy_cache.integrations.torch_ops` the operations for ``torch.compile``. What is
 installed and what is missing: ``python -m cupy_cache info``.
