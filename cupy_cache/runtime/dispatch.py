@@ -397,9 +397,11 @@ class Op:
             return plans.Entry(plan, tables, separate, None, None, (), None, (), strides, most_rows)
         device, framework = destination.device.index, destination.framework
         # Host memory too: a framework's copies to pinned memory may be pending on its stream.
-        owners = {array.framework for array in described if array is not None}
+        given = [array for array in described if array is not None]
+        owners = {array.framework for array in given}
+        on_gpu = {array.framework for array in given if array.device.kind == "cuda"}
         others = tuple(
-            streams.before(owner, device)
+            (streams.current if owner in on_gpu else streams.of_host_memory)(owner, device)
             for owner in sorted(owners - {framework})
             if streams.knows(owner)
         )

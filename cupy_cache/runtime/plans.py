@@ -154,7 +154,8 @@ class Entry(NamedTuple):
     apart : the `apart.Apart` of the written arrays, where there are several; else None.
     device : index of the GPU it runs on; None for the CPU.
     current_stream : a function that gives the current stream of the destination's framework.
-    others : the same function of each other framework that owns arguments.
+    others : the same function of each other framework that owns arguments, or
+        `streams.of_host_memory`.
     torchs : the same function of torch, if any argument on the GPU is torch's; else None.
     hosted : the indices of arrays in host memory, if the plan runs on a GPU.
     strides : of each argument, in bytes.

@@ -91,10 +91,10 @@ def current(framework, device):
     return functools.partial(driver.active.current_stream, device)
 
 
-def before(framework, device):
-    """`current` of a framework that owns other arrays than the destination; None while there is
-    nothing to wait for. If these are in host memory torch may have used no GPU yet, and to ask it
-    for a stream would make a context on whichever GPU is current."""
+def of_host_memory(framework, device):
+    """`current` of a framework whose arrays are all in host memory; None while there is nothing to
+    wait for. torch may have used no GPU yet, and to ask it for its stream could make a context on
+    whichever GPU is current."""
     ask = current(framework, device)
     if framework != "torch":
         return ask
