@@ -73,6 +73,7 @@ def test_worked_values(world, sqrt, causal, dtype):
     assert bias[:, 0].astype(float).tolist() == [(0.5 * row).tolist(), (0.25 * row).tolist()]
 
 
+@pytest.mark.kernels_later
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("index", [("int32", "int64"), ("int64", "int32"), ("int64", "int64")])
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 40), (2, 3, 33), (5, 2, 300), (4, 9, 7)])

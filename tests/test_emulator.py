@@ -93,6 +93,7 @@ def caught(bench, *words, **run):
     assert (to.bytes.view(np.int32) == 7).all()
 
 
+@pytest.mark.extra
 class TestMistakes:
     @pytest.mark.parametrize("nbytes", [0, 7, 4096 - 256])
     @pytest.mark.parametrize(

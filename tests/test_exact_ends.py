@@ -158,7 +158,6 @@ MADE = (
 )  # fmt: skip
 
 
-@pytest.mark.each("make")
 @pytest.mark.parametrize("gap", [0, 8, 3])
 @pytest.mark.parametrize("make", MADE, ids=lambda make: make.__name__)
 def test_nothing_is_read_past_the_last_row(emulated_world, rng, make, gap):

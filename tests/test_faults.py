@@ -311,7 +311,6 @@ def broken(name, rng):
     return case
 
 
-@pytest.mark.whole
 @pytest.mark.parametrize("name", EIGHT)
 def test_a_broken_call_tells_its_own_name(world, rng, name):
     broken(name, rng).call(world)

@@ -122,6 +122,7 @@ def test_strides_and_spare_rows(world, rng, transposed):
     merge(world, specs)
 
 
+@pytest.mark.kernels_later
 @pytest.mark.parametrize("pair", PAIRS)
 def test_kinds_of_logarithms(world, rng, pair):
     specs = problem(rng, 4, 2, 16, "float32")
