@@ -12,6 +12,7 @@ semicolon.
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -114,8 +115,20 @@ def rename(error: CupyCacheError, name: str, arguments: Mapping[str, str]) -> No
     if found is not None:
         argument, bracket, index = found.argument.partition("[")
         argument = f"{arguments.get(argument, argument)}{bracket}{index}"
-        error._wrong = found._replace(op=name, argument=argument)
+        expected, got = (_renamed(text, arguments) for text in (found.expected, found.got))
+        error._wrong = found._replace(op=name, argument=argument, expected=expected, got=got)
         error.args = (str(error._wrong),)
+
+
+def _renamed(text: str, arguments: Mapping[str, str]) -> str:
+    """``text`` with the other arguments in it as they are called there. A name that is also a word,
+    such as "key", stays."""
+
+    def called(found: re.Match[str]) -> str:
+        name = found[0]
+        return arguments.get(name, name) if "_" in name or name in ("src", "dst") else name
+
+    return re.sub(r"\w+", called, text)
 
 
 @contextlib.contextmanager

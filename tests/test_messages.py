@@ -625,3 +625,20 @@ def test_what_is_no_stream():
         )
     for stream in (0, 2**64 - 1):
         write(stream=types.SimpleNamespace(ptr=stream))()
+
+
+def test_other_arguments_have_their_callers_names():
+    """What an error expects, or what came, may be told of another argument."""
+    pages, query = zeros(3, 4, 2, 8), zeros(2, 1, 2, 8)
+    table, lens = zeros(2, 1, dtype=np.int32), np.array([1, 2], np.int32)
+    with pytest.raises(cc.ArgumentError, match="of v_cache: .* got some that k_cache has too$"):
+        cc.flash_attn.flash_attn_with_kvcache(
+            query, pages, pages, query, query, cache_seqlens=lens, block_table=table, causal=True
+        )
+    one, two = (
+        cc.PagedKVCache(*([pages.copy() for _ in range(layers)] for _ in range(2)))
+        for layers in (1, 2)
+    )
+    expected = "of other.key_caches: expected as many layers as key_caches, 2, got 1"
+    with pytest.raises(cc.ArgumentError, match=re.escape(expected)):
+        two.swap_blocks(one, [(0, 1)])
