@@ -191,6 +191,11 @@ def _sample(items):
 
 
 @pytest.fixture
+def torch():
+    return pytest.importorskip("torch")
+
+
+@pytest.fixture
 def nothing_remembered():
     """The test has a history of its own, and leaves none."""
     dispatch.forget_everything()

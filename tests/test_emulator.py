@@ -461,35 +461,27 @@ ROW = """
 """
 
 
-@pytest.mark.extra
-def test_rows_that_are_not_waited_for(bench, rng, monkeypatch):
-    """As of copies that threads wait for."""
-    monkeypatch.setattr("emulator.ARCHITECTURES", (90,))
-    values = rng.integers(1, 128, (32, 16), np.uint8)
-    source = bench.storage(values)
-    for waits, outcomes in (("true", {True}), ("false", {True, False})):
-        found = []
-        for _ in range(4):
-            to = bench.storage(np.zeros(512, np.uint8))
-            with_rows = SOURCE.replace("paging.cuh", "async.cuh").replace("%s", ROW)
-            bench.run(waits, to, source, source_text=with_rows)
-            found.append((to.bytes.reshape(32, 16) == values).all())
-        assert set(found) == outcomes
+LATE = {
+    "copies of threads": (ASYNC, 1, 2),
+    "rows that one thread copies": (ROW, "true", "false"),
+}
 
 
 @pytest.mark.extra
-def test_copies_that_are_not_waited_for(bench, rng, monkeypatch):
+@pytest.mark.parametrize("body, waits, does_not", LATE.values(), ids=LATE)
+def test_copies_that_are_not_waited_for(bench, rng, monkeypatch, body, waits, does_not):
     """In some launches they are done at once, and in some when they must be."""
     monkeypatch.setattr("emulator.ARCHITECTURES", (90,))
     values = rng.integers(1, 128, (2, 32, 16), np.uint8)
     source, right = bench.storage(values), values[0].copy()
-    right[5] = 0
-    for groups, outcomes in ((1, {True}), (2, {True, False})):
+    if body is ASYNC:
+        right[5] = 0
+    text = SOURCE.replace("paging.cuh", "async.cuh").replace("%s", body)
+    for given, outcomes in ((waits, {True}), (does_not, {True, False})):
         found = []
         for _ in range(4):
             to = bench.storage(np.zeros(512, np.uint8))
-            with_copies = SOURCE.replace("paging.cuh", "async.cuh").replace("%s", ASYNC)
-            bench.run(groups, to, source, source_text=with_copies)
+            bench.run(given, to, source, source_text=text)
             found.append((to.bytes.reshape(32, 16) == right).all())
         assert set(found) == outcomes
 

@@ -23,11 +23,6 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
-def torch():
-    return pytest.importorskip("torch")
-
-
-@pytest.fixture
 def cupy():
     return pytest.importorskip("cupy")
 

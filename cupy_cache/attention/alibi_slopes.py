@@ -15,7 +15,6 @@ import numpy as np
 
 from .. import cpu, errors
 from ..runtime import (
-    arrays,
     contract,
     dispatch,
     driver,
@@ -194,12 +193,8 @@ def _numbers(slopes):
     if issubclass(type(slopes), np.ma.MaskedArray):
         raise TypeError("a MaskedArray")
     for number in slopes if isinstance(slopes, (list, tuple)) else (slopes,):
-        if type(number) is float:
-            continue
-        if type(number) is bool or "bool" in str(getattr(number, "dtype", "")):
-            raise TypeError("a boolean")  # among other numbers NumPy would take it for one
-        if arrays.is_torch(number) and number.numel() and not arrays.torch_address(number):
-            raise TypeError("a tensor without memory")  # NumPy would read there
+        if type(number) is not float:
+            contract.refuse_no_number(number)
     given = np.asarray(slopes)
     kind = given.dtype.kind
     if kind == "O":

@@ -244,11 +244,17 @@ def index(value):
     NumPy or an array of one; `TypeError` for booleans and all else."""
     if type(value) is int:
         return value
+    refuse_no_number(value)
+    return operator.index(value)
+
+
+def refuse_no_number(value):
+    """`TypeError` for what Python and NumPy would take for a number: booleans, and tensors without
+    memory, which torch would read."""
     if type(value) is bool or "bool" in str(getattr(value, "dtype", "")):
         raise TypeError("a boolean")
-    if arrays.is_torch(value) and not arrays.torch_address(value):  # torch would read there
-        raise TypeError("no memory")
-    return operator.index(value)
+    if arrays.is_torch(value) and value.numel() and not arrays.torch_address(value):
+        raise TypeError("a tensor without memory")
 
 
 def integer(op, name, value, least=None):
