@@ -253,7 +253,8 @@ def refuse_no_number(value):
     memory, which torch would read."""
     if type(value) is bool or "bool" in str(getattr(value, "dtype", "")):
         raise TypeError("a boolean")
-    if arrays.is_torch(value) and value.numel() and not arrays.torch_address(value):
+    # The address first: of what torch.jit traces, the number of elements is a tensor.
+    if arrays.is_torch(value) and not arrays.torch_address(value) and value.numel():
         raise TypeError("a tensor without memory")
 
 
