@@ -180,3 +180,25 @@ def test_other_arrays_are_refused(world, rng, call, wrong):
         call(kept, rng, make(rng), "fp8")
     for spec in kept.put_specs:
         np.testing.assert_array_equal(world.bytes_of(spec), spec.buffer.bytes)
+
+
+# What a float32 can hold: the smallest and the largest number, and of those that kernels' sums and
+# products do not take for 0.
+LARGEST, SMALLEST, SMALLEST_NORMAL = (2 - 2.0**-23) * 2.0**127, 2.0**-149, 2.0**-126
+
+
+@pytest.mark.parametrize(
+    "name, least, no_less",
+    [("k_scale", SMALLEST, 2.0**-150), ("v_scale", SMALLEST, SMALLEST * (1 - 2.0**-53)),
+     ("soft_cap", SMALLEST_NORMAL, SMALLEST_NORMAL - SMALLEST), ("scale", -LARGEST, -(2.0**128))],
+)  # fmt: skip
+def test_numbers_at_the_ends_of_float32(name, least, no_less):
+    query, caches = np.ones((1, 1, 16), np.float16), np.zeros((2, 1, 16, 1, 16), np.uint8)
+    table, lens = np.array([[0]]), np.array([1])
+    options = {"kv_cache_dtype": "fp8", "k_scale": 1.0, "v_scale": 1.0}
+    for number in (least, LARGEST):
+        attended = cc.paged_attention(query, *caches, table, lens, **{**options, name: number})
+        assert not attended.any()  # of values that are 0
+    for number in (no_less, np.nextafter(LARGEST, np.inf), np.nextafter(least, -np.inf)):
+        with pytest.raises(cc.ArgumentError, match=f"^paged_attention: Invalid value of {name}"):
+            cc.paged_attention(query, *caches, table, lens, **{**options, name: float(number)})

@@ -399,7 +399,7 @@ class _HostMemory:
             "data": (ptr, False),
             "shape": tuple(shape),
             "strides": tuple(strides),
-            "typestr": f"<u{dtype.itemsize}" if dtype.itemsize > 1 else "|u1",
+            "typestr": f"<u{dtype.itemsize}",
             "version": 3,
         }
 
