@@ -185,6 +185,14 @@ class OfGPU(Capsules):
         return super().__dlpack__()
 
 
+@pytest.mark.parametrize("stream, named", [(None, 1), (0, 1), (1, 1), (2, 2), (7, 7)])
+def test_the_null_stream_has_a_name(recorder, stream, named):
+    """The protocol's 1 is the legacy default stream, whose handle is 0; its 0 means nothing."""
+    given = []
+    assert dlpack.read(OfGPU(given), stream)[1] == (2, 3)
+    assert given == [named]
+
+
 @pytest.mark.whole
 @pytest.mark.parametrize("told", [(1, 0), (3, 0), (2, 0), (2, 1), (13, 1)])
 @pytest.mark.parametrize("is_there", [(1, 0), (2, 0), (2, 1), (13, 0)])

@@ -367,6 +367,26 @@ def test_form(call, op, what, argument, way_out):
     assert bool(way_out) == bool(found["way_out"]), text
 
 
+def test_shapes_that_do_not_agree():
+    """What is known of the sizes is said, and which argument has the other."""
+    for change, expected in (
+        ({"key_cache": zeros(5, 4, 2, 9)},
+         "key_cache: expected [num_blocks=5, block_size=4, num_kv_heads=2, head_size=8], got "
+         "[5, 4, 2, 9] (head_size = 9 where key has 8)"),
+        ({"value": zeros(3, 1, 8)},
+         "value: expected [_, num_kv_heads=2, head_size_v], got [3, 1, 8] (num_kv_heads = 1 where "
+         "key has 2)"),
+        ({"value_cache": zeros(6, 4, 2, 8)},
+         "value_cache: expected [num_blocks=5, block_size=4, num_kv_heads=2, head_size_v=8], got "
+         "[6, 4, 2, 8] (num_blocks = 6 where key_cache has 5)"),
+        ({"key": zeros(3, 2, 8, 1)},
+         "key: expected [_, num_kv_heads, head_size], got [3, 2, 8, 1] (4 dimensions)"),
+    ):  # fmt: skip
+        with pytest.raises(cc.ShapeError) as raised:
+            write(**change)()
+        assert str(raised.value) == f"reshape_and_cache_flash: Invalid shape of {expected}"
+
+
 def test_every_fault_has_the_form():
     fault = cc.Fault("gather_cache", "block_table", 3, -7, 12, "cuda:1")
     found = FORM.fullmatch(str(fault))

@@ -199,6 +199,10 @@ def test_numbers_at_the_ends_of_float32(name, least, no_less):
     for number in (least, LARGEST):
         attended = cc.paged_attention(query, *caches, table, lens, **{**options, name: number})
         assert not attended.any()  # of values that are 0
+    kind = {
+        "scale": "None or a finite float32", "soft_cap": "None or a positive, normal float32",
+    }.get(name, "a positive, finite float32")  # fmt: skip
+    message = f"^paged_attention: Invalid value of {name}: expected {kind}, got"
     for number in (no_less, np.nextafter(LARGEST, np.inf), np.nextafter(least, -np.inf)):
-        with pytest.raises(cc.ArgumentError, match=f"^paged_attention: Invalid value of {name}"):
+        with pytest.raises(cc.ArgumentError, match=message):
             cc.paged_attention(query, *caches, table, lens, **{**options, name: float(number)})
