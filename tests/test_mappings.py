@@ -175,6 +175,7 @@ def test_more_bits_than_int64(rng, way, count, side, number):
     [
         (1, 2.0), (np.float32(1), 2), (1, "2"), (1, None), (np.bool_(True), 2), (True, 2),
         (1, False), (1,), (1, 2, 3), (), 5, "abc", (1, (2,)),
+        (b"", 2), (1, []),  # marshal writes as many bytes of these as of an integer
     ],
     ids=repr,
 )  # fmt: skip
