@@ -302,7 +302,8 @@ LONG = ("test_compile_all.py", "test_surface.py")
 MORE_TESTS = {
     "runtime": (
         "test_histories.py", "test_threads.py", "streams", "test_dispatch.py", "test_torch_ops.py",
-        "test_error_state.py", "test_warmup.py",
+        "test_error_state.py", "test_warmup.py", "test_memory.py", "test_exports.py",
+        "test_shared_memory.py",
     ),
     "ops": ("test_exact_ends.py", "test_histories.py", "test_threads.py", "test_warmup.py"),
     "attention": ("test_histories.py", "test_warmup.py"),
