@@ -196,6 +196,17 @@ def test_as_many_tuples_and_integers_as_pairs(rng, bad, more):
         read(bad + random_pairs(rng, more))
 
 
+@pytest.mark.parametrize("times", [1, 256])
+def test_a_pair_that_holds_all_later_ones(rng, times):
+    """The lowest byte of its length is that of a pair's."""
+    pairs = random_pairs(rng, 256 * times)
+    for bad in ((1, 2, *pairs), [1, 2, *pairs]):
+        for others in ([], pairs, [None] * len(pairs)):
+            for given in ([bad, *others], [*others, bad]):
+                with pytest.raises(cc.ShapeError, match="block_mapping: expected .* pairs of int"):
+                    read(given)
+
+
 def test_pairs_of_both_kinds(rng):
     pairs = random_pairs(rng, 200)
     found = read([list(pair) if row % 3 else pair for row, pair in enumerate(pairs)])
