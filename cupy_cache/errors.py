@@ -298,6 +298,15 @@ class Fault:
         fields = self.op, self.argument, self.row, self.value, self.limit, self.device
         return type(self), fields
 
+    def __eq__(self, other: object) -> bool:
+        return self.__reduce__() == other.__reduce__() if type(other) is Fault else NotImplemented
+
+    def __hash__(self) -> int:
+        return hash(self.__reduce__())
+
+    def __repr__(self) -> str:
+        return f"<Fault {self}>"
+
     def __str__(self) -> str:
         got, way_out = f"{self.value} in row {self.row} on {self.device}", "it was not followed"
         return str(_Wrong(self.op, "value", self.argument, below(self.limit), got, way_out))

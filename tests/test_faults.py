@@ -421,7 +421,8 @@ def test_errors_survive_copies(again):
         assert type(copied) is type(error) and str(copied) == str(error)
         assert copied.args == error.args and copied.__notes__ == ["of a user"]
         if type(error) is cc.FaultError:
-            assert fields(copied) == fields(error)
+            assert fields(copied) == fields(error) and copied.faults == error.faults
+            assert str(copied.faults[0]) in repr(copied.faults)
 
 
 def make_a_fault():
