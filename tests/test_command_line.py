@@ -3,6 +3,7 @@
 """The commands end quietly, and with the right status, whatever becomes of their output; the
 environment's variables are said to be wrong once, and stop nothing."""
 
+import io
 import json
 import os
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 
 import cupy_cache as cc
 from cupy_cache.cli import bench, command_line, demo
+from cupy_cache.runtime import log
 
 DEMO = "demo --backend numpy --tokens 2 --layers 1 --beams 1"
 QUIET = "2>/dev/null"
@@ -75,6 +77,13 @@ def test_standard_error_or_output_that_is_not_there(where):
     assert "Traceback" not in errors
     if ">&- " not in where and where != ">&-":
         assert "OK: " in text
+
+
+@pytest.mark.extra
+def test_bytes_are_shown_as_such():
+    """Python's option -bb refuses to take them for text."""
+    done = subprocess.run([sys.executable, "-bb", "-m", "cupy_cache", *DEMO.split()], check=False)
+    assert done.returncode == 0
 
 
 @pytest.mark.extra
@@ -180,6 +189,18 @@ def test_a_demo_that_is_too_large(capsys, monkeypatch):
         run(capsys, f"demo --block-size {2**64}")
     assert left.value.code == command_line.CANNOT_RUN
     assert "argument --block-size: expected a number below 2**31" in capsys.readouterr().err
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize("option", ["--tokens 1.5", "--seed x", f"--beams {'9' * 5000}"])
+def test_numbers_that_are_none(capsys, option):
+    """In the words of a user, not of the source."""
+    with pytest.raises(SystemExit) as left:
+        run(capsys, f"demo {option}")
+    assert left.value.code == command_line.CANNOT_RUN
+    told = capsys.readouterr().err
+    name, _, text = option.partition(" ")
+    assert f"argument {name}: expected a whole number, got '{text[:3]}" in told
 
 
 def test_warmup_that_is_refused(capsys):
@@ -309,3 +330,21 @@ def test_variables(variable, value, told, said):
     )  # fmt: skip
     assert done.stdout == f"{told} [0.00390625]\n"
     assert done.stderr.count(variable) == bool(said) and said in done.stderr
+
+
+def test_the_log_goes_to_standard_error_once(monkeypatch):
+    """To that of the moment, and in one line, also where the package was imported anew."""
+    before = log.logger.level
+    monkeypatch.setenv("CUPYCACHE_LOGLEVEL", "INFO")
+    try:
+        log.configure()
+        log.configure()
+        for _ in range(2):
+            monkeypatch.setattr(sys, "stderr", io.StringIO())
+            log.logger.info("so it is")
+            assert sys.stderr.getvalue() == "INFO cupy_cache: so it is\n"
+        monkeypatch.setattr(sys, "stderr", None)
+        log.logger.info("nobody is told")
+    finally:
+        log.logger.removeHandler(log._printed)
+        log.logger.setLevel(before)

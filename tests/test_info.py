@@ -190,6 +190,16 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
 
 @pytest.mark.extra
+def test_a_python_that_wants_every_encoding_named():
+    strict = ["-X", "warn_default_encoding", "-W", "error"]
+    done = subprocess.run(
+        [sys.executable, *strict, "-m", "cupy_cache", "info"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "EncodingWarning" not in done.stdout + done.stderr
+
+
+@pytest.mark.extra
 def test_a_python_that_does_not_know_its_path():
     _, facts = command(code=MAIN.format("sys.executable = ''"))
     assert facts["cupy"]["installed"] == [] or "its own path" in facts["cupy"]["problem"]
@@ -406,10 +416,19 @@ def test_a_driver_that_does_not_start(driver):
     assert told["problem"] == "cuInit failed: CUDA_ERROR_TORN (999)"
 
 
+def test_a_driver_that_shows_no_gpu(driver):
+    """As in a container that was given none."""
+    driver(status=100)
+    facts = machine()
+    facts["driver"] = info._driver()
+    assert commands(facts) == [None]
+    assert "a GPU: the driver shows no GPU; see CUDA_VISIBLE" in facts["missing"][0]["what"]
+
+
 # --- what is missing ------------------------------------------------------------------------------
 
 
-def machine(cuda="13.0", capability="9.0", cupy=("cupy-cuda13x",), version="14.2.0"):
+def machine(cuda="13.0", capability="9.0", cupy=("cupy-cuda13x",), version="14.2.0", nvrtc="13.0"):
     """The facts of a machine that lacks nothing, unless the arguments say otherwise."""
     device = {"index": 0, "name": "GPU", "compute_capability": capability, "memory_bytes": 2**36}
     there = {"version": "13.0", "path": "there", "problem": None}
@@ -423,7 +442,7 @@ def machine(cuda="13.0", capability="9.0", cupy=("cupy-cuda13x",), version="14.2
             "problem": None if cupy else "not installed",
         },
         "driver": {"cuda": cuda, "devices": [device], "problem": None},
-        "nvrtc": {**there, "architectures": [75, 90, 100]},
+        "nvrtc": {**there, "version": nvrtc, "architectures": [75, 90, 100]},
         "cuda_runtime": there, "cuda_headers": there, "kernel_sources": there,
         "kernel_cache": {"path": "cache", "files": 3, "bytes": 2**20, "problem": None},
         "environment": {"CUPYCACHE_DEBUG": "0", "CUDA_PATH": None},
@@ -460,6 +479,7 @@ def test_nothing_is_missing(cuda, cupy):
     assert "GPU, compute capability 9.0, 64.0 GiB" in shown
 
 
+@pytest.mark.whole
 @pytest.mark.parametrize(
     "facts, command",
     [
@@ -486,7 +506,18 @@ def test_nothing_is_missing(cuda, cupy):
             "pip uninstall -y cupy && pip install -U 'cupy-cache[cuda13x]'",
         ),
         (machine(capability="12.0"), "pip install -U nvidia-cuda-nvrtc"),
-        (machine(capability="7.0"), "pip install -U 'cupy-cache[cuda12x]'"),
+        (
+            machine(capability="12.0", cupy=["cupy-cuda12x"], nvrtc="12.4"),
+            "pip install -U nvidia-cuda-nvrtc-cu12",
+        ),
+        (
+            machine(capability="7.0"),
+            "pip uninstall -y cupy-cuda13x && pip install -U 'cupy-cache[cuda12x]'",
+        ),
+        (
+            machine(capability="7.0", cupy=["cupy-cuda12x"]),
+            "pip install -U 'cupy-cache[cuda12x]'",
+        ),
         (machine(cuda="11.8"), None),
     ],
 )

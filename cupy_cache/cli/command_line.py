@@ -202,15 +202,23 @@ def _add_demo(commands):
     parser.set_defaults(command=_demo)
 
 
+def _whole(text):
+    try:
+        return int(text)
+    except ValueError:
+        got = errors.shown(text)
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {got}") from None
+
+
 def _natural(text):
-    value = int(text)
+    value = _whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"expected 0 or more, got {value}")
     return value
 
 
 def _positive(text):
-    value = int(text)
+    value = _whole(text)
     if not 1 <= value < 2**31:
         expected = "1 or more" if value < 1 else "a number below 2**31"
         raise argparse.ArgumentTypeError(f"expected {expected}, got {value}")
@@ -242,9 +250,9 @@ def _demo(args):
         if isinstance(error, CupyCacheError):  # of blocks, of which there are enough
             raise
         raise CannotRun(f"too little memory for these sizes: {cuda.named(error)}") from error
-    print(f"greedy: {bytes(greedy.tokens)}")
+    print(f"greedy: {bytes(greedy.tokens)!r}")
     for beam in beams:
-        print(f"beam, log probability {beam.score:.2f}: {bytes(beam.tokens)}")
+        print(f"beam, log probability {beam.score:.2f}: {bytes(beam.tokens)!r}")
     rates = (f"{phase} {statistics.median(rates):,.0f}" for phase, rates in run.rates.items())
     print(f"tokens per second, median of the steps: {', '.join(rates)}")
     swapped = errors.counted(preempted, "block")

@@ -21,6 +21,7 @@ from .._version import __version__
 from ..errors import KernelError
 from ..runtime import cuda, env, modules
 
+NO_DEVICE = "the driver shows no GPU"
 OTHER_VARIABLES = ("CUPY_CACHE_DIR", "CUPY_CACHE_IN_MEMORY", "CUDA_PATH", "CUDA_VISIBLE_DEVICES")
 # What is printed last is a JSON object. Folders that importing CuPy made are removed again.
 _TRY_CUPY = """
@@ -124,7 +125,7 @@ def _try_cupy():
     try:
         done = subprocess.run(
             [sys.executable, "-c", _TRY_CUPY, cuda.cache_folder()],
-            capture_output=True, text=True, errors="replace", timeout=120, check=False,
+            capture_output=True, encoding="utf-8", errors="replace", timeout=120, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return {**told, "problem": "importing it did not end within 120 s"}
@@ -150,10 +151,13 @@ def _driver():
     if library.cuDriverGetVersion(ctypes.byref(number)) == 0:
         facts["cuda"] = _dotted(number.value)
     status = library.cuInit(0)
-    if status:
+    if status == 100:  # CUDA_ERROR_NO_DEVICE
+        facts["problem"] = NO_DEVICE
+    elif status:
         name = ctypes.c_char_p()
         library.cuGetErrorName(status, ctypes.byref(name))
         facts["problem"] = f"cuInit failed: {(name.value or b'').decode()} ({status})"
+    if status:
         return facts
     library.cuDeviceGetCount(ctypes.byref(number))
     facts["devices"] = [_device(library, index) for index in range(number.value)]
@@ -279,7 +283,12 @@ def missing(facts):
     if driver["cuda"] is None:
         return found  # without a driver there is no GPU to serve
     if driver["problem"] is not None:
-        return [*found, {"what": f"a working driver: {driver['problem']}", "command": None}]
+        what = f"a working driver: {driver['problem']}"
+        if driver["problem"] == NO_DEVICE:
+            what = (
+                f"a GPU: {NO_DEVICE}; see CUDA_VISIBLE_DEVICES, and whether this container has one"
+            )
+        return [*found, {"what": what, "command": None}]
     major = int(driver["cuda"].partition(".")[0])
     if major < cuda.OLDEST:
         what = f"a driver for CUDA {cuda.OLDEST} or newer; this one serves {driver['cuda']}"
@@ -293,9 +302,13 @@ def missing(facts):
                 f"an NVRTC that compiles for {device['name']} (sm_{architecture}); "
                 f"{facts['nvrtc']['version']} knows sm_{min(known)} to sm_{max(known)}"
             )
-            command = "pip install -U nvidia-cuda-nvrtc"
+            nvrtc = int(facts["nvrtc"]["version"].partition(".")[0])
+            command = f"pip install -U {cuda.nvrtc_package(nvrtc)}"
             if architecture < min(known):
                 command = f"pip install -U 'cupy-cache[cuda{cuda.OLDEST}x]'"
+                others = [n for n in facts["cupy"]["installed"] if n != f"cupy-cuda{cuda.OLDEST}x"]
+                if others:  # there must be only one
+                    command = f"pip uninstall -y {' '.join(others)} && {command}"
             found.append({"what": what, "command": command})
     problem = facts["kernel_cache"]["problem"]
     if problem is not None:
@@ -369,7 +382,7 @@ def as_text(facts):
         size = f"{errors.counted(cache['files'], 'file')}, {cache['bytes'] / 2**20:.1f} MiB"
     elif cache["problem"] is not None:
         size = "cannot be used"
-    rows.append(("kernel cache", f"{cache['path']}: {size}"))
+    rows.append(("kernel cache", f"{'(empty)' if cache['path'] == '' else cache['path']}: {size}"))
     if cache["problem"] is not None:
         rows.append(("", cache["problem"]))
     meanings = {variable.name: variable.meaning for variable in env.TABLE}

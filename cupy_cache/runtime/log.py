@@ -3,12 +3,29 @@
 """The package's logger: silent unless the program, or CUPYCACHE_LOGLEVEL, asks otherwise."""
 
 import logging
+import sys
 
 from .. import errors
 from . import env
 
 logger = logging.getLogger("cupy_cache")
 logger.addHandler(logging.NullHandler())
+
+
+class _Printed(logging.StreamHandler):
+    """Prints to what standard error is at that moment: notebooks and tests exchange it."""
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+        self.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+
+    @property
+    def stream(self):
+        """Standard error."""
+        return sys.stderr
+
+
+_printed = _Printed()
 
 
 def configure():
@@ -25,7 +42,5 @@ def configure():
             f"{errors.shown(name)}; nothing is printed"
         )
         return
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
-    logger.addHandler(handler)
+    logger.addHandler(_printed)  # once, however often the package is imported anew
     logger.setLevel(level)
