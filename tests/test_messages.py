@@ -157,8 +157,23 @@ TABLE = [
     (slots(stream=-(2**70)), "slot_mapping", "value", "stream", ""),
     # options
     (write(kv_cache_dtype="fp9"), "reshape_and_cache_flash", "value", "kv_cache_dtype", ""),
+    (
+        write(kv_cache_dtype=np.dtype(FP8)),
+        "reshape_and_cache_flash", "value", "kv_cache_dtype", "'fp8' is it",
+    ),
+    (
+        mla(kv_cache_dtype="half"), "concat_and_cache_mla", "value", "kv_cache_dtype",
+        "'float16' is it",
+    ),
+    (
+        write(kv_cache_dtype="int8_per_token_head"),
+        "reshape_and_cache_flash", "value", "kv_cache_dtype",
+        "reshape_and_cache_flash_per_token_head writes such caches",
+    ),
     (write(kv_cache_dtype="fp8", k_scale=0.0), "reshape_and_cache_flash", "value", "k_scale", ""),
     (write(kv_cache_dtype="fp8", k_scale=True), "reshape_and_cache_flash", "value", "k_scale", ""),
+    (write(kv_cache_dtype="fp8", v_scale=[0.5]), "reshape_and_cache_flash", "type", "v_scale", ""),
+    (mla(kv_cache_dtype="fp8", scale="0.5"), "concat_and_cache_mla", "type", "scale", ""),
     (mla(kv_cache_dtype="fp8", scale=-1.0), "concat_and_cache_mla", "value", "scale", ""),
     (mla(scale_rule="most"), "concat_and_cache_mla", "value", "scale_rule", ""),
     # what is right for another operation, or another option

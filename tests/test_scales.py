@@ -10,6 +10,7 @@ import pytest
 import worlds
 
 import cupy_cache as cc
+from cupy_cache.runtime import contract
 
 # Zeros, NaNs, infinities, negative numbers, and the ends of what a float32 can hold.
 ODD = np.array(
@@ -206,3 +207,14 @@ def test_numbers_at_the_ends_of_float32(name, least, no_less):
     for number in (no_less, np.nextafter(LARGEST, np.inf), np.nextafter(least, -np.inf)):
         with pytest.raises(cc.ArgumentError, match=message):
             cc.paged_attention(query, *caches, table, lens, **{**options, name: float(number)})
+
+
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    "scale", [[0.5], (), "0.5", b"1", ml_dtypes.bfloat16(0.5), np.complex64(1), np.True_]
+)
+def test_a_scale_may_be_a_number(scale):
+    """What is neither that nor an array is told so."""
+    expected = "expected None, a number or a float32 array, got "
+    with pytest.raises(cc.DTypeError, match=expected + type(scale).__name__):
+        contract.split_scale("op", "k_scale", scale)

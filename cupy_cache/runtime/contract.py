@@ -390,14 +390,21 @@ def split_scale(op, name, scale):
         if arrays.is_torch(scale):  # to ask whether it is a real number takes a microsecond
             return scale, 0.0
         if type(scale) is bool:
-            raise errors.wrong("value", f"{op}: {name}", "a number or a float32 array", scale)
+            raise errors.wrong("value", f"{op}: {name}", _SCALE, scale)
         if not is_real(scale):
+            if issubclass(type(scale), _NO_SCALES):
+                raise errors.wrong("type", f"{op}: {name}", _SCALE, type(scale).__name__)
             return scale, 0.0
         found = real(scale)
     if found is None or not SMALLEST_SCALE <= found <= LARGEST_SCALE:
         expected = "a positive, finite float32"
         raise errors.wrong("value", f"{op}: {name}", expected, errors.shown(scale))
     return None, found
+
+
+_SCALE = "None, a number or a float32 array"
+# What is taken for a scale, and is neither; a number of ml_dtypes' is a `generic`.
+_NO_SCALES = (list, tuple, str, bytes, np.generic)
 
 
 def split_scales(op, kv_cache_dtype, k_scale, v_scale):

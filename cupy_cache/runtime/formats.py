@@ -198,9 +198,25 @@ def cache_format(
     names = tuple(table) if names is None else names
     text = text_of(kv_cache_dtype)
     if text not in names:
-        expected = f"one of {', '.join(names)}"
-        raise errors.wrong("value", f"{op}: {argument}", expected, errors.shown(kv_cache_dtype))
+        expected, got = f"one of {', '.join(names)}", errors.shown(kv_cache_dtype)
+        way_out = _way_to_format(kv_cache_dtype, names, table)
+        raise errors.wrong("value", f"{op}: {argument}", expected, got, way_out)
     return table[text]
+
+
+def _way_to_format(kv_cache_dtype, names, table):
+    """For an error: the way out where ``kv_cache_dtype`` is the dtype of a format among ``names``,
+    or means scales that are kept elsewhere; "" where it means nothing."""
+    if text_of(kv_cache_dtype) in BY_TOKEN:
+        return "reshape_and_cache_flash_per_token_head writes such caches"
+    try:
+        found = dtype_named(kv_cache_dtype)
+    except errors.ArgumentError:
+        return ""
+    for name in names:
+        if name == found.name or table.get(name, RAW_FORMAT).stored == found:
+            return f"{name!r} is it"
+    return ""
 
 
 def conversion(fmt, source):
