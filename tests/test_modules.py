@@ -63,6 +63,7 @@ def cupy(monkeypatch):
         ),
         RawModule=lambda **options: FakeModule(made.error),
         architectures=(75, 80, 90, 100),
+        nvrtc_version=(12, 4),
         nvrtc=nvrtc,
         real=real,
     )
@@ -72,6 +73,7 @@ def cupy(monkeypatch):
     monkeypatch.setattr(cuda, "driver_version", lambda: (12, 4))
     monkeypatch.setattr(modules, "_loaded", {})
     monkeypatch.setattr(nvrtc, "getSupportedArchs", lambda: made.architectures)
+    monkeypatch.setattr(nvrtc, "getVersion", lambda: made.nvrtc_version)
     modules._capability.cache_clear()
     yield made
     modules._capability.cache_clear()
@@ -127,6 +129,17 @@ def test_a_source_that_does_not_compile(cupy):
     assert type(named) is cc.KernelError and "vec.cuh(7)" in str(named)
 
 
+def test_an_nvrtc_without_its_second_library(cupy):
+    """CuPy tells it as an error of the source."""
+    from cupy.cuda.compiler import CompileException
+
+    error = CompileException("failed to open libnvrtc-builtins.so.12.4.", "", "", ())
+    error.__context__ = refused(7, "NVRTC_ERROR_BUILTIN_OPERATION_FAILURE")
+    named = failure(cupy, error)
+    assert type(named) is cc.MissingDependencyError and "libnvrtc-builtins" in str(named)
+    assert str(named).endswith("--force-reinstall --no-deps nvidia-cuda-nvrtc-cu12")
+
+
 @pytest.mark.parametrize(
     "status, kind, word",
     [
@@ -176,6 +189,14 @@ def test_an_architecture_that_nvrtc_does_not_know(cupy, capability, word):
     number = f"{capability[:-1]}.{capability[-1]}"
     for part in ("alibi_slopes on cuda:1", number, "sm_75, 80, 90, 100", word):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("major, package", [(12, "nvidia-cuda-nvrtc-cu12 "), (13, "nvrtc ")])
+def test_a_newer_nvrtc_is_for_the_same_cuda(cupy, major, package):
+    """Each major version of CUDA has a package of its own, and CuPy is for one."""
+    cupy.capability, cupy.nvrtc_version = "120", (major, 1)
+    with pytest.raises(cc.UnsupportedArchitectureError, match=f"pip install -U [a-z-]*{package}"):
+        modules.load(KERNEL, 1)
 
 
 @pytest.mark.parametrize("capability", ["75", "80", "90", "100", "103"])
@@ -499,7 +520,7 @@ class OfStatus(RuntimeError):
             cc.MissingDependencyError,
             ("sufficient", "pip install -U 'cupy-cache[cuda12x]"),
         ),
-        (100, None, cc.MissingDependencyError, ("CuPy cannot use CUDA here",)),
+        (100, None, cc.MissingDependencyError, ("CuPy cannot use CUDA here", "CUDA_VISIBLE_DEV")),
         (35, "7.0", cc.MissingDependencyError, ("torch is built for ROCm",)),
         (3, None, cc.KernelError, ("forked", "spawn")),
     ],
@@ -540,6 +561,67 @@ def test_a_cupy_that_finds_no_cuda(monkeypatch, status, hip, error, words):
     for word in ("cuda:0: ", *words):
         assert word in str(caught.value)
     assert "pip" not in str(caught.value) or hip is None
+
+
+@pytest.mark.parametrize("status, driver_is, words", [
+    (35, None, "there is no NVIDIA driver here"), (100, (13, 0), "whether this container"),
+    (802, (13, 0), ""), (None, (12, 2), "pip install -U 'cupy-cache[cuda12x]'"),
+])  # fmt: skip
+def test_the_way_to_cuda(monkeypatch, status, driver_is, words):
+    """Another CuPy is no way out where the driver itself is not ready."""
+    monkeypatch.setattr(cuda, "driver_version", lambda: driver_is)
+    way_out = cuda._way_to_cuda(refused(status, "") if status else RuntimeError("torn"))
+    assert words in way_out and ("pip" in way_out) == (status is None)
+
+
+def without_cupy(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    monkeypatch.setattr(cuda, "_cupy", None)
+    monkeypatch.setattr(cuda, "torchs_rocm", lambda: None)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda: cc.warmup(2, 64, 16), "warmup: Invalid value of device: expected a GPU, got the CPU"),
+    (lambda: cc.PagedKVCache.allocate(1, 2, 4, 1, 8, framework="cupy"), "allocate: .* of device: "),
+    (lambda: cc.PagedKVCache.allocate(1, 2, 4, 1, 8, pinned=True), "allocate: .* of pinned: "),
+    (lambda: cc.alibi_slopes(4, device="cuda"), "alibi_slopes: device 'cuda': "),
+])  # fmt: skip
+def test_without_cupy_the_command_is_told(monkeypatch, call, words):
+    """With the operation and the argument, wherever a GPU is asked for."""
+    without_cupy(monkeypatch)
+    with pytest.raises(cc.CupyCacheError, match=f"{words}.*; pip install -U 'cupy-cache"):
+        call()
+
+
+@pytest.mark.parametrize("status, active", [(3, 0), (0, 0), (0, 1)])
+def test_addresses_of_a_gpu_without_cupy(monkeypatch, status, active):
+    """torch may use a GPU where there is no CuPy: its memory is none of the host's. The driver is
+    not initialised to find out."""
+    without_cupy(monkeypatch)
+
+    class Driver:
+        def cuDeviceGetCount(self, count):
+            count._obj.value = 2
+            return status
+
+        def cuDeviceGet(self, device, index):
+            device._obj.value = index
+            return 0
+
+        def cuDevicePrimaryCtxGetState(self, device, flags, found):
+            found._obj.value = active and device.value
+            return 0
+
+    monkeypatch.setattr(cuda, "_driver_if_there", Driver)
+    monkeypatch.setattr(cuda, "library", lambda: Driver() if not status else 1 / 0)
+    a, b = np.arange(8, dtype=np.uint8), np.zeros(8, np.uint8)
+    columns = np.array([[a.ctypes.data], [b.ctypes.data], [8]])
+    if active:
+        with pytest.raises(cc.MissingDependencyError, match="swap_blocks_batch: .* GPU.*; pip"):
+            cc.swap_blocks_batch(*columns)
+    else:
+        cc.swap_blocks_batch(*columns)
+    assert (a == b).all() != bool(active)
 
 
 def test_a_gpu_of_rocm_is_told_as_one(monkeypatch):

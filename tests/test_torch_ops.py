@@ -945,6 +945,11 @@ def test_without_torch(torch_is):
     code = (
         f"import sys, types, cupy_cache\nsys.modules['torch'] = {torch_is}\n"
         "try: import cupy_cache.integrations.torch_ops\n"
+        "except cupy_cache.MissingDependencyError as error: print(error)\n"
+        "sys.modules['torch'] = None\n"
+        "try: import cupy_cache.integrations.torch_graphs\n"
         "except cupy_cache.MissingDependencyError as error: print(error)"
     )
-    assert "needs torch 2.4 or newer (pip install 'torch>=2.4')" in run_python(code)
+    told = run_python(code)
+    assert "needs torch 2.4 or newer (pip install 'torch>=2.4')" in told
+    assert "torch_graphs needs torch (pip install torch)" in told

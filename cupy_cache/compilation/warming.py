@@ -122,7 +122,8 @@ def warmup(
     place = driver.device_named(device, "warmup: device")
     if place.kind == "cpu":
         got = "the CPU, where nothing is compiled"
-        raise errors.wrong("value", "warmup: device", "a GPU", got, error=DeviceError)
+        way_out = driver.way_to_a_gpu() if device is None else ""
+        raise errors.wrong("value", "warmup: device", "a GPU", got, way_out, error=DeviceError)
     refused: list[CupyCacheError] = []
     capability = driver.active.capability(place.index)
     shared_bytes = driver.active.shared_memory(place.index)

@@ -7,10 +7,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
-
 from .. import Step, errors
+from ..errors import MissingDependencyError
 from ..runtime import contract, tracing
+
+try:
+    import torch
+except ImportError as error:
+    raise MissingDependencyError(
+        f"cupy_cache.integrations.torch_graphs needs torch (pip install torch): {error}"
+    ) from error
 
 NAME = "StepGraphs"
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from .. import errors
 from ..errors import DeviceError
-from ..runtime import contract, driver, formats, making
+from ..runtime import contract, cuda, driver, formats, making
 
 # Sizes of a cache, by the names of `PagedKVCache.allocate`'s arguments.
 LAYOUTS = ("NHD", "HND", "packed", "x-packed", "rows")
@@ -102,9 +102,10 @@ def _home(op, dtype, framework, device, pinned):
     if pinned and device.kind != "cpu":
         way_out = "only host memory is pinned"
         raise errors.wrong("value", f"{op}: device", "'cpu'", device, way_out, error=DeviceError)
-    if pinned and not driver.active.device_count():
-        expected = "False, since CuPy sees no CUDA GPU"
-        raise errors.wrong("value", f"{op}: pinned", expected, "True", error=DeviceError)
+    if pinned and not driver.gpus():
+        why, way_out = cuda.no_gpu()
+        expected, name = f"False, since {why}", f"{op}: pinned"
+        raise errors.wrong("value", name, expected, "True", way_out, error=DeviceError)
     return framework, device
 
 

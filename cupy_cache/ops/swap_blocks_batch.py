@@ -11,7 +11,19 @@ from typing import NamedTuple
 import numpy as np
 
 from .. import errors
-from ..runtime import arrays, devices, dispatch, driver, launch, modules, params, streams, tracing
+from ..errors import MissingDependencyError
+from ..runtime import (
+    arrays,
+    cuda,
+    devices,
+    dispatch,
+    driver,
+    launch,
+    modules,
+    params,
+    streams,
+    tracing,
+)
 from ..runtime.log import logger
 from ..types import ArrayLike, StreamLike
 from .shared import blocks
@@ -104,6 +116,12 @@ class _Plan:
             _check_ranges(*given)
         _check_apart(of, to, ordered[1:] - ordered[:-1])
         if not driver.gpus():
+            if cuda.in_use_without_cupy():  # whose memory it is cannot be told
+                why, way_out = cuda.no_gpu()
+                raise MissingDependencyError(
+                    f"{NAME}: the addresses may be those of a GPU, which this process uses, and "
+                    f"{why}; {way_out}"
+                )
             _copy_on_host(sources, destinations, sizes)
             return
         from_sides, to_sides = _locate("src_ptrs", of), _locate("dst_ptrs", to)

@@ -11,7 +11,7 @@ import sys
 import threading
 
 from .. import errors
-from ..errors import KernelError, MissingDependencyError
+from ..errors import CupyCacheError, KernelError, MissingDependencyError
 from . import env
 
 CUPY_NEEDED = "14.2"  # the first whose disk cache serves name expressions
@@ -108,20 +108,66 @@ def lose():
     _cupy, _lost_by_fork = None, True
 
 
-_NOT_INITIALIZED = 3  # cudaErrorInitializationError
+# Of cudaError_t.
+_NOT_INITIALIZED, _INSUFFICIENT_DRIVER, _NO_DEVICE = 3, 35, 100
 
 
 def _without_cuda(why, error):
-    """The error where CuPy finds no CUDA. The driver may be older than CuPy needs, and new enough
-    for torch, which has the arrays."""
+    """The error where CuPy finds no CUDA."""
     if getattr(error, "status", None) == _NOT_INITIALIZED:
         return KernelError(f"{why}: {FORKED}")
     if torchs_rocm():
         return MissingDependencyError(_ROCM.format(why, "torch"))
-    return MissingDependencyError(
-        f"{why}: CuPy cannot use CUDA here: {named(error)}; the CuPy that fits this driver comes "
-        f"with {install_hint()}, once the other is uninstalled"
-    )
+    told, way_out = f"{why}: CuPy cannot use CUDA here: {named(error)}", _way_to_cuda(error)
+    return MissingDependencyError(f"{told}; {way_out}" if way_out else told)
+
+
+def _way_to_cuda(error):
+    """The way out where CuPy finds no CUDA, for errors; "" where CUDA's own text has to do."""
+    status = getattr(error, "status", None)
+    if status == _NO_DEVICE:
+        return "no GPU is shown: see CUDA_VISIBLE_DEVICES, and whether this container was given one"
+    if status == _INSUFFICIENT_DRIVER and driver_version() is None:
+        return "there is no NVIDIA driver here"
+    if status in (None, _INSUFFICIENT_DRIVER):
+        # The driver may be older than CuPy needs, and new enough for torch, which has the arrays.
+        return (
+            f"the CuPy that fits this driver comes with {install_hint()}, once the other is "
+            "uninstalled"
+        )
+    return ""
+
+
+def no_gpu():
+    """(Why there is no GPU to use, the way out), for errors."""
+    if torchs_rocm():
+        return "torch is built for ROCm, whose GPUs are not served", ""
+    try:
+        find_cupy("").cuda.runtime.getDeviceCount()
+    except CupyCacheError as error:
+        why, _, way_out = str(error).removeprefix(": ").partition("; ")
+        return why, way_out
+    except Exception as error:
+        return f"CuPy sees no CUDA GPU ({named(error)})", _way_to_cuda(error)
+    return "CuPy sees no CUDA GPU", ""
+
+
+def in_use_without_cupy():
+    """Whether a GPU is used in this process where CuPy sees none. The driver is asked, and not
+    initialised for that: a forked child could not use it any more."""
+    driver, count = _driver_if_there(), ctypes.c_int()
+    if driver is None or driver.cuDeviceGetCount(ctypes.byref(count)):  # not initialised
+        return False
+    return any(map(_has_context, range(count.value)))
+
+
+@functools.cache
+def _driver_if_there():
+    """The driver's library, as it is; None where there is none."""
+    try:
+        return load_library()
+    except OSError:
+        return None
 
 
 def torchs_rocm():
@@ -187,6 +233,11 @@ def install_hint():
     else:
         extra, others = f"cuda{max(OLDEST, min(version[0], NEWEST))}x", ""
     return f"pip install -U 'cupy-cache[{extra}]'{others}"
+
+
+def nvrtc_package(major):
+    """The package that has NVRTC for this major version of CUDA."""
+    return "nvidia-cuda-nvrtc" if major > 12 else f"nvidia-cuda-nvrtc-cu{major}"
 
 
 def driver_version():

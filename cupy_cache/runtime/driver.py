@@ -423,6 +423,11 @@ def gpus():
         return 0
 
 
+def way_to_a_gpu():
+    """The way out where a GPU is needed, for errors: why there is none, and what to do."""
+    return "" if gpus() else "; ".join(filter(None, cuda.no_gpu()))
+
+
 def device_named(device, name, framework=None):
     """``device`` as a `Device` that exists.
 
@@ -445,11 +450,11 @@ def device_named(device, name, framework=None):
         raise MissingDependencyError(f"{name} {errors.shown(device)}: {why}") from error
     index = int(found[2] or _current_device(device, framework)) if count else 0
     if index >= count:
-        why = "torch is built for ROCm, whose GPUs are not served"
-        if not cuda.torchs_rocm():
-            why = "CuPy sees no CUDA GPU"
-        there = f"a GPU below {count}" if count else f"cpu, since {why}"
-        raise errors.wrong("value", name, there, errors.shown(device), error=DeviceError)
+        there, way_out = f"a GPU below {count}", ""
+        if not count:
+            why, way_out = cuda.no_gpu()
+            there = f"cpu, since {why}"
+        raise errors.wrong("value", name, there, errors.shown(device), way_out, error=DeviceError)
     return Device("cuda", index)
 
 

@@ -40,8 +40,9 @@ def home(op, framework, device):
         raise _no_framework(op, framework)
     if framework != "torch" and (framework == "numpy") != (place.kind == "cpu"):
         expected = "the CPU" if framework == "numpy" else "a GPU"
-        expected = f"{expected} for framework {framework!r}"
-        raise errors.wrong("value", f"{op}: device", expected, place, error=DeviceError)
+        expected, name = f"{expected} for framework {framework!r}", f"{op}: device"
+        way_out = driver.way_to_a_gpu() if framework != "numpy" and device is None else ""
+        raise errors.wrong("value", name, expected, place, way_out, error=DeviceError)
     return framework, place
 
 

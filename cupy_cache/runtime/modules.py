@@ -320,6 +320,13 @@ def _nvrtc_architectures(why):
         ) from error
 
 
+def _nvrtc_package():
+    """The package of the NVRTC that is loaded."""
+    from cupy_backends.cuda.libs import nvrtc
+
+    return cuda.nvrtc_package(nvrtc.getVersion()[0])
+
+
 def compiles_for(capability, supported):
     """Whether code from an NVRTC that knows the compute capabilities ``supported`` runs on a GPU of
     ``capability``, such as 90. For a newer GPU CuPy has it compile for the newest that it knows;
@@ -332,9 +339,12 @@ def _require_architecture(why, capability, supported):
     if compiles_for(capability, supported):
         return
     known = ", ".join(map(str, supported))
-    way_out = "pip install -U nvidia-cuda-nvrtc brings a newer one"
+    way_out = f"pip install -U {_nvrtc_package()} brings a newer one"
     if capability < min(supported):
-        way_out = f"an older one is needed: pip install 'cupy-cache[cuda{cuda.OLDEST}x]'"
+        way_out = (
+            f"an older one is needed: pip install 'cupy-cache[cuda{cuda.OLDEST}x]', once the other "
+            "CuPy is uninstalled"
+        )
     raise UnsupportedArchitectureError(
         f"{why}: NVRTC does not compile for compute capability {capability / 10}, but for sm_"
         f"{known}; {way_out}"
@@ -343,6 +353,8 @@ def _require_architecture(why, capability, supported):
 
 # The driver's statuses for machine code that it cannot load (CUresult).
 _INVALID_IMAGE, _NO_BINARY_FOR_GPU, _UNSUPPORTED_PTX = 200, 209, 222
+# NVRTC's where its second library is missing, libnvrtc-builtins.
+_NO_BUILTINS = 7
 
 
 def _explain(error, kernel, why):
@@ -355,6 +367,11 @@ def _explain(error, kernel, why):
     if isinstance(error, OSError):
         return KernelError(f"{failed} kept or found: {told}; {cuda.cache_hint()}")
     if isinstance(error, CompileException):
+        if getattr(error.__context__, "status", None) == _NO_BUILTINS:
+            return MissingDependencyError(
+                f"{why}: NVRTC is not whole: {error}; pip install --force-reinstall --no-deps "
+                f"{_nvrtc_package()}"
+            )
         return KernelError(f"{failed} compiled: {error}")
     if isinstance(error, CUDADriverError):
         if error.status in (_NO_BINARY_FOR_GPU, _UNSUPPORTED_PTX):
