@@ -590,6 +590,7 @@ def test_progress(gpu, monkeypatch):
         ({"kv_cache_dtype": "fp9"}, cc.ArgumentError, ("kv_cache_dtype", "'fp9'", "fp8_e5m2")),
         ({"layouts": ("NHD", "NDH")}, cc.ArgumentError, ("layouts", "'NDH'", "HND")),
         ({"layouts": "NHD"}, cc.ArgumentError, ("layouts", "sequence", "'NHD'")),
+        ({"dtype": "fp8"}, cc.ArgumentError, ("dtype", "kv_cache_dtype='fp8' is it")),
         ({"index_dtypes": ("int16",)}, cc.ArgumentError, ("index_dtypes", "'int16'")),
         ({"ops": ("copy",)}, cc.ArgumentError, ("ops", "'copy'", "copy_blocks")),
         ({"device": 2}, cc.DeviceError, ("device", "2")),

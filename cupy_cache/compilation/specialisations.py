@@ -39,7 +39,7 @@ def specialisations(
     )
     if rotary is not None and not issubclass(type(rotary), dict):
         raise errors.wrong("type", "warmup: rotary", "a dict", errors.shown(rotary))
-    dtype = formats.dtype_named(dtype, "warmup: dtype")
+    dtype = formats.model_dtype("warmup", dtype)
     stored = formats.UINT8
     if kv_cache_dtype != formats.FP8_DS_MLA:
         stored = FORMATS[kv_cache_dtype].stored or dtype

@@ -51,7 +51,7 @@ def caches(
         ]
         pages = [Pages(*([page[i] for page in side] for i in (1, 2))) for side in made]
         return *([page[0] for page in side] for side in made), pages
-    dtype = storage(op, _raw(op, dtype), kv_cache_dtype, layout)
+    dtype = storage(op, formats.model_dtype(op, dtype), kv_cache_dtype, layout)
     shapes = _shapes(op, layout, *sizes, head_size_v, dtype)
     zeros = functools.partial(making.zeros, framework, device, dtype=dtype, pinned=pinned)
     made = [[zeros(shape) for _ in range(layers)] for shape in shapes]
@@ -107,14 +107,6 @@ def _home(op, dtype, framework, device, pinned):
         expected, name = f"False, since {why}", f"{op}: pinned"
         raise errors.wrong("value", name, expected, "True", way_out, error=DeviceError)
     return framework, device
-
-
-def _raw(op, dtype):
-    """The `formats.DType` of the model's keys and values."""
-    if (formats.text_of(dtype) or "").startswith("fp8"):
-        expected, way_out = "the model's own, such as 'bfloat16'", f"kv_cache_dtype={dtype!r} is it"
-        raise errors.wrong("value", f"{op}: dtype", expected, repr(dtype), way_out)
-    return formats.dtype_named(dtype, f"{op}: dtype")
 
 
 def storage(op, dtype, kv_cache_dtype, layout):

@@ -190,6 +190,15 @@ def dtype_named(name, argument="dtype"):
     return DTYPES[text]
 
 
+def model_dtype(op, dtype):
+    """The `DType` of a model's keys and values, which the caches may hold in another."""
+    text = text_of(dtype) or ""
+    if text.startswith("fp8"):
+        expected, way_out = "the model's own, such as 'bfloat16'", f"kv_cache_dtype={text!r} is it"
+        raise errors.wrong("value", f"{op}: dtype", expected, repr(text), way_out)
+    return dtype_named(dtype, f"{op}: dtype")
+
+
 def cache_format(
     op, kv_cache_dtype, names=None, argument="kv_cache_dtype", table=CACHE_FORMATS
 ):  # fmt: skip
