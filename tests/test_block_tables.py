@@ -534,11 +534,16 @@ def test_who_is_fed_in_a_step():
     for name, length in (("a", 7), ("b", 1), ("c", 9), ("d", 0), ("e", 1), ("f", 2)):
         tables.add(name, range(length))
     assert tables.schedule(tables) == {"b": 1, "e": 1, "a": 7, "c": 1}
-    assert list(tables.schedule("fabe")) == ["b", "e", "f", "a"]
+    assert list(tables.schedule([*"fabe"])) == ["b", "e", "f", "a"]
     assert tables.schedule(iter("ca"), max_tokens=4) == {"c": 4}
-    assert tables.schedule("be", max_tokens=1) == {"b": 1}
-    assert tables.schedule("d") == tables.schedule([]) == tables.schedule("a", max_tokens=0) == {}
-    counts = tables.schedule("abe")
+    assert tables.schedule([*"be"], max_tokens=1) == {"b": 1}
+    assert (
+        tables.schedule([*"d"])
+        == tables.schedule([])
+        == tables.schedule([*"a"], max_tokens=0)
+        == {}
+    )
+    counts = tables.schedule([*"abe"])
     tables.step(list(counts), list(counts.values()))
     assert tables.schedule(tables) == {"c": 9, "f": 1}
     tables.append("b", 5)
@@ -550,8 +555,8 @@ def test_who_is_fed_where_there_are_more_than_a_step_takes():
     for name, length in (("a", 7), ("b", 1), ("c", 9), ("d", 1), ("e", 1)):
         tables.add(name, range(length))
     assert tables.schedule(tables) == {"b": 1, "d": 1}
-    assert tables.schedule("abc") == {"b": 1, "a": 7}
-    counts = tables.schedule("ca")
+    assert tables.schedule([*"abc"]) == {"b": 1, "a": 7}
+    counts = tables.schedule([*"ca"])
     assert tables.step(list(counts), list(counts.values())).num_tokens == 16
 
 
@@ -751,6 +756,7 @@ REFUSALS = [
     (lambda t: t.blocks_needed(["a"], None), "blocks_needed", "type", "counts"),
     (lambda t: t.fork("x", "y"), "fork", "value", "parent"),
     (lambda t: t.fork("a", "out"), "fork", "value", "child"),
+    (lambda t: t.schedule("told"), "schedule", "type", "sequences"),
     (lambda t: t.reorder(["a"], ["x"]), "reorder", "value", "parents"),
     (lambda t: t.reorder(["x", "x"], ["a", "told"]), "reorder", "value", "sequences"),
     (lambda t: t.reorder(["x", ["y"]], ["a", "a"]), "reorder", "type", "sequences"),

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import hashlib
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -371,12 +372,13 @@ class BlockTables:
             if left > self.max_tokens:
                 expected = f"at most {self.max_tokens}, those of the tables"
                 raise errors.wrong("value", name, expected, str(left))
-        try:
-            sequences = list(sequences)
-        except Exception as error:  # whatever its class raises
-            got = errors.shown(sequences)
+        given, sequences = sequences, None
+        if not issubclass(type(given), (str, bytes)):  # whose letters are no names
+            with contextlib.suppress(Exception):  # whatever its class raises
+                sequences = list(given)
+        if sequences is None:
             name = f"{NAME}.schedule: sequences"
-            raise errors.wrong("type", name, "names", got) from error
+            raise errors.wrong("type", name, "a list of names", errors.shown(given))
         counts, prompts = {}, []
         for sequence in sequences:
             found = self._resident("schedule", sequence, "sequences")
