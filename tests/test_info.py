@@ -294,6 +294,7 @@ def test_cupy_that_cannot_be_imported(tmp_path, monkeypatch):
     told = info._try_cupy()
     assert told["installed"] == names and told["version"] is None
     assert told["problem"] == "it cannot be imported: OSError: its library is torn"
+    assert told["cache"] is None  # the system's errors of folders have a number
 
 
 def test_cupy_that_does_not_end(monkeypatch):

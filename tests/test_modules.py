@@ -122,6 +122,16 @@ def test_a_kernel_cache_that_cannot_be_used(cupy, monkeypatch, kind):
     assert "pip" not in str(named)
 
 
+@pytest.mark.parametrize("error, kind, words", [
+    (OSError(24, "Too many open files"), cc.KernelError, "kept or found: OSError: "),
+    (OSError("libnvrtc.so.12: cannot open"), cc.MissingDependencyError, "pip install"),
+])  # fmt: skip
+def test_what_no_other_folder_mends(cupy, error, kind, words):
+    """A library that cannot be loaded, and files of which too many are open."""
+    named = failure(cupy, error)
+    assert type(named) is kind and words in str(named) and "CUPY_CACHE_DIR" not in str(named)
+
+
 def test_a_source_that_does_not_compile(cupy):
     from cupy.cuda.compiler import CompileException
 
@@ -445,6 +455,7 @@ def run_with(cupy, tmp_path, code=ON_THE_CPU, **variables):
         ("PermissionError(13, 'Permission denied', '/home/.cupy')", ("Permission", "CUPY_CACHE_D")),
         ("OSError(30, 'Read-only file system')", ("Read-only", "CUPY_CACHE_DIR")),
         ("ImportError('libtorn.so: cannot open')", ("libtorn.so", "pip install -U 'cupy-cache[")),
+        ("OSError('libtorn.so: cannot open')", ("libtorn.so", "pip install -U 'cupy-cache[")),
         ("ModuleNotFoundError('No cupy', name='cupy')", ("not installed", "pip install")),
         ("RuntimeError('half updated')", ("half updated",)),
         ("AttributeError('half updated')", ("half updated",)),

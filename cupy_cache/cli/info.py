@@ -37,7 +37,7 @@ try:
     told["version"], told["sees_gpu"] = cupy.__version__, cupy.cuda.is_available()
 except BaseException as error:
     told["problem"] = f"{type(error).__name__}: {error}"
-    if isinstance(error, OSError):
+    if isinstance(error, OSError) and error.errno is not None:  # else of a library
         told["cache"] = told["problem"]
 else:
     if os.environ.get("CUPY_CACHE_IN_MEMORY", "0") in ("", "0"):

@@ -4,6 +4,7 @@
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import re
@@ -179,9 +180,9 @@ def _without_cupy(why, error):
     """The error where importing CuPy raised ``error``."""
     if torchs_rocm():
         return MissingDependencyError(_ROCM.format(why, "torch"))
-    if isinstance(error, OSError):  # its import makes the folder of its kernel cache
+    if is_of_files(error):  # its import makes the folder of its kernel cache
         return MissingDependencyError(
-            f"{why}: CuPy is installed, but importing it failed: {named(error)}; {cache_hint()}"
+            f"{why}: CuPy is installed, but importing it failed: {with_cache_hint(error)}"
         )
     folders = getattr(sys.modules.get("cupy"), "__path__", None)
     if folders and getattr(sys.modules["cupy"], "__file__", None) is None:
@@ -216,12 +217,24 @@ def cache_folder():
     return os.path.expanduser("~/.cupy/kernel_cache") if chosen is None else chosen
 
 
-def cache_hint():
-    """The way out where CuPy's kernel cache cannot be used, for errors."""
+def is_of_files(error):
+    """Whether this is the system's error about a file or folder. That of a library which cannot be
+    loaded is of the same class, and has no number."""
+    return isinstance(error, OSError) and error.errno is not None
+
+
+def with_cache_hint(error):
+    """The text of the system's error at CuPy's kernel cache, and the way out where another folder
+    is one."""
+    if error.errno in _OF_NO_FOLDER:
+        return named(error)
     return (
-        f"CuPy keeps compiled kernels in {cache_folder()}: name a folder that this user can write "
-        "in CUPY_CACHE_DIR"
+        f"{named(error)}; CuPy keeps compiled kernels in {cache_folder()}: name a folder that this "
+        "user can write in CUPY_CACHE_DIR"
     )
+
+
+_OF_NO_FOLDER = errno.EMFILE, errno.ENFILE, errno.ENOMEM
 
 
 def install_hint():

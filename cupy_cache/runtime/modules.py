@@ -364,8 +364,10 @@ def _explain(error, kernel, why):
     from cupy_backends.cuda.api.driver import CUDADriverError
 
     failed, told = f"{why}: {kernel!r} could not be", cuda.named(error)
+    if cuda.is_of_files(error):
+        return KernelError(f"{failed} kept or found: {cuda.with_cache_hint(error)}")
     if isinstance(error, OSError):
-        return KernelError(f"{failed} kept or found: {told}; {cuda.cache_hint()}")
+        return MissingDependencyError(f"{failed} loaded: {told}; {cuda.install_hint()}")
     if isinstance(error, CompileException):
         if getattr(error.__context__, "status", None) == _NO_BUILTINS:
             return MissingDependencyError(
