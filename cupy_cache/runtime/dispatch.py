@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .. import errors
-from ..errors import MissingDependencyError
+from ..errors import KernelError, MissingDependencyError
 from . import (
     apart,
     arrays,
@@ -289,6 +289,17 @@ class Op:
     def run(self, read, objects, options, scalars, stream):
         """Find or make the plan for what was ``read`` of ``objects``, and run it. Returns the
         `plans.Entry` of a signature that was known already; else None."""
+        try:
+            return self._run(read, objects, options, scalars, stream)
+        except (KernelError, MissingDependencyError) as error:
+            text = str(error)
+            if text.startswith(self.name):
+                raise
+            # From a place that knows no operation. Its words begin with a GPU, or with what failed.
+            text = f"{self.name}{' on ' if text.startswith('cuda:') else ': '}{text}"
+            raise type(error)(text) from error.__cause__ or error
+
+    def _run(self, read, objects, options, scalars, stream):
         signature, values, extents = signatures.of(self, read.found, options)
         if signature is None:  # a list is empty: there is nothing to do
             return None
