@@ -440,6 +440,7 @@ def machine(cuda="13.0", capability="9.0", cupy=("cupy-cuda13x",), version="14.2
             "installed": list(cupy),
             "version": version if cupy else None,
             "sees_gpu": bool(cupy),
+            "no_gpu": None,
             "problem": None if cupy else "not installed",
         },
         "driver": {"cuda": cuda, "devices": [device], "problem": None},
@@ -524,6 +525,15 @@ def test_nothing_is_missing(cuda, cupy):
 )
 def test_one_command_brings_what_is_missing(facts, command):
     assert commands(facts) == [command]
+
+
+def test_a_cupy_that_sees_no_gpu():
+    """As one that was built for a newer CUDA, whatever it is called."""
+    facts = machine("12.4", cupy=["cupy"])
+    facts["cupy"] |= {"sees_gpu": False, "no_gpu": "CUDARuntimeError: insufficient driver"}
+    facts["backend"] = "numpy"
+    assert commands(facts) == ["pip uninstall -y cupy && pip install -U 'cupy-cache[cuda12x]'"]
+    assert "sees the GPU: CUDARuntimeError: insufficient driver" in facts["missing"][0]["what"]
 
 
 @pytest.mark.parametrize("part", ["nvrtc", "cuda_headers"])

@@ -31,10 +31,14 @@ at = os.path.abspath(folder) if folder else ""
 while at and not os.path.lexists(at):
     made.append(at)
     at = os.path.dirname(at)
-told = {"version": None, "sees_gpu": False, "problem": None, "cache": None}
+told = {"version": None, "sees_gpu": False, "no_gpu": None, "problem": None, "cache": None}
 try:
     import cupy
     told["version"], told["sees_gpu"] = cupy.__version__, cupy.cuda.is_available()
+    try:
+        cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:
+        told["no_gpu"] = f"{type(error).__name__}: {error}"
 except BaseException as error:
     told["problem"] = f"{type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.errno is not None:  # else of a library
@@ -69,6 +73,7 @@ def collect():
         "cupy": {
             "installed": tried.get("installed", []),
             **{name: tried[name] for name in ("version", "sees_gpu", "problem")},
+            "no_gpu": tried.get("no_gpu"),
         },
         "driver": _told(_driver, {"cuda": None, "devices": []}),
         "nvrtc": _told(_nvrtc, {**library, "architectures": []}),
@@ -335,6 +340,9 @@ def _missing_packages(facts, major):
         what.append(f"CuPy: {cupy['problem']}")
     elif cupy["version"] is not None and cuda.is_too_old(cupy["version"]):
         what.append(f"CuPy {cuda.CUPY_NEEDED} or newer: {cupy['version']} is installed")
+    elif cupy["version"] is not None and not cupy["sees_gpu"] and not what:
+        unfit = True
+        what.append(f"a CuPy that sees the GPU: {cupy['no_gpu']}")
     for name, part in (("NVRTC", "nvrtc"), ("CUDA runtime headers", "cuda_headers")):
         if facts[part]["path"] is None:
             what.append(f"{name}: {facts[part]['problem']}")
