@@ -582,7 +582,9 @@ def test_a_cupy_that_finds_no_cuda(monkeypatch, status, hip, error, words):
 def test_the_way_to_cuda(monkeypatch, status, driver_is, words):
     """Another CuPy is no way out where the driver itself is not ready."""
     monkeypatch.setattr(cuda, "driver_version", lambda: driver_is)
-    way_out = cuda._way_to_cuda(refused(status, "") if status else RuntimeError("torn"))
+    error = OfStatus("torn")
+    error.status = status
+    way_out = cuda._way_to_cuda(error)
     assert words in way_out and ("pip" in way_out) == (status is None)
 
 
