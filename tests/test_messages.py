@@ -57,10 +57,10 @@ def mla(**change):
 STEP = zeros(1, 2, dtype=np.int32), np.array([6], np.int32)  # a block table, and lengths
 
 
-def attend(dtype):
+def attend(dtype=np.float32, **options):
     """A call of attention, with caches of ``dtype``."""
     pages = zeros(5, 4, 2, 8, dtype=dtype)
-    return lambda: cc.paged_attention(zeros(1, 2, 8), pages, pages, *STEP)
+    return lambda: cc.paged_attention(zeros(1, 2, 8), pages, pages, *STEP, **options)
 
 
 def gather(op=cc.gather_cache, **change):
@@ -294,6 +294,10 @@ TABLE = [
         lambda: cc.alibi_bias(zeros(2), np.arange(2), np.arange(2), stream="s"),
         "alibi_bias", "type", "stream", "",
     ),
+    (allocate(dtype="bf16"), "PagedKVCache.allocate", "value", "dtype", "'bfloat16' is it"),
+    (attend(soft_cap=0), "paged_attention", "value", "soft_cap", "None is no cap"),
+    (attend(soft_cap=-1.0), "paged_attention", "value", "soft_cap", ""),
+    (attend(sliding_window=-1), "paged_attention", "value", "sliding_window", "no window"),
     (lambda: cc.alibi_slopes(0), "alibi_slopes", "value", "num_heads", ""),
     (lambda: cc.alibi_slopes(8, device="gpu"), "alibi_slopes", "value", "device", ""),
     (

@@ -215,11 +215,13 @@ def arguments(
     of these, if any is given; options; scalars). ``op``: the caller, for errors."""
     window, scaled_by, cap = NO_WINDOW, 1.0, 0.0
     if sliding_window is not None:
-        window = min(contract.integer(op, "sliding_window", sliding_window, 1), NO_WINDOW)
+        no_window = "None is no window"  # elsewhere 0 and -1 are
+        window = contract.integer(op, "sliding_window", sliding_window, 1, no_window)
+        window = min(window, NO_WINDOW)
     if scale is not None:
         scaled_by = contract.number(op, "scale", scale)
     if soft_cap is not None:
-        cap = contract.number(op, "soft_cap", soft_cap, positive=True)
+        cap = contract.number(op, "soft_cap", soft_cap, positive=True, way_out="None is no cap")
     options = (
         kv_cache_dtype,
         contract.flag(op, "causal", causal),

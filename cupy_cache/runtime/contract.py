@@ -258,8 +258,9 @@ def refuse_no_number(value):
         raise TypeError("a tensor without memory")
 
 
-def integer(op, name, value, least=None):
-    """``value`` as a Python integer, see `index`; at least ``least``."""
+def integer(op, name, value, least=None, way_out=""):
+    """``value`` as a Python integer, see `index`; at least ``least``. ``way_out``: for the error
+    where it is less."""
     found = value
     if type(value) is not int:
         try:
@@ -272,7 +273,7 @@ def integer(op, name, value, least=None):
         raise errors.wrong("value", f"{op}: {name}", "an integer of 64 bits", errors.shown(found))
     if least is not None and found < least:
         kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise errors.wrong("value", f"{op}: {name}", kind, found)
+        raise errors.wrong("value", f"{op}: {name}", kind, found, way_out)
     return found
 
 
@@ -353,14 +354,16 @@ def slot_count(op, *arrays, scales):
     return count
 
 
-def number(op, name, value, positive=False, kind="None or "):
+def number(op, name, value, positive=False, kind="None or ", way_out=""):
     """``value`` as a float that float32 can hold; -0.0 becomes 0.0, as the two are equal where they
-    are remembered. ``kind``: what else the argument may be, for the error."""
+    are remembered. ``kind``: what else the argument may be, for the error; ``way_out``: where it is
+    0."""
     found = value if type(value) is float else real(value)
     least = SMALLEST_NORMAL if positive else -LARGEST_SCALE
     if found is None or not least <= found <= LARGEST_SCALE:
         kind += "a positive, normal float32" if positive else "a finite float32"
-        raise errors.wrong("value", f"{op}: {name}", kind, errors.shown(value))
+        got, way_out = errors.shown(value), way_out if found == 0 else ""
+        raise errors.wrong("value", f"{op}: {name}", kind, got, way_out)
     return found + 0.0
 
 

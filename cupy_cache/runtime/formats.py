@@ -186,8 +186,13 @@ def dtype_named(name, argument="dtype"):
             pass
     if text not in DTYPES:
         expected = f"one of {', '.join(DTYPES)}"
-        raise errors.wrong("value", argument, expected, errors.shown(name))
+        way_out = f"{_SHORT[text]!r} is it" if text in _SHORT else ""
+        raise errors.wrong("value", argument, expected, errors.shown(name), way_out)
     return DTYPES[text]
+
+
+# What dtypes are called elsewhere.
+_SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def model_dtype(op, dtype):
