@@ -295,6 +295,7 @@ TABLE = [
         "alibi_bias", "type", "stream", "",
     ),
     (allocate(dtype="bf16"), "PagedKVCache.allocate", "value", "dtype", "'bfloat16' is it"),
+    (allocate(dtype=np.float32(1)), "PagedKVCache.allocate", "value", "dtype", ""),
     (attend(soft_cap=0), "paged_attention", "value", "soft_cap", "None is no cap"),
     (attend(soft_cap=-1.0), "paged_attention", "value", "soft_cap", ""),
     (attend(sliding_window=-1), "paged_attention", "value", "sliding_window", "no window"),

@@ -712,6 +712,16 @@ def test_names_in_any_sequence(name):
             list(specialisations(2, 64, 16, **(given | {name: wrong})))
 
 
+def test_index_dtypes_in_every_form():
+    torch = pytest.importorskip("torch")
+    expected = [kernel.key for kernel in specialisations(2, 64, 16, index_dtypes=["int32"])]
+    for dtype in (torch.int32, np.int32, np.dtype("i4"), "torch.int32"):
+        kernels = specialisations(2, 64, 16, index_dtypes=[dtype])
+        assert [kernel.key for kernel in kernels] == expected
+    with pytest.raises(cc.ArgumentError, match=r"of index_dtypes: .*, got torch.float32"):
+        list(specialisations(2, 64, 16, index_dtypes=[torch.float32]))
+
+
 def test_a_rotation_that_is_no_dict():
     with pytest.raises(cc.DTypeError, match="warmup: Invalid type of rotary: expected a dict"):
         list(specialisations(2, 64, 16, rotary=np.zeros(2)))

@@ -73,12 +73,21 @@ def _names(name, given, allowed):
     except Exception:  # there is nothing to go through, or its class raises
         items = None
     whole = items is None  # a string's items would be letters
-    names = [formats.text_of(item) for item in items or ()]
+    read = _dtype_name if allowed is spelling.INDEX_NAMES else formats.text_of
+    names = [read(item) for item in items or ()]
     unknown = [given] if whole else [item for item, n in zip(items, names) if n not in allowed]
     if unknown:
         got = f"{errors.shown(unknown[0])}{' instead of a sequence' if whole else ''}"
         raise errors.wrong("value", f"warmup: {name}", f"some of {', '.join(allowed)}", got)
     return names
+
+
+def _dtype_name(dtype):
+    """The name of a dtype, by whichever of its forms it is given; None for anything else."""
+    try:
+        return formats.dtype_named(dtype).name
+    except errors.ArgumentError:
+        return None
 
 
 def _kernels_of(call):

@@ -31,7 +31,7 @@ def warmup(
     head_size_v: int | None = None,
     kv_cache_dtype: str = "auto",
     device: DeviceLike | None = None,
-    index_dtypes: Sequence[str] | None = None,
+    index_dtypes: Sequence[DTypeLike] | None = None,
     num_heads: int | None = None,
     rotary: Rotation | None = None,
     alibi: bool = False,
@@ -65,8 +65,8 @@ def warmup(
         attention over caches with a scale for each token and head.
     device : int, str, torch.device or cupy.cuda.Device, optional
         The GPU; by default the current one.
-    index_dtypes : sequence of str, optional
-        Element types, "int32" or "int64", of indices: kernels for all combinations of these are
+    index_dtypes : sequence of str, NumPy or torch dtypes, optional
+        Element types, int32 or int64, of indices: kernels for all combinations of these are
         loaded. By default they are those of engines: int64 for slots, positions, and blocks that
         are chosen on the GPU, int32 for block tables, lengths, bounds, starts and numbers of
         requests.

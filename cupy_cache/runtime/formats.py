@@ -178,9 +178,11 @@ def dtype_named(name, argument="dtype"):
         text = str(name).removeprefix("torch.")
     except Exception:  # it cannot show itself
         text = ""
-    if text not in DTYPES and name is not None:  # which means float64 to NumPy
+    given = name if text_of(name) is None else text
+    # None means float64 to NumPy, and what has a dtype means that one.
+    if text not in DTYPES and not issubclass(type(given), _NO_DTYPES):
         try:
-            found = np.dtype(name)
+            found = np.dtype(given)
             text = found.name if found.isnative else str(found)  # of the other byte order
         except Exception:  # a SyntaxError, too
             pass
@@ -191,6 +193,7 @@ def dtype_named(name, argument="dtype"):
     return DTYPES[text]
 
 
+_NO_DTYPES = type(None), np.generic, np.ndarray
 # What dtypes are called elsewhere.
 _SHORT = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
