@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What is no array: options of every type, errors by their classes, arguments by their names."""
 
+import enum
 import inspect
 
 import cases
@@ -10,6 +11,7 @@ import pytest
 import worlds
 
 import cupy_cache as cc
+from cupy_cache.runtime import formats
 
 pytestmark = pytest.mark.usefixtures("nothing_remembered")
 
@@ -76,6 +78,21 @@ def test_documented_names_work(rng, monkeypatch):
         case, world = make(rng), worlds.NumPyWorld()
         case.call(world)
         case.check(world)
+
+
+class Name(str, enum.Enum):
+    """Names as programs keep them; by ``str`` they show their class."""
+
+    HALF, WIDE, FP8, HND, HOST = "half", "bfloat16", "fp8", "HND", "cpu"
+
+
+def test_names_from_an_enum():
+    made = cc.PagedKVCache.allocate(
+        1, 2, 4, 1, 8, dtype=Name.HALF, kv_cache_dtype=Name.FP8, layout=Name.HND, device=Name.HOST
+    )
+    assert "fp8 in uint8, HND, numpy on cpu" in repr(made)
+    assert formats.dtype_named(Name.HALF).name == "float16"
+    assert formats.dtype_named(Name.WIDE).name == "bfloat16"
 
 
 def test_swap_blocks_in_every_form(rng):

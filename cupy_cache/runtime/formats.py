@@ -174,11 +174,11 @@ def text_of(value):
 def dtype_named(name, argument="dtype"):
     """The `DType` called ``name`` (a string, NumPy dtype or torch dtype). ``argument``: "operation:
     argument", for the error."""
+    given = text_of(name) or name  # an item of an enum, too
     try:
-        text = str(name).removeprefix("torch.")
+        text = str(given).removeprefix("torch.")
     except Exception:  # it cannot show itself
         text = ""
-    given = name if text_of(name) is None else text
     # None means float64 to NumPy, and what has a dtype means that one.
     if text not in DTYPES and not issubclass(type(given), _NO_DTYPES):
         try:
