@@ -49,6 +49,13 @@ def test_what_is_no_setting(given):
     assert overlap.on == before
 
 
+def test_a_setting_of_numpys():
+    before = overlap.on
+    with cc.overlap(np.True_):
+        assert overlap.on is True
+    assert overlap.on == before
+
+
 def test_what_was_prepared_is_forgotten():
     """Launches are prepared for the setting; only a change has them prepared anew."""
 

@@ -333,7 +333,7 @@ class BlockTables:
         found = self._resident("truncate", sequence)
         length = contract.integer(f"{NAME}.truncate", "length", length, 0)
         if length > found.length:
-            expected = f"at most {found.length}, the tokens that there are"
+            expected = f"at most {found.length}, the tokens that were fed"
             name = f"{NAME}.truncate: length"
             raise errors.wrong("value", name, expected, length)
         kept = self._blocks_of(length)

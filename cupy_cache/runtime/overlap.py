@@ -10,6 +10,8 @@ import ctypes
 import functools
 import weakref
 
+import numpy as np
+
 from .. import errors
 from . import cuda, env
 
@@ -56,6 +58,8 @@ class overlap:
     """
 
     def __init__(self, on: bool = True) -> None:
+        if issubclass(type(on), np.bool_):
+            on = bool(on)
         if type(on) is not bool:
             expected, error = "True or False", errors.ArgumentError
             raise errors.wrong("type", "overlap: on", expected, type(on).__name__, error=error)
