@@ -291,6 +291,32 @@ def test_remembered_from_inference_mode(make):
     assert again is first and torch.equal(weight.grad, first)
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize("change", ["written", "loaded", "with a gradient"])
+@pytest.mark.parametrize(
+    "make", [functools.partial(cc.alibi_slopes, 3), functools.partial(cc.place_slopes, [1, 2, 3])]
+)
+def test_what_a_caller_changed_is_not_returned_again(make, change, monkeypatch):
+    """A model multiplies them, or loads others into its buffer."""
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(attention, "_remembered", {})
+    first = make(framework="torch", device="cpu")
+    expected = first.clone()
+    if change == "loaded":
+        module = torch.nn.Module()
+        module.register_buffer("slopes", first)
+        module.load_state_dict({"slopes": torch.zeros(3)})
+    elif change == "written":
+        first.mul_(0.5)
+    else:
+        first.requires_grad_()
+    again = make(framework="torch", device="cpu")
+    assert again is not first and not again.requires_grad and torch.equal(again, expected)
+    assert make(framework="torch", device="cpu") is again
+    # The first one's memory may still be read on some stream.
+    assert any(known.array is first for known in attention._remembered.values())
+
+
 @pytest.fixture
 def gpu(emulated_world):
     """The emulated device, with streams that a test controls. ``slopes(**more)`` asks for them on

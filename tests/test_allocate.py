@@ -230,6 +230,20 @@ def test_refusals(given, error, named):
         cc.PagedKVCache.allocate(**(options | given))
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize(
+    ("layout", "kv_cache_dtype"),
+    [*((layout, "auto") for layout in LAYOUTS), ("HND", "int8_per_token_head")],
+)
+def test_made_in_inference_mode(layout, kv_cache_dtype):
+    """They are kept, and autograd, or another mode, may use them later."""
+    torch = pytest.importorskip("torch")
+    with torch.inference_mode():
+        cache = made(layout, kv_cache_dtype=kv_cache_dtype, framework="torch", device="cpu")
+    lists = cache.key_caches, cache.value_caches, cache.k_scale_caches, cache.v_scale_caches
+    assert not any(array.is_inference() for one in lists for array in one or ())
+
+
 def test_pinned_memory_without_a_gpu(monkeypatch):
     monkeypatch.setattr(driver.active, "device_count", lambda: 0)
     with pytest.raises(cc.DeviceError, match="pinned: expected False"):

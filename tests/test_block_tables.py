@@ -673,6 +673,18 @@ def test_arrays_of_a_size_stay_where_they_are(framework):
     assert again.seq_lens.tolist() == [6, 0, 0, 0]
 
 
+def test_a_step_made_in_inference_mode():
+    """Its arrays are kept, and autograd takes them later."""
+    torch = pytest.importorskip("torch")
+    with torch.inference_mode():
+        tables = tables_of(framework="torch", device="cpu")
+        tables.add("a", [1, 2])
+        tables.step(["a"], [2])
+    step = tables.step(["a"], [0], num_tokens=2)
+    torch.nn.Embedding(3, 2)(step.token_ids).sum().backward()
+    assert not step.block_table.is_inference()
+
+
 def test_sequences_of_a_larger_number_than_a_step_has():
     tables = tables_of(num_blocks=40)
     for name in range(30):

@@ -796,6 +796,23 @@ def test_a_view_that_begins_where_sizes_say(way):
     assert written_second_half(zero_blocks, **given) == [True, False]
 
 
+@pytest.mark.extra
+@pytest.mark.skipif(TORCH < (2, 8), reason="older ones keep no strides of 0")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_table_that_compiled_code_expands(dynamic):
+    """Inductor computes one row for all sequences; the table's rows stay rows."""
+
+    def slots(positions, starts):
+        table = torch.arange(6, dtype=torch.int32).expand(starts.shape[0] - 1, 6)
+        return torch.ops.cupy_cache.slot_mapping(table, positions, starts, 4)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(slots, dynamic=dynamic, fullgraph=True)
+    for count in (5, 3):
+        found = compiled(torch.arange(count), torch.arange(count + 1))
+        assert found.tolist() == list(range(count))
+
+
 @only_torch
 def test_errors(world, rng):
     """What can be told from shapes is told while tracing, within torch's error."""

@@ -86,7 +86,8 @@ def alibi_slopes(
     -------
     float32 array [n]
         ``out``, or an array that is remembered for these arguments and returned again: treat it as
-        read-only (NumPy's is). It may be used on any stream from then on. While a CUDA graph is
+        read-only (NumPy's is; one of torch's that was written is not returned again). It may be
+        used on any stream from then on. While a CUDA graph is
         captured, a new result belongs to the graph and is not remembered; one whose kernel has not
         been seen to finish before is computed anew.
 
@@ -284,13 +285,20 @@ PLACE_OP = _op("place_slopes", _place_plan)
 class _Remembered:
     """An array, and the event behind the kernel that fills it, until that was seen to be done."""
 
-    __slots__ = ("array", "event")
+    __slots__ = ("_version", "array", "event")
 
     def __init__(self, array, event):
         self.array, self.event = array, event
+        self._version = getattr(array, "_version", None)
+
+    def is_changed(self):
+        """Whether somebody else has written it, or given it a gradient: torch tells."""
+        return self._version is not None and (
+            self.array._version != self._version or self.array.requires_grad
+        )
 
 
-_remembered: dict[tuple, _Remembered] = {}
+_remembered: dict[tuple | _Remembered, _Remembered] = {}
 
 
 def _fill(op, scalars, framework, device, out, stream):
@@ -307,6 +315,10 @@ def _fill(op, scalars, framework, device, out, stream):
     framework, device = making.home(op.name, framework, device)
     key = framework, device, op.name, scalars
     found = _remembered.get(key)
+    if found is not None and found.is_changed():
+        # It stays with whoever has it, and here under another name: a stream may still read it.
+        _remembered[found] = _remembered.pop(key, found)
+        found = None
     if framework == "torch" and tracing.tracer() is not None:
         found = None  # what is known is refused as what is not
     if found is not None and found.event is None:

@@ -96,7 +96,8 @@ class Buffers:
         self._sizes = max_sequences, max_tokens, width
         self.framework, self.device = making.home(op, framework, device)
         *_, end = self._layout(max_sequences, max_tokens)
-        self._memory = making.empty(self.framework, self.device, (end,), formats.UINT8)
+        with making.outside_inference_mode(self.framework):
+            self._memory = making.empty(self.framework, self.device, (end,), formats.UINT8)
         view = arrays.view(self._memory, f"{op}: memory")
         self._address, self._host = view.ptr, None
         if self.device.kind == "cpu":
@@ -171,7 +172,8 @@ def _typed(memory, framework, at, shape, dtype):
     """A view of bytes of ``framework``."""
     part = memory[at : at + math.prod(shape) * dtype.bytes]
     if framework == "torch":
-        return part.view(getattr(sys.modules["torch"], dtype.name)).view(shape)
+        with making.outside_inference_mode(framework):
+            return part.view(getattr(sys.modules["torch"], dtype.name)).view(shape)
     return part.view(dtype.numpy).reshape(shape)
 
 

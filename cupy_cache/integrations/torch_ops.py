@@ -67,6 +67,7 @@ except ImportError as error:
     raise MissingDependencyError(f"{_NEEDED}: {error}") from error
 if not hasattr(torch.library, "register_fake"):
     raise MissingDependencyError(f"{_NEEDED}, got {torch.__version__}")
+from torch._functorch import config as _functorch_config  # noqa: E402
 
 # Public functions that are no operations on tensors, or cannot be, and why.
 NOT_REGISTERED = {
@@ -494,12 +495,20 @@ _RESULTS = {
 # --- registration ---------------------------------------------------------------------------------
 
 
+def _strides():
+    """The tag by which Inductor keeps the strides of what it computes for an operation: they are
+    part of its contract (a contiguous last dimension), and of its plan. Those of 0, of what is
+    expanded, are kept where torch keeps them of operations that say nothing, from 2.8 on; the order
+    alone does not tell them."""
+    default = getattr(_functorch_config, "custom_op_default_layout_constraint", None)
+    kept = "needs_exact_strides"
+    return getattr(torch.Tag, kept if default == kept else "needs_fixed_stride_order")
+
+
 def _register():
     """Define everything; the library that comes back must be kept, or all of it goes."""
     library = torch.library.Library("cupy_cache", "FRAGMENT")
-    # Inductor must not choose other strides for what it computes: they are part of an operation's
-    # contract (a contiguous last dimension), and of its plan.
-    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+    tags = torch.Tag.pt2_compliant_tag, _strides()
     for schema in SCHEMAS:
         library.define(schema, tags=tags)
     for schema in SCHEMAS:

@@ -85,7 +85,8 @@ def _page(framework, device, pinned, layout, stored, num_blocks, block_size, hea
     floats = sys.modules["torch"].float32 if framework == "torch" else formats.FLOAT32.numpy
     order = (block_size, heads) if layout == "NHD" else (heads, block_size)
     cache = whole[:, :elements].reshape(num_blocks, *order, head_size)
-    of_cache = whole[:, first : first + scales * formats.FLOAT32.bytes].view(floats)
+    with making.outside_inference_mode(framework):  # a view of another dtype is made there, too
+        of_cache = whole[:, first : first + scales * formats.FLOAT32.bytes].view(floats)
     of_cache = of_cache.reshape(num_blocks, *order)
     if layout == "HND":
         cache, of_cache = cache.swapaxes(1, 2), of_cache.swapaxes(1, 2)

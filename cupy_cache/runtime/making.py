@@ -162,12 +162,13 @@ def on_device_of(array):
 
 
 def zeros(framework, device, shape, dtype, pinned=False):
-    """A contiguous array of zeros of "torch", "cupy" or "numpy", written on the framework's current
-    stream. ``pinned``: in pinned host memory."""
+    """A contiguous array of zeros of "torch", "cupy" or "numpy", to be kept, written on the
+    framework's current stream. ``pinned``: in pinned host memory."""
     if framework == "torch":
         torch = sys.modules["torch"]
         dtype = getattr(torch, dtype.name)
-        return torch.zeros(shape, dtype=dtype, device=str(device), pin_memory=pinned)
+        with outside_inference_mode(framework):
+            return torch.zeros(shape, dtype=dtype, device=str(device), pin_memory=pinned)
     if pinned:
         return allocations.pinned_zeros(shape, dtype.numpy)
     if device.kind == "cpu":
