@@ -186,6 +186,19 @@ def test_no_pairs_of_integers(rng, count, bad):
         read(pairs)
 
 
+@pytest.mark.whole
+@pytest.mark.parametrize("count", [1, 400])
+@pytest.mark.parametrize(
+    "kind", [set, frozenset, dict.fromkeys, lambda pair: dict.fromkeys(pair).keys()]
+)
+def test_what_has_no_order_is_no_pair(rng, count, kind):
+    """Of {5, 3} nobody knows which of the two is the source: Python lists 3 first."""
+    pairs = random_pairs(rng, count)
+    pairs[rng.integers(0, count)] = kind((5, 3))
+    with pytest.raises(cc.ShapeError, match="block_mapping: expected .* pairs of integers, got"):
+        read(pairs)
+
+
 @pytest.mark.parametrize("more", [0, indices.FEW])
 @pytest.mark.parametrize("bad", [[(1, 2, (3,)), 4], [(1,), 2, (3, 4, (5, 6))], [[1, 2, (3,)], 4]])
 def test_as_many_tuples_and_integers_as_pairs(rng, bad, more):

@@ -6,6 +6,7 @@ array on a GPU.
 There may be thousands in host memory, so nothing here loops over them in Python.
 """
 
+import collections.abc
 import marshal
 import struct
 
@@ -17,6 +18,8 @@ from . import arrays, contract, formats
 _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
 _INT = {int}
 _SEQUENCES = list, tuple, range
+_PAIRS = {tuple, list}  # types that most pairs have
+_WITHOUT_ORDER = dict, set, frozenset, collections.abc.Set
 # Up to so many numbers, or pairs, are checked as Python's integers: that takes less time than a few
 # calls of NumPy's.
 FEW = 48
@@ -88,7 +91,7 @@ def read_host(op, arg, value):
             name = f"{op}: {arg.name}"
             check(op, arg, arrays.describe(arrays.read(value, name), name))  # says what is wrong
         return _copied(arg, value)
-    if issubclass(type(value), (dict, set)):
+    if issubclass(type(value), (dict, set, frozenset)):
         items = "(source, destination) pairs" if arg.pairs else "integers"
         expected = f"a list or an array of {items}"
         got = f"a {type(value).__name__}"
@@ -139,6 +142,9 @@ def _pairs(op, name, value):
             words = _marshalled(value)
             if words is not None:
                 return Chosen(None, words, pairs=True)
+        if not _PAIRS.issuperset(map(type, value)):
+            if any(issubclass(type(pair), _WITHOUT_ORDER) for pair in value):
+                raise TypeError("what has no order is no pair")
         sources, destinations = zip(*value, strict=True)
         flat = [*sources, *destinations]
         flat[::2], flat[1::2] = sources, destinations
