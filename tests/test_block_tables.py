@@ -377,7 +377,7 @@ def test_beams_that_go_on_as_others():
 
 @pytest.mark.parametrize("kind", [set, frozenset])
 def test_sets_have_no_order(kind):
-    """Nobody knows whose counts these are."""
+    """Nobody knows whose counts these are, or which token comes first."""
     tables = tables_of()
     for name in "ab":
         tables.add(name, range(6))
@@ -389,6 +389,12 @@ def test_sets_have_no_order(kind):
         with pytest.raises(cc.DTypeError, match="Invalid type of .* a list, got"):
             call()
     assert tables.length("a") == tables.length("b") == 0
+    for call in (
+        lambda: tables.add("c", kind([5, 3])), lambda: tables.append("a", kind([5, 3])),
+    ):  # fmt: skip
+        with pytest.raises(cc.ArgumentError, match="Invalid value of tokens: .* has no order"):
+            call()
+    assert "c" not in tables and tables.num_pending("a") == 6
 
 
 class Unread(list):

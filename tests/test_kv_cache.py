@@ -329,7 +329,7 @@ def test_options_of_rotary_writes_that_change(rng, option, values):
         np.testing.assert_array_equal(*queries)
 
 
-@pytest.mark.parametrize("bad", [(True, 2, 1), (1.0, 2, 1), (1, 2, 1.0)])
+@pytest.mark.parametrize("bad", [(True, 2, 1), (1.0, 2, 1), (1, 2, 1.0), {0, 1, 3}])
 def test_sections_that_equal_known_ones(rng, bad):
     cache = cc.PagedKVCache(*put(worlds.NumPyWorld(), caches(rng, "flash", "float32")))
     step = [spec.on(spec.buffer.bytes) for spec in rotary_case(rng, "flash")]

@@ -790,6 +790,7 @@ def _numbers(method, tokens):
         if "bool" in str(getattr(given, "dtype", "")):
             raise TypeError("booleans")
         if not isinstance(given, (list, tuple)):
+            contract.refuse_unordered(given)
             given = list(given)
         numbers = array.array("q", given)
         # Booleans are 0 or 1: what is neither need not be looked at.

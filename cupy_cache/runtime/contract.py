@@ -6,6 +6,7 @@ A `Contract` checks the arguments of one new signature, one after the other, and
 happens once for a signature, so it may be thorough.
 """
 
+import collections.abc
 import math
 import numbers
 import operator
@@ -256,6 +257,12 @@ def refuse_no_number(value):
     # The address first: of what torch.jit traces, the number of elements is a tensor.
     if arrays.is_torch(value) and not arrays.torch_address(value) and value.numel():
         raise TypeError("a tensor without memory")
+
+
+def refuse_unordered(value):
+    """`TypeError` for what Python would list in an order that nobody chose: of {5, 3} 3 first."""
+    if issubclass(type(value), (dict, set, frozenset, collections.abc.Set)):
+        raise TypeError(f"a {type(value).__name__} has no order")
 
 
 def integer(op, name, value, least=None, way_out=""):

@@ -6,7 +6,6 @@ array on a GPU.
 There may be thousands in host memory, so nothing here loops over them in Python.
 """
 
-import collections.abc
 import marshal
 import struct
 
@@ -19,7 +18,6 @@ _INTEGERS = (np.dtype(np.int64), np.dtype(np.int32))
 _INT = {int}
 _SEQUENCES = list, tuple, range
 _PAIRS = {tuple, list}  # types that most pairs have
-_WITHOUT_ORDER = dict, set, frozenset, collections.abc.Set
 # Up to so many numbers, or pairs, are checked as Python's integers: that takes less time than a few
 # calls of NumPy's.
 FEW = 48
@@ -143,8 +141,8 @@ def _pairs(op, name, value):
             if words is not None:
                 return Chosen(None, words, pairs=True)
         if not _PAIRS.issuperset(map(type, value)):
-            if any(issubclass(type(pair), _WITHOUT_ORDER) for pair in value):
-                raise TypeError("what has no order is no pair")
+            for pair in value:
+                contract.refuse_unordered(pair)
         sources, destinations = zip(*value, strict=True)
         flat = [*sources, *destinations]
         flat[::2], flat[1::2] = sources, destinations

@@ -116,6 +116,7 @@ class Call:
 def three_sections(op, sections):
     """The three sections, as a tuple of integers."""
     try:
+        contract.refuse_unordered(sections)
         found = tuple(sections)
     except Exception:  # whatever its class raises
         found = ()
