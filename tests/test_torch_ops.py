@@ -796,6 +796,48 @@ def test_a_view_that_begins_where_sizes_say(way):
     assert written_second_half(zero_blocks, **given) == [True, False]
 
 
+def copied_and_written(operation, dynamic, view, options=None):
+    """Of a compiled function that writes zeros to a view of a copy: (what was copied, the copy)."""
+    given = torch.ones(6, 4, 1, dtype=torch.int32)
+
+    def write(given, blocks):
+        copy = given.clone()
+        operation(view(copy), blocks)
+        return copy + 1
+
+    torch._dynamo.reset()
+    compiled = torch.compile(write, dynamic=dynamic, fullgraph=True, options=options)
+    return given, compiled(given, torch.arange(6))
+
+
+@pytest.mark.extra
+@pytest.mark.skipif(TORCH < (2, 13), reason="older ones were not tried")
+@pytest.mark.xfail(raises=AssertionError, strict=True, reason="what was copied is written")
+def test_torch_with_a_copy_that_is_written_as_another_dtype():
+    """Where this passes, docs/compiled_code.md need not warn."""
+    with torch.library._scoped_library("cupy_cache_test", "FRAGMENT") as library:
+        library.define("zero(Tensor(a!) x, Tensor blocks) -> ()")
+        library.impl("zero", zero_all, "CPU")
+        library.impl("zero", lambda x, blocks: None, "Meta")
+        operation = torch.ops.cupy_cache_test.zero
+        given, copy = copied_and_written(operation, False, lambda copy: copy.view(torch.uint8))
+    assert copy.eq(1).all() and given.eq(1).all()
+
+
+@pytest.mark.extra
+@pytest.mark.skipif(TORCH < (2, 13), reason="older ones were not tried")
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "view",
+    [lambda copy: copy.view(torch.uint8), lambda copy: copy.squeeze(2)],
+    ids=["another dtype", "less dimensions"],
+)
+def test_a_copy_that_is_written_through_a_view(view, dynamic):
+    options = {"enable_auto_functionalized_v2": False}
+    given, copy = copied_and_written(zero_blocks, dynamic, view, options)
+    assert copy.eq(1).all() and given.eq(1).all()
+
+
 @pytest.mark.extra
 @pytest.mark.skipif(TORCH < (2, 8), reason="older ones keep no strides of 0")
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -39,7 +39,8 @@ and sizes that depend on data, are checked by the call.
 Caches that are views of the same pages, K|V say, are given as these pages, and the function that is
 compiled takes the views: with ``dynamic=True`` torch itself is wrong about two arguments that share
 memory. Inductor is also wrong about one view that begins where dynamic sizes say, as ``pages[1]``
-does: mark the pages as static. docs/compiled_code.md has the versions.
+does: mark the pages as static; and about a copy, made in the function, of which a view of another
+dtype is written. docs/compiled_code.md has the versions, and what helps.
 
 Nothing has a gradient. What is written counts as changed, so autograd refuses to go back through
 what it has saved of it; of a compiled function it does so while that is compiled, but not in torch
