@@ -68,7 +68,6 @@ except ImportError as error:
     raise MissingDependencyError(f"{_NEEDED}: {error}") from error
 if not hasattr(torch.library, "register_fake"):
     raise MissingDependencyError(f"{_NEEDED}, got {torch.__version__}")
-from torch._functorch import config as _functorch_config  # noqa: E402
 
 # Public functions that are no operations on tensors, or cannot be, and why.
 NOT_REGISTERED = {
@@ -498,12 +497,11 @@ _RESULTS = {
 
 def _strides():
     """The tag by which Inductor keeps the strides of what it computes for an operation: they are
-    part of its contract (a contiguous last dimension), and of its plan. Those of 0, of what is
-    expanded, are kept where torch keeps them of operations that say nothing, from 2.8 on; the order
+    part of its contract (a contiguous last dimension), and of its plan. Strides of 0, of what is
+    expanded, are kept from torch 2.8 on, where that is the default of custom operations; the order
     alone does not tell them."""
-    default = getattr(_functorch_config, "custom_op_default_layout_constraint", None)
-    kept = "needs_exact_strides"
-    return getattr(torch.Tag, kept if default == kept else "needs_fixed_stride_order")
+    exact = torch.__version__ >= (2, 8)
+    return torch.Tag.needs_exact_strides if exact else torch.Tag.needs_fixed_stride_order
 
 
 def _register():
