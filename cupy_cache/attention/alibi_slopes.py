@@ -317,7 +317,9 @@ def _fill(op, scalars, framework, device, out, stream):
     found = _remembered.get(key)
     if found is not None and found.is_changed():
         # It stays with whoever has it, and here under another name: a stream may still read it.
-        _remembered[found] = _remembered.pop(key, found)
+        _remembered[found] = found
+        if _remembered.get(key) is found:  # another thread may have been here
+            _remembered.pop(key, None)
         found = None
     if framework == "torch" and tracing.tracer() is not None:
         found = None  # what is known is refused as what is not
