@@ -495,19 +495,14 @@ _RESULTS = {
 # --- registration ---------------------------------------------------------------------------------
 
 
-def _strides():
-    """The tag by which Inductor keeps the strides of what it computes for an operation: they are
-    part of its contract (a contiguous last dimension), and of its plan. Strides of 0, of what is
-    expanded, are kept from torch 2.8 on, where that is the default of custom operations; the order
-    alone does not tell them."""
-    exact = torch.__version__ >= (2, 8)
-    return torch.Tag.needs_exact_strides if exact else torch.Tag.needs_fixed_stride_order
-
-
 def _register():
     """Define everything; the library that comes back must be kept, or all of it goes."""
     library = torch.library.Library("cupy_cache", "FRAGMENT")
-    tags = torch.Tag.pt2_compliant_tag, _strides()
+    # Inductor must not choose other strides for what it computes: they are part of an operation's
+    # contract (a contiguous last dimension), and of its plan. Strides of 0, of what is expanded,
+    # are kept by needs_exact_strides alone. But with that torch 2.13 does not compile what writes
+    # to a view of a copy, where sizes are dynamic.
+    tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
     for schema in SCHEMAS:
         library.define(schema, tags=tags)
     for schema in SCHEMAS:
