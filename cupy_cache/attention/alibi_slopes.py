@@ -87,9 +87,9 @@ def alibi_slopes(
     float32 array [n]
         ``out``, or an array that is remembered for these arguments and returned again: treat it as
         read-only (NumPy's is; one of torch's that was written is not returned again). It may be
-        used on any stream from then on. While a CUDA graph is
-        captured, a new result belongs to the graph and is not remembered; one whose kernel has not
-        been seen to finish before is computed anew.
+        used on any stream from then on. While a CUDA graph is captured, a new result belongs to the
+        graph and is not remembered; one whose kernel has not been seen to finish before is computed
+        anew.
 
     Raises
     ------
