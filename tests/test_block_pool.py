@@ -63,6 +63,18 @@ def test_a_content_has_one_block():
     assert pool.num_free == 1 and pool.find(b"b") is None and pool.take() == [first]
 
 
+def test_free_blocks():
+    """They have no users that could go, and nothing can be found in them."""
+    pool = cc.BlockPool(3)
+    for method, *more in (("share",), ("drop",), ("hold", b"a")):
+        message = (
+            rf"^BlockPool\.{method}: Invalid value of block: expected .* users.*, got 1, which"
+        )
+        with pytest.raises(cc.ArgumentError, match=message):
+            getattr(pool, method)(1, *more)
+    assert pool.num_free == 3 and pool.users(1) == 0 and pool.find(b"a") is None
+
+
 @pytest.mark.parametrize("content", [None, "a", [b"a"], bytearray(b"a"), 7])
 def test_a_content_is_bytes(content):
     pool = cc.BlockPool(2)

@@ -272,6 +272,17 @@ def test_varlen(world, rng, causal, paged, lse, slopes):
 
 
 @whole_arrays
+def test_varlen_without_keys(world, rng):
+    """What attends to nothing is 0."""
+    query = rng.standard_normal((3, 4, 16)).astype(np.float16)
+    none = np.zeros((0, 2, 16), np.float16)
+    bounds = [np.array(ends, np.int32) for ends in ((0, 2, 3), (0, 0, 0))]
+    put = [world.put(worlds.of_values(x)) for x in (query, none, none, *bounds)]
+    found = world.numpy(flash_attn.flash_attn_varlen_func(*put, 2, 0))
+    assert found.shape == query.shape and not found.any()
+
+
+@whole_arrays
 def test_no_room_for_what_is_added(world, rng):
     """Tokens behind the last page are left out, and recorded."""
     case = Case(world, rng, [39, 3], 1, 2)

@@ -16,6 +16,7 @@ import recording
 import worlds
 
 import cupy_cache as cc
+from cupy_cache.kv_cache import swap_space
 from cupy_cache.runtime import allocations, cuda, driver, env, making, streams
 
 BLOCKS, PLACES, BLOCK_SIZE = 12, 9, 4
@@ -398,3 +399,19 @@ def test_caches_of_two_frameworks():
     pytest.importorskip("torch")
     with pytest.raises(cc.CupyCacheError, match="^SwapSpace: Invalid framework of "):
         cc.SwapSpace([cache_of(), cache_of(framework="torch")], 4)
+
+
+def test_copies_begin_when_all_is_packed(rng):
+    """A move that is finished at once waits for the packing, then copies, then waits for it."""
+    done, host, packed = [], np.zeros((6, 8), np.uint8), rng.integers(1, 99, (3, 8), np.uint8)
+
+    def event(name):
+        return types.SimpleNamespace(wait=lambda: done.append(name))
+
+    bus = types.SimpleNamespace(
+        stream=5, copy=lambda *piece: done.append(piece), point=lambda stream: event(stream)
+    )
+    space = types.SimpleNamespace(_bus=bus, _host=[host], bytes_per_step=64, bytes_per_block=8)
+    swap_space._Move(space, True, [1, 2, 5], [packed], event("packed")).finish()
+    there, here = host.ctypes.data, packed.ctypes.data
+    assert done == ["packed", (there + 8, here, 16), (there + 40, here + 16, 8), 5]
