@@ -423,7 +423,7 @@ def test_a_driver_that_shows_no_gpu(driver):
     facts = machine()
     facts["driver"] = info._driver()
     assert commands(facts) == [None]
-    assert "a GPU: the driver shows no GPU; see CUDA_VISIBLE" in facts["missing"][0]["what"]
+    assert "a GPU: no GPU is shown: see CUDA_VISIBLE" in facts["missing"][0]["what"]
 
 
 # --- what is missing ------------------------------------------------------------------------------

@@ -746,6 +746,11 @@ def test_torch_with_dynamic_views_of_one_page():
     assert torch_is_right(MARKS["views"], True)
 
 
+def compiled_anew(function, **options):
+    torch._dynamo.reset()
+    return torch.compile(function, fullgraph=True, **options)
+
+
 def written_second_half(operation, options=None, mark=lambda tensor: None):
     """Halves of a page, of which Inductor compiled a write of the second to zeros."""
     pages = torch.ones(2, 6, 4)
@@ -755,9 +760,7 @@ def written_second_half(operation, options=None, mark=lambda tensor: None):
         operation(pages[1], blocks)
         return pages + 1
 
-    torch._dynamo.reset()
-    compiled = torch.compile(write, dynamic=True, fullgraph=True, options=options)
-    made = compiled(pages, torch.arange(6))
+    made = compiled_anew(write, dynamic=True, options=options)(pages, torch.arange(6))
     assert torch.equal(made, pages + 1)
     return [half.any().item() for half in pages]
 
@@ -767,6 +770,16 @@ def zero_all(tensor, blocks):
     tensor.zero_()
 
 
+@pytest.fixture
+def torchs_own():
+    """An operation that writes zeros, and has nothing of ours."""
+    with torch.library._scoped_library("cupy_cache_test", "FRAGMENT") as library:
+        library.define("zero(Tensor(a!) x, Tensor blocks) -> ()")
+        library.impl("zero", zero_all, "CPU")
+        library.impl("zero", lambda x, blocks: None, "Meta")
+        yield torch.ops.cupy_cache_test.zero
+
+
 def zero_blocks(cache, blocks):
     torch.ops.cupy_cache.zero_blocks([cache], blocks)
 
@@ -774,13 +787,9 @@ def zero_blocks(cache, blocks):
 @pytest.mark.extra
 @pytest.mark.skipif(TORCH < (2, 13), reason="older ones were not tried")
 @pytest.mark.xfail(raises=AssertionError, strict=True, reason="the first half is written")
-def test_torch_with_a_view_that_begins_where_sizes_say():
+def test_torch_with_a_view_that_begins_where_sizes_say(torchs_own):
     """Where this passes, the docstring of `torch_ops` need not warn."""
-    with torch.library._scoped_library("cupy_cache_test", "FRAGMENT") as library:
-        library.define("zero(Tensor(a!) x, Tensor blocks) -> ()")
-        library.impl("zero", zero_all, "CPU")
-        library.impl("zero", lambda x, blocks: None, "Meta")
-        assert written_second_half(torch.ops.cupy_cache_test.zero) == [True, False]
+    assert written_second_half(torchs_own) == [True, False]
 
 
 @pytest.mark.extra
@@ -805,22 +814,16 @@ def copied_and_written(operation, dynamic, options=None):
         operation(copy.view(torch.uint8), blocks)
         return copy + 1
 
-    torch._dynamo.reset()
-    compiled = torch.compile(write, dynamic=dynamic, fullgraph=True, options=options)
+    compiled = compiled_anew(write, dynamic=dynamic, options=options)
     return given, compiled(given, torch.arange(6))
 
 
 @pytest.mark.extra
 @pytest.mark.skipif(TORCH < (2, 13), reason="older ones were not tried")
 @pytest.mark.xfail(raises=AssertionError, strict=True, reason="what was copied is written")
-def test_torch_with_a_copy_that_is_written_as_another_dtype():
+def test_torch_with_a_copy_that_is_written_as_another_dtype(torchs_own):
     """Where this passes, docs/compiled_code.md need not warn."""
-    with torch.library._scoped_library("cupy_cache_test", "FRAGMENT") as library:
-        library.define("zero(Tensor(a!) x, Tensor blocks) -> ()")
-        library.impl("zero", zero_all, "CPU")
-        library.impl("zero", lambda x, blocks: None, "Meta")
-        operation = torch.ops.cupy_cache_test.zero
-        given, copy = copied_and_written(operation, False)
+    given, copy = copied_and_written(torchs_own, False)
     assert copy.eq(1).all() and given.eq(1).all()
 
 
@@ -842,8 +845,7 @@ def test_a_table_that_compiled_code_expands(dynamic):
         table = torch.arange(6, dtype=torch.int32).expand(starts.shape[0] - 1, 6).contiguous()
         return torch.ops.cupy_cache.slot_mapping(table, positions, starts, 4)
 
-    torch._dynamo.reset()
-    compiled = torch.compile(slots, dynamic=dynamic, fullgraph=True)
+    compiled = compiled_anew(slots, dynamic=dynamic)
     for count in (5, 3):
         found = compiled(torch.arange(count), torch.arange(count + 1))
         assert found.tolist() == list(range(count))
@@ -866,8 +868,7 @@ def test_a_copy_of_which_a_view_is_rotated(copied, view):
         torch.ops.cupy_cache.rotary_embedding(positions, view(out), None, 8, table, True)
         return out
 
-    torch._dynamo.reset()
-    compiled = torch.compile(rotated, dynamic=True, fullgraph=True)
+    compiled = compiled_anew(rotated, dynamic=True)
     for count in (5, 7):
         keys, positions = torch.randn(1, count, 2, 8), torch.arange(count)
         torch.testing.assert_close(compiled(keys, positions), rotated(keys, positions))

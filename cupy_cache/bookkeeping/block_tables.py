@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import array
-import contextlib
 import hashlib
 import itertools
 from collections.abc import Hashable, Iterable, Iterator, Sequence
@@ -372,15 +371,12 @@ class BlockTables:
             if left > self.max_tokens:
                 expected = f"at most {self.max_tokens}, those of the tables"
                 raise errors.wrong("value", name, expected, str(left))
-        given, sequences = sequences, None
-        if not issubclass(type(given), (str, bytes)):  # whose letters are no names
-            with contextlib.suppress(Exception):  # whatever its class raises
-                sequences = list(given)
-        if sequences is None:
+        names = _listed(sequences, sized=False)
+        if names is None:
             name = f"{NAME}.schedule: sequences"
-            raise errors.wrong("type", name, "a list of names", errors.shown(given))
+            raise errors.wrong("type", name, "a list of names", errors.shown(sequences))
         counts, prompts = {}, []
-        for sequence in sequences:
+        for sequence in names:
             found = self._resident("schedule", sequence, "sequences")
             pending = len(found.tokens) - found.length
             if pending > 1:
@@ -745,14 +741,17 @@ class BlockTables:
         raise errors.wrong("value", name, expected, got)
 
 
-def _listed(given):
-    """What was given in an order, in a list or tuple; None for anything else."""
+def _listed(given, sized=True):
+    """What was given in an order, in a list or tuple; None for anything else. ``sized``: something
+    that has a length, too."""
     if type(given) in (list, tuple):
         return given
-    if issubclass(type(given), (str, bytes, set, frozenset)):  # sets have no order
+    # Letters are no names, and sets have no order.
+    if issubclass(type(given), (str, bytes, set, frozenset)):
         return None
     try:
-        len(given)  # which an array without dimensions has not, though it has the method
+        if sized:
+            len(given)  # which an array without dimensions has not, though it has the method
         return [*given]
     except Exception:  # whatever its class raises
         return None

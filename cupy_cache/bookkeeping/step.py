@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from typing import Any
 
 import numpy as np
@@ -171,10 +170,7 @@ def _parts(memory, layout):
 def _typed(memory, framework, at, shape, dtype):
     """A view of bytes of ``framework``."""
     part = memory[at : at + math.prod(shape) * dtype.bytes]
-    if framework == "torch":
-        with making.outside_inference_mode(framework):
-            return part.view(getattr(sys.modules["torch"], dtype.name)).view(shape)
-    return part.view(dtype.numpy).reshape(shape)
+    return making.viewed(part, framework, dtype).reshape(shape)
 
 
 def fill(filled, table, block_size, rows, lengths, counts, token_ids):

@@ -21,7 +21,6 @@ from .._version import __version__
 from ..errors import KernelError
 from ..runtime import cuda, env, modules
 
-NO_DEVICE = "the driver shows no GPU"
 OTHER_VARIABLES = ("CUPY_CACHE_DIR", "CUPY_CACHE_IN_MEMORY", "CUDA_PATH", "CUDA_VISIBLE_DEVICES")
 # What is printed last is a JSON object. Folders that importing CuPy made are removed again.
 _TRY_CUPY = """
@@ -156,8 +155,8 @@ def _driver():
     if library.cuDriverGetVersion(ctypes.byref(number)) == 0:
         facts["cuda"] = _dotted(number.value)
     status = library.cuInit(0)
-    if status == 100:  # CUDA_ERROR_NO_DEVICE
-        facts["problem"] = NO_DEVICE
+    if status == cuda.NO_DEVICE:
+        facts["problem"] = cuda.NOT_SHOWN
     elif status:
         name = ctypes.c_char_p()
         library.cuGetErrorName(status, ctypes.byref(name))
@@ -288,12 +287,8 @@ def missing(facts):
     if driver["cuda"] is None:
         return found  # without a driver there is no GPU to serve
     if driver["problem"] is not None:
-        what = f"a working driver: {driver['problem']}"
-        if driver["problem"] == NO_DEVICE:
-            what = (
-                f"a GPU: {NO_DEVICE}; see CUDA_VISIBLE_DEVICES, and whether this container has one"
-            )
-        return [*found, {"what": what, "command": None}]
+        what = "a GPU" if driver["problem"] == cuda.NOT_SHOWN else "a working driver"
+        return [*found, {"what": f"{what}: {driver['problem']}", "command": None}]
     major = int(driver["cuda"].partition(".")[0])
     if major < cuda.OLDEST:
         what = f"a driver for CUDA {cuda.OLDEST} or newer; this one serves {driver['cuda']}"
@@ -310,10 +305,9 @@ def missing(facts):
             nvrtc = int(facts["nvrtc"]["version"].partition(".")[0])
             command = f"pip install -U {cuda.nvrtc_package(nvrtc)}"
             if architecture < min(known):
-                command = f"pip install -U 'cupy-cache[cuda{cuda.OLDEST}x]'"
-                others = [n for n in facts["cupy"]["installed"] if n != f"cupy-cuda{cuda.OLDEST}x"]
-                if others:  # there must be only one
-                    command = f"pip uninstall -y {' '.join(others)} && {command}"
+                installed = facts["cupy"]["installed"]
+                others = [name for name in installed if name != f"cupy-cuda{cuda.OLDEST}x"]
+                command = _instead_of(others, f"cuda{cuda.OLDEST}x")
             found.append({"what": what, "command": command})
     problem = facts["kernel_cache"]["problem"]
     if problem is not None:
@@ -348,10 +342,15 @@ def _missing_packages(facts, major):
             what.append(f"{name}: {facts[part]['problem']}")
     if not what:
         return []
+    others = installed if unfit or installed == ["cupy"] else []  # the extra brings another
+    return [{"what": "; ".join(what), "command": _instead_of(others, extra)}]
+
+
+def _instead_of(others, extra):
+    """The command that installs the CuPy of ``extra``. There must be only one: the packages
+    ``others`` go before."""
     command = f"pip install -U 'cupy-cache[{extra}]'"
-    if unfit or installed == ["cupy"]:  # the extra brings another, and there must be only one
-        command = f"pip uninstall -y {' '.join(installed)} && {command}"
-    return [{"what": "; ".join(what), "command": command}]
+    return f"pip uninstall -y {' '.join(others)} && {command}" if others else command
 
 
 # --- showing it -----------------------------------------------------------------------------------

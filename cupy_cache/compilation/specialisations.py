@@ -29,12 +29,17 @@ def specialisations(
     error of each operation that refuses the shape is added; without it the error is raised.
     """
     layouts, index_dtypes, ops, (kv_cache_dtype,) = (
-        None if given is None and name != "layouts" else _names(name, given, allowed)
-        for name, given, allowed in (
-            ("layouts", layouts, formats.LAYOUTS),
-            ("index_dtypes", index_dtypes, spelling.INDEX_NAMES),
-            ("ops", ops, OPERATIONS),
-            ("kv_cache_dtype", [kv_cache_dtype], [*FORMATS, formats.FP8_DS_MLA]),
+        None if given is None and name != "layouts" else _names(name, given, allowed, read)
+        for name, given, allowed, read in (
+            ("layouts", layouts, formats.LAYOUTS, formats.text_of),
+            ("index_dtypes", index_dtypes, spelling.INDEX_NAMES, _dtype_name),
+            ("ops", ops, OPERATIONS, formats.text_of),
+            (
+                "kv_cache_dtype",
+                [kv_cache_dtype],
+                [*FORMATS, formats.FP8_DS_MLA],
+                formats.text_of,
+            ),
         )
     )
     if rotary is not None and not issubclass(type(rotary), dict):
@@ -66,14 +71,14 @@ def specialisations(
             refused.append(error)
 
 
-def _names(name, given, allowed):
-    """Names that must be among ``allowed``, given in anything but a string, in a list."""
+def _names(name, given, allowed, read):
+    """Names that must be among ``allowed``, given in anything but a string, in a list. ``read``
+    makes a name of each item, or None."""
     try:
         items = None if formats.text_of(given) is not None else [*given]
     except Exception:  # there is nothing to go through, or its class raises
         items = None
     whole = items is None  # a string's items would be letters
-    read = _dtype_name if allowed is spelling.INDEX_NAMES else formats.text_of
     names = [read(item) for item in items or ()]
     unknown = [given] if whole else [item for item, n in zip(items, names) if n not in allowed]
     if unknown:

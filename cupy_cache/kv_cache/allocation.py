@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from typing import NamedTuple
 
 from .. import errors
@@ -82,12 +81,10 @@ def _page(framework, device, pinned, layout, stored, num_blocks, block_size, hea
     size = -(-(first + scales * formats.FLOAT32.bytes) // PACK_BYTES) * PACK_BYTES
     byte = formats.DTYPES["uint8" if stored.name != "int8" else "int8"]
     whole = making.zeros(framework, device, (num_blocks, size), byte, pinned)
-    floats = sys.modules["torch"].float32 if framework == "torch" else formats.FLOAT32.numpy
     order = (block_size, heads) if layout == "NHD" else (heads, block_size)
     cache = whole[:, :elements].reshape(num_blocks, *order, head_size)
-    with making.outside_inference_mode(framework):  # a view of another dtype is made there, too
-        of_cache = whole[:, first : first + scales * formats.FLOAT32.bytes].view(floats)
-    of_cache = of_cache.reshape(num_blocks, *order)
+    of_cache = whole[:, first : first + scales * formats.FLOAT32.bytes]
+    of_cache = making.viewed(of_cache, framework, formats.FLOAT32).reshape(num_blocks, *order)
     if layout == "HND":
         cache, of_cache = cache.swapaxes(1, 2), of_cache.swapaxes(1, 2)
     return cache, of_cache, whole

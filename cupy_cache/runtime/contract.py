@@ -259,9 +259,15 @@ def refuse_no_number(value):
         raise TypeError("a tensor without memory")
 
 
+def is_unordered(value):
+    """Whether Python would list a value in an order that nobody chose, of {5, 3} 3 first; a dict's
+    keys count too."""
+    return issubclass(type(value), (dict, set, frozenset, collections.abc.Set))
+
+
 def refuse_unordered(value):
-    """`TypeError` for what Python would list in an order that nobody chose: of {5, 3} 3 first."""
-    if issubclass(type(value), (dict, set, frozenset, collections.abc.Set)):
+    """`TypeError` for what `is_unordered`."""
+    if is_unordered(value):
         raise TypeError(f"a {type(value).__name__} has no order")
 
 

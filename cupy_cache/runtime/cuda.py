@@ -109,8 +109,9 @@ def lose():
     _cupy, _lost_by_fork = None, True
 
 
-# Of cudaError_t.
-_NOT_INITIALIZED, _INSUFFICIENT_DRIVER, _NO_DEVICE = 3, 35, 100
+# Of cudaError_t; of the last one CUresult has the same number.
+_NOT_INITIALIZED, _INSUFFICIENT_DRIVER, NO_DEVICE = 3, 35, 100
+NOT_SHOWN = "no GPU is shown: see CUDA_VISIBLE_DEVICES, and whether this container was given one"
 
 
 def _without_cuda(why, error):
@@ -126,8 +127,8 @@ def _without_cuda(why, error):
 def _way_to_cuda(error):
     """The way out where CuPy finds no CUDA, for errors; "" where CUDA's own text has to do."""
     status = getattr(error, "status", None)
-    if status == _NO_DEVICE:
-        return "no GPU is shown: see CUDA_VISIBLE_DEVICES, and whether this container was given one"
+    if status == NO_DEVICE:
+        return NOT_SHOWN
     if status == _INSUFFICIENT_DRIVER and driver_version() is None:
         return "there is no NVIDIA driver here"
     if status in (None, _INSUFFICIENT_DRIVER):

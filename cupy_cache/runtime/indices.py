@@ -89,7 +89,7 @@ def read_host(op, arg, value):
             name = f"{op}: {arg.name}"
             check(op, arg, arrays.describe(arrays.read(value, name), name))  # says what is wrong
         return _copied(arg, value)
-    if issubclass(type(value), (dict, set, frozenset)):
+    if contract.is_unordered(value):
         items = "(source, destination) pairs" if arg.pairs else "integers"
         expected = f"a list or an array of {items}"
         got = f"a {type(value).__name__}"

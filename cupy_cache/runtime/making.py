@@ -96,6 +96,15 @@ def outside_inference_mode(framework):
 _NOTHING = contextlib.nullcontext()
 
 
+def viewed(array, framework, dtype):
+    """An array of ``framework`` that is kept, as elements of another `formats.DType`. In inference
+    mode torch makes such a view another kind of tensor, unlike all other views."""
+    if framework != "torch":
+        return array.view(dtype.numpy)
+    with outside_inference_mode(framework):
+        return array.view(getattr(sys.modules["torch"], dtype.name))
+
+
 def empty_of_stream(framework, device, shape, dtype, stream):
     """`empty` on a GPU, with memory allocated on ``stream``, a stream object of CuPy. It waits for
     no other stream; while another stream uses the array, the caller must keep it."""

@@ -58,12 +58,10 @@ class overlap:
     """
 
     def __init__(self, on: bool = True) -> None:
-        if issubclass(type(on), np.bool_):
-            on = bool(on)
-        if type(on) is not bool:
+        if not issubclass(type(on), (bool, np.bool_)):
             expected, error = "True or False", errors.ArgumentError
             raise errors.wrong("type", "overlap: on", expected, type(on).__name__, error=error)
-        self._before = _set(on)
+        self._before = _set(bool(on))
 
     def __enter__(self) -> None:
         pass
